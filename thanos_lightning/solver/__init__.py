@@ -1,0 +1,1 @@
+"""One layer, one process: tensors in, a pruned layer out."""
