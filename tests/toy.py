@@ -1,0 +1,121 @@
+"""Small models, data and trainers that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCABULARY = 64
+
+
+def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Learnable token sequences: each next token is the one before plus a step that the sequence keeps."""
+
+    def __init__(self, number: int, length: int = 16, padding: int = 0) -> None:
+        generator = torch.Generator().manual_seed(1)
+        start = torch.randint(VOCABULARY, (number, 1), generator=generator)
+        step = torch.randint(1, 5, (number, 1), generator=generator)
+        self.tokens = (start + step * torch.arange(length)) % VOCABULARY
+        self.mask = torch.ones_like(self.tokens)
+        if padding:
+            self.mask[:, length - padding :] = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens, mask = self.tokens[index], self.mask[index]
+        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+
+def loader(number: int = 32, batch_size: int = 4, **kwargs: Any) -> DataLoader[dict[str, Tensor]]:
+    return DataLoader(Sequences(number, **kwargs), batch_size=batch_size)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
+
+
+def momentum_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+class ToyLM(LightningModule):
+    """A user's own module around a Hugging Face model; records what a test wants to see after each step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    ) -> None:
+        super().__init__()
+        self.model = model if model is not None else tiny_llama()
+        self.make_optimizer = make_optimizer
+        self.losses: list[float] = []
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
+def trainer(root: Path, *callbacks: Any, **kwargs: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "default_root_dir": root,
+        "callbacks": list(callbacks),
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**settings, **kwargs})

@@ -1,0 +1,625 @@
+"""ThanosPruningCallback: when what happens. The algebra, the placement of parameters and the files are elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from thanos_lightning.calibration import InputStatistics, Window, count_dataloader, plan_windows, token_mask
+from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.masks import LayerMask
+from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
+from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
+from thanos_lightning.schedule import Event, SparsitySchedule
+from thanos_lightning.sharding import ParameterAccess, choose_access
+from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
+from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
+
+_STATE_FORMAT = 1
+_METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+
+
+class ThanosPruningCallback(Callback):
+    """Prunes layers while the model is trained, on a schedule, and keeps the zeros from then on.
+
+    Before each event of the schedule the second moments of the layers' inputs are accumulated from the training
+    batches; at the event each layer is pruned by the block-wise second-order solver of Thanos (arXiv 2504.05346);
+    after every later optimizer step the pruned weights and their moments are exactly 0. Masks are nested: what was
+    pruned stays pruned.
+
+    Args:
+        pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
+        sparsity: Final fraction of zeros, for "unstructured" and "structured".
+        outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
+        schedule: When to prune, and how much by then.
+        targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
+        ignore: Layers to leave out, in the same words.
+        overrides: Other patterns for some of the targets.
+        method: "thanos", "sparsegpt", "wanda" or "magnitude".
+        block_size: Columns pruned jointly.
+        damping: Added to the Hessian's diagonal, relative to its mean.
+        refine_steps: Conjugate-gradient steps on the kept weights after the method. 0 is the paper's algorithm; the
+            default differs from `prune`'s on purpose, since better weights for the same mask cost little here.
+        calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
+            reaches back past the event before.
+        calibration_dataloader: Prune on these batches instead of training batches, run at the event without gradients.
+            "datamodule" asks the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
+            `pl_module(**batch)`, or `calibration_step(batch)` where the module has one.
+        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
+        hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
+            collected after the earlier ones are pruned. None holds all at once.
+        gradual_nm: How an N:M pattern becomes sparser over events: "rows" (the fraction of dense rows falls to its
+            final value) or "layers" (front to back).
+        verify_every_n_steps: Count the zeros every so many optimizer steps, and raise if one came back. 0 never counts.
+        monitor: Metric of the validation loop to measure before the first event, after the last one, and at the end.
+            Validation is run for it at these steps where it hasn't just been.
+
+    Raises:
+        ValueError: For an argument that can't be right, naming it and the mend. What depends on the model or the
+            Trainer is checked before the first training batch.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+        >>> pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(10, 30, 10), calibration_steps=5)
+        >>> trainer = Trainer(max_steps=50, callbacks=[pruning], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        pattern: str = "2:4",
+        sparsity: float | None = None,
+        schedule: SparsitySchedule = SparsitySchedule(0.1, 0.5, 0.1),
+        targets: Sequence[str] = ("*",),
+        ignore: Sequence[str] = ("lm_head",),
+        *,
+        outlier_fraction: float | None = None,
+        overrides: Sequence[TargetOverride] = (),
+        method: Literal["thanos", "sparsegpt", "wanda", "magnitude"] = "thanos",
+        block_size: int = 128,
+        damping: float = 0.01,
+        refine_steps: int = 10,
+        calibration_steps: int = 8,
+        calibration_dataloader: str | Iterable[Any] | None = None,
+        attention_mask_key: str | None = "attention_mask",
+        hessian_memory_gib: float | None = None,
+        gradual_nm: Literal["rows", "layers"] = "rows",
+        verify_every_n_steps: int = 100,
+        monitor: str | None = None,
+    ) -> None:
+        self.pattern: Pattern = parse_pattern(pattern, sparsity, outlier_fraction)
+        self.schedule = schedule
+        self.targets = targets
+        self.ignore = ignore
+        self.overrides = tuple(overrides)
+        for other in self.overrides:
+            other.parsed()
+        if method not in _METHODS:
+            raise ValueError(f"method is {method!r}: choose one of {', '.join(_METHODS)}")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}: give at least one column")
+        if not (math.isfinite(damping) and damping >= 0):
+            raise ValueError(f"damping is {damping}: give a number ≥ 0, such as 0.01")
+        if refine_steps < 0:
+            raise ValueError(f"refine_steps is {refine_steps}: give a number ≥ 0")
+        self.options = SolverOptions(method, block_size, damping, refine_steps)
+        if calibration_steps < 1:
+            raise ValueError(f"calibration_steps is {calibration_steps}: give at least one optimizer step")
+        self.calibration_steps = calibration_steps
+        if isinstance(calibration_dataloader, str) and calibration_dataloader != "datamodule":
+            raise ValueError(f"calibration_dataloader is {calibration_dataloader!r}: give a dataloader or 'datamodule'")
+        self.calibration_dataloader = calibration_dataloader
+        self.attention_mask_key = attention_mask_key
+        if hessian_memory_gib is not None and not hessian_memory_gib > 0:
+            raise ValueError(
+                f"hessian_memory_gib is {hessian_memory_gib}: give a size > 0, or None to hold all at once"
+            )
+        self.hessian_memory_gib = hessian_memory_gib
+        if gradual_nm not in ("rows", "layers"):
+            raise ValueError(f"gradual_nm is {gradual_nm!r}: choose 'rows' or 'layers'")
+        self.gradual_nm = gradual_nm
+        if verify_every_n_steps < 0:
+            raise ValueError(f"verify_every_n_steps is {verify_every_n_steps}: give a number ≥ 0 (0 never counts)")
+        self.verify_every_n_steps = verify_every_n_steps
+        self.monitor = monitor
+
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget everything about earlier trainings."""
+        self.report = PruningReport()
+        self._optimizer_steps = 0
+        self._optimizer_steps_seen = 0  # at the end of the last batch
+        self._windows_done = 0
+        self._applied: dict[str, Pattern] = {}
+        self._measured: tuple[int, float] | None = None  # optimizer steps, value of the monitored metric
+        self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
+        # below: made at the start of each fit
+        self._layers: dict[str, PrunableLayer] = {}
+        self._final_patterns: dict[str, Pattern] = {}
+        self._windows: list[Window] = []
+        self._statistics: InputStatistics | None = None
+        self._access: ParameterAccess | None = None
+        self._enforcer: MaskEnforcer | None = None
+        self._handles: list[RemovableHandle] = []
+
+    # What the Trainer calls, in its order
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            if trainer.global_step == 0:
+                self._reset()
+            else:  # the same Trainer goes on
+                self._restored = self.state_dict()
+            choose_access(trainer.strategy)
+            if getattr(pl_module, "_compiler_ctx", None) is not None:
+                raise MisconfigurationException(
+                    "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
+                    "Pass the uncompiled module to fit, and compile the exported model"
+                )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._access = choose_access(trainer.strategy)
+        self._layers = find_targets(pl_module, self.targets, self.ignore)
+        self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
+        self._check_initial()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enforcer = MaskEnforcer(self._layers, self._require_access())
+        if self._restored is not None:
+            self._restore_masks(self._restored["masks"])
+        self._windows = self._plan(trainer)
+        if self._windows_done > len(self._windows):
+            raise MisconfigurationException(
+                f"the checkpoint has {self._windows_done} pruning windows behind it, but the schedule has only "
+                f"{len(self._windows)}: resume with the schedule, patterns and max_steps it was trained with"
+            )
+        if self.monitor is not None:
+            self.report.summary.metric = self.monitor
+            if not trainer.enable_validation:
+                raise MisconfigurationException(
+                    f"monitor is {self.monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
+                    "monitor=None"
+                )
+        counting = self._counting_optimizer(trainer)
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
+        self._statistics = None
+        if self._restored is not None and self._restored["collected"] is not None:
+            self._collect(self._windows[self._windows_done])
+            self._load_collected(self._restored["collected"])
+        self._restored = None
+        self._advance(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._statistics is not None:
+            self._statistics.begin(self._counted(batch))
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # in manual optimization the user clips before the optimizer step that the next hook sees
+        if self._enforcer is not None and not pl_module.automatic_optimization:
+            self._enforcer.mask_gradients()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._enforcer is not None:
+            self._enforcer.mask_gradients(optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._statistics is not None:
+            self._statistics.end()
+        enforcer = self._require_enforcer()
+        if self._optimizer_steps != self._optimizer_steps_seen:
+            self._optimizer_steps_seen = self._optimizer_steps
+            self._advance(trainer, pl_module)
+            if self.verify_every_n_steps and self._optimizer_steps % self.verify_every_n_steps == 0:
+                enforcer.verify(trainer.optimizers)
+        pl_module.log("sparsity/total", enforcer.sparsity())
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
+            value = trainer.callback_metrics.get(self.monitor)
+            if value is None:
+                raise MisconfigurationException(
+                    f"monitor is {self.monitor!r}, which validation does not log. It logs: "
+                    f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
+                )
+            self._measured = (self._optimizer_steps, float(value))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        enforcer = self._require_enforcer()
+        enforcer.verify(trainer.optimizers)
+        if self.monitor is not None and self.report.events:
+            self.report.summary.recovered = self._measure(trainer)
+        missed = [window for window in self._windows[self._windows_done :] if window.is_last]
+        if missed:
+            rank_zero_warn(
+                f"training ended after {self._optimizer_steps} optimizer steps, before {len(missed)} pruning event(s), "
+                f"the last one at step {missed[-1].end_step}: the final sparsity was not reached"
+            )
+        if trainer.is_global_zero:
+            self.report.write(Path(trainer.default_root_dir) / "pruning_report.json")
+            print_summary(self.report, enforcer.sparsity())
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    # State
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same on all ranks. While statistics are collected under DDP, all ranks must call it."""
+        if self._restored is not None:  # loaded, and not yet used
+            return self._restored
+        collected = None
+        if self._statistics is not None:
+            collected = self._require_access().gather(self._statistics.state())
+        return {
+            "format": _STATE_FORMAT,
+            "optimizer_steps": self._optimizer_steps,
+            "windows_done": self._windows_done,
+            "masks": {} if self._enforcer is None else self._masks_state(self._enforcer),
+            "collected": collected,
+            "report": self.report.state(),
+            "measured": self._measured,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("format") != _STATE_FORMAT:
+            raise MisconfigurationException(
+                f"the checkpoint's pruning state has format {state_dict.get('format')!r}, this version reads "
+                f"{_STATE_FORMAT}: resume with the version of thanos_lightning that wrote it"
+            )
+        self._restored = state_dict
+        self._optimizer_steps = self._optimizer_steps_seen = state_dict["optimizer_steps"]
+        self._windows_done = state_dict["windows_done"]
+        self.report = PruningReport.from_state(state_dict["report"])
+        self._measured = state_dict["measured"] and tuple(state_dict["measured"])
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what an export needs to rebuild the Hugging Face model, where the module holds one."""
+        for name, module in pl_module.named_modules():
+            if isinstance(module, PreTrainedModel):
+                generation = getattr(module, "generation_config", None)
+                checkpoint["thanos_lightning"] = {
+                    "format": _STATE_FORMAT,
+                    "model_prefix": f"{name}." if name else "",
+                    "architecture": type(module).__name__,
+                    "config": module.config.to_dict(),
+                    "generation_config": None if generation is None else generation.to_dict(),
+                    "tokenizer": getattr(pl_module, "tokenizer_name", None) or module.config.name_or_path or None,
+                    "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+                }
+                return
+
+    def _masks_state(self, enforcer: MaskEnforcer) -> dict[str, Any]:
+        masks = {}
+        for name in enforcer.masked:
+            layer, keep = self._layers[name], enforcer.keep_mask(name)
+            assert keep is not None
+            masks[layer.parameter_name] = LayerMask(keep, self._applied[name], layer.transposed).state()
+        return masks
+
+    def _restore_masks(self, masks: Mapping[str, Any]) -> None:
+        by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
+        for parameter_name, state in masks.items():
+            name = by_parameter.get(parameter_name)
+            if name is None:
+                raise MisconfigurationException(
+                    f"the checkpoint has a mask for {parameter_name}, which is no target in this model: resume with "
+                    "the model, targets and ignore that it was trained with"
+                )
+            mask, layer = LayerMask.from_state(state), self._layers[name]
+            if mask.keep.shape != (layer.rows, layer.cols):
+                raise MisconfigurationException(
+                    f"the checkpoint's mask for {parameter_name} has shape {tuple(mask.keep.shape)}, the layer has "
+                    f"{(layer.rows, layer.cols)}: resume with the model that it was trained with"
+                )
+            self._applied[name] = mask.pattern
+            self._require_enforcer().set_mask(name, mask.keep)
+
+    def _load_collected(self, collected: list[dict[str, Any]]) -> None:
+        access, statistics = self._require_access(), self._statistics
+        assert statistics is not None
+        if len(collected) != access.world_size:
+            raise MisconfigurationException(
+                f"the checkpoint was written by {len(collected)} processes while statistics were collected, and "
+                f"{access.world_size} resume it: resume with {len(collected)}, or from a checkpoint between events"
+            )
+        statistics.load_state(collected[access.rank])
+
+    # Plan
+
+    def _check_initial(self) -> None:
+        for name, pattern in self._final_patterns.items():
+            if self.schedule.initial >= pattern.sparsity:
+                raise ValueError(
+                    f"the schedule starts at sparsity {self.schedule.initial}, not below the final {pattern.sparsity} "
+                    f"of layer {name}: give a smaller initial"
+                )
+
+    def _plan(self, trainer: Trainer) -> list[Window]:
+        events = self._events(trainer)
+        work: list[tuple[Event, Mapping[str, Pattern]]] = []
+        reached: dict[str, Pattern] = {}
+        for event in events:
+            wanted = self._patterns_at(event)
+            changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
+            reached.update(changed)
+            if changed:
+                work.append((event, changed))
+        from_training = self.options.needs_statistics and self.calibration_dataloader is None
+        windows = plan_windows(
+            work,
+            self._layers,
+            calibration_steps=self.calibration_steps if from_training else 0,
+            budget_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
+        )
+        if from_training and any(window.end_step - window.start_step < self.calibration_steps for window in windows):
+            shortest = min(window.end_step - window.start_step for window in windows)
+            rank_zero_info(
+                f"calibration_steps is {self.calibration_steps}, but some windows have only {shortest} optimizer "
+                "step(s) since the event before"
+            )
+        return windows
+
+    def _events(self, trainer: Trainer) -> list[Event]:
+        total = trainer.estimated_stepping_batches
+        known = math.isfinite(total) and total > 0
+        schedule = self.schedule
+        if schedule.has_fractions:
+            if not known:
+                raise MisconfigurationException(
+                    "the schedule has fractions of the training, but the number of optimizer steps is not known: set "
+                    "the Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
+                )
+            if len(trainer.optimizers) > 1:
+                raise MisconfigurationException(
+                    f"the schedule has fractions of the training, but with {len(trainer.optimizers)} optimizers the "
+                    "number of steps of each is not known: give the schedule in optimizer steps (whole numbers)"
+                )
+            schedule = schedule.resolve(int(total))
+        events = schedule.events()
+        if not known:
+            return events
+        inside = [event for event in events if event.step <= total]
+        if not inside:
+            raise MisconfigurationException(
+                f"the schedule's first event is at optimizer step {events[0].step}, but the training has {int(total)} "
+                "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
+            )
+        if len(inside) < len(events):
+            rank_zero_warn(
+                f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {int(total)} "
+                "steps: the final sparsity will not be reached"
+            )
+        return events
+
+    def _patterns_at(self, event: Event) -> dict[str, Pattern]:
+        """What each layer is to be pruned to at an event; layers that stay dense are missing."""
+        patterns: dict[str, Pattern] = {}
+        nm_layers = [name for name, pattern in self._final_patterns.items() if isinstance(pattern, NM)]
+        for name, final in self._final_patterns.items():
+            sparsity = event.sparsity(final.sparsity)
+            if self.gradual_nm == "layers" and isinstance(final, NM):
+                if nm_layers.index(name) < math.ceil(sparsity / final.sparsity * len(nm_layers)):
+                    patterns[name] = final
+            else:
+                patterns[name] = final.with_sparsity(sparsity)
+        return patterns
+
+    def _counting_optimizer(self, trainer: Trainer) -> Optimizer:
+        """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
+        access = self._require_access()
+        for optimizer in trainer.optimizers:
+            if access.stepped_by(optimizer, self._layers):
+                return optimizer
+        return trainer.optimizers[0]
+
+    # Steps
+
+    def _post_step(self, *, counts: bool) -> Any:
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if counts:
+                self._optimizer_steps += 1
+            self._require_enforcer().enforce(optimizer)
+
+        return after_step
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune the windows that end here, and start to collect the one that begins here."""
+        while self._windows_done < len(self._windows):
+            window = self._windows[self._windows_done]
+            if self._optimizer_steps >= window.end_step:
+                self._prune(window, trainer, pl_module)
+                self._windows_done += 1
+            else:
+                if self._statistics is None and window.end_step > window.start_step <= self._optimizer_steps:
+                    self._collect(window)
+                return
+        if self.monitor is not None and self.report.summary.pruned is None and self.report.events:
+            self.report.summary.pruned = self._measure(trainer)
+
+    def _collect(self, window: Window) -> None:
+        self._statistics = InputStatistics({name: self._layers[name] for name in window.patterns})
+        self._statistics.start()
+
+    def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
+        access, enforcer = self._require_access(), self._require_enforcer()
+        if self.monitor is not None and not self.report.events:
+            self.report.summary.dense = self._measure(trainer)
+        accumulators = self._accumulators(window, trainer, pl_module)
+        owners = assign_owners({name: self._layers[name] for name in window.patterns}, access.world_size)
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with event_progress(
+            window.event.step, sum(owner == access.rank for owner in owners.values()), enabled=shown
+        ) as on_solved:
+            layers = prune_window(
+                window,
+                self._layers,
+                accumulators,
+                access=access,
+                enforcer=enforcer,
+                options=self.options,
+                on_solved=on_solved,
+            )
+        for optimizer in trainer.optimizers:
+            enforcer.enforce(optimizer)  # the moments
+        self._applied.update(window.patterns)
+        self._measured = None  # of the weights before
+        if not self.report.events or self.report.events[-1].step != window.event.step:
+            self.report.events.append(EventReport(window.event.step, window.event.sparsity(self.pattern.sparsity)))
+        event = self.report.events[-1]
+        event.layers.extend(layers)
+        if window.is_last:
+            self._finish_event(event, trainer)
+
+    def _finish_event(self, event: EventReport, trainer: Trainer) -> None:
+        sparsity = self._require_enforcer().sparsity()
+        metrics = {
+            "pruning/step": float(event.step),
+            "pruning/relative_loss": event.relative_loss,
+            "pruning/seconds": event.seconds,
+            "sparsity/target": event.target,
+            "sparsity/total": sparsity,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if trainer.is_global_zero:
+            print_event(event)
+            self.report.write(Path(trainer.default_root_dir) / "pruning_report.json")
+
+    def _accumulators(
+        self, window: Window, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, HessianAccumulator] | None:
+        if not self.options.needs_statistics:
+            return None
+        if self.calibration_dataloader is not None:
+            return self._run_calibration(window, trainer, pl_module)
+        statistics, self._statistics = self._statistics, None
+        if statistics is None:
+            raise PruningError(
+                f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
+                "several events fell into one batch. Space the events further apart (every_n_steps)"
+            )
+        statistics.stop()
+        return statistics.accumulators
+
+    def _run_calibration(
+        self, window: Window, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, HessianAccumulator]:
+        access = self._require_access()
+        batches = self._calibration_batches(trainer, pl_module)
+        statistics = InputStatistics({name: self._layers[name] for name in window.patterns})
+        modes = [(module, module.training) for module in pl_module.modules()]
+        pl_module.eval()
+
+        def forward(batch: Any) -> None:
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            step = getattr(pl_module, "calibration_step", None)
+            with trainer.precision_plugin.forward_context():
+                if step is not None:
+                    step(batch)
+                elif isinstance(batch, Mapping):
+                    pl_module(**batch)
+                elif isinstance(batch, (list, tuple)):
+                    pl_module(*batch)
+                else:
+                    pl_module(batch)
+
+        try:
+            counted = count_dataloader(
+                statistics,
+                batches,
+                forward,
+                rank=access.rank,
+                world_size=access.world_size,
+                attention_mask_key=self.attention_mask_key,
+            )
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if not sum(access.gather(counted)):
+            raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
+        return statistics.accumulators
+
+    def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
+        if not isinstance(self.calibration_dataloader, str):
+            assert self.calibration_dataloader is not None
+            return self.calibration_dataloader
+        for holder in (getattr(trainer, "datamodule", None), pl_module):
+            if (make := getattr(holder, "calibration_dataloader", None)) is not None:
+                batches: Iterable[Any] = make()
+                return batches
+        raise MisconfigurationException(
+            "calibration_dataloader is 'datamodule', but neither the datamodule nor the LightningModule has a method "
+            "calibration_dataloader(): add one, pass a dataloader, or None to use the training batches"
+        )
+
+    def _counted(self, batch: Any) -> torch.Tensor | None:
+        return token_mask(batch, self.attention_mask_key) if self.attention_mask_key else None
+
+    def _measure(self, trainer: Trainer) -> float:
+        """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
+        if self._measured is None or self._measured[0] != self._optimizer_steps:
+            connector = trainer._logger_connector
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            first = connector._first_loop_iter
+            # a validation that the user didn't ask for must not save a checkpoint or stop the training
+            asked = [other for other in callbacks if not isinstance(other, (Checkpoint, EarlyStopping))]
+            trainer.callbacks = asked  # type: ignore[attr-defined]
+            trainer.validating = True  # the loops look here for which of them is active
+            try:
+                trainer.fit_loop.epoch_loop.val_loop.run()
+            finally:
+                trainer.training = True
+                trainer.callbacks = callbacks  # type: ignore[attr-defined]
+                connector._first_loop_iter = first
+        assert self._measured is not None, "on_validation_end has set it"
+        return self._measured[1]
+
+    # Parts that exist during a fit
+
+    def _require_access(self) -> ParameterAccess:
+        assert self._access is not None, "set in on_fit_start"
+        return self._access
+
+    def _require_enforcer(self) -> MaskEnforcer:
+        assert self._enforcer is not None, "set in on_train_start"
+        return self._enforcer
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._statistics is not None:
+            self._statistics.stop()  # but kept: a checkpoint may be saved after the fit

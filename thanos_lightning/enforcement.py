@@ -1,0 +1,102 @@
+"""Zeros that hold: after every optimizer step the pruned weights and their moments are exactly 0 again.
+
+The mask is applied in a post-step hook of the torch optimizer, the one place that every precision, gradient
+accumulation and manual optimization pass through, and that knows when the optimizer has really stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.targets import PrunableLayer
+
+
+class ZeroViolationError(RuntimeError):
+    """A weight that was pruned is not zero any more, or its moments aren't."""
+
+
+class MaskEnforcer:
+    """Holds this rank's piece of each mask and applies it. Talks to no other rank, in one pass over the local pieces.
+
+    Args:
+        layers: Name -> layer, of all that may be pruned.
+        access: How the strategy's parameters are reached.
+    """
+
+    def __init__(self, layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
+        self._layers = layers
+        self._access = access
+        self._drops: dict[str, Tensor] = {}
+        self._num_pruned: dict[str, int] = {}
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the layers that have a mask."""
+        return list(self._drops)
+
+    def set_mask(self, name: str, keep: Tensor) -> None:
+        """Hold a layer's keep mask, bool (out_features, in_features), from now on. Applied at the next `enforce`."""
+        self._drops[name] = self._access.local_drop(self._layers[name], keep)
+        self._num_pruned[name] = keep.numel() - int(keep.count_nonzero())
+
+    def keep_mask(self, name: str) -> Tensor | None:
+        """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks."""
+        drop = self._drops.get(name)
+        return None if drop is None else self._access.full_keep(self._layers[name], drop)
+
+    def _masked_layers(self) -> dict[str, PrunableLayer]:
+        return {name: self._layers[name] for name in self._drops}
+
+    def sparsity(self) -> float:
+        """Fraction of the weights of all layers that is pruned."""
+        return sum(self._num_pruned.values()) / sum(layer.rows * layer.cols for layer in self._layers.values())
+
+    @torch.no_grad()
+    def enforce(self, optimizer: Optimizer) -> None:
+        """Zero the pruned weights that this optimizer updates, and their moments."""
+        for name in self._access.stepped_by(optimizer, self._masked_layers()):
+            for _, tensor in self._access.local_tensors(self._layers[name], optimizer):
+                tensor.masked_fill_(self._drops[name], 0)  # not a product: NaN·0 is NaN, -1·0 is -0
+
+    @torch.no_grad()
+    def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
+        """Zero the gradients of pruned weights, so that a clipped norm is that of the sparse model.
+
+        Args:
+            optimizer: Only the weights that it updates; all by default.
+        """
+        layers = self._masked_layers()
+        for name in layers if optimizer is None else self._access.stepped_by(optimizer, layers):
+            gradient = self._access.local_gradient(layers[name])
+            if gradient is not None:
+                gradient.masked_fill_(self._drops[name], 0)
+
+    @torch.no_grad()
+    def verify(self, optimizers: Iterable[Optimizer]) -> None:
+        """Count what is not exactly 0 (a negative zero counts) under the masks, on all ranks.
+
+        Raises:
+            ZeroViolationError: On all ranks, naming the layers and the tensors.
+        """
+        found: list[str] = []
+        layers = self._masked_layers()
+        stepped_by = {name: other for other in optimizers for name in self._access.stepped_by(other, layers)}
+        for name, drop in self._drops.items():
+            layer = self._layers[name]
+            for what, tensor in self._access.local_tensors(layer, stepped_by.get(name)):
+                values = tensor[drop]
+                count = int((values.ne(0) | values.signbit()).count_nonzero())
+                if count:
+                    found.append(f"{count} of {values.numel()} pruned entries of {layer.parameter_name} ({what})")
+        everywhere = [f"rank {rank}: {text}" for rank, texts in enumerate(self._access.gather(found)) for text in texts]
+        if everywhere:
+            raise ZeroViolationError(
+                f"zeros came back: {'; '.join(everywhere[:5])}{' …' if len(everywhere) > 5 else ''}. Something wrote "
+                "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
+                "it, or ignore the layers"
+            )

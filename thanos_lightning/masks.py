@@ -1,0 +1,104 @@
+"""Keep masks and their form in a checkpoint: one bit an entry, keyed by parameter name, plain values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos_lightning.solver import Pattern, parse_pattern
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first.
+
+    Args:
+        mask: Bool tensor.
+
+    Returns:
+        uint8 tensor of ceil(numel / 8) bytes.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = mask.detach().flatten()
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (padded.view(-1, 8) << places).sum(dim=1, dtype=torch.uint8).cpu()
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_bits`.
+
+    Args:
+        packed: uint8 tensor of ceil(prod(shape) / 8) bytes.
+        shape: Shape of the mask.
+
+    Returns:
+        Bool tensor of that shape, on the device of `packed`.
+
+    Raises:
+        ValueError: If the number of bytes is not that of the shape.
+
+    Example:
+        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
+    numel = int(torch.Size(shape).numel())
+    if packed.numel() != -(-numel // 8):
+        raise ValueError(
+            f"a packed mask of shape {tuple(shape)} takes {-(-numel // 8)} bytes, but {packed.numel()} were stored: "
+            "the checkpoint is damaged, resume from another one"
+        )
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1) >> places) & 1
+    return bits.flatten()[:numel].bool().view(shape)
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """What a layer was pruned to.
+
+    Attributes:
+        keep: Bool tensor (out_features, in_features), True = kept.
+        pattern: The pattern that the mask was made for, at the sparsity of its event.
+        transposed: True where the parameter is stored as (in_features, out_features), as in transformers' Conv1D.
+    """
+
+    keep: Tensor
+    pattern: Pattern
+    transposed: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the entries that are pruned."""
+        return 1.0 - self.keep.count_nonzero().item() / self.keep.numel()
+
+    def state(self) -> dict[str, Any]:
+        """The mask as plain values: what `from_state` reads."""
+        return {
+            "bits": pack_bits(self.keep),
+            "shape": list(self.keep.shape),
+            "transposed": self.transposed,
+            "pattern": self.pattern.name,
+            "sparsity": self.pattern.sparsity,
+            "outlier_fraction": self.pattern.outlier_fraction,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> LayerMask:
+        """Read what `state` wrote.
+
+        Raises:
+            ValueError: If the bits do not fit the shape or the pattern is none.
+        """
+        is_nm = ":" in state["pattern"]
+        pattern = parse_pattern(
+            state["pattern"],
+            sparsity=None if is_nm else state["sparsity"],
+            outlier_fraction=state["outlier_fraction"] if state["pattern"] != "unstructured" else None,
+        )
+        return cls(unpack_bits(state["bits"], tuple(state["shape"])), pattern, state["transposed"])

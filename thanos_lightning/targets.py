@@ -1,0 +1,237 @@
+"""Which layers of a model are pruned, in which order, and how their weights lie in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from thanos_lightning.solver import Pattern, parse_pattern
+
+PrunableModule: TypeAlias = nn.Linear | Conv1D
+_PRUNABLE = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class PrunableLayer:
+    """A weight matrix that can be pruned, and the modules that multiply by it.
+
+    Attributes:
+        name: Fully qualified name of the (first) module.
+        modules: The modules that hold the weight: one, unless layers share it.
+        rows: out_features.
+        cols: in_features.
+        transposed: True where the parameter is stored as (in_features, out_features): transformers' Conv1D.
+    """
+
+    name: str
+    modules: tuple[PrunableModule, ...]
+    rows: int
+    cols: int
+    transposed: bool
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the model's parameters."""
+        return f"{self.name}.weight"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight, in its own layout. Read afresh: wrappers and moves may replace it."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, nn.Parameter), "checked by find_targets"
+        return weight
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A view of `tensor` in the other layout where they differ: parameter <-> (out_features, in_features)."""
+        return tensor.t() if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class TargetOverride:
+    """Another pattern for some of the targets.
+
+    Args:
+        targets: Globs or `re:` expressions, as for the targets themselves.
+        pattern: "2:4" (any N:M), "unstructured" or "structured".
+        sparsity: Final sparsity, for the patterns that do not imply it.
+        outlier_fraction: Fraction of the rows that stay dense.
+
+    Example:
+        >>> TargetOverride(targets=["*.down_proj"], pattern="unstructured", sparsity=0.5).parsed()
+        Unstructured(sparsity=0.5)
+    """
+
+    targets: Sequence[str]
+    pattern: str
+    sparsity: float | None = None
+    outlier_fraction: float | None = None
+
+    def parsed(self) -> Pattern:
+        """The pattern as an object.
+
+        Raises:
+            ValueError: As `parse_pattern`.
+        """
+        return parse_pattern(self.pattern, self.sparsity, self.outlier_fraction)
+
+
+def matches(name: str, expression: str) -> bool:
+    """Whether a module's name is meant by a glob or a `re:` expression.
+
+    A glob may begin at any dot: `lm_head` means `model.lm_head` too, and `*` crosses dots. A regular expression must
+    match the whole name.
+
+    Raises:
+        ValueError: If the regular expression is none.
+
+    Example:
+        >>> matches("model.layers.0.mlp.up_proj", "mlp.*"), matches("model.layers.0.mlp.up_proj", "re:.*[.]0[.].*")
+        (True, True)
+    """
+    if expression.startswith("re:"):
+        try:
+            return re.fullmatch(expression.removeprefix("re:"), name) is not None
+        except re.error as error:
+            raise ValueError(f"target {expression!r} is not a regular expression ({error}): correct it") from error
+    return fnmatchcase(name, expression) or fnmatchcase(name, f"*.{expression}")
+
+
+def _as_tuple(argument: str, expressions: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(expressions, str):  # a lone string would be read letter by letter
+        return (expressions,)
+    wrong = [expression for expression in expressions if not isinstance(expression, str) or not expression]
+    if wrong:
+        raise ValueError(f"{argument} holds {wrong[0]!r}: give globs or 're:' expressions as strings")
+    return tuple(expressions)
+
+
+def _examples(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(names[:5])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 5 else shown or "none"
+
+
+def find_targets(
+    model: nn.Module, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ("lm_head",)
+) -> dict[str, PrunableLayer]:
+    """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
+
+    Prunable are `torch.nn.Linear` and transformers' `Conv1D`. Layers that share one weight are one target.
+
+    Args:
+        model: Any module. Names are as `model.named_modules()` gives them.
+        targets: Globs or `re:` expressions; each must match at least one prunable layer.
+        ignore: Layers to leave out, in the same words.
+
+    Returns:
+        Name -> layer.
+
+    Raises:
+        ValueError: If an expression or all of them together match nothing; if a layer is compiled, quantised or
+            reparametrised; if its weight is also that of a layer that isn't a target (a tied embedding).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> list(find_targets(model, targets=["0"]))
+        ['0']
+    """
+    targets, ignore = _as_tuple("targets", targets), _as_tuple("ignore", ignore)
+    refuse_compiled(model)
+    prunable = {name: module for name, module in model.named_modules() if isinstance(module, _PRUNABLE)}
+    for expression in targets:
+        if not any(matches(name, expression) for name in prunable):
+            raise ValueError(
+                f"target {expression!r} matches no prunable layer (Linear, Conv1D). The model has: "
+                f"{_examples(prunable)}"
+            )
+    chosen = {
+        name: module
+        for name, module in prunable.items()
+        if any(matches(name, expression) for expression in targets)
+        and not any(matches(name, expression) for expression in ignore)
+    }
+    if not chosen:
+        raise ValueError(
+            f"targets {list(targets)} without ignore {list(ignore)} leave no layer to prune. "
+            f"The model has: {_examples(prunable)}"
+        )
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    layers: dict[str, PrunableLayer] = {}
+    seen: set[int] = set()
+    for name, module in chosen.items():
+        _check_weight(name, module)
+        if id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        names = holders[id(module.weight)]
+        outside = [other for other in names if other not in chosen]
+        if outside:
+            raise ValueError(
+                f"layer {name} shares its weight with {', '.join(outside)}, which is not a target: pruning one would "
+                f"prune the other. Add {name!r} to ignore"
+            )
+        transposed = isinstance(module, Conv1D)
+        shape = tuple(module.weight.shape)
+        rows, cols = reversed(shape) if transposed else shape
+        layers[name] = PrunableLayer(name, tuple(chosen[other] for other in names), rows, cols, transposed)
+    return layers
+
+
+def _check_weight(name: str, module: PrunableModule) -> None:
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"the weight of layer {name} is computed, not stored (a parametrisation): remove it first, or ignore {name}"
+        )
+    if not module.weight.is_floating_point():
+        raise ValueError(
+            f"layer {name} is quantised (its weight is {module.weight.dtype}): load the model in bf16 or fp32, "
+            f"or ignore {name}"
+        )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse compiled modules: a compiled graph does not call the hooks that are added after it was made.
+
+    Raises:
+        ValueError: Naming the compiled module.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"module {name or type(module).__name__!r} is compiled (torch.compile): the statistics of its layers "
+                "can't be collected. Prune the model uncompiled, and compile the exported one"
+            )
+
+
+def assign_patterns(
+    layers: Mapping[str, PrunableLayer], pattern: Pattern, overrides: Sequence[TargetOverride] = ()
+) -> dict[str, Pattern]:
+    """The final pattern of each layer; of several overrides that match a layer, the last one counts.
+
+    Raises:
+        ValueError: If an override matches no target, or a pattern doesn't fit a layer's shape (naming the layer).
+    """
+    patterns = dict.fromkeys(layers, pattern)
+    for override in overrides:
+        for expression in _as_tuple("an override's targets", override.targets):
+            matched = [name for name in layers if matches(name, expression)]
+            if not matched:
+                raise ValueError(
+                    f"override target {expression!r} matches none of the layers to prune: {_examples(layers)}"
+                )
+            patterns.update(dict.fromkeys(matched, override.parsed()))
+    for name, layer in layers.items():
+        try:
+            patterns[name].check_shape(layer.rows, layer.cols)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}. Or add {name!r} to ignore, or override its pattern") from error
+    return patterns
