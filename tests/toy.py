@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,29 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 def loader(number: int = 32, batch_size: int = 4, **kwargs: Any) -> DataLoader[dict[str, Tensor]]:
     return DataLoader(Sequences(number, **kwargs), batch_size=batch_size)
+
+
+class ResumableBatches:
+    """A dataloader that goes on where its saved state was."""
+
+    def __init__(self, number: int = 64, **kwargs: Any) -> None:
+        self.batches = list(loader(number, **kwargs))
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

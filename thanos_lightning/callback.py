@@ -82,8 +82,8 @@ class ThanosPruningCallback(Callback):
         pattern: str = "2:4",
         sparsity: float | None = None,
         schedule: SparsitySchedule = SparsitySchedule(0.1, 0.5, 0.1),
-        targets: Sequence[str] = ("*",),
-        ignore: Sequence[str] = ("lm_head",),
+        targets: str | Sequence[str] = ("*",),
+        ignore: str | Sequence[str] = ("lm_head",),
         *,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
@@ -273,6 +273,12 @@ class ThanosPruningCallback(Callback):
 
     # State
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state; the same for subclasses, so that export and verification find it."""
+        return "ThanosPruningCallback"
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Plain values, the same on all ranks. While statistics are collected under DDP, all ranks must call it."""
@@ -306,12 +312,20 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what an export needs to rebuild the Hugging Face model, where the module holds one."""
+        """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        note: dict[str, Any] = {
+            "format": _STATE_FORMAT,
+            # an optimizer's state numbers its parameters in this order
+            "optimizer_parameters": [
+                [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+                for optimizer in trainer.optimizers
+            ],
+        }
         for name, module in pl_module.named_modules():
             if isinstance(module, PreTrainedModel):
                 generation = getattr(module, "generation_config", None)
-                checkpoint["thanos_lightning"] = {
-                    "format": _STATE_FORMAT,
+                note |= {
                     "model_prefix": f"{name}." if name else "",
                     "architecture": type(module).__name__,
                     "config": module.config.to_dict(),
@@ -319,7 +333,8 @@ class ThanosPruningCallback(Callback):
                     "tokenizer": getattr(pl_module, "tokenizer_name", None) or module.config.name_or_path or None,
                     "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
                 }
-                return
+                break
+        checkpoint["thanos_lightning"] = note
 
     def _masks_state(self, enforcer: MaskEnforcer) -> dict[str, Any]:
         masks = {}

@@ -186,22 +186,25 @@ class OnSolved(Protocol):
 
 
 @contextmanager
-def event_progress(step: int, total: int, *, enabled: bool) -> Iterator[OnSolved]:
+def event_progress(step: int, total: int, *, enabled: bool, console: Console | None = None) -> Iterator[OnSolved]:
     """A progress bar over the layers of an event: layer, loss, time left.
 
     Args:
         step: Optimizer step of the event, for the label.
         total: Number of layers that this process solves.
-        enabled: Whether anything is shown.
+        enabled: Whether anything is shown; nothing is where the console is no terminal.
+        console: Where to show it.
     """
+    console = console or Console()
     progress = Progress(
         TextColumn("Pruning at step {task.fields[step]}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
+        console=console,
         transient=True,
-        disable=not enabled,
+        disable=not (enabled and console.is_terminal),
     )
     with progress:
         task = progress.add_task("", total=total, step=step)

@@ -67,7 +67,7 @@ class TargetOverride:
         Unstructured(sparsity=0.5)
     """
 
-    targets: Sequence[str]
+    targets: str | Sequence[str]
     pattern: str
     sparsity: float | None = None
     outlier_fraction: float | None = None
@@ -102,7 +102,7 @@ def matches(name: str, expression: str) -> bool:
     return fnmatchcase(name, expression) or fnmatchcase(name, f"*.{expression}")
 
 
-def _as_tuple(argument: str, expressions: Sequence[str]) -> tuple[str, ...]:
+def _as_tuple(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(expressions, str):  # a lone string would be read letter by letter
         return (expressions,)
     wrong = [expression for expression in expressions if not isinstance(expression, str) or not expression]
@@ -118,7 +118,7 @@ def _examples(names: Iterable[str]) -> str:
 
 
 def find_targets(
-    model: nn.Module, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ("lm_head",)
+    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ("lm_head",)
 ) -> dict[str, PrunableLayer]:
     """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
 

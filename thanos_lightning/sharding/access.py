@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -75,7 +75,7 @@ def choose_access(strategy: Strategy) -> ParameterAccess:
     """
     if isinstance(strategy, SingleDeviceStrategy):
         return ReplicatedAccess()
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):  # which is one to Lightning
         return ReplicatedAccess(strategy.global_rank, strategy.world_size)
     raise MisconfigurationException(
         f"ThanosPruningCallback does not support the strategy {type(strategy).__name__} yet: its zeros would be lost. "

@@ -1,1 +1,20 @@
 """One layer, one process: tensors in, a pruned layer out."""
+
+from thanos_lightning.solver.hessian import HessianAccumulator
+from thanos_lightning.solver.layer import PrunedLayer, prune
+from thanos_lightning.solver.linalg import FactorizationError, NonFiniteError, SolverError
+from thanos_lightning.solver.pattern import NM, Pattern, Structured, Unstructured, parse_pattern
+
+__all__ = [
+    "NM",
+    "FactorizationError",
+    "HessianAccumulator",
+    "NonFiniteError",
+    "Pattern",
+    "PrunedLayer",
+    "SolverError",
+    "Structured",
+    "Unstructured",
+    "parse_pattern",
+    "prune",
+]

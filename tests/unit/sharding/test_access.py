@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch import nn
+from toy import tiny_gpt2
+
+from thanos_lightning.sharding import choose_access
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.targets import find_targets
+
+
+def test_one_device_is_replicated() -> None:
+    single = choose_access(SingleDeviceStrategy(torch.device("cpu")))
+    assert isinstance(single, ReplicatedAccess)
+    assert (single.rank, single.world_size) == (0, 1)
+
+
+@pytest.mark.parametrize("make", [DeepSpeedStrategy, FSDPStrategy])
+def test_other_strategies_are_refused_by_name(make: type) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"strategy {make.__name__} yet.*strategy='ddp'"):
+        choose_access(make())
+
+
+def test_a_weight_is_written_in_its_own_layout() -> None:
+    model = tiny_gpt2()
+    layer = find_targets(model)["transformer.h.0.attn.c_attn"]
+    access = ReplicatedAccess()
+    new = torch.randn(layer.rows, layer.cols)
+    access.write(layer, new)
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, new.T)
+    assert torch.equal(access.weight(layer), new)
+
+
+def test_masks_go_to_the_local_layout_and_back() -> None:
+    layer = find_targets(tiny_gpt2())["transformer.h.0.attn.c_attn"]
+    access = ReplicatedAccess()
+    keep = torch.rand(layer.rows, layer.cols) > 0.5
+    drop = access.local_drop(layer, keep)
+    assert drop.shape == layer.parameter.shape
+    assert drop.is_contiguous()
+    assert torch.equal(access.full_keep(layer, drop), keep)
+
+
+def test_moments_are_the_state_of_the_weights_shape() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    layers = find_targets(net)
+    access = ReplicatedAccess()
+    assert [name for name, _ in access.local_tensors(layers["0"], optimizer)] == ["weight"]
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert [name for name, _ in access.local_tensors(layers["0"], optimizer)] == ["weight", "exp_avg", "exp_avg_sq"]
+    assert access.stepped_by(optimizer, layers) == {"0"}
+    assert access.stepped_by(torch.optim.SGD([nn.Parameter(torch.ones(1))]), layers) == set()

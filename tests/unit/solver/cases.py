@@ -1,0 +1,35 @@
+"""Layers that several solver tests draw from."""
+
+import torch
+from torch import Tensor
+
+from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
+
+METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+PATTERNS: tuple[Pattern, ...] = (
+    Unstructured(0.5),
+    NM(2, 4),
+    NM(1, 4, outlier_fraction=0.2),
+    Structured(0.3),
+    Structured(0.25, outlier_fraction=0.2),
+)
+
+
+def tokens(cols: int, seed: int = 0, count: int = 256) -> Tensor:
+    """Correlated inputs of very different scales, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(cols, cols, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(0, -1.5, cols, dtype=torch.float64)[torch.randperm(cols, generator=generator)]
+    return (
+        torch.randn(count, cols, generator=generator, dtype=torch.float64) @ (mixing * 0.3 + torch.eye(cols)) * scales
+    )
+
+
+def hessian_of(inputs: Tensor) -> Tensor:
+    return 2 / len(inputs) * inputs.T @ inputs
+
+
+def layer(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A float32 weight and a float64 Hessian."""
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1))
+    return weight, hessian_of(tokens(cols, seed))

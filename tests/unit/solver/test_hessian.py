@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from thanos_lightning.solver import HessianAccumulator
+
+
+def test_mean_over_counted_tokens_in_any_shape():
+    inputs = torch.randn(3, 5, 4)
+    mask = torch.rand(3, 5) < 0.6
+    inputs[~mask] = torch.nan  # what padding holds does not matter
+    accumulator = HessianAccumulator(4)
+    accumulator.update(inputs, mask)
+    counted = inputs[mask]
+    assert accumulator.num_tokens == len(counted)
+    torch.testing.assert_close(accumulator.compute(), 2 / len(counted) * counted.T @ counted)
+
+
+def test_batches_and_merge_are_additions():
+    inputs = torch.randn(12, 4, dtype=torch.float64)
+    whole, first, second = HessianAccumulator(4), HessianAccumulator(4), HessianAccumulator(4)
+    whole.update(inputs)
+    first.update(inputs[:5])
+    second.update(inputs[5:7])
+    second.update(inputs[7:].view(5, 1, 4))
+    first.merge(second)
+    assert first.num_tokens == whole.num_tokens == 12
+    torch.testing.assert_close(first.sum, whole.sum)
+    assert set(vars(first)) == {"sum", "num_tokens"}
+
+
+def test_a_single_token_without_batch_dimension():
+    accumulator = HessianAccumulator(3)
+    accumulator.update(torch.tensor([1.0, 2.0, 3.0]))
+    assert accumulator.num_tokens == 1
+    assert accumulator.compute()[2, 2] == 18
+
+
+def test_squares_are_float32_under_autocast_and_medium_precision():
+    inputs = torch.randn(512, 64, requires_grad=True)
+    exact, disturbed = HessianAccumulator(64), HessianAccumulator(64)
+    exact.update(inputs)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            disturbed.update(inputs)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(exact.sum, disturbed.sum)
+    assert not exact.sum.requires_grad
+
+
+def test_bf16_inputs_are_widened_before_they_are_squared():
+    inputs = torch.randn(100, 8).bfloat16()
+    accumulator = HessianAccumulator(8)
+    accumulator.update(inputs)
+    assert accumulator.sum.dtype == torch.float32
+    torch.testing.assert_close(accumulator.sum, inputs.float().T @ inputs.float())
+
+
+def test_born_in_inference_mode_grows_outside():
+    with torch.inference_mode():
+        accumulator = HessianAccumulator(2)
+        accumulator.update(torch.ones(1, 2))
+    accumulator.update(torch.ones(1, 2))
+    assert accumulator.num_tokens == 2
+
+
+def test_no_tokens():
+    accumulator = HessianAccumulator(2)
+    accumulator.update(torch.ones(3, 2), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no token was counted"):
+        accumulator.compute()
+
+
+def test_bad_input():
+    accumulator = HessianAccumulator(2)
+    with pytest.raises(ValueError, match="in_features=0"):
+        HessianAccumulator(0)
+    with pytest.raises(ValueError, match="in_features=2"):
+        accumulator.update(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="one entry per token"):
+        accumulator.update(torch.ones(3, 2), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="has to be bool"):
+        accumulator.update(torch.ones(3, 2), torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="widths 2 and 3"):
+        accumulator.merge(HessianAccumulator(3))

@@ -1,0 +1,115 @@
+import contextlib
+
+import pytest
+import torch
+from cases import layer
+
+from thanos_lightning.solver import FactorizationError
+from thanos_lightning.solver.linalg import (
+    curvature,
+    damped,
+    damping_ladder,
+    exact_arithmetic,
+    input_norms,
+    inverse_factor,
+    solve_spd_batch,
+    solve_subsets,
+)
+
+
+def test_the_factor_gives_the_inverse_of_every_trailing_block():
+    H = damped(layer(1, 24)[1], 0.01)
+    U = inverse_factor(H)
+    assert torch.equal(U, U.triu())
+    for i in range(24):
+        torch.testing.assert_close(U[i:, i:].T @ U[i:, i:], torch.linalg.inv(H[i:, i:]))
+
+
+def test_damping_is_relative_and_dead_inputs_become_ones():
+    H = torch.diag(torch.tensor([4.0, 0.0, 2.0]))
+    assert damped(H, 0.5).diagonal().tolist() == [5.0, 1.0, 3.0]
+    assert damped(torch.zeros(2, 2), 0.5).diagonal().tolist() == [1.0, 1.0]
+    assert curvature(H, 0.5).dead.tolist() == [False, True, False]
+    assert H[1, 1] == 0
+
+
+def test_norms_do_not_depend_on_the_scale():
+    assert input_norms(torch.diag(torch.tensor([4.0, 0.0, 1.0]))).tolist() == [1.0, 0.0, 0.5]
+    assert input_norms(torch.diag(torch.tensor([4e-30, 0.0]))).tolist() == [1.0, 0.0]
+    assert input_norms(torch.zeros(2, 2)).tolist() == [0.0, 0.0]
+
+
+def test_damping_ladder():
+    assert list(damping_ladder(0.01)) == [0.01, 0.1, 1.0]
+    assert list(damping_ladder(0.3)) == [0.3]
+    assert list(damping_ladder(5.0)) == [5.0]
+    assert list(damping_ladder(0.0)) == [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 33, 65])
+def test_solve_spd_batch(n):
+    X = torch.randn(7, 2 * n, n, dtype=torch.float64)
+    A, b = X.mT @ X, torch.randn(7, n, dtype=torch.float64)
+    torch.testing.assert_close(solve_spd_batch(A.clone(), b), torch.linalg.solve(A, b))
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_solve_spd_batch_notices_one_bad_matrix(n):
+    A = torch.eye(n).repeat(5, 1, 1)
+    A[3, n - 1, n - 1] = -1
+    with pytest.raises(FactorizationError):
+        solve_spd_batch(A, torch.ones(5, n))
+
+
+@pytest.mark.parametrize("budget", [1, 20_000])
+def test_solve_subsets(budget, monkeypatch):
+    monkeypatch.setattr("thanos_lightning.solver.linalg._CHUNK_BYTES", {"cpu": budget})
+    H = damped(layer(1, 40)[1], 0.01)
+    members = torch.rand(30, 40) < torch.rand(30, 1)
+    members[0], members[1] = False, True
+    rhs = torch.randn(30, 40, dtype=torch.float64)
+    x = solve_subsets(H, members, rhs)
+    assert not x[~members].any()
+    for row in range(30):
+        s = members[row]
+        torch.testing.assert_close(x[row, s], torch.linalg.solve(H[s][:, s], rhs[row, s]))
+
+
+def test_inverse_factor_refuses_what_is_not_positive_definite():
+    with pytest.raises(FactorizationError, match="pivot"):
+        inverse_factor(torch.ones(3, 3) - 2 * torch.eye(3))
+
+
+def _precision_state() -> list[object]:
+    state: list[object] = []
+    try:
+        state.append(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        state.append("mixed")
+    if hasattr(torch.backends, "fp32_precision"):
+        state += [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    return state
+
+
+@pytest.fixture
+def restored_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
+@pytest.mark.parametrize("finer", [None, "tf32"])
+@pytest.mark.usefixtures("restored_precision")
+def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy, finer):
+    torch.set_float32_matmul_precision(legacy)
+    if finer is not None:
+        if not hasattr(torch.backends, "fp32_precision"):
+            pytest.skip("this torch has one set of switches only")
+        torch.backends.cuda.matmul.fp32_precision = finer
+    before = _precision_state()
+    with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
+        assert _precision_state()[0] == "highest"
+        assert not torch.is_grad_enabled()
+        raise KeyError
+    assert _precision_state() == before
+    assert torch.is_grad_enabled()

@@ -1,0 +1,79 @@
+import itertools
+
+import pytest
+import torch
+from cases import METHODS, PATTERNS, hessian_of, layer, tokens
+from reference import optimum
+
+from thanos_lightning.solver import NM, HessianAccumulator, Unstructured, prune
+from thanos_lightning.solver.refine import better_rows, refine, row_losses
+
+
+def test_many_steps_reach_the_optimum_of_the_mask():
+    weight, H = layer(6, 12)
+    keep = prune(weight, H, Unstructured(0.5)).mask
+    refined = refine(weight.double() * keep, weight.double(), H, keep, steps=60)
+    torch.testing.assert_close(refined, optimum(weight, H, keep))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_step_helps_each_method(method, pattern):
+    weight, H = layer(20, 16)
+    masks, losses = [], []
+    for steps in (0, 1, 3, 10, 100):
+        pruned = prune(weight, H, pattern, method=method, block_size=4, refine_steps=steps)
+        masks.append(pruned.mask)
+        losses.append(pruned.loss)
+        assert not pruned.weight[~pruned.mask].any()
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[3] < 0.99 * losses[0]
+    assert torch.isfinite(torch.tensor(losses)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_loss_never_gets_worse_after_rounding(dtype):
+    weight, H = layer(32, 16)
+    weight, H = weight.to(dtype), H.float()
+    losses = [prune(weight, H, NM(2, 4), block_size=16, refine_steps=steps).loss for steps in (0, 1, 2, 5, 50, 500)]
+    assert all(loss <= losses[0] for loss in losses)
+
+
+def test_a_singular_hessian_and_converged_rows_give_no_nan():
+    weight = torch.randn(5, 8)
+    weight[2] = 0
+    H = hessian_of(tokens(8, count=3))
+    H[3] = H[:, 3] = 0
+    pruned = prune(weight, H, Unstructured(0.3), refine_steps=50)
+    assert torch.isfinite(pruned.weight).all()
+    assert pruned.relative_loss < 1e-6
+    assert prune(weight, torch.zeros(8, 8), Unstructured(0.3), method="magnitude", refine_steps=3).loss == 0
+
+
+def test_a_dead_input_does_not_stop_the_others():
+    inputs = tokens(8)
+    inputs[:, 3] = 0
+    weight, H = torch.randn(5, 8), hessian_of(inputs)
+    start, refined = (prune(weight, H, Unstructured(0.5), method="wanda", refine_steps=steps) for steps in (0, 20))
+    assert refined.loss < 0.9 * start.loss
+    assert torch.equal(refined.weight[:, 3], start.weight[:, 3])
+
+
+def test_better_rows_chooses_row_by_row():
+    original = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    worse_then_better = torch.tensor([[0.0, 0.0], [1.0, 0.5]])
+    current = torch.tensor([[0.5, 1.0], [0.0, 0.0]])
+    chosen = better_rows(worse_then_better, current, original, torch.eye(2))
+    assert chosen.tolist() == [[0.5, 1.0], [1.0, 0.5]]
+    nothing = better_rows(torch.full((2, 2), torch.nan), current, original, torch.eye(2))
+    assert torch.equal(nothing, current)
+
+
+def test_row_losses_are_means_over_tokens():
+    inputs = tokens(6, count=40)
+    accumulator = HessianAccumulator(6)
+    accumulator.update(inputs)
+    change = torch.randn(3, 6)
+    losses = row_losses(change, torch.zeros(3, 6), accumulator.compute())
+    torch.testing.assert_close(losses, (inputs.float() @ change.T).square().mean(0), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from cases import hessian_of, layer, tokens
+from reference import sparsegpt as reference_sparsegpt
+
+from thanos_lightning.solver import NM, Structured, Unstructured, prune
+from thanos_lightning.solver.sparsegpt import _block_budgets
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("block_size", [1, 8, 10, 24, 100])
+def test_against_the_reference(block_size, dead):
+    weight, H = layer(9, 24)
+    if dead:
+        inputs = tokens(24)
+        inputs[:, [4, 17]] = 0
+        H = hessian_of(inputs)
+    for pattern, text in ((Unstructured(0.3), "0.3"), (Unstructured(0.65), "0.65"), (NM(2, 4), "2:4")):
+        result = prune(weight.double(), H, pattern, method="sparsegpt", block_size=block_size)
+        torch.testing.assert_close(result.weight, reference_sparsegpt(weight, H, text, block_size, 0.01))
+
+
+def test_structured_columns_are_adapted_to_by_the_columns_to_their_right():
+    weight, H = layer(4, 12)
+    result = prune(weight.double(), H, Structured(0.25), method="sparsegpt", block_size=5)
+    removed = (~result.mask).all(0)
+    assert removed.sum() == 3
+    first = int(removed.int().argmax())
+    assert torch.equal(result.weight[:, :first], weight.double()[:, :first])
+    assert not torch.equal(result.weight[:, first + 1 :], (weight.double() * result.mask)[:, first + 1 :])
+
+
+def test_block_budgets_add_up():
+    frozen = torch.zeros(3, 10, dtype=torch.bool)
+    assert _block_budgets(frozen, 13, 4) == [5, 5, 3]
+    frozen[:, :4] = True
+    assert _block_budgets(frozen, 12, 4) == [12, 0, 0]
+    assert _block_budgets(frozen, 15, 4) == [12, 2, 1]
+    assert _block_budgets(frozen, 5, 4) == [12, 0, 0]
+    assert _block_budgets(torch.ones(3, 10, dtype=torch.bool), 5, 4) == [12, 12, 6]

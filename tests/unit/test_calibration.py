@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from toy import Sequences, tiny_gpt2, tiny_llama
+
+from thanos_lightning.calibration import (
+    InputStatistics,
+    count_dataloader,
+    plan_windows,
+    split_by_memory,
+    token_mask,
+)
+from thanos_lightning.schedule import Event
+from thanos_lightning.solver import NM
+from thanos_lightning.targets import find_targets
+
+
+def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
+    data = Sequences(number, length=8, padding=padding)
+    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
+
+
+def started(model: nn.Module, **kwargs: list[str]) -> InputStatistics:
+    statistics = InputStatistics(find_targets(model, **kwargs))
+    statistics.start()
+    return statistics
+
+
+def test_the_sum_is_that_of_the_inputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    statistics = started(model)
+    inputs = torch.randn(2, 5, 8)
+    with statistics.counting():
+        model(inputs)
+        model(2 * inputs)
+    hidden = [torch.tanh(model[0](scale * inputs)).reshape(-1, 4) for scale in (1, 2)]
+    accumulators = statistics.accumulators
+    assert accumulators["2"].num_tokens == 20
+    torch.testing.assert_close(accumulators["2"].sum, sum(h.T @ h for h in hidden))
+    torch.testing.assert_close(accumulators["0"].sum, 5 * inputs.reshape(-1, 8).T @ inputs.reshape(-1, 8))
+
+
+def test_layers_with_one_input_share_one_accumulator() -> None:
+    model = tiny_llama()
+    statistics = started(model)
+    for _ in range(3):
+        with statistics.counting():
+            model(**batch())
+    found = statistics.accumulators
+    layer = "model.layers.1."
+    q, k, v = (found[f"{layer}self_attn.{name}_proj"] for name in "qkv")
+    gate, up = found[f"{layer}mlp.gate_proj"], found[f"{layer}mlp.up_proj"]
+    assert q is k is v
+    assert gate is up
+    assert len({id(accumulator) for accumulator in found.values()}) == 8
+    assert {accumulator.num_tokens for accumulator in found.values()} == {72}
+
+
+def test_sharing_is_left_when_the_inputs_part() -> None:
+    class Parting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.a(one) + self.b(other)
+
+    model = Parting()
+    statistics = started(model)
+    one, other = torch.randn(2, 4), torch.randn(2, 4)
+    with statistics.counting():
+        model(one, one)
+    with statistics.counting(), pytest.warns(UserWarning, match="layer b has stopped sharing"):
+        model(one, other)
+    torch.testing.assert_close(statistics.accumulators["a"].sum, 2 * one.T @ one)
+    torch.testing.assert_close(statistics.accumulators["b"].sum, other.T @ other)
+
+
+def test_a_tensor_changed_in_place_is_another_input() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).detach()
+            return y + self.b(x.mul_(2))
+
+    model = InPlace()
+    statistics = started(model)
+    with statistics.counting(), torch.no_grad():
+        model(torch.ones(1, 4))
+    assert statistics.accumulators["b"].sum[0, 0] == 4 * statistics.accumulators["a"].sum[0, 0]
+
+
+def test_padding_does_not_count() -> None:
+    padded = batch(padding=3)
+    model = tiny_llama().eval()
+    with_padding = started(model)
+    with with_padding.counting(token_mask(padded)):
+        model(**padded)
+    with_padding.stop()
+    without = started(model)
+    with without.counting():
+        model(input_ids=padded["input_ids"][:, :5])
+    for name, accumulator in without.accumulators.items():
+        assert with_padding.accumulators[name].num_tokens == accumulator.num_tokens == 15
+        torch.testing.assert_close(with_padding.accumulators[name].sum, accumulator.sum, rtol=1e-4, atol=1e-5)
+
+
+def test_flattened_and_pooled_inputs_find_their_tokens() -> None:
+    model = nn.Linear(4, 4)
+    mask = torch.tensor([[True, False], [True, True]])
+    inputs = torch.randn(2, 2, 4)
+    flat = started(nn.Sequential(model))
+    with flat.counting(mask):
+        model(inputs.reshape(4, 4))
+    torch.testing.assert_close(flat.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
+    pooled = started(nn.Sequential(model))
+    with pooled.counting(mask):
+        model(inputs[:, 0])
+    assert pooled.accumulators["0"].num_tokens == 2
+
+
+def test_inputs_that_hide_their_tokens_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    mask = torch.tensor([[True, False], [True, True]])
+    with statistics.counting(mask), pytest.raises(ValueError, match=r"layer 0 have shape \(3, 4\)"):
+        model(torch.randn(3, 4))
+
+
+def test_token_mask_shapes() -> None:
+    assert token_mask((torch.ones(2), None)) is None
+    assert token_mask({"input_ids": torch.ones(2)}) is None
+    with pytest.raises(ValueError, match="'attention_mask' has shape"):
+        token_mask({"attention_mask": torch.ones(2, 1, 4, 4)})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_counts_once(reentrant: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    block = Block()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    block.linear.register_forward_pre_hook(count)
+    statistics = started(block)
+    with statistics.counting():
+        inputs = torch.randn(3, 4, requires_grad=True)
+        checkpoint(block, inputs, use_reentrant=reentrant).sum().backward()
+    assert calls == 2, "the forward was not recomputed: the test shows nothing"
+    assert statistics.accumulators["linear"].num_tokens == 3
+
+
+def test_gradient_checkpointing_of_a_real_model_counts_once() -> None:
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    model.train()
+    statistics = started(model)
+    with statistics.counting():
+        model(**batch()).loss.backward()
+    assert {accumulator.num_tokens for accumulator in statistics.accumulators.values()} == {24}
+
+
+def test_nothing_counts_outside_and_hooks_go_away() -> None:
+    model = tiny_llama()
+    statistics = started(model)
+    model(**batch())
+    assert statistics.accumulators == {}
+    statistics.stop()
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_activations_are_not_kept_alive() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    inputs = torch.randn(2, 4)
+    reference = weakref.ref(inputs)
+    with statistics.counting(), torch.no_grad():
+        model(inputs)
+    del inputs
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_weight_used_by_two_layers_sees_the_inputs_of_both() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    statistics = started(model)
+    inputs = torch.randn(3, 4)
+    with statistics.counting():
+        model(inputs)
+    hidden = torch.tanh(model[0](inputs))
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs + hidden.T @ hidden)
+    assert statistics.accumulators["0"].num_tokens == 6
+
+
+def test_bf16_autocast_does_not_round_the_sum() -> None:
+    model = nn.Sequential(nn.Linear(64, 4))
+    inputs = torch.randn(100, 64)
+    statistics = started(model)
+    with statistics.counting(), torch.autocast("cpu", torch.bfloat16):
+        model(inputs)
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
+
+
+def test_conv1d_and_keyword_inputs() -> None:
+    model = tiny_gpt2()
+    statistics = started(model)
+    with statistics.counting():
+        model(**batch())
+    assert statistics.accumulators["transformer.h.0.mlp.c_proj"].sum.shape == (128, 128)
+    linear = nn.Sequential(nn.Linear(4, 4))
+    by_keyword = started(linear)
+    with by_keyword.counting():
+        linear[0](input=torch.ones(2, 4))
+    assert by_keyword.accumulators["0"].num_tokens == 2
+
+
+def test_state_goes_on_where_it_was() -> None:
+    model = tiny_llama()
+    whole, first = started(model), started(model)
+    with whole.counting(), first.counting():
+        model(**batch())
+    first.stop()
+    second = InputStatistics(find_targets(model))
+    second.load_state(first.state())
+    second.start()
+    with whole.counting(), second.counting():
+        model(**batch(number=5))
+    for name, accumulator in whole.accumulators.items():
+        assert torch.equal(second.accumulators[name].sum, accumulator.sum)
+        assert second.accumulators[name].num_tokens == accumulator.num_tokens
+    assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
+
+
+def test_a_dataloader_is_split_over_ranks() -> None:
+    model = tiny_llama()
+    batches = [batch(number=number) for number in (1, 2, 3, 4)]
+    counts = []
+    for rank in range(2):
+        statistics = InputStatistics(find_targets(model))
+        assert count_dataloader(statistics, batches, lambda b: model(**b), rank=rank, world_size=2) == 2
+        counts.append({a.num_tokens for a in statistics.accumulators.values()})
+    assert counts == [{8 * 4}, {8 * 6}]
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_windows_fit_the_budget() -> None:
+    layers = list(find_targets(tiny_llama()).values())
+    one = 4 * 32 * 32
+    groups = split_by_memory(layers, 2.5 * one / 2**30)
+    assert [layer for group in groups for layer in group] == layers
+    assert all(sum(4 * layer.cols**2 for layer in group) <= 2.5 * one for group in groups)
+    assert len(groups) == 8
+    assert split_by_memory(layers, None) == [layers]
+    with pytest.raises(ValueError, match=r"down_proj takes .* GiB, more than hessian_memory_gib"):
+        split_by_memory(layers, 1.5 * one / 2**30)
+
+
+def test_windows_end_at_their_event() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
+    work = [(Event(10, 0.5), dict.fromkeys(layers, NM(2, 4, 0.5))), (Event(14, 1.0), dict.fromkeys(layers, NM(2, 4)))]
+    windows = plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
+    assert [(w.start_step, w.end_step, w.is_last) for w in windows] == [
+        (1, 4, False),
+        (4, 7, False),
+        (7, 10, True),
+        (11, 12, False),
+        (12, 13, False),
+        (13, 14, True),
+    ]
+    assert [list(w.patterns) for w in windows] == [["0"], ["1"], ["2"]] * 2
+
+
+def test_too_little_time_for_the_windows_is_an_error() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
+    work = [(Event(2, 1.0), dict.fromkeys(layers, NM(2, 4)))]
+    with pytest.raises(ValueError, match=r"step 2 needs statistics from 3 window.*2 since the start"):
+        plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
+    assert len(plan_windows(work, layers, calibration_steps=0)) == 1

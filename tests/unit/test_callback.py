@@ -1,0 +1,641 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from toy import ResumableBatches, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+
+from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.enforcement import ZeroViolationError
+from thanos_lightning.masks import LayerMask
+from thanos_lightning.pruning import PruningError
+from thanos_lightning.solver import NM, Unstructured
+
+
+def pruning(pattern: str = "2:4", sparsity: float | None = None, **kwargs: Any) -> ThanosPruningCallback:
+    settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2), "calibration_steps": 2}
+    return ThanosPruningCallback(pattern, sparsity, **{**settings, **kwargs})
+
+
+def masks(callback: ThanosPruningCallback) -> dict[str, LayerMask]:
+    return {name: LayerMask.from_state(state) for name, state in callback.state_dict()["masks"].items()}
+
+
+class ZeroProbe(Callback):
+    """After every batch, counts by its own means what is not exactly +0 under the masks: weights, moments, norm."""
+
+    def __init__(self, callback: ThanosPruningCallback) -> None:
+        self.callback = callback
+        self.checked = 0
+        self.sparsities: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        parameters = dict(pl_module.named_parameters())
+        found = masks(self.callback)
+        for name, mask in found.items():
+            drop = ~(mask.keep.T if mask.transposed else mask.keep)
+            tensors = [parameters[name].detach()]
+            for optimizer in trainer.optimizers:
+                state = optimizer.state.get(parameters[name], {})
+                tensors += [value for value in state.values() if value.shape == drop.shape]
+            for tensor in tensors:
+                assert not torch.any(tensor[drop] != 0), name
+                assert not torch.any(torch.signbit(tensor[drop])), name
+                self.checked += 1
+        if found:
+            pruned = sum(int((~mask.keep).sum()) for mask in found.values())
+            self.sparsities.append(pruned / sum(mask.keep.numel() for mask in found.values()))
+
+
+# Zeros that hold
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("make_optimizer", [adamw, momentum_sgd])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_zeros_hold_after_every_step(
+    tmp_path: Path, precision: str, make_optimizer: Callable[[Any], Any], accumulate: int
+) -> None:
+    callback = pruning()
+    probe = ZeroProbe(callback)
+    module = ToyLM(make_optimizer=make_optimizer)
+    trainer(
+        tmp_path,
+        callback,
+        probe,
+        max_steps=16,
+        precision=precision,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+    ).fit(module, loader(4 * 16 * accumulate))
+    tensors = 14 * (2 if make_optimizer is momentum_sgd else 3)
+    assert probe.checked >= 10 * accumulate * tensors
+    assert probe.sparsities[0] == pytest.approx(0.4375)
+    assert probe.sparsities[-1] == 0.5
+    for name, mask in masks(callback).items():
+        assert mask.pattern == NM(2, 4)
+        weight = dict(module.named_parameters())[name]
+        assert weight.unflatten(1, (-1, 4)).ne(0).sum(-1).max() == 2
+    assert module.losses[-1] < module.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "outliers"),
+    [("unstructured", 0.6, None), ("structured", 0.25, 0.1), ("4:8", None, 0.125), ("1:4", None, None)],
+)
+@pytest.mark.parametrize("method", ["thanos", "sparsegpt", "wanda", "magnitude"])
+def test_every_pattern_and_method_on_conv1d(
+    tmp_path: Path, pattern: str, sparsity: float | None, outliers: float | None, method: Any
+) -> None:
+    callback = pruning(pattern, sparsity, outlier_fraction=outliers, method=method)
+    probe = ZeroProbe(callback)
+    trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(tiny_gpt2()), loader(32))
+    assert probe.checked
+    for mask in masks(callback).values():
+        assert mask.transposed
+        assert mask.pattern.violations(mask.keep) == 0
+        assert mask.sparsity == pytest.approx(mask.pattern.sparsity, abs=0.05)
+
+
+def test_masks_are_nested(tmp_path: Path) -> None:
+    class Keep(Callback):
+        def __init__(self, callback: ThanosPruningCallback) -> None:
+            self.callback = callback
+            self.seen: list[dict[str, LayerMask]] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen.append(masks(self.callback))
+
+    callback = pruning("unstructured", 0.7, schedule=SparsitySchedule(0, 8, 2), calibration_steps=1)
+    keep = Keep(callback)
+    trainer(tmp_path, callback, keep, max_steps=9).fit(ToyLM(), loader())
+    events = 0
+    for before, after in zip(keep.seen, keep.seen[1:], strict=False):
+        for name, mask in before.items():
+            assert not torch.any(after[name].keep & ~mask.keep)
+            events += int((mask.keep & ~after[name].keep).any())
+    assert events >= 3 * 14
+
+
+def test_clipping_sees_the_sparse_norm(tmp_path: Path) -> None:
+    class Clipping(ToyLM):
+        checked = 0
+
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            parameters = dict(self.named_parameters())
+            for name, mask in masks(callback).items():
+                assert not torch.any(parameters[name].grad[~mask.keep])
+                self.checked += 1
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
+    callback = pruning()
+    module = Clipping()
+    trainer(tmp_path, callback, max_steps=10, gradient_clip_val=0.1).fit(module, loader(40))
+    assert module.checked >= 14 * 4
+
+
+@pytest.mark.parametrize("value", [1e-30, -0.0])
+def test_a_zero_that_comes_back_is_an_error(tmp_path: Path, value: float) -> None:
+    class Refill(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 8:
+                with torch.no_grad():
+                    weight = pl_module.model.model.layers[1].mlp.up_proj.weight
+                    weight[weight == 0] = value
+
+    callback = pruning(verify_every_n_steps=3)
+    with pytest.raises(ZeroViolationError, match=r"768 of 768 .*layers\.1\.mlp\.up_proj\.weight \(weight\)"):
+        trainer(tmp_path, Refill(), callback, max_steps=12).fit(ToyLM(), loader(64))
+
+
+def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 2, 1))
+    probe = ZeroProbe(callback)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    module = ToyLM()
+    trainer(tmp_path, callback, probe, max_steps=60, plugins=[plugin]).fit(module, loader(512))
+    skipped = 60 - callback.state_dict()["optimizer_steps"]
+    assert skipped > 5, "no step was skipped: the test shows nothing"
+    assert probe.checked
+    assert module.losses[-1] < module.losses[0]
+
+
+# Steps
+
+
+def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
+    class Batches(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if masks(callback) and not hasattr(self, "first"):
+                self.first = batch_idx
+
+    callback = pruning(schedule=SparsitySchedule(4, 4, 1))
+    batches = Batches()
+    trainer(tmp_path, callback, batches, max_steps=6, accumulate_grad_batches=3).fit(ToyLM(), loader(96))
+    assert batches.first == 4 * 3 - 1
+    assert callback.report.events[0].step == 4
+
+
+def test_statistics_cover_the_steps_before_the_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = spy_tokens(monkeypatch)
+    callback = pruning(schedule=SparsitySchedule(4, 4, 1), calibration_steps=2)
+    module = ToyLM()
+    trainer(tmp_path, callback, max_steps=5, accumulate_grad_batches=3).fit(module, loader(96, padding=4))
+    assert tokens == [{2 * 3 * 4 * 12}]
+
+
+def spy_tokens(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """The numbers of tokens that each window's statistics hold when it is pruned."""
+    import thanos_lightning.callback as room
+
+    seen: list[set[int]] = []
+    real = room.prune_window
+
+    def prune_window(window: Any, layers: Any, accumulators: Any, **kwargs: Any) -> Any:
+        seen.append({accumulator.num_tokens for accumulator in accumulators.values()})
+        return real(window, layers, accumulators, **kwargs)
+
+    monkeypatch.setattr(room, "prune_window", prune_window)
+    return seen
+
+
+def test_validation_and_checkpointing_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = spy_tokens(monkeypatch)
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=3)
+    trainer(
+        tmp_path, callback, max_steps=4, num_sanity_val_steps=2, val_check_interval=1, check_val_every_n_epoch=None
+    ).fit(ToyLM(model), loader(), loader(8))
+    assert tokens == [{3 * 4 * 16}]
+
+
+def test_hooks_exist_only_while_collecting(tmp_path: Path) -> None:
+    class Hooks(Callback):
+        def __init__(self) -> None:
+            self.seen: list[bool] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            self.seen.append(any(module._forward_pre_hooks for module in pl_module.modules()))
+
+    hooks = Hooks()
+    callback = pruning(schedule=SparsitySchedule(4, 8, 4), calibration_steps=2, gradual_nm="layers")
+    module = ToyLM()
+    fitted = trainer(tmp_path, callback, hooks, max_steps=10)
+    fitted.fit(module, loader(64))
+    #                 0      1      2     3     4      5      6     7     8      9
+    assert hooks.seen == [False] * 6 + [True] * 2 + [False] * 2
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in fitted.optimizers)
+
+
+def test_windows_are_collected_after_the_ones_before_are_pruned(tmp_path: Path) -> None:
+    class Pruned(Callback):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen.append(len(masks(callback)))
+
+    # two windows of up to 7 layers: 6 of 32 inputs and one of 48
+    budget = 4 * (6 * 32**2 + 48**2) / 2**30
+    callback = pruning(schedule=SparsitySchedule(6, 6, 1), calibration_steps=2, hessian_memory_gib=budget)
+    pruned = Pruned()
+    trainer(tmp_path, callback, pruned, max_steps=8).fit(ToyLM(), loader(64))
+    assert pruned.seen == [0, 0, 0, 7, 7, 14, 14, 14]
+    assert [len(event.layers) for event in callback.report.events] == [14]
+
+
+# Optimizers and parameters
+
+
+class Manual(ToyLM):
+    """Two optimizers, stepped alternately, each with half of the layers, and clipping by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.dense_gradients = 0
+
+    def configure_optimizers(self) -> Any:
+        first, second = self.model.model.layers
+        rest = [p for n, p in self.named_parameters() if ".layers." not in n]
+        return adamw([*first.parameters(), *rest]), momentum_sgd(second.parameters())
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            loss = self(**batch).loss
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            parameters = dict(self.named_parameters())
+            for name, mask in masks(self.callback).items():
+                gradient = parameters[name].grad
+                if gradient is not None:
+                    self.dense_gradients += int(gradient[~mask.keep].count_nonzero())
+            self.clip_gradients(optimizer, 0.1, "norm")
+            optimizer.step()
+        self.losses.append(loss.item())
+
+
+def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 6, 2))
+    probe = ZeroProbe(callback)
+    module = Manual()
+    module.callback = callback
+    trainer(tmp_path, callback, probe, max_steps=32).fit(module, loader(64))
+    assert callback.state_dict()["optimizer_steps"] == 16
+    assert probe.checked >= 10 * 14 * 2
+    assert module.dense_gradients == 0
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_fractions_with_two_optimizers_are_refused(tmp_path: Path) -> None:
+    module = Manual()
+    with pytest.raises(MisconfigurationException, match="with 2 optimizers"):
+        trainer(tmp_path, pruning(schedule=SparsitySchedule(0.1, 0.5, 0.1)), max_steps=32).fit(module, loader())
+
+
+def test_frozen_parameters_are_pruned_and_stay(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    module = ToyLM(model, lambda parameters: adamw([p for p in parameters if p.requires_grad]))
+    callback = pruning()
+    probe = ZeroProbe(callback)
+    trainer(tmp_path, callback, probe, max_steps=10).fit(module, loader(64))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.unflatten(1, (-1, 4)).ne(0).sum(-1).max() == 2
+    assert probe.checked
+
+
+def test_rows_and_layers_of_a_gradual_pattern(tmp_path: Path) -> None:
+    by_rows = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"))
+    trainer(tmp_path, by_rows, max_steps=8).fit(ToyLM(), loader(64))
+    first, last = by_rows.report.events
+    assert {layer.sparsity for layer in first.layers} == {0.25}
+    assert {layer.sparsity for layer in last.layers} == {0.5}
+    by_layers = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"), gradual_nm="layers")
+    trainer(tmp_path, by_layers, max_steps=8).fit(ToyLM(), loader(64))
+    first, last = by_layers.report.events
+    assert [layer.name.split(".")[3] for layer in first.layers] == ["0"] * 7
+    assert [layer.name.split(".")[3] for layer in last.layers] == ["1"] * 7
+    assert {layer.sparsity for layer in [*first.layers, *last.layers]} == {0.5}
+
+
+def test_overrides(tmp_path: Path) -> None:
+    callback = pruning(overrides=[TargetOverride(["*.down_proj"], "unstructured", 0.75)])
+    trainer(tmp_path, callback, max_steps=8).fit(ToyLM(), loader(64))
+    found = masks(callback)
+    assert found["model.model.layers.0.mlp.down_proj.weight"].pattern == Unstructured(0.75)
+    assert found["model.model.layers.0.mlp.down_proj.weight"].sparsity == 0.75
+    assert found["model.model.layers.0.mlp.up_proj.weight"].pattern == NM(2, 4)
+
+
+def test_a_calibration_set_instead_of_training_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = spy_tokens(monkeypatch)
+    callback = pruning(schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=loader(12))
+    module = ToyLM()
+    module.train()
+    trainer(tmp_path, callback, max_steps=2).fit(module, loader())
+    assert tokens == [{12 * 16}]
+    assert callback.report.events[0].step == 0
+    assert module.model.training
+
+
+def test_a_calibration_set_from_the_module(tmp_path: Path) -> None:
+    class WithSet(ToyLM):
+        def calibration_dataloader(self) -> Any:
+            return loader(8)
+
+    callback = pruning(calibration_dataloader="datamodule")
+    trainer(tmp_path, callback, max_steps=8).fit(WithSet(), loader(64))
+    assert len(callback.report.events) == 2
+    with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule"):
+        trainer(tmp_path, pruning(calibration_dataloader="datamodule"), max_steps=8).fit(ToyLM(), loader(64))
+
+
+# What is left behind
+
+
+def test_report_metrics_and_summary(tmp_path: Path) -> None:
+    callback = pruning(monitor="val/loss")
+    saved, stopping = (
+        ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1),
+        EarlyStopping("val/loss", patience=0),
+    )
+    logger = CSVLogger(tmp_path)
+    trainer(
+        tmp_path,
+        callback,
+        saved,
+        stopping,
+        max_steps=12,
+        logger=logger,
+        log_every_n_steps=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=100,
+        enable_checkpointing=True,
+    ).fit(ToyLM(), loader(64), loader(8))
+    assert list(tmp_path.glob("*.ckpt")) == [], "the callback's own validations saved a checkpoint"
+    report = json.loads((tmp_path / "pruning_report.json").read_text())
+    assert [event["step"] for event in report["events"]] == [4, 6]
+    assert report["events"][1]["target"] == 0.5
+    assert set(report["events"][0]["layers"][0]) >= {"name", "shape", "sparsity", "loss", "relative_loss", "seconds"}
+    summary = report["summary"]
+    assert summary["metric"] == "val/loss"
+    assert 0 < summary["recovered"] < summary["pruned"]
+    assert summary["dense"] > 0
+    metrics = (Path(logger.log_dir) / "metrics.csv").read_text()
+    header, *rows = (line.split(",") for line in metrics.splitlines())
+    assert {"sparsity/total", "sparsity/target", "pruning/relative_loss", "pruning/step"} <= set(header)
+    total = [float(row[header.index("sparsity/total")]) for row in rows if row[header.index("sparsity/total")]]
+    assert total == sorted(total)
+    assert total[-1] == 0.5
+
+
+def test_the_measured_values_are_those_of_the_weights(tmp_path: Path) -> None:
+    """Dense is measured before the first write, pruned after the last one: by an independent evaluation."""
+    module = ToyLM()
+    values: list[float] = []
+
+    class Evaluate(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                module.eval()
+                values.append(sum(module(**batch).loss.item() for batch in loader(8)) / 2)
+                module.train()
+
+    callback = pruning(monitor="val/loss", schedule=SparsitySchedule(4, 4, 1))
+    trainer(tmp_path, callback, Evaluate(), max_steps=6).fit(module, loader(64), loader(8))
+    summary = callback.report.summary
+    assert summary.pruned == pytest.approx(values[3], rel=1e-5)
+    assert summary.recovered == pytest.approx(values[5], rel=1e-5)
+    assert summary.dense != pytest.approx(values[3], rel=1e-5)
+
+
+# State
+
+
+def straight_and_resumed(
+    tmp_path: Path, stop: int, build: Callable[[], ThanosPruningCallback], **kwargs: Any
+) -> tuple[ToyLM, ToyLM, ThanosPruningCallback, ThanosPruningCallback]:
+    """One run of 12 steps, and the same one killed after some steps and resumed from its last checkpoint."""
+
+    class KilledError(Exception):
+        pass
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == stop:
+                raise KilledError
+
+    straight, straight_pruning = ToyLM(), build()
+    trainer(tmp_path / "straight", straight_pruning, max_steps=12, **kwargs).fit(straight, ResumableBatches())
+    every_step = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.raises(KilledError):
+        trainer(tmp_path / "first", build(), Kill(), every_step, max_steps=12, enable_checkpointing=True, **kwargs).fit(
+            ToyLM(), ResumableBatches()
+        )
+    resumed, resumed_pruning = ToyLM(tiny_llama(seed=99)), build()
+    trainer(tmp_path / "resumed", resumed_pruning, max_steps=12, **kwargs).fit(
+        resumed, ResumableBatches(), ckpt_path=tmp_path / f"step={stop}.ckpt"
+    )
+    return straight, resumed, straight_pruning, resumed_pruning
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 8, 9, 10])
+def test_resumed_training_is_bit_identical(tmp_path: Path, stop: int) -> None:
+    """Windows of three steps end at 5 and 9: 4 and 8 lie inside, 5 and 9 at, 1, 2 and 6 before an event, 10 after."""
+
+    def build() -> ThanosPruningCallback:
+        return pruning("unstructured", 0.6, schedule=SparsitySchedule(1, 9, 4), calibration_steps=3)
+
+    straight, resumed, one, other = straight_and_resumed(tmp_path, stop, build)
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert resumed.losses == straight.losses[stop:]
+    assert [event.step for event in other.report.events] == [event.step for event in one.report.events] == [5, 9]
+    for name, mask in masks(one).items():
+        assert torch.equal(mask.keep, masks(other)[name].keep)
+
+
+def test_resume_inside_windows_under_a_memory_budget(tmp_path: Path) -> None:
+    budget = 4 * (6 * 32**2 + 48**2) / 2**30
+
+    def build() -> ThanosPruningCallback:
+        return pruning(schedule=SparsitySchedule(9, 9, 1), calibration_steps=4, hessian_memory_gib=budget)
+
+    straight, resumed, _, _ = straight_and_resumed(tmp_path, 6, build)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_state_is_plain_and_small(tmp_path: Path) -> None:
+    callback = pruning()
+    fitted = trainer(tmp_path, callback, max_steps=8)
+    fitted.fit(ToyLM(), loader(64))
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["ThanosPruningCallback"]
+    bits = sum(mask["bits"].numel() for mask in state["masks"].values())
+    assert bits == sum(layer.rows * layer.cols for layer in callback._layers.values()) / 8
+    assert checkpoint["thanos_lightning"]["model_prefix"] == "model."
+    assert checkpoint["thanos_lightning"]["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(3, 7, 4, initial=0.2), calibration_steps=3)
+    fitted, module = trainer(tmp_path, callback, max_steps=5), ToyLM()
+    with pytest.warns(UserWarning, match="final sparsity"):
+        fitted.fit(module, ResumableBatches())
+    assert len(callback.state_dict()["collected"]) == 1
+    fitted.fit_loop.epoch_loop.max_steps = 10
+    fitted.fit(module, ResumableBatches())
+    assert [event.step for event in callback.report.events] == [3, 7]
+
+
+def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
+    first = trainer(tmp_path, pruning(), max_steps=8)
+    first.fit(ToyLM(), loader(64))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"mask for .*down_proj.weight, which is no target"):
+        trainer(tmp_path, pruning(ignore=["down_proj", "lm_head"]), max_steps=10).fit(
+            ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
+        )
+    with pytest.raises(MisconfigurationException, match="windows behind it, but the schedule has only 1"):
+        trainer(tmp_path, pruning(schedule=SparsitySchedule(9, 9, 1)), max_steps=10).fit(
+            ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pattern": "4:2"}, "4:2"),
+        ({"pattern": "2:0"}, "2:0"),
+        ({"pattern": "2:x"}, "2:x"),
+        ({"pattern": 124}, "quote"),
+        ({"pattern": "unstructured"}, "sparsity"),
+        ({"pattern": "unstructured", "sparsity": 0}, "0"),
+        ({"pattern": "unstructured", "sparsity": 1}, "1"),
+        ({"pattern": "unstructured", "sparsity": -0.1}, "-0.1"),
+        ({"pattern": "unstructured", "sparsity": 1.5}, "1.5"),
+        ({"pattern": "unstructured", "sparsity": float("nan")}, "nan"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "0.7"),
+        ({"method": "obs"}, "choose one of thanos, sparsegpt, wanda, magnitude"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"damping": -1.0}, "damping is -1.0"),
+        ({"damping": float("nan")}, "damping is nan"),
+        ({"refine_steps": -1}, "refine_steps is -1"),
+        ({"calibration_steps": 0}, "calibration_steps is 0"),
+        ({"calibration_dataloader": "train"}, "'datamodule'"),
+        ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),
+        ({"gradual_nm": "columns"}, "choose 'rows' or 'layers'"),
+        ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),
+        ({"overrides": [TargetOverride(["*"], "4:2")]}, "4:2"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ThanosPruningCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ({"targets": ["*.query"]}, {}, "'\\*.query' matches no prunable layer"),
+        ({"pattern": "4:9"}, {}, "layer model.model.layers.0.self_attn.q_proj: .*9"),
+        ({"schedule": SparsitySchedule(50, 60, 10)}, {}, "first event is at optimizer step 60, but the training has 8"),
+        ({"schedule": SparsitySchedule(0.1, 0.5, 0.1)}, {"max_steps": -1}, "set the Trainer's max_steps"),
+        ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "event at optimizer step 0 needs statistics"),
+        ({"schedule": SparsitySchedule(2, 6, 2, initial=0.5)}, {}, "starts at sparsity 0.5, not below the final 0.5"),
+        ({"monitor": "val/loss"}, {}, "no validation"),
+        ({"hessian_memory_gib": 1e-9}, {}, "more than hessian_memory_gib"),
+        ({"overrides": [TargetOverride(["*.query"], "4:8")]}, {}, "override target"),
+    ],
+)
+def test_what_does_not_fit_the_model_or_the_trainer_is_refused_before_training(
+    tmp_path: Path, arguments: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    module = ToyLM()
+    with pytest.raises((ValueError, MisconfigurationException), match=words):
+        trainer(tmp_path, pruning(**arguments), **{"max_steps": 8, **settings}).fit(module, loader(64))
+    assert module.losses == []
+    assert not (tmp_path / "pruning_report.json").exists()
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"monitor is 'val/ppl'.*It logs: .*val/loss"):
+        trainer(tmp_path, pruning(monitor="val/ppl"), max_steps=8).fit(ToyLM(), loader(64), loader(8))
+
+
+def dense_after(module: ToyLM, run: Callable[[], None], error: type[Exception], words: str) -> None:
+    """The run fails with these words, and no layer has been pruned."""
+    with pytest.raises(error, match=words):
+        run()
+    weights = [m.weight for m in module.model.modules() if isinstance(m, nn.Linear)]
+    assert all(weight.count_nonzero() == weight.numel() for weight in weights)
+
+
+def test_empty_and_padded_and_broken_statistics(tmp_path: Path) -> None:
+    module = ToyLM()
+    dense_after(
+        module,
+        lambda: trainer(tmp_path, pruning(calibration_dataloader=[]), max_steps=8).fit(module, loader(64)),
+        PruningError,
+        "gave no batch",
+    )
+    module = ToyLM()
+    padded = loader(64, padding=16)
+    module.training_step = lambda batch, batch_idx: module(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+    dense_after(
+        module,
+        lambda: trainer(tmp_path, pruning(), max_steps=8).fit(module, padded),
+        PruningError,
+        "no token was counted at all",
+    )
+    module = ToyLM()
+    module.model.model.layers[1].mlp.act_fn = nn.Softplus(beta=float("nan"))
+    dense_after(
+        module,
+        lambda: trainer(tmp_path, pruning(schedule=SparsitySchedule(1, 1, 1)), max_steps=8).fit(module, loader(64)),
+        PruningError,
+        r"layer model\.model\.layers\.",
+    )
+
+
+def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
+    module = ToyLM()
+    module.extra = nn.Linear(8, 8)
+    with pytest.raises(PruningError, match="layer extra has no statistics, it was not called"):
+        trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
+
+
+def test_compiled_modules_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="LightningModule is compiled"):
+        trainer(tmp_path, pruning(), max_steps=8).fit(torch.compile(ToyLM()), loader(64))
+    module = ToyLM()
+    module.model = torch.compile(module.model)
+    with pytest.raises(ValueError, match="'model' is compiled"):
+        trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
+
+
+def test_events_that_are_missed_are_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="final sparsity will not be reached"):
+        trainer(tmp_path, pruning(schedule=SparsitySchedule(2, 20, 4)), max_steps=8).fit(ToyLM(), loader(64))

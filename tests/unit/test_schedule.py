@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thanos_lightning.schedule import SparsitySchedule
+
+SHAPES = ["constant", "linear", "cubic", "cosine"]
+
+
+def test_cubic_is_zhu_and_gupta() -> None:
+    start, every, number, initial, final = 10, 5, 6, 0.2, 0.8
+    schedule = SparsitySchedule(start, start + number * every, every, initial=initial)
+    for index, event in enumerate(schedule.events()):
+        t = start + index * every
+        expected = final + (initial - final) * (1 - (t - start) / (number * every)) ** 3
+        assert event.step == t
+        assert event.sparsity(final) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cubic", 0.875), ("cosine", 0.5)])
+def test_shapes_at_the_middle(shape: str, middle: float) -> None:
+    events = SparsitySchedule(0, 20, 10, shape=shape).events()  # type: ignore[arg-type]
+    assert [event.step for event in events] == [10, 20]
+    assert events[0].sparsity(1.0) == pytest.approx(middle)
+
+
+def test_constant_is_one_event_at_the_start() -> None:
+    assert [event.step for event in SparsitySchedule(3, 30, 5, shape="constant").events()] == [3]
+
+
+def test_one_shot() -> None:
+    (event,) = SparsitySchedule(7, 7, 1).events()
+    assert (event.step, event.sparsity(0.5)) == (7, 0.5)
+
+
+def test_the_last_event_is_at_the_end_whatever_the_distance() -> None:
+    assert [event.step for event in SparsitySchedule(0, 25, 10).events()] == [10, 20, 25]
+
+
+def test_an_initial_sparsity_is_an_event_of_its_own() -> None:
+    events = SparsitySchedule(5, 15, 10, initial=0.3).events()
+    assert [(event.step, event.sparsity(0.6)) for event in events] == [(5, 0.3), (15, 0.6)]
+
+
+def test_fractions_resolve_to_optimizer_steps() -> None:
+    schedule = SparsitySchedule(0.1, 0.5, 0.1)
+    assert schedule.has_fractions
+    assert [event.step for event in schedule.resolve(200).events()] == [40, 60, 80, 100]
+    with pytest.raises(ValueError, match="resolve"):
+        schedule.events()
+
+
+def test_one_step_and_all_of_training_are_told_apart() -> None:
+    assert SparsitySchedule(1, 1.0, 1).resolve(50) == SparsitySchedule(1, 50, 1)
+
+
+@given(
+    start=st.integers(0, 50),
+    length=st.integers(0, 100),
+    every=st.integers(1, 40),
+    initial=st.floats(0, 0.4),
+    final=st.floats(0.41, 0.99),
+    shape=st.sampled_from(SHAPES),
+)
+def test_sparsity_rises_to_the_final_one(
+    start: int, length: int, every: int, initial: float, final: float, shape: str
+) -> None:
+    events = SparsitySchedule(start, start + length, every, initial, shape).events()  # type: ignore[arg-type]
+    sparsities = [event.sparsity(final) for event in events]
+    assert sparsities[-1] == final
+    assert sparsities[0] > 0
+    assert sparsities == sorted(sparsities)
+    steps = [event.step for event in events]
+    assert steps == sorted(set(steps))
+    assert start <= steps[0] <= steps[-1] <= start + length
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"start_step": 10, "end_step": 5}, "end_step 5, before it starts at start_step 10"),
+        ({"start_step": 0.5, "end_step": 0.2}, "end_step 0.2, before"),
+        ({"start_step": -1}, "start_step is -1"),
+        ({"start_step": math.nan}, "start_step is nan"),
+        ({"end_step": 20.0}, "for steps write 20"),
+        ({"end_step": "20"}, "end_step is '20'"),
+        ({"every_n_steps": 0}, "every_n_steps is 0"),
+        ({"initial": 1.0}, "initial is 1.0"),
+        ({"initial": math.nan}, "initial is nan"),
+        ({"shape": "steep"}, "choose one of constant, linear, cubic, cosine"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SparsitySchedule(**{"start_step": 0, "end_step": 10, "every_n_steps": 5, **arguments})  # type: ignore[arg-type]
+
+
+def test_mixed_kinds_are_ordered_when_resolved() -> None:
+    with pytest.raises(ValueError, match="before it starts"):
+        SparsitySchedule(30, 0.5, 5).resolve(50)

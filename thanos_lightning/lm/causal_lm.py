@@ -1,0 +1,213 @@
+"""CausalLM: a LightningModule around a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from typing_extensions import override
+
+from thanos_lightning.lm.pretrained import load_pretrained
+
+Decay = Literal["linear", "cosine", "constant"]
+
+_IGNORED_LABEL = -100  # transformers' own: such a token is no target
+_TOKENS_PER_CHUNK = 2048  # of logits that are fp32 at one time: 1 GiB for a vocabulary of 128,000
+
+
+def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay) -> float:
+    """What the learning rate is multiplied by at an optimizer step.
+
+    It rises linearly to 1 at `warmup_steps`, then stays ("constant") or falls towards 0 at `total_steps`.
+
+    Args:
+        step: Optimizer steps taken before this one.
+        warmup_steps: Steps of the rise; the first one is taken with 1 / (warmup_steps + 1).
+        total_steps: Steps of the training; "constant" does not read it.
+        schedule: "linear", "cosine" or "constant".
+
+    Example:
+        >>> [lr_factor(step, 1, 5, "linear") for step in range(5)]
+        [0.5, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1.0 - x if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
+
+
+class CausalLM(LightningModule):
+    """Trains a causal language model on batches of `input_ids`, `attention_mask` and `labels`.
+
+    It logs `train/loss`, `val/loss`, `val/perplexity`, `test/loss` and `test/perplexity`. The optimizer is AdamW; norms
+    and biases don't decay.
+
+    Args:
+        model: A hub name, a local folder or "smollm2-135m"; in Python also a model that is loaded already.
+        learning_rate: At its highest.
+        weight_decay: Of parameters with more than one dimension.
+        warmup: Optimizer steps in which the learning rate rises: an int, or a fraction of the training in (0, 1).
+        lr_schedule: After that: "linear" or "cosine" towards 0, or "constant".
+        dtype: Of the parameters: "float32", "bfloat16" or "float16". None leaves it to the Trainer's precision: float32
+            under "32-true" and the mixed ones, which keep the weights that AdamW updates in float32.
+        gradient_checkpointing: Compute activations again in the backward instead of keeping them.
+        attn_implementation: As transformers' argument; None leaves the choice to transformers.
+
+    Attributes:
+        model: The Hugging Face model, None until `configure_model` has loaded it.
+        tokenizer_name: What `load_tokenizer` takes for this model, None until it is loaded, or where it has no name.
+
+    Raises:
+        ValueError: For arguments that can't be right.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from thanos_lightning.lm import CausalLM, TextData
+        >>> lm = CausalLM("smollm2-135m", learning_rate=5e-5, warmup=0.1)
+        >>> data = TextData("python-reference", "smollm2-135m")
+        >>> Trainer(max_steps=50, precision="bf16-mixed").fit(lm, data)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        warmup: int | float = 0,
+        lr_schedule: Decay = "linear",
+        dtype: str | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate is {learning_rate}: give a number > 0, such as 5e-5")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay is {weight_decay}: give a number ≥ 0")
+        if warmup < 0 or (isinstance(warmup, float) and not (0 < warmup < 1 or warmup.is_integer())):
+            raise ValueError(f"warmup is {warmup}: give optimizer steps, or a fraction of the training between 0 and 1")
+        if lr_schedule not in get_args(Decay):
+            raise ValueError(f"lr_schedule is {lr_schedule!r}: choose one of {', '.join(get_args(Decay))}")
+        self.model: PreTrainedModel | None = None
+        self.tokenizer_name: str | None = None
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.lr_schedule = lr_schedule
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.val_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
+        self.test_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
+        if isinstance(model, str):
+            self.model_name = model
+            self.save_hyperparameters()
+        else:
+            for name, value in (("dtype", dtype), ("attn_implementation", attn_implementation)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} is {value!r}, but the model is loaded already: load it so, or give its name as model"
+                    )
+            self.save_hyperparameters(ignore=["model"])
+            self._adopt(model)
+
+    @override
+    def configure_model(self) -> None:
+        """Load the model, where the Trainer wants it: its precision and device are the context of this call."""
+        if self.model is None:
+            self._adopt(load_pretrained(self.model_name, self.dtype_name, self.attn_implementation))
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model.train()  # from_pretrained leaves it in evaluation mode
+        self.tokenizer_name = model.name_or_path or None
+
+    @override
+    def forward(self, **batch: Any) -> CausalLMOutput:
+        """Run the model.
+
+        Args:
+            **batch: What the model's forward takes: `input_ids`, `attention_mask` and, for a loss, `labels`, each int64
+                of shape (batch, tokens).
+
+        Returns:
+            The model's output, with logits of shape (batch, tokens, vocabulary).
+
+        Raises:
+            RuntimeError: If the model is not loaded.
+        """
+        if self.model is None:
+            raise RuntimeError(f"model {self.model_name!r} is not loaded: call configure_model() first")
+        # whole blocks go in at once, and a cache of keys and values would only cost memory
+        return self.model(**{"use_cache": False, **batch})
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self(**batch).loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    # A metric's state that was made under the inference mode of Trainer.validate can't be added to outside of it, in the
+    # validation of a fit: each loop begins with a state of its own.
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.val_perplexity.reset()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.test_perplexity.reset()
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", self.val_perplexity, batch)
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", self.test_perplexity, batch)
+
+    def _evaluate(self, stage: str, perplexity: Perplexity, batch: dict[str, Tensor]) -> None:
+        output = self(**batch)
+        # the logits of a token are for the token after it
+        logits = output.logits[:, :-1].flatten(end_dim=1)  # (batch · (tokens - 1), vocabulary)
+        targets = batch["labels"][:, 1:].flatten()
+        for some_logits, some_targets in zip(
+            torch.split(logits, _TOKENS_PER_CHUNK), torch.split(targets, _TOKENS_PER_CHUNK), strict=True
+        ):
+            # fp32: the metric's softmax would lose what bf16 logits have
+            perplexity.update(some_logits.float().unsqueeze(0), some_targets.unsqueeze(0))
+        self.log(f"{stage}/loss", output.loss, batch_size=len(batch["input_ids"]), on_epoch=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", perplexity, prog_bar=True, on_epoch=True)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total_steps = self.trainer.estimated_stepping_batches
+        known = math.isfinite(total_steps) and total_steps > 0
+        is_fraction = 0 < self.warmup < 1
+        if not known and (is_fraction or self.lr_schedule != "constant"):
+            raise ValueError(
+                f"lr_schedule {self.lr_schedule!r} with warmup {self.warmup} needs the number of optimizer steps, "
+                "which is not known: set the Trainer's max_steps, or lr_schedule 'constant' and warmup in steps"
+            )
+        warmup_steps = round(self.warmup * total_steps) if is_fraction else int(self.warmup)
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate)
+        scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, self.lr_schedule))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]

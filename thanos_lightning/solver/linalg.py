@@ -1,0 +1,241 @@
+"""Linear algebra of one layer: exact arithmetic, damping, the one triangular factor, and batched positive solves.
+
+Legend (arXiv 2504.05346, and Frantar and Alistarh, arXiv 2301.00774):
+    H   (cols, cols)  damped Hessian, symmetric positive definite
+    R   (cols, cols)  upper triangular with H = R Rᵀ
+    U   (cols, cols)  upper triangular, U = R⁻¹, so that H⁻¹ = Uᵀ U. U is a factor of the inverse, not the inverse
+
+Because R is *upper* triangular, the trailing blocks factor alone: H[i:, i:] = R[i:, i:] R[i:, i:]ᵀ, and so
+(H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for every i. One factorisation serves every block of every method.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+_HAS_FINER_PRECISION = hasattr(torch.backends, "fp32_precision")
+# The largest damping that is tried: as much again as the mean of the diagonal.
+MAX_DAMPING = 1.0
+# Where damping=0 was asked for and does not suffice, ten times zero would not help.
+_LEAST_RETRY = 1e-6
+# LAPACK is slow on batches of small matrices; below this size it is at its best, above we recurse. CPU only.
+_CHOLESKY_LEAF = 16
+# Systems gathered at a time: on a CPU they should stay in its cache, elsewhere launches are what costs.
+_CHUNK_BYTES = {"cpu": 4 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+
+
+class SolverError(ValueError):
+    """A layer cannot be solved; the message says why and what to try next."""
+
+
+class NonFiniteError(SolverError):
+    """A weight or a Hessian holds NaN or Inf, or a solution does not fit the weight's dtype."""
+
+
+class FactorizationError(SolverError):
+    """A Cholesky factorisation failed: the damped Hessian is not positive definite."""
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, no TF32 or bf16 inside float32 products; all as before afterwards.
+
+    Args:
+        device: Where the tensors are.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_highest_precision())
+        yield
+
+
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    # torch >= 2.9 has a second, finer set of switches. Its getters raise once a user mixed the two sets, the setter of
+    # the old set never does and writes both. So: set the old, then restore the old (where it can be read) and the new.
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = None
+    switches: list[Any] = [torch.backends.cuda, torch.backends.mkldnn] if _HAS_FINER_PRECISION else []
+    backends = [switch.matmul for switch in switches]
+    finer = [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for backend, value in zip(backends, finer, strict=True):
+            backend.fp32_precision = value
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the methods need to know about a layer's inputs.
+
+    Attributes:
+        factor: U, upper triangular, with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for the damped H and every i.
+        norms: ‖X_j‖ up to a common scale: the root of the undamped diagonal.
+        dead: True for inputs that were always zero.
+    """
+
+    factor: Float[Tensor, "cols cols"]
+    norms: Float[Tensor, " cols"]
+    dead: Bool[Tensor, " cols"]
+
+
+def curvature(hessian: Float[Tensor, "cols cols"], damping: float) -> Curvature:
+    """Damp and factor a Hessian.
+
+    Args:
+        hessian: Undamped H, symmetric positive semi-definite, float32 or float64.
+        damping: Relative to mean(diag H).
+
+    Raises:
+        FactorizationError: If the damped Hessian is not numerically positive definite.
+    """
+    return Curvature(
+        factor=inverse_factor(damped(hessian, damping)), norms=input_norms(hessian), dead=hessian.diagonal() == 0
+    )
+
+
+def input_norms(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
+    """‖X_j‖ over the largest of them, from the diagonal of an undamped Hessian; zeros where H is zero."""
+    norms = hessian.diagonal().clamp(min=0).sqrt()
+    return norms / norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def damped(hessian: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
+    """H with ``damping`` times mean(diag H) added to its diagonal, and 1 on the diagonal of dead inputs.
+
+    A dead input (H_jj = 0) touches no other column, so the 1 changes no solution; it only makes H invertible. The mean
+    counts it as the 0 it was, which leaves the result independent of the scale of H.
+    """
+    diagonal = hessian.diagonal()
+    result = hessian.clone()
+    result.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal + damping * diagonal.mean()))
+    return result
+
+
+def damping_ladder(damping: float) -> Iterator[float]:
+    """The dampings to try in turn: as asked, then ten times more each while not above ``MAX_DAMPING``.
+
+    Example:
+        >>> from thanos_lightning.solver.linalg import damping_ladder
+        >>> list(damping_ladder(0.01))
+        [0.01, 0.1, 1.0]
+    """
+    yield damping
+    power = 1
+    start = damping or _LEAST_RETRY / 10
+    while (higher := round(start * 10**power, 12)) <= MAX_DAMPING:
+        yield higher
+        power += 1
+
+
+def inverse_factor(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """The upper triangular U with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for every i.
+
+    Equivalent to ``torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)``, without forming the inverse.
+
+    Args:
+        hessian: H, symmetric positive definite.
+
+    Raises:
+        FactorizationError: If H is not numerically positive definite.
+    """
+    # Reversing both axes turns the lower Cholesky factor into the upper one that we want: H = R Rᵀ.
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if info.item() != 0:
+        raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor
+
+
+def solve_spd_batch(matrices: Float[Tensor, "batch n n"], rhs: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
+    """Solve A x = b for a batch of symmetric positive definite A. Overwrites ``matrices``.
+
+    Equivalent to ``torch.linalg.solve(matrices, rhs)``.
+
+    Args:
+        matrices: A; only the lower triangles are read.
+        rhs: b.
+
+    Raises:
+        FactorizationError: If some A is not numerically positive definite.
+    """
+    failed = _factor_batch(matrices)
+    halfway = torch.linalg.solve_triangular(matrices, rhs.unsqueeze(-1), upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(matrices.mT, halfway, upper=True).squeeze(-1)
+    if failed.any():
+        raise FactorizationError("the Cholesky factorisation of a block met a pivot that is not positive")
+    return solution
+
+
+def _factor_batch(matrices: Float[Tensor, "batch n n"]) -> Bool[Tensor, " batch"]:
+    """Cholesky in place, into the lower triangle; True where it failed."""
+    n = matrices.shape[-1]
+    if n <= _CHOLESKY_LEAF or matrices.device.type != "cpu":
+        lower, info = torch.linalg.cholesky_ex(matrices)
+        matrices.copy_(lower)
+        failed: Tensor = info != 0
+        return failed
+    half = n // 2
+    top, corner, rest = matrices[:, :half, :half], matrices[:, half:, :half], matrices[:, half:, half:]
+    failed = _factor_batch(top)
+    # A batched product of views would fall back to one product at a time; the solution is contiguous.
+    solved = torch.linalg.solve_triangular(top.mT, corner, upper=True, left=False)
+    corner.copy_(solved)
+    rest.sub_(solved @ solved.mT)
+    return failed | _factor_batch(rest)
+
+
+def solve_subsets(
+    matrix: Float[Tensor, "n n"], members: Bool[Tensor, "rows n"], rhs: Float[Tensor, "rows n"]
+) -> Float[Tensor, "rows n"]:
+    """For each row, with s the set of its members: solve matrix[s, s] x[s] = rhs[s]; x is zero elsewhere.
+
+    The systems are gathered without their gaps. Rows of similar size go together, the smaller ones padded with the
+    identity, in chunks whose memory is bounded by ``_CHUNK_BYTES`` (or one row's system).
+
+    Args:
+        matrix: Symmetric positive definite.
+        members: The sets, of any sizes.
+        rhs: Right-hand sides; read at the members only.
+
+    Raises:
+        FactorizationError: If a system is not numerically positive definite.
+    """
+    sizes, order = members.sum(1).sort(descending=True)
+    counts = sizes.tolist()
+    n, largest, padding = len(matrix), counts[0], counts[0] - counts[-1]
+    # Beside the matrix stands an identity that the padding points to.
+    extended = torch.eye(n + padding, dtype=matrix.dtype, device=matrix.device)
+    extended[:n, :n] = matrix
+    index_dtype = torch.int32 if extended.numel() < 2**31 else torch.int64
+    column = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[order, :largest]
+    beyond = torch.arange(largest, device=matrix.device) - sizes.unsqueeze(1)
+    column = torch.where(beyond < 0, column, n + beyond)
+    values = torch.cat([rhs, rhs.new_zeros(len(rhs), padding)], dim=1)[order].gather(1, column)
+    solution = torch.zeros_like(values)
+    budget = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES_ELSEWHERE) // matrix.element_size()
+    start = 0
+    while start < len(counts) and counts[start] > 0:
+        size = counts[start]
+        stop = start + max(1, budget // size**2)
+        index = column[start:stop, :size].to(index_dtype)
+        flat = (index.unsqueeze(2) * len(extended) + index.unsqueeze(1)).flatten()
+        systems = extended.flatten().index_select(0, flat).view(-1, size, size)
+        solution[start:stop, :size] = solve_spd_batch(systems, values[start:stop, :size])
+        start = stop
+    scattered = rhs.new_zeros(len(rhs), n + padding).scatter_(1, column, solution)
+    return torch.empty_like(rhs).index_copy_(0, order, scattered[:, :n])

@@ -1,0 +1,93 @@
+"""SparseGPT: prune column after column, and let the columns to the right adapt.
+
+Legend (Frantar and Alistarh, arXiv 2301.00774, algorithm 1):
+    Wᵀ  (cols, rows)  weights, transposed, so that the column at hand is contiguous
+    U   (cols, cols)  factor of the inverse Hessian; row j of U is all that pruning column j needs
+    E   (width, rows) errors of a block: E_j = W_j / U_jj where pruned, 0 elsewhere
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from thanos_lightning.solver.linalg import Curvature
+from thanos_lightning.solver.pattern import NM, Pattern, Structured
+from thanos_lightning.solver.saliency import (
+    choose_sparse_rows,
+    conditional_importance,
+    importance,
+    lowest,
+    lowest_columns,
+    lowest_in_groups,
+)
+
+
+def sparsegpt(
+    weight: Float[Tensor, "rows cols"],
+    curvature: Curvature,
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    block_size: int,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    """Prune by SparseGPT's algorithm.
+
+    Args:
+        weight: Weights; not changed.
+        curvature: What is known of the inputs.
+        frozen: Weights that have to go.
+        pattern: The pattern. Unstructured chooses per block, n:m per group, structured once, before any update.
+        block_size: Columns whose update of the rest is one product; n:m rounds it up to whole groups.
+
+    Returns:
+        The new weights and the choice, True = pruned.
+    """
+    rows, cols = weight.shape
+    U, pivots = curvature.factor, curvature.factor.diagonal()
+    W = weight.masked_fill(curvature.dead, 0)
+    Wt = W.mT.contiguous()
+    sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
+    budgets: list[int] = []
+    if not isinstance(pattern, (NM, Structured)):
+        budgets = _block_budgets(frozen, pattern.num_pruned(rows, cols), block_size)
+    else:
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
+    if isinstance(pattern, NM):
+        block_size += -block_size % pattern.m
+    pruned = torch.zeros_like(frozen)
+    if isinstance(pattern, Structured):
+        pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern)
+    # Columns between two choices: a choice sees the updates of all columns before it.
+    E = torch.empty(min(block_size, cols), rows, dtype=Wt.dtype, device=Wt.device)
+    for number, start in enumerate(range(0, cols, block_size)):
+        stop = min(start + block_size, cols)
+        step = pattern.m if isinstance(pattern, NM) else stop - start
+        for first in range(start, stop, step):
+            part = slice(first, first + step)
+            if not isinstance(pattern, Structured):
+                scores = conditional_importance(Wt[part].mT, pivots[part]).masked_fill_(frozen[:, part], -torch.inf)
+                if isinstance(pattern, NM):
+                    pruned[:, part] = lowest_in_groups(scores, frozen[:, part], sparse_rows, pattern)
+                else:
+                    pruned[:, part] = lowest(scores, budgets[number])
+            per_error = pruned[:, part].mT / pivots[part].unsqueeze(1)
+            for j in range(first, first + step):
+                error = torch.mul(Wt[j], per_error[j - first], out=E[j - start])
+                Wt[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
+        Wt[stop:].addmm_(U[start:stop, stop:].mT, E[: stop - start], alpha=-1)
+    return Wt.mT.masked_fill(pruned, 0), pruned
+
+
+def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: int) -> list[int]:
+    """How many weights each block loses: its frozen ones, and of the rest of ``count`` a share by its free weights."""
+    blocks = [frozen[:, start : start + block_size] for start in range(0, frozen.shape[1], block_size)]
+    per_block = [int(block.sum()) for block in blocks]
+    free = frozen.numel() - sum(per_block)
+    rest = max(0, count - sum(per_block))
+    budgets, seen, given = [], 0, 0
+    for block, required in zip(blocks, per_block, strict=True):
+        seen += block.numel() - required
+        # Shares are rounded as sums, so that they add up to the rest exactly.
+        share = rest * seen // free - given if free else 0
+        given += share
+        budgets.append(required + share)
+    return budgets

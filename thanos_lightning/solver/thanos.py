@@ -1,0 +1,116 @@
+"""Thanos: prune a block of columns jointly, and let every column that is left adapt.
+
+Legend (arXiv 2504.05346, its update of a block; b = stop - start is the block's width):
+    W  (rows, cols)  weights as they are now; the block is W[:, start:stop], what is left is W[:, start:]
+    U  (b, b)        the block of the factor: V = Uᵀ U is the top left corner of (H[start:, start:])⁻¹
+    q                the weights of a row to be pruned in this block
+    λ                multipliers of a row: λ V[q, q] = W[q]; Λ (rows, b) holds them at their columns, zero elsewhere
+    E  (rows, b)     E = Λ Uᵀ, so that the paper's update of what is left, Λ (H[start:, start:])⁻¹[:b], is one product:
+                     E U[start:stop, start:]
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
+from thanos_lightning.solver.pattern import NM, Pattern, Structured
+from thanos_lightning.solver.saliency import choose_regular, choose_sparse_rows, importance, lowest, lowest_in_groups
+
+
+def thanos(
+    weight: Float[Tensor, "rows cols"],
+    curvature: Curvature,
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    block_size: int,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    """Prune by the paper's algorithm.
+
+    Args:
+        weight: Weights; not changed.
+        curvature: What is known of the inputs.
+        frozen: Weights that have to go.
+        pattern: The pattern. Structured prunes all its columns in one block as wide as the layer.
+        block_size: Columns pruned jointly; n:m rounds it up to whole groups.
+
+    Returns:
+        The new weights and the choice, True = pruned.
+
+    Raises:
+        FactorizationError: If a system of multipliers is not numerically positive definite.
+    """
+    W = weight.masked_fill(curvature.dead, 0)
+    if isinstance(pattern, Structured):
+        pruned = choose_regular(importance(W, curvature.norms), frozen, pattern)
+        _prune_block(W, curvature.factor, 0, pruned)
+        return W, pruned
+    rows, cols = W.shape
+    sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
+    if isinstance(pattern, NM):
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
+        block_size += -block_size % pattern.m
+    budget = max(pattern.num_pruned(rows, cols), int(frozen.sum()))
+    pruned = torch.zeros_like(frozen)
+    for start in range(0, cols, block_size):
+        block = slice(start, min(start + block_size, cols))
+        if isinstance(pattern, NM):
+            scores = importance(W[:, block], curvature.norms[block]).masked_fill_(frozen[:, block], -torch.inf)
+            pruned[:, block] = lowest_in_groups(scores, frozen[:, block], sparse_rows, pattern)
+        else:
+            # All that is left competes for what is left of the budget; the block takes its part of the choice.
+            scores = importance(W[:, start:], curvature.norms[start:]).masked_fill_(frozen[:, start:], -torch.inf)
+            pruned[:, block] = lowest(scores, budget, width=block.stop - start)
+            budget -= int(pruned[:, block].sum())
+        _prune_block(W, curvature.factor, start, pruned[:, block])
+    return W, pruned
+
+
+def _prune_block(
+    W: Float[Tensor, "rows cols"], factor: Float[Tensor, "cols cols"], start: int, pruned: Bool[Tensor, "rows width"]
+) -> None:
+    """Remove a block's choice from W in place, and update all columns from ``start`` on."""
+    stop = start + pruned.shape[1]
+    E = _errors(W[:, start:stop], factor[start:stop, start:stop], pruned)
+    W[:, start:].addmm_(E, factor[start:stop, start:], alpha=-1)
+    W[:, start:stop].masked_fill_(pruned, 0)
+
+
+def _errors(
+    W: Float[Tensor, "rows width"], U: Float[Tensor, "width width"], pruned: Bool[Tensor, "rows width"]
+) -> Float[Tensor, "rows width"]:
+    """E = Λ Uᵀ for a block.
+
+    A row's system has the size of its q. Where q is more than half of the block, the same change follows from the kept
+    weights k, which are fewer: with P = V⁻¹, they move by y, P[k, k] y = P[k, q] W[q]; the change of the row is then
+    D = W on q and -y on k, and Λ = D P gives E = D U⁻¹.
+    """
+    counts = pruned.sum(1)
+    touched = counts > 0
+    if not touched.any():
+        return torch.zeros_like(W)
+    columns = pruned[touched.to(torch.uint8).argmax()]
+    if (pruned == (columns & touched.unsqueeze(1))).all():
+        return _shared_errors(W * touched.unsqueeze(1), U, columns)
+    E = torch.empty_like(W)
+    many = counts > pruned.shape[1] // 2
+    few_rows, many_rows = (~many).nonzero().squeeze(1), many.nonzero().squeeze(1)
+    if len(few_rows) > 0:
+        E[few_rows] = solve_subsets(U.mT @ U, pruned[few_rows], W[few_rows]) @ U.mT
+    if len(many_rows) > 0:
+        R = torch.linalg.solve_triangular(U, torch.eye(len(U), dtype=U.dtype, device=U.device), upper=True)
+        P = R @ R.mT
+        removed = W[many_rows].masked_fill(~pruned[many_rows], 0)
+        E[many_rows] = (removed - solve_subsets(P, ~pruned[many_rows], removed @ P)) @ R
+    return E
+
+
+def _shared_errors(
+    W: Float[Tensor, "rows width"], U: Float[Tensor, "width width"], columns: Bool[Tensor, " width"]
+) -> Float[Tensor, "rows width"]:
+    """E = Λ Uᵀ where every row loses the same columns: one factorisation for all rows."""
+    chosen = U[:, columns]
+    lower, info = torch.linalg.cholesky_ex(chosen.mT @ chosen)
+    if info.item() != 0:
+        raise FactorizationError("the Cholesky factorisation of the removed columns met a pivot that is not positive")
+    return torch.cholesky_solve(W[:, columns].mT, lower).mT @ chosen.mT

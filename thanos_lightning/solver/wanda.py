@@ -1,0 +1,32 @@
+"""Wanda: prune by |W_ij| ‖X_j‖ within each row, leave the other weights alone.
+
+Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from thanos_lightning.solver.pattern import Pattern, Unstructured
+from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row
+
+
+def wanda(
+    W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern
+) -> Bool[Tensor, "rows cols"]:
+    """Choose what to prune.
+
+    Args:
+        W: Weights.
+        norms: ‖X_j‖ up to a common scale.
+        frozen: Weights that have to go.
+        pattern: The pattern; unstructured means equally many per row, up to one.
+
+    Returns:
+        True = pruned.
+    """
+    scores = importance(W, norms)
+    if isinstance(pattern, Unstructured):
+        count = max(pattern.num_pruned(*W.shape), int(frozen.sum()))
+        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count)
+    return choose_regular(scores, frozen, pattern)
