@@ -56,9 +56,7 @@ class _Statistics:
         return self.last_input is not None and self.last_input() is inputs and self.last_version == inputs._version
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
-        # nothing may be saved for a backward: a recomputed forward, which does not come here, would differ
-        with torch.no_grad():
-            self.accumulator.update(inputs.detach(), counted)
+        self.accumulator.update(inputs, counted)
         self.updates += 1
         self.last_input, self.last_version = weakref.ref(inputs), inputs._version
 

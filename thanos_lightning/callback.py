@@ -25,10 +25,10 @@ from thanos_lightning.report import EventReport, PruningReport, event_progress, 
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, choose_access
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
+from thanos_lightning.solver.layer import check_settings
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
 
 _STATE_FORMAT = 1
-_METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
 
 class ThanosPruningCallback(Callback):
@@ -106,14 +106,7 @@ class ThanosPruningCallback(Callback):
         self.overrides = tuple(overrides)
         for other in self.overrides:
             other.parsed()
-        if method not in _METHODS:
-            raise ValueError(f"method is {method!r}: choose one of {', '.join(_METHODS)}")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}: give at least one column")
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"damping is {damping}: give a number ≥ 0, such as 0.01")
-        if refine_steps < 0:
-            raise ValueError(f"refine_steps is {refine_steps}: give a number ≥ 0")
+        check_settings(method, block_size, damping, refine_steps)
         self.options = SolverOptions(method, block_size, damping, refine_steps)
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps is {calibration_steps}: give at least one optimizer step")

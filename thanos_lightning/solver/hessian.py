@@ -68,9 +68,9 @@ class HessianAccumulator:
             # Indexing with an attention mask of zeros and ones would pick the first two sequences again and again.
             raise ValueError(f"token_mask of dtype {token_mask.dtype} has to be bool: pass token_mask.bool()")
         # Selecting, not multiplying by zero: what a padding token holds may be NaN.
-        tokens = inputs.reshape(-1, width) if token_mask is None else inputs[token_mask.to(inputs.device)]
         with exact_arithmetic(self.sum.device):
-            tokens = tokens.detach().to(self.sum)
+            tokens = inputs.reshape(-1, width) if token_mask is None else inputs[token_mask.to(inputs.device)]
+            tokens = tokens.to(self.sum)
             self.sum.addmm_(tokens.mT, tokens)
         self.num_tokens += len(tokens)
 

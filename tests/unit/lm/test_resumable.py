@@ -1,0 +1,138 @@
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import Dataset, RandomSampler
+
+from thanos_lightning.lm.resumable import ResumableDataLoader
+
+
+class Counting(Dataset):
+    """The numbers up to a length; keeps which were asked for."""
+
+    def __init__(self, length=20):
+        self.length = length
+        self.fetched = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.fetched.append(index)
+        return index
+
+
+def _flat(batches):
+    return list(itertools.chain.from_iterable(batches))
+
+
+def _loader(dataset=None, **kwargs):
+    return ResumableDataLoader(dataset or Counting(), **{"batch_size": 3, "seed": 7, **kwargs})
+
+
+def _epoch(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return [batch.tolist() for batch in loader]
+
+
+def _take(loader, number, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    batches = iter(loader)
+    return [next(batches).tolist() for _ in range(number)]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    loader = _loader()
+    first, second = _epoch(loader, 0), _epoch(loader, 1)
+    assert sorted(_flat(first)) == sorted(_flat(second)) == list(range(20))
+    assert first != second
+    assert _epoch(loader, 0) == first == _epoch(_loader(), 0)
+    assert _epoch(_loader(seed=8), 0) != first
+    torch.manual_seed(5)
+    assert _epoch(loader, 1) == second
+    assert _flat(_epoch(_loader(shuffle=False))) == list(range(20))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("taken", [0, 1, 4, 6, 7])
+def test_goes_on_after_the_batches_that_were_handed_out(num_workers, taken):
+    expected = _epoch(_loader(), 2)
+    loader = _loader(num_workers=num_workers)
+    _take(loader, taken, epoch=2)
+    resumed = _loader(num_workers=num_workers)
+    resumed.load_state_dict(loader.state_dict())
+    assert _epoch(resumed, 2) == expected[taken:]
+    assert _epoch(resumed, 3) == _epoch(_loader(), 3)
+    assert len(resumed) == len(expected)
+
+
+def test_fetches_nothing_of_what_is_skipped():
+    loader = _loader()
+    seen = _take(loader, 4)
+    dataset = Counting()
+    resumed = _loader(dataset)
+    resumed.load_state_dict(loader.state_dict())
+    _epoch(resumed)
+    assert not set(dataset.fetched) & set(_flat(seen))
+
+
+def test_the_epoch_may_be_set_after_iter_with_workers():
+    # Lightning calls iter() first; prefetching must not have begun
+    loader = _loader(num_workers=1)
+    batches = iter(loader)
+    loader.sampler.set_epoch(1)
+    assert [batch.tolist() for batch in batches] == _epoch(_loader(), 1)
+
+
+def test_resumes_twice_in_one_epoch():
+    expected, state = _epoch(_loader()), None
+    for start in (0, 2, 4):
+        loader = _loader()
+        if state is not None:
+            loader.load_state_dict(state)
+            assert loader.state_dict() == state
+        assert _take(loader, 2) == expected[start : start + 2]
+        state = loader.state_dict()
+
+
+def test_another_epoch_begins_at_its_beginning():
+    loader = _loader()
+    _epoch(loader)
+    resumed = _loader()
+    resumed.load_state_dict(loader.state_dict())
+    assert _epoch(resumed, 1) == _epoch(_loader(), 1)
+
+
+def test_processes_share_the_samples():
+    ranks = [_epoch(_loader(Counting(21), num_replicas=3, rank=rank)) for rank in range(3)]
+    assert sorted(_flat(map(_flat, ranks))) == list(range(21))
+
+
+@pytest.mark.parametrize(("replicas", "batch_size"), [(1, 3), (2, 3), (4, 3), (3, 2), (1, 12)])
+def test_goes_on_with_other_processes_and_batch_sizes(replicas, batch_size):
+    seen = []
+    for rank in range(2):
+        loader = _loader(Counting(24), num_replicas=2, rank=rank)
+        seen += _flat(_take(loader, 2))
+    state = loader.state_dict()
+    rest = []
+    for rank in range(replicas):
+        resumed = _loader(Counting(24), num_replicas=replicas, rank=rank, batch_size=batch_size)
+        resumed.load_state_dict(state)
+        rest += _flat(_epoch(resumed))
+    assert sorted(seen + rest) == list(range(24))
+
+
+@pytest.mark.parametrize(("other", "name"), [({"dataset": Counting(21)}, "dataset_length"), ({"seed": 8}, "seed")])
+def test_another_order_is_refused(other, name):
+    loader = _loader()
+    _take(loader, 2)
+    resumed = _loader(**other)
+    resumed.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match=f"{name}.*resume with the data and seed"):
+        _epoch(resumed)
+
+
+def test_another_sampler_is_refused():
+    with pytest.raises(ValueError, match="sampler is a RandomSampler"):
+        _loader(sampler=RandomSampler(range(20)))
