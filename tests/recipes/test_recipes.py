@@ -1,4 +1,4 @@
-"""Every recipe is parsed by LightningCLI against the code it drives, built, and its schedule held against its training."""
+"""Every recipe is parsed by LightningCLI against the code that it drives, and built; its schedule fits its training."""
 
 from __future__ import annotations
 

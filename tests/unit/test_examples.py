@@ -1,0 +1,57 @@
+"""The examples in the docstrings and in the README run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import thanos_lightning
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(thanos_lightning.__path__, prefix=f"{thanos_lightning.__name__}.")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_a_module(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_public_names_have_examples() -> None:
+    found = {
+        test.name
+        for name in MODULES
+        for test in doctest.DocTestFinder().find(importlib.import_module(name))
+        if test.examples
+    }
+    names = {name.rsplit(".", 1)[-1] for name in found}
+    public = {*thanos_lightning.__all__, *importlib.import_module("thanos_lightning.solver").__all__}
+    errors_and_unions = {name for name in public if name.endswith("Error")} | {"Pattern", "PrunedLayer"}
+    assert public - errors_and_unions <= names
+
+
+def test_the_readme_code_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    from toy import ToyLM, loader
+
+    class Module(ToyLM):
+        def train_dataloader(self) -> object:
+            return loader(64)
+
+        def val_dataloader(self) -> object:
+            return loader(8)
+
+    training, single = (block.replace("max_steps=2000", "max_steps=20") for block in blocks)
+    assert "max_steps=20" in training
+    module = Module()
+    exec(training.replace(", my_data", ""), {"my_module": module})
+    zeros = [(p == 0).float().mean().item() for n, p in module.named_parameters() if "proj" in n]
+    assert min(zeros) >= 0.5
+    exec(single, {})

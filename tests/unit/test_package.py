@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+
+import thanos_lightning
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names() -> None:
+    assert sorted(thanos_lightning.__all__) == ["SparsitySchedule", "TargetOverride", "ThanosPruningCallback"]
+    for name in thanos_lightning.__all__:
+        assert getattr(thanos_lightning, name).__name__ == name
+        assert name in dir(thanos_lightning)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        thanos_lightning.Nothing  # noqa: B018
+
+
+def test_it_is_typed() -> None:
+    assert files(thanos_lightning).joinpath("py.typed").is_file()
+
+
+def test_it_works_without_deepspeed() -> None:
+    code = """
+import sys
+sys.modules["deepspeed"] = None  # import deepspeed raises
+import thanos_lightning, thanos_lightning.cli, thanos_lightning.export, thanos_lightning.lm
+thanos_lightning.ThanosPruningCallback("2:4")
+print("deepspeed" in sys.modules and sys.modules["deepspeed"] is None)
+"""
+    assert run(code).split()[-1] == "True"
+
+
+def test_global_switches_are_left_alone() -> None:
+    code = """
+import torch
+before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.get_num_threads())
+import thanos_lightning.callback, thanos_lightning.cli, thanos_lightning.lm
+print(before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.get_num_threads()))
+"""
+    assert run(code).split()[-1] == "True"
+
+
+def test_the_solver_loads_no_trainer() -> None:
+    code = """
+import sys
+import thanos_lightning.solver
+print([name for name in ("lightning", "transformers", "datasets", "rich") if name in sys.modules])
+"""
+    assert run(code).strip() == "[]"
