@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -136,10 +137,14 @@ class PruningReport:
 
 def print_event(event: EventReport, console: Console | None = None) -> None:
     """One table after an event: a row per kind of layer, since a model has hundreds of alike ones."""
-    table = Table(title=f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)", title_justify="left")
+    table = Table(
+        title=f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)",
+        title_justify="left",
+        box=SIMPLE_HEAD,  # eight columns in the 80 of a plain terminal
+    )
     table.add_column("layers", no_wrap=True)
-    for column in ("number", "shape", "pattern", "sparsity", "rel. loss", "worst", "seconds"):
-        table.add_column(column, justify="right")
+    for column in ("n", "shape", "pattern", "zeros", "rel. loss", "worst", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
     kinds: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = {}
     for layer in event.layers:
         kinds.setdefault((layer.name.rsplit(".", 1)[-1], layer.shape, layer.pattern), []).append(layer)
@@ -147,17 +152,17 @@ def print_event(event: EventReport, console: Console | None = None) -> None:
         table.add_row(
             kind,
             str(len(layers)),
-            f"{shape[0]} × {shape[1]}",
+            f"{shape[0]}×{shape[1]}",
             pattern,
             f"{sum(layer.sparsity for layer in layers) / len(layers):.2%}",
             f"{sum(layer.relative_loss for layer in layers) / len(layers):.4f}",
             f"{max(layer.relative_loss for layer in layers):.4f}",
-            f"{sum(layer.seconds for layer in layers):.1f}",
+            f"{sum(layer.seconds for layer in layers):.1f} s",
         )
     table.add_section()
     table.add_row(
         "all", str(len(event.layers)), "", "", f"{event.sparsity:.2%}", f"{event.relative_loss:.4f}", "",
-        f"{event.seconds:.1f}",
+        f"{event.seconds:.1f} s",
     )  # fmt: skip
     (console or Console()).print(table)
 
@@ -165,7 +170,9 @@ def print_event(event: EventReport, console: Console | None = None) -> None:
 def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
     """The last table: dense, pruned, recovered."""
     summary = report.summary
-    table = Table(title=f"Pruned to {sparsity:.2%} in {len(report.events)} event(s)", title_justify="left")
+    table = Table(
+        title=f"Pruned to {sparsity:.2%} in {len(report.events)} event(s)", title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("" if summary.metric is None else summary.metric)
     table.add_column("value", justify="right")
     for label, value in (

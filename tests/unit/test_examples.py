@@ -36,7 +36,8 @@ def test_the_public_names_have_examples() -> None:
     assert public - errors_and_unions <= names
 
 
-def test_the_readme_code_runs() -> None:
+def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     from toy import ToyLM, loader

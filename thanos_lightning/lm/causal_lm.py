@@ -158,7 +158,7 @@ class CausalLM(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
-    # A metric's state that was made under the inference mode of Trainer.validate can't be added to outside of it, in the
+    # A metric's state that was made in the inference mode of Trainer.validate can't be added to outside of it, in the
     # validation of a fit: each loop begins with a state of its own.
 
     @override
