@@ -1,11 +1,11 @@
-"""Second moments of the layers' inputs: which tokens count, which layers share them, which are held at one time."""
+"""Second moments of the layers' inputs: which tokens count, and which layers share them."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,31 +15,57 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from thanos_lightning.schedule import Event
-from thanos_lightning.solver import HessianAccumulator, Pattern
+from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
 
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
-    """The mask of the tokens that count, from a batch: bool (batch, length), or None where all of them do.
+    """The mask of the tokens that count, from anywhere in a batch: bool (batch, length), or None where it has none.
+
+    Args:
+        batch: Mappings, lists and tuples, nested as a dataloader gives them.
+        key: Name of the mask in a mapping: 1 or True for a token that counts.
 
     Raises:
-        ValueError: If the batch has a mask that is not of the shape (batch, length).
+        ValueError: If there are several masks, or one that is not of the shape (batch, length), or additive.
 
     Example:
         >>> token_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
         tensor([[ True, False]])
     """
-    mask = batch.get(key) if isinstance(batch, Mapping) else None
-    if mask is None:
+    masks = list(_find(batch, key))
+    if not masks:
         return None
-    if mask.dim() != 2:
+    if len(masks) > 1:
         raise ValueError(
-            f"the batch's {key!r} has shape {tuple(mask.shape)}: to tell padding from tokens it must be "
-            "(batch, length). Name another key in attention_mask_key, or None to count every token"
+            f"the batch has {len(masks)} masks named {key!r}, which does not show which tokens a layer sees: give the "
+            "callback a calibration_dataloader with one, or attention_mask_key=None to count every token"
         )
-    counted: Tensor = mask.bool()
-    return counted
+    mask = torch.as_tensor(masks[0])
+    if mask.dim() != 2 or bool((mask < 0).any()):
+        raise ValueError(
+            f"the batch's {key!r} has shape {tuple(mask.shape)} and dtype {mask.dtype}: to tell padding from tokens it "
+            "must be (batch, length), 1 for a token and 0 for padding. Name another key in attention_mask_key, or None "
+            "to count every token"
+        )
+    return mask.bool()
+
+
+def _find(batch: Any, key: str) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for name, value in batch.items():
+            if name == key and value is not None:
+                yield value
+            else:
+                yield from _find(value, key)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _find(value, key)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes when the tensor is written to; None where nobody counts (torch.inference_mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -50,15 +76,22 @@ class _Statistics:
     updates: int = 0
     # weak: the collector must not keep activations alive that checkpointing wants freed
     last_input: weakref.ref[Tensor] | None = None
-    last_version: int = -1
+    last_version: int | None = None
 
     def saw(self, inputs: Tensor) -> bool:
-        return self.last_input is not None and self.last_input() is inputs and self.last_version == inputs._version
+        same = self.last_input is not None and self.last_input() is inputs
+        return same and self.last_version is not None and self.last_version == _version(inputs)
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         self.accumulator.update(inputs, counted)
         self.updates += 1
-        self.last_input, self.last_version = weakref.ref(inputs), inputs._version
+        self.last_input, self.last_version = weakref.ref(inputs), _version(inputs)
+
+    def fork(self) -> _Statistics:
+        """Statistics of their own for a layer that shared these."""
+        forked = HessianAccumulator(len(self.accumulator.sum), device=self.accumulator.sum.device)
+        forked.merge(self.accumulator)
+        return _Statistics(forked, self.updates)
 
 
 @dataclass
@@ -114,6 +147,19 @@ class InputStatistics:
     def end(self) -> None:
         """Stop counting."""
         self._is_counting, self._counted = False, None
+        for name, seen in self._seen.items():
+            if seen < self._by_layer[name].updates:
+                self._part(name)
+
+    def _part(self, name: str) -> None:
+        """Give a layer that shared its inputs until now statistics of its own."""
+        warnings.warn(
+            f"layer {name} no longer sees the inputs of another layer that it shared statistics with: they are counted "
+            "apart from here on, and up to one batch was counted for a layer that did not see it",
+            stacklevel=2,
+        )
+        self._by_layer[name] = self._by_layer[name].fork()
+        self._seen[name] = self._by_layer[name].updates
 
     @contextmanager
     def counting(self, counted: Tensor | None = None) -> Iterator[None]:
@@ -136,27 +182,25 @@ class InputStatistics:
                 own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
                 own.update(inputs, self._rows_that_count(name, inputs))
             self._by_layer[name] = own
-        elif self._seen[name] < own.updates:  # a layer with the same inputs has come first
-            if not own.saw(inputs):
-                warnings.warn(
-                    f"layer {name} has stopped sharing its inputs with another layer: its statistics start again here",
-                    stacklevel=2,
-                )
-                own = self._by_layer[name] = _Statistics(
-                    HessianAccumulator(self.layers[name].cols, device=inputs.device)
-                )
-                own.update(inputs, self._rows_that_count(name, inputs))
-        else:
+        elif self._seen[name] == own.updates:
+            own.update(inputs, self._rows_that_count(name, inputs))
+        elif not own.saw(inputs):  # a layer that shared these inputs has come first, with others
+            self._part(name)
+            own = self._by_layer[name]
             own.update(inputs, self._rows_that_count(name, inputs))
         self._seen[name] = own.updates
 
     def _rows_that_count(self, name: str, inputs: Tensor) -> Tensor | None:
-        counted = self._counted
-        if counted is None or inputs.shape[:-1] == counted.shape:
+        counted, leading = self._counted, inputs.shape[:-1]
+        if counted is None or leading == counted.shape:
             return counted
-        if inputs.shape[:-1].numel() == counted.numel():
-            return counted.reshape(inputs.shape[:-1])
-        if inputs.shape[:-1].numel() == counted.shape[0] or bool(counted.all()):
+        if leading == counted.T.shape:  # sequence first
+            return counted.T
+        if len(leading) == 1 and len(inputs) == counted.numel():
+            return counted.flatten()
+        if len(leading) > 2 and leading[0] == len(counted) and leading.numel() == counted.numel():
+            return counted.reshape(leading)
+        if leading == counted.shape[:1] or bool(counted.all()):
             return None  # one vector a sequence (a pooled layer), or nothing to leave out
         raise ValueError(
             f"the inputs of layer {name} have shape {tuple(inputs.shape)}, which does not show which of the "
@@ -178,7 +222,7 @@ class InputStatistics:
             "leader": {name: leaders[id(statistics)] for name, statistics in self._by_layer.items()},
             "sums": {
                 name: {
-                    "sum": self._by_layer[name].accumulator.sum.cpu(),
+                    "sum": self._by_layer[name].accumulator.sum.to("cpu", copy=True),
                     "num_tokens": self._by_layer[name].accumulator.num_tokens,
                     "updates": self._by_layer[name].updates,
                 }
@@ -232,107 +276,3 @@ def count_dataloader(
     finally:
         statistics.stop()
     return num_batches
-
-
-@dataclass(frozen=True)
-class Window:
-    """The layers whose Hessians are held at one time, and when.
-
-    Attributes:
-        event: The event that the window belongs to.
-        patterns: Layer name -> what to prune the layer to, front to back.
-        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` where nothing is collected from
-            training batches.
-        end_step: Optimizer steps taken when the window is pruned.
-        is_last: Whether the event is complete after it.
-    """
-
-    event: Event
-    patterns: Mapping[str, Pattern]
-    start_step: int
-    end_step: int
-    is_last: bool
-
-
-def hessian_bytes(layer: PrunableLayer) -> int:
-    """Memory of a layer's accumulator: in_features² fp32 numbers."""
-    return 4 * layer.cols**2
-
-
-def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
-    """Split layers, front to back, into groups whose Hessians fit a budget.
-
-    Which layers share their inputs is known only after a forward, so each layer is counted in full: a bound from above.
-
-    Raises:
-        ValueError: If one layer alone is over the budget, naming it and what it takes.
-    """
-    if budget_gib is None:
-        return [list(layers)]
-    budget = budget_gib * 2**30
-    groups: list[list[PrunableLayer]] = [[]]
-    held = 0
-    for layer in layers:
-        needed = hessian_bytes(layer)
-        if needed > budget:
-            raise ValueError(
-                f"the Hessian of layer {layer.name} takes {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
-                f"{budget_gib}: raise it, or add {layer.name!r} to ignore"
-            )
-        if held + needed > budget and groups[-1]:
-            groups.append([])
-            held = 0
-        groups[-1].append(layer)
-        held += needed
-    return groups
-
-
-def plan_windows(
-    work: Sequence[tuple[Event, Mapping[str, Pattern]]],
-    layers: Mapping[str, PrunableLayer],
-    *,
-    calibration_steps: int,
-    budget_gib: float | None = None,
-) -> list[Window]:
-    """Place each event's windows before its step, one after the other, the last one ending at it.
-
-    A window never reaches back past the event before: its statistics would be those of weights that are gone.
-
-    Args:
-        work: Events in order, and what each prunes.
-        layers: Name -> layer.
-        calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
-        budget_gib: Memory for the Hessians of a window.
-
-    Returns:
-        The windows in order of time.
-
-    Raises:
-        ValueError: If an event has more windows than there are steps before it.
-    """
-    windows: list[Window] = []
-    before = 0
-    for event, patterns in work:
-        groups = split_by_memory([layers[name] for name in patterns], budget_gib)
-        available = event.step - before
-        length = min(calibration_steps, available // len(groups))
-        if calibration_steps and not length:
-            raise ValueError(
-                f"the event at optimizer step {event.step} needs statistics from {len(groups)} window(s) of at least "
-                f"one step each, but there are {available} since {'the last event' if before else 'the start'}: start "
-                "or space the events later (start_step, every_n_steps), raise hessian_memory_gib, or give a "
-                "calibration_dataloader"
-            )
-        for index, group in enumerate(groups):
-            end = event.step - (len(groups) - 1 - index) * length
-            windows.append(
-                Window(
-                    event=event,
-                    patterns={layer.name: patterns[layer.name] for layer in group},
-                    start_step=end - length,
-                    end_step=end,
-                    is_last=index == len(groups) - 1,
-                )
-            )
-        before = event.step
-    return windows

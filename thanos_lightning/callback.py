@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +17,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from thanos_lightning.calibration import InputStatistics, Window, count_dataloader, plan_windows, token_mask
+from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
+from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.masks import LayerMask
+from thanos_lightning.planning import GradualNM, Window, changes, plan_windows
 from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, choose_access
-from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
+from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern
 from thanos_lightning.solver.layer import check_settings
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
-
-_STATE_FORMAT = 1
 
 
 class ThanosPruningCallback(Callback):
@@ -95,7 +95,7 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
-        gradual_nm: Literal["rows", "layers"] = "rows",
+        gradual_nm: GradualNM = "rows",
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
@@ -113,6 +113,10 @@ class ThanosPruningCallback(Callback):
         self.calibration_steps = calibration_steps
         if isinstance(calibration_dataloader, str) and calibration_dataloader != "datamodule":
             raise ValueError(f"calibration_dataloader is {calibration_dataloader!r}: give a dataloader or 'datamodule'")
+        if isinstance(calibration_dataloader, Iterator):
+            raise ValueError(
+                "calibration_dataloader is an iterator, which the first event would use up: give a list or a DataLoader"
+            )
         self.calibration_dataloader = calibration_dataloader
         self.attention_mask_key = attention_mask_key
         if hessian_memory_gib is not None and not hessian_memory_gib > 0:
@@ -137,6 +141,8 @@ class ThanosPruningCallback(Callback):
         self._optimizer_steps_seen = 0  # at the end of the last batch
         self._windows_done = 0
         self._applied: dict[str, Pattern] = {}
+        self._forgets_masks = False  # of a training before, unless a checkpoint is loaded
+        self._warned_of_no_mask = False
         self._measured: tuple[int, float] | None = None  # optimizer steps, value of the monitored metric
         self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
         # below: made at the start of each fit
@@ -153,10 +159,13 @@ class ThanosPruningCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            if trainer.global_step == 0:
-                self._reset()
-            else:  # the same Trainer goes on
+            if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
+            else:
+                has_pruned = bool(self._applied)
+                self._reset()
+                self._forgets_masks = has_pruned
+            self._refuse_averaging(trainer)
             choose_access(trainer.strategy)
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
@@ -174,14 +183,18 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enforcer = MaskEnforcer(self._layers, self._require_access())
+        self._warned_of_no_mask = False
+        if self._forgets_masks and self._restored is None:
+            raise MisconfigurationException(
+                "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "
+                "go on, pass ckpt_path to fit or use the same Trainer; for another model, make a new callback"
+            )
         if self._restored is not None:
             self._restore_masks(self._restored["masks"])
+        elif trainer.global_step > 0:  # a checkpoint from before the callback was added
+            self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
-        if self._windows_done > len(self._windows):
-            raise MisconfigurationException(
-                f"the checkpoint has {self._windows_done} pruning windows behind it, but the schedule has only "
-                f"{len(self._windows)}: resume with the schedule, patterns and max_steps it was trained with"
-            )
+        self._check_plan(self._restored)
         if self.monitor is not None:
             self.report.summary.metric = self.monitor
             if not trainer.enable_validation:
@@ -205,6 +218,12 @@ class ThanosPruningCallback(Callback):
             self._statistics.begin(self._counted(batch))
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        # what runs the model after the training step (other callbacks' samples, probes) is no training token
+        if self._statistics is not None and pl_module.automatic_optimization:
+            self._statistics.end()
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # in manual optimization the user clips before the optimizer step that the next hook sees
         if self._enforcer is not None and not pl_module.automatic_optimization:
@@ -222,12 +241,19 @@ class ThanosPruningCallback(Callback):
         if self._statistics is not None:
             self._statistics.end()
         enforcer = self._require_enforcer()
-        if self._optimizer_steps != self._optimizer_steps_seen:
-            self._optimizer_steps_seen = self._optimizer_steps
+        before, now = self._optimizer_steps_seen, self._optimizer_steps
+        if now != before:
+            self._optimizer_steps_seen = now
             self._advance(trainer, pl_module)
-            if self.verify_every_n_steps and self._optimizer_steps % self.verify_every_n_steps == 0:
+            every = self.verify_every_n_steps
+            if every and now // every > before // every:  # a batch may take several steps
                 enforcer.verify(trainer.optimizers)
         pl_module.log("sparsity/total", enforcer.sparsity())
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._statistics is not None:  # a batch that the module skipped has no end
+            self._statistics.end()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,11 +276,17 @@ class ThanosPruningCallback(Callback):
         if missed:
             rank_zero_warn(
                 f"training ended after {self._optimizer_steps} optimizer steps, before {len(missed)} pruning event(s), "
-                f"the last one at step {missed[-1].end_step}: the final sparsity was not reached"
+                f"the last one at step {missed[-1].end_step}: the final sparsity was not reached. (Steps that a "
+                "gradient scaler skips, and those of other optimizers, do not count)"
             )
         if trainer.is_global_zero:
-            self.report.write(Path(trainer.default_root_dir) / "pruning_report.json")
+            self._write_report(trainer)
             print_summary(self.report, enforcer.sparsity())
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # again, after every callback's on_train_end has had its last write
+        self._require_enforcer().verify(trainer.optimizers)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -270,7 +302,7 @@ class ThanosPruningCallback(Callback):
     @override
     def state_key(self) -> str:
         """Where a checkpoint keeps the state; the same for subclasses, so that export and verification find it."""
-        return "ThanosPruningCallback"
+        return CALLBACK_KEY
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -279,10 +311,11 @@ class ThanosPruningCallback(Callback):
             return self._restored
         collected = None
         if self._statistics is not None:
-            collected = self._require_access().gather(self._statistics.state())
+            collected = self._gather_collected(self._statistics.state())
         return {
-            "format": _STATE_FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
+            "windows": [window.state() for window in self._windows],
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer),
             "collected": collected,
@@ -292,10 +325,10 @@ class ThanosPruningCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("format") != _STATE_FORMAT:
+        if state_dict.get("format") != CHECKPOINT_FORMAT:
             raise MisconfigurationException(
                 f"the checkpoint's pruning state has format {state_dict.get('format')!r}, this version reads "
-                f"{_STATE_FORMAT}: resume with the version of thanos_lightning that wrote it"
+                f"{CHECKPOINT_FORMAT}: resume with the version of thanos_lightning that wrote it"
             )
         self._restored = state_dict
         self._optimizer_steps = self._optimizer_steps_seen = state_dict["optimizer_steps"]
@@ -308,26 +341,49 @@ class ThanosPruningCallback(Callback):
         """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         note: dict[str, Any] = {
-            "format": _STATE_FORMAT,
+            "format": CHECKPOINT_FORMAT,
             # an optimizer's state numbers its parameters in this order
             "optimizer_parameters": [
                 [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
                 for optimizer in trainer.optimizers
             ],
         }
-        for name, module in pl_module.named_modules():
-            if isinstance(module, PreTrainedModel):
-                generation = getattr(module, "generation_config", None)
-                note |= {
-                    "model_prefix": f"{name}." if name else "",
-                    "architecture": type(module).__name__,
-                    "config": module.config.to_dict(),
-                    "generation_config": None if generation is None else generation.to_dict(),
-                    "tokenizer": getattr(pl_module, "tokenizer_name", None) or module.config.name_or_path or None,
-                    "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-                }
-                break
-        checkpoint["thanos_lightning"] = note
+        found = self._pruned_model(pl_module)
+        if found is not None:
+            prefix, model = found
+            generation = getattr(model, "generation_config", None)
+            note |= {
+                "model_prefix": prefix,
+                "architecture": type(model).__name__,
+                "config": model.config.to_dict(),
+                "generation_config": None if generation is None else generation.to_dict(),
+                "tokenizer": getattr(pl_module, "tokenizer_name", None) or model.config.name_or_path or None,
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            }
+        checkpoint[NOTE_KEY] = note
+
+    def _pruned_model(self, pl_module: LightningModule) -> tuple[str, PreTrainedModel] | None:
+        """The Hugging Face model with the most targets (not a teacher beside it), the outermost one, and its prefix."""
+        models = [
+            (f"{name}." if name else "", module)
+            for name, module in pl_module.named_modules()
+            if isinstance(module, PreTrainedModel)
+        ]
+        # max takes the first of several, and named_modules() goes from the outside in
+        return max(models, key=lambda found: sum(name.startswith(found[0]) for name in self._layers), default=None)
+
+    def _gather_collected(self, own: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """The sums of all ranks on rank 0, which writes the checkpoint; elsewhere only this rank's."""
+        access, statistics = self._require_access(), self._statistics
+        assert statistics is not None
+        if access.world_size == 1:
+            return [own]
+        plain = access.gather(_without_tensors(own))
+        for rank, state in enumerate(plain):
+            for name, entry in state["sums"].items():
+                mine = own["sums"][name]["sum"] if rank == access.rank else None
+                entry["sum"] = access.to_first(mine, source=rank, shape=entry.pop("shape"))
+        return [state if access.rank in (0, rank) else None for rank, state in enumerate(plain)]
 
     def _masks_state(self, enforcer: MaskEnforcer) -> dict[str, Any]:
         masks = {}
@@ -355,7 +411,7 @@ class ThanosPruningCallback(Callback):
             self._applied[name] = mask.pattern
             self._require_enforcer().set_mask(name, mask.keep)
 
-    def _load_collected(self, collected: list[dict[str, Any]]) -> None:
+    def _load_collected(self, collected: list[dict[str, Any] | None]) -> None:
         access, statistics = self._require_access(), self._statistics
         assert statistics is not None
         if len(collected) != access.world_size:
@@ -363,7 +419,55 @@ class ThanosPruningCallback(Callback):
                 f"the checkpoint was written by {len(collected)} processes while statistics were collected, and "
                 f"{access.world_size} resume it: resume with {len(collected)}, or from a checkpoint between events"
             )
-        statistics.load_state(collected[access.rank])
+        own = collected[access.rank]
+        assert own is not None, "rank 0 writes the checkpoint, and has all of them"
+        statistics.load_state(own)
+
+    def _steps_without_state(self, trainer: Trainer) -> int:
+        """The optimizer steps behind a checkpoint that has no state of this callback."""
+        if len(trainer.optimizers) > 1:
+            raise MisconfigurationException(
+                "the checkpoint has no pruning state, and with several optimizers its steps can't be counted: load its "
+                "weights, and fit without ckpt_path"
+            )
+        return trainer.global_step
+
+    def _check_plan(self, restored: Mapping[str, Any] | None) -> None:
+        """What a checkpoint has behind it must be what this run would have done; what lies ahead may change."""
+        begun = self._windows_done
+        if restored is not None:
+            begun += restored["collected"] is not None
+            planned = [window.state() for window in self._windows[:begun]]
+            if planned != restored["windows"][:begun]:
+                raise MisconfigurationException(
+                    f"the {begun} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
+                    "resume with the schedule, patterns, targets, calibration_steps and hessian_memory_gib that it was "
+                    "trained with, and the same max_steps where the schedule has fractions"
+                )
+        ahead = next(iter(self._windows[begun:]), None)
+        if ahead is not None and ahead.start_step < self._optimizer_steps:
+            raise MisconfigurationException(
+                f"the event at optimizer step {ahead.event.step} needs the steps from {ahead.start_step} on, but the "
+                f"training goes on at step {self._optimizer_steps}: start the schedule later (start_step), or fit "
+                "without ckpt_path"
+            )
+
+    def _refuse_averaging(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        for callback in callbacks:
+            # by name: older versions of Lightning lack some of them
+            if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} writes averages of dense and pruned weights after the optimizer steps, "
+                    "so the zeros would be lost: remove it, or ThanosPruningCallback"
+                )
+
+    def _write_report(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / "pruning_report.json"
+        try:
+            self.report.write(path)
+        except OSError as error:  # one rank's full disk must not end a training of days
+            rank_zero_warn(f"the report could not be written to {path} ({error})")
 
     # Plan
 
@@ -376,15 +480,7 @@ class ThanosPruningCallback(Callback):
                 )
 
     def _plan(self, trainer: Trainer) -> list[Window]:
-        events = self._events(trainer)
-        work: list[tuple[Event, Mapping[str, Pattern]]] = []
-        reached: dict[str, Pattern] = {}
-        for event in events:
-            wanted = self._patterns_at(event)
-            changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
-            reached.update(changed)
-            if changed:
-                work.append((event, changed))
+        work = changes(self._events(trainer), self._final_patterns, self.gradual_nm)
         from_training = self.options.needs_statistics and self.calibration_dataloader is None
         windows = plan_windows(
             work,
@@ -404,16 +500,19 @@ class ThanosPruningCallback(Callback):
         total = trainer.estimated_stepping_batches
         known = math.isfinite(total) and total > 0
         schedule = self.schedule
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            rank_zero_info(f"fast_dev_run: everything is pruned at once, at optimizer step {int(total)}")
+            schedule = SparsitySchedule(int(total), int(total), 1)
         if schedule.has_fractions:
             if not known:
                 raise MisconfigurationException(
                     "the schedule has fractions of the training, but the number of optimizer steps is not known: set "
                     "the Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
                 )
-            if len(trainer.optimizers) > 1:
+            if not trainer.lightning_module.automatic_optimization:
                 raise MisconfigurationException(
-                    f"the schedule has fractions of the training, but with {len(trainer.optimizers)} optimizers the "
-                    "number of steps of each is not known: give the schedule in optimizer steps (whole numbers)"
+                    "the schedule has fractions of the training, but under manual optimization the number of optimizer "
+                    "steps is not known: give the schedule in optimizer steps (whole numbers)"
                 )
             schedule = schedule.resolve(int(total))
         events = schedule.events()
@@ -432,19 +531,6 @@ class ThanosPruningCallback(Callback):
             )
         return events
 
-    def _patterns_at(self, event: Event) -> dict[str, Pattern]:
-        """What each layer is to be pruned to at an event; layers that stay dense are missing."""
-        patterns: dict[str, Pattern] = {}
-        nm_layers = [name for name, pattern in self._final_patterns.items() if isinstance(pattern, NM)]
-        for name, final in self._final_patterns.items():
-            sparsity = event.sparsity(final.sparsity)
-            if self.gradual_nm == "layers" and isinstance(final, NM):
-                if nm_layers.index(name) < math.ceil(sparsity / final.sparsity * len(nm_layers)):
-                    patterns[name] = final
-            else:
-                patterns[name] = final.with_sparsity(sparsity)
-        return patterns
-
     def _counting_optimizer(self, trainer: Trainer) -> Optimizer:
         """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
         access = self._require_access()
@@ -457,7 +543,9 @@ class ThanosPruningCallback(Callback):
 
     def _post_step(self, *, counts: bool) -> Any:
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if counts:
+            # a fused optimizer gets the scaler's verdict and skips the step inside
+            found_inf = getattr(optimizer, "found_inf", None)
+            if counts and not (found_inf is not None and bool(found_inf)):
                 self._optimizer_steps += 1
             self._require_enforcer().enforce(optimizer)
 
@@ -524,7 +612,7 @@ class ThanosPruningCallback(Callback):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         if trainer.is_global_zero:
             print_event(event)
-            self.report.write(Path(trainer.default_root_dir) / "pruning_report.json")
+            self._write_report(trainer)
 
     def _accumulators(
         self, window: Window, trainer: Trainer, pl_module: LightningModule
@@ -594,7 +682,16 @@ class ThanosPruningCallback(Callback):
         )
 
     def _counted(self, batch: Any) -> torch.Tensor | None:
-        return token_mask(batch, self.attention_mask_key) if self.attention_mask_key else None
+        if self.attention_mask_key is None:
+            return None
+        counted = token_mask(batch, self.attention_mask_key)
+        if counted is None and not self._warned_of_no_mask:
+            self._warned_of_no_mask = True
+            rank_zero_warn(
+                f"the batches have no {self.attention_mask_key!r}, so every token counts, padding too. Name the mask "
+                "in attention_mask_key, or set it to None to say that there is no padding"
+            )
+        return counted
 
     def _measure(self, trainer: Trainer) -> float:
         """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
@@ -612,7 +709,11 @@ class ThanosPruningCallback(Callback):
                 trainer.training = True
                 trainer.callbacks = callbacks  # type: ignore[attr-defined]
                 connector._first_loop_iter = first
-        assert self._measured is not None, "on_validation_end has set it"
+        if self._measured is None or self._measured[0] != self._optimizer_steps:
+            raise MisconfigurationException(
+                f"monitor is {self.monitor!r}, but validation ran without a batch: give a validation dataloader that "
+                "isn't empty, or monitor=None"
+            )
         return self._measured[1]
 
     # Parts that exist during a fit
@@ -631,3 +732,12 @@ class ThanosPruningCallback(Callback):
         self._handles.clear()
         if self._statistics is not None:
             self._statistics.stop()  # but kept: a checkpoint may be saved after the fit
+
+
+def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of `InputStatistics` that is small enough to send to all ranks."""
+    sums = {
+        name: {"num_tokens": entry["num_tokens"], "updates": entry["updates"], "shape": tuple(entry["sum"].shape)}
+        for name, entry in state["sums"].items()
+    }
+    return {"leader": state["leader"], "sums": sums}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thanos_lightning.export import TensorReport
+    from thanos_lightning.verification import TensorReport
 
 _PROGRAM = "thanos-lightning"
 _DEBUG = "THANOS_LIGHTNING_DEBUG"
@@ -95,8 +95,8 @@ def _verify(
     outlier_fraction: float | None = None,
     **layers: Any,
 ) -> int:
-    from thanos_lightning.export import verify_checkpoint
     from thanos_lightning.solver import parse_pattern
+    from thanos_lightning.verification import verify_checkpoint
 
     if pattern is None and (layers or sparsity is not None or outlier_fraction is not None):
         raise ValueError("--sparsity, --outlier-fraction, --targets and --ignore go with a pattern: give --pattern")

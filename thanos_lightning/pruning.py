@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from thanos_lightning.calibration import Window
 from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.planning import Window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError, prune
@@ -93,7 +93,8 @@ def prune_window(
     if accumulators is not None:
         accumulators = _sum_on_owners(chosen, accumulators, owners, access)
     solved: dict[str, tuple[PrunedLayer, float]] = {}
-    error = None
+    error: Exception | None = None
+    failed = ""
     # keep masks first: reading one may talk to all ranks, solving does not
     frozen = {name: _frozen(enforcer.keep_mask(name)) for name in chosen}
     for name, layer in chosen.items():
@@ -103,12 +104,13 @@ def prune_window(
         try:
             hessian = None if accumulators is None else accumulators[name].compute()
             pruned = _solve(access.weight(layer), hessian, window.patterns[name], frozen[name], options)
-        except SolverError as failure:
-            error = f"layer {name}: {failure}"
+        except Exception as failure:  # out of memory too: the other ranks would wait for this one
+            error = failure
+            failed = name
             continue
         solved[name] = (pruned, time.perf_counter() - start)
         on_solved(name, pruned.relative_loss)
-    _raise_everywhere(error, access)
+    _raise_everywhere(failed, error, access)
     seconds: dict[str, float] = {}
     for part in access.gather({name: duration for name, (_, duration) in solved.items()}):
         seconds.update(part)
@@ -151,12 +153,14 @@ def _solve(
     )
 
 
-def _raise_everywhere(error: str | None, access: ParameterAccess) -> None:
+def _raise_everywhere(layer: str, error: Exception | None, access: ParameterAccess) -> None:
     """Raise on all ranks if one has an error, so that none waits for a rank that has given up."""
-    for rank, message in enumerate(access.gather(error)):
+    kind = "" if isinstance(error, SolverError) else f"{type(error).__name__}: "
+    messages = access.gather(None if error is None else f"layer {layer}: {kind}{error}")
+    for rank, message in enumerate(messages):
         if message is not None:
             where = f" (on rank {rank})" if access.world_size > 1 else ""
-            raise PruningError(f"{message}{where}. No layer of this window was changed")
+            raise PruningError(f"{message}{where}. No layer of this window was changed") from error
 
 
 def _sum_on_owners(

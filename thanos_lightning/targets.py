@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.solver import Pattern, parse_pattern
@@ -134,7 +135,8 @@ def find_targets(
 
     Raises:
         ValueError: If an expression or all of them together match nothing; if a layer is compiled, quantised or
-            reparametrised; if its weight is also that of a layer that isn't a target (a tied embedding).
+            reparametrised; if its weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
+            means a frozen teacher or LoRA's adapters.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -161,6 +163,7 @@ def find_targets(
             f"targets {list(targets)} without ignore {list(ignore)} leave no layer to prune. "
             f"The model has: {_examples(prunable)}"
         )
+    _refuse_bystanders(model, chosen, targets)
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -184,6 +187,29 @@ def find_targets(
         rows, cols = reversed(shape) if transposed else shape
         layers[name] = PrunableLayer(name, tuple(chosen[other] for other in names), rows, cols, transposed)
     return layers
+
+
+def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
+    """Refuse what a mere "*" should not mean: a teacher beside the trained model, and LoRA's adapters."""
+    caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
+    roots: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{root}.") or not root for root in roots):
+            roots[name] = module
+    frozen = {root for root, module in roots.items() if not any(p.requires_grad for p in module.parameters())}
+    if len(frozen) < len(roots):
+        for root in sorted(frozen):
+            if any(name.startswith(f"{root}.") for name in caught):
+                raise ValueError(
+                    f"target '*' means the layers of {root!r} too, a model of which nothing is trained (a teacher?), "
+                    f"beside one that is: add '{root}.*' to ignore, or to targets if you mean it"
+                )
+    for name in chosen:
+        if name in caught and any(part.startswith("lora_") for part in name.split(".")):
+            raise ValueError(
+                f"target '*' means the adapter {name} too, whose zeros a merge would not keep: add '*lora_*' to "
+                "ignore, or merge the adapters first"
+            )
 
 
 def _check_weight(name: str, module: PrunableModule) -> None:

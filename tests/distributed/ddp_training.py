@@ -96,6 +96,19 @@ class Poison(Callback):
             layer.register_forward_hook(lambda module, args, output: functional.linear(clean.pop(), module.weight))
 
 
+class Exhausted(Callback):
+    """Lets the solver of one rank run out of memory."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            import thanos_lightning.pruning as room
+
+            def prune(*args: Any, **kwargs: Any) -> Any:
+                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+            room.prune = prune
+
+
 class Refill(Callback):
     """Fills a pruned weight of one rank."""
 
@@ -116,7 +129,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--fault", choices=["nan", "refill"])
+    parser.add_argument("--fault", choices=["nan", "refill", "memory"])
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -131,6 +144,8 @@ def main() -> None:
     callbacks: list[Callback] = [callback, watch]
     if options.fault == "nan":
         callbacks = [Poison(), *callbacks]
+    if options.fault == "memory":
+        callbacks = [Exhausted(), *callbacks]
     if options.fault == "refill":
         callbacks = [Refill(), *callbacks]
     if options.save:

@@ -80,7 +80,7 @@ def test_two_ranks_prune_as_one_does(tmp_path: Path) -> None:
 
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", "--save")
-    for stop in (2, 8):  # windows are 1-3, 4-6, 6-7
+    for stop in (2, 5):  # windows are 1-3, 4-6, 6-7
         resumed = train(tmp_path / f"resumed{stop}", "--resume", str(tmp_path / "whole" / f"step={stop}.ckpt"))
         for before, after in zip(whole, resumed, strict=True):
             assert after["error"] is None
@@ -93,12 +93,13 @@ def test_resume_inside_a_window_is_bit_identical(tmp_path: Path) -> None:
     [
         ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
         ("refill", "ZeroViolationError: zeros came back: rank 1"),
+        ("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
     ],
 )
 def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
     for rank in train(tmp_path, "--fault", fault):
         assert rank["error"] is not None
         assert words in rank["error"]
-        if fault == "nan":
+        if fault != "refill":
             assert rank["events"] == []
             assert max(rank["sparsity"].values()) == 0.0

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toy import Sequences, tiny_gpt2, tiny_llama
 
-from thanos_lightning.calibration import (
-    InputStatistics,
-    count_dataloader,
-    plan_windows,
-    split_by_memory,
-    token_mask,
-)
-from thanos_lightning.schedule import Event
-from thanos_lightning.solver import NM
+from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
 from thanos_lightning.targets import find_targets
 
 
@@ -76,10 +68,39 @@ def test_sharing_is_left_when_the_inputs_part() -> None:
     one, other = torch.randn(2, 4), torch.randn(2, 4)
     with statistics.counting():
         model(one, one)
-    with statistics.counting(), pytest.warns(UserWarning, match="layer b has stopped sharing"):
+    with statistics.counting(), pytest.warns(UserWarning, match="layer b no longer sees the inputs of another"):
         model(one, other)
-    torch.testing.assert_close(statistics.accumulators["a"].sum, 2 * one.T @ one)
-    torch.testing.assert_close(statistics.accumulators["b"].sum, other.T @ other)
+    with statistics.counting():
+        model(other, other)
+    a, b = statistics.accumulators["a"], statistics.accumulators["b"]
+    torch.testing.assert_close(a.sum, 2 * one.T @ one + other.T @ other)
+    assert a.num_tokens == 6
+    torch.testing.assert_close(b.sum, 2 * one.T @ one + 2 * other.T @ other)  # one batch too many, as the warning says
+    assert b.num_tokens == 8
+
+
+@pytest.mark.parametrize("alone", ["a", "b"])
+def test_sharing_is_left_when_only_one_is_called(alone: str) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *names: str) -> None:
+            for name in names:
+                getattr(self, name)(x)
+
+    model = Branching()
+    statistics = started(model)
+    with statistics.counting():
+        model(torch.ones(2, 4), "a", "b")
+    other = "b" if alone == "a" else "a"
+    with pytest.warns(UserWarning, match=f"layer {other} no longer sees"), statistics.counting():
+        model(torch.ones(3, 4), alone)
+    with statistics.counting():
+        model(torch.ones(5, 4), other)
+    assert statistics.accumulators[alone].num_tokens == 5
+    assert statistics.accumulators[other].num_tokens == 2 + 3 + 5  # the 3 are the batch that the warning is about
 
 
 def test_a_tensor_changed_in_place_is_another_input() -> None:
@@ -137,10 +158,52 @@ def test_inputs_that_hide_their_tokens_are_refused() -> None:
 
 
 def test_token_mask_shapes() -> None:
+    mask = torch.tensor([[1, 0]])
     assert token_mask((torch.ones(2), None)) is None
     assert token_mask({"input_ids": torch.ones(2)}) is None
+    for nested in (
+        {"lm": {"attention_mask": mask}},
+        [{"attention_mask": mask}],
+        ({"a": 1}, ({"attention_mask": mask},)),
+    ):
+        assert token_mask(nested).tolist() == [[True, False]]
     with pytest.raises(ValueError, match="'attention_mask' has shape"):
         token_mask({"attention_mask": torch.ones(2, 1, 4, 4)})
+    with pytest.raises(ValueError, match="1 for a token and 0 for padding"):
+        token_mask({"attention_mask": torch.tensor([[0.0, -1e9]])})
+    with pytest.raises(ValueError, match="2 masks named"):
+        token_mask([{"attention_mask": mask}, {"attention_mask": mask}])
+
+
+def test_sequence_first_inputs_take_the_mask_transposed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    inputs = torch.randn(2, 3, 4)
+    statistics = started(model)
+    with statistics.counting(mask):
+        model(inputs.transpose(0, 1))
+    assert statistics.accumulators["0"].num_tokens == 5
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
+
+
+def test_inference_mode_inputs_count_and_are_never_shared() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    with statistics.counting(), torch.inference_mode():
+        model(torch.ones(2, 4))
+        model(torch.ones(2, 4))
+    assert statistics.accumulators["0"].num_tokens == 4
+
+
+def test_a_state_is_a_snapshot() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    with statistics.counting():
+        model(torch.ones(2, 4))
+    state = statistics.state()
+    with statistics.counting():
+        model(torch.ones(2, 4))
+    assert state["sums"]["0"]["sum"][0, 0] == 2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -261,38 +324,3 @@ def test_a_dataloader_is_split_over_ranks() -> None:
         counts.append({a.num_tokens for a in statistics.accumulators.values()})
     assert counts == [{8 * 4}, {8 * 6}]
     assert all(not module._forward_pre_hooks for module in model.modules())
-
-
-def test_windows_fit_the_budget() -> None:
-    layers = list(find_targets(tiny_llama()).values())
-    one = 4 * 32 * 32
-    groups = split_by_memory(layers, 2.5 * one / 2**30)
-    assert [layer for group in groups for layer in group] == layers
-    assert all(sum(4 * layer.cols**2 for layer in group) <= 2.5 * one for group in groups)
-    assert len(groups) == 8
-    assert split_by_memory(layers, None) == [layers]
-    with pytest.raises(ValueError, match=r"down_proj takes .* GiB, more than hessian_memory_gib"):
-        split_by_memory(layers, 1.5 * one / 2**30)
-
-
-def test_windows_end_at_their_event() -> None:
-    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
-    work = [(Event(10, 0.5), dict.fromkeys(layers, NM(2, 4, 0.5))), (Event(14, 1.0), dict.fromkeys(layers, NM(2, 4)))]
-    windows = plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
-    assert [(w.start_step, w.end_step, w.is_last) for w in windows] == [
-        (1, 4, False),
-        (4, 7, False),
-        (7, 10, True),
-        (11, 12, False),
-        (12, 13, False),
-        (13, 14, True),
-    ]
-    assert [list(w.patterns) for w in windows] == [["0"], ["1"], ["2"]] * 2
-
-
-def test_too_little_time_for_the_windows_is_an_error() -> None:
-    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
-    work = [(Event(2, 1.0), dict.fromkeys(layers, NM(2, 4)))]
-    with pytest.raises(ValueError, match=r"step 2 needs statistics from 3 window.*2 since the start"):
-        plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
-    assert len(plan_windows(work, layers, calibration_steps=0)) == 1

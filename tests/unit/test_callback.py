@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from toy import ResumableBatches, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from torch.utils.data import DataLoader, TensorDataset
+from toy import ResumableBatches, Sequences, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.enforcement import ZeroViolationError
@@ -175,6 +176,35 @@ def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path) -> None:
     assert module.losses[-1] < module.losses[0]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_weight_averaging_is_refused(tmp_path: Path, before: bool) -> None:
+    averaging = StochasticWeightAveraging(1e-3)
+    callbacks = [averaging, pruning()] if before else [pruning(), averaging]
+    with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
+        trainer(tmp_path, *callbacks, max_steps=8, max_epochs=2).fit(ToyLM(), loader(16))
+
+
+def test_a_write_after_the_training_is_found(tmp_path: Path) -> None:
+    class Late(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with torch.no_grad():
+                pl_module.model.model.layers[0].mlp.up_proj.weight.fill_(1.0)
+
+    with pytest.raises(ZeroViolationError, match="up_proj"):
+        trainer(tmp_path, pruning(), Late(), max_steps=8).fit(ToyLM(), loader(64))
+
+
+def test_fused_steps_that_are_skipped_do_not_count(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 2, 1))
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**60))
+    module = ToyLM(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, fused=True))
+    fitted = trainer(tmp_path, callback, max_steps=60, plugins=[plugin])
+    fitted.fit(module, loader(512))
+    (stepped,) = {int(state["step"]) for state in fitted.optimizers[0].state.values()}
+    assert 0 < stepped < 55, "no step was skipped: the test shows nothing"
+    assert callback.state_dict()["optimizer_steps"] == stepped
+
+
 # Steps
 
 
@@ -223,6 +253,47 @@ def test_validation_and_checkpointing_do_not_count(tmp_path: Path, monkeypatch: 
         tmp_path, callback, max_steps=4, num_sanity_val_steps=2, val_check_interval=1, check_val_every_n_epoch=None
     ).fit(ToyLM(model), loader(), loader(8))
     assert tokens == [{3 * 4 * 16}]
+
+
+def test_what_others_run_after_the_training_step_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sample(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            with torch.no_grad():
+                pl_module(input_ids=torch.zeros(1, 5, dtype=torch.long))
+
+    tokens = spy_tokens(monkeypatch)
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=3)
+    trainer(tmp_path, Sample(), callback, max_steps=4).fit(ToyLM(), loader(padding=4))
+    assert tokens == [{3 * 4 * 12}]
+
+
+def test_batches_without_a_mask_are_said(tmp_path: Path) -> None:
+    module = ToyLM()
+    module.training_step = lambda batch, batch_idx: module(input_ids=batch[0], labels=batch[0]).loss
+    batches = DataLoader(TensorDataset(Sequences(64).tokens), batch_size=4)
+    with pytest.warns(UserWarning, match="no 'attention_mask', so every token counts") as caught:
+        trainer(tmp_path, pruning(), max_steps=8).fit(module, batches)
+    assert sum("every token counts" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.parametrize("schedule", [SparsitySchedule(0.1, 0.5, 0.1), SparsitySchedule(100, 200, 50)])
+def test_fast_dev_run_prunes_once(tmp_path: Path, schedule: SparsitySchedule) -> None:
+    callback = pruning(schedule=schedule)
+    trainer(tmp_path, callback, max_steps=50, fast_dev_run=2).fit(ToyLM(), loader(64), loader(8))
+    assert [event.step for event in callback.report.events] == [2]
+
+
+def test_steps_across_epochs_with_a_partial_accumulation(tmp_path: Path) -> None:
+    """Five batches an epoch, accumulation 2: Lightning steps three times an epoch."""
+    callback = pruning(schedule=SparsitySchedule(0.2, 0.6, 0.2))
+    probe = ZeroProbe(callback)
+    fitted = trainer(tmp_path, callback, probe, max_epochs=5, accumulate_grad_batches=2, limit_train_batches=5)
+    fitted.fit(ToyLM(), loader(64))
+    assert callback.state_dict()["optimizer_steps"] == fitted.global_step == 15
+    assert [event.step for event in callback.report.events] == [6, 9]
+    assert probe.checked
 
 
 def test_hooks_exist_only_while_collecting(tmp_path: Path) -> None:
@@ -303,9 +374,9 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
     assert module.losses[-1] < module.losses[0]
 
 
-def test_fractions_with_two_optimizers_are_refused(tmp_path: Path) -> None:
+def test_fractions_under_manual_optimization_are_refused(tmp_path: Path) -> None:
     module = Manual()
-    with pytest.raises(MisconfigurationException, match="with 2 optimizers"):
+    with pytest.raises(MisconfigurationException, match="under manual optimization the number"):
         trainer(tmp_path, pruning(schedule=SparsitySchedule(0.1, 0.5, 0.1)), max_steps=32).fit(module, loader())
 
 
@@ -410,6 +481,13 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path) -> None:
     """Dense is measured before the first write, pruned after the last one: by an independent evaluation."""
     module = ToyLM()
     values: list[float] = []
+    dense: list[float] = []
+
+    class EvaluateFirst(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if len(dense) < 4:
+                evaluate.on_train_batch_end()
+                dense.append(values.pop())
 
     class Evaluate(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -418,12 +496,14 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path) -> None:
                 values.append(sum(module(**batch).loss.item() for batch in loader(8)) / 2)
                 module.train()
 
+    evaluate = Evaluate()
     callback = pruning(monitor="val/loss", schedule=SparsitySchedule(4, 4, 1))
-    trainer(tmp_path, callback, Evaluate(), max_steps=6).fit(module, loader(64), loader(8))
+    trainer(tmp_path, EvaluateFirst(), callback, evaluate, max_steps=6).fit(module, loader(64), loader(8))
     summary = callback.report.summary
     assert summary.pruned == pytest.approx(values[3], rel=1e-5)
     assert summary.recovered == pytest.approx(values[5], rel=1e-5)
-    assert summary.dense != pytest.approx(values[3], rel=1e-5)
+    assert summary.dense == pytest.approx(dense[3], rel=1e-5)
+    assert summary.dense != pytest.approx(values[3], rel=1e-3)
 
 
 # State
@@ -507,6 +587,68 @@ def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
     assert [event.step for event in callback.report.events] == [3, 7]
 
 
+def test_a_callback_does_not_lose_its_masks_to_a_new_trainer(tmp_path: Path) -> None:
+    callback, module = pruning(), ToyLM()
+    first = trainer(tmp_path, callback, max_steps=8)
+    first.fit(module, loader(64))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match="has pruned in another training"):
+        trainer(tmp_path, callback, max_steps=8).fit(module, loader(64))
+    probe = ZeroProbe(callback)
+    trainer(tmp_path, callback, probe, max_steps=12).fit(module, loader(64), ckpt_path=tmp_path / "a.ckpt")
+    assert probe.checked
+
+
+def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> None:
+    first = trainer(tmp_path, max_steps=10)
+    first.fit(ToyLM(), ResumableBatches())
+    first.save_checkpoint(tmp_path / "dense.ckpt")
+    callback = pruning(schedule=SparsitySchedule(12, 16, 2))
+    trainer(tmp_path, callback, max_steps=20).fit(ToyLM(), ResumableBatches(128), ckpt_path=tmp_path / "dense.ckpt")
+    assert [event.step for event in callback.report.events] == [14, 16]
+    with pytest.raises(MisconfigurationException, match=r"needs the steps from 4 on, but the training.*step 10"):
+        trainer(tmp_path, pruning(schedule=SparsitySchedule(6, 6, 1)), max_steps=20).fit(
+            ToyLM(), ResumableBatches(128), ckpt_path=tmp_path / "dense.ckpt"
+        )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "max_steps", "fits"),
+    [
+        (SparsitySchedule(0.1, 0.5, 0.2), 40, False),
+        (SparsitySchedule(2, 10, 4), 40, True),
+        (SparsitySchedule(2, 14, 4), 40, False),
+    ],
+)
+def test_a_plan_may_change_ahead_but_not_behind(
+    tmp_path: Path, schedule: SparsitySchedule, max_steps: int, fits: bool
+) -> None:
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    first = pruning(schedule=SparsitySchedule(0.1, 0.5, 0.2))
+    trainer(tmp_path, first, saved, max_steps=20, enable_checkpointing=True).fit(ToyLM(), ResumableBatches(128))
+    second = trainer(tmp_path, pruning(schedule=schedule), max_steps=max_steps)
+    if fits:
+        second.fit(ToyLM(), ResumableBatches(256), ckpt_path=tmp_path / "step=8.ckpt")
+        return
+    with pytest.raises(MisconfigurationException, match="not the first ones of this run"):
+        second.fit(ToyLM(), ResumableBatches(256), ckpt_path=tmp_path / "step=8.ckpt")
+
+
+def test_the_export_note_is_of_the_pruned_model(tmp_path: Path) -> None:
+    class Distilled(ToyLM):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.model
+            self.teacher = tiny_gpt2().requires_grad_(False)  # registered first
+            self.model = tiny_llama()
+
+    fitted = trainer(tmp_path, pruning(ignore=["lm_head", "teacher.*"]), max_steps=8)
+    fitted.fit(Distilled(), loader(64))
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    note = torch.load(tmp_path / "a.ckpt", weights_only=True)["thanos_lightning"]
+    assert (note["model_prefix"], note["architecture"]) == ("model.", "LlamaForCausalLM")
+
+
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
     first = trainer(tmp_path, pruning(), max_steps=8)
     first.fit(ToyLM(), loader(64))
@@ -515,7 +657,10 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pruning(ignore=["down_proj", "lm_head"]), max_steps=10).fit(
             ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
         )
-    with pytest.raises(MisconfigurationException, match="windows behind it, but the schedule has only 1"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"the 2 pruning.* are not the first ones",
+    ):
         trainer(tmp_path, pruning(schedule=SparsitySchedule(9, 9, 1)), max_steps=10).fit(
             ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
         )
@@ -545,6 +690,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"refine_steps": -1}, "refine_steps=-1"),
         ({"calibration_steps": 0}, "calibration_steps is 0"),
         ({"calibration_dataloader": "train"}, "'datamodule'"),
+        ({"calibration_dataloader": iter([])}, "is an iterator"),
         ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),
         ({"gradual_nm": "columns"}, "choose 'rows' or 'layers'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),

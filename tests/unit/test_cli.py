@@ -277,7 +277,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("not ours")  # but this test's
 
-    monkeypatch.setattr("thanos_lightning.export.verify_checkpoint", fail)
+    monkeypatch.setattr("thanos_lightning.verification.verify_checkpoint", fail)
     with pytest.raises(ValueError, match="not ours"):
         main(["verify", "a"])
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from thanos_lightning.calibration import InputStatistics, Window
+from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.planning import Window
 from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event

@@ -101,6 +101,29 @@ def test_a_shared_weight_with_an_ignored_layer_is_refused() -> None:
         find_targets(model, ignore=["1"])
 
 
+class WithTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = tiny_llama().requires_grad_(False)
+        self.model = tiny_llama()
+
+
+def test_a_frozen_teacher_is_not_pruned_by_accident() -> None:
+    with pytest.raises(ValueError, match=r"layers of 'teacher' too, a model of which nothing is trained"):
+        find_targets(WithTeacher())
+    assert all(name.startswith("model.") for name in find_targets(WithTeacher(), ignore=["lm_head", "teacher.*"]))
+    assert any(name.startswith("teacher.") for name in find_targets(WithTeacher(), ["teacher.*", "*"]))
+    assert len(find_targets(tiny_llama().requires_grad_(False))) == 14  # nothing beside it is trained
+
+
+def test_adapters_are_not_pruned_by_accident() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.lora_A = nn.Linear(32, 4)
+    with pytest.raises(ValueError, match=r"adapter model\.layers\.0\.mlp\.up_proj\.lora_A too"):
+        find_targets(model)
+    assert len(find_targets(model, ignore=["lm_head", "*lora_*"])) == 14
+
+
 def test_compiled_modules_are_refused() -> None:
     model = tiny_llama()
     model.model.layers[0].compile()

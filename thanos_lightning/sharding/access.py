@@ -62,6 +62,10 @@ class ParameterAccess(Protocol):
         """The owner's result, on every rank. Talks to all."""
         ...
 
+    def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
+        """The source's fp32 tensor, on the CPU, on the source and on rank 0; None elsewhere. Those two talk."""
+        ...
+
     def gather(self, value: Value) -> list[Value]:
         """The small Python values of all ranks, by rank. Talks to all."""
         ...
@@ -76,7 +80,7 @@ def choose_access(strategy: Strategy) -> ParameterAccess:
     if isinstance(strategy, SingleDeviceStrategy):
         return ReplicatedAccess()
     if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):  # which is one to Lightning
-        return ReplicatedAccess(strategy.global_rank, strategy.world_size)
+        return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device)
     raise MisconfigurationException(
         f"ThanosPruningCallback does not support the strategy {type(strategy).__name__} yet: its zeros would be lost. "
         "Supported are one device (strategy='auto', devices=1) and DDP (strategy='ddp')"

@@ -23,11 +23,13 @@ class ReplicatedAccess:
     Args:
         rank: This process among `world_size`.
         world_size: Number of processes, each with a replica. Above 1, torch.distributed is initialised.
+        device: Where this process sends from and receives to.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
+        self._device = device
 
     def weight(self, layer: PrunableLayer) -> Tensor:
         """See `ParameterAccess`."""
@@ -89,6 +91,19 @@ class ReplicatedAccess:
             dist.broadcast(tensor, src=owner)
         loss, relative_loss = losses.tolist()
         return PrunedLayer(weight=weight, mask=unpack_bits(bits, shape), loss=loss, relative_loss=relative_loss)
+
+    def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
+        """See `ParameterAccess`."""
+        if self.rank == source:
+            assert tensor is not None
+            if source != 0:
+                dist.send(tensor.to(self._device), dst=0)
+            return tensor
+        if self.rank != 0:
+            return None
+        received = torch.empty(shape, dtype=torch.float32, device=self._device)
+        dist.recv(received, src=source)
+        return received.cpu()
 
     def gather(self, value: Value) -> list[Value]:
         """See `ParameterAccess`."""

@@ -1,0 +1,76 @@
+"""Trained checkpoints and exported folders, whole or damaged, for the tests of export and verification."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import ToyLM, loader, tiny_gpt2, tiny_llama, trainer
+from transformers import LlamaForCausalLM
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.export import export_checkpoint
+from thanos_lightning.verification import TensorReport
+
+PRUNED = {"llama": "model.layers.1.mlp.up_proj.weight", "gpt2": "transformer.h.1.mlp.c_fc.weight"}
+names = pytest.mark.parametrize("name", ["llama", "gpt2"])
+
+
+def untied_llama(**config: Any) -> LlamaForCausalLM:
+    return tiny_llama(tie_word_embeddings=False, **config)
+
+
+def train(folder: Path, module: ToyLM, *, steps: int = 3, precision: Any = "32-true", **arguments: Any) -> Path:
+    """A checkpoint of a real training, pruned after the first step."""
+    pruning = ThanosPruningCallback(
+        **{"pattern": "2:4", "method": "magnitude", "refine_steps": 0} | arguments,
+        schedule=SparsitySchedule(1, 1, 1),
+    )
+    fitting = trainer(folder, pruning, max_steps=steps, precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitting.fit(module, loader(8))
+        fitting.save_checkpoint(folder / "trained.ckpt")
+    return folder / "trained.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ToyLM, Path]]:
+    """Llama (untied head) and GPT-2 (tied head, Conv1D): module and checkpoint, not to be written to."""
+    modules = {"llama": ToyLM(untied_llama()), "gpt2": ToyLM(tiny_gpt2())}
+    return {name: (module, train(tmp_path_factory.mktemp(name), module)) for name, module in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(trained: dict[str, tuple[ToyLM, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both of them as folders, not to be written to."""
+    folders = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, (_, checkpoint) in trained.items():
+            folders[name] = tmp_path_factory.mktemp("exported") / name
+            export_checkpoint(checkpoint, folders[name])
+    return folders
+
+
+def change_checkpoint(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = torch.load(source, weights_only=True)
+    change(content)
+    torch.save(content, target)
+    return target
+
+
+def fill(tensor: Tensor, value: float) -> None:
+    """Write to the first entry that is 0."""
+    flat = tensor.view(-1)
+    flat[flat.eq(0).nonzero()[0]] = value
+
+
+def failed(reports: Sequence[TensorReport]) -> list[TensorReport]:
+    assert reports
+    return [report for report in reports if not report.ok]

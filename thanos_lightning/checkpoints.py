@@ -1,0 +1,274 @@
+"""What a trainer checkpoint and a Hugging Face folder hold, and how both are read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# What the callback writes into a trainer checkpoint
+CHECKPOINT_FORMAT = 1  # of both parts
+CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
+NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging Face model
+
+
+# Trainer checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class TrainerCheckpoint:
+    """What a .ckpt file holds that Lightning's Trainer wrote.
+
+    Attributes:
+        path: The file.
+        content: All of it: plain values and tensors.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> TrainerCheckpoint:
+        """Open a file. Tensors stay on disk until they are used, and no code of the file is run.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it's no trainer checkpoint, or holds objects that are not plain values.
+        """
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
+        if path.is_dir():
+            raise _sharded(path)
+        if not zipfile.is_zipfile(path):
+            raise _not_a_checkpoint(path)
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds objects that are not plain values, and reading these could run any code: "
+                f"{_first_line(error)} Save plain values as hyperparameters, or, if you trust the file, allow the "
+                "class (torch.serialization.add_safe_globals) and call export_checkpoint or verify_checkpoint from "
+                "Python"
+            ) from error
+        except RuntimeError as error:  # a zip archive, but not torch's
+            raise _not_a_checkpoint(path) from error
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise _not_a_checkpoint(path)
+        return cls(path, content)
+
+    @property
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Name in the LightningModule -> parameter or buffer."""
+        tensors: Mapping[str, Tensor] = self.content["state_dict"]
+        return tensors
+
+    @property
+    def masks(self) -> dict[str, dict[str, Any]] | None:
+        """Parameter name in the LightningModule -> `LayerMask.state`; None where no callback has left a state."""
+        states = [state for key, state in self.content.get("callbacks", {}).items() if key.startswith(CALLBACK_KEY)]
+        return states[0]["masks"] if states else None  # the Trainer refuses two callbacks of one key
+
+    def require_masks(self) -> dict[str, dict[str, Any]]:
+        """The masks, of which there must be some.
+
+        Raises:
+            ValueError: If no callback has left a state, or nothing was pruned by then.
+        """
+        masks = self.masks
+        if masks is None:
+            raise ValueError(
+                f"{self.path} holds no state of a {CALLBACK_KEY}: train with the callback, or say what to verify with "
+                "--pattern, such as --pattern 2:4"
+            )
+        if not masks:
+            raise ValueError(
+                f"{self.path} holds no masks yet: it was saved after {self.content.get('global_step')} optimizer "
+                "steps, before the first pruning event. Give a later checkpoint"
+            )
+        return masks
+
+    @property
+    def describes_a_model(self) -> bool:
+        """Whether the callback found a Hugging Face model and wrote down which."""
+        return "architecture" in (self.content.get(NOTE_KEY) or {})
+
+    def require_note(self) -> Mapping[str, Any]:
+        """What the callback wrote down about the Hugging Face model.
+
+        Raises:
+            ValueError: If it found none, or wrote in another format.
+        """
+        if not self.describes_a_model:
+            raise ValueError(
+                f"{self.path} does not say which Hugging Face model it holds: train a LightningModule that keeps a "
+                "transformers model as a submodule"
+            )
+        note: Mapping[str, Any] = self.content[NOTE_KEY]
+        if note["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"{self.path} has format {note['format']!r}, this version reads {CHECKPOINT_FORMAT}: use the version "
+                "of thanos_lightning that wrote it"
+            )
+        return note
+
+    def moments(self) -> dict[str, dict[str, Tensor]] | None:
+        """Parameter name -> name -> moment of the matrices, or None where it isn't told which moment is whose."""
+        optimizers = self.content.get("optimizer_states", [])
+        named: Sequence[Sequence[str | None]] | None = self.content.get(NOTE_KEY, {}).get("optimizer_parameters")
+        if named is None:
+            return None if optimizers else {}
+        found: dict[str, dict[str, Tensor]] = {}
+        for optimizer, names in zip(optimizers, named, strict=True):
+            for index, state in optimizer["state"].items():
+                name = names[index]
+                if name is not None:
+                    found[name] = _matrix_moments(state)
+        return found
+
+
+def _sharded(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is a folder, as DeepSpeed and other sharding strategies write checkpoints; these are not supported "
+        "yet. Give a single .ckpt file: train on one device or with DDP"
+    )
+
+
+def _not_a_checkpoint(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is damaged or no trainer checkpoint: give a .ckpt file that Lightning's Trainer wrote (a Hugging Face "
+        "model is given as its folder)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """The line of a long torch error that names the class."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "GLOBAL" in line or "class" in line), lines[0])
+
+
+def _matrix_moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+    }
+
+
+# The Hugging Face model
+
+
+def build_model(architecture: str, config: Any, path: Path) -> transformers.PreTrainedModel:
+    """Build the model of a configuration without memory for its weights.
+
+    Args:
+        architecture: Name of a class of transformers.
+        config: A configuration, or its dict.
+        path: Where both were read, for the error.
+
+    Raises:
+        ValueError: If transformers has no such class.
+    """
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(
+            f"{path} holds a model of the class {architecture}, which transformers {transformers.__version__} does not "
+            "have: install the version it was trained with. Models with code of their own are not supported"
+        )
+    if isinstance(config, Mapping):
+        config = model_class.config_class.from_dict(dict(config))
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name -> all names of that parameter, itself first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: [name, *(other for other in group if other != name)] for group in names.values() for name in group}
+
+
+# Hugging Face folders
+
+
+class SafetensorsFiles(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face folder or of one .safetensors file, each read when it is asked for.
+
+    Args:
+        path: The folder or the file.
+
+    Raises:
+        ValueError: If a file is damaged or missing, or the folder holds none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        for file in _weight_files(path) if path.is_dir() else [path]:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._file_of.update(dict.fromkeys(opened.keys(), file))
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged or no safetensors file ({error}): write it again") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def stored_name(self, names: Sequence[str]) -> str:
+        """Of the names of one parameter, the one that is in the files, where tied weights are stored once."""
+        return next((name for name in names if name in self), names[0])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files of a Hugging Face folder; not the ones of another format that some folders hold too."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {some_of(missing)}, which {index.name} names: copy the whole folder")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        if (folder / "latest").is_file() or (folder / "checkpoint").is_dir() or (folder / ".metadata").is_file():
+            raise _sharded(folder)
+        raise ValueError(f"{folder} holds no .safetensors file: give a Hugging Face folder, or a .ckpt file")
+    return files
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If it's none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore or remove it") from error
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Name the first three, for a message."""
+    return f"{', '.join(names[:3])}{f', … ({len(names)} in all)' if len(names) > 3 else ''}" or "nothing"
