@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
 
@@ -243,36 +246,91 @@ class InputStatistics:
         self._seen = {name: statistics.updates for name, statistics in self._by_layer.items()}
 
 
+def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[dict[str, Any] | None]:
+    """The states of all ranks on rank 0, which writes the checkpoint; elsewhere only the rank's own.
+
+    Sums travel one by one: all together would be too much for a device. All ranks must call it.
+
+    Returns:
+        `InputStatistics.state` by rank, None where another rank has it.
+    """
+    own = statistics.state()
+    if access.world_size == 1:
+        return [own]
+    small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
+    states = access.gather({"leader": own["leader"], "sums": small})
+    for rank, state in enumerate(states):
+        for name, entry in state["sums"].items():
+            mine = own["sums"][name]["sum"] if rank == access.rank else None
+            entry["sum"] = access.to_first(mine, source=rank, shape=entry["sum"])
+    return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
+
+
+def load_own_state(
+    statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
+) -> None:
+    """Go on from this rank's part of what `gather_states` returned.
+
+    Raises:
+        MisconfigurationException: If another number of ranks wrote it.
+    """
+    if len(states) != access.world_size:
+        raise MisconfigurationException(
+            f"the checkpoint was written by {len(states)} processes while statistics were collected, and "
+            f"{access.world_size} resume it: resume with {len(states)}, or from a checkpoint between events"
+        )
+    own = states[access.rank]
+    assert own is not None, "rank 0 writes the checkpoint, and has all of them"
+    statistics.load_state(own)
+
+
 def count_dataloader(
     statistics: InputStatistics,
     batches: Iterable[Any],
-    forward: Any,
+    trainer: Trainer,
+    module: LightningModule,
+    access: ParameterAccess,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    attention_mask_key: str | None = "attention_mask",
+    attention_mask_key: str | None,
 ) -> int:
-    """Count the batches of a calibration set, without gradients.
+    """Run the module on the batches of a calibration set, in evaluation mode, without gradients, and count them.
 
     Args:
         statistics: What counts; its hooks are added and removed here.
         batches: The calibration batches. Rank r takes batches r, r + world_size, …
-        forward: Called with each batch: moves it to the device and runs the model.
-        rank: This rank.
-        world_size: Number of ranks that share the batches.
+        trainer: Its strategy moves the batches, its precision is that of the forward.
+        module: Called as `calibration_step(batch)` where it has one, else as `module(**batch)`.
+        access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
 
     Returns:
         The number of batches that this rank counted.
     """
     num_batches = 0
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     statistics.start()
     try:
-        for batch in itertools.islice(batches, rank, None, world_size):
-            counted = token_mask(batch, attention_mask_key) if attention_mask_key else None
-            with torch.no_grad(), statistics.counting(counted):
-                forward(batch)
+        for batch in itertools.islice(batches, access.rank, None, access.world_size):
+            on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            counted = token_mask(on_device, attention_mask_key) if attention_mask_key else None
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), statistics.counting(counted):
+                _forward(module, on_device)
             num_batches += 1
     finally:
         statistics.stop()
+        for part, mode in modes:
+            part.training = mode
     return num_batches
+
+
+def _forward(module: LightningModule, batch: Any) -> None:
+    step = getattr(module, "calibration_step", None)
+    if step is not None:
+        step(batch)
+    elif isinstance(batch, Mapping):
+        module(**batch)
+    elif isinstance(batch, (list, tuple)):
+        module(*batch)
+    else:
+        module(batch)

@@ -14,14 +14,19 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from typing_extensions import override
 
-from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
-from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY
+from thanos_lightning.calibration import (
+    InputStatistics,
+    count_dataloader,
+    gather_states,
+    load_own_state,
+    token_mask,
+)
+from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.masks import LayerMask
-from thanos_lightning.planning import GradualNM, Window, changes, plan_windows
+from thanos_lightning.planning import GradualNM, Window, changes, check_ahead, check_begun, plan_windows
 from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
@@ -194,7 +199,11 @@ class ThanosPruningCallback(Callback):
         elif trainer.global_step > 0:  # a checkpoint from before the callback was added
             self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
-        self._check_plan(self._restored)
+        begun = self._windows_done
+        if self._restored is not None:
+            begun += self._restored["collected"] is not None
+            check_begun(self._windows[:begun], self._restored["windows"][:begun])
+        check_ahead(self._windows[begun:], self._optimizer_steps)
         if self.monitor is not None:
             self.report.summary.metric = self.monitor
             if not trainer.enable_validation:
@@ -208,7 +217,8 @@ class ThanosPruningCallback(Callback):
         self._statistics = None
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
-            self._load_collected(self._restored["collected"])
+            assert self._statistics is not None
+            load_own_state(self._statistics, self._restored["collected"], self._require_access())
         self._restored = None
         self._advance(trainer, pl_module)
 
@@ -311,7 +321,7 @@ class ThanosPruningCallback(Callback):
             return self._restored
         collected = None
         if self._statistics is not None:
-            collected = self._gather_collected(self._statistics.state())
+            collected = gather_states(self._statistics, self._require_access())
         return {
             "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
@@ -339,51 +349,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        note: dict[str, Any] = {
-            "format": CHECKPOINT_FORMAT,
-            # an optimizer's state numbers its parameters in this order
-            "optimizer_parameters": [
-                [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
-                for optimizer in trainer.optimizers
-            ],
-        }
-        found = self._pruned_model(pl_module)
-        if found is not None:
-            prefix, model = found
-            generation = getattr(model, "generation_config", None)
-            note |= {
-                "model_prefix": prefix,
-                "architecture": type(model).__name__,
-                "config": model.config.to_dict(),
-                "generation_config": None if generation is None else generation.to_dict(),
-                "tokenizer": getattr(pl_module, "tokenizer_name", None) or model.config.name_or_path or None,
-                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            }
-        checkpoint[NOTE_KEY] = note
-
-    def _pruned_model(self, pl_module: LightningModule) -> tuple[str, PreTrainedModel] | None:
-        """The Hugging Face model with the most targets (not a teacher beside it), the outermost one, and its prefix."""
-        models = [
-            (f"{name}." if name else "", module)
-            for name, module in pl_module.named_modules()
-            if isinstance(module, PreTrainedModel)
-        ]
-        # max takes the first of several, and named_modules() goes from the outside in
-        return max(models, key=lambda found: sum(name.startswith(found[0]) for name in self._layers), default=None)
-
-    def _gather_collected(self, own: dict[str, Any]) -> list[dict[str, Any] | None]:
-        """The sums of all ranks on rank 0, which writes the checkpoint; elsewhere only this rank's."""
-        access, statistics = self._require_access(), self._statistics
-        assert statistics is not None
-        if access.world_size == 1:
-            return [own]
-        plain = access.gather(_without_tensors(own))
-        for rank, state in enumerate(plain):
-            for name, entry in state["sums"].items():
-                mine = own["sums"][name]["sum"] if rank == access.rank else None
-                entry["sum"] = access.to_first(mine, source=rank, shape=entry.pop("shape"))
-        return [state if access.rank in (0, rank) else None for rank, state in enumerate(plain)]
+        checkpoint[NOTE_KEY] = training_note(pl_module, trainer.optimizers, self._layers)
 
     def _masks_state(self, enforcer: MaskEnforcer) -> dict[str, Any]:
         masks = {}
@@ -411,18 +377,6 @@ class ThanosPruningCallback(Callback):
             self._applied[name] = mask.pattern
             self._require_enforcer().set_mask(name, mask.keep)
 
-    def _load_collected(self, collected: list[dict[str, Any] | None]) -> None:
-        access, statistics = self._require_access(), self._statistics
-        assert statistics is not None
-        if len(collected) != access.world_size:
-            raise MisconfigurationException(
-                f"the checkpoint was written by {len(collected)} processes while statistics were collected, and "
-                f"{access.world_size} resume it: resume with {len(collected)}, or from a checkpoint between events"
-            )
-        own = collected[access.rank]
-        assert own is not None, "rank 0 writes the checkpoint, and has all of them"
-        statistics.load_state(own)
-
     def _steps_without_state(self, trainer: Trainer) -> int:
         """The optimizer steps behind a checkpoint that has no state of this callback."""
         if len(trainer.optimizers) > 1:
@@ -431,26 +385,6 @@ class ThanosPruningCallback(Callback):
                 "weights, and fit without ckpt_path"
             )
         return trainer.global_step
-
-    def _check_plan(self, restored: Mapping[str, Any] | None) -> None:
-        """What a checkpoint has behind it must be what this run would have done; what lies ahead may change."""
-        begun = self._windows_done
-        if restored is not None:
-            begun += restored["collected"] is not None
-            planned = [window.state() for window in self._windows[:begun]]
-            if planned != restored["windows"][:begun]:
-                raise MisconfigurationException(
-                    f"the {begun} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
-                    "resume with the schedule, patterns, targets, calibration_steps and hessian_memory_gib that it was "
-                    "trained with, and the same max_steps where the schedule has fractions"
-                )
-        ahead = next(iter(self._windows[begun:]), None)
-        if ahead is not None and ahead.start_step < self._optimizer_steps:
-            raise MisconfigurationException(
-                f"the event at optimizer step {ahead.event.step} needs the steps from {ahead.start_step} on, but the "
-                f"training goes on at step {self._optimizer_steps}: start the schedule later (start_step), or fit "
-                "without ckpt_path"
-            )
 
     def _refuse_averaging(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -634,36 +568,15 @@ class ThanosPruningCallback(Callback):
         self, window: Window, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, HessianAccumulator]:
         access = self._require_access()
-        batches = self._calibration_batches(trainer, pl_module)
         statistics = InputStatistics({name: self._layers[name] for name in window.patterns})
-        modes = [(module, module.training) for module in pl_module.modules()]
-        pl_module.eval()
-
-        def forward(batch: Any) -> None:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            step = getattr(pl_module, "calibration_step", None)
-            with trainer.precision_plugin.forward_context():
-                if step is not None:
-                    step(batch)
-                elif isinstance(batch, Mapping):
-                    pl_module(**batch)
-                elif isinstance(batch, (list, tuple)):
-                    pl_module(*batch)
-                else:
-                    pl_module(batch)
-
-        try:
-            counted = count_dataloader(
-                statistics,
-                batches,
-                forward,
-                rank=access.rank,
-                world_size=access.world_size,
-                attention_mask_key=self.attention_mask_key,
-            )
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        counted = count_dataloader(
+            statistics,
+            self._calibration_batches(trainer, pl_module),
+            trainer,
+            pl_module,
+            access,
+            attention_mask_key=self.attention_mask_key,
+        )
         if not sum(access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         return statistics.accumulators
@@ -732,12 +645,3 @@ class ThanosPruningCallback(Callback):
         self._handles.clear()
         if self._statistics is not None:
             self._statistics.stop()  # but kept: a checkpoint may be saved after the fit
-
-
-def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of `InputStatistics` that is small enough to send to all ranks."""
-    sums = {
-        name: {"num_tokens": entry["num_tokens"], "updates": entry["updates"], "shape": tuple(entry["sum"].shape)}
-        for name, entry in state["sums"].items()
-    }
-    return {"leader": state["leader"], "sums": sums}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,54 @@ from torch import Tensor, nn
 CHECKPOINT_FORMAT = 1  # of both parts
 CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
 NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging Face model
+
+
+def training_note(
+    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], targets: Collection[str]
+) -> dict[str, Any]:
+    """What a checkpoint has to say for itself: whose the moments are, and how to rebuild the Hugging Face model.
+
+    Args:
+        module: The LightningModule.
+        optimizers: Its optimizers, in the order of the checkpoint's `optimizer_states`.
+        targets: Names of the layers to prune. Of several Hugging Face models (a teacher beside the trained one) the one
+            with the most of them is described, the outermost of nested ones.
+
+    Returns:
+        Plain values, to be kept under `NOTE_KEY`.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> training_note(layer, [torch.optim.SGD(layer.parameters())], targets=[""])["optimizer_parameters"]
+        [['weight', 'bias']]
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    note: dict[str, Any] = {
+        "format": CHECKPOINT_FORMAT,
+        # an optimizer's state numbers its parameters in this order
+        "optimizer_parameters": [
+            [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in optimizers
+        ],
+    }
+    models = [
+        (f"{name}." if name else "", part)
+        for name, part in module.named_modules()
+        if isinstance(part, transformers.PreTrainedModel)
+    ]
+    if models:
+        # max takes the first of several, and named_modules() goes from the outside in
+        prefix, model = max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets))
+        generation = getattr(model, "generation_config", None)
+        note |= {
+            "model_prefix": prefix,
+            "architecture": type(model).__name__,
+            "config": model.config.to_dict(),
+            "generation_config": None if generation is None else generation.to_dict(),
+            "tokenizer": getattr(module, "tokenizer_name", None) or model.config.name_or_path or None,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        }
+    return note
 
 
 # Trainer checkpoints

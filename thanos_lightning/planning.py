@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from thanos_lightning.schedule import Event
 from thanos_lightning.solver import NM, Pattern
 from thanos_lightning.targets import PrunableLayer
@@ -159,3 +161,39 @@ def plan_windows(
             )
         before = event.step
     return windows
+
+
+def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]]) -> None:
+    """Hold the windows that a checkpoint has behind it, and the open one, against those of this run.
+
+    Args:
+        windows: The first ones of this run's plan.
+        recorded: `Window.state` of those that the checkpoint has begun.
+
+    Raises:
+        MisconfigurationException: If they differ: masks or sums would be taken for those of other events.
+    """
+    if [window.state() for window in windows] != list(recorded):
+        raise MisconfigurationException(
+            f"the {len(recorded)} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
+            "resume with the schedule, patterns, targets, calibration_steps and hessian_memory_gib that it was trained "
+            "with, and the same max_steps where the schedule has fractions"
+        )
+
+
+def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
+    """Refuse a next window that should have begun already.
+
+    Args:
+        windows: Those that have not begun.
+        optimizer_steps: Taken so far.
+
+    Raises:
+        MisconfigurationException: Naming the event.
+    """
+    if windows and windows[0].start_step < optimizer_steps:
+        raise MisconfigurationException(
+            f"the event at optimizer step {windows[0].event.step} needs the steps from {windows[0].start_step} on, but "
+            f"the training goes on at step {optimizer_steps}: start the schedule later (start_step), or fit without "
+            "ckpt_path"
+        )

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toy import Sequences, tiny_gpt2, tiny_llama
+from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
+from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import find_targets
 
 
@@ -314,13 +316,18 @@ def test_state_goes_on_where_it_was() -> None:
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
 
 
-def test_a_dataloader_is_split_over_ranks() -> None:
-    model = tiny_llama()
+def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
+    module = ToyLM().train()
+    module.model.model.layers[0].eval()
     batches = [batch(number=number) for number in (1, 2, 3, 4)]
+    fitted = trainer(tmp_path, max_steps=1)
     counts = []
     for rank in range(2):
-        statistics = InputStatistics(find_targets(model))
-        assert count_dataloader(statistics, batches, lambda b: model(**b), rank=rank, world_size=2) == 2
+        statistics = InputStatistics(find_targets(module))
+        access = ReplicatedAccess(rank, world_size=2)
+        assert count_dataloader(statistics, batches, fitted, module, access, attention_mask_key="attention_mask") == 2
         counts.append({a.num_tokens for a in statistics.accumulators.values()})
     assert counts == [{8 * 4}, {8 * 6}]
-    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert all(not part._forward_pre_hooks for part in module.modules())
+    assert module.model.model.layers[1].training
+    assert not module.model.model.layers[0].training
