@@ -282,6 +282,7 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
     negative = int((tensor.eq(0) & tensor.signbit()).count_nonzero()) if missing_zeros else 0
     if negative:
         problems.append(f"{negative} entries are -0, which is not counted as 0")
+    problems = list(dict.fromkeys(problems))  # a recorded and a given pattern may find the same
     return TensorReport(
         name, tuple(tensor.shape), asked.name, asked.sparsity, zeros, missing_zeros + other, tuple(problems)
     )

@@ -21,40 +21,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from toy import Sequences, ToyLM, adamw, momentum_sgd, trainer
+from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.masks import LayerMask
 
 
-class Share:
-    """The batches of one rank, resumable: batch k of rank r is batch k·R + r of the data."""
+class Share(ResumableBatches):
+    """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
 
     def __init__(self, batch_size: int) -> None:
-        data = Sequences(96)
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        keys = data[0].keys()
-        rows = [data[index] for index in range(len(data))]
-        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        self.batches = [{key: torch.stack([row[key] for row in batch]) for key in keys} for batch in batches][
-            rank::size
-        ]
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[self.position - 1]
-        self.position = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        super().__init__(96, batch_size=batch_size)
+        if dist.is_initialized():
+            self.batches = self.batches[dist.get_rank() :: dist.get_world_size()]
 
 
 class Watch(Callback):
