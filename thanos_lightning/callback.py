@@ -296,7 +296,8 @@ class ThanosPruningCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # again, after every callback's on_train_end has had its last write
-        self._require_enforcer().verify(trainer.optimizers)
+        if self._enforcer is not None:  # there was something left to train
+            self._enforcer.verify(trainer.optimizers)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -89,7 +89,7 @@ class MaskEnforcer:
         for name, drop in self._drops.items():
             layer = self._layers[name]
             for what, tensor in self._access.local_tensors(layer, stepped_by.get(name)):
-                values = tensor[drop]
+                values = tensor[drop.to(tensor.device)]  # at its end, a fit moves the model to the CPU
                 count = int((values.ne(0) | values.signbit()).count_nonzero())
                 if count:
                     found.append(f"{count} of {values.numel()} pruned entries of {layer.parameter_name} ({what})")

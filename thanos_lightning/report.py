@@ -205,7 +205,7 @@ def event_progress(step: int, total: int, *, enabled: bool, console: Console | N
     console = console or Console()
     progress = Progress(
         TextColumn("Pruning at step {task.fields[step]}"),
-        BarColumn(),
+        BarColumn(bar_width=8),  # the name of a layer has to fit beside it into 80 columns
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
@@ -217,7 +217,8 @@ def event_progress(step: int, total: int, *, enabled: bool, console: Console | N
         task = progress.add_task("", total=total, step=step)
 
         def on_solved(name: str, loss: float) -> None:
-            progress.update(task, advance=1, description=f"{name}, relative loss {loss:.4f}")
+            short = ".".join(name.split(".")[-4:])
+            progress.update(task, advance=1, description=f"{short} {loss:.4f}")
 
         yield on_solved
 

@@ -426,6 +426,16 @@ def test_a_calibration_set_instead_of_training_batches(tmp_path: Path, monkeypat
     assert module.model.training
 
 
+def test_an_event_before_the_first_step_is_measured(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=loader(12), monitor="val/loss")
+    module = ToyLM()
+    trainer(tmp_path, callback, max_steps=6).fit(module, loader(), loader(8))
+    summary = callback.report.summary
+    assert summary.dense is not None
+    assert summary.recovered < summary.pruned
+    assert len(module.losses) == 6
+
+
 def test_a_calibration_set_from_the_module(tmp_path: Path) -> None:
     class WithSet(ToyLM):
         def calibration_dataloader(self) -> Any:
@@ -597,6 +607,19 @@ def test_a_callback_does_not_lose_its_masks_to_a_new_trainer(tmp_path: Path) -> 
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=12).fit(module, loader(64), ckpt_path=tmp_path / "a.ckpt")
     assert probe.checked
+
+
+def test_a_finished_training_can_be_resumed_with_nothing_left(tmp_path: Path) -> None:
+    first = trainer(tmp_path, pruning(), max_steps=8)
+    first.fit(ToyLM(), ResumableBatches())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    callback, module = pruning(), ToyLM()
+    again = trainer(tmp_path, callback, max_steps=8)
+    again.fit(module, ResumableBatches(), ckpt_path=tmp_path / "a.ckpt")
+    assert module.losses == []
+    again.save_checkpoint(tmp_path / "b.ckpt")
+    saved = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    assert len(saved["callbacks"]["ThanosPruningCallback"]["masks"]) == 14
 
 
 def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> None:

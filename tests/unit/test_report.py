@@ -75,12 +75,12 @@ def test_the_summary_says_what_was_not_measured() -> None:
 
 
 def test_progress_shows_layer_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     with event_progress(20, 2, enabled=True, console=terminal) as on_solved:
-        on_solved("layers.0.up_proj", 0.25)
+        on_solved("model.model.layers.11.self_attn.q_proj", 0.25)
     text = terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "Pruning at step 20" in text
-    assert "layers.0.up_proj, relative loss 0.2500" in text
+    assert "layers.11.self_attn.q_proj 0.2500" in text
     for enabled in (True, False):  # no terminal, and not wanted
         with event_progress(20, 2, enabled=enabled) as on_solved:
             on_solved("layers.0.up_proj", 0.25)
