@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,7 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
+
+    text = "draw a pruning report: sparsity over steps, and each layer's loss (needs matplotlib)"
+    plot = commands.add_parser("plot", help=text, description=text)
+    plot.set_defaults(run=_plot)
+    plot.add_argument("report", help="the pruning_report.json of a training")
+    plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
     return parser
+
+
+def _plot(report: str, output: str) -> int:
+    from thanos_lightning.report import PruningReport, plot_report
+
+    plot_report(PruningReport.read(Path(report)), Path(output))
+    return 0
 
 
 def _verify(
@@ -217,7 +231,7 @@ def _yaml_loader() -> tuple[Any, type[Exception]]:
 
 def _users_mistake(error: BaseException) -> BaseException | None:
     """The error to show in one line: one of ours or a misconfiguration, also where another one was raised from it."""
-    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
+    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError, ModuleNotFoundError)
     misconfiguration: tuple[type[BaseException], ...] = ()
     if "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -116,16 +116,34 @@ class PruningReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
-        """Read what `state` returned."""
+        """Read what `state` returned, or what is in the file that `write` wrote."""
+
+        def layer(entry: dict[str, Any]) -> LayerReport:
+            losses = {name: math.nan if entry[name] is None else entry[name] for name in ("loss", "relative_loss")}
+            return LayerReport(**{**entry, **losses, "shape": tuple(entry["shape"])})
+
         events = [
-            EventReport(
-                event["step"],
-                event["target"],
-                [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in event["layers"]],
-            )
+            EventReport(event["step"], event["target"], [layer(entry) for entry in event["layers"]])
             for event in state["events"]
         ]
         return cls(events, Summary(**state["summary"]))
+
+    @classmethod
+    def read(cls, path: Path) -> PruningReport:
+        """Read the file that `write` wrote.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is something else.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give the pruning_report.json of a training")
+        try:
+            return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no pruning report ({error}): give the pruning_report.json of a training"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Write the report as JSON; numbers that JSON can't hold become null. Never leaves half a file."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
+from thanos_lightning.report import EventReport, LayerReport, PruningReport
 from thanos_lightning.solver import NM
 
 
@@ -398,3 +399,12 @@ def test_misconfiguration_of_the_trainer_is_one_line(tmp_path, capsys, monkeypat
     monkeypatch.setenv("THANOS_LIGHTNING_DEBUG", "1")
     with pytest.raises(MisconfigurationException):
         main(arguments)
+
+
+def test_plot(tmp_path, capsys):
+    layer = LayerReport("a", (2, 4), "2:4", 0.5, 1.0, 0.1, 0.1)
+    PruningReport([EventReport(5, 0.5, [layer])]).write(tmp_path / "pruning_report.json")
+    assert main(["plot", str(tmp_path / "pruning_report.json"), str(tmp_path / "report.png")]) == 0
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(tmp_path / "none.json"), str(tmp_path / "report.png")]) == 2
+    assert "none.json does not exist" in capsys.readouterr().err

@@ -56,6 +56,14 @@ def test_the_file_is_strict_json(tmp_path: Path) -> None:
     assert read["events"][0]["layers"][2]["loss"] is None
     assert read["summary"] == {"metric": "val/perplexity", "dense": 10.0, "pruned": 20.0, "recovered": None}
     assert [entry.name for entry in path.parent.iterdir()] == ["pruning_report.json"]
+    again = PruningReport.read(path)
+    assert math.isnan(again.events[0].layers[2].loss)
+    assert again.events[0].layers[:2] == report().events[0].layers[:2]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no pruning report"):
+        PruningReport.read(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        PruningReport.read(tmp_path / "none.json")
 
 
 def test_the_event_table_has_a_row_a_kind() -> None:
