@@ -317,7 +317,11 @@ class ThanosPruningCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on all ranks. While statistics are collected under DDP, all ranks must call it."""
+        """Plain values. While a window is open under DDP, all ranks must call it.
+
+        They are the same on all ranks, but for the sums of an open window: rank 0, which writes the checkpoint, has
+        those of all ranks, and the others have their own.
+        """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
         collected = None
@@ -386,23 +390,6 @@ class ThanosPruningCallback(Callback):
                 "weights, and fit without ckpt_path"
             )
         return trainer.global_step
-
-    def _refuse_averaging(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for callback in callbacks:
-            # by name: older versions of Lightning lack some of them
-            if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} writes averages of dense and pruned weights after the optimizer steps, "
-                    "so the zeros would be lost: remove it, or ThanosPruningCallback"
-                )
-
-    def _write_report(self, trainer: Trainer) -> None:
-        path = Path(trainer.default_root_dir) / "pruning_report.json"
-        try:
-            self.report.write(path)
-        except OSError as error:  # one rank's full disk must not end a training of days
-            rank_zero_warn(f"the report could not be written to {path} ({error})")
 
     # Plan
 
@@ -629,6 +616,23 @@ class ThanosPruningCallback(Callback):
                 "isn't empty, or monitor=None"
             )
         return self._measured[1]
+
+    def _refuse_averaging(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        for callback in callbacks:
+            # by name: older versions of Lightning lack some of them
+            if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} writes averages of dense and pruned weights after the optimizer steps, "
+                    "so the zeros would be lost: remove it, or ThanosPruningCallback"
+                )
+
+    def _write_report(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / "pruning_report.json"
+        try:
+            self.report.write(path)
+        except OSError as error:  # one rank's full disk must not end a training of days
+            rank_zero_warn(f"the report could not be written to {path} ({error})")
 
     # Parts that exist during a fit
 

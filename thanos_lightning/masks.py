@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +96,13 @@ class LayerMask:
         Raises:
             ValueError: If the bits do not fit the shape or the pattern is none.
         """
-        is_nm = ":" in state["pattern"]
-        pattern = parse_pattern(
-            state["pattern"],
-            sparsity=None if is_nm else state["sparsity"],
-            outlier_fraction=state["outlier_fraction"] if state["pattern"] != "unstructured" else None,
-        )
-        return cls(unpack_bits(state["bits"], tuple(state["shape"])), pattern, state["transposed"])
+        return cls(unpack_bits(state["bits"], tuple(state["shape"])), recorded_pattern(state), state["transposed"])
+
+
+def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
+    """The pattern of a mask's state, or of an entry of `sparsity.json`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])

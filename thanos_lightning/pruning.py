@@ -93,8 +93,7 @@ def prune_window(
     if accumulators is not None:
         accumulators = _sum_on_owners(chosen, accumulators, owners, access)
     solved: dict[str, tuple[PrunedLayer, float]] = {}
-    error: Exception | None = None
-    failed = ""
+    error: tuple[str, Exception] | None = None
     # keep masks first: reading one may talk to all ranks, solving does not
     frozen = {name: _frozen(enforcer.keep_mask(name)) for name in chosen}
     for name, layer in chosen.items():
@@ -105,12 +104,11 @@ def prune_window(
             hessian = None if accumulators is None else accumulators[name].compute()
             pruned = _solve(access.weight(layer), hessian, window.patterns[name], frozen[name], options)
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
-            error = failure
-            failed = name
+            error = (name, failure)
             continue
         solved[name] = (pruned, time.perf_counter() - start)
         on_solved(name, pruned.relative_loss)
-    _raise_everywhere(failed, error, access)
+    _raise_everywhere(error, access)
     seconds: dict[str, float] = {}
     for part in access.gather({name: duration for name, (_, duration) in solved.items()}):
         seconds.update(part)
@@ -153,14 +151,16 @@ def _solve(
     )
 
 
-def _raise_everywhere(layer: str, error: Exception | None, access: ParameterAccess) -> None:
-    """Raise on all ranks if one has an error, so that none waits for a rank that has given up."""
-    kind = "" if isinstance(error, SolverError) else f"{type(error).__name__}: "
-    messages = access.gather(None if error is None else f"layer {layer}: {kind}{error}")
-    for rank, message in enumerate(messages):
+def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
+    """Raise on all ranks if one has an error (layer, cause), so that none waits for a rank that has given up."""
+    own, cause = None, None
+    if error is not None:
+        layer, cause = error
+        own = f"layer {layer}: {'' if isinstance(cause, SolverError) else f'{type(cause).__name__}: '}{cause}"
+    for rank, message in enumerate(access.gather(own)):
         if message is not None:
             where = f" (on rank {rank})" if access.world_size > 1 else ""
-            raise PruningError(f"{message}{where}. No layer of this window was changed") from error
+            raise PruningError(f"{message}{where}. No layer of this window was changed") from cause
 
 
 def _sum_on_owners(

@@ -45,7 +45,7 @@ class EventReport:
     """One event.
 
     Attributes:
-        step: Optimizer steps taken when the event was complete.
+        step: Optimizer step that the schedule gives the event.
         target: Sparsity that the event asked of the callback's main pattern.
         layers: What was pruned, in order.
     """

@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor
 
 from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, build_model, parameter_aliases, read_json
-from thanos_lightning.masks import LayerMask
-from thanos_lightning.solver import Pattern, parse_pattern
+from thanos_lightning.masks import LayerMask, recorded_pattern
+from thanos_lightning.solver import Pattern
 from thanos_lightning.targets import find_targets, matches
 
 _RECORD = "sparsity.json"
@@ -188,7 +188,7 @@ def _expect_of_trainer_checkpoint(
 def _expected_of_mask(mask: dict[str, Any], moments: Mapping[str, Tensor] | None = None) -> _Expected:
     shape = tuple(mask["shape"])
     return _Expected(
-        pattern=_pattern_of(mask),
+        pattern=recorded_pattern(mask),
         transposed=mask["transposed"],
         shape=shape[::-1] if mask["transposed"] else shape,
         mask=mask,
@@ -228,10 +228,6 @@ def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str
     return [
         (aliases[layer.parameter_name], layer.transposed) for layer in find_targets(model, targets, ignore).values()
     ]
-
-
-def _pattern_of(entry: Mapping[str, Any]) -> Pattern:
-    return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])
 
 
 # Checking a tensor
@@ -322,7 +318,7 @@ def _read_record(path: Path) -> dict[str, _Expected]:
         )
     return {
         name: _Expected(
-            pattern=_pattern_of(entry),
+            pattern=recorded_pattern(entry),
             transposed=entry["transposed"],
             shape=tuple(entry["shape"]),
             zeros=entry["zeros"],
