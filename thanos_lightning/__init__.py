@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thanos_lightning.callback import ThanosPruningCallback
     from thanos_lightning.schedule import SparsitySchedule
+    from thanos_lightning.strategies import CPUDeepSpeed
     from thanos_lightning.targets import TargetOverride
 
-_ROOMS = {"SparsitySchedule": "schedule", "TargetOverride": "targets", "ThanosPruningCallback": "callback"}
+_ROOMS = {
+    "CPUDeepSpeed": "strategies",
+    "SparsitySchedule": "schedule",
+    "TargetOverride": "targets",
+    "ThanosPruningCallback": "callback",
+}
 
-__all__ = ["SparsitySchedule", "TargetOverride", "ThanosPruningCallback"]
+__all__ = ["CPUDeepSpeed", "SparsitySchedule", "TargetOverride", "ThanosPruningCallback"]
 
 
 def __getattr__(name: str) -> Any:

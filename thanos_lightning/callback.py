@@ -30,7 +30,7 @@ from thanos_lightning.planning import GradualNM, Window, changes, check_ahead, c
 from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
-from thanos_lightning.sharding import ParameterAccess, choose_access
+from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern
 from thanos_lightning.solver.layer import check_settings
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
@@ -171,7 +171,7 @@ class ThanosPruningCallback(Callback):
                 self._reset()
                 self._forgets_masks = has_pruned
             self._refuse_averaging(trainer)
-            choose_access(trainer.strategy)
+            check_strategy(trainer.strategy)
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
                     "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
@@ -180,14 +180,14 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._access = choose_access(trainer.strategy)
         self._layers = find_targets(pl_module, self.targets, self.ignore)
         self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
         self._check_initial()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enforcer = MaskEnforcer(self._layers, self._require_access())
+        self._access = choose_access(trainer.strategy, self._layers)
+        self._enforcer = MaskEnforcer(self._layers, self._access)
         self._warned_of_no_mask = False
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(
@@ -211,8 +211,8 @@ class ThanosPruningCallback(Callback):
                     f"monitor is {self.monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
                     "monitor=None"
                 )
-        counting = self._counting_optimizer(trainer)
-        for optimizer in trainer.optimizers:
+        counting = self._counting_optimizer(self._access)
+        for optimizer in self._access.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         self._statistics = None
         if self._restored is not None and self._restored["collected"] is not None:
@@ -257,7 +257,7 @@ class ThanosPruningCallback(Callback):
             self._advance(trainer, pl_module)
             every = self.verify_every_n_steps
             if every and now // every > before // every:  # a batch may take several steps
-                enforcer.verify(trainer.optimizers)
+                enforcer.verify()
         pl_module.log("sparsity/total", enforcer.sparsity())
 
     @override
@@ -279,7 +279,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         enforcer = self._require_enforcer()
-        enforcer.verify(trainer.optimizers)
+        enforcer.verify()
         if self.monitor is not None and self.report.events:
             self.report.summary.recovered = self._measure(trainer)
         missed = [window for window in self._windows[self._windows_done :] if window.is_last]
@@ -297,7 +297,7 @@ class ThanosPruningCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # again, after every callback's on_train_end has had its last write
         if self._enforcer is not None:  # there was something left to train
-            self._enforcer.verify(trainer.optimizers)
+            self._enforcer.verify()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -453,21 +453,18 @@ class ThanosPruningCallback(Callback):
             )
         return events
 
-    def _counting_optimizer(self, trainer: Trainer) -> Optimizer:
+    def _counting_optimizer(self, access: ParameterAccess) -> Optimizer:
         """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
-        access = self._require_access()
-        for optimizer in trainer.optimizers:
+        for optimizer in access.optimizers:
             if access.stepped_by(optimizer, self._layers):
                 return optimizer
-        return trainer.optimizers[0]
+        return access.optimizers[0]
 
     # Steps
 
     def _post_step(self, *, counts: bool) -> Any:
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # a fused optimizer gets the scaler's verdict and skips the step inside
-            found_inf = getattr(optimizer, "found_inf", None)
-            if counts and not (found_inf is not None and bool(found_inf)):
+            if counts and self._require_access().completes_step(optimizer):
                 self._optimizer_steps += 1
             self._require_enforcer().enforce(optimizer)
 
@@ -510,8 +507,6 @@ class ThanosPruningCallback(Callback):
                 options=self.options,
                 on_solved=on_solved,
             )
-        for optimizer in trainer.optimizers:
-            enforcer.enforce(optimizer)  # the moments
         self._applied.update(window.patterns)
         self._measured = None  # of the weights before
         if not self.report.events or self.report.events[-1].step != window.event.step:

@@ -40,14 +40,29 @@ class MaskEnforcer:
         return list(self._drops)
 
     def set_mask(self, name: str, keep: Tensor) -> None:
-        """Hold a layer's keep mask, bool (out_features, in_features), from now on. Applied at the next `enforce`."""
-        self._drops[name] = self._access.local_drop(self._layers[name], keep)
-        self._num_pruned[name] = keep.numel() - int(keep.count_nonzero())
+        """Hold a keep mask (out_features, in_features) that this rank has whole. Applied at the next `enforce`."""
+        self.hold(name, self._access.local_drop(self._layers[name], keep), keep.numel() - int(keep.count_nonzero()))
+
+    def hold(self, name: str, drop: Tensor, num_pruned: int) -> None:
+        """Hold this rank's piece of a drop mask from now on.
+
+        Args:
+            name: Of the layer.
+            drop: As `ParameterAccess.local_drop` gives it.
+            num_pruned: Pruned entries of the whole layer.
+        """
+        self._drops[name] = drop
+        self._num_pruned[name] = num_pruned
 
     def keep_mask(self, name: str) -> Tensor | None:
         """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks."""
         drop = self._drops.get(name)
         return None if drop is None else self._access.full_keep(self._layers[name], drop)
+
+    def collect_keep(self, name: str, owner: int) -> Tensor | None:
+        """As `keep_mask`, but on one rank only. Talks to all ranks."""
+        drop = self._drops.get(name)
+        return None if drop is None else self._access.collect_keep(self._layers[name], drop, owner)
 
     def _masked_layers(self) -> dict[str, PrunableLayer]:
         return {name: self._layers[name] for name in self._drops}
@@ -58,38 +73,39 @@ class MaskEnforcer:
 
     @torch.no_grad()
     def enforce(self, optimizer: Optimizer) -> None:
-        """Zero the pruned weights that this optimizer updates, and their moments."""
+        """Zero what this optimizer has just written to pruned weights and their moments."""
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
-            for _, tensor in self._access.local_tensors(self._layers[name], optimizer):
-                tensor.masked_fill_(self._drops[name], 0)  # not a product: NaN·0 is NaN, -1·0 is -0
+            drop = self._drops[name]
+            for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
+                tensor.masked_fill_(drop[place], 0)  # not a product: NaN·0 is NaN, -1·0 is -0
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
         """Zero the gradients of pruned weights, so that a clipped norm is that of the sparse model.
 
         Args:
-            optimizer: Only the weights that it updates; all by default.
+            optimizer: Only the weights that it updates, if it is one of several; all by default.
         """
         layers = self._masked_layers()
-        for name in layers if optimizer is None else self._access.stepped_by(optimizer, layers):
-            gradient = self._access.local_gradient(layers[name])
-            if gradient is not None:
-                gradient.masked_fill_(self._drops[name], 0)
+        names: Iterable[str] = layers
+        if any(optimizer is other for other in self._access.optimizers):
+            assert optimizer is not None
+            names = self._access.stepped_by(optimizer, layers)
+        for name in names:
+            self._access.mask_gradient(layers[name], self._drops[name])
 
     @torch.no_grad()
-    def verify(self, optimizers: Iterable[Optimizer]) -> None:
+    def verify(self) -> None:
         """Count what is not exactly 0 (a negative zero counts) under the masks, on all ranks.
 
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
         """
         found: list[str] = []
-        layers = self._masked_layers()
-        stepped_by = {name: other for other in optimizers for name in self._access.stepped_by(other, layers)}
         for name, drop in self._drops.items():
             layer = self._layers[name]
-            for what, tensor in self._access.local_tensors(layer, stepped_by.get(name)):
-                values = tensor[drop.to(tensor.device)]  # at its end, a fit moves the model to the CPU
+            for what, tensor, place in self._access.local_tensors(layer):
+                values = tensor[drop[place].to(tensor.device)]  # at its end, a fit moves the model to the CPU
                 count = int((values.ne(0) | values.signbit()).count_nonzero())
                 if count:
                     found.append(f"{count} of {values.numel()} pruned entries of {layer.parameter_name} ({what})")

@@ -64,7 +64,7 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[
 def prune_window(
     window: Window,
     layers: Mapping[str, PrunableLayer],
-    accumulators: Mapping[str, HessianAccumulator] | None,
+    accumulators: dict[str, HessianAccumulator] | None,
     *,
     access: ParameterAccess,
     enforcer: MaskEnforcer,
@@ -76,7 +76,8 @@ def prune_window(
     Args:
         window: The layers and their patterns.
         layers: Name -> layer.
-        accumulators: Name -> this rank's statistics, or None for a method that needs none.
+        accumulators: Name -> this rank's statistics, or None for a method that needs none. Emptied, so that memory
+            is free for what comes.
         access: How the strategy's parameters are reached.
         enforcer: Gives the masks of earlier events and takes the new ones.
         options: For the solver.
@@ -90,50 +91,65 @@ def prune_window(
     """
     chosen = {name: layers[name] for name in window.patterns}
     owners = assign_owners(chosen, access.world_size)
-    if accumulators is not None:
-        accumulators = _sum_on_owners(chosen, accumulators, owners, access)
-    solved: dict[str, tuple[PrunedLayer, float]] = {}
+    sums = None if accumulators is None else _sum_on_owners(chosen, accumulators, owners, access)
+    # first all that talks, then all that solves
+    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
+    solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
-    # keep masks first: reading one may talk to all ranks, solving does not
-    frozen = {name: _frozen(enforcer.keep_mask(name)) for name in chosen}
-    for name, layer in chosen.items():
+    for name in chosen:
         if owners[name] != access.rank or error is not None:
             continue
         start = time.perf_counter()
         try:
-            hessian = None if accumulators is None else accumulators[name].compute()
-            pruned = _solve(access.weight(layer), hessian, window.patterns[name], frozen[name], options)
+            hessian = None if sums is None else sums.pop(name).compute()
+            weight, keep = weights.pop(name), earlier.pop(name)
+            assert weight is not None
+            frozen = None if keep is None else keep.logical_not()
+            pruned = _solve(weight, hessian, window.patterns[name], frozen, options)
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
             error = (name, failure)
             continue
-        solved[name] = (pruned, time.perf_counter() - start)
+        num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+        solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
         on_solved(name, pruned.relative_loss)
     _raise_everywhere(error, access)
-    seconds: dict[str, float] = {}
-    for part in access.gather({name: duration for name, (_, duration) in solved.items()}):
-        seconds.update(part)
+    facts: dict[str, tuple[int, float, float, float]] = {}
+    for part in access.gather({name: own.facts for name, own in solved.items()}):
+        facts.update(part)
     reports = []
     for name, layer in chosen.items():
         own = solved.pop(name, None)
-        pruned = access.share(layer, own and own[0], owners[name])
-        access.write(layer, pruned.weight)
-        enforcer.set_mask(name, pruned.mask)
+        weight, keep = (None, None) if own is None else (own.pruned.weight, own.pruned.mask)
+        drop = access.write(layer, weight, keep, owners[name])
+        num_pruned, loss, relative_loss, seconds = facts[name]
+        enforcer.hold(name, drop, num_pruned)
         reports.append(
             LayerReport(
                 name=name,
                 shape=(layer.rows, layer.cols),
                 pattern=window.patterns[name].name,
-                sparsity=1.0 - int(pruned.mask.count_nonzero()) / pruned.mask.numel(),
-                loss=pruned.loss,
-                relative_loss=pruned.relative_loss,
-                seconds=seconds[name],
+                sparsity=num_pruned / (layer.rows * layer.cols),
+                loss=loss,
+                relative_loss=relative_loss,
+                seconds=seconds,
             )
         )
     return reports
 
 
-def _frozen(keep: Tensor | None) -> Tensor | None:
-    return None if keep is None else keep.logical_not()
+@dataclass(frozen=True)
+class _Solved:
+    """A layer that this rank owns, solved."""
+
+    pruned: PrunedLayer
+    num_pruned: int
+    seconds: float
+
+    @property
+    def facts(self) -> tuple[int, float, float, float]:
+        """What the other ranks report of it."""
+        return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
 
 
 def _solve(
@@ -165,7 +181,7 @@ def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcce
 
 def _sum_on_owners(
     layers: Mapping[str, PrunableLayer],
-    accumulators: Mapping[str, HessianAccumulator],
+    accumulators: dict[str, HessianAccumulator],
     owners: Mapping[str, int],
     access: ParameterAccess,
 ) -> dict[str, HessianAccumulator]:
@@ -182,15 +198,33 @@ def _sum_on_owners(
         )
         raise PruningError(f"layer {unused[0]} has no statistics, {reason}. No layer of this window was changed")
     if access.world_size == 1:
-        return dict(accumulators)
-    complete: dict[str, HessianAccumulator] = {}
-    for name, layer in layers.items():
-        own = accumulators.get(name) or HessianAccumulator(layer.cols, device=layer.parameter.device)
-        # a copy: other layers may share the sum, and have another owner
-        summed = own.sum.clone()
-        access.sum_on_owner(summed, owners[name])
-        if owners[name] == access.rank:
-            complete[name] = HessianAccumulator(layer.cols, device=summed.device)
-            complete[name].sum.copy_(summed)
-            complete[name].num_tokens = sum(counts.get(name, 0) for counts in tokens)
+        complete: dict[str, HessianAccumulator] = dict(accumulators)
+        accumulators.clear()
+        return complete
+    complete = {}
+    for names in _sharing(layers, accumulators, access):
+        own = accumulators.get(names[0])
+        width = layers[names[0]].cols
+        seen = sum(counts.get(names[0], 0) for counts in tokens)
+        for owner in sorted({owners[name] for name in names}):
+            summed = access.sum_on(owner, None if own is None else own.sum, width)
+            if summed is not None:
+                whole = HessianAccumulator.of_sum(summed, seen)
+                complete.update({name: whole for name in names if owners[name] == owner})
+        for name in names:
+            accumulators.pop(name, None)
     return complete
+
+
+def _sharing(
+    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+) -> list[list[str]]:
+    """The layers, grouped by who shares one sum on every rank, in an order that is the same everywhere."""
+    first: dict[int, str] = {}
+    leaders = {name: first.setdefault(id(accumulator), name) for name, accumulator in accumulators.items()}
+    everywhere = access.gather(leaders)
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for name in layers:
+        # a rank on which a layer saw nothing has nothing to say against, and adds nothing; but then for all of a group
+        groups.setdefault(tuple(told.get(name) for told in everywhere), []).append(name)
+    return list(groups.values())

@@ -183,7 +183,8 @@ def find_targets(
                 f"prune the other. Add {name!r} to ignore"
             )
         transposed = isinstance(module, Conv1D)
-        shape = tuple(module.weight.shape)
+        # under ZeRO-3 a rank holds a piece, and DeepSpeed remembers the shape of the whole
+        shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))
         rows, cols = reversed(shape) if transposed else shape
         layers[name] = PrunableLayer(name, tuple(chosen[other] for other in names), rows, cols, transposed)
     return layers

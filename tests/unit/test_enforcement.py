@@ -9,10 +9,10 @@ from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import find_targets
 
 
-def masked(model: nn.Module) -> tuple[MaskEnforcer, dict[str, torch.Tensor]]:
+def masked(model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[MaskEnforcer, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     layers = find_targets(model)
-    enforcer = MaskEnforcer(layers, ReplicatedAccess())
+    enforcer = MaskEnforcer(layers, ReplicatedAccess(optimizers=optimizers))
     keeps = {name: torch.rand(layer.rows, layer.cols) > 0.5 for name, layer in layers.items()}
     for name, keep in keeps.items():
         enforcer.set_mask(name, keep)
@@ -29,7 +29,7 @@ def test_weights_and_all_moments_become_zero(amsgrad: bool) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, amsgrad=amsgrad)
     net(torch.randn(3, 8)).sum().backward()
     optimizer.step()
-    enforcer, keeps = masked(net)
+    enforcer, keeps = masked(net, optimizer)
     before = net[0].weight.detach().clone()
     enforcer.enforce(optimizer)
     drop = ~keeps["0"]
@@ -38,7 +38,7 @@ def test_weights_and_all_moments_become_zero(amsgrad: bool) -> None:
     for tensor in (net[0].weight, *(state[name] for name in names)):
         assert not tensor[drop].any()
     assert torch.equal(net[0].weight[keeps["0"]], before[keeps["0"]])
-    enforcer.verify([optimizer])
+    enforcer.verify()
 
 
 def test_nan_and_infinity_become_zero_too() -> None:
@@ -54,22 +54,23 @@ def test_nan_and_infinity_become_zero_too() -> None:
 
 def test_only_the_optimizers_own_layers_are_touched() -> None:
     net = model()
-    enforcer, keeps = masked(net)
     first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in net)
+    enforcer, keeps = masked(net, first, second)
     enforcer.enforce(first)
     assert not net[0].weight[~keeps["0"]].any()
     assert net[1].weight[~keeps["1"]].all()
     with pytest.raises(ZeroViolationError, match=r"pruned entries of 1\.weight \(weight\)"):
-        enforcer.verify([first, second])
+        enforcer.verify()
     enforcer.enforce(second)
-    enforcer.verify([first, second])
+    enforcer.verify()
 
 
 def test_gradients() -> None:
     net = model()
-    enforcer, keeps = masked(net)
+    first = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    enforcer, keeps = masked(net, first)
     net(torch.randn(3, 8)).square().sum().backward()
-    enforcer.mask_gradients(torch.optim.SGD(net[0].parameters(), lr=0.1))
+    enforcer.mask_gradients(first)
     assert not net[0].weight.grad[~keeps["0"]].any()
     assert net[0].weight.grad[keeps["0"]].any()
     assert net[1].weight.grad[~keeps["1"]].any()
@@ -84,13 +85,13 @@ def test_each_place_is_verified(what: str, value: float) -> None:
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.randn(3, 8)).sum().backward()
     optimizer.step()
-    enforcer, keeps = masked(net)
+    enforcer, keeps = masked(net, optimizer)
     enforcer.enforce(optimizer)
     tensor = net[1].weight.data if what == "weight" else optimizer.state[net[1].weight][what]
     row, col = (~keeps["1"]).nonzero()[0].tolist()
     tensor[row, col] = value
     with pytest.raises(ZeroViolationError, match=rf"1 of \d+ pruned entries of 1\.weight \({what}\)"):
-        enforcer.verify([optimizer])
+        enforcer.verify()
 
 
 def test_sparsity_counts_the_layers_without_a_mask() -> None:

@@ -16,7 +16,12 @@ def run(code: str) -> str:
 
 
 def test_public_names() -> None:
-    assert sorted(thanos_lightning.__all__) == ["SparsitySchedule", "TargetOverride", "ThanosPruningCallback"]
+    assert sorted(thanos_lightning.__all__) == [
+        "CPUDeepSpeed",
+        "SparsitySchedule",
+        "TargetOverride",
+        "ThanosPruningCallback",
+    ]
     for name in thanos_lightning.__all__:
         assert getattr(thanos_lightning, name).__name__ == name
         assert name in dir(thanos_lightning)

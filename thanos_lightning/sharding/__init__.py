@@ -1,5 +1,6 @@
 """Who holds which piece of a parameter: how to read, write and mask it, and how ranks agree."""
 
-from thanos_lightning.sharding.access import ParameterAccess, choose_access
+from thanos_lightning.sharding.access import LocalPiece, ParameterAccess
+from thanos_lightning.sharding.choice import check_strategy, choose_access
 
-__all__ = ["ParameterAccess", "choose_access"]
+__all__ = ["LocalPiece", "ParameterAccess", "check_strategy", "choose_access"]

@@ -1,65 +1,116 @@
-"""The contract between pruning and the strategies that place parameters, and the choice by strategy."""
+"""The contract between pruning and the strategies that place parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from thanos_lightning.sharding.replicated import ReplicatedAccess
-from thanos_lightning.solver import PrunedLayer
 from thanos_lightning.targets import PrunableLayer
 
 Value = TypeVar("Value")
 
 
+class LocalPiece(NamedTuple):
+    """A tensor of this rank that belongs to a layer's weight.
+
+    Attributes:
+        what: "weight" (the model's copy), "master", or the name of a moment.
+        tensor: The values, writable unless said otherwise.
+        place: Which part of the rank's drop mask they stand under.
+    """
+
+    what: str
+    tensor: Tensor
+    place: slice = slice(None)
+
+
 class ParameterAccess(Protocol):
     """How a strategy's parameters are read, written and masked, and how its ranks agree.
 
-    "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it.
+    "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it. The drop mask of
+    a layer is bool, True = pruned, in that layout. An owner is the rank that solves a layer.
+
+    Attributes:
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+        optimizers: The torch optimizers that step the parameters, or their masters.
     """
 
     rank: int
     world_size: int
+    optimizers: list[Optimizer]
 
-    def weight(self, layer: PrunableLayer) -> Tensor:
-        """The full weight (out_features, in_features), in its training dtype. Not to be written to."""
+    # Reading and writing layers: all ranks call these, in one order
+
+    def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
+        """The full weight (out_features, in_features) on its owner, from the most exact copy. Not to be written to."""
         ...
 
-    def write(self, layer: PrunableLayer, weight: Tensor) -> None:
-        """Replace the weight by one of shape (out_features, in_features), wherever a copy of it is kept."""
+    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+        """The keep mask (out_features, in_features) on its owner, of which `drop` is this rank's piece."""
         ...
 
-    def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
-        """The local piece of the inverted keep mask, bool, True = pruned, in the layout of `local_tensors`."""
+    def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
+        """Replace a weight wherever a copy of it is kept, and zero its moments where it is pruned.
+
+        Args:
+            layer: The layer.
+            weight: (out_features, in_features) on the owner, None elsewhere.
+            keep: Its keep mask, likewise.
+            owner: The rank that has both.
+
+        Returns:
+            This rank's drop mask.
+        """
         ...
 
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
-        """The keep mask (out_features, in_features) of which `local_drop` returned a piece. Talks to all ranks."""
+        """The keep mask (out_features, in_features) on every rank, of which `drop` is this rank's piece."""
+        ...
+
+    # What this rank does alone
+
+    def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
+        """This rank's drop mask of a keep mask (out_features, in_features). Talks to no rank."""
+        ...
+
+    def completes_step(self, optimizer: Optimizer) -> bool:
+        """Asked in a post-step hook: whether a step of the training is complete with this call. Talks to no rank.
+
+        It isn't where a scaler has skipped the step, and where a step is several calls and more of them follow.
+        """
         ...
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """Names of the layers whose weight the optimizer updates. Talks to no rank."""
+        """Names of the layers of which the optimizer updates something on this rank. Talks to no rank."""
         ...
 
-    def local_tensors(self, layer: PrunableLayer, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
-        """(what it is, local piece): the weight and, given its optimizer, each moment. Writable. Talks to no rank."""
+    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+        """What the optimizer has just written for a layer: the weight or its master, and moments. Talks to no rank."""
         ...
 
-    def local_gradient(self, layer: PrunableLayer) -> Tensor | None:
-        """The local piece of the weight's gradient, writable, or None. Talks to no rank."""
+    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        """Everything of a layer on this rank, to be counted, not written to. Talks to no rank."""
         ...
 
-    def sum_on_owner(self, tensor: Tensor, owner: int) -> None:
-        """Sum a tensor over ranks in place on the owner; the others' content is undefined after. Talks to all."""
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        """Zero the pruned part of the gradient that the next step will use, where there is one. Talks to no rank."""
         ...
 
-    def share(self, layer: PrunableLayer, pruned: PrunedLayer | None, owner: int) -> PrunedLayer:
-        """The owner's result, on every rank. Talks to all."""
+    # How ranks agree
+
+    def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
+        """The sum of a symmetric fp32 (width, width) over ranks on its owner, None elsewhere. Talks to all.
+
+        A rank without a matrix gives None, and counts as zeros.
+        """
+        ...
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite a tensor of all ranks, which has one shape and dtype everywhere, by the owner's. Talks to all."""
         ...
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
@@ -69,19 +120,3 @@ class ParameterAccess(Protocol):
     def gather(self, value: Value) -> list[Value]:
         """The small Python values of all ranks, by rank. Talks to all."""
         ...
-
-
-def choose_access(strategy: Strategy) -> ParameterAccess:
-    """The access for a Trainer's strategy.
-
-    Raises:
-        MisconfigurationException: If the strategy is not supported, naming the ones that are.
-    """
-    if isinstance(strategy, SingleDeviceStrategy):
-        return ReplicatedAccess()
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):  # which is one to Lightning
-        return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device)
-    raise MisconfigurationException(
-        f"ThanosPruningCallback does not support the strategy {type(strategy).__name__} yet: its zeros would be lost. "
-        "Supported are one device (strategy='auto', devices=1) and DDP (strategy='ddp')"
-    )

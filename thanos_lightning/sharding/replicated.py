@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from thanos_lightning.masks import pack_bits, unpack_bits
-from thanos_lightning.solver import PrunedLayer
+from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.targets import PrunableLayer
 
-Value = TypeVar("Value")
 
-
-class ReplicatedAccess:
+class ReplicatedAccess(Ranks):
     """`ParameterAccess` where the local piece is the whole parameter.
 
     Args:
         rank: This process among `world_size`.
         world_size: Number of processes, each with a replica. Above 1, torch.distributed is initialised.
         device: Where this process sends from and receives to.
+        optimizers: The ones that step the parameters.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self._device = device
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
+        super().__init__(rank, world_size, device)
+        self.optimizers = list(optimizers)
 
-    def weight(self, layer: PrunableLayer) -> Tensor:
+    def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""
-        return layer.oriented(layer.parameter.detach())
+        # a fused optimizer gets the scaler's verdict and skips the step inside
+        found_inf = getattr(optimizer, "found_inf", None)
+        return found_inf is None or not bool(found_inf)
+
+    def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
+        """See `ParameterAccess`."""
+        return layer.oriented(layer.parameter.detach()) if self.rank == owner else None
 
     @torch.no_grad()
-    def write(self, layer: PrunableLayer, weight: Tensor) -> None:
+    def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """See `ParameterAccess`."""
-        layer.parameter.copy_(layer.oriented(weight))
+        parameter = layer.parameter
+        if self.rank == owner:
+            assert weight is not None
+            assert keep is not None
+            parameter.copy_(layer.oriented(weight))
+        if self.world_size > 1:
+            self.broadcast(parameter.data, owner)
+            shape = (layer.rows, layer.cols)
+            numel = layer.rows * layer.cols
+            bits = torch.empty(-(-numel // 8), dtype=torch.uint8) if keep is None else pack_bits(keep)
+            bits = bits.to(parameter.device)
+            self.broadcast(bits, owner)
+            keep = unpack_bits(bits, shape)
+        assert keep is not None
+        drop = self.local_drop(layer, keep)
+        for optimizer in self.optimizers:
+            for _, moment, _ in self.stepped_tensors(layer, optimizer):
+                moment.masked_fill_(drop, 0)
+        return drop
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
         """See `ParameterAccess`."""
         return layer.oriented(keep).logical_not().contiguous().to(layer.parameter.device)
+
+    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+        """See `ParameterAccess`."""
+        return self.full_keep(layer, drop) if self.rank == owner else None
 
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
         """See `ParameterAccess`."""
@@ -53,62 +84,24 @@ class ReplicatedAccess:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return {name for name, layer in layers.items() if id(layer.parameter) in parameters}
 
-    def local_tensors(self, layer: PrunableLayer, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
         parameter = layer.parameter
-        yield "weight", parameter.data
+        yield LocalPiece("weight", parameter.data)
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
-        moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for name, value in moments.items():
+        for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                yield name, value
+                yield LocalPiece(name, value)
 
-    def local_gradient(self, layer: PrunableLayer) -> Tensor | None:
+    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
-        return layer.parameter.grad
+        yield LocalPiece("weight", layer.parameter.data)
+        for optimizer in self.optimizers:
+            if self.stepped_by(optimizer, {"": layer}):
+                yield from (piece for piece in self.stepped_tensors(layer, optimizer) if piece.what != "weight")
 
-    def sum_on_owner(self, tensor: Tensor, owner: int) -> None:
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
         """See `ParameterAccess`."""
-        if self.world_size > 1:
-            dist.reduce(tensor, dst=owner)
-
-    def share(self, layer: PrunableLayer, pruned: PrunedLayer | None, owner: int) -> PrunedLayer:
-        """See `ParameterAccess`."""
-        if self.world_size == 1:
-            assert pruned is not None
-            return pruned
-        shape = (layer.rows, layer.cols)
-        parameter = layer.parameter
-        if pruned is not None:
-            weight = pruned.weight.contiguous()
-            bits = pack_bits(pruned.mask).to(parameter.device)
-            losses = torch.tensor([pruned.loss, pruned.relative_loss], dtype=torch.float64, device=parameter.device)
-        else:
-            weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            bits = torch.empty(-(-layer.rows * layer.cols // 8), dtype=torch.uint8, device=parameter.device)
-            losses = torch.empty(2, dtype=torch.float64, device=parameter.device)
-        for tensor in (weight, bits, losses):
-            dist.broadcast(tensor, src=owner)
-        loss, relative_loss = losses.tolist()
-        return PrunedLayer(weight=weight, mask=unpack_bits(bits, shape), loss=loss, relative_loss=relative_loss)
-
-    def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """See `ParameterAccess`."""
-        if self.rank == source:
-            assert tensor is not None
-            if source != 0:
-                dist.send(tensor.to(self._device), dst=0)
-            return tensor
-        if self.rank != 0:
-            return None
-        received = torch.empty(shape, dtype=torch.float32, device=self._device)
-        dist.recv(received, src=source)
-        return received.cpu()
-
-    def gather(self, value: Value) -> list[Value]:
-        """See `ParameterAccess`."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Value | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]  # every entry has been filled
+        gradient = layer.parameter.grad
+        if gradient is not None:
+            gradient.masked_fill_(drop, 0)

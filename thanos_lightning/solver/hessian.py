@@ -45,6 +45,19 @@ class HessianAccumulator:
             self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
+    @classmethod
+    def of_sum(cls, total: Tensor, num_tokens: int) -> "HessianAccumulator":
+        """An accumulator that has seen `num_tokens` tokens, and holds `total`, Σ x xᵀ (in_features, in_features).
+
+        Example:
+            >>> from thanos_lightning.solver import HessianAccumulator
+            >>> HessianAccumulator.of_sum(torch.tensor([[4.0]]), num_tokens=2).compute()
+            tensor([[4.]])
+        """
+        accumulator = cls.__new__(cls)
+        accumulator.sum, accumulator.num_tokens = total, num_tokens
+        return accumulator
+
     def update(self, inputs: Float[Tensor, "..."], token_mask: Tensor | None = None) -> None:
         """Count a batch of tokens.
 

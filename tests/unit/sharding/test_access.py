@@ -3,25 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 from toy import tiny_gpt2
 
-from thanos_lightning.sharding import choose_access
+from thanos_lightning.sharding import check_strategy, choose_access
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import find_targets
 
 
 def test_one_device_is_replicated() -> None:
-    single = choose_access(SingleDeviceStrategy(torch.device("cpu")))
+    single = choose_access(SingleDeviceStrategy(torch.device("cpu")), {})
     assert isinstance(single, ReplicatedAccess)
     assert (single.rank, single.world_size) == (0, 1)
 
 
-@pytest.mark.parametrize("make", [DeepSpeedStrategy, FSDPStrategy])
-def test_other_strategies_are_refused_by_name(make: type) -> None:
-    with pytest.raises(MisconfigurationException, match=rf"strategy {make.__name__} yet.*strategy='ddp'"):
-        choose_access(make())
+def test_other_strategies_are_refused_by_name() -> None:
+    with pytest.raises(MisconfigurationException, match=r"strategy FSDPStrategy: .*strategy='ddp'"):
+        check_strategy(FSDPStrategy())
 
 
 def test_a_weight_is_written_in_its_own_layout() -> None:
@@ -29,9 +28,11 @@ def test_a_weight_is_written_in_its_own_layout() -> None:
     layer = find_targets(model)["transformer.h.0.attn.c_attn"]
     access = ReplicatedAccess()
     new = torch.randn(layer.rows, layer.cols)
-    access.write(layer, new)
+    keep = new > 0
+    drop = access.write(layer, new, keep, owner=0)
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, new.T)
-    assert torch.equal(access.weight(layer), new)
+    assert torch.equal(drop, ~keep.T)
+    assert torch.equal(access.collect_weight(layer, owner=0), new)
 
 
 def test_masks_go_to_the_local_layout_and_back() -> None:
@@ -42,16 +43,30 @@ def test_masks_go_to_the_local_layout_and_back() -> None:
     assert drop.shape == layer.parameter.shape
     assert drop.is_contiguous()
     assert torch.equal(access.full_keep(layer, drop), keep)
+    assert torch.equal(access.collect_keep(layer, drop, owner=0), keep)
 
 
 def test_moments_are_the_state_of_the_weights_shape() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     optimizer = torch.optim.AdamW(net.parameters())
     layers = find_targets(net)
-    access = ReplicatedAccess()
-    assert [name for name, _ in access.local_tensors(layers["0"], optimizer)] == ["weight"]
+    access = ReplicatedAccess(optimizers=[optimizer])
+    assert [piece.what for piece in access.local_tensors(layers["0"])] == ["weight"]
     net(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert [name for name, _ in access.local_tensors(layers["0"], optimizer)] == ["weight", "exp_avg", "exp_avg_sq"]
+    assert [piece.what for piece in access.local_tensors(layers["0"])] == ["weight", "exp_avg", "exp_avg_sq"]
     assert access.stepped_by(optimizer, layers) == {"0"}
     assert access.stepped_by(torch.optim.SGD([nn.Parameter(torch.ones(1))]), layers) == set()
+
+
+def test_writing_zeroes_the_moments_of_pruned_weights() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    layer = find_targets(net)["0"]
+    keep = torch.eye(4) > 0
+    ReplicatedAccess(optimizers=[optimizer]).write(layer, torch.eye(4), keep, owner=0)
+    moment = optimizer.state[net[0].weight]["exp_avg"]
+    assert not moment[~keep].any()
+    assert moment[keep].all()

@@ -1,0 +1,110 @@
+"""Starts the ranks of a training as processes of their own, and reads what they saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thanos_lightning.masks import LayerMask
+
+SCRIPT = Path(__file__).with_name("training.py")
+PRUNABLE = [
+    f"model.layers.{layer}.{name}_proj.weight"
+    for layer in range(2)
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes ended."""
+
+    codes: list[int]
+    outputs: list[str]
+    seconds: float
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **more,
+    }
+
+
+def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = 400) -> Ended:
+    """Train the cases one after the other on so many ranks, and wait for all of them to end."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "cases.json"
+    file.write_text(json.dumps(cases))
+    port = free_port()
+    logs = [(out / f"log{rank}.txt").open("w+") for rank in range(ranks)]
+    begin = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(file)],
+            env=environment(rank, ranks, port),
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        codes = [process.wait(max(1, timeout - (time.monotonic() - begin))) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = []
+    for log in logs:
+        log.seek(0)
+        outputs.append(log.read())
+        log.close()
+    return Ended(codes, outputs, time.monotonic() - begin)
+
+
+def train(out: Path, ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
+    """Train one case; what each rank saw."""
+    ended = start(out, [{"out": str(out), **case}], ranks)
+    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    return results(out, ranks)
+
+
+def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def masks(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    saved = torch.load(out / f"state{rank}.pt", weights_only=True)["masks"]
+    return {name: LayerMask.from_state(state).keep for name, state in saved.items()}
+
+
+def agreement(one: Path, other: Path) -> float:
+    """The fraction of the entries of all masks that are the same."""
+    expected, found = masks(one), masks(other)
+    assert expected.keys() == found.keys()
+    total = sum(keep.numel() for keep in expected.values())
+    return sum(int((keep == found[name]).sum()) for name, keep in expected.items()) / total

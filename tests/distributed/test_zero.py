@@ -1,0 +1,142 @@
+"""Two real ranks over gloo with a real DeepSpeed engine, at all ZeRO stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import PRUNABLE, agreement, masks, results, start, train
+
+ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
+GRID: dict[str, dict[str, Any]] = {
+    f"{stage}-{precision}-{optimizer}{'-accumulating' if more else ''}": {
+        "strategy": f"zero{stage}",
+        "precision": precision,
+        "optimizer": optimizer,
+        "max_steps": 17,
+        **more,
+    }
+    for stage in range(4)
+    for precision in ("32-true", "bf16-mixed", "bf16-true")
+    for optimizer in ("adamw", "sgd")
+    for more in ({}, ACCUMULATING)
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "stage 1, optimizer offloaded": {
+        "strategy": "zero1",
+        "precision": "bf16-mixed",
+        "deepspeed": {"offload_optimizer": True},
+        **ACCUMULATING,
+    },
+    "stage 2, DeepSpeed's CPU Adam": {
+        "strategy": "zero2",
+        "precision": "bf16-mixed",
+        "optimizer": "cpu_adam",
+        "deepspeed": {"offload_optimizer": True},
+    },
+    "stage 3, all offloaded": {
+        "strategy": "zero3",
+        "precision": "bf16-mixed",
+        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+        **ACCUMULATING,
+    },
+    "stage 1, bf16 with fp32 accumulation": {
+        "strategy": "zero1",
+        "precision": "bf16-mixed",
+        "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+    },
+    "stage 3, several sub-groups": {"strategy": "zero3", "zero": {"sub_group_size": 3000}},
+    "stage 3, small weights stay gathered": {
+        "strategy": "zero3",
+        "precision": "bf16-mixed",
+        "zero": {"stage3_param_persistence_threshold": 1100},
+    },
+    "stage 3, transposed weights": {"strategy": "zero3", "model": "gpt2", "precision": "bf16-mixed"},
+    "stage 2, transposed weights": {"strategy": "zero2", "model": "gpt2"},
+    "stage 3, model built in configure_model": {"strategy": "zero3", "configure_model": True},
+    "stage 3, unstructured": {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6},
+    "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
+    "stage 2, fp16 with steps that overflow": {
+        "strategy": "zero2",
+        "precision": "16-mixed",
+        "deepspeed": {"initial_scale_power": 22, "hysteresis": 1},
+        "max_steps": 30,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings, one after the other in the same processes: each start costs ten seconds."""
+    root = tmp_path_factory.mktemp("zero")
+    cases = [{"out": str(root / name), **case} for name, case in {**GRID, **KINDS}.items()]
+    ended = start(root, cases, timeout=900)
+    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
+    return root
+
+
+@pytest.mark.parametrize("name", [*GRID, *KINDS])
+def test_zeros_hold_everywhere(trained: Path, name: str) -> None:
+    case = {**GRID, **KINDS}[name]
+    first, second = results(trained / name)
+    num_layers = {"*layers.0.self_attn.k_proj": 1}.get(case.get("targets", ["*"])[0], 14)
+    num_layers = 8 if case.get("model") == "gpt2" else num_layers
+    places = {"weight", "momentum_buffer"} if case.get("optimizer") == "sgd" else {"weight", "exp_avg", "exp_avg_sq"}
+    if case["strategy"] != "zero0" or case.get("precision") != "32-true":
+        places |= {"master"}
+    for rank in (first, second):
+        assert rank["error"] is None
+        if case.get("precision") == "16-mixed":  # steps that are skipped do not count
+            assert 12 <= rank["steps"] < len(rank["losses"])
+        else:
+            assert rank["steps"] == case.get("max_steps", 12)
+        assert rank["violations"] == []
+        assert rank["checked"].keys() == places
+        assert min(rank["checked"].values()) >= num_layers * (rank["steps"] - 7)
+        assert rank["collectives"] == []
+        assert rank["enforced"] > 0
+        assert rank["control"] > 0
+        assert rank["events"] == [3, 6, 7]
+    assert first["digest"] == second["digest"]
+    expected = 0.6 if case.get("pattern") == "unstructured" else 0.5
+    for mask_name, keep in masks(trained / name).items():
+        assert torch.equal(keep, masks(trained / name, 1)[mask_name])
+        assert float(keep.float().mean()) == pytest.approx(1 - expected, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in {**GRID, **KINDS} if not name.startswith("0-32-true")])
+def test_the_clipped_norm_is_that_of_the_sparse_model(trained: Path, name: str) -> None:
+    rank = results(trained / name)[0]
+    case = {**GRID, **KINDS}[name]
+    assert len(rank["norms"]) >= 5
+    tolerance = 1e-4 if case.get("precision", "32-true") == "32-true" else 1e-2
+    for sparse, clipped_by in rank["norms"]:
+        assert clipped_by == pytest.approx(sparse, rel=tolerance)
+
+
+def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Path) -> None:
+    (one,) = train(tmp_path / "one", ranks=1, strategy="auto", batch_size=8, max_steps=17)
+    (ddp, _) = train(tmp_path / "ddp", max_steps=17)
+    zero3 = trained / "3-32-true-adamw"
+    assert agreement(tmp_path / "one", tmp_path / "ddp") >= 0.999
+    assert agreement(tmp_path / "one", zero3) >= 0.999
+    halves = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in results(zero3)), strict=True)]
+    assert halves == pytest.approx(one["losses"], rel=2e-3)
+    assert results(zero3)[0]["losses"] == pytest.approx(ddp["losses"], rel=2e-3)
+    assert min(ddp["sparsity"][name] for name in PRUNABLE) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
+        ("refill", "ZeroViolationError: zeros came back: rank 1"),
+        ("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
+    ],
+)
+def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
+    for rank in train(tmp_path, strategy="zero3", fault=fault):
+        assert rank["error"] is not None
+        assert words in rank["error"]

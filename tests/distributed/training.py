@@ -1,0 +1,392 @@
+"""Trains a tiny model through pruning events on one of several ranks: python training.py CASES.json.
+
+The ranks are started from outside, with RANK and WORLD_SIZE set. CASES.json is a list of `Case`s, trained one after
+the other in this process; each leaves a rank<r>.json with what this rank saw in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+
+import thanos_lightning.pruning
+from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.masks import LayerMask
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
+
+
+@dataclasses.dataclass
+class Case:
+    """One training."""
+
+    out: str
+    strategy: str = "ddp"  # "auto", "ddp", "fsdp", "zero0" … "zero3"
+    precision: str = "32-true"
+    optimizer: str = "adamw"
+    pattern: str = "2:4"
+    sparsity: float | None = None
+    accumulate: int = 1
+    batch_size: int = 4
+    max_steps: int = 12
+    schedule: tuple[int, int, int] = (0, 7, 3)
+    calibration_steps: int = 2
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])
+    model: str = "llama"
+    configure_model: bool = False  # build the model there, and not before
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the strategy
+    zero: dict[str, Any] = dataclasses.field(default_factory=dict)  # entries of its zero_optimization
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # other entries of its configuration
+    save: bool = False
+    resume: str | None = None
+    fault: str | None = None
+    kill_at: int | None = None  # the batch in which the last rank kills itself
+    watch: bool = True
+
+
+class Share(ResumableBatches):
+    """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(192, batch_size=batch_size)
+        if dist.is_initialized():
+            self.batches = self.batches[dist.get_rank() :: dist.get_world_size()]
+
+
+class Module(ToyLM):
+    def __init__(self, case: Case) -> None:
+        build = {"llama": tiny_llama, "gpt2": tiny_gpt2}[case.model]
+        self.build = build
+        super().__init__(None if case.configure_model else build(), make_optimizer=self._make)
+        if case.configure_model:
+            self.model = None  # type: ignore[assignment]
+        self.case = case
+        self.norms: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = self.build()
+
+    def _make(self, parameters: Any) -> Optimizer:
+        if self.case.optimizer == "cpu_adam":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(list(parameters), lr=3e-3, weight_decay=0.1)
+        parameters = list(parameters)
+        decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+        others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
+        return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer]([{"params": decayed}, {"params": others}])
+
+    def train_dataloader(self) -> Share:
+        return Share(self.case.batch_size)
+
+
+class CountCollectives(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(Callback):
+    """Looks, after every step, at what is under the masks: by DeepSpeed's public functions or torch alone."""
+
+    def __init__(self, pruning: ThanosPruningCallback) -> None:
+        self.pruning = pruning
+        self.losses: list[float] = []
+        self.checked: dict[str, int] = {}
+        self.violations: list[str] = []
+        self.collectives: list[str] = []
+        self.control = 0
+        self.enforced = 0
+        self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that DeepSpeed clips by
+        self._sparse_norm = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        enforcer = self.pruning._enforcer
+        assert enforcer is not None
+        enforce = enforcer.enforce
+
+        def counted(optimizer: Optimizer) -> None:
+            with CountCollectives() as mode:
+                enforce(optimizer)
+            self.collectives += mode.calls
+            self.enforced += 1
+
+        enforcer.enforce = counted  # type: ignore[method-assign]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if not hasattr(engine, "is_gradient_accumulation_boundary") or not engine.is_gradient_accumulation_boundary():
+            return
+        from deepspeed.utils import safe_get_full_grad
+
+        masks = self.pruning.state_dict()["masks"]
+        total = 0.0
+        for name, parameter in pl_module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if name in masks:
+                state = masks[name]
+                keep = LayerMask.from_state(state).keep
+                gradient = gradient * (keep.T if state["transposed"] else keep)
+            total += float(gradient.double().square().sum())
+        # gradients in fp16 are scaled
+        self._sparse_norm = total**0.5 / getattr(engine.optimizer, "loss_scale", 1.0) if masks else 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if self._sparse_norm and engine is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
+            clipped_by = engine.get_global_grad_norm()
+            if clipped_by is not None:  # stage 0 in fp32 doesn't tell
+                self.norms.append((self._sparse_norm, float(clipped_by)))
+            self._sparse_norm = 0.0
+        self.losses.append(float(outputs["loss"]))
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.look(trainer, pl_module)
+
+    def look(self, trainer: Trainer, pl_module: Any) -> None:
+        parameters = dict(pl_module.named_parameters())
+        if dist.is_initialized():
+            with CountCollectives() as mode:
+                dist.all_reduce(torch.ones(1))
+            self.control += len(mode.calls)
+        for name, state in self.pruning.state_dict()["masks"].items():
+            drop = ~LayerMask.from_state(state).keep
+            drop = drop.T if state["transposed"] else drop
+            for what, full in full_tensors(trainer, parameters[name]):
+                self.checked[what] = self.checked.get(what, 0) + 1
+                values = full.reshape(drop.shape)[drop]
+                count = int((values.ne(0) | values.signbit()).sum())
+                if count:
+                    self.violations.append(f"step {trainer.global_step}: {count} of {name} ({what})")
+
+
+def full_tensors(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    if engine is None or not hasattr(engine, "optimizer"):
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        yield "weight", whole.detach()
+        for name, moment in trainer.optimizers[0].state[parameter].items():
+            if moment.shape == whole.shape:
+                yield name, moment.full_tensor() if hasattr(moment, "full_tensor") else moment
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    with GatheredParameters([parameter]):
+        yield "weight", parameter.detach().clone()
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    moments = {
+        "AdamW": ["exp_avg", "exp_avg_sq"],
+        "DeepSpeedCPUAdam": ["exp_avg", "exp_avg_sq"],
+        "SGD": ["momentum_buffer"],
+    }
+    names = moments[type(inner).__name__]
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        yield "master", safe_get_full_fp32_param(parameter)
+        for name in names:
+            yield name, safe_get_full_optimizer_state(parameter, name)
+        return
+    key = parameter
+    if hasattr(engine.optimizer, "fp32_groups"):
+        models = [p for group in engine.optimizer.fp16_groups for p in group]
+        masters = [p for group in engine.optimizer.fp32_groups for p in group]
+        key = masters[[id(p) for p in models].index(id(parameter))]
+        yield "master", key.detach()
+    for name in names:
+        yield name, inner.state[key][name]
+
+
+# Faults
+
+
+class Poison(Callback):
+    """Makes the statistics of a layer NaN on one rank, as an activation that overflows does."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
+        if trainer.global_rank == 1 and pruning._statistics is not None:
+            pruning._statistics.accumulators["model.model.layers.1.mlp.down_proj"].sum[3, 5] = float("nan")
+
+
+class Exhausted(Callback):
+    """Lets the solver of one rank run out of memory."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+
+            def prune(*args: Any, **kwargs: Any) -> Any:
+                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+            thanos_lightning.pruning.prune = prune
+
+
+class Refill(Callback):
+    """Fills a pruned weight of one rank."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 9:
+            with torch.no_grad():
+                weight = pl_module.model.model.layers[0].mlp.up_proj.weight
+                getattr(weight, "ds_tensor", weight).data += 1
+
+
+class Killed(Callback):
+    """Kills the last rank, as a machine that fails does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.seen = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledInside(Callback):
+    """Kills the last rank inside an event, while the others wait for its results."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            thanos_lightning.pruning.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+
+FAULTS = {"nan": Poison, "memory": Exhausted, "refill": Refill, "killed_inside": KilledInside}
+
+
+@contextmanager
+def whole_parameters(module: Any) -> Iterator[dict[str, Tensor]]:
+    parameters = dict(module.model.named_parameters())
+    if any(hasattr(p, "ds_id") for p in parameters.values()):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(parameters.values())):
+            yield {name: p.detach().clone() for name, p in parameters.items()}
+        return
+    yield {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in parameters.items()}
+
+
+class Results(Callback):
+    """Takes what the test wants to know while the strategy still holds its parameters."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        with whole_parameters(pl_module) as parameters:
+            self.weights = {name: p.float().clone() for name, p in parameters.items()}
+
+
+def make_strategy(case: Case) -> Any:
+    if not case.strategy.startswith("zero"):
+        if case.strategy == "fsdp":
+            from fsdp_model import strategy
+
+            return strategy()
+        return case.strategy
+    strategy = CPUDeepSpeed(stage=int(case.strategy[-1]), **case.deepspeed)
+    zero = strategy.config["zero_optimization"]
+    zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, **case.zero}
+    strategy.config |= {"zero_force_ds_cpu_optimizer": False, **case.config}
+    return strategy
+
+
+def train(case: Case) -> None:
+    out = Path(case.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    pruning = ThanosPruningCallback(
+        case.pattern,
+        case.sparsity,
+        schedule=SparsitySchedule(*case.schedule),
+        calibration_steps=case.calibration_steps,
+        targets=case.targets,
+        verify_every_n_steps=1,
+    )
+    watch, results = Watch(pruning), Results()
+    callbacks: list[Callback] = [pruning, results]
+    if case.watch:
+        callbacks.append(watch)
+    if case.fault is not None:
+        callbacks.insert(0, FAULTS[case.fault]())
+    if case.kill_at is not None:
+        callbacks.insert(0, Killed(case.kill_at))
+    if case.save:
+        callbacks.append(ModelCheckpoint(out, filename="{step}", save_top_k=-1, every_n_train_steps=1))
+    module = Module(case)
+    fitted = trainer(
+        out,
+        *callbacks,
+        max_steps=case.max_steps,
+        devices=WORLD_SIZE // int(os.environ.get("TEST_NODES", "1")),
+        num_nodes=int(os.environ.get("TEST_NODES", "1")),
+        strategy=make_strategy(case),
+        precision=case.precision,
+        accumulate_grad_batches=case.accumulate,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        enable_checkpointing=case.save,
+    )
+    error = None
+    try:
+        fitted.fit(module, ckpt_path=case.resume)
+    except RuntimeError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    except ValueError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    weights = getattr(results, "weights", {})
+    report = {
+        "error": error,
+        "checked": watch.checked,
+        "violations": watch.violations,
+        "collectives": watch.collectives,
+        "enforced": watch.enforced,
+        "control": watch.control,
+        "norms": watch.norms,
+        "losses": watch.losses,
+        "steps": pruning._optimizer_steps,
+        "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
+        "events": [event.step for event in pruning.report.events],
+        "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
+    }
+    if error is None:
+        torch.save({"weights": weights, "masks": pruning.state_dict()["masks"]}, out / f"state{fitted.global_rank}.pt")
+    (out / f"rank{fitted.global_rank}.json").write_text(json.dumps(report))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases = [Case(**case) for case in json.loads(Path(sys.argv[1]).read_text())]
+    for case in cases:
+        train(case)
+        gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

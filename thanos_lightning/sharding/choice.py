@@ -1,0 +1,48 @@
+"""Which access serves a Trainer's strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.targets import PrunableLayer
+
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy under which zeros would be lost.
+
+    Raises:
+        MisconfigurationException: Naming it, and the ones that are supported.
+    """
+    if not isinstance(strategy, _SUPPORTED):
+        raise MisconfigurationException(
+            f"ThanosPruningCallback does not support the strategy {type(strategy).__name__}: its zeros would be lost. "
+            "Supported are one device (strategy='auto', devices=1), DDP (strategy='ddp') and DeepSpeed ZeRO "
+            "(strategy='deepspeed_stage_1', '_2', '_3')"
+        )
+
+
+def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
+    """The access for a Trainer's strategy, once its model and optimizers are set up. All ranks must call it.
+
+    Args:
+        strategy: One that `check_strategy` lets pass.
+        layers: Name -> layer, of all that may be pruned.
+
+    Raises:
+        MisconfigurationException: Where zeros would be lost, by name.
+    """
+    check_strategy(strategy)
+    if isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy to Lightning
+        from thanos_lightning.sharding.zero import ZeroAccess  # deepspeed is optional, and slow to import
+
+        return ZeroAccess(strategy, layers)
+    if isinstance(strategy, DDPStrategy):
+        return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
+    return ReplicatedAccess(optimizers=strategy.optimizers)

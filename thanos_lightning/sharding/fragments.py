@@ -1,0 +1,242 @@
+"""Parameters that lie in pieces on several ranks: how a whole one comes together, and goes back.
+
+Each rank holds at most one contiguous range of a flattened parameter. Which ranges the others hold is asked for once;
+after that every rank knows who sends what to whom, and pieces travel from rank to rank only where they are needed.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from thanos_lightning.masks import pack_bits, unpack_bits
+from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.targets import PrunableLayer
+
+
+class Range(NamedTuple):
+    """Entries `start` to `start + numel` of a flattened parameter."""
+
+    start: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        """The entry after the last."""
+        return self.start + self.numel
+
+
+def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Range]]:
+    """From whom to take which entries, so that each entry is taken once: (rank, range), in order.
+
+    Args:
+        ranges: What each rank holds.
+        numel: How many entries there are.
+        first: The rank that is asked first, since it needs the result.
+
+    Raises:
+        ValueError: If some entries are held by nobody.
+
+    Example:
+        >>> cover([Range(0, 4), Range(2, 4)], numel=6, first=1)
+        [(0, Range(start=0, numel=2)), (1, Range(start=2, numel=4))]
+    """
+    own = ranges[first]
+    taken = [(first, own)] if own.numel else []
+    position = 0
+    while position < numel:
+        if own.numel and position == own.start:
+            position = own.stop
+            continue
+        limit = own.start if own.numel and position < own.start else numel
+        holder = max(
+            (rank for rank, held in enumerate(ranges) if held.start <= position < held.stop),
+            key=lambda rank: ranges[rank].stop,
+            default=None,
+        )
+        if holder is None:
+            raise ValueError(f"entry {position} of {numel} is held by no rank: {list(ranges)}")
+        stop = min(limit, ranges[holder].stop)
+        taken.append((holder, Range(position, stop - position)))
+        position = stop
+    return sorted(taken, key=lambda part: part[1].start)
+
+
+class FragmentAccess(Ranks):
+    """What is the same for all `ParameterAccess` where a rank holds a range of a parameter.
+
+    Args:
+        layers: Name -> layer, of all that may be pruned.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+        device: Where this process sends from and receives to.
+        optimizers: The ones that step the parameters, or their masters.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, PrunableLayer],
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        super().__init__(rank, world_size, device)
+        self.optimizers = list(optimizers)
+        own = {name: (self._held(layer), self._held_exactly(layer)) for name, layer in layers.items()}
+        everywhere = self.gather(own)
+        self._ranges = {name: [held[name][0] for held in everywhere] for name in layers}
+        self._exact_ranges = {name: [held[name][1] for held in everywhere] for name in layers}
+
+    # What a strategy says
+
+    @abstractmethod
+    def _held(self, layer: PrunableLayer) -> Range:
+        """The entries whose mask this rank holds."""
+
+    @abstractmethod
+    def _held_exactly(self, layer: PrunableLayer) -> Range:
+        """The entries of which this rank has the most exact copy: the master, where there is one."""
+
+    @abstractmethod
+    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+        """Its dtype, the same on all ranks, also on those that have none."""
+
+    @abstractmethod
+    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+        """That copy, flat."""
+
+    @abstractmethod
+    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+        """Overwrite that copy by flat values."""
+
+    @abstractmethod
+    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+        """Overwrite the model's copy on all ranks by the owner's (out_features, in_features). Talks to all."""
+
+    @abstractmethod
+    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+        """Zero the moments of this rank where they are pruned."""
+
+    # ParameterAccess
+
+    @torch.no_grad()
+    def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
+        """See `ParameterAccess`."""
+        flat = self._collect(
+            self._read_exact(layer),
+            self._exact_ranges[layer.name],
+            layer.rows * layer.cols,
+            owner,
+            self._exact_dtype(layer),
+        )
+        return None if flat is None else self._matrix(layer, flat)
+
+    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+        """See `ParameterAccess`."""
+        flat = self._collect(
+            drop.to(torch.uint8), self._ranges[layer.name], layer.rows * layer.cols, owner, torch.uint8
+        )
+        return None if flat is None else self._matrix(layer, flat.logical_not())
+
+    @torch.no_grad()
+    def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
+        """See `ParameterAccess`."""
+        self._write_model(layer, weight, owner)
+        flat = None if weight is None else layer.oriented(weight).reshape(-1)
+        values = self._hand_out(flat, self._exact_ranges[layer.name], owner, self._exact_dtype(layer))
+        if values.numel():
+            self._write_exact(layer, values)
+        flat = None if keep is None else layer.oriented(keep).reshape(-1).logical_not().to(torch.uint8)
+        drop = self._hand_out(flat, self._ranges[layer.name], owner, torch.uint8).bool()
+        drop = drop.to(self._mask_device(layer))
+        if drop.numel():
+            self._zero_moments(layer, drop)
+        return drop
+
+    def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
+        """See `ParameterAccess`."""
+        ranges = self._ranges[layer.name]
+        numel = layer.rows * layer.cols
+        if self.world_size == 1 or all(held.numel == numel for held in ranges):
+            return self._matrix(layer, drop.logical_not())
+        bytes_each = -(-max(held.numel for held in ranges) // 8)
+        own = torch.zeros(bytes_each, dtype=torch.uint8)
+        packed = pack_bits(drop)
+        own[: len(packed)] = packed
+        everywhere = [torch.empty_like(own, device=self._device) for _ in ranges]
+        dist.all_gather(everywhere, own.to(self._device))
+        keep = torch.empty(numel, dtype=torch.bool)
+        for held, bits in zip(ranges, everywhere, strict=True):
+            if held.numel:
+                pieces = unpack_bits(bits[: -(-held.numel // 8)].cpu(), (held.numel,))
+                keep[held.start : held.stop] = pieces.logical_not()
+        return self._matrix(layer, keep)
+
+    def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
+        """See `ParameterAccess`."""
+        held = self._ranges[layer.name][self.rank]
+        flat = layer.oriented(keep).reshape(-1)[held.start : held.stop]
+        return flat.logical_not().to(self._mask_device(layer))
+
+    @abstractmethod
+    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+        """Where the optimizer steps this rank's piece."""
+
+    @abstractmethod
+    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+        """See `ParameterAccess`."""
+
+    # Pieces on their way
+
+    @staticmethod
+    def _matrix(layer: PrunableLayer, flat: Tensor) -> Tensor:
+        """(out_features, in_features) of a flattened parameter."""
+        return flat.view(layer.cols, layer.rows).t() if layer.transposed else flat.view(layer.rows, layer.cols)
+
+    def _collect(
+        self, own: Tensor, ranges: Sequence[Range], numel: int, owner: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        parts = cover(ranges, numel, first=owner)
+        held = ranges[self.rank]
+        if self.rank != owner:
+            for holder, part in parts:
+                if holder == self.rank:
+                    sent = own[part.start - held.start :][: part.numel]
+                    dist.send(sent.to(self._device).contiguous(), dst=owner)
+            return None
+        whole = torch.empty(numel, dtype=dtype, device=self._device)
+        for holder, part in parts:
+            into = whole[part.start : part.stop]
+            if holder == owner:
+                into.copy_(own[part.start - held.start :][: part.numel])
+            else:
+                dist.recv(into, src=holder)
+        return whole
+
+    def _hand_out(self, whole: Tensor | None, ranges: Sequence[Range], owner: int, dtype: torch.dtype) -> Tensor:
+        held = ranges[self.rank]
+        if all(other == ranges[0] for other in ranges) and self.world_size > 1:
+            values = torch.empty(held.numel, dtype=dtype, device=self._device)
+            if whole is not None:
+                values.copy_(whole[held.start : held.stop])
+            dist.broadcast(values, src=owner)
+            return values
+        if self.rank == owner:
+            assert whole is not None
+            whole = whole.to(self._device, dtype)
+            for rank, other in enumerate(ranges):
+                if rank != owner and other.numel:
+                    dist.send(whole[other.start : other.stop].contiguous(), dst=rank)
+            return whole[held.start : held.stop].clone()
+        values = torch.empty(held.numel, dtype=dtype, device=self._device)
+        if held.numel:
+            dist.recv(values, src=owner)
+        return values

@@ -1,0 +1,404 @@
+"""DeepSpeed ZeRO 0 to 3: where the model's copy, the fp32 master and the moments of a parameter lie on this rank.
+
+The only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
+
+    stage 3               rank r holds the r-th of equal parts of each flattened parameter, padded at the end
+    stages 1 and 2        the parameters are one flat vector, cut into equal parts by rank; the model's copy is whole
+    stage 1, bf16 with    as stage 1, but the gradients are whole on each rank too, and the clipped norm is taken of
+      fp32 accumulation   these: the mask is held whole
+    stage 0               all is whole; in 16 bits with a master of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.targets import PrunableLayer
+
+
+@dataclass(frozen=True)
+class _Master:
+    """Where this rank's piece of a parameter is in what the torch optimizer steps.
+
+    Attributes:
+        tensor: What the torch optimizer steps, which has its state under this key.
+        offset: Where the piece begins in it.
+        held: Which entries of the flattened parameter the piece is.
+    """
+
+    tensor: Tensor
+    offset: int
+    held: Range
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor that is laid out like the master, flat."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.held.numel]
+
+
+class _Layout(Protocol):
+    """Where one of DeepSpeed's optimizers keeps things."""
+
+    def masters(self) -> Sequence[Tensor]:
+        """All that the torch optimizer steps on this rank, in the order in which it is stepped."""
+        ...
+
+    def master(self, parameter: nn.Parameter) -> _Master | None:
+        """This rank's piece, or None where it has none, or nothing is trained."""
+        ...
+
+    def held(self, parameter: nn.Parameter) -> Range:
+        """The entries whose mask this rank needs."""
+        ...
+
+    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
+        """The held entries of the model's copy, flat."""
+        ...
+
+    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+        """Zero the held entries of the gradient that the next step uses."""
+        ...
+
+
+class _Whole:
+    """Stage 0: each rank holds all of every parameter."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._of: dict[int, _Master] = {}
+        if isinstance(optimizer, FP16_UnfusedOptimizer):
+            self._masters = [master for group in optimizer.fp32_groups for master in group]
+            models = [parameter for group in optimizer.fp16_groups for parameter in group]
+            for model, master in zip(models, self._masters, strict=True):
+                self._of[id(model)] = _Master(master, 0, Range(0, model.numel()))
+        elif isinstance(optimizer, FP16_Optimizer):
+            self._masters = list(optimizer.fp32_groups_flat)
+            for flat, group in zip(self._masters, optimizer.fp16_groups, strict=True):
+                offset = 0
+                for model in group:
+                    self._of[id(model)] = _Master(flat, offset, Range(0, model.numel()))
+                    offset += model.numel()
+        else:
+            self._masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for parameter in self._masters:
+                self._of[id(parameter)] = _Master(parameter, 0, Range(0, parameter.numel()))
+
+    def masters(self) -> Sequence[Tensor]:
+        return self._masters
+
+    def master(self, parameter: nn.Parameter) -> _Master | None:
+        return self._of.get(id(parameter))
+
+    def held(self, parameter: nn.Parameter) -> Range:
+        return Range(0, parameter.numel())
+
+    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
+        yield LocalPiece("weight", parameter.detach().reshape(-1))
+
+    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(drop.view_as(parameter.grad), 0)
+
+
+class _Stage12:
+    """Stages 1 and 2, and DeepSpeed's optimizer for bf16 with fp32 accumulation at stage 1."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
+
+    def masters(self) -> Sequence[Tensor]:
+        optimizer = self._optimizer
+        if self._holds_gradients_whole:
+            return list(optimizer.fp32_groups_flat_partition)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def master(self, parameter: nn.Parameter) -> _Master | None:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+        return _Master(self.masters()[mapping.param_group_index], mapping.hp_fragment_address.start, held)
+
+    def held(self, parameter: nn.Parameter) -> Range:
+        master = self.master(parameter)
+        if self._holds_gradients_whole or not hasattr(parameter, "_hp_mapping"):
+            return Range(0, parameter.numel())
+        return Range(0, 0) if master is None else master.held
+
+    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
+        held = self.held(parameter)
+        yield LocalPiece("weight", parameter.detach().reshape(-1)[held.start : held.stop])
+
+    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+        sharded: Any = parameter
+        optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
+        if self._holds_gradients_whole:
+            group = next(i for i, members in enumerate(optimizer.bf16_groups) if any(p is parameter for p in members))
+            optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1).masked_fill_(drop, 0)
+            return
+        if mapping is None:
+            return
+        gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
+        gradient.view(-1).masked_fill_(drop, 0)
+        if optimizer.cpu_offload:
+            # its norm was taken in the backward, before the gradient could be masked
+            norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(parameter)
+            if key in norms:
+                norms[key] = gradient.to(norms[key].dtype).norm(2).to(norms[key].device)
+
+
+class _Stage3:
+    """Stage 3, with or without offloading."""
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3, rank: int) -> None:
+        self._optimizer = optimizer
+        self._rank = rank
+        self._index = {id(p): index for group in optimizer.fp16_groups for index, p in enumerate(group)}
+
+    def masters(self) -> Sequence[Tensor]:
+        masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
+        return masters
+
+    def master(self, parameter: nn.Parameter) -> _Master | None:
+        held = self.held(parameter)
+        group = self._group(parameter)
+        if group is None or held.numel == 0:
+            return None
+        _, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        return _Master(self.masters()[group], offset, held)
+
+    def _group(self, parameter: nn.Parameter) -> int | None:
+        if id(parameter) not in self._index:
+            return None
+        group: int = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)][0]
+        return group
+
+    def is_swapped(self, parameter: nn.Parameter) -> bool:
+        """Whether the master and the moments are on NVMe outside of the optimizer's step."""
+        group = self._group(parameter)
+        return group is not None and bool(self._optimizer._swappable_optimizer_subgroup(group))
+
+    def held(self, parameter: nn.Parameter) -> Range:
+        sharded: Any = parameter  # with DeepSpeed's own attributes
+        part, numel = sharded.partition_numel(), sharded.ds_numel
+        start = min(part * self._rank, numel)
+        return Range(start, min(part, numel - start))
+
+    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
+        held = self.held(parameter)
+        sharded: Any = parameter
+        piece = sharded.ds_tensor
+        if piece.numel() >= held.numel:  # else it is on NVMe
+            yield LocalPiece("weight", piece.detach().view(-1)[: held.numel])
+        if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # a small one, that DeepSpeed keeps gathered
+            yield LocalPiece("gathered weight", parameter.detach().reshape(-1)[held.start : held.stop])
+
+    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+        group = self._group(parameter)
+        if group is None or drop.numel() == 0:
+            return
+        if self._optimizer.offload_optimizer:
+            # the setter also corrects the norm, which was taken in the backward
+            gradient = safe_get_local_grad(parameter).clone()
+            gradient.view(-1)[: drop.numel()].masked_fill_(drop.to(gradient.device), 0)
+            safe_set_local_grad(parameter, gradient)
+            return
+        gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
+        gradient.view(-1)[: drop.numel()].masked_fill_(drop, 0)
+
+
+class ZeroAccess(FragmentAccess):
+    """`ParameterAccess` under a DeepSpeed engine.
+
+    Args:
+        strategy: The Trainer's strategy, whose engine is up.
+        layers: Name -> layer, of all that may be pruned.
+
+    Raises:
+        MisconfigurationException: For a kind of DeepSpeed training in which zeros could not be kept, by name.
+    """
+
+    def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, PrunableLayer]) -> None:
+        self._engine = strategy.deepspeed_engine
+        wrapped: Any = self._engine.optimizer
+        _refuse_unknown(wrapped)
+        if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
+            self._layout: _Layout = _Stage3(wrapped, strategy.global_rank)
+        elif isinstance(wrapped, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            self._layout = _Stage12(wrapped)
+        else:
+            self._layout = _Whole(wrapped)
+        inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
+        self._masters = {name: self._layout.master(layer.parameter) for name, layer in layers.items()}
+        self._layers_of: dict[int, set[str]] = {}
+        for name, master in self._masters.items():
+            if master is not None:
+                self._layers_of.setdefault(id(master.tensor), set()).add(name)
+        super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
+
+    def completes_step(self, optimizer: Optimizer) -> bool:
+        """See `ParameterAccess`."""
+        # ZeRO steps one group after the other, by calls of their own
+        last = self._layout.masters()[-1]
+        return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
+
+    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
+        """See `ParameterAccess`."""
+        names: set[str] = set()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                names |= self._layers_of.get(id(parameter), set())
+        return names & layers.keys()
+
+    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+        """See `ParameterAccess`."""
+        master = self._masters[layer.name]
+        if master is None:
+            return
+        start = master.held.start - self._layout.held(layer.parameter).start
+        place = slice(start, start + master.held.numel)
+        yield LocalPiece("master", master.slice_of(master.tensor), place)
+        # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
+        for name, value in optimizer.state.get(master.tensor, {}).items():
+            if isinstance(value, Tensor) and value.shape == master.tensor.shape:
+                yield LocalPiece(name, master.slice_of(value), place)
+
+    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        """See `ParameterAccess`."""
+        yield from self._layout.model_copies(layer.parameter)
+        if not self._is_swapped(layer):
+            yield from self.stepped_tensors(layer, self.optimizers[0])
+            return
+        master = self._masters[layer.name]
+        if master is None:
+            return
+        yield LocalPiece("master", safe_get_local_fp32_param(layer.parameter)[: master.held.numel])
+        for name in self._moments(master):
+            yield LocalPiece(name, safe_get_local_optimizer_state(layer.parameter, name)[: master.held.numel])
+
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        """See `ParameterAccess`."""
+        # before that, gradients are not where the step will look for them
+        if self._engine.is_gradient_accumulation_boundary():
+            self._layout.mask_gradient(layer.parameter, drop)
+
+    # For FragmentAccess
+
+    def _held(self, layer: PrunableLayer) -> Range:
+        return self._layout.held(layer.parameter)
+
+    def _held_exactly(self, layer: PrunableLayer) -> Range:
+        if not layer.parameter.requires_grad:  # no optimizer, no master
+            return self._held(layer)
+        master = self._masters[layer.name]
+        return Range(0, 0) if master is None else master.held
+
+    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+        if not layer.parameter.requires_grad:
+            return layer.parameter.dtype
+        return self._layout.masters()[0].dtype
+
+    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+        master = self._masters[layer.name]
+        device = self._device if master is None or master.tensor.numel() == 0 else master.tensor.device
+        assert device is not None
+        return device
+
+    def _is_swapped(self, layer: PrunableLayer) -> bool:
+        return isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter)
+
+    def _moments(self, master: _Master) -> list[str]:
+        """Names of what an optimizer on NVMe keeps for each entry, of which only the number is in memory."""
+        states = self.optimizers[0].state.get(master.tensor, {})
+        return [name for name, value in states.items() if isinstance(value, Tensor) and value.dim() == 1]
+
+    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+        master = self._masters[layer.name]
+        if master is not None:
+            if self._is_swapped(layer):
+                values: Tensor = safe_get_local_fp32_param(layer.parameter)[: master.held.numel]
+                return values
+            return master.slice_of(master.tensor)
+        if layer.parameter.requires_grad:
+            return torch.empty(0, dtype=self._exact_dtype(layer), device=self._device)
+        return next(iter(self._layout.model_copies(layer.parameter))).tensor
+
+    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+        master = self._masters[layer.name]
+        if master is None:  # not trained: the model's copy is all there is
+            return
+        if self._is_swapped(layer):
+            part = safe_get_local_fp32_param(layer.parameter).clone()
+            part[: len(values)] = values
+            safe_set_local_fp32_param(layer.parameter, part)
+        else:
+            master.slice_of(master.tensor).copy_(values)
+
+    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+        parameter = layer.parameter
+        if not isinstance(self._layout, _Stage3):
+            if weight is not None:
+                parameter.copy_(layer.oriented(weight))
+            self.broadcast(parameter.data, owner)
+            return
+        with GatheredParameters([parameter], modifier_rank=owner):
+            if weight is not None:
+                parameter.data.copy_(layer.oriented(weight))
+
+    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+        master = self._masters[layer.name]
+        if master is not None and self._is_swapped(layer):
+            for name in self._moments(master):
+                part = safe_get_local_optimizer_state(layer.parameter, name).clone()
+                part[: len(drop)].masked_fill_(drop.to(part.device), 0)
+                safe_set_local_optimizer_state(layer.parameter, part, name)
+            return
+        for what, moment, place in self.stepped_tensors(layer, self.optimizers[0]):
+            if what != "master":
+                moment.masked_fill_(drop[place], 0)
+
+
+def _refuse_unknown(wrapped: Any) -> None:
+    known = (
+        DeepSpeedZeroOptimizer_Stage3,
+        DeepSpeedZeroOptimizer,
+        BF16_Optimizer,
+        FP16_UnfusedOptimizer,
+        FP16_Optimizer,
+    )
+    why = None
+    if type(wrapped) not in known and not isinstance(wrapped, Optimizer):  # a subclass (MiCS) has ways of its own
+        why = f"DeepSpeed's {type(wrapped).__name__}"
+    elif getattr(wrapped, "zenflow", False):
+        why = "ZenFlow (zenflow)"
+    elif (ratio := getattr(wrapped, "partial_offload", 1.0)) not in (0.0, 1.0):
+        why = f"an optimizer that is offloaded in part (offload_optimizer.ratio {ratio})"
+    if why is not None:
+        raise MisconfigurationException(
+            f"ThanosPruningCallback does not know where {why} keeps weights, so its zeros would be lost: use plain "
+            "ZeRO 0 to 3, with optimizer and parameters offloaded as a whole or not at all"
+        )
