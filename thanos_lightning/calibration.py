@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +92,7 @@ class _Statistics:
 
     def fork(self) -> _Statistics:
         """Statistics of their own for a layer that shared these."""
-        forked = HessianAccumulator(len(self.accumulator.sum), device=self.accumulator.sum.device)
+        forked = HessianAccumulator(len(self.accumulator.triangle), device=self.accumulator.triangle.device)
         forked.merge(self.accumulator)
         return _Statistics(forked, self.updates)
 
@@ -225,7 +225,7 @@ class InputStatistics:
             "leader": {name: leaders[id(statistics)] for name, statistics in self._by_layer.items()},
             "sums": {
                 name: {
-                    "sum": self._by_layer[name].accumulator.sum.to("cpu", copy=True),
+                    "sum": self._by_layer[name].accumulator.triangle.to("cpu", copy=True),
                     "num_tokens": self._by_layer[name].accumulator.num_tokens,
                     "updates": self._by_layer[name].updates,
                 }
@@ -233,23 +233,41 @@ class InputStatistics:
             },
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of the same layers."""
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the sum of several `state`s of the same layers: what several processes counted, or one."""
+        if any(state["leader"] != states[0]["leader"] for state in states):
+            states = [_unshared(state) for state in states]
         loaded: dict[str, _Statistics] = {}
-        for name, saved in state["sums"].items():
-            layer = self.layers[name]
-            accumulator = HessianAccumulator(layer.cols, device=layer.parameter.device)
-            accumulator.sum.copy_(saved["sum"])
-            accumulator.num_tokens = saved["num_tokens"]
-            loaded[name] = _Statistics(accumulator, updates=saved["updates"])
-        self._by_layer = {name: loaded[leader] for name, leader in state["leader"].items()}
+        leaders: dict[str, str] = {}
+        for state in states:
+            leaders |= state["leader"]
+            for name, saved in state["sums"].items():
+                layer = self.layers[name]
+                part = HessianAccumulator.of_sum(
+                    saved["sum"].to(layer.parameter.device, copy=True), saved["num_tokens"]
+                )
+                if name not in loaded:
+                    loaded[name] = _Statistics(part)
+                else:
+                    loaded[name].accumulator.merge(part)
+                loaded[name].updates += saved["updates"]
+        self._by_layer = {name: loaded[leader] for name, leader in leaders.items()}
         self._seen = {name: statistics.updates for name, statistics in self._by_layer.items()}
 
 
-def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[dict[str, Any] | None]:
-    """The states of all ranks on rank 0, which writes the checkpoint; elsewhere only the rank's own.
+def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same counts, with sums of its own for each layer."""
+    return {
+        "leader": {name: name for name in state["leader"]},
+        "sums": {name: state["sums"][leader] for name, leader in state["leader"].items()},
+    }
 
-    Sums travel one by one: all together would be too much for a device. All ranks must call it.
+
+def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[dict[str, Any] | None]:
+    """The states that a checkpoint of this rank has to keep. All ranks must call it.
+
+    Where rank 0 writes for all, it gets the states of all ranks. Sums travel one by one: all together would be too much
+    for a device.
 
     Returns:
         `InputStatistics.state` by rank, None where another rank has it.
@@ -257,6 +275,8 @@ def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[
     own = statistics.state()
     if access.world_size == 1:
         return [own]
+    if access.saves_every_rank:
+        return [own if rank == access.rank else None for rank in range(access.world_size)]
     small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
     states = access.gather({"leader": own["leader"], "sums": small})
     for rank, state in enumerate(states):
@@ -266,22 +286,26 @@ def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[
     return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
 
 
-def load_own_state(
+def load_own_states(
     statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
 ) -> None:
-    """Go on from this rank's part of what `gather_states` returned.
+    """Go on from this rank's part of what `gather_states` returned, under any number of ranks.
 
     Raises:
-        MisconfigurationException: If another number of ranks wrote it.
+        MisconfigurationException: If another number of ranks wrote it, each its own part.
     """
-    if len(states) != access.world_size:
+    if len(states) == access.world_size:
+        own = states[access.rank : access.rank + 1]
+    else:
+        own = states[access.rank :: access.world_size]  # sums are sums, whoever adds them
+    kept = [state for state in own if state is not None]
+    if len(kept) < len(own):
         raise MisconfigurationException(
-            f"the checkpoint was written by {len(states)} processes while statistics were collected, and "
-            f"{access.world_size} resume it: resume with {len(states)}, or from a checkpoint between events"
+            f"the checkpoint was written by {len(states)} ranks while statistics were collected, each its own part, "
+            f"and {access.world_size} resume it: run `thanos-lightning reshard` on it first"
         )
-    own = states[access.rank]
-    assert own is not None, "rank 0 writes the checkpoint, and has all of them"
-    statistics.load_state(own)
+    if kept:
+        statistics.load_states(kept)
 
 
 def count_dataloader(
@@ -311,12 +335,17 @@ def count_dataloader(
     module.eval()
     statistics.start()
     try:
-        for batch in itertools.islice(batches, access.rank, None, access.world_size):
+        iterator = iter(batches)
+        while one_each := list(itertools.islice(iterator, access.world_size)):
+            is_own = access.rank < len(one_each)
+            # a rank that has no batch left runs another's, uncounted: where parameters are sharded, a forward takes all
+            batch = one_each[access.rank if is_own else 0]
             on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             counted = token_mask(on_device, attention_mask_key) if attention_mask_key else None
-            with torch.no_grad(), trainer.precision_plugin.forward_context(), statistics.counting(counted):
+            counting = statistics.counting(counted) if is_own else nullcontext()
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), counting:
                 _forward(module, on_device)
-            num_batches += 1
+            num_batches += is_own
     finally:
         statistics.stop()
         for part, mode in modes:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -20,17 +21,17 @@ from thanos_lightning.calibration import (
     InputStatistics,
     count_dataloader,
     gather_states,
-    load_own_state,
+    load_own_states,
     token_mask,
 )
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
-from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import GradualNM, Window, changes, check_ahead, check_begun, plan_windows
 from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
-from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access
+from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern
 from thanos_lightning.solver.layer import check_settings
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
@@ -172,6 +173,8 @@ class ThanosPruningCallback(Callback):
                 self._forgets_masks = has_pruned
             self._refuse_averaging(trainer)
             check_strategy(trainer.strategy)
+            if isinstance(trainer.strategy, DeepSpeedStrategy):
+                guard_resume(trainer.strategy)
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
                     "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
@@ -195,7 +198,7 @@ class ThanosPruningCallback(Callback):
                 "go on, pass ckpt_path to fit or use the same Trainer; for another model, make a new callback"
             )
         if self._restored is not None:
-            self._restore_masks(self._restored["masks"])
+            self._restore_masks(share_masks(self._restored["masks"], self._access))
         elif trainer.global_step > 0:  # a checkpoint from before the callback was added
             self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
@@ -218,7 +221,7 @@ class ThanosPruningCallback(Callback):
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
             assert self._statistics is not None
-            load_own_state(self._statistics, self._restored["collected"], self._require_access())
+            load_own_states(self._statistics, self._restored["collected"], self._require_access())
         self._restored = None
         self._advance(trainer, pl_module)
 
@@ -319,8 +322,9 @@ class ThanosPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain values. While a window is open under DDP, all ranks must call it.
 
-        They are the same on all ranks, but for the sums of an open window: rank 0, which writes the checkpoint, has
-        those of all ranks, and the others have their own.
+        They are the same on all ranks, but for two things. The sums of an open window: rank 0, which writes the
+        checkpoint, has those of all ranks, and the others have their own. And where each rank writes a file of its own
+        (ZeRO-3), masks are in that of rank 0 only, and each rank's file has its own sums.
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
@@ -332,7 +336,7 @@ class ThanosPruningCallback(Callback):
             "optimizer_steps": self._optimizer_steps,
             "windows": [window.state() for window in self._windows],
             "windows_done": self._windows_done,
-            "masks": {} if self._enforcer is None else self._masks_state(self._enforcer),
+            "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
             "collected": collected,
             "report": self.report.state(),
             "measured": self._measured,
@@ -354,15 +358,17 @@ class ThanosPruningCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
-        checkpoint[NOTE_KEY] = training_note(pl_module, trainer.optimizers, self._layers)
+        stepped = [] if self._access is None else self._access.numbered_parameters()  # none before a training
+        checkpoint[NOTE_KEY] = training_note(pl_module, stepped, self._layers)
 
-    def _masks_state(self, enforcer: MaskEnforcer) -> dict[str, Any]:
+    def _masks_state(self, enforcer: MaskEnforcer, access: ParameterAccess) -> dict[str, Any] | None:
         masks = {}
         for name in enforcer.masked:
-            layer, keep = self._layers[name], enforcer.keep_mask(name)
-            assert keep is not None
-            masks[layer.parameter_name] = LayerMask(keep, self._applied[name], layer.transposed).state()
-        return masks
+            layer = self._layers[name]
+            keep = enforcer.collect_keep(name, owner=0) if access.saves_every_rank else enforcer.keep_mask(name)
+            if keep is not None:
+                masks[layer.parameter_name] = LayerMask(keep, self._applied[name], layer.transposed).state()
+        return None if access.saves_every_rank and access.rank > 0 else masks
 
     def _restore_masks(self, masks: Mapping[str, Any]) -> None:
         by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}

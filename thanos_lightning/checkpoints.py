@@ -15,6 +15,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from thanos_lightning.zero_checkpoints import is_zero_folder, read_zero_folder
+
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 1  # of both parts
 CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
@@ -22,13 +24,14 @@ NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging F
 
 
 def training_note(
-    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], targets: Collection[str]
+    module: nn.Module, stepped: Iterable[Iterable[Tensor | None]], targets: Collection[str]
 ) -> dict[str, Any]:
     """What a checkpoint has to say for itself: whose the moments are, and how to rebuild the Hugging Face model.
 
     Args:
         module: The LightningModule.
-        optimizers: Its optimizers, in the order of the checkpoint's `optimizer_states`.
+        stepped: Of each optimizer, in the order of the checkpoint's `optimizer_states`, the parameters of the module
+            that it numbers in its own state, in that order. None where a number is not that of one parameter.
         targets: Names of the layers to prune. Of several Hugging Face models (a teacher beside the trained one) the one
             with the most of them is described, the outermost of nested ones.
 
@@ -37,17 +40,14 @@ def training_note(
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> training_note(layer, [torch.optim.SGD(layer.parameters())], targets=[""])["optimizer_parameters"]
+        >>> training_note(layer, [layer.parameters()], targets=[""])["optimizer_parameters"]
         [['weight', 'bias']]
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     note: dict[str, Any] = {
         "format": CHECKPOINT_FORMAT,
         # an optimizer's state numbers its parameters in this order
-        "optimizer_parameters": [
-            [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
-            for optimizer in optimizers
-        ],
+        "optimizer_parameters": [[names.get(id(parameter)) for parameter in parameters] for parameters in stepped],
     }
     models = [
         (f"{name}." if name else "", part)
@@ -60,7 +60,10 @@ def training_note(
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
-            "architecture": type(model).__name__,
+            # fully_shard puts a class of its own in front
+            "architecture": next(
+                kind.__name__ for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed.")
+            ),
             "config": model.config.to_dict(),
             "generation_config": None if generation is None else generation.to_dict(),
             "tokenizer": getattr(module, "tokenizer_name", None) or model.config.name_or_path or None,
@@ -74,19 +77,23 @@ def training_note(
 
 @dataclass(frozen=True, eq=False)
 class TrainerCheckpoint:
-    """What a .ckpt file holds that Lightning's Trainer wrote.
+    """What a .ckpt holds that Lightning's Trainer wrote: a file, or DeepSpeed's folder.
 
     Attributes:
-        path: The file.
-        content: All of it: plain values and tensors.
+        path: The file or folder.
+        content: What Lightning and its callbacks keep: plain values and tensors.
+        state_dict: Name in the LightningModule -> parameter or buffer: the fp32 master, where there is one.
+        beside: Parameter name -> what else has its shape, such as the moments; None where it isn't told whose they are.
     """
 
     path: Path
     content: Mapping[str, Any]
+    state_dict: Mapping[str, Tensor]
+    beside: Mapping[str, Mapping[str, Tensor]] | None
 
     @classmethod
     def read(cls, path: Path) -> TrainerCheckpoint:
-        """Open a file. Tensors stay on disk until they are used, and no code of the file is run.
+        """Open a checkpoint. Tensors stay on disk until they are used, and no code of the file is run.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -94,6 +101,9 @@ class TrainerCheckpoint:
         """
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
+        if path.is_dir() and is_zero_folder(path):
+            folder = read_zero_folder(path)
+            return cls(path, folder.content, folder.weights, folder.beside)
         if path.is_dir():
             raise _sharded(path)
         if not zipfile.is_zipfile(path):
@@ -111,13 +121,7 @@ class TrainerCheckpoint:
             raise _not_a_checkpoint(path) from error
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
-        return cls(path, content)
-
-    @property
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Name in the LightningModule -> parameter or buffer."""
-        tensors: Mapping[str, Tensor] = self.content["state_dict"]
-        return tensors
+        return cls(path, content, content["state_dict"], _moments(content))
 
     @property
     def masks(self) -> dict[str, dict[str, Any]] | None:
@@ -168,25 +172,26 @@ class TrainerCheckpoint:
             )
         return note
 
-    def moments(self) -> dict[str, dict[str, Tensor]] | None:
-        """Parameter name -> name -> moment of the matrices, or None where it isn't told which moment is whose."""
-        optimizers = self.content.get("optimizer_states", [])
-        named: Sequence[Sequence[str | None]] | None = self.content.get(NOTE_KEY, {}).get("optimizer_parameters")
-        if named is None:
-            return None if optimizers else {}
-        found: dict[str, dict[str, Tensor]] = {}
-        for optimizer, names in zip(optimizers, named, strict=True):
-            for index, state in optimizer["state"].items():
-                name = names[index]
-                if name is not None:
-                    found[name] = _matrix_moments(state)
-        return found
+
+def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
+    """Parameter name -> name -> moment of the matrices, or None where it isn't told which moment is whose."""
+    optimizers = content.get("optimizer_states", [])
+    named: Sequence[Sequence[str | None]] | None = content.get(NOTE_KEY, {}).get("optimizer_parameters")
+    if named is None:
+        return None if optimizers else {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for optimizer, names in zip(optimizers, named, strict=True):
+        for index, state in optimizer["state"].items():
+            name = names[index]
+            if name is not None:
+                found[name] = _matrix_moments(state)
+    return found
 
 
 def _sharded(path: Path) -> ValueError:
     return ValueError(
-        f"{path} is a folder, as DeepSpeed and other sharding strategies write checkpoints; these are not supported "
-        "yet. Give a single .ckpt file: train on one device or with DDP"
+        f"{path} is a folder of a sharding strategy other than DeepSpeed: resume from it and save a single file, with "
+        "ModelParallelStrategy(save_distributed_checkpoint=False)"
     )
 
 

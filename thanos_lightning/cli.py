@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
 
+    text = "convert a DeepSpeed checkpoint folder so that any number of ranks resumes it"
+    reshard = commands.add_parser("reshard", help=text, description=text, argument_default=argparse.SUPPRESS)
+    reshard.set_defaults(run=_reshard)
+    reshard.add_argument("checkpoint", help="folder that DeepSpeed's strategy wrote, at ZeRO stage 1, 2 or 3")
+    reshard.add_argument("output", metavar="OUT", nargs="?", help="folder to write; CHECKPOINT-resharded by default")
+    reshard.add_argument("--processes", type=int, metavar="N", help="how many convert at a time (1)")
+
     text = "draw a pruning report: sparsity over steps, and each layer's loss (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
     plot.set_defaults(run=_plot)
@@ -99,6 +106,14 @@ def _plot(report: str, output: str) -> int:
     from thanos_lightning.report import PruningReport, plot_report
 
     plot_report(PruningReport.read(Path(report)), Path(output))
+    return 0
+
+
+def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
+    from thanos_lightning.resharding import reshard_checkpoint
+
+    folder = reshard_checkpoint(checkpoint, output, **options)
+    sys.stdout.write(f"{folder}: resume from it on any number of ranks (ckpt_path)\n")
     return 0
 
 

@@ -7,6 +7,7 @@ accumulation and manual optimization pass through, and that knows when the optim
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,3 +117,22 @@ class MaskEnforcer:
                 "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
                 "it, or ignore the layers"
             )
+
+
+def share_masks(masks: Mapping[str, Any] | None, access: ParameterAccess) -> dict[str, Any]:
+    """`LayerMask.state`s by name, on all ranks, where a checkpoint has them on rank 0 only. Talks to all ranks."""
+    if not access.saves_every_rank:
+        assert masks is not None, "every rank reads the same file"
+        return dict(masks)
+    plain = None if masks is None else {name: {**mask, "bits": len(mask["bits"])} for name, mask in masks.items()}
+    first = access.gather(plain)[0]
+    assert first is not None, "rank 0 writes the masks"
+    shared = {}
+    for name, mask in first.items():
+        bits = torch.empty(mask["bits"], dtype=torch.uint8)
+        if access.rank == 0:
+            assert masks is not None
+            bits.copy_(masks[name]["bits"])
+        access.broadcast(bits, owner=0)
+        shared[name] = {**mask, "bits": bits}
+    return shared

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor
 
 from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, build_model, parameter_aliases, some_of
+from thanos_lightning.folders import require_free, whole_folder
 from thanos_lightning.verification import TensorReport, check_mask, write_record
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
@@ -45,7 +42,8 @@ def export_checkpoint(
     `verify_checkpoint` compares with later. It appears whole or not at all.
 
     Args:
-        checkpoint: A .ckpt file that a Trainer with a `ThanosPruningCallback` wrote.
+        checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file, or DeepSpeed's folder, of
+            which the fp32 master is exported, by one process, whatever the number of ranks that wrote it.
         output: Folder to write. It must not exist, or be empty.
         dtype: Of the written parameters, such as "bfloat16"; as in the checkpoint by default.
         tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
@@ -60,7 +58,7 @@ def export_checkpoint(
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
     """
     output = Path(output).resolve()
-    _require_free(output)
+    require_free(output)
     path = Path(checkpoint)
     trained = TrainerCheckpoint.read(path)
     masks = trained.require_masks()
@@ -80,10 +78,8 @@ def export_checkpoint(
         )
     inside = {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
-    model = _assemble(trained)
-    if dtype is not None:
-        _cast(model, _parse_dtype(dtype))
-    with _whole_folder(output) as folder:
+    model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
+    with whole_folder(output) as folder:
         model.save_pretrained(folder)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
@@ -105,16 +101,21 @@ def export_checkpoint(
 # The Hugging Face model
 
 
-def _assemble(checkpoint: TrainerCheckpoint) -> transformers.PreTrainedModel:
-    """The trained model, its weights being the ones of the checkpoint, not copies."""
+def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    """The trained model, its weights being the ones of the checkpoint, not copies where the dtype stays."""
     note, path = checkpoint.require_note(), checkpoint.path
     model = build_model(note["architecture"], note["config"], path)
     if note["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(note["generation_config"]))
     prefix: str = note["model_prefix"]
-    weights = {
-        name.removeprefix(prefix): value for name, value in checkpoint.state_dict.items() if name.startswith(prefix)
-    }
+    # buffers keep their dtype: models have some in fp32 on purpose
+    cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights: dict[str, Tensor] = {}
+    for full_name in checkpoint.state_dict:
+        if full_name.startswith(prefix):
+            name = full_name.removeprefix(prefix)
+            value = checkpoint.state_dict[full_name]
+            weights[name] = value.to(dtype) if name in cast else value
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
     try:
         unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
@@ -144,12 +145,6 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return parsed
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters. Buffers stay: models keep some in fp32 on purpose."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
 def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
     """The tokenizer to export, or None with a warning where the checkpoint knows of none."""
     name = given or recorded
@@ -173,32 +168,3 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
             f"the tokenizer {str(name)!r} {'' if given else 'that was used in training '}can't be loaded "
             f"({str(error).splitlines()[0]}): give the name or path of one with --tokenizer"
         ) from error
-
-
-# Folders
-
-
-def _require_free(output: Path) -> None:
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists():
-        raise ValueError(f"{output} exists already: give another folder, or remove it first")
-
-
-@contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to, that becomes `output` at the end; after an error nothing of it is left."""
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():  # an empty folder, which not every system lets a rename replace
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                parent.rmdir()
-        raise

@@ -1,22 +1,31 @@
 """One window: the sums go to the layers' owners, each owner solves its layers, all ranks write the results.
 
+Where ranks outnumber the layers of a window, the owner of a layer shares the work on its rows with others: its team.
 Nothing is written before every layer of the window is solved on every rank.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.planning import Window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.sharding import ParameterAccess
-from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError, prune
+from thanos_lightning.sharding.ranks import RankTeam
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError
+from thanos_lightning.solver.layer import prune_rows
+from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
 from thanos_lightning.targets import PrunableLayer
+
+# Of a square layer, factoring the Hessian takes about a quarter of the time that all rows take.
+_ROWS_PER_FACTOR = 4
 
 
 class PruningError(RuntimeError):
@@ -45,20 +54,48 @@ class SolverOptions:
         return self.method != "magnitude" or self.refine_steps > 0
 
 
+def _cost(layer: PrunableLayer, members: int) -> int:
+    """How long a team of so many ranks solves: b³ + 4·c·b², of which only the second part is split."""
+    return layer.cols**3 + _ROWS_PER_FACTOR * -(-layer.rows // members) * layer.cols**2
+
+
+def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, range]:
+    """The ranks that solve each layer, its owner first. Decided from shapes alone.
+
+    Where layers are no fewer than ranks, each has one rank, and ranks have about equally much to do. Otherwise each
+    rank is in one team, which lie side by side, and each further rank goes where the time is longest. A team has no
+    more ranks than its layer has rows; only where all teams are that large, ranks are left over.
+
+    Example:
+        >>> assign_teams({}, world_size=2)
+        {}
+    """
+    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1), name))
+    if len(layers) >= world_size:
+        loads = [0] * world_size
+        teams = {}
+        for name in order:
+            owner = loads.index(min(loads))
+            loads[owner] += _cost(layers[name], 1)
+            teams[name] = range(owner, owner + 1)
+        return teams
+    sizes = dict.fromkeys(order, 1)
+    for _ in range(world_size - len(layers)):
+        able = [name for name in order if sizes[name] < layers[name].rows]
+        if able:
+            sizes[max(able, key=lambda name: _cost(layers[name], sizes[name]))] += 1
+    ends = list(itertools.accumulate(sizes.values()))
+    return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
+
+
 def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, int]:
-    """The rank that solves each layer, balanced by the cost b³ + c·b² and decided from shapes alone.
+    """The rank that has the sums and the weight of each layer: the first of its team, see `assign_teams`.
 
     Example:
         >>> assign_owners({}, world_size=2)
         {}
     """
-    loads = [0] * world_size
-    owners = {}
-    costs = {name: layer.cols**3 + layer.rows * layer.cols**2 for name, layer in layers.items()}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += costs[name]
-    return owners
+    return {name: team[0] for name, team in assign_teams(layers, world_size).items()}
 
 
 def prune_window(
@@ -81,7 +118,7 @@ def prune_window(
         access: How the strategy's parameters are reached.
         enforcer: Gives the masks of earlier events and takes the new ones.
         options: For the solver.
-        on_solved: Called with a layer's name and relative loss when this rank has solved it.
+        on_solved: Called with a layer's name and relative loss when it is solved, on its owner.
 
     Returns:
         What was done, a row per layer in the window's order; the same on all ranks.
@@ -90,30 +127,42 @@ def prune_window(
         PruningError: On all ranks alike, if a layer saw no token or the solver fails. Nothing has been written.
     """
     chosen = {name: layers[name] for name in window.patterns}
-    owners = assign_owners(chosen, access.world_size)
+    teams = assign_teams(chosen, access.world_size)
+    owners = {name: team[0] for name, team in teams.items()}
     sums = None if accumulators is None else _sum_on_owners(chosen, accumulators, owners, access)
     # first all that talks, then all that solves
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
+    split = {team: chosen[name].rows for name, team in teams.items() if len(team) > 1}
+    tasks = {
+        name: _Task(layer, window.patterns[name], weights.pop(name), earlier.pop(name), (sums or {}).pop(name, None))
+        for name, layer in chosen.items()
+    }
+    outlines = _outlines(tasks, access) if split else {}
     solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
-    for name in chosen:
-        if owners[name] != access.rank or error is not None:
-            continue
-        start = time.perf_counter()
-        try:
-            hessian = None if sums is None else sums.pop(name).compute()
-            weight, keep = weights.pop(name), earlier.pop(name)
-            assert weight is not None
-            frozen = None if keep is None else keep.logical_not()
-            pruned = _solve(weight, hessian, window.patterns[name], frozen, options)
-        except Exception as failure:  # out of memory too: the other ranks would wait for this one
-            error = (name, failure)
-            continue
-        num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-        solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-        on_solved(name, pruned.relative_loss)
-    _raise_everywhere(error, access)
+    with access.in_teams(split) as team:
+        for name in chosen:
+            if access.rank not in teams[name] or error is not None:
+                continue
+            start = time.perf_counter()
+            task = tasks.pop(name)
+            try:
+                if len(teams[name]) == 1:
+                    pruned: PrunedLayer | None = _solve_alone(task, options)
+                else:
+                    assert team is not None
+                    pruned = _solve_in_team(task, outlines[name], options, team)
+            except TeammateError:  # whose own error is raised below
+                continue
+            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+                error = (name, failure)
+                continue
+            if pruned is not None:
+                num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
+                on_solved(name, pruned.relative_loss)
+        _raise_everywhere(error, access)
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: own.facts for name, own in solved.items()}):
         facts.update(part)
@@ -152,19 +201,91 @@ class _Solved:
         return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
 
 
-def _solve(
-    weight: Tensor, hessian: Tensor | None, pattern: Pattern, frozen: Tensor | None, options: SolverOptions
+def prune(
+    weight: Tensor,
+    hessian: Tensor | None,
+    keep: Tensor | None,
+    pattern: Pattern,
+    options: SolverOptions,
+    team: RowTeam,
 ) -> PrunedLayer:
-    return prune(
+    """Solve a layer, or this rank's rows of it.
+
+    Args:
+        weight: (rows, in_features) that this rank has.
+        hessian: (in_features, in_features), or None where the options don't need one.
+        keep: The keep mask of earlier events, of the weight's shape, or None where there was none.
+        pattern: For the whole layer.
+        options: For the solver.
+        team: Who has the other rows.
+    """
+    return prune_rows(
         weight,
         hessian,
         pattern,
         method=options.method,
         block_size=options.block_size,
         damping=options.damping,
-        frozen=frozen,
+        frozen=None if keep is None else keep.logical_not(),
         refine_steps=options.refine_steps,
+        team=team,
     )
+
+
+@dataclass
+class _Task:
+    """A layer to solve, and what this rank has of it: all on its owner, nothing elsewhere."""
+
+    layer: PrunableLayer
+    pattern: Pattern
+    weight: Tensor | None
+    keep: Tensor | None
+    statistics: HessianAccumulator | None
+
+    def take_hessian(self) -> Tensor | None:
+        """The Hessian on the owner. The sum that it is made of is let go."""
+        statistics, self.statistics = self.statistics, None
+        return None if statistics is None else statistics.compute()
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What the owner of a task has, for the other members of its team."""
+
+    dtype: torch.dtype
+    has_keep: bool
+    has_statistics: bool
+
+
+def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, _Outline]:
+    """The outlines of all tasks, on all ranks."""
+    own = {
+        name: _Outline(task.weight.dtype, task.keep is not None, task.statistics is not None)
+        for name, task in tasks.items()
+        if task.weight is not None
+    }
+    return {name: outline for told in access.gather(own) for name, outline in told.items()}
+
+
+def _solve_alone(task: _Task, options: SolverOptions) -> PrunedLayer:
+    assert task.weight is not None
+    return prune(task.weight, task.take_hessian(), task.keep, task.pattern, options, Alone(task.layer.rows))
+
+
+def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
+    """The whole layer on its owner, None on the other members."""
+    cols = task.layer.cols
+    with team.stage():
+        hessian = task.take_hessian()
+        if outline.has_statistics:
+            hessian = team.from_owner(hessian, (cols, cols), torch.float32)
+        weight = team.hand_out(task.weight, cols, outline.dtype)
+        keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
+        pruned = prune(weight, hessian, keep, task.pattern, options, team)
+        whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
+    if whole is None or mask is None:
+        return None
+    return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
 
 
 def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
@@ -207,7 +328,7 @@ def _sum_on_owners(
         width = layers[names[0]].cols
         seen = sum(counts.get(names[0], 0) for counts in tokens)
         for owner in sorted({owners[name] for name in names}):
-            summed = access.sum_on(owner, None if own is None else own.sum, width)
+            summed = access.sum_on(owner, None if own is None else own.triangle, width)
             if summed is not None:
                 whole = HessianAccumulator.of_sum(summed, seen)
                 complete.update({name: whole for name in names if owners[name] == owner})

@@ -82,6 +82,17 @@ class TargetOverride:
         return parse_pattern(self.pattern, self.sparsity, self.outlier_fraction)
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also where this rank holds a piece of it.
+
+    Example:
+        >>> whole_shape(nn.Linear(8, 4).weight)
+        (4, 8)
+    """
+    # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and remembers
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def matches(name: str, expression: str) -> bool:
     """Whether a module's name is meant by a glob or a `re:` expression.
 
@@ -183,8 +194,7 @@ def find_targets(
                 f"prune the other. Add {name!r} to ignore"
             )
         transposed = isinstance(module, Conv1D)
-        # under ZeRO-3 a rank holds a piece, and DeepSpeed remembers the shape of the whole
-        shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))
+        shape = whole_shape(module.weight)
         rows, cols = reversed(shape) if transposed else shape
         layers[name] = PrunableLayer(name, tuple(chosen[other] for other in names), rows, cols, transposed)
     return layers

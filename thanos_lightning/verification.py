@@ -20,6 +20,7 @@ from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, bu
 from thanos_lightning.masks import LayerMask, recorded_pattern
 from thanos_lightning.solver import Pattern
 from thanos_lightning.targets import find_targets, matches
+from thanos_lightning.zero_checkpoints import is_zero_folder
 
 _RECORD = "sparsity.json"
 _RECORD_FORMAT = 1
@@ -92,7 +93,8 @@ def verify_checkpoint(
     checkpoint, under which the weights and the optimizer's moments must be 0.
 
     Args:
-        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt).
+        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file, or DeepSpeed's
+            folder, of which the fp32 masters, the moments and, where it is whole, the model's copy are checked.
         pattern: What every targeted layer must conform to. May be left out where something is recorded.
         targets: Globs or `re:` expressions of module names, for `pattern`. Which tensors are layers is told by the
             model that the configuration describes; where there is none, every matrix counts as one.
@@ -108,7 +110,7 @@ def verify_checkpoint(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a Hugging Face folder, a .safetensors or a .ckpt file")
-    if path.is_dir() or path.suffix == ".safetensors":
+    if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
         tensors, expected = _expect_of_files(path, pattern, targets, ignore)
     else:
         tensors, expected = _expect_of_trainer_checkpoint(path, pattern, targets, ignore)
@@ -163,7 +165,7 @@ def _expect_of_trainer_checkpoint(
 ) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
     checkpoint = TrainerCheckpoint.read(path)
     masks = checkpoint.require_masks() if pattern is None else checkpoint.masks or {}
-    moments = checkpoint.moments()
+    moments = checkpoint.beside
     if moments is None and masks:
         warnings.warn(
             f"the optimizer's moments in {path} were not checked: it does not say whose they are. Save it from a "

@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stage 3, transposed weights": {"strategy": "zero3", "model": "gpt2", "precision": "bf16-mixed"},
     "stage 2, transposed weights": {"strategy": "zero2", "model": "gpt2"},
     "stage 3, model built in configure_model": {"strategy": "zero3", "configure_model": True},
+    "stage 3, a calibration set that the ranks don't divide": {"strategy": "zero3", "calibration_batches": 3},
     "stage 3, unstructured": {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6},
     "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
     "stage 2, fp16 with steps that overflow": {

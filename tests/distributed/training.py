@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -58,11 +59,15 @@ class Case:
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the strategy
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)  # entries of its zero_optimization
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # other entries of its configuration
+    distributed: bool = True  # a folder of shards as checkpoint of FSDP, not one file
+    fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `shard`
+    monitor: str | None = None
     save: bool = False
     resume: str | None = None
     fault: str | None = None
-    kill_at: int | None = None  # the batch in which the last rank kills itself
+    kill_at: tuple[int, str] | None = None  # the batch in which the last rank kills itself, and where in it
     watch: bool = True
+    calibration_batches: int | None = None  # of a calibration set, in place of training batches
 
 
 class Share(ResumableBatches):
@@ -74,19 +79,76 @@ class Share(ResumableBatches):
             self.batches = self.batches[dist.get_rank() :: dist.get_world_size()]
 
 
+def narrow_llama() -> Any:
+    """Has a layer of four rows, of which the last of three ranks gets none, and others that don't divide by three."""
+    return tiny_llama(num_attention_heads=8, num_key_value_heads=1)
+
+
+def shard(
+    model: Any,
+    device_mesh: Any,
+    *,
+    how: str = "layers",
+    replicas: int = 1,
+    columns: list[str] | None = None,
+    bf16: bool = False,
+    **arguments: Any,
+) -> None:
+    """Shard a model in `configure_model`.
+
+    Args:
+        model: Llama or GPT-2.
+        device_mesh: Lightning's.
+        how: "layers" (each decoder layer and the rest, as in Lightning's documentation), "root" (all as one), "first"
+            (the first decoder layer alone), "tensor" (tensor parallel) or "both" (that and by layers).
+        replicas: So many groups of ranks share one copy each.
+        columns: Parameters that are sharded on dimension 1.
+        bf16: Gather parameters in bf16.
+        **arguments: For `fully_shard`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = device_mesh["data_parallel"]
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, mesh.size() // replicas), mesh_dim_names=("replica", "shard"))
+    if bf16:
+        arguments["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if columns is not None:
+        by_columns = {id(p) for name, p in model.named_parameters() if name in columns}
+        arguments["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_columns else None
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    if how in ("tensor", "both"):
+        for block in blocks:
+            plan = {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+            parallelize_module(block, device_mesh["tensor_parallel"], plan)
+    for block in {"layers": blocks, "both": blocks, "first": blocks[:1]}.get(how, []):
+        fully_shard(block, mesh=mesh, **arguments)
+    if how in ("layers", "both", "root"):
+        fully_shard(model, mesh=mesh, **arguments)
+
+
 class Module(ToyLM):
     def __init__(self, case: Case) -> None:
-        build = {"llama": tiny_llama, "gpt2": tiny_gpt2}[case.model]
+        build = {"llama": tiny_llama, "gpt2": tiny_gpt2, "narrow": narrow_llama}[case.model]
         self.build = build
         super().__init__(None if case.configure_model else build(), make_optimizer=self._make)
         if case.configure_model:
             self.model = None  # type: ignore[assignment]
         self.case = case
-        self.norms: list[float] = []
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.batches_seen += 1
+        return super().training_step(batch, batch_idx)
 
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build()
+        if self.case.strategy == "fsdp":
+            shard(self.model, self.device_mesh, **self.case.fsdp)
 
     def _make(self, parameters: Any) -> Optimizer:
         if self.case.optimizer == "cpu_adam":
@@ -96,7 +158,9 @@ class Module(ToyLM):
         parameters = list(parameters)
         decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
         others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
-        return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer]([{"params": decayed}, {"params": others}])
+        return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        )
 
     def train_dataloader(self) -> Share:
         return Share(self.case.batch_size)
@@ -111,6 +175,18 @@ class CountCollectives(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             self.calls.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def masks_of(pruning: ThanosPruningCallback) -> dict[str, LayerMask]:
+    """Parameter name -> its mask, on every rank."""
+    enforcer = pruning._enforcer
+    assert enforcer is not None
+    masks = {}
+    for name in enforcer.masked:
+        layer, keep = pruning._layers[name], enforcer.keep_mask(name)
+        assert keep is not None
+        masks[layer.parameter_name] = LayerMask(keep, pruning._applied[name], layer.transposed)
+    return masks
 
 
 class Watch(Callback):
@@ -146,14 +222,13 @@ class Watch(Callback):
             return
         from deepspeed.utils import safe_get_full_grad
 
-        masks = self.pruning.state_dict()["masks"]
+        masks = masks_of(self.pruning)
         total = 0.0
         for name, parameter in pl_module.named_parameters():
             gradient = safe_get_full_grad(parameter)
             if name in masks:
-                state = masks[name]
-                keep = LayerMask.from_state(state).keep
-                gradient = gradient * (keep.T if state["transposed"] else keep)
+                keep = masks[name].keep
+                gradient = gradient * (keep.T if masks[name].transposed else keep)
             total += float(gradient.double().square().sum())
         # gradients in fp16 are scaled
         self._sparse_norm = total**0.5 / getattr(engine.optimizer, "loss_scale", 1.0) if masks else 0.0
@@ -175,9 +250,8 @@ class Watch(Callback):
             with CountCollectives() as mode:
                 dist.all_reduce(torch.ones(1))
             self.control += len(mode.calls)
-        for name, state in self.pruning.state_dict()["masks"].items():
-            drop = ~LayerMask.from_state(state).keep
-            drop = drop.T if state["transposed"] else drop
+        for name, mask in masks_of(self.pruning).items():
+            drop = ~mask.keep.T if mask.transposed else ~mask.keep
             for what, full in full_tensors(trainer, parameters[name]):
                 self.checked[what] = self.checked.get(what, 0) + 1
                 values = full.reshape(drop.shape)[drop]
@@ -186,12 +260,47 @@ class Watch(Callback):
                     self.violations.append(f"step {trainer.global_step}: {count} of {name} ({what})")
 
 
+class ClippedNorm(Callback):
+    """The norm that FSDP's gradients are clipped by, beside the one of what is left of them under the masks."""
+
+    def __init__(self, pruning: ThanosPruningCallback) -> None:
+        self.pruning = pruning
+        self.norms: list[tuple[float, float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.clip = clip = torch.nn.utils.clip_grad_norm_
+
+        def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            masks = masks_of(self.pruning)
+            total = 0.0
+            for name, parameter in pl_module.named_parameters():
+                gradient = parameter.grad.full_tensor()
+                if name in masks:
+                    keep = LayerMask.from_state(masks[name]).keep
+                    gradient = gradient * (keep.T if masks[name]["transposed"] else keep)
+                total += float(gradient.double().square().sum())
+            norm: Any = clip(*args, **kwargs)
+            clipped_by = float(norm.full_tensor())
+            if masks:
+                self.norms.append((total**0.5, clipped_by))
+            return norm
+
+        torch.nn.utils.clip_grad_norm_ = recorded
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        torch.nn.utils.clip_grad_norm_ = self.clip
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        torch.nn.utils.clip_grad_norm_ = self.clip
+
+
 def full_tensors(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is None or not hasattr(engine, "optimizer"):
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         yield "weight", whole.detach()
-        for name, moment in trainer.optimizers[0].state[parameter].items():
+        # a parameter that is gathered at the moment has none
+        for name, moment in trainer.optimizers[0].state.get(parameter, {}).items():
             if moment.shape == whole.shape:
                 yield name, moment.full_tensor() if hasattr(moment, "full_tensor") else moment
         return
@@ -231,7 +340,7 @@ class Poison(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
         if trainer.global_rank == 1 and pruning._statistics is not None:
-            pruning._statistics.accumulators["model.model.layers.1.mlp.down_proj"].sum[3, 5] = float("nan")
+            pruning._statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
 
 
 class Exhausted(Callback):
@@ -259,14 +368,26 @@ class Refill(Callback):
 class Killed(Callback):
     """Kills the last rank, as a machine that fails does."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, where: str) -> None:
+        self.batch, self.where = batch, where
         self.seen = 0
+
+    def reached(self, trainer: Trainer, where: str) -> None:
+        if (self.seen, where) == (self.batch, self.where) and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.seen += 1
-        if self.seen == self.batch and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.reached(trainer, "start")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.reached(trainer, "forward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        self.reached(trainer, "backward")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.reached(trainer, "end")  # after the optimizer's step, before an event and the checkpoint
 
 
 class KilledInside(Callback):
@@ -303,9 +424,14 @@ class Results(Callback):
 def make_strategy(case: Case) -> Any:
     if not case.strategy.startswith("zero"):
         if case.strategy == "fsdp":
-            from fsdp_model import strategy
+            from lightning.pytorch.strategies import ModelParallelStrategy
 
-            return strategy()
+            is_tensor_parallel = case.fsdp.get("how") in ("tensor", "both")
+            return ModelParallelStrategy(
+                data_parallel_size=1 if is_tensor_parallel else WORLD_SIZE,
+                tensor_parallel_size=WORLD_SIZE if is_tensor_parallel else 1,
+                save_distributed_checkpoint=case.distributed,
+            )
         return case.strategy
     strategy = CPUDeepSpeed(stage=int(case.strategy[-1]), **case.deepspeed)
     zero = strategy.config["zero_optimization"]
@@ -318,22 +444,29 @@ def train(case: Case) -> None:
     out = Path(case.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    number = case.calibration_batches
+    calibration = None if number is None else ResumableBatches(number * 4, batch_size=4).batches
     pruning = ThanosPruningCallback(
         case.pattern,
         case.sparsity,
         schedule=SparsitySchedule(*case.schedule),
         calibration_steps=case.calibration_steps,
         targets=case.targets,
+        calibration_dataloader=calibration,
         verify_every_n_steps=1,
+        monitor=case.monitor,
     )
     watch, results = Watch(pruning), Results()
     callbacks: list[Callback] = [pruning, results]
     if case.watch:
         callbacks.append(watch)
+    clipped = ClippedNorm(pruning)
+    if case.strategy == "fsdp":
+        callbacks.append(clipped)
     if case.fault is not None:
         callbacks.insert(0, FAULTS[case.fault]())
     if case.kill_at is not None:
-        callbacks.insert(0, Killed(case.kill_at))
+        callbacks.insert(0, Killed(*case.kill_at))
     if case.save:
         callbacks.append(ModelCheckpoint(out, filename="{step}", save_top_k=-1, every_n_train_steps=1))
     module = Module(case)
@@ -352,10 +485,11 @@ def train(case: Case) -> None:
     )
     error = None
     try:
-        fitted.fit(module, ckpt_path=case.resume)
+        validation = Share(case.batch_size) if case.monitor is not None else None
+        fitted.fit(module, val_dataloaders=validation, ckpt_path=case.resume)
     except RuntimeError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    except ValueError as failure:
+    except (ValueError, MisconfigurationException) as failure:
         error = f"{type(failure).__name__}: {failure}"
     weights = getattr(results, "weights", {})
     report = {
@@ -365,15 +499,18 @@ def train(case: Case) -> None:
         "collectives": watch.collectives,
         "enforced": watch.enforced,
         "control": watch.control,
-        "norms": watch.norms,
+        "norms": watch.norms + clipped.norms,
         "losses": watch.losses,
         "steps": pruning._optimizer_steps,
+        "batches_seen": int(module.batches_seen),
+        "held": {} if pruning._enforcer is None else {n: d.numel() for n, d in pruning._enforcer._drops.items()},
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }
     if error is None:
-        torch.save({"weights": weights, "masks": pruning.state_dict()["masks"]}, out / f"state{fitted.global_rank}.pt")
+        masks = {name: mask.state() for name, mask in masks_of(pruning).items()}
+        torch.save({"weights": weights, "masks": masks}, out / f"state{fitted.global_rank}.pt")
     (out / f"rank{fitted.global_rank}.json").write_text(json.dumps(report))
 
 

@@ -306,7 +306,7 @@ def test_state_goes_on_where_it_was() -> None:
         model(**batch())
     first.stop()
     second = InputStatistics(find_targets(model))
-    second.load_state(first.state())
+    second.load_states([first.state()])
     second.start()
     with whole.counting(), second.counting():
         model(**batch(number=5))

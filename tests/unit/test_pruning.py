@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import math
+from random import Random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.planning import Window
-from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
+from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, assign_teams, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
-from thanos_lightning.targets import find_targets
+from thanos_lightning.targets import PrunableLayer, find_targets
 
 OPTIONS = SolverOptions("thanos", block_size=128, damping=0.01, refine_steps=0)
 
@@ -57,15 +62,52 @@ def test_nothing_is_written_when_one_layer_fails() -> None:
     assert torch.equal(model[0].weight, before)
 
 
+def seconds(layer: PrunableLayer, members: int = 1) -> int:
+    return layer.cols**3 + 4 * math.ceil(layer.rows / members) * layer.cols**2
+
+
 def test_owners_are_balanced_by_cost() -> None:
     layers = find_targets(nn.Sequential(nn.Linear(64, 8), *(nn.Linear(32, 8) for _ in range(8))))
     owners = assign_owners(layers, 2)
     loads = [0, 0]
     for name, owner in owners.items():
-        loads[owner] += layers[name].cols ** 3 + layers[name].rows * layers[name].cols ** 2
+        loads[owner] += seconds(layers[name])
     assert max(loads) / sum(loads) < 0.6
     assert set(assign_owners(layers, 1).values()) == {0}
     assert assign_owners(layers, 2) == owners
+    assert all(len(team) == 1 for world_size in range(1, 10) for team in assign_teams(layers, world_size).values())
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6, unique=True),
+    st.integers(1, 20),
+    st.randoms(use_true_random=False),
+)
+def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more: int, random: Random) -> None:
+    layers = find_targets(nn.Sequential(*(nn.Linear(cols, rows, device="meta") for rows, cols in shapes)))
+    world_size = len(layers) + more
+    teams = assign_teams(layers, world_size)
+    shuffled = list(layers)
+    random.shuffle(shuffled)
+    assert assign_teams({name: layers[name] for name in shuffled}, world_size) == teams
+    assert assign_owners(layers, world_size) == {name: team[0] for name, team in teams.items()}
+    assert teams.keys() == layers.keys()
+    used = [rank for team in teams.values() for rank in team]
+    assert sorted(used) == list(range(min(world_size, sum(layer.rows for layer in layers.values()))))
+    assert all(1 <= len(team) <= layers[name].rows for name, team in teams.items())
+    # No team could give a rank to the slowest one and still be faster than that.
+    times = {name: seconds(layers[name], len(team)) for name, team in teams.items()}
+    slowest = max(times, key=lambda name: times[name])
+    for name, team in teams.items():
+        if len(team) > 1 and len(teams[slowest]) < layers[slowest].rows:
+            assert seconds(layers[name], len(team) - 1) >= times[slowest]
+
+
+def test_teams_are_in_proportion_to_the_cost() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(32, 4000), nn.Linear(32, 2000), nn.Linear(32, 1000)))
+    assert {name: len(team) for name, team in assign_teams(layers, 7).items()} == {"0": 4, "1": 2, "2": 1}
+    assert {name: len(team) for name, team in assign_teams(layers, 4).items()} == {"0": 2, "1": 1, "2": 1}
 
 
 @pytest.mark.parametrize(

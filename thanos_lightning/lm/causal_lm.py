@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.targets import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -44,6 +49,24 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
         return 1.0
     x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1.0 - x if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
+
+
+@contextmanager
+def _zero3_loading(module: LightningModule) -> Iterator[None]:
+    """Let transformers know of ZeRO-3, where a pretrained weight has to reach the pieces that the ranks hold."""
+    strategy = module.trainer.strategy if module._trainer is not None else None
+    if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+        yield
+        return
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError("loading a pretrained model under ZeRO-3 needs accelerate: pip install accelerate")
+    from transformers.integrations import HfDeepSpeedConfig
+
+    known = HfDeepSpeedConfig(strategy.config)  # transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        del known
 
 
 class CausalLM(LightningModule):
@@ -125,7 +148,9 @@ class CausalLM(LightningModule):
     def configure_model(self) -> None:
         """Load the model, where the Trainer wants it: its precision and device are the context of this call."""
         if self.model is None:
-            self._adopt(load_pretrained(self.model_name, self.dtype_name, self.attn_implementation))
+            with _zero3_loading(self):
+                model = load_pretrained(self.model_name, self.dtype_name, self.attn_implementation)
+            self._adopt(model)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         if self.gradient_checkpointing:
@@ -207,7 +232,10 @@ class CausalLM(LightningModule):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [
-            {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        decayed = [parameter for parameter in trained if len(whole_shape(parameter)) > 1]
+        others = [parameter for parameter in trained if len(whole_shape(parameter)) <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
+        return [group for group in groups if group["params"]]  # DeepSpeed removes empty ones, the scheduler does not

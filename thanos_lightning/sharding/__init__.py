@@ -2,5 +2,6 @@
 
 from thanos_lightning.sharding.access import LocalPiece, ParameterAccess
 from thanos_lightning.sharding.choice import check_strategy, choose_access
+from thanos_lightning.sharding.resume import guard_resume
 
-__all__ = ["LocalPiece", "ParameterAccess", "check_strategy", "choose_access"]
+__all__ = ["LocalPiece", "ParameterAccess", "check_strategy", "choose_access", "guard_resume"]

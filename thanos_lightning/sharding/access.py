@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.targets import PrunableLayer
 
 Value = TypeVar("Value")
@@ -31,17 +33,21 @@ class ParameterAccess(Protocol):
     """How a strategy's parameters are read, written and masked, and how its ranks agree.
 
     "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it. The drop mask of
-    a layer is bool, True = pruned, in that layout. An owner is the rank that solves a layer.
+    a layer is bool, True = pruned, in that layout. The owner of a layer is the rank that solves it, or leads the team
+    that does.
 
     Attributes:
         rank: This process among `world_size`.
         world_size: Number of processes.
         optimizers: The torch optimizers that step the parameters, or their masters.
+        saves_every_rank: Whether a checkpoint keeps what each rank's callbacks return, and gives each its own back;
+            else it is rank 0's, for all.
     """
 
     rank: int
     world_size: int
     optimizers: list[Optimizer]
+    saves_every_rank: bool
 
     # Reading and writing layers: all ranks call these, in one order
 
@@ -96,6 +102,10 @@ class ParameterAccess(Protocol):
         """Everything of a layer on this rank, to be counted, not written to. Talks to no rank."""
         ...
 
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """Of each optimizer, the module's parameters that its state numbers, in order; None for what is none."""
+        ...
+
     def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
         """Zero the pruned part of the gradient that the next step will use, where there is one. Talks to no rank."""
         ...
@@ -119,4 +129,13 @@ class ParameterAccess(Protocol):
 
     def gather(self, value: Value) -> list[Value]:
         """The small Python values of all ranks, by rank. Talks to all."""
+        ...
+
+    def in_teams(self, teams: Mapping[range, int]) -> AbstractContextManager[RankTeam | None]:
+        """This rank's team, or None if it is in none, for the time in which they solve. Talks to all.
+
+        Args:
+            teams: The ranks of each team, no rank in two of them -> the number of rows of its layer. The same, in the
+                same order, on all ranks.
+        """
         ...

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.fsdp import FsdpAccess
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import PrunableLayer
 
-_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy)
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -23,8 +30,8 @@ def check_strategy(strategy: Strategy) -> None:
     if not isinstance(strategy, _SUPPORTED):
         raise MisconfigurationException(
             f"ThanosPruningCallback does not support the strategy {type(strategy).__name__}: its zeros would be lost. "
-            "Supported are one device (strategy='auto', devices=1), DDP (strategy='ddp') and DeepSpeed ZeRO "
-            "(strategy='deepspeed_stage_1', '_2', '_3')"
+            "Supported are one device (strategy='auto', devices=1), DDP (strategy='ddp'), DeepSpeed ZeRO "
+            "(strategy='deepspeed_stage_1', '_2', '_3') and FSDP2 (ModelParallelStrategy with fully_shard)"
         )
 
 
@@ -43,6 +50,8 @@ def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> Pa
         from thanos_lightning.sharding.zero import ZeroAccess  # deepspeed is optional, and slow to import
 
         return ZeroAccess(strategy, layers)
+    if isinstance(strategy, ModelParallelStrategy):
+        return FsdpAccess(strategy, layers)
     if isinstance(strategy, DDPStrategy):
         return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
     return ReplicatedAccess(optimizers=strategy.optimizers)

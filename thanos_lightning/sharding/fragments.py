@@ -90,6 +90,7 @@ class FragmentAccess(Ranks):
     ) -> None:
         super().__init__(rank, world_size, device)
         self.optimizers = list(optimizers)
+        self.saves_every_rank = False
         own = {name: (self._held(layer), self._held_exactly(layer)) for name, layer in layers.items()}
         everywhere = self.gather(own)
         self._ranges = {name: [held[name][0] for held in everywhere] for name in layers}
@@ -126,6 +127,10 @@ class FragmentAccess(Ranks):
         """Zero the moments of this rank where they are pruned."""
 
     # ParameterAccess
+
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """See `ParameterAccess`."""
+        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
     @torch.no_grad()
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
@@ -207,18 +212,18 @@ class FragmentAccess(Ranks):
         parts = cover(ranges, numel, first=owner)
         held = ranges[self.rank]
         if self.rank != owner:
-            for holder, part in parts:
-                if holder == self.rank:
-                    sent = own[part.start - held.start :][: part.numel]
-                    dist.send(sent.to(self._device).contiguous(), dst=owner)
+            mine = [own[part.start - held.start :][: part.numel] for holder, part in parts if holder == self.rank]
+            self._exchange([(dist.isend, piece.to(self._device).contiguous(), owner) for piece in mine])
             return None
         whole = torch.empty(numel, dtype=dtype, device=self._device)
+        awaited = []
         for holder, part in parts:
             into = whole[part.start : part.stop]
             if holder == owner:
                 into.copy_(own[part.start - held.start :][: part.numel])
             else:
-                dist.recv(into, src=holder)
+                awaited.append((dist.irecv, into, holder))
+        self._exchange(awaited)
         return whole
 
     def _hand_out(self, whole: Tensor | None, ranges: Sequence[Range], owner: int, dtype: torch.dtype) -> Tensor:
@@ -232,11 +237,10 @@ class FragmentAccess(Ranks):
         if self.rank == owner:
             assert whole is not None
             whole = whole.to(self._device, dtype)
-            for rank, other in enumerate(ranges):
-                if rank != owner and other.numel:
-                    dist.send(whole[other.start : other.stop].contiguous(), dst=rank)
+            others = [(rank, other) for rank, other in enumerate(ranges) if rank != owner and other.numel]
+            self._exchange([(dist.isend, whole[other.start : other.stop].contiguous(), rank) for rank, other in others])
             return whole[held.start : held.stop].clone()
         values = torch.empty(held.numel, dtype=dtype, device=self._device)
         if held.numel:
-            dist.recv(values, src=owner)
+            self._exchange([(dist.irecv, values, owner)])
         return values

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from thanos_lightning.solver.team import AgreeingTeam, split_rows
 
 Value = TypeVar("Value")
 
@@ -59,13 +63,21 @@ class Ranks:
         if self.rank == source:
             assert tensor is not None
             if source != 0:
-                dist.send(tensor.to(self._device), dst=0)
+                self._exchange([(dist.isend, tensor.to(self._device), 0)])
             return tensor
         if self.rank != 0:
             return None
         received = torch.empty(shape, dtype=torch.float32, device=self._device)
-        dist.recv(received, src=source)
+        self._exchange([(dist.irecv, received, source)])
         return received.cpu()
+
+    @staticmethod
+    def _exchange(messages: Sequence[tuple[Any, Tensor, int]], group: Any = None) -> None:
+        """Send and receive (dist.isend or dist.irecv, contiguous tensor, other rank) and wait. By default among all."""
+        # a batch, also of one: NCCL would open a communicator for every pair of ranks that talk alone
+        if messages:
+            for work in dist.batch_isend_irecv([dist.P2POp(*message, group) for message in messages]):
+                work.wait()
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor of all ranks, which has one shape and dtype everywhere, by the owner's. Talks to all."""
@@ -83,3 +95,105 @@ class Ranks:
         values: list[Value | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every entry has been filled
+
+    @contextmanager
+    def in_teams(self, teams: Mapping[range, int]) -> Iterator[RankTeam | None]:
+        """This rank's team, or None if it is in none, for the time in which they solve. Talks to all.
+
+        Args:
+            teams: The ranks of each team, no rank in two of them -> the number of rows of its layer. The same, in the
+                same order, on all ranks.
+        """
+        # Each group is made by all ranks, also by those that are not in it.
+        groups = {team: dist.new_group(list(team)) for team in teams}
+        own = next((team for team in teams if self.rank in team), None)
+        try:
+            yield None if own is None else RankTeam(own, teams[own], self.rank, groups[own], self._device)
+        finally:
+            for group in groups.values():
+                dist.destroy_process_group(group)
+
+
+class RankTeam(AgreeingTeam):
+    """Ranks that solve a layer together. The first of them, its owner, has it whole at the beginning and at the end.
+
+    Args:
+        ranks: The members, in the order of their rows.
+        num_rows: Rows of the layer, at least one for each member.
+        rank: This process.
+        group: Of the members alone.
+        device: Where this process sends from and receives to.
+    """
+
+    def __init__(self, ranks: Sequence[int], num_rows: int, rank: int, group: Any, device: torch.device | None) -> None:
+        super().__init__(ranks.index(rank), split_rows(num_rows, len(ranks)), device)
+        self._ranks = ranks
+        self._group = group
+        self._device = device
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this is the rank that has the layer whole."""
+        return self.index == 0
+
+    def from_owner(self, whole: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of the owner's, on all members. Talks to all of them.
+
+        Args:
+            whole: The tensor on the owner, None elsewhere.
+            shape: Its shape.
+            dtype: Its dtype.
+        """
+        if self.is_owner:
+            assert whole is not None
+            tensor = whole.to(self._device).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        self.agree()
+        with self.exchange():
+            dist.broadcast(tensor, src=self._ranks[0], group=self._group)
+        return tensor
+
+    def hand_out(self, whole: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
+        """Each member's rows of a matrix of the owner's. Not to be written to. Talks to all members.
+
+        Args:
+            whole: (num_rows, cols) on the owner, None elsewhere.
+            cols: Its width.
+            dtype: Its dtype.
+        """
+        if not self.is_owner:
+            own = torch.empty(self.rows[self.index], cols, dtype=dtype, device=self._device)
+            self.agree()
+            self._pass([(dist.irecv, own, self._ranks[0])])
+            return own
+        assert whole is not None
+        parts = torch.split(whole.to(self._device).contiguous(), list(self.rows))
+        self.agree()
+        self._pass([(dist.isend, part, rank) for rank, part in zip(self._ranks[1:], parts[1:], strict=True)])
+        return parts[0]
+
+    def collect(self, own: Tensor) -> Tensor | None:
+        """The matrix (num_rows, cols) of all members' rows, on the owner; None elsewhere. Talks to all members.
+
+        Args:
+            own: The rows of this member.
+        """
+        if not self.is_owner:
+            own = own.contiguous()
+            self.agree()
+            self._pass([(dist.isend, own, self._ranks[0])])
+            return None
+        whole = own.new_empty(self.num_rows, own.shape[1])
+        parts = torch.split(whole, list(self.rows))
+        parts[0].copy_(own)
+        self.agree()
+        self._pass([(dist.irecv, part, rank) for rank, part in zip(self._ranks[1:], parts[1:], strict=True)])
+        return whole
+
+    def _pass(self, messages: Sequence[tuple[Any, Tensor, int]]) -> None:
+        with self.exchange():
+            Ranks._exchange(messages, self._group)
+
+    def _gather(self, own: Tensor, everyone: Tensor) -> None:
+        dist.all_gather(list(everyone.unbind(0)), own, group=self._group)

@@ -33,6 +33,11 @@ class ReplicatedAccess(Ranks):
     ) -> None:
         super().__init__(rank, world_size, device)
         self.optimizers = list(optimizers)
+        self.saves_every_rank = False
+
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """See `ParameterAccess`."""
+        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""

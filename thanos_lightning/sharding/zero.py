@@ -83,6 +83,10 @@ class _Layout(Protocol):
         """Zero the held entries of the gradient that the next step uses."""
         ...
 
+    def numbered(self) -> list[Tensor | None]:
+        """The module's parameters that the torch optimizer's state numbers one by one, in order."""
+        ...
+
 
 class _Whole:
     """Stage 0: each rank holds all of every parameter."""
@@ -92,10 +96,12 @@ class _Whole:
         if isinstance(optimizer, FP16_UnfusedOptimizer):
             self._masters = [master for group in optimizer.fp32_groups for master in group]
             models = [parameter for group in optimizer.fp16_groups for parameter in group]
+            self._models: list[Tensor | None] = list(models)
             for model, master in zip(models, self._masters, strict=True):
                 self._of[id(model)] = _Master(master, 0, Range(0, model.numel()))
         elif isinstance(optimizer, FP16_Optimizer):
             self._masters = list(optimizer.fp32_groups_flat)
+            self._models = [parameter for group in optimizer.fp16_groups for parameter in group]
             for flat, group in zip(self._masters, optimizer.fp16_groups, strict=True):
                 offset = 0
                 for model in group:
@@ -103,8 +109,12 @@ class _Whole:
                     offset += model.numel()
         else:
             self._masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._models = list(self._masters)
             for parameter in self._masters:
                 self._of[id(parameter)] = _Master(parameter, 0, Range(0, parameter.numel()))
+
+    def numbered(self) -> list[Tensor | None]:
+        return self._models
 
     def masters(self) -> Sequence[Tensor]:
         return self._masters
@@ -129,6 +139,9 @@ class _Stage12:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
+
+    def numbered(self) -> list[Tensor | None]:
+        return []  # it numbers flat vectors
 
     def masters(self) -> Sequence[Tensor]:
         optimizer = self._optimizer
@@ -178,6 +191,9 @@ class _Stage3:
         self._optimizer = optimizer
         self._rank = rank
         self._index = {id(p): index for group in optimizer.fp16_groups for index, p in enumerate(group)}
+
+    def numbered(self) -> list[Tensor | None]:
+        return []  # it numbers flat vectors
 
     def masters(self) -> Sequence[Tensor]:
         masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
@@ -259,6 +275,11 @@ class ZeroAccess(FragmentAccess):
             if master is not None:
                 self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
+        self.saves_every_rank = isinstance(self._layout, _Stage3)
+
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """See `ParameterAccess`."""
+        return [self._layout.numbered()]
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from thanos_lightning.solver.linalg import exact_arithmetic
 
+# x xᵀ is made in strips of rows that begin at the diagonal: little more than half the work
+_STRIPS = 8
+_LEAST_STRIP = 128
+
 
 class HessianAccumulator:
     """Accumulates H = (2/T) Σ_t x_t x_tᵀ over T tokens.
 
-    It stores two things, so that joining what several processes saw is two additions: ``sum``, Σ_t x_t x_tᵀ of shape
-    (in_features, in_features) in float32, and ``num_tokens``.
+    It stores two things, so that joining what several processes saw is two additions: ``triangle``, Σ_t x_t x_tᵀ of
+    shape (in_features, in_features) in float32, of which only the upper triangle is kept up, and ``num_tokens``.
 
     Args:
         in_features: Width of the layer's input.
@@ -34,7 +38,7 @@ class HessianAccumulator:
                 [2., 4.]])
     """
 
-    sum: Tensor
+    triangle: Tensor
     num_tokens: int
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
@@ -42,12 +46,12 @@ class HessianAccumulator:
             raise ValueError(f"in_features={in_features} is not positive: give the width of the layer's input")
         # An accumulator born in a validation loop has to accept training batches, too.
         with torch.inference_mode(False):
-            self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+            self.triangle = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
     @classmethod
     def of_sum(cls, total: Tensor, num_tokens: int) -> "HessianAccumulator":
-        """An accumulator that has seen `num_tokens` tokens, and holds `total`, Σ x xᵀ (in_features, in_features).
+        """An accumulator that has seen `num_tokens` tokens, and holds `total`, the upper triangle of Σ x xᵀ.
 
         Example:
             >>> from thanos_lightning.solver import HessianAccumulator
@@ -55,7 +59,7 @@ class HessianAccumulator:
             tensor([[4.]])
         """
         accumulator = cls.__new__(cls)
-        accumulator.sum, accumulator.num_tokens = total, num_tokens
+        accumulator.triangle, accumulator.num_tokens = total, num_tokens
         return accumulator
 
     def update(self, inputs: Float[Tensor, "..."], token_mask: Tensor | None = None) -> None:
@@ -69,7 +73,7 @@ class HessianAccumulator:
         Raises:
             ValueError: If a shape does not fit, or the mask is not bool.
         """
-        width = len(self.sum)
+        width = len(self.triangle)
         if inputs.ndim == 0 or inputs.shape[-1] != width:
             raise ValueError(f"inputs of shape {tuple(inputs.shape)} do not end in in_features={width}")
         if token_mask is not None and token_mask.shape != inputs.shape[:-1]:
@@ -81,11 +85,19 @@ class HessianAccumulator:
             # Indexing with an attention mask of zeros and ones would pick the first two sequences again and again.
             raise ValueError(f"token_mask of dtype {token_mask.dtype} has to be bool: pass token_mask.bool()")
         # Selecting, not multiplying by zero: what a padding token holds may be NaN.
-        with exact_arithmetic(self.sum.device):
+        with exact_arithmetic(self.triangle.device, operands=inputs.dtype):
             tokens = inputs.reshape(-1, width) if token_mask is None else inputs[token_mask.to(inputs.device)]
-            tokens = tokens.to(self.sum)
-            self.sum.addmm_(tokens.mT, tokens)
+            tokens = tokens.to(self.triangle)
+            step = max(_LEAST_STRIP, -(-width // _STRIPS))
+            for start in range(0, width, step):
+                strip = self.triangle[start : start + step, start:]
+                strip.addmm_(tokens[:, start : start + step].mT, tokens[:, start:])
         self.num_tokens += len(tokens)
+
+    @property
+    def sum(self) -> Float[Tensor, "cols cols"]:
+        """Σ x xᵀ, float32, a new tensor."""
+        return self.triangle.triu() + self.triangle.triu(1).mT
 
     def merge(self, other: "HessianAccumulator") -> None:
         """Add what another accumulator of the same layer saw.
@@ -93,9 +105,9 @@ class HessianAccumulator:
         Raises:
             ValueError: If the widths differ.
         """
-        if other.sum.shape != self.sum.shape:
-            raise ValueError(f"cannot merge accumulators of widths {len(self.sum)} and {len(other.sum)}")
-        self.sum.add_(other.sum.to(self.sum.device))
+        if other.triangle.shape != self.triangle.shape:
+            raise ValueError(f"cannot merge accumulators of widths {len(self.triangle)} and {len(other.triangle)}")
+        self.triangle.add_(other.triangle.to(self.triangle.device))
         self.num_tokens += other.num_tokens
 
     def compute(self) -> Float[Tensor, "cols cols"]:
@@ -109,4 +121,4 @@ class HessianAccumulator:
                 "no token was counted, so there is no Hessian: check that the layer runs in the forward pass and that "
                 "the token mask is not False everywhere"
             )
-        return self.sum * (2.0 / self.num_tokens)
+        return self.sum.mul_(2.0 / self.num_tokens)

@@ -23,6 +23,7 @@ from thanos_lightning.solver.magnitude import magnitude
 from thanos_lightning.solver.pattern import Pattern
 from thanos_lightning.solver.refine import better_rows, refine, row_losses
 from thanos_lightning.solver.sparsegpt import sparsegpt
+from thanos_lightning.solver.team import Alone, RowTeam
 from thanos_lightning.solver.thanos import thanos
 from thanos_lightning.solver.wanda import wanda
 
@@ -96,26 +97,77 @@ def prune(
         >>> layer.loss
         0.625
     """
+    return prune_rows(
+        weight,
+        hessian,
+        pattern,
+        method=method,
+        block_size=block_size,
+        damping=damping,
+        frozen=frozen,
+        refine_steps=refine_steps,
+        team=Alone(len(weight) if weight.ndim else 0),
+    )
+
+
+def prune_rows(
+    weight: Tensor,
+    hessian: Tensor | None,
+    pattern: Pattern,
+    *,
+    method: str,
+    block_size: int,
+    damping: float,
+    frozen: Tensor | None,
+    refine_steps: int,
+    team: RowTeam,
+) -> PrunedLayer:
+    """As `prune`, but of the rows of one member of a team; together the members prune the layer as one process would.
+
+    All members call it, within a stage of the team. The Hessian is the same on all of them, and each factors it.
+
+    Args:
+        weight: (rows of this member, in_features).
+        hessian: (in_features, in_features).
+        pattern: For the whole layer.
+        method: See `prune`, like all that follow.
+        block_size: Columns pruned jointly.
+        damping: Relative to the mean of the Hessian's diagonal.
+        frozen: bool (rows of this member, in_features).
+        refine_steps: Conjugate gradient steps on the kept weights.
+        team: Who has the other rows.
+
+    Returns:
+        Weight and mask of this member's rows, and the losses of the whole layer.
+
+    Raises:
+        ValueError: As `prune`, on the member whose argument it is.
+        NonFiniteError: As `prune`, on the member whose rows they are.
+        FactorizationError: On all members.
+        TeammateError: If another member has failed in another way.
+    """
     check_settings(method, block_size, damping, refine_steps)
     _check_tensors(weight, hessian, frozen)
     if hessian is None and (method != "magnitude" or refine_steps > 0):
         raise ValueError(f"method={method!r} with refine_steps={refine_steps} needs a Hessian; only magnitude does not")
-    pattern.check_shape(*weight.shape)
+    pattern.check_shape(team.num_rows, weight.shape[1])
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
         if hessian is None:
-            pruned = magnitude(original.to(torch.promote_types(original.dtype, torch.float32)), frozen, pattern)
+            pruned = magnitude(original.to(torch.promote_types(original.dtype, torch.float32)), frozen, pattern, team)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
         W = original.to(H.dtype)
         if method == "magnitude":
-            updated, pruned = original, magnitude(W, frozen, pattern)
+            updated, pruned = original, magnitude(W, frozen, pattern, team)
         elif method == "wanda":
-            updated, pruned = original, wanda(W, input_norms(H), frozen, pattern)
+            updated, pruned = original, wanda(W, input_norms(H), frozen, pattern, team)
         else:
             solve = thanos if method == "thanos" else sparsegpt
-            updated, pruned = _with_enough_damping(lambda c: solve(W, c, frozen, pattern, block_size), H, damping)
+            updated, pruned = _with_enough_damping(
+                lambda c: solve(W, c, frozen, pattern, block_size, team), H, damping, team
+            )
         keep = ~pruned
         result = updated.to(original.dtype).masked_fill(pruned, 0)
         if refine_steps > 0:
@@ -126,26 +178,27 @@ def prune(
                 f"the pruned weights overflow {original.dtype}: raise damping (now {damping:g}), or keep the weights "
                 "in a wider dtype"
             )
-        loss = float(row_losses(result, original, H).sum())
-        dense = float(row_losses(torch.zeros_like(original), original, H).sum())
+        own_losses = [row_losses(after, original, H).sum() for after in (result, torch.zeros_like(original))]
+        loss, dense = team.total(torch.stack(own_losses)).tolist()
     return PrunedLayer(result, keep, loss, loss / dense if dense > 0 else math.inf if loss > 0 else 0.0)
 
 
 def _with_enough_damping(
-    solve: Callable[[Curvature], tuple[Tensor, Tensor]], hessian: Tensor, damping: float
+    solve: Callable[[Curvature], tuple[Tensor, Tensor]], hessian: Tensor, damping: float, team: RowTeam
 ) -> tuple[Tensor, Tensor]:
-    """``solve`` with the first damping of the ladder for which each factorisation succeeds."""
+    """``solve`` with the first damping of the ladder for which each factorisation succeeds, on all members."""
     for attempt in damping_ladder(damping):
         try:
-            solution = solve(curvature(hessian, attempt))
+            with team.stage():
+                solution = solve(curvature(hessian, attempt))
         except FactorizationError as error:
             cause = error
             continue
-        if attempt != damping:
+        if attempt != damping and team.index == 0:
             warnings.warn(
                 f"the Hessian is not positive definite with damping={damping:g}; {attempt:g} was used: more "
                 "calibration tokens, or a higher damping, avoid this",
-                stacklevel=3,
+                stacklevel=4,
             )
         return solution
     raise FactorizationError(

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from thanos_lightning.solver.pattern import Pattern, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, lowest
+from thanos_lightning.solver.team import RowTeam
 
 
 def magnitude(
-    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern
+    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune.
 
@@ -20,12 +21,13 @@ def magnitude(
         W: Weights.
         frozen: Weights that have to go.
         pattern: The pattern; unstructured compares all weights of the layer.
+        team: Who has the other rows.
 
     Returns:
         True = pruned.
     """
     scores = W.abs()
     if isinstance(pattern, Unstructured):
-        count = max(pattern.num_pruned(*W.shape), int(frozen.sum()))
-        return lowest(scores.masked_fill(frozen, -torch.inf), count)
-    return choose_regular(scores, frozen, pattern)
+        count = max(pattern.num_pruned(team.num_rows, W.shape[1]), int(team.total(frozen.sum())))
+        return lowest(scores.masked_fill(frozen, -torch.inf), count, team)
+    return choose_regular(scores, frozen, pattern, team)

@@ -7,6 +7,9 @@ Legend (arXiv 2504.05346):
 
 A choice is a bool tensor, True = to be pruned. Frozen weights score -inf, so that they are chosen before all others and
 take their share of the count. Every count is exact: ties go to the first in a fixed order, never to a threshold.
+
+Scores, energies and frozen weights are those of the rows of one member of a team, and so are choices. Counts are those
+of the whole layer.
 """
 
 import torch
@@ -14,10 +17,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.pattern import NM, Structured
+from thanos_lightning.solver.team import RowTeam
 
 # A prime, so that a sample of a row-major matrix does not run down one column.
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17
+# Members of a team share histograms with 2**11 bins: three of them settle a float32.
+_DIGIT_BITS = 11
 
 
 def importance(W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
@@ -35,12 +41,15 @@ def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, 
     return (W / pivots).square()
 
 
-def lowest(scores: Float[Tensor, "rows cols"], count: int, width: int | None = None) -> Bool[Tensor, "rows width"]:
+def lowest(
+    scores: Float[Tensor, "rows cols"], count: int, team: RowTeam, width: int | None = None
+) -> Bool[Tensor, "rows width"]:
     """The ``count`` lowest of all scores, as a choice over the first ``width`` columns.
 
     Args:
-        scores: Scores of the whole matrix; -inf is allowed, NaN is not.
-        count: How many to choose in the whole matrix. Ties go to the first ``width`` columns, then by row.
+        scores: Scores; -inf is allowed, NaN is not.
+        count: How many to choose in the whole layer. Ties go to the first ``width`` columns, then by row.
+        team: Who has the other rows.
         width: Columns of interest. None means all.
 
     Returns:
@@ -49,35 +58,64 @@ def lowest(scores: Float[Tensor, "rows cols"], count: int, width: int | None = N
     block = scores if width is None else scores[:, :width]
     if count <= 0:
         return torch.zeros_like(block, dtype=torch.bool)
-    if count >= scores.numel():
+    if count >= team.num_rows * scores.shape[1]:
         return torch.ones_like(block, dtype=torch.bool)
-    threshold = _kth_lowest(scores.flatten(), count)
-    ties = count - (scores < threshold).sum()
+    threshold = _kth_lowest(scores, count, team)
     tied = block == threshold
+    numbers = team.share(torch.stack([(scores < threshold).count_nonzero(), tied.count_nonzero()]))
+    ties = count - numbers[:, 0].sum() - numbers[: team.index, 1].sum()
     return (block < threshold) | (tied & (tied.flatten().cumsum(0).view_as(tied) <= ties))
 
 
-def _kth_lowest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
-    """The k-th lowest value (from 1), exactly.
+def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Float[Tensor, ""]:
+    """The k-th lowest score of the layer (from 1), exactly.
 
     A sorted sample brackets the value and the few within the bracket are searched (Floyd and Rivest, 1975): on a CPU
     several times faster than ``kthvalue`` on all. Where the sample misleads, all are searched.
     """
-    if len(values) >= _SAMPLE_FROM:
-        sample = values[::_SAMPLE_STRIDE].sort().values
-        position = round(k / len(values) * len(sample))
+    values, cols = scores.flatten(), scores.shape[1]
+    if team.num_rows * cols >= _SAMPLE_FROM:
+        # As many from each member, so that the samples can be shared.
+        sample = team.share(values[: min(team.rows) * cols : _SAMPLE_STRIDE]).flatten().sort().values
+        position = round(k / (team.num_rows * cols) * len(sample))
         margin = round(2 * len(sample) ** 0.5) + 1
         low = sample[max(0, position - margin)]
         high = sample[min(len(sample) - 1, position + margin)]
-        below = int((values < low).sum())
-        within = values[(values >= low) & (values <= high)]
-        if below < k <= below + len(within):
-            return within.kthvalue(k - below).values
-    return values.kthvalue(k).values
+        inside = (values >= low) & (values <= high)
+        below, within = team.total(torch.stack([(values < low).count_nonzero(), inside.count_nonzero()])).tolist()
+        if below < k <= below + within:
+            values, k = values[inside], k - below
+    return values.kthvalue(k).values if len(team.rows) == 1 else _kth_lowest_by_digits(values, k, team)
+
+
+def _kth_lowest_by_digits(values: Float[Tensor, " n"], k: int, team: RowTeam) -> Float[Tensor, ""]:
+    """The k-th lowest of all members' values (from 1), exactly, of which each may have any number.
+
+    Read as integers that are ordered like the values, they are told apart digit by digit, the highest first: members
+    share how many of theirs have which digit, and go on with those that have the one of the k-th.
+    """
+    bits, integer = (32, torch.int32) if values.element_size() == 4 else (64, torch.int64)
+    # Of positive floats the sign bit is flipped, of negative ones every bit. The lowest integer is all zeros.
+    pattern = values.view(integer)
+    keys = pattern ^ ((pattern >> (bits - 1)) | -(2 ** (bits - 1)))
+    found, left = 0, bits
+    while left > 0:
+        width = min(_DIGIT_BITS, left)
+        left -= width
+        digits = (keys >> left) & (2**width - 1)
+        up_to = team.total(torch.bincount(digits, minlength=2**width)).cumsum(0)
+        digit = int((up_to < k).sum())
+        if digit > 0:
+            k -= int(up_to[digit - 1])
+        found = (found << width) | digit
+        keys = keys[digits == digit]
+    found ^= 2 ** (bits - 1) if found >> (bits - 1) else 2**bits - 1
+    signed = found - 2**bits if found >> (bits - 1) else found
+    return torch.tensor(signed, dtype=integer, device=values.device).view(values.dtype)
 
 
 def lowest_per_row(
-    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], count: int
+    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], count: int, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
     """The lowest scores of each row, equally many per row up to one, ``count`` in total.
 
@@ -87,19 +125,20 @@ def lowest_per_row(
     Args:
         scores: Scores, -inf where frozen.
         frozen: Weights that have to go.
-        count: Total, at least the number of frozen weights.
+        count: Total of the layer, at least the number of frozen weights.
+        team: Who has the other rows.
     """
     order = scores.argsort(dim=1, stable=True)
     ranks = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
     )
     ranks.masked_fill_(frozen, -1)
-    totals = torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1).cumsum(0)
+    totals = team.total(torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1)).cumsum(0)
     # The last rank up to which whole ranks fit into the count; -1 holds the frozen ones.
     full = int((totals <= count).sum()) - 2
     chosen = ranks <= full
     remainder = count - int(totals[full + 1])
-    return chosen | lowest(scores.masked_fill(ranks != full + 1, torch.inf), remainder)
+    return chosen | lowest(scores.masked_fill(ranks != full + 1, torch.inf), remainder, team)
 
 
 def lowest_in_groups(
@@ -123,7 +162,7 @@ def lowest_in_groups(
 
 
 def choose_sparse_rows(
-    energy: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured
+    energy: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
 ) -> Bool[Tensor, "rows 1"]:
     """True for the rows that follow the pattern, False for the outliers, which stay dense (h_i in the paper).
 
@@ -134,13 +173,14 @@ def choose_sparse_rows(
         energy: W_ij² ‖X_j‖², or what stands for it.
         frozen: Weights that have to go.
         pattern: Says how many rows stay dense.
+        team: Who has the other rows.
     """
-    rows = len(energy)
-    by_energy = energy.sum(1).argsort(descending=True, stable=True)
-    order = by_energy[frozen.sum(1)[by_energy].argsort(stable=True)]
-    sparse_rows = torch.ones(rows, 1, dtype=torch.bool, device=energy.device)
-    sparse_rows[order[: pattern.num_dense_rows(rows)]] = False
-    return sparse_rows
+    sparse_rows = torch.ones(team.num_rows, dtype=torch.bool, device=energy.device)
+    if (num_dense := pattern.num_dense_rows(team.num_rows)) > 0:
+        by_energy = team.every_row(energy.sum(1)).argsort(descending=True, stable=True)
+        order = by_energy[team.every_row(frozen.sum(1))[by_energy].argsort(stable=True)]
+        sparse_rows[order[:num_dense]] = False
+    return sparse_rows[team.own_rows].unsqueeze(1)
 
 
 def lowest_columns(
@@ -148,6 +188,7 @@ def lowest_columns(
     frozen: Bool[Tensor, "rows cols"],
     sparse_rows: Bool[Tensor, "rows 1"],
     pattern: Structured,
+    team: RowTeam,
 ) -> Bool[Tensor, "rows cols"]:
     """The columns of least energy over the sparse rows (v_j in the paper), and every frozen weight.
 
@@ -158,10 +199,11 @@ def lowest_columns(
         frozen: Weights that have to go.
         sparse_rows: True for rows that follow the pattern.
         pattern: Says how many columns go.
+        team: Who has the other rows.
     """
-    per_column = (energy * (sparse_rows & ~frozen)).sum(0)
+    per_column = team.total((energy * (sparse_rows & ~frozen)).sum(0))
     by_energy = per_column.argsort(stable=True)
-    touched = (frozen & sparse_rows).any(0)
+    touched = team.total((frozen & sparse_rows).sum(0)) > 0
     order = by_energy[touched[by_energy].logical_not().to(torch.uint8).argsort(stable=True)]
     columns = torch.zeros(energy.shape[1], dtype=torch.bool, device=energy.device)
     columns[order[: pattern.num_columns(energy.shape[1])]] = True
@@ -169,7 +211,7 @@ def lowest_columns(
 
 
 def choose_regular(
-    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured
+    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
     """All that an n:m or structured pattern prunes, by scores that are known at once (their squares are the energy).
 
@@ -177,9 +219,10 @@ def choose_regular(
         scores: Scores that scale with |W|.
         frozen: Weights that have to go.
         pattern: The pattern.
+        team: Who has the other rows.
     """
     energy = scores.square()
-    sparse_rows = choose_sparse_rows(energy, frozen, pattern)
+    sparse_rows = choose_sparse_rows(energy, frozen, pattern, team)
     if isinstance(pattern, NM):
         return lowest_in_groups(scores.masked_fill(frozen, -torch.inf), frozen, sparse_rows, pattern)
-    return lowest_columns(energy, frozen, sparse_rows, pattern)
+    return lowest_columns(energy, frozen, sparse_rows, pattern, team)

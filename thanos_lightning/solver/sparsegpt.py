@@ -20,6 +20,7 @@ from thanos_lightning.solver.saliency import (
     lowest_columns,
     lowest_in_groups,
 )
+from thanos_lightning.solver.team import RowTeam
 
 
 def sparsegpt(
@@ -28,6 +29,7 @@ def sparsegpt(
     frozen: Bool[Tensor, "rows cols"],
     pattern: Pattern,
     block_size: int,
+    team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by SparseGPT's algorithm.
 
@@ -37,6 +39,7 @@ def sparsegpt(
         frozen: Weights that have to go.
         pattern: The pattern. Unstructured chooses per block, n:m per group, structured once, before any update.
         block_size: Columns whose update of the rest is one product; n:m rounds it up to whole groups.
+        team: Who has the other rows.
 
     Returns:
         The new weights and the choice, True = pruned.
@@ -48,14 +51,14 @@ def sparsegpt(
     sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
     budgets: list[int] = []
     if not isinstance(pattern, (NM, Structured)):
-        budgets = _block_budgets(frozen, pattern.num_pruned(rows, cols), block_size)
+        budgets = _block_budgets(frozen, pattern.num_pruned(team.num_rows, cols), block_size, team)
     else:
-        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
     if isinstance(pattern, NM):
         block_size += -block_size % pattern.m
     pruned = torch.zeros_like(frozen)
     if isinstance(pattern, Structured):
-        pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern)
+        pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern, team)
     # Columns between two choices: a choice sees the updates of all columns before it.
     E = torch.empty(min(block_size, cols), rows, dtype=Wt.dtype, device=Wt.device)
     for number, start in enumerate(range(0, cols, block_size)):
@@ -68,7 +71,7 @@ def sparsegpt(
                 if isinstance(pattern, NM):
                     pruned[:, part] = lowest_in_groups(scores, frozen[:, part], sparse_rows, pattern)
                 else:
-                    pruned[:, part] = lowest(scores, budgets[number])
+                    pruned[:, part] = lowest(scores, budgets[number], team)
             per_error = pruned[:, part].mT / pivots[part].unsqueeze(1)
             for j in range(first, first + step):
                 error = torch.mul(Wt[j], per_error[j - first], out=E[j - start])
@@ -77,15 +80,15 @@ def sparsegpt(
     return Wt.mT.masked_fill(pruned, 0), pruned
 
 
-def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: int) -> list[int]:
+def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: int, team: RowTeam) -> list[int]:
     """How many weights each block loses: its frozen ones, and of the rest of ``count`` a share by its free weights."""
     blocks = [frozen[:, start : start + block_size] for start in range(0, frozen.shape[1], block_size)]
-    per_block = [int(block.sum()) for block in blocks]
-    free = frozen.numel() - sum(per_block)
+    per_block = team.total(torch.stack([block.sum() for block in blocks])).tolist()
+    free = team.num_rows * frozen.shape[1] - sum(per_block)
     rest = max(0, count - sum(per_block))
     budgets, seen, given = [], 0, 0
     for block, required in zip(blocks, per_block, strict=True):
-        seen += block.numel() - required
+        seen += team.num_rows * block.shape[1] - required
         # Shares are rounded as sums, so that they add up to the rest exactly.
         share = rest * seen // free - given if free else 0
         given += share

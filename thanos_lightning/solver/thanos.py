@@ -16,6 +16,7 @@ from torch import Tensor
 from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
 from thanos_lightning.solver.pattern import NM, Pattern, Structured
 from thanos_lightning.solver.saliency import choose_regular, choose_sparse_rows, importance, lowest, lowest_in_groups
+from thanos_lightning.solver.team import RowTeam
 
 
 def thanos(
@@ -24,6 +25,7 @@ def thanos(
     frozen: Bool[Tensor, "rows cols"],
     pattern: Pattern,
     block_size: int,
+    team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by the paper's algorithm.
 
@@ -33,6 +35,7 @@ def thanos(
         frozen: Weights that have to go.
         pattern: The pattern. Structured prunes all its columns in one block as wide as the layer.
         block_size: Columns pruned jointly; n:m rounds it up to whole groups.
+        team: Who has the other rows.
 
     Returns:
         The new weights and the choice, True = pruned.
@@ -42,15 +45,15 @@ def thanos(
     """
     W = weight.masked_fill(curvature.dead, 0)
     if isinstance(pattern, Structured):
-        pruned = choose_regular(importance(W, curvature.norms), frozen, pattern)
+        pruned = choose_regular(importance(W, curvature.norms), frozen, pattern, team)
         _prune_block(W, curvature.factor, 0, pruned)
         return W, pruned
-    rows, cols = W.shape
+    cols = W.shape[1]
     sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
     if isinstance(pattern, NM):
-        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
         block_size += -block_size % pattern.m
-    budget = max(pattern.num_pruned(rows, cols), int(frozen.sum()))
+    budget = max(pattern.num_pruned(team.num_rows, cols), int(team.total(frozen.sum())))
     pruned = torch.zeros_like(frozen)
     for start in range(0, cols, block_size):
         block = slice(start, min(start + block_size, cols))
@@ -60,8 +63,8 @@ def thanos(
         else:
             # All that is left competes for what is left of the budget; the block takes its part of the choice.
             scores = importance(W[:, start:], curvature.norms[start:]).masked_fill_(frozen[:, start:], -torch.inf)
-            pruned[:, block] = lowest(scores, budget, width=block.stop - start)
-            budget -= int(pruned[:, block].sum())
+            pruned[:, block] = lowest(scores, budget, team, width=block.stop - start)
+            budget -= int(team.total(pruned[:, block].sum()))
         _prune_block(W, curvature.factor, start, pruned[:, block])
     return W, pruned
 

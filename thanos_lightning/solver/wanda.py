@@ -9,10 +9,15 @@ from torch import Tensor
 
 from thanos_lightning.solver.pattern import Pattern, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row
+from thanos_lightning.solver.team import RowTeam
 
 
 def wanda(
-    W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern
+    W: Float[Tensor, "rows cols"],
+    norms: Float[Tensor, " cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    team: RowTeam,
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune.
 
@@ -21,12 +26,13 @@ def wanda(
         norms: ‖X_j‖ up to a common scale.
         frozen: Weights that have to go.
         pattern: The pattern; unstructured means equally many per row, up to one.
+        team: Who has the other rows.
 
     Returns:
         True = pruned.
     """
     scores = importance(W, norms)
     if isinstance(pattern, Unstructured):
-        count = max(pattern.num_pruned(*W.shape), int(frozen.sum()))
-        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count)
-    return choose_regular(scores, frozen, pattern)
+        count = max(pattern.num_pruned(team.num_rows, W.shape[1]), int(team.total(frozen.sum())))
+        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count, team)
+    return choose_regular(scores, frozen, pattern, team)

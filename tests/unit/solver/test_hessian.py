@@ -25,7 +25,7 @@ def test_batches_and_merge_are_additions():
     first.merge(second)
     assert first.num_tokens == whole.num_tokens == 12
     torch.testing.assert_close(first.sum, whole.sum)
-    assert set(vars(first)) == {"sum", "num_tokens"}
+    assert set(vars(first)) == {"triangle", "num_tokens"}
 
 
 def test_a_single_token_without_batch_dimension():
@@ -56,6 +56,24 @@ def test_bf16_inputs_are_widened_before_they_are_squared():
     accumulator.update(inputs)
     assert accumulator.sum.dtype == torch.float32
     torch.testing.assert_close(accumulator.sum, inputs.float().T @ inputs.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 1100])
+def test_strips_make_the_whole_product(dtype, width):
+    inputs = torch.randn(700, width).to(dtype)
+    accumulator = HessianAccumulator(width)
+    accumulator.update(inputs)
+    exact = inputs.double().T @ inputs.double()
+    assert torch.equal(accumulator.sum, accumulator.sum.T)
+    torch.testing.assert_close(accumulator.sum.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    assert not accumulator.triangle.tril(-max(128, -(-width // 8))).any()
+
+
+def test_the_units_of_products_are_put_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    HessianAccumulator(4).update(torch.ones(3, 4).bfloat16())
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_born_in_inference_mode_grows_outside():

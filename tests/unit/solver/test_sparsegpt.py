@@ -5,6 +5,7 @@ from reference import sparsegpt as reference_sparsegpt
 
 from thanos_lightning.solver import NM, Structured, Unstructured, prune
 from thanos_lightning.solver.sparsegpt import _block_budgets
+from thanos_lightning.solver.team import Alone
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -31,10 +32,10 @@ def test_structured_columns_are_adapted_to_by_the_columns_to_their_right():
 
 
 def test_block_budgets_add_up():
-    frozen = torch.zeros(3, 10, dtype=torch.bool)
-    assert _block_budgets(frozen, 13, 4) == [5, 5, 3]
+    frozen, team = torch.zeros(3, 10, dtype=torch.bool), Alone(3)
+    assert _block_budgets(frozen, 13, 4, team) == [5, 5, 3]
     frozen[:, :4] = True
-    assert _block_budgets(frozen, 12, 4) == [12, 0, 0]
-    assert _block_budgets(frozen, 15, 4) == [12, 2, 1]
-    assert _block_budgets(frozen, 5, 4) == [12, 0, 0]
-    assert _block_budgets(torch.ones(3, 10, dtype=torch.bool), 5, 4) == [12, 12, 6]
+    assert _block_budgets(frozen, 12, 4, team) == [12, 0, 0]
+    assert _block_budgets(frozen, 15, 4, team) == [12, 2, 1]
+    assert _block_budgets(frozen, 5, 4, team) == [12, 0, 0]
+    assert _block_budgets(torch.ones(3, 10, dtype=torch.bool), 5, 4, team) == [12, 12, 6]

@@ -1,0 +1,222 @@
+"""Real ranks over gloo under FSDP2: Lightning's ModelParallelStrategy, and fully_shard in configure_model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_cases import change_checkpoint, failed
+from ranks import Ended, agreement, masks, results, start
+
+from thanos_lightning.masks import LayerMask
+from thanos_lightning.verification import verify_checkpoint
+
+ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
+GRID: dict[str, dict[str, Any]] = {
+    f"{precision}-{optimizer}{'-accumulating' if more else ''}": {
+        "precision": precision,
+        "optimizer": optimizer,
+        **more,
+    }
+    for precision in ("32-true", "bf16-mixed", "bf16-true")
+    for optimizer in ("adamw", "sgd")
+    for more in ({}, ACCUMULATING)
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "transposed weights": {"model": "gpt2", "precision": "bf16-mixed"},
+    "unstructured": {"pattern": "unstructured", "sparsity": 0.6},
+    "gathered in bf16": {"fsdp": {"bf16": True}},
+    "kept gathered between forward and backward": {"fsdp": {"reshard_after_forward": False}},
+    "all as one, measured between": {"fsdp": {"how": "root"}, "monitor": "val/loss"},
+    "a replica on each rank": {"fsdp": {"replicas": 2}},
+    "model built in configure_model": {"configure_model": True},
+    "saved in shards": {"save": True},
+    "saved as one file": {"save": True, "distributed": False},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "columns": {"fsdp": {"columns": ["model.layers.1.mlp.up_proj.weight"]}},
+    "partly sharded": {"fsdp": {"how": "first"}},
+    "tensor parallel": {"fsdp": {"how": "tensor"}, "targets": ["*.up_proj"]},
+    "tensor parallel and sharded": {"fsdp": {"how": "both"}},
+}
+FAULTS = {
+    "nan": "PruningError: layer model.model.layers.1.mlp.down_proj",
+    "refill": "ZeroViolationError: zeros came back: rank 1",
+}
+STOPS = {"saved in shards": (2, 5, 8), "saved as one file": (2, 8)}  # windows are 1-3, 4-6, 6-7
+UNEVEN: dict[str, dict[str, Any]] = {
+    "32-true-adamw": {"model": "narrow"},
+    "bf16-true-sgd": {"model": "narrow", "precision": "bf16-true", "optimizer": "sgd"},
+    "transposed weights": {"model": "gpt2"},
+}
+
+
+def launch(root: Path, cases: dict[str, dict[str, Any]], ranks: int) -> Ended:
+    """All trainings, one after the other in the same processes: each start costs ten seconds."""
+    ended = start(root, [{"strategy": "fsdp", **case, "out": str(root / name)} for name, case in cases.items()], ranks)
+    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fsdp")
+    resumed = {
+        f"{name}, resumed after {stop}": {**KINDS[name], "resume": str(root / name / f"step={stop}.ckpt")}
+        for name, stops in STOPS.items()
+        for stop in stops
+    }
+    faults = {fault: {"fault": fault} for fault in FAULTS}
+    launch(root, {**GRID, **KINDS, **resumed, **REFUSED, **faults, "ddp": {"strategy": "ddp"}}, ranks=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def uneven(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On three ranks, of which some hold more rows than others, or none."""
+    root = tmp_path_factory.mktemp("uneven")
+    resumed = {"resumed": {"resume": str(trained / "saved in shards" / "step=5.ckpt")}}
+    launch(root, {**UNEVEN, **resumed}, ranks=3)
+    return root
+
+
+def check(out: Path, case: dict[str, Any], ranks: int) -> None:
+    seen = results(out, ranks)
+    num_layers = 8 if case.get("model") == "gpt2" else 14
+    moments = {"momentum_buffer"} if case.get("optimizer") == "sgd" else {"exp_avg", "exp_avg_sq"}
+    for rank in seen:
+        assert rank["error"] is None
+        assert rank["steps"] == case.get("max_steps", 12)
+        assert rank["violations"] == []
+        assert rank["checked"].keys() == {"weight"} | moments
+        assert min(rank["checked"].values()) >= num_layers * (rank["steps"] - 7)
+        assert rank["collectives"] == []
+        assert rank["enforced"] == rank["steps"]
+        assert rank["control"] > 0
+        assert rank["events"] == [3, 6, 7]
+        assert rank["digest"] == seen[0]["digest"]
+    expected = 0.6 if case.get("pattern") == "unstructured" else 0.5
+    kept = masks(out)
+    assert len(kept) == num_layers
+    for name, keep in kept.items():
+        for rank in range(1, ranks):
+            assert torch.equal(keep, masks(out, rank)[name])
+        assert float(keep.float().mean()) == pytest.approx(1 - expected, abs=0.01)
+        module = name.removesuffix(".weight")
+        held = [rank["held"][module] for rank in seen]
+        replicas = case.get("fsdp", {}).get("replicas", 1)
+        assert sum(held) == keep.numel() * replicas
+
+
+@pytest.mark.parametrize("name", [*GRID, *KINDS])
+def test_zeros_hold_everywhere(trained: Path, name: str) -> None:
+    check(trained / name, {**GRID, **KINDS}[name], ranks=2)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_shards_need_not_be_equal(uneven: Path, name: str) -> None:
+    check(uneven / name, UNEVEN[name], ranks=3)
+    held = [rank["held"] for rank in results(uneven / name, 3)]
+    if UNEVEN[name]["model"] == "narrow":
+        assert [rank["model.model.layers.0.self_attn.q_proj"] // 32 for rank in held] == [11, 11, 10]
+        assert [rank["model.model.layers.0.self_attn.k_proj"] // 32 for rank in held] == [2, 2, 0]
+    else:
+        assert [rank["model.transformer.h.0.mlp.c_proj"] // 32 for rank in held] == [43, 43, 42]
+
+
+@pytest.mark.parametrize("name", [*GRID, *KINDS])
+def test_the_clipped_norm_is_that_of_the_sparse_model(trained: Path, name: str) -> None:
+    case = {**GRID, **KINDS}[name]
+    tolerance = 1e-2 if case.get("precision") == "bf16-true" else 1e-5
+    for rank in results(trained / name):
+        assert len(rank["norms"]) == case.get("max_steps", 12) - 3
+        for sparse, clipped_by in rank["norms"]:
+            assert clipped_by == pytest.approx(sparse, rel=tolerance)
+
+
+def test_ddp_prunes_alike(trained: Path) -> None:
+    assert agreement(trained / "ddp", trained / "32-true-adamw") >= 0.999
+    for ddp, fsdp in zip(results(trained / "ddp"), results(trained / "32-true-adamw"), strict=True):
+        assert ddp["error"] is None
+        assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kept gathered between forward and backward",
+        "all as one, measured between",  # what a validation leaves gathered is not what the next step trains
+        "a replica on each rank",
+        "model built in configure_model",
+        "saved in shards",
+        "saved as one file",
+    ],
+)
+def test_where_parameters_lie_changes_nothing(trained: Path, name: str) -> None:
+    for one, other in zip(results(trained / "32-true-adamw"), results(trained / name), strict=True):
+        assert one["losses"] == other["losses"]
+        assert one["digest"] == other["digest"]
+
+
+@pytest.mark.parametrize(("name", "stop"), [(name, stop) for name, stops in STOPS.items() for stop in stops])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(trained: Path, name: str, stop: int) -> None:
+    for whole, resumed in zip(results(trained / name), results(trained / f"{name}, resumed after {stop}"), strict=True):
+        assert resumed["error"] is None
+        assert resumed["violations"] == []
+        assert resumed["losses"] == whole["losses"][stop:]
+        assert resumed["digest"] == whole["digest"]
+
+
+def test_another_number_of_ranks_goes_on(trained: Path, uneven: Path) -> None:
+    saved = trained / "saved in shards" / "step=5.ckpt" / "meta.pt"
+    before = torch.load(saved, weights_only=True)["callbacks"]["ThanosPruningCallback"]["masks"]
+    for number, rank in enumerate(results(uneven / "resumed", 3)):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert (rank["steps"], rank["events"]) == (12, [3, 6, 7])
+        for name, keep in masks(uneven / "resumed", number).items():
+            assert float(keep.float().mean()) == 0.5
+            assert not (keep & ~LayerMask.from_state(before[name]).keep).any()
+
+
+def test_a_single_file_says_whose_the_moments_are(trained: Path, tmp_path: Path) -> None:
+    saved = trained / "saved as one file" / "step=12.ckpt"
+    reports = verify_checkpoint(saved)
+    assert len(reports) == 14
+    assert failed(reports) == []
+    name = "model.model.layers.1.mlp.up_proj.weight"
+
+    def fill_moment(content: dict[str, Any]) -> None:
+        (numbered,) = content["thanos_lightning"]["optimizer_parameters"]
+        content["optimizer_states"][0]["state"][numbered.index(name)]["exp_avg"] += 1
+
+    damaged = change_checkpoint(saved, tmp_path / "damaged.ckpt", fill_moment)
+    assert [report.name for report in failed(verify_checkpoint(damaged))] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("columns", ["model.layers.1.mlp.up_proj has the placements (Shard(dim=1)) over", "shard_placement_fn"]),
+        ("partly sharded", ["layer model.model.layers.1.self_attn.q_proj is not sharded", "call fully_shard"]),
+        ("tensor parallel", ["model.layers.0.mlp.up_proj has the placements (Shard(dim=0)) over", "tensor_parallel"]),
+        ("tensor parallel and sharded", ["model.layers.0.mlp.up_proj has the placements (_StridedShard"]),
+    ],
+)
+def test_what_is_not_sharded_by_rows_is_refused_by_name(trained: Path, name: str, words: list[str]) -> None:
+    for rank in results(trained / name):
+        assert rank["error"] is not None
+        assert rank["error"].startswith("MisconfigurationException")
+        for word in words:
+            assert word in rank["error"]
+        assert rank["losses"] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_ends_both_with_its_name(trained: Path, fault: str) -> None:
+    for rank in results(trained / fault):
+        assert rank["error"] is not None
+        assert FAULTS[fault] in rank["error"]
+        assert rank["steps"] == {"nan": 3, "refill": 9}[fault]

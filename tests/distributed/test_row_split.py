@@ -1,0 +1,121 @@
+"""Ranks that outnumber the layers of a window, and so split their rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import agreement, environment, free_port, masks, results, start
+
+ONE_LAYER = ["*layers.0.self_attn.k_proj"]
+TWO_LAYERS = ["*layers.0.self_attn.k_proj", "*layers.0.mlp.down_proj"]
+PATTERNS: dict[str, dict[str, Any]] = {
+    "2:4": {"pattern": "2:4"},
+    "unstructured": {"pattern": "unstructured", "sparsity": 0.6},
+    "structured": {"pattern": "structured", "sparsity": 0.3},
+}
+# What one rank sees in a batch, several see together.
+SEQUENCES = {1: {2: 8, 3: 12}, 2: {2: 4}, 3: {3: 4}}
+FAULTS: dict[str, dict[str, Any]] = {
+    "nan": {"fault": "nan", "targets": ["*layers.1.mlp.down_proj"]},
+    "memory": {"fault": "memory", "targets": ONE_LAYER},
+}
+
+
+def folder(root: Path, ranks: int, strategy: str, number: int, name: str, like: int) -> Path:
+    return root / f"{ranks} {strategy}, {number} {name}, as {like} ranks"
+
+
+def cases(root: Path, ranks: int, strategy: str, like: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "out": str(folder(root, ranks, strategy, number, name, like)),
+            "strategy": strategy,
+            "targets": targets,
+            "batch_size": SEQUENCES[ranks][like],
+            "max_steps": 7,
+            "watch": False,
+            **pattern,
+        }
+        for name, pattern in PATTERNS.items()
+        for number, targets in ((1, ONE_LAYER), (2, TWO_LAYERS))
+        if number < like
+    ]
+
+
+def test_windows_without_a_training() -> None:
+    """All methods and patterns on three ranks, and members that fail at all places: see the script."""
+    script, port = Path(__file__).with_name("row_split.py"), free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment(rank, 3, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        ended = [(process.communicate(timeout=200)[0], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [code for _, code in ended] == [0] * 3, "\n".join(text[-3000:] for text, _ in ended)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings of as many ranks one after the other in the same processes."""
+    root = tmp_path_factory.mktemp("split")
+    jobs = {
+        1: cases(root, 1, "auto", 2) + cases(root, 1, "auto", 3),
+        2: cases(root, 2, "ddp", 2) + cases(root, 2, "zero3", 2),
+        3: cases(root, 3, "ddp", 3) + cases(root, 3, "zero3", 3),
+    }
+    for strategy in ("ddp", "zero3"):
+        jobs[2] += [{"out": str(root / f"{strategy} nan"), "strategy": strategy, **FAULTS["nan"]}]
+    # the last ones, for what they replace in a process stays replaced
+    for strategy in ("ddp", "zero3"):
+        jobs[2] += [{"out": str(root / f"{strategy} memory"), "strategy": strategy, **FAULTS["memory"]}]
+    for ranks, its_cases in jobs.items():
+        ended = start(root / str(ranks), its_cases, ranks)
+        assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    return root
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize(("ranks", "number"), [(2, 1), (3, 1), (3, 2)])
+def test_ranks_that_split_rows_prune_as_one_does(
+    trained: Path, ranks: int, number: int, strategy: str, name: str
+) -> None:
+    split = folder(trained, ranks, strategy, number, name, ranks)
+    whole = folder(trained, 1, "auto", number, name, ranks)
+    expected = masks(whole)
+    assert len(expected) == number
+    for rank, seen in enumerate(results(split, ranks)):
+        assert seen["error"] is None
+        assert seen["events"] == [3, 6, 7]
+        for mask_name, keep in masks(split, rank).items():
+            assert torch.equal(keep, masks(split)[mask_name])
+            assert keep.sum() == expected[mask_name].sum()
+    assert agreement(whole, split) >= 0.999
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("nan", "layers.1.mlp.down_proj: the hessian holds NaN"),
+        ("memory", "layers.0.self_attn.k_proj: OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
+    ],
+)
+def test_a_fault_on_one_member_ends_all_with_its_name(trained: Path, strategy: str, fault: str, words: str) -> None:
+    for rank in results(trained / f"{strategy} {fault}"):
+        assert rank["error"].startswith(f"PruningError: layer model.model.{words}")
+        assert rank["events"] == []

@@ -1,0 +1,241 @@
+"""DeepSpeed's checkpoint folders: resumed, resharded, verified, exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from ranks import PRUNABLE, masks, results, start, train
+
+from thanos_lightning.checkpoints import TrainerCheckpoint
+from thanos_lightning.cli import main
+from thanos_lightning.export import NonconformingError, export_checkpoint
+from thanos_lightning.resharding import reshard_checkpoint
+from thanos_lightning.verification import verify_checkpoint
+from thanos_lightning.zero_checkpoints import read_zero_folder
+
+KINDS: dict[str, dict[str, Any]] = {
+    "zero3": {"strategy": "zero3", "precision": "bf16-mixed"},
+    "zero3 in sub-groups": {"strategy": "zero3", "zero": {"sub_group_size": 3000}},
+    "zero2": {"strategy": "zero2"},
+    "zero2 in bf16": {"strategy": "zero2", "precision": "bf16-true"},
+    "zero1 with fp32 accumulation": {
+        "strategy": "zero1",
+        "precision": "bf16-mixed",
+        "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+    },
+    "zero0": {"strategy": "zero0"},
+    "zero0 in bf16": {"strategy": "zero0", "precision": "bf16-mixed"},
+    "zero3 with SGD": {"strategy": "zero3", "optimizer": "sgd"},
+}
+SHARDED_ADAM = ["zero3", "zero3 in sub-groups", "zero2", "zero2 in bf16"]
+INSIDE, AFTER = 2, 8  # windows are 1-3, 4-6, 6-7
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trainings of two ranks that save after each step."""
+    root = tmp_path_factory.mktemp("saved")
+    cases = [{"out": str(root / name), "save": True, **case} for name, case in KINDS.items()]
+    ended = start(root, cases, timeout=300)
+    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def resharded(saved: Path) -> Path:
+    for kind in SHARDED_ADAM:
+        for step in (INSIDE, AFTER):
+            folder = reshard_checkpoint(saved / kind / f"step={step}.ckpt")
+            assert folder == saved / kind / f"step={step}.ckpt-resharded"
+    return saved
+
+
+def resume(root: Path, checkpoints: dict[str, str], ranks: int) -> None:
+    """Go on from checkpoints, each in a folder of its own under `root`."""
+    cases = [
+        {"out": str(root / name), "resume": checkpoint, **KINDS[name.partition(",")[0]]}
+        for name, checkpoint in checkpoints.items()
+    ]
+    ended = start(root, cases, ranks, timeout=300)
+    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+
+
+def test_resuming_is_bit_identical(saved: Path, tmp_path: Path) -> None:
+    names = {
+        f"{kind}, {step}": str(saved / kind / f"step={step}.ckpt") for kind in KINDS for step in (INSIDE, 5, AFTER)
+    }
+    resume(tmp_path, names, ranks=2)
+    for name in names:
+        kind, step = name.split(", ")
+        for before, after in zip(results(saved / kind), results(tmp_path / name), strict=True):
+            assert after["error"] is None
+            assert after["losses"] == before["losses"][int(step) :]
+            assert after["digest"] == before["digest"]
+            assert after["violations"] == []
+            assert after["batches_seen"] == 12
+
+
+def test_a_resharded_checkpoint_resumes_bit_identically_on_as_many_ranks(resharded: Path, tmp_path: Path) -> None:
+    names = {
+        f"{kind}, {step}": str(resharded / kind / f"step={step}.ckpt-resharded")
+        for kind in SHARDED_ADAM
+        for step in (INSIDE, AFTER)
+    }
+    resume(tmp_path, names, ranks=2)
+    for name in names:
+        kind, step = name.split(", ")
+        for before, after in zip(results(resharded / kind), results(tmp_path / name), strict=True):
+            assert after["error"] is None
+            assert after["losses"] == before["losses"][int(step) :]
+            assert after["digest"] == before["digest"]
+            assert after["batches_seen"] == 12
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(resharded: Path, tmp_path: Path, ranks: int) -> None:
+    names = {
+        f"{kind}, {step}": str(resharded / kind / f"step={step}.ckpt-resharded")
+        for kind in SHARDED_ADAM
+        for step in (INSIDE, AFTER)
+    }
+    resume(tmp_path, names, ranks)
+    for name in names:
+        kind, step = name.split(", ")
+        for rank in results(tmp_path / name, ranks):
+            assert rank["error"] is None
+            assert rank["violations"] == []
+            assert min(rank["checked"].values()) == 14 * {INSIDE: 10, AFTER: 4}[int(step)]
+            assert rank["collectives"] == []
+            assert rank["events"] == [3, 6, 7]
+            assert rank["steps"] == 12
+            assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
+        if int(step) == AFTER:  # the masks go on
+            for mask_name, keep in masks(resharded / kind).items():
+                assert torch.equal(keep, masks(tmp_path / name)[mask_name])
+
+
+def test_what_can_not_be_resumed_is_refused_with_the_mend(saved: Path, tmp_path: Path) -> None:
+    checkpoint = str(saved / "zero3" / f"step={AFTER}.ckpt")
+    (fewer,) = train(tmp_path / "fewer", ranks=1, strategy="zero3", precision="bf16-mixed", resume=checkpoint)
+    assert f"was written by 2 ranks, and 1 resume it: run `thanos-lightning reshard {checkpoint}`" in fewer["error"]
+    for rank in train(tmp_path / "model", strategy="zero3", precision="bf16-mixed", resume=checkpoint, model="gpt2"):
+        assert "is a checkpoint of another model: it has model.model.embed_tokens.weight" in rank["error"]
+    for rank in train(tmp_path / "stage", strategy="zero2", precision="bf16-mixed", resume=checkpoint):
+        assert "was written at ZeRO stage 3, and this training is at stage 2" in rank["error"]
+
+
+def test_full_weights_reach_the_master(tmp_path: Path) -> None:
+    """Lightning's load_full_weights fills the model's copy; without the master the first step would undo it."""
+    train(tmp_path / "ddp", save=True)
+    file = tmp_path / "ddp" / f"step={AFTER}.ckpt"
+    resumed = train(
+        tmp_path / "zero3",
+        strategy="zero3",
+        deepspeed={"load_full_weights": True},
+        resume=str(file),
+        max_steps=AFTER + 2,
+    )
+    loaded = torch.load(file, weights_only=True)["state_dict"]
+    after = torch.load(tmp_path / "zero3" / "state0.pt", weights_only=True)["weights"]
+    for rank in resumed:
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
+    for name in PRUNABLE:  # two steps of Adam move a weight by no more than its learning rate each
+        assert (after[name] - loaded[f"model.{name}"]).abs().max() < 3 * 3e-3
+
+
+# On disk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_is_read_as_it_was_trained(saved: Path, kind: str) -> None:
+    trained = torch.load(saved / kind / "state0.pt", weights_only=True)["weights"]
+    folder = read_zero_folder(saved / kind / "step=12.ckpt")
+    dtype = torch.bfloat16 if "bf16" in json.dumps(KINDS[kind]) else torch.float32
+    for name, weight in trained.items():
+        read = folder.weights[f"model.{name}"]
+        assert read.dtype == torch.float32
+        assert torch.equal(read.to(dtype).float(), weight)
+    moments = {"momentum_buffer"} if "SGD" in kind else {"exp_avg", "exp_avg_sq"}
+    assert moments <= folder.beside["model.model.norm.weight"].keys()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(f"{kind}, resharded" for kind in SHARDED_ADAM)])
+def test_verify_and_export(resharded: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    suffix = ".ckpt-resharded" if kind.endswith("resharded") else ".ckpt"
+    checkpoint = resharded / kind.partition(",")[0] / f"step={AFTER}{suffix}"
+    reports = verify_checkpoint(checkpoint)
+    assert len(reports) == 14
+    assert all(report.ok for report in reports)
+    out = tmp_path / "exported"
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        exported = export_checkpoint(checkpoint, out)
+    assert [report.sparsity for report in exported] == [0.5] * 14
+    assert main(["verify", str(out), "--pattern", "2:4"]) == 0
+    assert "14 tensors" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    weights = read_zero_folder(checkpoint).weights
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[f"model.{name}"])
+
+
+@pytest.mark.parametrize("kind", ["zero3", "zero2", "zero0 in bf16"])
+@pytest.mark.parametrize("what", ["master", "moment"])
+def test_what_came_back_on_disk_is_found(saved: Path, tmp_path: Path, kind: str, what: str) -> None:
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved / kind / f"step={AFTER}.ckpt", checkpoint)
+    for file in (checkpoint / "checkpoint").glob("*rank_0*optim_states.pt" if kind != "zero0 in bf16" else "*.pt"):
+        content = torch.load(file, weights_only=False)
+        inside = content["optimizer"] if "optimizer" in content else content["optimizer_state_dict"]
+        states = inside.get("optimizer_state_dict") or inside["base_optimizer_state"]
+        masters = {"zero3": "fp32_flat_groups", "zero2": "single_partition_of_fp32_groups"}.get(kind, "fp32_groups")
+        tensors = inside[masters] if kind != "zero0 in bf16" else inside[masters][0]
+        moments = [state["exp_avg"] for state in states["state"].values()]
+        for tensor in tensors if what == "master" else moments:
+            tensor.data[tensor == 0] = 1e-30
+        torch.save(content, file)
+    bad = [report for report in verify_checkpoint(checkpoint) if not report.ok]
+    assert bad
+    assert main(["verify", str(checkpoint)]) == 1
+    if what == "master":
+        with pytest.raises(NonconformingError, match="do not conform"), pytest.warns(UserWarning, match="tokenizer"):
+            export_checkpoint(checkpoint, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_incomplete_folders_are_named(saved: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved / "zero3" / f"step={AFTER}.ckpt", checkpoint)
+    (checkpoint / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(ValueError, match="lacks the optimizer states of rank 0: copy the whole folder"):
+        TrainerCheckpoint.read(checkpoint)
+    for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"holds no mp_rank_00_model_states.pt: copy the whole folder"):
+        TrainerCheckpoint.read(checkpoint)
+
+
+def test_what_can_not_be_resharded_is_refused(
+    resharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="is resharded already"):
+        reshard_checkpoint(resharded / "zero3" / f"step={AFTER}.ckpt-resharded")
+    with pytest.raises(ValueError, match="ZeRO stage 0, where nothing is sharded"):
+        reshard_checkpoint(resharded / "zero0" / f"step={AFTER}.ckpt")
+    with pytest.raises(ValueError, match="exists already"):
+        reshard_checkpoint(resharded / "zero3" / f"step={AFTER}.ckpt")
+    with pytest.raises(ValueError, match=r"knows the moments of Adam .* with another optimizer, resume on the number"):
+        reshard_checkpoint(resharded / "zero3 with SGD" / f"step={AFTER}.ckpt", tmp_path / "sgd")
+    assert not list(tmp_path.iterdir())
+    assert main(["reshard", str(tmp_path / "nothing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["reshard", str(resharded / "zero3" / "step=9.ckpt"), str(tmp_path / "out"), "--processes", "2"]) == 0
+    assert "resume from it on any number of ranks" in capsys.readouterr().out
+    assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))

@@ -1,0 +1,40 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def require_free(output: Path) -> None:
+    """Refuse a folder that somebody else may need.
+
+    Raises:
+        ValueError: If there is something at this path, other than an empty folder.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise ValueError(f"{output} exists already: give another folder, or remove it first")
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, that becomes `output` at the end; after an error nothing of it is left."""
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    new_parents = [parent for parent in output.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():  # an empty folder, which not every system lets a rename replace
+            output.rmdir()
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
+        raise

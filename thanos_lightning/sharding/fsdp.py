@@ -1,0 +1,160 @@
+"""FSDP2: where the weight and the moments of a fully sharded parameter lie on this rank.
+
+`torch.distributed.fsdp.fully_shard` makes each parameter a DTensor, of which a rank holds some of the rows (entries of
+the first dimension). This shard is the model's copy and the master in one: what a mixed precision policy gathers in
+another dtype is made of it afresh for each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+# torch.distributed.fsdp has it from torch 2.6 on
+from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.targets import PrunableLayer
+
+_TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for that dimension of its mesh
+
+
+@torch.no_grad()
+def _flat(tensor: DTensor) -> Tensor:
+    """What this rank holds of a tensor, flat, to read from and to write to. Talks to no rank."""
+    return tensor.to_local().view(-1)
+
+
+class FsdpAccess(FragmentAccess):
+    """`ParameterAccess` under Lightning's `ModelParallelStrategy`, for parameters that `fully_shard` has sharded.
+
+    Args:
+        strategy: The Trainer's strategy, whose model and optimizers are set up.
+        layers: Name -> layer, of all that may be pruned.
+
+    Raises:
+        MisconfigurationException: For a layer that is not sharded by rows, by name.
+    """
+
+    def __init__(self, strategy: ModelParallelStrategy, layers: Mapping[str, PrunableLayer]) -> None:
+        assert strategy.model is not None, "the strategy is set up"
+        self._model = strategy.model
+        self._sharded_modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+        self._reshard()
+        # by name once and for all: a module whose parameters are gathered shows other tensors in their place
+        self._parameters = {name: _require_rows(layer) for name, layer in layers.items()}
+        super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
+
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """See `ParameterAccess`."""
+        # in a single file Lightning numbers the module's parameters, whatever the order of an optimizer's groups
+        return [list(self._model.parameters()) for _ in self.optimizers]
+
+    def completes_step(self, optimizer: Optimizer) -> bool:
+        """See `ParameterAccess`."""
+        return True  # Lightning offers no gradient scaler under this strategy
+
+    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
+        """See `ParameterAccess`."""
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return {name for name in layers if id(self._parameters[name]) in parameters}
+
+    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+        """See `ParameterAccess`."""
+        yield LocalPiece("weight", self._read_exact(layer))
+        yield from self._moments(layer, optimizer)
+
+    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        """See `ParameterAccess`."""
+        yield LocalPiece("weight", self._read_exact(layer))
+        for optimizer in self.optimizers:
+            yield from self._moments(layer, optimizer)
+
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        """See `ParameterAccess`."""
+        gradient = self._parameters[layer.name].grad
+        if gradient is not None:
+            assert isinstance(gradient, DTensor), "as its parameter"
+            _flat(gradient).masked_fill_(drop, 0)
+
+    def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+        parameter = self._parameters[layer.name]
+        # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, DTensor) and value.shape == parameter.shape:
+                yield LocalPiece(name, _flat(value))
+
+    def _reshard(self) -> None:
+        """Drop gathered copies: a forward without a backward leaves some, and the next one would not gather again."""
+        for module in self._sharded_modules:
+            module.reshard()
+
+    # For FragmentAccess
+
+    def _held(self, layer: PrunableLayer) -> Range:
+        return _held_entries(self._parameters[layer.name])
+
+    def _held_exactly(self, layer: PrunableLayer) -> Range:
+        return self._held(layer)
+
+    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+        return self._parameters[layer.name].dtype
+
+    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+        return self._read_exact(layer).device  # not the one of the forward, where parameters are offloaded
+
+    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+        return _flat(self._parameters[layer.name])
+
+    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+        self._read_exact(layer).copy_(values)
+
+    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+        self._reshard()  # the shard that `_write_exact` writes to is the model's copy
+
+    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+        for optimizer in self.optimizers:
+            for _, moment, _ in self._moments(layer, optimizer):
+                moment.masked_fill_(drop, 0)
+
+
+def _held_entries(parameter: DTensor) -> Range:
+    """Which entries of the flattened parameter this rank holds."""
+    start, rows = 0, len(parameter)
+    for dimension, placement in enumerate(parameter.placements):
+        if placement == Shard(0):
+            # as torch.chunk: equal parts but for the last ones, which may be smaller or empty
+            part = -(-rows // parameter.device_mesh.size(dimension))
+            first = min(part * parameter.device_mesh.get_local_rank(dimension), rows)
+            start, rows = start + first, min(part, rows - first)
+    width = parameter.shape[1]
+    return Range(start * width, rows * width)
+
+
+def _require_rows(layer: PrunableLayer) -> DTensor:
+    """The layer's parameter, which has to be sharded by rows."""
+    parameter = layer.parameter
+    if not isinstance(parameter, DTensor):
+        raise MisconfigurationException(
+            f"layer {layer.name} is not sharded, so nothing keeps its weight the same on all ranks: in "
+            f"configure_model, call fully_shard on a module that holds it, or add {layer.name!r} to ignore"
+        )
+    names = parameter.device_mesh.mesh_dim_names or ()
+    by_rows = all(placement in (Shard(0), Replicate()) for placement in parameter.placements)
+    if not by_rows or _TENSOR_PARALLEL in names:
+        placements = ", ".join(map(repr, parameter.placements))
+        over = f" over the mesh {', '.join(names)}" if names else ""
+        raise MisconfigurationException(
+            f"the weight of layer {layer.name} has the placements ({placements}){over}. "
+            "ThanosPruningCallback supports weights that fully_shard has sharded on dimension 0, (Shard(dim=0)) or "
+            "(Replicate(), Shard(dim=0)), without tensor parallelism: set tensor_parallel_size=1 and leave out "
+            f"shard_placement_fn, or add {layer.name!r} to ignore"
+        )
+    return parameter
