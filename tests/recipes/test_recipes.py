@@ -1,33 +1,86 @@
-"""Every recipe is parsed by LightningCLI against the code that it drives, and built; its schedule fits its training."""
+"""Every recipe is parsed by LightningCLI against the code that it drives, and built; its schedule fits its training.
+
+Those for ZeRO-3 are rehearsed, too: on CPUs, with a tiny model.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from tokenizers import Tokenizer, models, pre_tokenizers
+from toy import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, TextData
+from thanos_lightning.planning import Window, changes, plan_windows
+from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
+SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64)}
+
+
+def build(recipe: Path) -> LightningCLI:
+    # the machine that runs this test may have no GPU; everything else is the recipe's
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
+    return LightningCLI(args=["--config", str(recipe), *here], run=False, save_config_callback=None)
+
+
+def only(kind: type[Callback], cli: LightningCLI) -> Any:
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
+    return callback
+
+
+def layers_of(name: str) -> dict[str, PrunableLayer]:
+    """The prunable layers of a Llama on the hub, without its weights."""
+    width, inner, depth, heads = SIZES[name]
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        return find_targets(LlamaForCausalLM(config), ["*"], ["lm_head"])
+
+
+def windows_of(cli: LightningCLI) -> list[Window]:
+    pruning, layers = only(ThanosPruningCallback, cli), layers_of(cli.model.model_name)
+    events = pruning.schedule.resolve(cli.trainer.max_steps).events()
+    work = changes(events, assign_patterns(layers, pruning.pattern, ()), pruning.gradual_nm)
+    return plan_windows(
+        work, layers, calibration_steps=pruning.calibration_steps, budget_gib=pruning.hessian_memory_gib
+    )
 
 
 def test_the_promised_recipes_are_there() -> None:
-    names = {recipe.name for recipe in RECIPES}
-    assert names >= {"quickstart.yaml", "llama-3.1-8b-2of4.yaml", "llama-3.1-8b-unstructured50.yaml"}
+    names = {recipe.stem for recipe in RECIPES}
+    assert names >= {"quickstart", "llama-3.1-8b-2of4", "llama-3.1-8b-unstructured50", *ZERO3}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    # the machine that runs this test may have no GPU; everything else is the recipe's
-    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
-    cli = LightningCLI(args=["--config", str(recipe), *here], run=False, save_config_callback=None)
+    cli = build(recipe)
     assert isinstance(cli.model, CausalLM)
     assert isinstance(cli.datamodule, TextData)
-    (pruning,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, ThanosPruningCallback)]
+    pruning = only(ThanosPruningCallback, cli)
     total = cli.trainer.max_steps
     assert total > 0
     events = pruning.schedule.resolve(total).events()
@@ -36,3 +89,98 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert events[-1].step <= 0.75 * total, "no time to recover"
     assert events[-1].sparsity(pruning.pattern.sparsity) == pruning.pattern.sparsity
     assert math.isclose(pruning.pattern.sparsity, 0.5)
+
+
+@pytest.mark.parametrize("name", ZERO3)
+def test_a_zero3_recipe_shards_all_and_offloads_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == name)
+    cli = build(recipe)
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, DeepSpeedStrategy)
+    zero = strategy.config["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["sub_group_size"] == 100_000_000
+    assert "offload_optimizer" not in zero
+    assert "offload_param" not in zero
+    assert cli.trainer.precision == "bf16-mixed"
+    written = yaml.safe_load(recipe.read_text())["trainer"]
+    assert (written["devices"], written["num_nodes"]) == ZERO3[name]
+    needed = cli.trainer.max_steps * math.prod(ZERO3[name]) * cli.trainer.accumulate_grad_batches
+    assert needed <= cli.datamodule.max_train_blocks, "blocks would be seen twice"
+
+
+@pytest.mark.parametrize(
+    ("name", "windows", "steps"),
+    [
+        ("llama-3.1-8b-2of4", 4, 8),
+        ("llama-3.1-8b-unstructured50", 4, 8),
+        ("llama-3.1-8b-2of4-zero3", 2, 8),
+        ("llama-3.1-70b-2of4-zero3-multinode", 27, 2),
+    ],
+)
+def test_windows_are_as_a_recipe_says_and_closed_when_it_saves(
+    name: str, windows: int, steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = build(next(recipe for recipe in RECIPES if recipe.stem == name))
+    planned = windows_of(cli)
+    for event in {window.event.step for window in planned}:
+        own = [window for window in planned if window.event.step == event]
+        assert len(own) == windows
+        assert {window.end_step - window.start_step for window in own} == {steps}
+    every = only(ModelCheckpoint, cli)._every_n_train_steps
+    saved = range(every, cli.trainer.max_steps + 1, every)
+    assert saved
+    assert not [step for step in saved for window in planned if window.start_step < step < window.end_step]
+
+
+WORDS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def rehearsal(recipe: Path, folder: Path) -> Path:
+    """The recipe on two CPU processes: its model a tiny one, its text short, its steps few, and all else as it is."""
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unknown>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny = str(folder / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tiny)
+    tiny_llama(vocab_size=len(WORDS), tie_word_embeddings=False).save_pretrained(tiny)
+    text = folder / "text.txt"
+    text.write_text(" ".join(WORDS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
+
+    config = yaml.safe_load(recipe.read_text())
+    config["model"]["init_args"] |= {"model": tiny}
+    config["data"]["init_args"] |= {"dataset": str(text), "tokenizer": tiny, "block_size": 16, "max_val_blocks": 4}
+    for name in ("dataset_config", "train_split", "num_workers", "num_proc"):
+        del config["data"]["init_args"][name]
+    config["trainer"] |= {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "max_steps": 10}
+    config["trainer"]["default_root_dir"] = str(folder / "run")
+    config["trainer"]["strategy"]["class_path"] = "thanos_lightning.CPUDeepSpeed"
+    config["trainer"]["strategy"]["init_args"]["sub_group_size"] = 5000
+    pruning, saving = (callback["init_args"] for callback in config["trainer"]["callbacks"])
+    pruning["schedule"]["init_args"] = {"start_step": 0, "end_step": 8, "every_n_steps": 4}
+    pruning["hessian_memory_gib"] = 40 / 2**20  # a little more than a block's: two windows
+    saving["every_n_train_steps"] = 10
+    rehearsed = folder / "rehearsal.yaml"
+    rehearsed.write_text(yaml.safe_dump(config))
+    return rehearsed
+
+
+@pytest.mark.parametrize("name", ZERO3)
+def test_a_zero3_recipe_is_rehearsed_on_cpus(name: str, tmp_path: Path) -> None:
+    recipe = rehearsal(next(recipe for recipe in RECIPES if recipe.stem == name), tmp_path)
+    # a launcher's variables would say that the processes are there already
+    env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
+    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    command = [str(Path(sys.executable).with_name("thanos-lightning")), "fit", "--config", str(recipe)]
+    ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
+    report = json.loads((tmp_path / "run" / "pruning_report.json").read_text())
+    assert [event["step"] for event in report["events"]] == [4, 8]
+    assert {layer["sparsity"] for layer in report["events"][-1]["layers"]} == {0.5}
+    assert len(report["events"][-1]["layers"]) == 14
+    assert None not in report["summary"].values()
+    (saved,) = (tmp_path / "run").rglob("*.ckpt")
+    assert len(list(saved.rglob("*_optim_states.pt"))) == 2

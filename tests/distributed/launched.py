@@ -1,0 +1,79 @@
+"""What the tests of launch/ let `thanos-lightning fit` train, and how they read what each process saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from toy import ToyLM, loader
+from training import whole_parameters
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+RECIPE = """
+seed_everything: 1
+model: launched.Launched
+trainer:
+  accelerator: cpu
+  precision: bf16-mixed
+  strategy: {class_path: thanos_lightning.CPUDeepSpeed, init_args: {stage: 3}}
+  max_steps: 4
+  max_epochs: -1
+  logger: false
+  enable_checkpointing: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: thanos_lightning.ThanosPruningCallback
+      init_args:
+        pattern: "2:4"
+        schedule:
+          class_path: thanos_lightning.SparsitySchedule
+          init_args: {start_step: 0, end_step: 2, every_n_steps: 2}
+"""
+
+
+class Launched(ToyLM):
+    """Notes, in a file of each process, who this process is and which weights it ended with."""
+
+    def train_dataloader(self) -> Any:
+        return loader(64)
+
+    def on_train_end(self) -> None:
+        with whole_parameters(self) as parameters:
+            values = {name: weight.float().numpy() for name, weight in parameters.items()}
+        noted = {
+            "rank": self.trainer.global_rank,
+            "local_rank": self.trainer.local_rank,
+            "node_rank": self.trainer.node_rank,
+            "world_size": self.trainer.world_size,
+            "environment": type(self.trainer.strategy.cluster_environment).__name__,
+            "zeros": float((values["model.layers.1.mlp.up_proj.weight"] == 0).mean()),
+            "digest": hashlib.sha256(b"".join(value.tobytes() for value in values.values())).hexdigest(),
+        }
+        folder = Path(self.trainer.default_root_dir)
+        (folder / f"pid{os.getpid()}-rank{self.trainer.global_rank}.json").write_text(json.dumps(noted))
+
+
+def prepare(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """A recipe in the folder: the arguments that the scripts take, and the environment that they run in."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    tests = Path(__file__).parents[1]
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests / "distributed"))),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PROCESSES": "2",
+    }
+    return [str(recipe), "--trainer.default_root_dir", str(folder)], env
+
+
+def noted(folder: Path) -> list[dict[str, Any]]:
+    """What the processes noted, by rank. A process that was started twice over is there twice."""
+    files = folder.glob("pid*.json")
+    return sorted((json.loads(file.read_text()) for file in files), key=lambda one: (one["rank"], one["node_rank"]))

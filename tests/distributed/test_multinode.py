@@ -1,0 +1,221 @@
+"""Several hosts: network namespaces of this machine, joined by a virtual cable, with nothing else in common but files.
+
+Such a host has a loopback and a network interface of its own, so that what would find the other ranks on this machine,
+and not on another one, fails here too. Making them takes root and iproute2. Where these are missing the tests are
+skipped, or fail if THANOS_REQUIRE_MULTINODE=1 is set, as it is in CI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from launched import LAUNCH, noted, prepare
+from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results
+
+PORT = 29611  # nobody else listens in a new namespace
+DOCUMENT = Path(__file__).parents[2] / "docs" / "multinode.md"
+
+
+class Hosts:
+    """Two namespaces. Host h has the address 10.77.0.<h + 1> on an interface of its own."""
+
+    def __init__(self) -> None:
+        unique = uuid.uuid4().hex[:8]
+        self.names = [f"thanos-{unique}-{host}" for host in range(2)]
+        self.interfaces = [f"th{unique}{host}" for host in range(2)]  # at most 15 characters
+
+    def address(self, host: int) -> str:
+        return f"10.77.0.{host + 1}"
+
+    def make(self) -> None:
+        for name in self.names:
+            _ip("netns", "add", name)
+        (a, b), (veth_a, veth_b) = self.names, self.interfaces
+        _ip("link", "add", veth_a, "netns", a, "type", "veth", "peer", "name", veth_b, "netns", b)
+        for host, (name, interface) in enumerate(zip(self.names, self.interfaces, strict=True)):
+            _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", interface)
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "link", "set", interface, "up")
+
+    def wait(self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout: float = 300) -> Ended:
+        """Until all have ended, or one has failed, for which the others would wait; what is left then is killed."""
+        begin = time.monotonic()
+        try:
+            while time.monotonic() - begin < timeout:
+                codes = [process.poll() for process in processes]
+                if any(codes) or None not in codes:
+                    break
+                time.sleep(0.1)
+        finally:
+            self.kill()
+        return Ended(
+            [process.wait() for process in processes], [log.read_text() for log in logs], time.monotonic() - begin
+        )
+
+    def kill(self) -> None:
+        """End all processes on the hosts, also those that launchers have started."""
+        for name in self.names:
+            for pid in _ip("netns", "pids", name).split():
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def remove(self) -> None:
+        for name in self.names:  # their interfaces go with them
+            with contextlib.suppress(subprocess.CalledProcessError):  # it may not have been made
+                _ip("netns", "del", name)
+
+    def start(self, host: int, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("w") as file:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.names[host], *command], env=dict(env), stdout=file, stderr=file
+            )
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _without(missing: str) -> NoReturn:
+    if os.environ.get("THANOS_REQUIRE_MULTINODE") == "1":
+        pytest.fail(f"{missing}; THANOS_REQUIRE_MULTINODE=1 asks for these tests")
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    if sys.platform != "linux":
+        _without(f"network namespaces are Linux's: this is {sys.platform}")
+    if os.geteuid() != 0:
+        _without("making network namespaces needs root: this is another user")
+    if shutil.which("ip") is None:
+        _without("making network namespaces needs the command ip (apt-get install iproute2): it is not installed")
+    made = Hosts()
+    try:
+        try:
+            made.make()
+        except subprocess.CalledProcessError as error:
+            _without(f"network namespaces can't be made here: {' '.join(error.cmd)}: {error.stderr.strip()}")
+        yield made
+    finally:
+        made.remove()
+
+
+def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[str, Any]]:
+    """Train one case with so many ranks on each host; what each rank saw."""
+    out.mkdir(parents=True, exist_ok=True)
+    cases = out / "cases.json"
+    cases.write_text(json.dumps([{"out": str(out), **case}]))
+    ranks = 2 * ranks_each
+    processes, logs = [], [out / f"log{rank}.txt" for rank in range(ranks)]
+    for rank, log in enumerate(logs):
+        host, local_rank = divmod(rank, ranks_each)
+        env = environment(
+            rank,
+            ranks,
+            PORT,
+            MASTER_ADDR=hosts.address(0),
+            NODE_RANK=str(host),
+            LOCAL_RANK=str(local_rank),
+            GLOO_SOCKET_IFNAME=hosts.interfaces[host],
+            TEST_NODES="2",
+        )
+        processes.append(hosts.start(host, [sys.executable, str(SCRIPT), str(cases)], env, log))
+    ended = hosts.wait(processes, logs)
+    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    return results(out, ranks)
+
+
+@pytest.mark.parametrize("ranks_each", [1, 2])
+def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_each: int) -> None:
+    ranks = train(hosts, tmp_path, ranks_each, strategy="zero3", precision="bf16-mixed", batch_size=4 // ranks_each)
+    assert len(ranks) == 2 * ranks_each
+    for rank in ranks:
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["checked"].keys() == {"weight", "master", "exp_avg", "exp_avg_sq"}
+        assert min(rank["checked"].values()) >= len(PRUNABLE) * 5  # after each step from the last event on
+        assert rank["collectives"] == []
+        assert rank["control"] > 0
+        assert rank["enforced"] > 0
+        assert rank["steps"] == 12
+        assert rank["events"] == [3, 6, 7]
+        assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
+        assert rank["digest"] == ranks[0]["digest"]
+    # each rank has read data of its own
+    assert len({tuple(rank["losses"]) for rank in ranks}) == len(ranks)
+    first = masks(tmp_path, 0)
+    assert set(first) == {f"model.{name}" for name in PRUNABLE}
+    for number in range(1, len(ranks)):
+        other = masks(tmp_path, number)
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], keep) for name, keep in first.items())
+
+
+@pytest.mark.parametrize(
+    ("script", "environment"), [("torchrun.sh", "TorchElasticEnvironment"), ("deepspeed.sh", "LightningEnvironment")]
+)
+def test_a_launcher_joins_the_hosts(hosts: Hosts, tmp_path: Path, script: str, environment: str) -> None:
+    arguments, env = prepare(tmp_path)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("host-0 slots=1\nhost-1 slots=1\n")
+    env |= {
+        "NODES": "2",
+        "PROCESSES": "1",
+        "HOSTFILE": str(hostfile),
+        "MASTER_ADDR": hosts.address(0),
+        "MASTER_PORT": str(PORT),
+    }
+    processes, logs = [], [tmp_path / f"log{host}.txt" for host in range(2)]
+    for host, log in enumerate(logs):
+        own = {"NODE_RANK": str(host), "GLOO_SOCKET_IFNAME": hosts.interfaces[host]}
+        processes.append(hosts.start(host, [str(LAUNCH / script), *arguments], {**env, **own}, log))
+    ended = hosts.wait(processes, logs)
+    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
+    ranks = noted(tmp_path)
+    assert [(rank["rank"], rank["local_rank"], rank["node_rank"]) for rank in ranks] == [(0, 0, 0), (1, 0, 1)]
+    for rank in ranks:
+        assert rank["world_size"] == 2
+        assert rank["environment"] == environment
+        assert rank["zeros"] == 0.5
+        assert rank["digest"] == ranks[0]["digest"]
+
+
+RENDEZVOUS = "import torch.distributed as dist; dist.init_process_group('gloo'); dist.barrier(); print('met')"
+
+
+def meet(hosts: Hosts, out: Path, interfaces: Sequence[str]) -> Ended:
+    """Let a process on each host find the other one, over these interfaces."""
+    out.mkdir(exist_ok=True)
+    logs = [out / f"log{rank}.txt" for rank in range(2)]
+    processes = []
+    for rank, (interface, log) in enumerate(zip(interfaces, logs, strict=True)):
+        env = environment(rank, 2, PORT, MASTER_ADDR=hosts.address(0), GLOO_SOCKET_IFNAME=interface)
+        processes.append(hosts.start(rank, [sys.executable, "-c", RENDEZVOUS], env, log))
+    return hosts.wait(processes, logs, timeout=60)
+
+
+def test_gloo_on_the_loopback_fails_as_documented(hosts: Hosts, tmp_path: Path) -> None:
+    """The symptom by which docs/multinode.md tells that GLOO_SOCKET_IFNAME is missing."""
+    right = meet(hosts, tmp_path / "right", hosts.interfaces)
+    assert right.codes == [0, 0], right.outputs
+    assert all("met" in output for output in right.outputs)
+    wrong = meet(hosts, tmp_path / "wrong", ["lo", "lo"])
+    assert any(wrong.codes)
+    told = "\n".join(wrong.outputs)
+    documented = DOCUMENT.read_text()
+    for words in ("Gloo connectFullMesh failed", "remote=[127.0.0.1]"):
+        assert words in told
+        assert words in documented
