@@ -9,14 +9,12 @@ batch. It is vectorised and in float32 like the rest, and gets the memory it nee
 """
 
 import argparse
-import json
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import hardware, keep
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -95,15 +93,6 @@ def best_seconds(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor
     return best, result
 
 
-def hardware() -> dict[str, str | int]:
-    """What the timings depend on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        cpu = found[1].strip()
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
 def measure(size: int, repeats: int) -> list[dict[str, str | float]]:
     """All methods on one layer, in one process."""
     weight, hessian = correlated_layer(size)
@@ -154,11 +143,7 @@ def main() -> None:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=120).print(table)
     if arguments.output is not None:
-        text = f"solver {machine['cpu']} {machine['threads']} threads torch {machine['torch']}"
-        path = arguments.output / (re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower() + ".json")
-        document = {"hardware": machine, "size": arguments.size, "block_size": BLOCK, "results": results}
-        path.write_text(json.dumps(document, indent=2) + "\n")
-        print(path)
+        print(keep("solver", arguments.output, {"size": arguments.size, "block_size": BLOCK, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""How long an event takes on 1, 2 and 4 ranks, with one thread each, over gloo on one machine.
+
+    python benchmarks/distributed_solve.py
+    python benchmarks/distributed_solve.py --ranks 1 2 --blocks 4 --output benchmarks/results
+
+Two windows are pruned to 2:4: the layers of some decoder blocks with SmolLM2-135M's shapes (more layers than ranks:
+each rank solves its own), and one single 2048x2048 layer (fewer layers than ranks: its rows are split). Each rank has
+its own statistics. Where there are more ranks than cores they share them: their time says nothing about more cores.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from machine import keep
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.planning import Window
+from thanos_lightning.pruning import SolverOptions, prune_window
+from thanos_lightning.schedule import Event
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import NM, HessianAccumulator
+from thanos_lightning.targets import find_targets
+
+OPTIONS = SolverOptions("thanos", block_size=128, damping=0.01, refine_steps=10)
+HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192
+TOKENS = 4096
+
+
+def layers_of(workload: str, blocks: int) -> tuple[nn.ModuleDict, list[list[str]]]:
+    """The layers, and which of them see the same inputs."""
+    if workload == "one layer":
+        return nn.ModuleDict({"0": nn.Linear(2048, 2048, bias=False)}), [["0"]]
+    layers, sharing = {}, []
+    for block in range(blocks):
+        shapes = {
+            "q": (HIDDEN, HIDDEN),
+            "k": (HIDDEN, KEYS),
+            "v": (HIDDEN, KEYS),
+            "o": (HIDDEN, HIDDEN),
+            "gate": (HIDDEN, INTERMEDIATE),
+            "up": (HIDDEN, INTERMEDIATE),
+            "down": (INTERMEDIATE, HIDDEN),
+        }
+        layers |= {f"{name}{block}": nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+        sharing += [
+            [f"{name}{block}" for name in names] for names in (["q", "k", "v"], ["o"], ["gate", "up"], ["down"])
+        ]
+    return nn.ModuleDict(layers), sharing
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held since it was last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+class TimedAccess(ReplicatedAccess):
+    """Knows how long the sums took."""
+
+    seconds = 0.0
+
+    def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
+        """See `ParameterAccess`."""
+        begin = time.perf_counter()
+        total = super().sum_on(owner, matrix, width)
+        self.seconds += time.perf_counter() - begin
+        return total
+
+
+def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> None:
+    """Prune both windows some times on this rank, and write what was measured."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    results = {}
+    for workload in ("many layers", "one layer"):
+        rows = []
+        for repeat in range(repeats + 1):
+            torch.manual_seed(0)
+            model, sharing = layers_of(workload, blocks)
+            layers = find_targets(model)
+            torch.manual_seed(1 + rank)
+            accumulators: dict[str, HessianAccumulator] = {}
+            for names in sharing:
+                accumulator = HessianAccumulator(layers[names[0]].cols)
+                accumulator.update(torch.randn(TOKENS // ranks, layers[names[0]].cols))
+                accumulators |= dict.fromkeys(names, accumulator)
+            access = TimedAccess(rank, ranks, torch.device("cpu"))
+            window = Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True)
+            enforcer = MaskEnforcer(layers, access)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak
+            before = peak_bytes()
+            if ranks > 1:
+                dist.barrier()
+            begin = time.perf_counter()
+            prune_window(window, layers, accumulators, access=access, enforcer=enforcer, options=OPTIONS)
+            if ranks > 1:
+                dist.barrier()
+            seconds = time.perf_counter() - begin
+            if repeat:  # the first one is for warming up
+                rows.append({"seconds": seconds, "reducing": access.seconds, "peak_bytes": peak_bytes() - before})
+        results[workload] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def measure(ranks: int, blocks: int, repeats: int) -> list[dict[str, dict[str, float]]]:
+    """What each of so many ranks measured."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, __file__, "--rank", str(rank), "--ranks", str(ranks), "--out", folder),
+                    *("--blocks", str(blocks), "--repeats", str(repeats)),
+                ],
+                env=environment,
+            )
+            for rank in range(ranks)
+        ]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit("a rank failed")
+        return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def main() -> None:
+    """Measure, print, and write where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to compare")
+    parser.add_argument("--blocks", type=int, default=8, help="decoder blocks in the window of many layers")
+    parser.add_argument("--repeats", type=int, default=3, help="median of so many runs")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        run_rank(arguments.rank, arguments.ranks[0], arguments.blocks, arguments.repeats, arguments.out)
+        return
+    cores = len(os.sched_getaffinity(0))
+    rows: list[dict[str, Any]] = []
+    for ranks in arguments.ranks:
+        measured = measure(ranks, arguments.blocks, arguments.repeats)
+        rows += [
+            {
+                "workload": workload,
+                "ranks": ranks,
+                "shares_cores": ranks > cores,
+                "seconds": round(max(rank[workload]["seconds"] for rank in measured), 3),
+                "reducing": round(max(rank[workload]["reducing"] for rank in measured), 3),
+                "peak_mib": round(max(rank[workload]["peak_bytes"] for rank in measured) / 2**20, 1),
+            }
+            for workload in measured[0]
+        ]
+    first = {row["workload"]: row["seconds"] for row in reversed(rows)}
+    table = Table(
+        title=f"2:4, one thread a rank, {cores} cores, {arguments.blocks} blocks, median of {arguments.repeats}"
+    )
+    for column in ("workload", "ranks", "seconds", "of which reducing", "speed-up", "peak MiB a rank"):
+        table.add_column(column, justify="left" if column == "workload" else "right")
+    for row in sorted(rows, key=lambda row: row["workload"]):
+        row["speed_up"] = round(first[row["workload"]] / row["seconds"], 2)
+        note = " (sharing cores)" if row["shares_cores"] else ""
+        table.add_row(
+            row["workload"],
+            f"{row['ranks']}{note}",
+            f"{row['seconds']:.2f}",
+            f"{row['reducing']:.3f}",
+            f"{row['speed_up']:.2f}",
+            f"{row['peak_mib']:.0f}",
+        )
+    Console(width=120).print(table)
+    if arguments.output is not None:
+        torch.set_num_threads(1)  # of each rank
+        print(keep("distributed solve", arguments.output, {"blocks": arguments.blocks, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What enforcement and collection cost of a training step under DeepSpeed ZeRO 0 to 3.
+
+    python benchmarks/enforcement.py
+    python benchmarks/enforcement.py --stages 3 --layers 10 --output benchmarks/results
+
+Two ranks with one thread each train a Llama with SmolLM2-135M's shapes in bf16, 4 x 128 tokens a rank and step. First
+come steps in which nothing is collected or masked, then steps that collect, then one event, then steps that enforce.
+Collection is what a collecting step takes longer than a plain one; enforcement is timed in the step (masking gradients,
+masters and moments). All are medians within one run.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from machine import keep
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+
+RANKS, TOKENS, SEQUENCES = 2, 128, 4
+VOCABULARY = 49152
+
+
+class Model(LightningModule):
+    """A Llama with the shapes of SmolLM2-135M and random weights."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=layers,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of the model."""
+        loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Clock(Callback):
+    """Times each step, and what of it is enforcement."""
+
+    def __init__(self, pruning: ThanosPruningCallback) -> None:
+        self.pruning = pruning
+        self.steps: list[float] = []
+        self.enforcing: list[float] = []
+        self._inside = 0.0
+        self._begin = 0.0
+
+    def _timed(self, method: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            begin = time.perf_counter()
+            method(*args)
+            self._inside += time.perf_counter() - begin
+
+        return timed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Begin a step; before the first, put the clock around the enforcer's methods."""
+        if not self.steps:
+            enforcer: Any = self.pruning._enforcer
+            enforcer.enforce = self._timed(enforcer.enforce)
+            enforcer.mask_gradients = self._timed(enforcer.mask_gradients)
+        dist.barrier()
+        self._inside, self._begin = 0.0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End a step; this callback comes before the one that prunes."""
+        self.steps.append(time.perf_counter() - self._begin)
+        self.enforcing.append(self._inside)
+
+
+def run_rank(stage: int, layers: int, steps: int, out: Path) -> None:
+    """Train on this rank, and write what was measured."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.manual_seed(0)
+    # the first three are for warming up
+    plain, collecting = 3 + steps, 3 + 2 * steps
+    pruning = ThanosPruningCallback(
+        "2:4",
+        schedule=SparsitySchedule(collecting, collecting, 1),
+        calibration_steps=steps,
+        method="magnitude",  # the event is not what is timed; refinement still needs the statistics
+        refine_steps=1,
+        verify_every_n_steps=0,
+        attention_mask_key=None,
+    )
+    clock = Clock(pruning)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy=CPUDeepSpeed(stage=stage),
+        precision="bf16-mixed",
+        max_steps=3 + 3 * steps,
+        max_epochs=-1,
+        callbacks=[clock, pruning],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        default_root_dir=out,
+    )
+    sequences = torch.randint(VOCABULARY, (RANKS * SEQUENCES * (3 + 3 * steps), TOKENS))
+    trainer.fit(Model(layers), torch.utils.data.DataLoader(sequences, batch_size=SEQUENCES))
+    median = statistics.median
+    results = {
+        "plain": median(clock.steps[3:plain]),
+        "collecting": median(clock.steps[plain:collecting]),
+        "masked": median(clock.steps[collecting:]),
+        "enforcing": median(clock.enforcing[collecting:]),
+    }
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(stage: int, layers: int, steps: int) -> dict[str, float]:
+    """The slower rank's seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(RANKS):
+            environment = {
+                **os.environ,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+            command = [sys.executable, __file__, "--out", folder, "--stages", str(stage)]
+            command += ["--layers", str(layers), "--steps", str(steps)]
+            processes.append(subprocess.Popen(command, env=environment))
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit("a rank failed")
+        ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+
+
+def main() -> None:
+    """Measure, print, and write where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    parser.add_argument("--layers", type=int, default=30, help="decoder layers; 30 are SmolLM2-135M's")
+    parser.add_argument("--steps", type=int, default=7, help="of each kind")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.out is not None:
+        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.out)
+        return
+    rows = []
+    for stage in arguments.stages:
+        seconds = measure(stage, arguments.layers, arguments.steps)
+        rows.append(
+            {
+                "stage": stage,
+                **{key: round(value, 4) for key, value in seconds.items()},
+                "enforcement_share": round(seconds["enforcing"] / seconds["masked"], 4),
+                "collection_overhead": round(seconds["collecting"] / seconds["plain"] - 1, 4),
+            }
+        )
+    table = Table(title=f"{RANKS} ranks, one thread each, {arguments.layers} layers, bf16, median of {arguments.steps}")
+    for column in ("ZeRO stage", "plain step, s", "collecting, s", "enforcing, s", "enforcement", "collection"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["stage"]),
+            f"{row['plain']:.2f}",
+            f"{row['collecting']:.2f}",
+            f"{row['enforcing']:.3f}",
+            f"{row['enforcement_share']:.1%}",
+            f"+{row['collection_overhead']:.1%}",
+        )
+    Console(width=120).print(table)
+    if arguments.output is not None:
+        torch.set_num_threads(1)  # of each rank
+        print(keep("enforcement", arguments.output, {"layers": arguments.layers, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
