@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from thanos_lightning.masks import zero_pruned
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.targets import PrunableLayer
 
@@ -78,7 +79,7 @@ class MaskEnforcer:
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
             drop = self._drops[name]
             for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
-                tensor.masked_fill_(drop[place], 0)  # not a product: NaN·0 is NaN, -1·0 is -0
+                zero_pruned(tensor, drop[place])
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:

@@ -19,6 +19,7 @@ from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-d
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from thanos_lightning.masks import zero_pruned
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
 from thanos_lightning.targets import PrunableLayer
@@ -82,7 +83,7 @@ class FsdpAccess(FragmentAccess):
         gradient = self._parameters[layer.name].grad
         if gradient is not None:
             assert isinstance(gradient, DTensor), "as its parameter"
-            _flat(gradient).masked_fill_(drop, 0)
+            zero_pruned(_flat(gradient), drop)
 
     def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         parameter = self._parameters[layer.name]
@@ -122,7 +123,7 @@ class FsdpAccess(FragmentAccess):
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         for optimizer in self.optimizers:
             for _, moment, _ in self._moments(layer, optimizer):
-                moment.masked_fill_(drop, 0)
+                zero_pruned(moment, drop)
 
 
 def _held_entries(parameter: DTensor) -> Range:

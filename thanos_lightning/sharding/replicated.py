@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import pack_bits, unpack_bits
+from thanos_lightning.masks import pack_bits, unpack_bits, zero_pruned
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.targets import PrunableLayer
@@ -69,7 +69,7 @@ class ReplicatedAccess(Ranks):
         drop = self.local_drop(layer, keep)
         for optimizer in self.optimizers:
             for _, moment, _ in self.stepped_tensors(layer, optimizer):
-                moment.masked_fill_(drop, 0)
+                zero_pruned(moment, drop)
         return drop
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
@@ -109,4 +109,4 @@ class ReplicatedAccess(Ranks):
         """See `ParameterAccess`."""
         gradient = layer.parameter.grad
         if gradient is not None:
-            gradient.masked_fill_(drop, 0)
+            zero_pruned(gradient, drop)
