@@ -141,3 +141,21 @@ def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str,
     for rank in train(tmp_path, strategy="zero3", fault=fault):
         assert rank["error"] is not None
         assert words in rank["error"]
+
+
+def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> None:
+    for rank in train(tmp_path, strategy="zero3", uncounted=[1]):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["events"] == [3, 6, 7]
+    first, second = masks(tmp_path), masks(tmp_path, 1)
+    assert first.keys() == second.keys()
+    assert len(first) == 14
+    for name, keep in first.items():
+        assert torch.equal(keep, second[name])
+
+
+def test_no_token_at_all_is_an_error_on_both(tmp_path: Path) -> None:
+    for rank in train(tmp_path, strategy="zero3", uncounted=[0, 1]):
+        assert "has no statistics, no token was counted at all" in rank["error"]
+        assert rank["events"] == []

@@ -35,6 +35,7 @@ import thanos_lightning.pruning
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.masks import LayerMask
 
+COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
 
 
@@ -68,15 +69,19 @@ class Case:
     kill_at: tuple[int, str] | None = None  # the batch in which the last rank kills itself, and where in it
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
+    uncounted: list[int] | None = None  # the ranks of whose batches no token counts
 
 
 class Share(ResumableBatches):
     """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, uncounted: list[int] | None) -> None:
         super().__init__(192, batch_size=batch_size)
-        if dist.is_initialized():
-            self.batches = self.batches[dist.get_rank() :: dist.get_world_size()]
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.batches = self.batches[rank::ranks]
+        if uncounted is not None:
+            for batch in self.batches:
+                batch[COUNTED] = torch.full_like(batch["input_ids"], int(rank not in uncounted))
 
 
 def narrow_llama() -> Any:
@@ -142,7 +147,7 @@ class Module(ToyLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.batches_seen += 1
-        return super().training_step(batch, batch_idx)
+        return super().training_step({key: value for key, value in batch.items() if key != COUNTED}, batch_idx)
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -163,7 +168,7 @@ class Module(ToyLM):
         )
 
     def train_dataloader(self) -> Share:
-        return Share(self.case.batch_size)
+        return Share(self.case.batch_size, self.case.uncounted)
 
 
 class CountCollectives(TorchDispatchMode):
@@ -276,8 +281,8 @@ class ClippedNorm(Callback):
             for name, parameter in pl_module.named_parameters():
                 gradient = parameter.grad.full_tensor()
                 if name in masks:
-                    keep = LayerMask.from_state(masks[name]).keep
-                    gradient = gradient * (keep.T if masks[name]["transposed"] else keep)
+                    keep = masks[name].keep
+                    gradient = gradient * (keep.T if masks[name].transposed else keep)
                 total += float(gradient.double().square().sum())
             norm: Any = clip(*args, **kwargs)
             clipped_by = float(norm.full_tensor())
@@ -453,6 +458,7 @@ def train(case: Case) -> None:
         calibration_steps=case.calibration_steps,
         targets=case.targets,
         calibration_dataloader=calibration,
+        attention_mask_key="attention_mask" if case.uncounted is None else COUNTED,
         verify_every_n_steps=1,
         monitor=case.monitor,
     )
@@ -485,7 +491,7 @@ def train(case: Case) -> None:
     )
     error = None
     try:
-        validation = Share(case.batch_size) if case.monitor is not None else None
+        validation = Share(case.batch_size, None) if case.monitor is not None else None
         fitted.fit(module, val_dataloaders=validation, ckpt_path=case.resume)
     except RuntimeError as failure:
         error = f"{type(failure).__name__}: {failure}"

@@ -13,9 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-
-# torch.distributed.fsdp has it from torch 2.6 on
-from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
