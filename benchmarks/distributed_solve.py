@@ -9,6 +9,8 @@ its own statistics. Where there are more ranks than cores they share them: their
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import socket
@@ -102,6 +104,8 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
             access = TimedAccess(rank, ranks, torch.device("cpu"))
             window = Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True)
             enforcer = MaskEnforcer(layers, access)
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but still counted
             Path("/proc/self/clear_refs").write_text("5")  # the peak
             before = peak_bytes()
             if ranks > 1:

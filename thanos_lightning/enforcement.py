@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import zero_pruned
 from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.solver.zeros import zero_where
 from thanos_lightning.targets import PrunableLayer
 
 
@@ -79,7 +79,7 @@ class MaskEnforcer:
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
             drop = self._drops[name]
             for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
-                zero_pruned(tensor, drop[place])
+                zero_where(tensor, drop[place])
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:

@@ -11,29 +11,6 @@ from torch import Tensor
 
 from thanos_lightning.solver import Pattern, parse_pattern
 
-# By size of an entry in bytes
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@torch.no_grad()
-def zero_pruned(tensor: Tensor, drop: Tensor) -> None:
-    """Set entries to exactly +0, whatever they are: -1, NaN or infinity.
-
-    Args:
-        tensor: Of any real dtype; overwritten.
-        drop: Bool, in its shape, True = pruned.
-
-    Example:
-        >>> weight = torch.tensor([-1.0, 2.0, float("nan")])
-        >>> zero_pruned(weight, torch.tensor([True, False, True]))
-        >>> weight
-        tensor([0., 2., 0.])
-    """
-    # All bits where kept, none where pruned. This runs in every step, and a masked_fill_ branches at each entry on
-    # CPUs: it takes 12 times as long
-    bits = drop.view(torch.int8) - 1
-    tensor.view(_INTEGERS[tensor.element_size()]).bitwise_and_(bits)
-
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first.

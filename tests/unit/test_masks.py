@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thanos_lightning.masks import LayerMask, pack_bits, unpack_bits, zero_pruned
+from thanos_lightning.masks import LayerMask, pack_bits, unpack_bits
 from thanos_lightning.solver import NM, Structured, Unstructured
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
@@ -90,30 +90,3 @@ def test_sparsity_counts_what_is_pruned():
     keep = torch.ones(4, 5, dtype=torch.bool)
     keep[0, :3] = False
     assert LayerMask(keep, Unstructured(0.15)).sparsity == pytest.approx(0.15)
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8],
-)
-def test_pruned_entries_become_plus_zero_whatever_they_are(dtype):
-    values = torch.tensor([[-1.0, float("nan"), 3.0, -0.0], [0.0, 5.0, 1e-7, 7.0]])
-    if dtype.is_floating_point:
-        values[1, 1] = float("inf") if dtype != torch.float8_e4m3fn else 448
-    else:
-        values = values.nan_to_num().abs()
-    tensor = values.to(dtype)
-    before = tensor.clone()
-    drop = torch.tensor([[True, True, False, True], [False, True, True, False]])
-    zero_pruned(tensor, drop)
-    as_bytes = tensor.view(torch.uint8).view(2, 4, -1)
-    assert not as_bytes[drop].any()
-    assert torch.equal(as_bytes[~drop], before.view(torch.uint8).view(2, 4, -1)[~drop])
-
-
-def test_pruned_entries_of_a_strided_tensor_that_is_trained():
-    weight = torch.nn.Parameter(torch.full((3, 4), -2.0))
-    drop = torch.eye(4, 3, dtype=torch.bool)
-    zero_pruned(weight.t(), drop)
-    assert torch.equal(weight == 0, drop.t())
-    assert weight.grad is None

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import zero_pruned
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.solver.zeros import zero_where
 from thanos_lightning.targets import PrunableLayer
 
 _TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for that dimension of its mesh
@@ -81,7 +81,7 @@ class FsdpAccess(FragmentAccess):
         gradient = self._parameters[layer.name].grad
         if gradient is not None:
             assert isinstance(gradient, DTensor), "as its parameter"
-            zero_pruned(_flat(gradient), drop)
+            zero_where(_flat(gradient), drop)
 
     def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         parameter = self._parameters[layer.name]
@@ -121,7 +121,7 @@ class FsdpAccess(FragmentAccess):
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         for optimizer in self.optimizers:
             for _, moment, _ in self._moments(layer, optimizer):
-                zero_pruned(moment, drop)
+                zero_where(moment, drop)
 
 
 def _held_entries(parameter: DTensor) -> Range:

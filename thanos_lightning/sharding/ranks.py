@@ -16,6 +16,8 @@ Value = TypeVar("Value")
 
 # A triangle travels in strips of rows; each strip is a rectangle that begins at the diagonal.
 _STRIPS = 16
+# Strips travel together up to so many entries (16 MiB): a small message takes gloo as long as one of a MiB.
+_ENTRIES_IN_FLIGHT = 2**22
 
 
 class Ranks:
@@ -35,7 +37,7 @@ class Ranks:
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
         """The sum of a symmetric matrix over ranks, on its owner; None elsewhere. Talks to all.
 
-        Little more than the upper triangle is sent, by reduction, with a sixteenth of the matrix in flight.
+        Little more than the upper triangle is sent, by reduction, with at most a sixteenth of a large matrix in flight.
 
         Args:
             owner: Who gets the sum.
@@ -45,17 +47,19 @@ class Ranks:
         if self.world_size == 1:
             return matrix
         total = torch.empty(width, width, device=self._device) if self.rank == owner else None
-        step = -(-width // _STRIPS)
-        for start in range(0, width, step):
-            stop = min(start + step, width)
-            if matrix is None:
-                strip = torch.zeros(stop - start, width - start, device=self._device)
-            else:
-                strip = matrix[start:stop, start:].to(self._device, copy=True).contiguous()
-            dist.reduce(strip, dst=owner)
+        for strips in _batches_of_strips(width):
+            shapes = [(stop - start, width - start) for start, stop in strips]
+            flat = torch.zeros(sum(rows * cols for rows, cols in shapes), device=self._device)
+            parts = torch.split(flat, [rows * cols for rows, cols in shapes])
+            in_flight = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            if matrix is not None:
+                for (start, stop), strip in zip(strips, in_flight, strict=True):
+                    strip.copy_(matrix[start:stop, start:])
+            dist.reduce(flat, dst=owner)
             if total is not None:
-                total[start:stop, start:] = strip
-                total[stop:, start:stop] = strip[:, stop - start :].T
+                for (start, stop), strip in zip(strips, in_flight, strict=True):
+                    total[start:stop, start:] = strip
+                    total[stop:, start:stop] = strip[:, stop - start :].T
         return total
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
@@ -112,6 +116,21 @@ class Ranks:
         finally:
             for group in groups.values():
                 dist.destroy_process_group(group)
+
+
+def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
+    """Rows [start, stop) of strips that travel together."""
+    step = -(-width // _STRIPS)
+    batch: list[tuple[int, int]] = []
+    entries = 0
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        entries += (stop - start) * (width - start)
+        if batch and entries > _ENTRIES_IN_FLIGHT:
+            yield batch
+            batch, entries = [], (stop - start) * (width - start)
+        batch.append((start, stop))
+    yield batch
 
 
 class RankTeam(AgreeingTeam):

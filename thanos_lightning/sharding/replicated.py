@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import pack_bits, unpack_bits, zero_pruned
+from thanos_lightning.masks import pack_bits, unpack_bits
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.solver.zeros import zero_where
 from thanos_lightning.targets import PrunableLayer
 
 
@@ -69,7 +70,7 @@ class ReplicatedAccess(Ranks):
         drop = self.local_drop(layer, keep)
         for optimizer in self.optimizers:
             for _, moment, _ in self.stepped_tensors(layer, optimizer):
-                zero_pruned(moment, drop)
+                zero_where(moment, drop)
         return drop
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
@@ -109,4 +110,4 @@ class ReplicatedAccess(Ranks):
         """See `ParameterAccess`."""
         gradient = layer.parameter.grad
         if gradient is not None:
-            zero_pruned(gradient, drop)
+            zero_where(gradient, drop)

@@ -36,9 +36,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import zero_pruned
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.solver.zeros import zero_where
 from thanos_lightning.targets import PrunableLayer
 
 
@@ -131,7 +131,7 @@ class _Whole:
 
     def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
         if parameter.grad is not None:
-            zero_pruned(parameter.grad, drop.view_as(parameter.grad))
+            zero_where(parameter.grad, drop.view_as(parameter.grad))
 
 
 class _Stage12:
@@ -172,12 +172,12 @@ class _Stage12:
         optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
         if self._holds_gradients_whole:
             group = next(i for i, members in enumerate(optimizer.bf16_groups) if any(p is parameter for p in members))
-            zero_pruned(optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1), drop)
+            zero_where(optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1), drop)
             return
         if mapping is None:
             return
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
-        zero_pruned(gradient.view(-1), drop)
+        zero_where(gradient.view(-1), drop.to(gradient.device))
         if optimizer.cpu_offload:
             # its norm was taken in the backward, before the gradient could be masked
             norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(parameter)
@@ -241,11 +241,11 @@ class _Stage3:
         if self._optimizer.offload_optimizer:
             # the setter also corrects the norm, which was taken in the backward
             gradient = safe_get_local_grad(parameter).clone()
-            zero_pruned(gradient.view(-1)[: drop.numel()], drop.to(gradient.device))
+            zero_where(gradient.view(-1)[: drop.numel()], drop.to(gradient.device))
             safe_set_local_grad(parameter, gradient)
             return
         gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
-        zero_pruned(gradient.view(-1)[: drop.numel()], drop)
+        zero_where(gradient.view(-1)[: drop.numel()], drop)
 
 
 class ZeroAccess(FragmentAccess):
@@ -396,12 +396,12 @@ class ZeroAccess(FragmentAccess):
         if master is not None and self._is_swapped(layer):
             for name in self._moments(master):
                 part = safe_get_local_optimizer_state(layer.parameter, name).clone()
-                zero_pruned(part[: len(drop)], drop.to(part.device))
+                zero_where(part[: len(drop)], drop.to(part.device))
                 safe_set_local_optimizer_state(layer.parameter, part, name)
             return
         for what, moment, place in self.stepped_tensors(layer, self.optimizers[0]):
             if what != "master":
-                zero_pruned(moment, drop[place])
+                zero_where(moment, drop[place])
 
 
 def _refuse_unknown(wrapped: Any) -> None:

@@ -26,6 +26,7 @@ from thanos_lightning.solver.sparsegpt import sparsegpt
 from thanos_lightning.solver.team import Alone, RowTeam
 from thanos_lightning.solver.thanos import thanos
 from thanos_lightning.solver.wanda import wanda
+from thanos_lightning.solver.zeros import zero_where
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
@@ -169,9 +170,9 @@ def prune_rows(
                 lambda c: solve(W, c, frozen, pattern, block_size, team), H, damping, team
             )
         keep = ~pruned
-        result = updated.to(original.dtype).masked_fill(pruned, 0)
+        result = zero_where(updated.to(original.dtype, copy=True), pruned)
         if refine_steps > 0:
-            refined = refine(updated.to(H.dtype).masked_fill(pruned, 0), W, H, keep, refine_steps)
+            refined = refine(zero_where(updated.to(H.dtype, copy=True), pruned), W, H, keep, refine_steps)
             result = better_rows(refined.to(original.dtype), result, original, H)
         if not torch.isfinite(result).all():
             raise NonFiniteError(

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from thanos_lightning.solver.zeros import zero_where
+
 
 def refine(
     weight: Float[Tensor, "rows cols"],
@@ -37,14 +39,15 @@ def refine(
     diagonal = hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
     correction = torch.zeros_like(weight)
-    R = ((original - weight) @ hessian).masked_fill_(~keep, 0)
+    pruned = ~keep
+    R = zero_where((original - weight) @ hessian, pruned)
     P = R * preconditioner
     slope = (R * P).sum(1, keepdim=True)
     for _ in range(steps):
         curved = P @ hessian
         step = _ratio(slope, (P * curved).sum(1, keepdim=True))
         correction.addcmul_(P, step)
-        R.addcmul_(curved.masked_fill_(~keep, 0), step, value=-1)
+        R.addcmul_(zero_where(curved, pruned), step, value=-1)
         preconditioned = R * preconditioner
         new_slope = (R * preconditioned).sum(1, keepdim=True)
         P.mul_(_ratio(new_slope, slope)).add_(preconditioned)

@@ -17,6 +17,7 @@ from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_
 from thanos_lightning.solver.pattern import NM, Pattern, Structured
 from thanos_lightning.solver.saliency import choose_regular, choose_sparse_rows, importance, lowest, lowest_in_groups
 from thanos_lightning.solver.team import RowTeam
+from thanos_lightning.solver.zeros import zero_where
 
 
 def thanos(
@@ -76,7 +77,7 @@ def _prune_block(
     stop = start + pruned.shape[1]
     E = _errors(W[:, start:stop], factor[start:stop, start:stop], pruned)
     W[:, start:].addmm_(E, factor[start:stop, start:], alpha=-1)
-    W[:, start:stop].masked_fill_(pruned, 0)
+    zero_where(W[:, start:stop], pruned)
 
 
 def _errors(
@@ -103,7 +104,7 @@ def _errors(
     if len(many_rows) > 0:
         R = torch.linalg.solve_triangular(U, torch.eye(len(U), dtype=U.dtype, device=U.device), upper=True)
         P = R @ R.mT
-        removed = W[many_rows].masked_fill(~pruned[many_rows], 0)
+        removed = zero_where(W[many_rows], ~pruned[many_rows])
         E[many_rows] = (removed - solve_subsets(P, ~pruned[many_rows], removed @ P)) @ R
     return E
 
