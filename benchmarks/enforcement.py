@@ -3,13 +3,15 @@
     python benchmarks/enforcement.py
     python benchmarks/enforcement.py --stages 3 --layers 10 --output benchmarks/results
 
-Two ranks with one thread each train a Llama with SmolLM2-135M's shapes in bf16, 4 x 128 tokens a rank and step. First
-come steps in which nothing is collected or masked, then steps that collect, then one event, then steps that enforce.
-Collection is what a collecting step takes longer than a plain one; enforcement is timed in the step (masking gradients,
-masters and moments). All are medians within one run.
+Two ranks with one thread each train a Llama with SmolLM2-135M's shapes in bf16, by default 512 tokens a rank and step:
+few, since enforcement does not take longer where there are more, and the rest of the step does. First come steps in
+which nothing is collected or masked, then steps that collect, then one event, then steps that enforce. Collection is
+what a collecting step takes longer than a plain one; enforcement is timed in the step (masking gradients, masters and
+moments). All are medians within one run.
 """
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -33,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 
-RANKS, TOKENS, SEQUENCES = 2, 128, 4
+RANKS, SEQUENCES = 2, 4
 VOCABULARY = 49152
 
 
@@ -97,7 +99,7 @@ class Clock(Callback):
         self.enforcing.append(self._inside)
 
 
-def run_rank(stage: int, layers: int, steps: int, out: Path) -> None:
+def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> None:
     """Train on this rank, and write what was measured."""
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
@@ -129,7 +131,7 @@ def run_rank(stage: int, layers: int, steps: int, out: Path) -> None:
         gradient_clip_val=1.0,
         default_root_dir=out,
     )
-    sequences = torch.randint(VOCABULARY, (RANKS * SEQUENCES * (3 + 3 * steps), TOKENS))
+    sequences = torch.randint(VOCABULARY, (RANKS * SEQUENCES * (3 + 3 * steps), length))
     trainer.fit(Model(layers), torch.utils.data.DataLoader(sequences, batch_size=SEQUENCES))
     median = statistics.median
     results = {
@@ -143,7 +145,7 @@ def run_rank(stage: int, layers: int, steps: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def measure(stage: int, layers: int, steps: int) -> dict[str, float]:
+def measure(stage: int, layers: int, steps: int, length: int) -> dict[str, float]:
     """The slower rank's seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -161,7 +163,7 @@ def measure(stage: int, layers: int, steps: int) -> dict[str, float]:
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             command = [sys.executable, __file__, "--out", folder, "--stages", str(stage)]
-            command += ["--layers", str(layers), "--steps", str(steps)]
+            command += ["--layers", str(layers), "--steps", str(steps), "--length", str(length)]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.wait() for process in processes]
         if any(codes):
@@ -176,29 +178,42 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--layers", type=int, default=30, help="decoder layers; 30 are SmolLM2-135M's")
     parser.add_argument("--steps", type=int, default=7, help="of each kind")
+    parser.add_argument(
+        "--length", type=int, nargs="+", default=[128], help="tokens of a sequence; a step has 4 a rank"
+    )
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.out is not None:
-        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.out)
+        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.length[0], arguments.out)
         return
     rows = []
-    for stage in arguments.stages:
-        seconds = measure(stage, arguments.layers, arguments.steps)
+    for stage, length in itertools.product(arguments.stages, arguments.length):
+        seconds = measure(stage, arguments.layers, arguments.steps, length)
         rows.append(
             {
                 "stage": stage,
+                "tokens": SEQUENCES * length,
                 **{key: round(value, 4) for key, value in seconds.items()},
                 "enforcement_share": round(seconds["enforcing"] / seconds["masked"], 4),
                 "collection_overhead": round(seconds["collecting"] / seconds["plain"] - 1, 4),
             }
         )
     table = Table(title=f"{RANKS} ranks, one thread each, {arguments.layers} layers, bf16, median of {arguments.steps}")
-    for column in ("ZeRO stage", "plain step, s", "collecting, s", "enforcing, s", "enforcement", "collection"):
+    for column in (
+        "ZeRO stage",
+        "tokens a rank",
+        "plain step, s",
+        "collecting, s",
+        "enforcing, s",
+        "enforcement",
+        "collection",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             str(row["stage"]),
+            f"{row['tokens']:,}",
             f"{row['plain']:.2f}",
             f"{row['collecting']:.2f}",
             f"{row['enforcing']:.3f}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from thanos_lightning.sharding import ParameterAccess
-from thanos_lightning.solver.zeros import zero_where
+from thanos_lightning.solver.zeros import clear_bits, kept_bits
 from thanos_lightning.targets import PrunableLayer
 
 
@@ -77,9 +77,9 @@ class MaskEnforcer:
     def enforce(self, optimizer: Optimizer) -> None:
         """Zero what this optimizer has just written to pruned weights and their moments."""
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
-            drop = self._drops[name]
+            kept = kept_bits(self._drops[name])
             for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
-                zero_where(tensor, drop[place])
+                clear_bits(tensor, kept[place])
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
