@@ -44,20 +44,23 @@ class FactorizationError(SolverError):
 
 @contextmanager
 def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32) -> Iterator[None]:
-    """No gradients, no autocast, no TF32 or bf16 inside float32 products; all as before afterwards.
+    """No gradients, no autocast, no rounding of factors inside float32 products; all as before afterwards.
 
     Args:
         device: Where the tensors are.
-        operands: What the factors of all products were, before they were widened to float32. bf16 factors are
-            multiplied as what they are where a CPU can, and summed in float32: the same numbers, several times faster.
+        operands: What the factors of all products were, before they were widened to float32. What fits a narrower
+            type exactly (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA's GPUs) is multiplied there and summed
+            in float32: the same products, several times faster.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_highest_precision())
+        # put back by the context before
         if operands == torch.bfloat16 and device.type == "cpu" and _HAS_FINER_PRECISION:
-            # put back by the context before
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        elif operands in (torch.bfloat16, torch.float16) and device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
         yield
 
 

@@ -113,3 +113,20 @@ def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy
         raise KeyError
     assert _precision_state() == before
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("operands", "device", "allowed"),
+    [
+        (torch.float32, "cuda", False),
+        (torch.bfloat16, "cuda", True),
+        (torch.float16, "cuda", True),
+        (torch.bfloat16, "cpu", False),
+    ],
+)
+@pytest.mark.usefixtures("restored_precision")
+def test_tf32_is_for_factors_that_fit_it_exactly(operands, device, allowed):
+    before = _precision_state()
+    with exact_arithmetic(torch.device(device), operands=operands):
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert _precision_state() == before
