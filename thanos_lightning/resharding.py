@@ -12,7 +12,7 @@ import torch
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
 from thanos_lightning.folders import require_free, whole_folder
-from thanos_lightning.zero_checkpoints import is_zero_folder, load_file, model_files, read_plan
+from thanos_lightning.zero_checkpoints import is_zero_folder, load_file, model_files, read_plan, require_masters
 
 
 def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1) -> Path:
@@ -58,6 +58,7 @@ def _check(path: Path, stage: int, is_universal: bool, processes: int) -> None:
         raise ValueError(f"processes is {processes}: give a number ≥ 1")
     if is_universal:
         raise ValueError(f"{path} is resharded already: resume from it on any number of ranks")
+    require_masters(path)
     if stage == 0:
         raise ValueError(f"{path} was written at ZeRO stage 0, where nothing is sharded: resume from it as it is")
     if stage == 3:

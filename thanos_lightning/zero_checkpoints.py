@@ -6,6 +6,7 @@ A folder that Lightning's DeepSpeed strategy wrote:
     checkpoint/mp_rank_00_model_states.pt         stages 0 to 2: the model's copy, and all that Lightning keeps
     checkpoint/zero_pp_rank_R_…_model_states.pt   stage 3: what Lightning keeps, by rank
     checkpoint/…zero_pp_rank_R_…_optim_states.pt  stages 1 to 3: rank R's part of the fp32 master and the moments
+    checkpoint/offloaded_tensors/                 stage 3 with the optimizer on NVMe: these instead, not readable here
 
 and one that was resharded to DeepSpeed's universal format has `latest_universal` instead, and per parameter
 
@@ -28,6 +29,7 @@ from torch import Tensor
 _UNIVERSAL = "latest_universal"
 _MODEL_FILES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
+_SWAPPED = "offloaded_tensors"
 # moments are told from other state by their shape; what is left, such as the step, is none
 _MASTER = "fp32"
 
@@ -140,6 +142,21 @@ def read_plan(path: Path) -> Plan:
     )
 
 
+def require_masters(path: Path) -> None:
+    """Refuse a folder whose masters and moments were on NVMe.
+
+    Raises:
+        ValueError: If they are in files of DeepSpeed's swapper, which do not say whose they are.
+    """
+    if (path / "checkpoint" / _SWAPPED).exists():
+        raise ValueError(
+            f"the optimizer was offloaded to NVMe when {path} was written, and its masters and moments are in files "
+            "that do not say which parameters they are of: resume from it on as many ranks, and save the model from "
+            "the training (deepspeed.zero.GatheredParameters, save_pretrained), or train with the optimizer offloaded "
+            "to the CPU (offload_optimizer_device='cpu')"
+        )
+
+
 def read_parameter_groups(path: Path) -> list[dict[str, Any]]:
     """The optimizer's parameter groups (learning rate, weight decay, …) of a resharded folder."""
     content = load_file(path / "checkpoint" / "zero" / "optimizer_state.pt")
@@ -154,6 +171,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     Raises:
         ValueError: If a file is missing or damaged, or the folder is of a kind that isn't known.
     """
+    require_masters(path)
     content = load_file(model_files(path)[0])
     world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}

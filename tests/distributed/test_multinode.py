@@ -2,7 +2,7 @@
 
 Such a host has a loopback and a network interface of its own, so that what would find the other ranks on this machine,
 and not on another one, fails here too. Making them takes root and iproute2. Where these are missing the tests are
-skipped, or fail if THANOS_REQUIRE_MULTINODE=1 is set, as it is in CI.
+skipped, or fail if THANOS_REQUIRE_ALL=1 is set, as it is in CI.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
 from launched import LAUNCH, noted, prepare
-from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results
+from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results, without
 
 PORT = 29611  # nobody else listens in a new namespace
 DOCUMENT = Path(__file__).parents[2] / "docs" / "multinode.md"
@@ -88,26 +88,20 @@ def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _without(missing: str) -> NoReturn:
-    if os.environ.get("THANOS_REQUIRE_MULTINODE") == "1":
-        pytest.fail(f"{missing}; THANOS_REQUIRE_MULTINODE=1 asks for these tests")
-    pytest.skip(missing)
-
-
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     if sys.platform != "linux":
-        _without(f"network namespaces are Linux's: this is {sys.platform}")
+        without(f"network namespaces are Linux's: this is {sys.platform}")
     if os.geteuid() != 0:
-        _without("making network namespaces needs root: this is another user")
+        without("making network namespaces needs root: this is another user")
     if shutil.which("ip") is None:
-        _without("making network namespaces needs the command ip (apt-get install iproute2): it is not installed")
+        without("making network namespaces needs the command ip (apt-get install iproute2): it is not installed")
     made = Hosts()
     try:
         try:
             made.make()
         except subprocess.CalledProcessError as error:
-            _without(f"network namespaces can't be made here: {' '.join(error.cmd)}: {error.stderr.strip()}")
+            without(f"network namespaces can't be made here: {' '.join(error.cmd)}: {error.stderr.strip()}")
         yield made
     finally:
         made.remove()

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import PRUNABLE, agreement, masks, results, start, train
+from ranks import PRUNABLE, agreement, masks, results, start, train, without
+
+from thanos_lightning.cli import main
 
 ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
 GRID: dict[str, dict[str, Any]] = {
@@ -115,6 +117,45 @@ def test_the_clipped_norm_is_that_of_the_sparse_model(trained: Path, name: str) 
     tolerance = 1e-4 if case.get("precision", "32-true") == "32-true" else 1e-2
     for sparse, clipped_by in rank["norms"]:
         assert clipped_by == pytest.approx(sparse, rel=tolerance)
+
+
+@pytest.mark.parametrize("with_parameters", [False, True], ids=["optimizer", "optimizer and parameters"])
+def test_zeros_hold_where_masters_are_on_disk(tmp_path: Path, with_parameters: bool) -> None:
+    if not Path("/usr/include/libaio.h").exists():
+        without("DeepSpeed needs libaio to build what swaps to NVMe (Debian: libaio-dev)")
+    offload = {"offload_optimizer": True, "offload_optimizer_device": "nvme", "nvme_path": str(tmp_path / "disk")}
+    if with_parameters:
+        offload |= {"offload_parameters": True, "offload_params_device": "nvme"}
+    case = {
+        "strategy": "zero3",
+        "model": "wide",
+        "precision": "bf16-mixed",
+        "optimizer": "cpu_adam",
+        "deepspeed": offload,
+        **ACCUMULATING,
+        "max_steps": 10,
+    }
+    (tmp_path / "disk").mkdir()
+    for rank in train(tmp_path / "out", **case, save=with_parameters):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["checked"] == dict.fromkeys(("weight", "master", "exp_avg", "exp_avg_sq"), 7 * 8)
+        assert rank["collectives"] == []
+        for sparse, clipped_by in rank["norms"]:
+            assert clipped_by == pytest.approx(sparse, rel=1e-4)
+    swapped = {file.name for file in (tmp_path / "disk").rglob("*.swp")}
+    assert [name for name in swapped if name.startswith("exp_avg-")]
+    assert bool([name for name in swapped if "param" in name]) == with_parameters
+    if not with_parameters:
+        return
+    checkpoint = tmp_path / "out" / "step=8.ckpt"
+    for command in (["verify", str(checkpoint)], ["reshard", str(checkpoint)]):
+        assert main(command) == 2
+    for rank in train(tmp_path / "resumed", **case, resume=str(checkpoint)):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["steps"] == 10
+    assert "DeepSpeed does not load moments there" in (tmp_path / "resumed" / "log0.txt").read_text()
 
 
 def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Path) -> None:

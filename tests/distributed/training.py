@@ -89,6 +89,11 @@ def narrow_llama() -> Any:
     return tiny_llama(num_attention_heads=8, num_key_value_heads=1)
 
 
+def wide_llama() -> Any:
+    """Has weights of more than the MiB a rank from which DeepSpeed swaps to disk, also in bf16."""
+    return tiny_llama(hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)
+
+
 def shard(
     model: Any,
     device_mesh: Any,
@@ -137,7 +142,7 @@ def shard(
 
 class Module(ToyLM):
     def __init__(self, case: Case) -> None:
-        build = {"llama": tiny_llama, "gpt2": tiny_gpt2, "narrow": narrow_llama}[case.model]
+        build = {"llama": tiny_llama, "gpt2": tiny_gpt2, "narrow": narrow_llama, "wide": wide_llama}[case.model]
         self.build = build
         super().__init__(None if case.configure_model else build(), make_optimizer=self._make)
         if case.configure_model:

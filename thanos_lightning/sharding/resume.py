@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from thanos_lightning.targets import whole_shape
 from thanos_lightning.zero_checkpoints import (
@@ -32,6 +33,7 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
     - Stage 3 loads a resharded checkpoint with the first parameter group's weight decay for all groups, and one step
       counter that each group then advances: each group gets its own back.
     - A resharded checkpoint is loaded without the module's buffers and what is not trained: they are loaded here.
+    - With the optimizer on NVMe, DeepSpeed restores the masters, but no moments: that is said.
     - `load_full_weights` fills the model's copy only, and the first step would undo it: the master is filled as well.
 
     Which checkpoint it will be is not known before the engine is built, so the strategy's own methods are wrapped.
@@ -49,6 +51,12 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
             _check(path, strategy)
             strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
         loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
+        if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
+            rank_zero_warn(
+                "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
+                "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
+                "stopped"
+            )
         if fits and is_zero_folder(path) and is_universal(path):
             _complete_optimizer(path, strategy)
             _complete_module(path, strategy)
