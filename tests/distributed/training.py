@@ -443,6 +443,11 @@ def make_strategy(case: Case) -> Any:
                 save_distributed_checkpoint=case.distributed,
             )
         return case.strategy
+    if case.precision == "16-mixed":
+        from deepspeed.accelerator import get_accelerator
+
+        # it asks for instructions that many CPUs lack; torch does without them, slowly
+        get_accelerator().is_fp16_supported = lambda: True
     strategy = CPUDeepSpeed(stage=int(case.strategy[-1]), **case.deepspeed)
     zero = strategy.config["zero_optimization"]
     zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, **case.zero}
