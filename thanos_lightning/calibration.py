@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.sharding import ParameterAccess
@@ -71,24 +71,48 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+class _Seen:
+    """What a layer was called with, to tell whether another layer is called with the same.
+
+    The memory counts, not the tensor: DeepSpeed gives each module another view of its input. It is not kept alive, so
+    that checkpointing can free it; but while this object lives, its address is not given to other memory.
+    """
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._storage: Any = StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        self._place = self._place_of(inputs)
+        self._version = _version(inputs)
+
+    @staticmethod
+    def _place_of(inputs: Tensor) -> tuple[Any, ...]:
+        return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether this tensor is the same memory, which nobody has written to since."""
+        return (
+            self._version is not None
+            and self._version == _version(inputs)
+            and self._place == self._place_of(inputs)
+            and not self._storage.expired()
+            and self._storage == StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        )
+
+
 @dataclass
 class _Statistics:
     """One accumulator and what is needed to tell whether another layer sees the same inputs."""
 
     accumulator: HessianAccumulator
     updates: int = 0
-    # weak: the collector must not keep activations alive that checkpointing wants freed
-    last_input: weakref.ref[Tensor] | None = None
-    last_version: int | None = None
+    last: _Seen | None = None
 
     def saw(self, inputs: Tensor) -> bool:
-        same = self.last_input is not None and self.last_input() is inputs
-        return same and self.last_version is not None and self.last_version == _version(inputs)
+        return self.last is not None and self.last.is_of(inputs)
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         self.accumulator.update(inputs, counted)
         self.updates += 1
-        self.last_input, self.last_version = weakref.ref(inputs), _version(inputs)
+        self.last = _Seen(inputs)
 
     def fork(self) -> _Statistics:
         """Statistics of their own for a layer that shared these."""
@@ -107,6 +131,8 @@ class InputStatistics:
 
     Args:
         layers: Name -> layer of the window.
+        keeps_errors: With more than one rank, an error in a rank's own batch must not end its forward, in which the
+            others wait for it. It is kept in `error`, nothing is counted any more, and `raise_kept` tells all ranks.
 
     Example:
         >>> from thanos_lightning.targets import find_targets
@@ -121,6 +147,8 @@ class InputStatistics:
     """
 
     layers: Mapping[str, PrunableLayer]
+    keeps_errors: bool = False
+    error: ValueError | None = None
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
@@ -139,13 +167,35 @@ class InputStatistics:
             handle.remove()
         self._handles.clear()
 
-    def begin(self, counted: Tensor | None = None) -> None:
+    def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
         """Count the forwards from now on.
 
         Args:
-            counted: Bool (batch, length), True = the token counts; None counts all.
+            counted: Bool (batch, length), True = the token counts; None counts all. Or what finds it in the batch, of
+                which a ValueError is kept like those of the hooks.
         """
-        self._is_counting, self._counted = True, counted
+        with self._kept():
+            self._counted = counted() if callable(counted) else counted
+            self._is_counting = self.error is None
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            if not self.keeps_errors:
+                raise
+            self.error, self._is_counting = error, False
+
+    def raise_kept(self, access: ParameterAccess) -> None:
+        """Raise on all ranks if one has kept an error. Talks to all ranks.
+
+        Raises:
+            ValueError: With the first rank's error.
+        """
+        for rank, message in enumerate(access.gather(None if self.error is None else str(self.error))):
+            if message is not None:
+                raise ValueError(f"{message} (on rank {rank})") from self.error
 
     def end(self) -> None:
         """Stop counting."""
@@ -165,7 +215,7 @@ class InputStatistics:
         self._seen[name] = self._by_layer[name].updates
 
     @contextmanager
-    def counting(self, counted: Tensor | None = None) -> Iterator[None]:
+    def counting(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> Iterator[None]:
         """`begin` and `end` around a block."""
         self.begin(counted)
         try:
@@ -176,6 +226,10 @@ class InputStatistics:
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
+        with self._kept():
+            self._count(name, args, kwargs)
+
+    def _count(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         own = self._by_layer.get(name)
         if own is None:
@@ -341,8 +395,8 @@ def count_dataloader(
             # a rank that has no batch left runs another's, uncounted: where parameters are sharded, a forward takes all
             batch = one_each[access.rank if is_own else 0]
             on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            counted = token_mask(on_device, attention_mask_key) if attention_mask_key else None
-            counting = statistics.counting(counted) if is_own else nullcontext()
+            find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
+            counting = statistics.counting(find) if is_own else nullcontext()
             with torch.no_grad(), trainer.precision_plugin.forward_context(), counting:
                 _forward(module, on_device)
             num_batches += is_own

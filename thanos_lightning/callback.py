@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +168,8 @@ class ThanosPruningCallback(Callback):
         if stage == "fit":
             if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
+                # the engine of the fit before, and masks on the device, must not wait beside the new ones
+                self._access = self._enforcer = self._statistics = None
             else:
                 has_pruned = bool(self._applied)
                 self._reset()
@@ -228,7 +231,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._statistics is not None:
-            self._statistics.begin(self._counted(batch))
+            self._statistics.begin(partial(self._counted, batch))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -324,7 +327,7 @@ class ThanosPruningCallback(Callback):
 
         They are the same on all ranks, but for two things. The sums of an open window: rank 0, which writes the
         checkpoint, has those of all ranks, and the others have their own. And where each rank writes a file of its own
-        (ZeRO-3), masks are in that of rank 0 only, and each rank's file has its own sums.
+        (ZeRO-3), it has its own sums and its share of the masks: each mask is in one of the files.
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
@@ -361,18 +364,21 @@ class ThanosPruningCallback(Callback):
         stepped = [] if self._access is None else self._access.numbered_parameters()  # none before a training
         checkpoint[NOTE_KEY] = training_note(pl_module, stepped, self._layers)
 
-    def _masks_state(self, enforcer: MaskEnforcer, access: ParameterAccess) -> dict[str, Any] | None:
+    def _masks_state(self, enforcer: MaskEnforcer, access: ParameterAccess) -> dict[str, Any]:
         masks = {}
-        for name in enforcer.masked:
+        for number, name in enumerate(enforcer.masked):
             layer = self._layers[name]
-            keep = enforcer.collect_keep(name, owner=0) if access.saves_every_rank else enforcer.keep_mask(name)
+            if access.saves_every_rank:
+                keep = enforcer.collect_keep(name, owner=number % access.world_size)
+            else:
+                keep = enforcer.keep_mask(name)
             if keep is not None:
                 masks[layer.parameter_name] = LayerMask(keep, self._applied[name], layer.transposed).state()
-        return None if access.saves_every_rank and access.rank > 0 else masks
+        return masks
 
-    def _restore_masks(self, masks: Mapping[str, Any]) -> None:
+    def _restore_masks(self, masks: Iterable[tuple[str, dict[str, Any]]]) -> None:
         by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
-        for parameter_name, state in masks.items():
+        for parameter_name, state in masks:
             name = by_parameter.get(parameter_name)
             if name is None:
                 raise MisconfigurationException(
@@ -491,8 +497,12 @@ class ThanosPruningCallback(Callback):
             self.report.summary.pruned = self._measure(trainer)
 
     def _collect(self, window: Window) -> None:
-        self._statistics = InputStatistics({name: self._layers[name] for name in window.patterns})
+        self._statistics = self._new_statistics(window)
         self._statistics.start()
+
+    def _new_statistics(self, window: Window) -> InputStatistics:
+        several = self._require_access().world_size > 1
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()
@@ -551,13 +561,14 @@ class ThanosPruningCallback(Callback):
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
         statistics.stop()
+        statistics.raise_kept(self._require_access())
         return statistics.accumulators
 
     def _run_calibration(
         self, window: Window, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, HessianAccumulator]:
         access = self._require_access()
-        statistics = InputStatistics({name: self._layers[name] for name in window.patterns})
+        statistics = self._new_statistics(window)
         counted = count_dataloader(
             statistics,
             self._calibration_batches(trainer, pl_module),
@@ -568,6 +579,7 @@ class ThanosPruningCallback(Callback):
         )
         if not sum(access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
+        statistics.raise_kept(access)
         return statistics.accumulators
 
     def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:

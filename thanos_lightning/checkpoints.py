@@ -75,6 +75,12 @@ def training_note(
 # Trainer checkpoints
 
 
+def pruning_state(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The callback's state in what a Trainer keeps, or None where it has left none."""
+    states = [state for key, state in content.get("callbacks", {}).items() if key.startswith(CALLBACK_KEY)]
+    return states[0] if states else None  # the Trainer refuses two callbacks of one key
+
+
 @dataclass(frozen=True, eq=False)
 class TrainerCheckpoint:
     """What a .ckpt holds that Lightning's Trainer wrote: a file, or DeepSpeed's folder.
@@ -82,12 +88,14 @@ class TrainerCheckpoint:
     Attributes:
         path: The file or folder.
         content: What Lightning and its callbacks keep: plain values and tensors.
+        others: The same of other ranks, where each has written its own.
         state_dict: Name in the LightningModule -> parameter or buffer: the fp32 master, where there is one.
         beside: Parameter name -> what else has its shape, such as the moments; None where it isn't told whose they are.
     """
 
     path: Path
     content: Mapping[str, Any]
+    others: Sequence[Mapping[str, Any]]
     state_dict: Mapping[str, Tensor]
     beside: Mapping[str, Mapping[str, Tensor]] | None
 
@@ -103,7 +111,7 @@ class TrainerCheckpoint:
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
         if path.is_dir() and is_zero_folder(path):
             folder = read_zero_folder(path)
-            return cls(path, folder.content, folder.weights, folder.beside)
+            return cls(path, folder.content, folder.others, folder.weights, folder.beside)
         if path.is_dir():
             raise _sharded(path)
         if not zipfile.is_zipfile(path):
@@ -121,13 +129,14 @@ class TrainerCheckpoint:
             raise _not_a_checkpoint(path) from error
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
-        return cls(path, content, content["state_dict"], _moments(content))
+        return cls(path, content, (), content["state_dict"], _moments(content))
 
     @property
     def masks(self) -> dict[str, dict[str, Any]] | None:
         """Parameter name in the LightningModule -> `LayerMask.state`; None where no callback has left a state."""
-        states = [state for key, state in self.content.get("callbacks", {}).items() if key.startswith(CALLBACK_KEY)]
-        return states[0]["masks"] if states else None  # the Trainer refuses two callbacks of one key
+        states = [pruning_state(content) for content in (self.content, *self.others)]
+        found = [state["masks"] for state in states if state is not None]
+        return {name: mask for masks in found for name, mask in masks.items()} if found else None
 
     def require_masks(self) -> dict[str, dict[str, Any]]:
         """The masks, of which there must be some.

@@ -6,7 +6,7 @@ accumulation and manual optimization pass through, and that knows when the optim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,20 +120,24 @@ class MaskEnforcer:
             )
 
 
-def share_masks(masks: Mapping[str, Any] | None, access: ParameterAccess) -> dict[str, Any]:
-    """`LayerMask.state`s by name, on all ranks, where a checkpoint has them on rank 0 only. Talks to all ranks."""
+def share_masks(masks: Mapping[str, Any], access: ParameterAccess) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`LayerMask.state`s by name, of which the checkpoint of each rank may have other ones. Talks to all ranks.
+
+    Args:
+        masks: Those that this rank has.
+        access: Tells the ranks, and whether each has a checkpoint of its own.
+
+    Yields:
+        All of them, on all ranks in one order, one at a time: together they may be too much for each rank of a node.
+    """
     if not access.saves_every_rank:
-        assert masks is not None, "every rank reads the same file"
-        return dict(masks)
-    plain = None if masks is None else {name: {**mask, "bits": len(mask["bits"])} for name, mask in masks.items()}
-    first = access.gather(plain)[0]
-    assert first is not None, "rank 0 writes the masks"
-    shared = {}
-    for name, mask in first.items():
-        bits = torch.empty(mask["bits"], dtype=torch.uint8)
-        if access.rank == 0:
-            assert masks is not None
+        yield from masks.items()
+        return
+    outlines = access.gather({name: {**mask, "bits": len(mask["bits"])} for name, mask in masks.items()})
+    holders = {name: rank for rank, told in reversed(list(enumerate(outlines))) for name in told}
+    for name, holder in sorted(holders.items()):
+        bits = torch.empty(outlines[holder][name]["bits"], dtype=torch.uint8)
+        if access.rank == holder:
             bits.copy_(masks[name]["bits"])
-        access.broadcast(bits, owner=0)
-        shared[name] = {**mask, "bits": bits}
-    return shared
+        access.broadcast(bits, owner=holder)
+        yield name, {**outlines[holder][name], "bits": bits}

@@ -124,12 +124,16 @@ def prune_window(
         What was done, a row per layer in the window's order; the same on all ranks.
 
     Raises:
-        PruningError: On all ranks alike, if a layer saw no token or the solver fails. Nothing has been written.
+        PruningError: On all ranks alike, if a layer saw no token, the solver fails or a rank lacks memory. Nothing has
+            been written.
     """
     chosen = {name: layers[name] for name in window.patterns}
     teams = assign_teams(chosen, access.world_size)
     owners = {name: team[0] for name, team in teams.items()}
     sums = None if accumulators is None else _sum_on_owners(chosen, accumulators, owners, access)
+    # in fp32, and their masks
+    whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
+    _raise_everywhere(_reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
     # first all that talks, then all that solves
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -153,16 +157,16 @@ def prune_window(
                 else:
                     assert team is not None
                     pruned = _solve_in_team(task, outlines[name], options, team)
+                if pruned is not None:
+                    num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                    solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
+                    on_solved(name, pruned.relative_loss)
             except TeammateError:  # whose own error is raised below
-                continue
+                pass
             except Exception as failure:  # out of memory too: the other ranks would wait for this one
                 error = (name, failure)
-                continue
-            if pruned is not None:
-                num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-                on_solved(name, pruned.relative_loss)
-        _raise_everywhere(error, access)
+        largest = max(whole, key=lambda name: whole[name])
+        _raise_everywhere(error or _reserved({largest: whole[largest]}, access), access)
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: own.facts for name, own in solved.items()}):
         facts.update(part)
@@ -288,6 +292,21 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
     return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
 
 
+def _reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
+    """Ask for the memory that messages about layers will need; what fails, for `_raise_everywhere`.
+
+    Args:
+        blocks: Name of a layer -> bytes.
+        access: Has the device.
+    """
+    if access.world_size > 1:
+        try:
+            access.reserve(blocks.values())
+        except Exception as failure:  # whatever a device's allocator raises
+            return max(blocks, key=lambda name: blocks[name]), failure
+    return None
+
+
 def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
     """Raise on all ranks if one has an error (layer, cause), so that none waits for a rank that has given up."""
     own, cause = None, None
@@ -323,7 +342,12 @@ def _sum_on_owners(
         accumulators.clear()
         return complete
     complete = {}
-    for names in _sharing(layers, accumulators, access):
+    groups = _sharing(layers, accumulators, access)
+    # one at a time, since a rank's own sum is let go when the next one comes
+    own_widths = {name: layer.cols for name, layer in layers.items() if owners[name] == access.rank}
+    widest = dict(sorted(own_widths.items(), key=lambda item: item[1])[-1:])
+    _raise_everywhere(_reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
+    for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols
         seen = sum(counts.get(names[0], 0) for counts in tokens)

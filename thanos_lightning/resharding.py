@@ -6,13 +6,19 @@ import argparse
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from thanos_lightning.checkpoints import CALLBACK_KEY
+from thanos_lightning.checkpoints import pruning_state
 from thanos_lightning.folders import require_free, whole_folder
-from thanos_lightning.zero_checkpoints import is_zero_folder, load_file, model_files, read_plan, require_masters
+from thanos_lightning.zero_checkpoints import (
+    is_zero_folder,
+    load_contents,
+    load_file,
+    model_files,
+    read_plan,
+    require_masters,
+)
 
 
 def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1) -> Path:
@@ -49,7 +55,7 @@ def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None,
     with whole_folder(output) as folder:
         _convert(path / "checkpoint", folder / "checkpoint", processes)
         (folder / "latest_universal").write_text("checkpoint")
-        _join_collected(path, folder)
+        _join_ranks(path, folder)
     return output
 
 
@@ -97,25 +103,16 @@ def _convert(source: Path, target: Path, processes: int) -> None:
         ) from error
 
 
-def _join_collected(path: Path, folder: Path) -> None:
-    """Give the one file that all ranks will read the statistics of all the ranks that wrote."""
-    files = model_files(path)
-    states = [_pruning_state(load_file(file)) for file in files]
-    if states[0] is None or states[0]["collected"] is None or len(files) == 1:
+def _join_ranks(path: Path, folder: Path) -> None:
+    """Give the one file that all ranks will read the masks and the statistics of all the ranks that wrote."""
+    states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
+    if len(states) < 2:  # no callback, or all in one file already
         return
-    joined = list(states[0]["collected"])
-    for rank, state in enumerate(states):
-        if joined[rank] is None:
-            assert state is not None, "all ranks have the callback"
-            joined[rank] = state["collected"][rank]
     target = model_files(folder)[0]
     content = dict(torch.load(target, map_location="cpu", weights_only=True))
-    state = _pruning_state(content)
-    assert state is not None, "it is a copy"
-    state["collected"] = joined
+    joined = pruning_state(content)
+    assert joined is not None, "it is a copy"
+    joined["masks"] = {name: mask for state in states for name, mask in state["masks"].items()}
+    if joined["collected"] is not None:
+        joined["collected"] = [state["collected"][rank] for rank, state in enumerate(states)]
     torch.save(content, target)
-
-
-def _pruning_state(content: dict[str, Any]) -> dict[str, Any] | None:
-    state: dict[str, Any] | None = content.get("callbacks", {}).get(CALLBACK_KEY)
-    return state

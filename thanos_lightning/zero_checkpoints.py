@@ -29,6 +29,7 @@ from torch import Tensor
 _UNIVERSAL = "latest_universal"
 _MODEL_FILES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
+_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _SWAPPED = "offloaded_tensors"
 # moments are told from other state by their shape; what is left, such as the step, is none
 _MASTER = "fp32"
@@ -86,6 +87,7 @@ class ZeroFolder:
     Attributes:
         path: The folder.
         content: What Lightning and its callbacks keep, of rank 0.
+        others: The same of the other ranks, where each has written its own (stage 3).
         weights: Parameter or buffer name -> its most exact copy: the fp32 master, where there is one.
         beside: Parameter name -> what else has its shape: the moments, and the model's copy where that is whole.
         is_universal: Whether it was resharded, and fits any number of ranks.
@@ -94,6 +96,7 @@ class ZeroFolder:
 
     path: Path
     content: Mapping[str, Any]
+    others: Sequence[Mapping[str, Any]]
     weights: Mapping[str, Tensor]
     beside: Mapping[str, Mapping[str, Tensor]]
     is_universal: bool
@@ -172,7 +175,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
         ValueError: If a file is missing or damaged, or the folder is of a kind that isn't known.
     """
     require_masters(path)
-    content = load_file(model_files(path)[0])
+    content, *of_others = load_contents(path)
     world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # what the optimizer does not update, or is no parameter, is in the model's copy only
@@ -200,7 +203,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
         beside[name] = LazyTensors(others)
     weights.update(_frozen(path, content))
     _share_masters(weights, module, states)
-    return ZeroFolder(path, content, LazyTensors(weights), beside, is_universal(path), world_size)
+    return ZeroFolder(path, content, of_others, LazyTensors(weights), beside, is_universal(path), world_size)
 
 
 def _share_masters(
@@ -242,8 +245,26 @@ def model_files(path: Path) -> list[Path]:
     return files
 
 
+def load_contents(path: Path) -> list[dict[str, Any]]:
+    """What Lightning and its callbacks keep: of rank 0, and at stage 3 of all ranks, in their order.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    files = model_files(path)
+    contents = [load_file(file) for file in files]
+    if any(_RANK.search(file.name) for file in files) and not is_universal(path):
+        missing = set(range(int(contents[0]["dp_world_size"]))) - {_rank_of(file) for file in files}
+        if missing:
+            raise ValueError(
+                f"{path / 'checkpoint'} lacks the model states of rank {min(missing)}: copy the whole folder, from all "
+                "nodes"
+            )
+    return contents
+
+
 def _rank_of(file: Path) -> int:
-    found = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    found = _RANK.search(file.name)
     return int(found[1]) if found else 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -42,12 +43,14 @@ class ParameterAccess(Protocol):
         optimizers: The torch optimizers that step the parameters, or their masters.
         saves_every_rank: Whether a checkpoint keeps what each rank's callbacks return, and gives each its own back;
             else it is rank 0's, for all.
+        timeout: How long the ranks that solve one layer wait for each other; None for as long as torch's backend does.
     """
 
     rank: int
     world_size: int
     optimizers: list[Optimizer]
     saves_every_rank: bool
+    timeout: timedelta | None
 
     # Reading and writing layers: all ranks call these, in one order
 
@@ -125,6 +128,16 @@ class ParameterAccess(Protocol):
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
         """The source's fp32 tensor, on the CPU, on the source and on rank 0; None elsewhere. Those two talk."""
+        ...
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Ask for blocks of so many bytes, all at once, and give them back. Talks to no rank.
+
+        What runs out of memory here can be told to the others; between two messages they would wait for it.
+
+        Raises:
+            torch.OutOfMemoryError: If there isn't as much.
+        """
         ...
 
     def gather(self, value: Value) -> list[Value]:

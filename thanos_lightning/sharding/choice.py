@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.fsdp import FsdpAccess
@@ -19,6 +21,7 @@ from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import PrunableLayer
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # though to Lightning they are some of these
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -27,7 +30,7 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         MisconfigurationException: Naming it, and the ones that are supported.
     """
-    if not isinstance(strategy, _SUPPORTED):
+    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _KINDS_OF_THEIR_OWN):
         raise MisconfigurationException(
             f"ThanosPruningCallback does not support the strategy {type(strategy).__name__}: its zeros would be lost. "
             "Supported are one device (strategy='auto', devices=1), DDP (strategy='ddp'), DeepSpeed ZeRO "
@@ -46,6 +49,12 @@ def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> Pa
         MisconfigurationException: Where zeros would be lost, by name.
     """
     check_strategy(strategy)
+    access = _access(strategy, layers)
+    access.timeout = getattr(strategy, "_timeout", None)  # the user's, for the process group
+    return access
+
+
+def _access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
     if isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy to Lightning
         from thanos_lightning.sharding.zero import ZeroAccess  # deepspeed is optional, and slow to import
 
@@ -54,4 +63,4 @@ def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> Pa
         return FsdpAccess(strategy, layers)
     if isinstance(strategy, DDPStrategy):
         return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
-    return ReplicatedAccess(optimizers=strategy.optimizers)
+    return ReplicatedAccess(device=strategy.root_device, optimizers=strategy.optimizers)

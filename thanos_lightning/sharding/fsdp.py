@@ -87,7 +87,7 @@ class FsdpAccess(FragmentAccess):
         parameter = self._parameters[layer.name]
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
         for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, DTensor) and value.shape == parameter.shape:
+            if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
                 yield LocalPiece(name, _flat(value))
 
     def _reshard(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,12 +28,22 @@ class Ranks:
         rank: This process among `world_size`.
         world_size: Number of processes. Above 1, torch.distributed is initialised.
         device: Where this process sends from and receives to.
+
+    Attributes:
+        timeout: How long a team waits for a member; by default as long as torch's backend does.
     """
+
+    timeout: timedelta | None = None
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
         self._device = device
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """See `ParameterAccess`."""
+        blocks = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        del blocks
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
         """The sum of a symmetric matrix over ranks, on its owner; None elsewhere. Talks to all.
@@ -109,7 +120,7 @@ class Ranks:
                 same order, on all ranks.
         """
         # Each group is made by all ranks, also by those that are not in it.
-        groups = {team: dist.new_group(list(team)) for team in teams}
+        groups = {team: dist.new_group(list(team), timeout=self.timeout) for team in teams}
         own = next((team for team in teams if self.rank in team), None)
         try:
             yield None if own is None else RankTeam(own, teams[own], self.rank, groups[own], self._device)

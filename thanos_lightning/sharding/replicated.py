@@ -96,7 +96,8 @@ class ReplicatedAccess(Ranks):
         yield LocalPiece("weight", parameter.data)
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
         for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            # in quantised states (8 bit) a code of 0 need not mean 0
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
                 yield LocalPiece(name, value)
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:

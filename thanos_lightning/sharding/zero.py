@@ -140,6 +140,8 @@ class _Stage12:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
+        groups = optimizer.bf16_groups if self._holds_gradients_whole else ()
+        self._group_of = {id(parameter): group for group, members in enumerate(groups) for parameter in members}
 
     def numbered(self) -> list[Tensor | None]:
         return []  # it numbers flat vectors
@@ -171,11 +173,14 @@ class _Stage12:
         sharded: Any = parameter
         optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
         if self._holds_gradients_whole:
-            group = next(i for i, members in enumerate(optimizer.bf16_groups) if any(p is parameter for p in members))
-            zero_where(optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1), drop)
+            group = self._group_of.get(id(parameter))
+            if group is not None:
+                zero_where(optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1), drop)
             return
         if mapping is None:
             return
+        if optimizer.cpu_offload:
+            optimizer._wait_for_offload_copies()  # from pinned memory they come asynchronously
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
         zero_where(gradient.view(-1), drop.to(gradient.device))
         if optimizer.cpu_offload:
@@ -277,6 +282,13 @@ class ZeroAccess(FragmentAccess):
                 self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         self.saves_every_rank = isinstance(self._layout, _Stage3)
+        for name, layer in layers.items():
+            if layer.parameter.requires_grad and not any(held.numel for held in self._exact_ranges[name]):
+                raise MisconfigurationException(
+                    f"layer {name} requires gradients, but no optimizer updates it, so DeepSpeed keeps no master of "
+                    "it: pass its parameters to the optimizer in configure_optimizers, set requires_grad=False, or "
+                    f"add {name!r} to ignore"
+                )
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         """See `ParameterAccess`."""
@@ -306,7 +318,7 @@ class ZeroAccess(FragmentAccess):
         yield LocalPiece("master", master.slice_of(master.tensor), place)
         # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
         for name, value in optimizer.state.get(master.tensor, {}).items():
-            if isinstance(value, Tensor) and value.shape == master.tensor.shape:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.tensor.shape:
                 yield LocalPiece(name, master.slice_of(value), place)
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
@@ -367,7 +379,13 @@ class ZeroAccess(FragmentAccess):
             return master.slice_of(master.tensor)
         if layer.parameter.requires_grad:
             return torch.empty(0, dtype=self._exact_dtype(layer), device=self._device)
-        return next(iter(self._layout.model_copies(layer.parameter))).tensor
+        piece = next(iter(self._layout.model_copies(layer.parameter)), None)
+        if piece is None:
+            raise MisconfigurationException(
+                f"layer {layer.name} is not trained, and its weight is on NVMe, where it can't be pruned: train it, "
+                f"add {layer.name!r} to ignore, or offload parameters to the CPU"
+            )
+        return piece.tensor
 
     def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
         master = self._masters[layer.name]
