@@ -11,14 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import pytest
 import torch
 
 from thanos_lightning.masks import LayerMask
 
-REQUIRE_ALL = "THANOS_REQUIRE_ALL"  # set in CI
 SCRIPT = Path(__file__).with_name("training.py")
 PRUNABLE = [
     f"model.layers.{layer}.{name}_proj.weight"
@@ -34,13 +32,6 @@ class Ended:
     codes: list[int]
     outputs: list[str]
     seconds: float
-
-
-def without(missing: str) -> NoReturn:
-    """Skip what can't run on this machine, or fail where nothing may be skipped."""
-    if os.environ.get(REQUIRE_ALL) == "1":
-        pytest.fail(f"{missing}; {REQUIRE_ALL}=1 says that nothing may be skipped")
-    pytest.skip(missing)
 
 
 def free_port() -> int:

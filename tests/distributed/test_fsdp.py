@@ -43,7 +43,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 FAULTS = {
     "nan": "PruningError: layer model.model.layers.1.mlp.down_proj",
-    "refill": "ZeroViolationError: zeros came back: rank 1",
+    "refill weight": "ZeroViolationError: zeros came back: rank 1",
+    "refill exp_avg": "pruned entries of model.model.layers.1.mlp.up_proj.weight (exp_avg)",
 }
 STOPS = {"saved in shards": (2, 5, 8), "saved as one file": (2, 8)}  # windows are 1-3, 4-6, 6-7
 UNEVEN: dict[str, dict[str, Any]] = {
@@ -219,4 +220,4 @@ def test_a_fault_on_one_rank_ends_both_with_its_name(trained: Path, fault: str) 
     for rank in results(trained / fault):
         assert rank["error"] is not None
         assert FAULTS[fault] in rank["error"]
-        assert rank["steps"] == {"nan": 3, "refill": 9}[fault]
+        assert rank["steps"] == {"nan": 3}.get(fault, 9)

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 import torch
 from launched import LAUNCH, noted, prepare
-from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results, without
+from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results
+from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
 DOCUMENT = Path(__file__).parents[2] / "docs" / "multinode.md"

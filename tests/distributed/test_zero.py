@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import PRUNABLE, agreement, masks, results, start, train, without
+from ranks import PRUNABLE, agreement, masks, results, start, train
+from require import without
 
 from thanos_lightning.cli import main
 
-ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
+ACCUMULATING = {"accumulate": 3, "batch_size": 2, "calibration_steps": 1}
 GRID: dict[str, dict[str, Any]] = {
     f"{stage}-{precision}-{optimizer}{'-accumulating' if more else ''}": {
         "strategy": f"zero{stage}",
@@ -61,12 +62,56 @@ KINDS: dict[str, dict[str, Any]] = {
     "stage 3, a calibration set that the ranks don't divide": {"strategy": "zero3", "calibration_batches": 3},
     "stage 3, unstructured": {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6},
     "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
-    "stage 2, fp16 with steps that overflow": {
-        "strategy": "zero2",
-        "precision": "16-mixed",
-        "deepspeed": {"initial_scale_power": 22, "hysteresis": 1},
-        "max_steps": 30,
+    "stage 0, DeepSpeed's fused Adam": {"strategy": "zero0", "precision": "bf16-mixed", "optimizer": "fused_adam"},
+    **{
+        f"stage {stage}, fp16 with steps that overflow": {
+            "strategy": f"zero{stage}",
+            "precision": "16-mixed",
+            "deepspeed": {"initial_scale_power": 22, "hysteresis": 1},
+            "max_steps": 30,
+        }
+        for stage in (1, 2, 3)
     },
+    **{
+        f"{name}, with a target that is not trained": {**case, "frozen": ["*layers.1.mlp.up_proj.weight"]}
+        for name, case in {
+            "stage 0": {"strategy": "zero0", "precision": "bf16-mixed"},
+            "stage 1, bf16 with fp32 accumulation": {
+                "strategy": "zero1",
+                "precision": "bf16-mixed",
+                "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+            },
+            "stage 2": {"strategy": "zero2"},
+            "stage 3": {"strategy": "zero3", "precision": "bf16-mixed"},
+        }.items()
+    },
+}
+# what keeps the zeros without masked gradients
+UNMASKED: dict[str, dict[str, Any]] = {
+    f"{name}, {optimizer}": {**case, "optimizer": optimizer, "max_steps": 17, "off": ["mask_gradients"]}
+    for name, case in {
+        "stage 0": {"strategy": "zero0", "precision": "bf16-mixed"},
+        "stage 1": {"strategy": "zero1", "precision": "bf16-mixed"},
+        "stage 1, fp32 accumulation": {
+            "strategy": "zero1",
+            "precision": "bf16-mixed",
+            "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+        },
+        "stage 2": {"strategy": "zero2"},
+        "stage 3": {"strategy": "zero3", "precision": "bf16-mixed"},
+        "stage 3, offloaded": {
+            "strategy": "zero3",
+            "precision": "bf16-mixed",
+            "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+        },
+    }.items()
+    for optimizer in ("adamw", "sgd")
+}
+# what every step counts
+REFILLED: dict[str, dict[str, Any]] = {
+    f"{stage}, {what}": {"strategy": f"zero{stage}", "precision": "bf16-mixed", "fault": f"refill {what}"}
+    for stage in (1, 2, 3)
+    for what in ("weight", "master", "exp_avg", "exp_avg_sq")
 }
 
 
@@ -78,6 +123,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = start(root, cases, timeout=900)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     return root
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trainings in which one of the means is off, or pruned entries are filled."""
+    root = tmp_path_factory.mktemp("disturbed")
+    nothing = {"nothing": {"strategy": "zero3", "precision": "bf16-mixed", "off": ["mask_gradients", "enforce"]}}
+    cases = [{"out": str(root / name), **case} for name, case in {**UNMASKED, **REFILLED, **nothing}.items()]
+    ended = start(root, cases, timeout=600)
+    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
+    return root
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_the_hook_alone_holds_the_zeros(disturbed: Path, name: str) -> None:
+    for rank in results(disturbed / name):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["steps"] == 17
+        assert min(rank["checked"].values()) >= 14 * 10
+        assert len(rank["checked"]) == (3 if name.endswith("sgd") else 4)
+
+
+def test_without_both_no_zero_holds(disturbed: Path) -> None:
+    for rank in results(disturbed / "nothing"):
+        assert "ZeroViolationError: zeros came back" in rank["error"]
+
+
+@pytest.mark.parametrize("name", REFILLED)
+def test_what_one_rank_fills_is_found_on_both(disturbed: Path, name: str) -> None:
+    what = name.partition(", ")[2]
+    for rank in results(disturbed / name):
+        assert "ZeroViolationError: zeros came back: rank 1: " in rank["error"]
+        assert f"pruned entries of model.model.layers.1.mlp.up_proj.weight ({what})" in rank["error"]
+        assert rank["steps"] == 9
+        assert rank["violations"] == []  # before
 
 
 @pytest.mark.parametrize("name", [*GRID, *KINDS])
@@ -97,7 +178,9 @@ def test_zeros_hold_everywhere(trained: Path, name: str) -> None:
             assert rank["steps"] == case.get("max_steps", 12)
         assert rank["violations"] == []
         assert rank["checked"].keys() == places
-        assert min(rank["checked"].values()) >= num_layers * (rank["steps"] - 7)
+        assert rank["checked"]["weight"] >= num_layers * (rank["steps"] - 7)
+        assert min(rank["checked"].values()) >= (num_layers - len(case.get("frozen", []))) * (rank["steps"] - 7)
+        assert rank["steps"] - 7 >= 10 or name in KINDS
         assert rank["collectives"] == []
         assert rank["enforced"] > 0
         assert rank["control"] > 0
@@ -107,6 +190,24 @@ def test_zeros_hold_everywhere(trained: Path, name: str) -> None:
     for mask_name, keep in masks(trained / name).items():
         assert torch.equal(keep, masks(trained / name, 1)[mask_name])
         assert float(keep.float().mean()) == pytest.approx(1 - expected, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [*GRID, *KINDS])
+def test_an_event_sends_sums_to_owners_only(trained: Path, name: str) -> None:
+    case = {**GRID, **KINDS}[name]
+    for rank in results(trained / name):
+        assert "c10d.reduce_.default" in rank["event_calls"]
+        assert "c10d.allreduce_.default" not in rank["event_calls"]
+        # q, k and v have one input, and gate and up
+        assert set(rank["sums"]) == {1 if "targets" in case else 8}
+        assert rank["gathered_at_once"] <= 1 or "stage3_param_persistence_threshold" in case.get("zero", {})
+        if case["strategy"] == "zero3":
+            assert rank["gathered_at_once"] >= 1
+
+
+def test_a_layer_lies_on_one_rank(trained: Path) -> None:
+    held = [rank["held"] for rank in results(trained / "stage 2, a layer that lies on one rank")]
+    assert sorted(sum(entries.values()) for entries in held) == [0, 16 * 32]
 
 
 @pytest.mark.parametrize("name", [name for name in {**GRID, **KINDS} if not name.startswith("0-32-true")])
@@ -174,14 +275,29 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Path) -> No
     ("fault", "words"),
     [
         ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
-        ("refill", "ZeroViolationError: zeros came back: rank 1"),
         ("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
+        ("memory for messages", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
+        ("mask", "ValueError: the batch's 'counted' has shape (4, 16)"),
     ],
 )
 def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
-    for rank in train(tmp_path, strategy="zero3", fault=fault):
+    for rank in train(tmp_path, strategy="zero3", fault=fault, uncounted=[] if fault == "mask" else None):
         assert rank["error"] is not None
         assert words in rank["error"]
+        assert rank["events"] == []
+
+
+def test_a_layer_that_no_optimizer_updates_is_named(tmp_path: Path) -> None:
+    left_out = ["*layers.1.mlp.up_proj.weight"]
+    for strategy in ("zero2", "zero3"):
+        for rank in train(tmp_path / strategy, strategy=strategy, left_out=left_out):
+            assert "layer model.model.layers.1.mlp.up_proj requires gradients, but no optimizer" in rank["error"]
+
+
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    partly = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    for rank in train(tmp_path, strategy="zero3", optimizer="cpu_adam", precision="bf16-mixed", zero=partly):
+        assert "an optimizer that is offloaded in part (offload_optimizer.ratio 0.5)" in rank["error"]
 
 
 def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> None:
@@ -189,6 +305,9 @@ def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> N
         assert rank["error"] is None
         assert rank["violations"] == []
         assert rank["events"] == [3, 6, 7]
+    counted, uncounted = (rank["tokens"] for rank in results(tmp_path))
+    assert min(counted) > 0
+    assert set(uncounted) == {0}
     first, second = masks(tmp_path), masks(tmp_path, 1)
     assert first.keys() == second.keys()
     assert len(first) == 14

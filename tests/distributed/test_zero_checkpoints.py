@@ -12,12 +12,12 @@ import torch
 import transformers
 from ranks import PRUNABLE, masks, results, start, train
 
-from thanos_lightning.checkpoints import TrainerCheckpoint
+from thanos_lightning.checkpoints import TrainerCheckpoint, pruning_state
 from thanos_lightning.cli import main
 from thanos_lightning.export import NonconformingError, export_checkpoint
 from thanos_lightning.resharding import reshard_checkpoint
 from thanos_lightning.verification import verify_checkpoint
-from thanos_lightning.zero_checkpoints import read_zero_folder
+from thanos_lightning.zero_checkpoints import load_contents, read_zero_folder
 
 KINDS: dict[str, dict[str, Any]] = {
     "zero3": {"strategy": "zero3", "precision": "bf16-mixed"},
@@ -29,11 +29,24 @@ KINDS: dict[str, dict[str, Any]] = {
         "precision": "bf16-mixed",
         "config": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
+    "zero1": {"strategy": "zero1"},
+    "zero3 offloaded": {
+        "strategy": "zero3",
+        "precision": "bf16-mixed",
+        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+    },
+    "zero3 in fp16": {"strategy": "zero3", "precision": "16-mixed"},
+    "zero3 with a frozen embedding": {
+        "strategy": "zero3",
+        "precision": "bf16-mixed",
+        "frozen": ["*embed_tokens.weight", "*layers.1.mlp.up_proj.weight"],
+    },
+    "zero0 with fused Adam": {"strategy": "zero0", "precision": "bf16-mixed", "optimizer": "fused_adam"},
     "zero0": {"strategy": "zero0"},
     "zero0 in bf16": {"strategy": "zero0", "precision": "bf16-mixed"},
     "zero3 with SGD": {"strategy": "zero3", "optimizer": "sgd"},
 }
-SHARDED_ADAM = ["zero3", "zero3 in sub-groups", "zero2", "zero2 in bf16"]
+SHARDED_ADAM = ["zero3", "zero3 in sub-groups", "zero3 offloaded", "zero3 in fp16", "zero2", "zero2 in bf16", "zero1"]
 INSIDE, AFTER = 2, 8  # windows are 1-3, 4-6, 6-7
 
 
@@ -118,6 +131,33 @@ def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(resharded: Pat
         if int(step) == AFTER:  # the masks go on
             for mask_name, keep in masks(resharded / kind).items():
                 assert torch.equal(keep, masks(tmp_path / name)[mask_name])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_is_whole_resumes_on_other_numbers_of_ranks(saved: Path, tmp_path: Path, ranks: int) -> None:
+    kinds = ["zero0", "zero0 in bf16"]
+    resume(tmp_path, {kind: str(saved / kind / f"step={AFTER}.ckpt") for kind in kinds}, ranks)
+    for kind in kinds:
+        for rank in results(tmp_path / kind, ranks):
+            assert rank["error"] is None
+            assert rank["violations"] == []
+            assert rank["steps"] == 12
+        for mask_name, keep in masks(saved / kind).items():
+            assert torch.equal(keep, masks(tmp_path / kind)[mask_name])
+
+
+def test_each_rank_of_stage_3_stores_a_share_of_the_masks(saved: Path, tmp_path: Path) -> None:
+    checkpoint = saved / "zero3" / f"step={AFTER}.ckpt"
+    first, second = (pruning_state(content)["masks"] for content in load_contents(checkpoint))
+    assert (len(first), len(second)) == (7, 7)
+    assert {name.removeprefix("model.") for name in first | second} == set(PRUNABLE)
+    copy = tmp_path / "copy.ckpt"
+    shutil.copytree(checkpoint, copy)
+    (copy / "checkpoint" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    for command in (["verify", str(copy)], ["reshard", str(copy)]):
+        assert main(command) == 2
+    with pytest.raises(ValueError, match="lacks the model states of rank 1: copy the whole folder"):
+        read_zero_folder(copy)
 
 
 def test_what_can_not_be_resumed_is_refused_with_the_mend(saved: Path, tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ the other in this process; each leaves a rank<r>.json with what this rank saw in
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import gc
 import hashlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
+import thanos_lightning.callback
 import thanos_lightning.pruning
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.masks import LayerMask
+from thanos_lightning.sharding.ranks import Ranks
 
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
@@ -66,7 +70,11 @@ class Case:
     save: bool = False
     resume: str | None = None
     fault: str | None = None
-    kill_at: tuple[int, str] | None = None  # the batch in which the last rank kills itself, and where in it
+    kill_at: tuple[int, str, int] | None = None  # the batch in which a rank kills itself, where in it, and which rank
+    off: list[str] = dataclasses.field(default_factory=list)  # methods of the enforcer that do nothing
+    frozen: list[str] = dataclasses.field(default_factory=list)  # parameters that are not trained
+    left_out: list[str] = dataclasses.field(default_factory=list)  # parameters that the optimizer doesn't get
+    routed: bool = False  # a further layer is called on rank 0 only
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
@@ -76,7 +84,7 @@ class Share(ResumableBatches):
     """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
 
     def __init__(self, batch_size: int, uncounted: list[int] | None) -> None:
-        super().__init__(192, batch_size=batch_size)
+        super().__init__(216, batch_size=batch_size)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batches = self.batches[rank::ranks]
         if uncounted is not None:
@@ -149,23 +157,32 @@ class Module(ToyLM):
             self.model = None  # type: ignore[assignment]
         self.case = case
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+        if case.routed:
+            self.expert = torch.nn.Linear(32, 32, bias=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.batches_seen += 1
-        return super().training_step({key: value for key, value in batch.items() if key != COUNTED}, batch_idx)
+        loss = super().training_step({key: value for key, value in batch.items() if key != COUNTED}, batch_idx)
+        if self.case.routed and self.global_rank == 0:
+            loss = loss + self.expert(self.model.model.embed_tokens(batch["input_ids"])).square().mean()
+        return loss
 
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build()
+        for name, parameter in self.named_parameters():
+            if matches(name, self.case.frozen):
+                parameter.requires_grad = False
         if self.case.strategy == "fsdp":
             shard(self.model, self.device_mesh, **self.case.fsdp)
 
     def _make(self, parameters: Any) -> Optimizer:
-        if self.case.optimizer == "cpu_adam":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        parameters = [p for name, p in self.named_parameters() if not matches(name, self.case.left_out)]
+        if self.case.optimizer in ("cpu_adam", "fused_adam"):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-            return DeepSpeedCPUAdam(list(parameters), lr=3e-3, weight_decay=0.1)
-        parameters = list(parameters)
+            kind = {"cpu_adam": DeepSpeedCPUAdam, "fused_adam": FusedAdam}[self.case.optimizer]
+            return kind(parameters, lr=3e-3, weight_decay=0.1)
         decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
         others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
         return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](
@@ -176,14 +193,20 @@ class Module(ToyLM):
         return Share(self.case.batch_size, self.case.uncounted)
 
 
+def matches(name: str, globs: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, glob) for glob in globs)
+
+
 class CountCollectives(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, at_each: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.at_each = at_each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.calls.append(str(func))
+            self.at_each()
         return func(*args, **(kwargs or {}))
 
 
@@ -211,20 +234,44 @@ class Watch(Callback):
         self.control = 0
         self.enforced = 0
         self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that DeepSpeed clips by
+        self.event_calls: set[str] = set()  # collectives of events
+        self.gathered_at_once = 0  # weights of layers that DeepSpeed had gathered at the same time in an event
+        self.sums: list[int] = []  # how many different ones a window had on this rank
+        self.tokens: list[int] = []  # of all layers of a window on this rank
         self._sparse_norm = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         enforcer = self.pruning._enforcer
         assert enforcer is not None
-        enforce = enforcer.enforce
 
-        def counted(optimizer: Optimizer) -> None:
-            with CountCollectives() as mode:
-                enforce(optimizer)
-            self.collectives += mode.calls
-            self.enforced += 1
+        def counted(method: Any) -> Any:
+            def call(*args: Any) -> None:
+                with CountCollectives() as mode:
+                    method(*args)
+                self.collectives += mode.calls
+                self.enforced += 1
 
-        enforcer.enforce = counted  # type: ignore[method-assign]
+            return call
+
+        enforcer.enforce = counted(enforcer.enforce)  # type: ignore[method-assign]
+        enforcer.mask_gradients = counted(enforcer.mask_gradients)  # type: ignore[method-assign]
+        thanos_lightning.callback.prune_window = self._watched_event
+
+    def _watched_event(self, window: Any, layers: Any, accumulators: Any, **arguments: Any) -> Any:
+        self.sums.append(len({id(accumulator) for accumulator in accumulators.values()}))
+        self.tokens.append(sum(accumulator.num_tokens for accumulator in accumulators.values()))
+        with CountCollectives(self._count_gathered(layers)) as mode:
+            reports = thanos_lightning.pruning.prune_window(window, layers, accumulators, **arguments)
+        self.event_calls |= set(mode.calls)
+        return reports
+
+    def _count_gathered(self, layers: Any) -> Callable[[], None]:
+        def count() -> None:
+            status = [getattr(layer.parameter, "ds_status", None) for layer in layers.values()]
+            available = sum(getattr(one, "name", "") == "AVAILABLE" for one in status)
+            self.gathered_at_once = max(self.gathered_at_once, available)
+
+        return count
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -235,13 +282,15 @@ class Watch(Callback):
         masks = masks_of(self.pruning)
         total = 0.0
         for name, parameter in pl_module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = safe_get_full_grad(parameter)
             if name in masks:
                 keep = masks[name].keep
                 gradient = gradient * (keep.T if masks[name].transposed else keep)
             total += float(gradient.double().square().sum())
-        # gradients in fp16 are scaled
-        self._sparse_norm = total**0.5 / getattr(engine.optimizer, "loss_scale", 1.0) if masks else 0.0
+        # gradients in fp16 are scaled; in others some of DeepSpeed's optimizers have None there
+        self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0) if masks else 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -259,7 +308,9 @@ class Watch(Callback):
         if dist.is_initialized():
             with CountCollectives() as mode:
                 dist.all_reduce(torch.ones(1))
-            self.control += len(mode.calls)
+                dist.broadcast(torch.ones(1), src=0)
+                dist.all_gather_object([None] * dist.get_world_size(), "")
+            self.control += len(mode.calls) >= 3
         for name, mask in masks_of(self.pruning).items():
             drop = ~mask.keep.T if mask.transposed else ~mask.keep
             for what, full in full_tensors(trainer, parameters[name]):
@@ -319,10 +370,13 @@ def full_tensors(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor
 
     with GatheredParameters([parameter]):
         yield "weight", parameter.detach().clone()
+    if not parameter.requires_grad:
+        return
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     moments = {
         "AdamW": ["exp_avg", "exp_avg_sq"],
         "DeepSpeedCPUAdam": ["exp_avg", "exp_avg_sq"],
+        "FusedAdam": ["exp_avg", "exp_avg_sq"],
         "SGD": ["momentum_buffer"],
     }
     names = moments[type(inner).__name__]
@@ -332,6 +386,17 @@ def full_tensors(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor
             yield name, safe_get_full_optimizer_state(parameter, name)
         return
     key = parameter
+    if hasattr(engine.optimizer, "fp32_groups_flat"):
+        for flat, group in zip(engine.optimizer.fp32_groups_flat, engine.optimizer.fp16_groups, strict=True):
+            start = 0
+            for model in group:
+                if model is parameter:
+                    place = slice(start, start + parameter.numel())
+                    yield "master", flat.detach()[place].view_as(parameter)
+                    for name in names:
+                        yield name, inner.state[flat][name][place].view_as(parameter)
+                start += model.numel()
+        return
     if hasattr(engine.optimizer, "fp32_groups"):
         models = [p for group in engine.optimizer.fp16_groups for p in group]
         masters = [p for group in engine.optimizer.fp32_groups for p in group]
@@ -365,25 +430,79 @@ class Exhausted(Callback):
             thanos_lightning.pruning.prune = prune
 
 
+class Starved(Callback):
+    """Lets one rank lack the memory for what others send."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+
+            def reserve(*args: Any) -> None:
+                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+            Ranks.reserve = reserve  # type: ignore[method-assign]
+
+
+class Additive(Callback):
+    """Gives the batches of one rank a mask that is none."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1:
+            batch[COUNTED].fill_(-1)
+
+
 class Refill(Callback):
-    """Fills a pruned weight of one rank."""
+    """Fills pruned entries of one rank, of "weight" (the model's copy), "master" or a moment."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_rank == 1 and trainer.global_step == 9:
-            with torch.no_grad():
-                weight = pl_module.model.model.layers[0].mlp.up_proj.weight
+        if trainer.global_rank != 1 or trainer.global_step != 9:
+            return
+        weight = pl_module.model.model.layers[1].mlp.up_proj.weight
+        with torch.no_grad():
+            if self.what == "weight":
                 getattr(weight, "ds_tensor", weight).data += 1
+            elif not hasattr(trainer.strategy, "deepspeed_engine"):
+                trainer.optimizers[0].state[weight][self.what].data += 1
+            elif hasattr(weight, "ds_tensor"):
+                from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+                ones = torch.ones_like(weight.ds_tensor, dtype=torch.float32)
+                if self.what == "master":
+                    safe_set_local_fp32_param(weight, ones)
+                else:
+                    safe_set_local_optimizer_state(weight, ones, self.what)
+            else:
+                from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+                ones = torch.ones_like(weight, dtype=torch.float32)
+                if self.what == "master":
+                    safe_set_full_fp32_param(weight, ones)
+                else:
+                    safe_set_full_optimizer_state(weight, ones, self.what)
+
+
+class Disabled(Callback):
+    """Switches methods of the enforcer off."""
+
+    def __init__(self, pruning: ThanosPruningCallback, methods: list[str]) -> None:
+        self.pruning, self.methods = pruning, methods
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for method in self.methods:
+            setattr(self.pruning._enforcer, method, lambda *args: None)
 
 
 class Killed(Callback):
-    """Kills the last rank, as a machine that fails does."""
+    """Kills a rank, as a machine that fails does."""
 
-    def __init__(self, batch: int, where: str) -> None:
-        self.batch, self.where = batch, where
+    def __init__(self, batch: int, where: str, rank: int) -> None:
+        self.batch, self.where, self.rank = batch, where, rank
         self.seen = 0
 
     def reached(self, trainer: Trainer, where: str) -> None:
-        if (self.seen, where) == (self.batch, self.where) and trainer.global_rank == trainer.world_size - 1:
+        if (self.seen, where, trainer.global_rank) == (self.batch, self.where, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -408,7 +527,14 @@ class KilledInside(Callback):
             thanos_lightning.pruning.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
-FAULTS = {"nan": Poison, "memory": Exhausted, "refill": Refill, "killed_inside": KilledInside}
+FAULTS: dict[str, Callable[[], Callback]] = {
+    "nan": Poison,
+    "memory": Exhausted,
+    "memory for messages": Starved,
+    "mask": Additive,
+    **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
+    "killed_inside": KilledInside,
+}
 
 
 @contextmanager
@@ -473,7 +599,7 @@ def train(case: Case) -> None:
         monitor=case.monitor,
     )
     watch, results = Watch(pruning), Results()
-    callbacks: list[Callback] = [pruning, results]
+    callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
     if case.watch:
         callbacks.append(watch)
     clipped = ClippedNorm(pruning)
@@ -514,6 +640,10 @@ def train(case: Case) -> None:
         "violations": watch.violations,
         "collectives": watch.collectives,
         "enforced": watch.enforced,
+        "event_calls": sorted(watch.event_calls),
+        "gathered_at_once": watch.gathered_at_once,
+        "sums": watch.sums,
+        "tokens": watch.tokens,
         "control": watch.control,
         "norms": watch.norms + clipped.norms,
         "losses": watch.losses,

@@ -56,6 +56,54 @@ def test_layers_with_one_input_share_one_accumulator() -> None:
     assert {accumulator.num_tokens for accumulator in found.values()} == {72}
 
 
+def test_views_of_one_input_share_one_accumulator() -> None:
+    """DeepSpeed's ZeRO-3 gives each module a detached view of its input."""
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4)])
+    statistics = started(model)
+    inputs = torch.randn(5, 8)
+    with statistics.counting():
+        for layer in model[:2]:
+            layer(inputs.detach())
+        model[2](inputs[:4])  # begins at the same place
+    found = statistics.accumulators
+    assert found["0"] is found["1"]
+    assert found["2"] is not found["0"]
+    assert found["2"].num_tokens == 4
+
+
+def test_memory_that_is_used_again_is_another_input() -> None:
+    model = nn.ModuleList([nn.Linear(8, 4) for _ in range(50)])
+    statistics = started(model)
+    addresses = set()
+    with statistics.counting():
+        for layer in model:
+            inputs = torch.randn(5, 8)
+            addresses.add(inputs.data_ptr())
+            layer(inputs)
+            del inputs
+    assert len(addresses) < 50  # or nothing is shown
+    assert len({id(accumulator) for accumulator in statistics.accumulators.values()}) == 50
+
+
+def test_an_error_is_kept_for_all_ranks() -> None:
+    layers = find_targets(nn.ModuleList([nn.Linear(8, 4)]))
+    inputs, mask = torch.randn(7, 8), torch.tensor([[True, False]])
+    statistics = InputStatistics(layers, keeps_errors=True)
+    statistics.start()
+    with statistics.counting(mask):
+        layers["0"].modules[0](inputs)
+    with statistics.counting():
+        layers["0"].modules[0](inputs)
+    assert not statistics.accumulators or not statistics.accumulators["0"].num_tokens
+    with pytest.raises(ValueError, match=r"inputs of layer 0 have shape \(7, 8\).* \(on rank 0\)"):
+        statistics.raise_kept(ReplicatedAccess())
+    alone = InputStatistics(layers, keeps_errors=True)
+    alone.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
+    with pytest.raises(ValueError, match="must be \\(batch, length\\)"):
+        alone.raise_kept(ReplicatedAccess())
+    InputStatistics(layers, keeps_errors=True).raise_kept(ReplicatedAccess())
+
+
 def test_sharing_is_left_when_the_inputs_part() -> None:
     class Parting(nn.Module):
         def __init__(self) -> None:

