@@ -244,17 +244,16 @@ class Watch(Callback):
         enforcer = self.pruning._enforcer
         assert enforcer is not None
 
-        def counted(method: Any) -> Any:
-            def call(*args: Any) -> None:
-                with CountCollectives() as mode:
-                    method(*args)
-                self.collectives += mode.calls
-                self.enforced += 1
+        enforce, mask_gradients = enforcer.enforce, enforcer.mask_gradients
 
-            return call
+        def counted(method: Any, *args: Any) -> None:
+            with CountCollectives() as mode:
+                method(*args)
+            self.collectives += mode.calls
+            self.enforced += method is enforce
 
-        enforcer.enforce = counted(enforcer.enforce)  # type: ignore[method-assign]
-        enforcer.mask_gradients = counted(enforcer.mask_gradients)  # type: ignore[method-assign]
+        enforcer.enforce = partial(counted, enforce)  # type: ignore[method-assign]
+        enforcer.mask_gradients = partial(counted, mask_gradients)  # type: ignore[method-assign]
         thanos_lightning.callback.prune_window = self._watched_event
 
     def _watched_event(self, window: Any, layers: Any, accumulators: Any, **arguments: Any) -> Any:
