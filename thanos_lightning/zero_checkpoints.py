@@ -202,6 +202,9 @@ def read_zero_folder(path: Path) -> ZeroFolder:
         weights[name] = parts.get(_MASTER, weights.get(name, _missing(path, name)))
         beside[name] = LazyTensors(others)
     weights.update(_frozen(path, content))
+    # in fp32 like the masters, or a model of both would be read in the lesser precision by others
+    untrained = weights.keys() & (content.get("frozen_param_shapes") or {}).keys()
+    weights.update({name: _in_fp32(weights[name]) for name in untrained})
     _share_masters(weights, module, states)
     return ZeroFolder(path, content, of_others, LazyTensors(weights), beside, is_universal(path), world_size)
 
@@ -280,6 +283,10 @@ def _optimizer_files(folder: Path) -> list[Path]:
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return tensor.detach
+
+
+def _in_fp32(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: make().float()
 
 
 def _missing(path: Path, name: str) -> Callable[[], Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,8 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
 def test_the_folder_is_read_as_it_was_trained(saved: Path, kind: str) -> None:
     trained = torch.load(saved / kind / "state0.pt", weights_only=True)["weights"]
     folder = read_zero_folder(saved / kind / "step=12.ckpt")
-    dtype = torch.bfloat16 if "bf16" in json.dumps(KINDS[kind]) else torch.float32
+    precision = KINDS[kind].get("precision", "32-true").split("-")[0]
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision]
     for name, weight in trained.items():
         read = folder.weights[f"model.{name}"]
         assert read.dtype == torch.float32
