@@ -175,7 +175,8 @@ def read_zero_folder(path: Path) -> ZeroFolder:
         ValueError: If a file is missing or damaged, or the folder is of a kind that isn't known.
     """
     require_masters(path)
-    content, *of_others = load_contents(path)
+    contents = load_contents(path)
+    content, *of_others = contents
     world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # what the optimizer does not update, or is no parameter, is in the model's copy only
@@ -201,7 +202,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
             others["model's copy"] = _constant(module[name])
         weights[name] = parts.get(_MASTER, weights.get(name, _missing(path, name)))
         beside[name] = LazyTensors(others)
-    weights.update(_frozen(path, content))
+    weights.update(_frozen(contents))
     # in fp32 like the masters, or a model of both would be read in the lesser precision by others
     untrained = weights.keys() & (content.get("frozen_param_shapes") or {}).keys()
     weights.update({name: _in_fp32(weights[name]) for name in untrained})
@@ -427,13 +428,10 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
     return states
 
 
-def _frozen(path: Path, content: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+def _frozen(contents: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[], Tensor]]:
     """Stage 3: the parameters that are not trained, of which each rank wrote a part with what Lightning keeps."""
-    shapes = content.get("frozen_param_shapes") or {}
-    if not shapes or not content.get("frozen_param_fragments"):
+    shapes = contents[0].get("frozen_param_shapes") or {}
+    if not shapes or not contents[0].get("frozen_param_fragments"):
         return {}
-    files = sorted((path / "checkpoint").glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
-    if not files:
-        return {}
-    fragments = [load_file(file)["frozen_param_fragments"] for file in files]
+    fragments = [content["frozen_param_fragments"] for content in contents]
     return {name: _joined([part[name] for part in fragments], shape) for name, shape in shapes.items()}

@@ -78,3 +78,10 @@ def test_writing_zeroes_the_moments_of_pruned_weights() -> None:
     moment = optimizer.state[net[0].weight]["exp_avg"]
     assert not moment[~keep].any()
     assert moment[keep].all()
+
+
+def test_memory_that_is_not_there_is_told_before_anything_is_sent() -> None:
+    access = ReplicatedAccess()
+    access.reserve([100, 2**20])
+    with pytest.raises(RuntimeError, match="memory"):
+        access.reserve([100, 2**60])
