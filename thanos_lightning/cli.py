@@ -204,7 +204,21 @@ def _train(argv: list[str] | None) -> int:
         parser_kwargs={**mode, **{name: dict(mode) for name in _TRAINER_COMMANDS}},
         args=argv,
     )
+    _leave_ranks()
     return 0
+
+
+def _leave_ranks() -> None:
+    """End this process's part in the process group, which torch leaves to whoever runs the training.
+
+    Otherwise a thread of Gloo may still hold a tensor while Python ends, and aborts a process that had done its work.
+    Not called after an error: other ranks may be inside a collective, and this would wait for them.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the store by which the others leave
+        dist.destroy_process_group()
 
 
 def _yaml_loader() -> tuple[Any, type[Exception]]:

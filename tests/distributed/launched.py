@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from toy import ToyLM, loader
 from training import whole_parameters
 
@@ -53,8 +55,8 @@ class Launched(ToyLM):
             "zeros": float((values["model.layers.1.mlp.up_proj.weight"] == 0).mean()),
             "digest": hashlib.sha256(b"".join(value.tobytes() for value in values.values())).hexdigest(),
         }
-        folder = Path(self.trainer.default_root_dir)
-        (folder / f"pid{os.getpid()}-rank{self.trainer.global_rank}.json").write_text(json.dumps(noted))
+        file = Path(self.trainer.default_root_dir) / f"pid{os.getpid()}-rank{self.trainer.global_rank}.json"
+        atexit.register(lambda: file.write_text(json.dumps({**noted, "left": not dist.is_initialized()})))
 
 
 def prepare(folder: Path) -> tuple[list[str], dict[str, str]]:
