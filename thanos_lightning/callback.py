@@ -29,12 +29,12 @@ from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_K
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import GradualNM, Window, changes, check_ahead, check_begun, plan_windows
-from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, prune_window
+from thanos_lightning.pruning import PruningError, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern
-from thanos_lightning.solver.layer import check_settings
+from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
 
 
@@ -57,8 +57,11 @@ class ThanosPruningCallback(Callback):
         method: "thanos", "sparsegpt", "wanda" or "magnitude".
         block_size: Columns pruned jointly.
         damping: Added to the Hessian's diagonal, relative to its mean.
+        saliency: What "thanos" chooses by: "wanda" (the paper), "obs" or "balanced".
+        sweeps: Passes after the method that improve mask and weights, block of columns after block.
         refine_steps: Conjugate-gradient steps on the kept weights after the method. 0 is the paper's algorithm; the
             default differs from `prune`'s on purpose, since better weights for the same mask cost little here.
+        exchange_rounds: Rounds in which kept and pruned weights change places, each followed by `refine_steps` steps.
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event without gradients.
@@ -97,7 +100,10 @@ class ThanosPruningCallback(Callback):
         method: Literal["thanos", "sparsegpt", "wanda", "magnitude"] = "thanos",
         block_size: int = 128,
         damping: float = 0.01,
+        saliency: Literal["wanda", "obs", "balanced"] = "wanda",
+        sweeps: int = 0,
         refine_steps: int = 10,
+        exchange_rounds: int = 0,
         calibration_steps: int = 8,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
@@ -113,8 +119,7 @@ class ThanosPruningCallback(Callback):
         self.overrides = tuple(overrides)
         for other in self.overrides:
             other.parsed()
-        check_settings(method, block_size, damping, refine_steps)
-        self.options = SolverOptions(method, block_size, damping, refine_steps)
+        self.options = SolverOptions(method, block_size, damping, saliency, sweeps, refine_steps, exchange_rounds)
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps is {calibration_steps}: give at least one optimizer step")
         self.calibration_steps = calibration_steps

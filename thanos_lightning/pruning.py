@@ -20,7 +20,7 @@ from thanos_lightning.report import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError
-from thanos_lightning.solver.layer import prune_rows
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
 from thanos_lightning.targets import PrunableLayer
 
@@ -30,28 +30,6 @@ _ROWS_PER_FACTOR = 4
 
 class PruningError(RuntimeError):
     """A layer could not be pruned. No layer of its window has been changed."""
-
-
-@dataclass(frozen=True)
-class SolverOptions:
-    """What `prune` is called with for every layer; see there.
-
-    Attributes:
-        method: "thanos", "sparsegpt", "wanda" or "magnitude".
-        block_size: Columns pruned jointly.
-        damping: Relative to the mean of the Hessian's diagonal.
-        refine_steps: Conjugate-gradient steps on the kept weights after the method.
-    """
-
-    method: str
-    block_size: int
-    damping: float
-    refine_steps: int
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the layers' inputs must be seen before an event."""
-        return self.method != "magnitude" or self.refine_steps > 0
 
 
 def _cost(layer: PrunableLayer, members: int) -> int:
@@ -223,17 +201,7 @@ def prune(
         options: For the solver.
         team: Who has the other rows.
     """
-    return prune_rows(
-        weight,
-        hessian,
-        pattern,
-        method=options.method,
-        block_size=options.block_size,
-        damping=options.damping,
-        frozen=None if keep is None else keep.logical_not(),
-        refine_steps=options.refine_steps,
-        team=team,
-    )
+    return prune_rows(weight, hessian, pattern, options, None if keep is None else keep.logical_not(), team)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import nn
 
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.planning import Window
-from thanos_lightning.pruning import PruningError, SolverOptions, assign_teams, prune_window
+from thanos_lightning.pruning import PruningError, assign_teams, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.ranks import RankTeam
@@ -34,6 +34,7 @@ from thanos_lightning.solver import (
     Unstructured,
     prune,
 )
+from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import find_targets
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -106,10 +107,10 @@ def check_results() -> None:
         for pattern in PATTERNS:
             for refine_steps in (0, 2):
                 split = Split(nn.Linear(64, 47))
-                options = SolverOptions(method, 16, 0.01, refine_steps)
+                options = SolverOptions(method, block_size=16, refine_steps=refine_steps)
                 split.check(pattern.with_sparsity(pattern.sparsity * 0.6), options)
                 split.check(pattern, options)  # under the mask of the first
-    options = SolverOptions("thanos", 16, 0.01, 0)
+    options = SolverOptions(block_size=16)
     Split(nn.Linear(64, 47, dtype=torch.bfloat16)).check(NM(2, 4), options)
     two_layers = Split(nn.Linear(32, 40), nn.Linear(64, 9))
     assert sorted(len(team) for team in assign_teams(two_layers.layers, 3).values()) == [1, 2]
@@ -138,7 +139,7 @@ def failing(operation: str, member: int, error: Exception, call: int) -> Iterato
 
 
 def check_faults() -> None:
-    options = SolverOptions("thanos", 16, 0.01, 0)
+    options = SolverOptions(block_size=16)
     shares = [("share", call) for call in range(1, 11)]
     for operation, call in [("from_owner", 1), ("hand_out", 1), *shares, ("collect", 1), ("collect", 2)]:
         for member in range(WORLD_SIZE):

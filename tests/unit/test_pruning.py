@@ -12,14 +12,15 @@ from torch import nn
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.planning import Window
-from thanos_lightning.pruning import PruningError, SolverOptions, assign_owners, assign_teams, prune_window
+from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
+from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import PrunableLayer, find_targets
 
-OPTIONS = SolverOptions("thanos", block_size=128, damping=0.01, refine_steps=0)
+OPTIONS = SolverOptions()
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
@@ -114,7 +115,7 @@ def test_teams_are_in_proportion_to_the_cost() -> None:
     ("method", "refine", "needs"), [("magnitude", 0, False), ("magnitude", 5, True), ("wanda", 0, True)]
 )
 def test_what_needs_statistics(method: str, refine: int, needs: bool) -> None:
-    assert SolverOptions(method, 128, 0.01, refine).needs_statistics is needs
+    assert SolverOptions(method, refine_steps=refine).needs_statistics is needs
 
 
 def test_earlier_masks_are_kept() -> None:
@@ -122,7 +123,7 @@ def test_earlier_masks_are_kept() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     layers, access = find_targets(model), ReplicatedAccess()
     enforcer = MaskEnforcer(layers, access)
-    options = SolverOptions("magnitude", 128, 0.01, 0)
+    options = SolverOptions("magnitude")
     for sparsity in (0.3, 0.6):
         window = Window(Event(1, 1.0), {"0": Unstructured(sparsity)}, 1, 1, is_last=True)
         before = enforcer.keep_mask("0")

@@ -4,11 +4,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from thanos_lightning.solver.exchange import exchange_cost, improve
 from thanos_lightning.solver.linalg import (
     MAX_DAMPING,
     Curvature,
@@ -22,13 +24,70 @@ from thanos_lightning.solver.linalg import (
 from thanos_lightning.solver.magnitude import magnitude
 from thanos_lightning.solver.pattern import Pattern
 from thanos_lightning.solver.refine import better_rows, refine, row_losses
+from thanos_lightning.solver.saliency import SALIENCIES
 from thanos_lightning.solver.sparsegpt import sparsegpt
+from thanos_lightning.solver.sweep import sweep
 from thanos_lightning.solver.team import Alone, RowTeam
 from thanos_lightning.solver.thanos import thanos
 from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
+T = TypeVar("T")
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How a layer is pruned.
+
+    Args:
+        method: "thanos", "sparsegpt" (both update the kept weights), "wanda" or "magnitude" (both leave them).
+        block_size: Columns pruned jointly. Ignored by "wanda" and "magnitude", and by "thanos" for structured patterns.
+        damping: Added to the diagonal of the Hessian, relative to its mean.
+        saliency: What "thanos" chooses by, of unstructured and n:m patterns: "wanda" is |W_ij| ‖X_j‖, as in the paper;
+            "obs" is W_ij² / [H⁻¹]_jj (Hassibi and Stork, 1993), the loss if all inputs not yet passed adapt; "balanced"
+            the geometric mean of both losses.
+        sweeps: Passes over the columns after the method, in which block after block kept weights change places with
+            pruned ones, and the kept ones get the best values for what the other columns are. A pass never raises the
+            loss, but for rounding, nor changes how many weights a row or an n:m group keeps.
+        refine_steps: Conjugate gradient steps on the kept weights after that; 0 is the method's paper to the
+            letter if ``sweeps`` is 0, too. A step never raises the loss.
+        exchange_rounds: Rounds in which kept weights change places with pruned ones, each followed by ``refine_steps``
+            steps. A round never raises the loss, nor changes how many weights a row or an n:m group keeps. Without
+            effect on structured patterns.
+
+    Raises:
+        ValueError: Naming the argument and what it may be.
+    """
+
+    method: str = "thanos"
+    block_size: int = 128
+    damping: float = 0.01
+    saliency: str = "wanda"
+    sweeps: int = 0
+    refine_steps: int = 0
+    exchange_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("saliency", SALIENCIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(known)}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size!r} is not positive: give the number of columns, such as 128")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping={self.damping!r} is not a finite number >= 0: try 0.01")
+        for name in ("sweeps", "refine_steps", "exchange_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is negative: give a number, or 0 for none")
+        if self.exchange_rounds > 0 and self.refine_steps == 0:
+            raise ValueError(
+                f"exchange_rounds={self.exchange_rounds} needs weights that adapt: give refine_steps, such as 5"
+            )
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a layer can't be pruned without having seen its inputs."""
+        return self.method != "magnitude" or self.sweeps > 0 or self.refine_steps > 0
 
 
 @dataclass(frozen=True)
@@ -57,8 +116,11 @@ def prune(
     method: str = "thanos",
     block_size: int = 128,
     damping: float = 0.01,
-    frozen: Tensor | None = None,
+    saliency: str = "wanda",
+    sweeps: int = 0,
     refine_steps: int = 0,
+    exchange_rounds: int = 0,
+    frozen: Tensor | None = None,
 ) -> PrunedLayer:
     """Prune one layer. The arguments are not changed, and no gradient is recorded.
 
@@ -71,13 +133,15 @@ def prune(
         hessian: (in_features, in_features), H = (2/T) Σ x xᵀ, on the weight's device; its scale changes nothing but
             the loss. May be None for ``method="magnitude"`` without refinement; the losses are NaN then.
         pattern: ``Unstructured``, ``NM`` or ``Structured``.
-        method: "thanos", "sparsegpt" (both update the kept weights), "wanda" or "magnitude" (both leave them).
-        block_size: Columns pruned jointly. Ignored by "wanda" and "magnitude", and by "thanos" for structured patterns.
+        method: See ``SolverOptions``, like all up to exchange_rounds.
+        block_size: Columns pruned jointly.
         damping: Added to the diagonal of the Hessian, relative to its mean.
+        saliency: What "thanos" chooses by.
+        sweeps: Passes that improve mask and weights, block after block.
+        refine_steps: Conjugate gradient steps on the kept weights.
+        exchange_rounds: Rounds in which kept and pruned weights change places.
         frozen: bool (out_features, in_features), True = has to be zero. They count towards the pattern's zeros; where
             they are more than it asks for, all of them are pruned, and nothing else that the pattern does not ask for.
-        refine_steps: Conjugate gradient steps on the kept weights after the method; 0 is the method's paper to the
-            letter. A step never raises the loss.
 
     Returns:
         The pruned weight, its keep mask and its losses.
@@ -98,29 +162,16 @@ def prune(
         >>> layer.loss
         0.625
     """
-    return prune_rows(
-        weight,
-        hessian,
-        pattern,
-        method=method,
-        block_size=block_size,
-        damping=damping,
-        frozen=frozen,
-        refine_steps=refine_steps,
-        team=Alone(len(weight) if weight.ndim else 0),
-    )
+    options = SolverOptions(method, block_size, damping, saliency, sweeps, refine_steps, exchange_rounds)
+    return prune_rows(weight, hessian, pattern, options, frozen, Alone(len(weight) if weight.ndim else 0))
 
 
 def prune_rows(
     weight: Tensor,
     hessian: Tensor | None,
     pattern: Pattern,
-    *,
-    method: str,
-    block_size: int,
-    damping: float,
+    options: SolverOptions,
     frozen: Tensor | None,
-    refine_steps: int,
     team: RowTeam,
 ) -> PrunedLayer:
     """As `prune`, but of the rows of one member of a team; together the members prune the layer as one process would.
@@ -131,11 +182,8 @@ def prune_rows(
         weight: (rows of this member, in_features).
         hessian: (in_features, in_features).
         pattern: For the whole layer.
-        method: See `prune`, like all that follow.
-        block_size: Columns pruned jointly.
-        damping: Relative to the mean of the Hessian's diagonal.
-        frozen: bool (rows of this member, in_features).
-        refine_steps: Conjugate gradient steps on the kept weights.
+        options: How to prune.
+        frozen: bool (rows of this member, in_features), or None.
         team: Who has the other rows.
 
     Returns:
@@ -147,10 +195,12 @@ def prune_rows(
         FactorizationError: On all members.
         TeammateError: If another member has failed in another way.
     """
-    check_settings(method, block_size, damping, refine_steps)
     _check_tensors(weight, hessian, frozen)
-    if hessian is None and (method != "magnitude" or refine_steps > 0):
-        raise ValueError(f"method={method!r} with refine_steps={refine_steps} needs a Hessian; only magnitude does not")
+    if hessian is None and options.needs_statistics:
+        raise ValueError(
+            f"method={options.method!r} with sweeps={options.sweeps} and refine_steps={options.refine_steps} needs a "
+            "Hessian; only magnitude without these does not"
+        )
     pattern.check_shape(team.num_rows, weight.shape[1])
     with exact_arithmetic(weight.device):
         original = weight.detach()
@@ -159,39 +209,77 @@ def prune_rows(
             pruned = magnitude(original.to(torch.promote_types(original.dtype, torch.float32)), frozen, pattern, team)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
-        W = original.to(H.dtype)
-        if method == "magnitude":
-            updated, pruned = original, magnitude(W, frozen, pattern, team)
-        elif method == "wanda":
-            updated, pruned = original, wanda(W, input_norms(H), frozen, pattern, team)
-        else:
-            solve = thanos if method == "thanos" else sparsegpt
-            updated, pruned = _with_enough_damping(
-                lambda c: solve(W, c, frozen, pattern, block_size, team), H, damping, team
-            )
-        keep = ~pruned
-        result = zero_where(updated.to(original.dtype, copy=True), pruned)
-        if refine_steps > 0:
-            refined = refine(zero_where(updated.to(H.dtype, copy=True), pruned), W, H, keep, refine_steps)
-            result = better_rows(refined.to(original.dtype), result, original, H)
-        if not torch.isfinite(result).all():
+        result, keep, own_loss = _solve(original, H, frozen, pattern, options, team)
+        if not torch.isfinite(own_loss) and not torch.isfinite(result).all():
             raise NonFiniteError(
-                f"the pruned weights overflow {original.dtype}: raise damping (now {damping:g}), or keep the weights "
-                "in a wider dtype"
+                f"the pruned weights overflow {original.dtype}: raise damping (now {options.damping:g}), or keep the "
+                "weights in a wider dtype"
             )
-        own_losses = [row_losses(after, original, H).sum() for after in (result, torch.zeros_like(original))]
-        loss, dense = team.total(torch.stack(own_losses)).tolist()
+        own_dense = row_losses(torch.zeros_like(original), original, H).sum()
+        loss, dense = team.total(torch.stack([own_loss, own_dense])).tolist()
     return PrunedLayer(result, keep, loss, loss / dense if dense > 0 else math.inf if loss > 0 else 0.0)
 
 
+def _solve(
+    original: Float[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    options: SolverOptions,
+    team: RowTeam,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
+    """The weights of this member in their own dtype, the keep mask, and their loss."""
+    W = original.to(H.dtype)
+    factor = None
+    if options.method == "magnitude":
+        updated, pruned = original, magnitude(W, frozen, pattern, team)
+    elif options.method == "wanda":
+        updated, pruned = original, wanda(W, input_norms(H), frozen, pattern, team)
+    else:
+        (updated, pruned), factor = _with_enough_damping(
+            lambda curvature: (
+                sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
+                if options.method == "sparsegpt"
+                else thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
+            ),
+            H,
+            options.damping,
+            team,
+        )
+    keep = ~pruned
+    result = zero_where(updated.to(original.dtype, copy=True), pruned)
+    if options.sweeps == options.refine_steps == 0:
+        return result, keep, row_losses(result, original, H).sum()
+    improved, its_keep = zero_where(updated.to(H.dtype, copy=True), pruned), keep
+    if options.sweeps > 0:
+        improved, its_keep = sweep(improved, W, H, keep, frozen, pattern, options.sweeps)
+    if options.exchange_rounds > 0:
+        if factor is None:
+            _, factor = _with_enough_damping(lambda _: None, H, options.damping, team)
+        cost = exchange_cost(H, factor)
+        improved, its_keep = improve(
+            improved, W, H, its_keep, frozen, pattern, cost, options.exchange_rounds, options.refine_steps
+        )
+    elif options.refine_steps > 0:
+        improved, _ = refine(improved, W, H, its_keep, options.refine_steps)
+    candidate = improved.to(original.dtype)
+    better, losses = better_rows(candidate, result, original, H)
+    return torch.where(better, candidate, result), torch.where(better, its_keep, keep), losses.sum()
+
+
 def _with_enough_damping(
-    solve: Callable[[Curvature], tuple[Tensor, Tensor]], hessian: Tensor, damping: float, team: RowTeam
-) -> tuple[Tensor, Tensor]:
-    """``solve`` with the first damping of the ladder for which each factorisation succeeds, on all members."""
+    solve: Callable[[Curvature], T], hessian: Tensor, damping: float, team: RowTeam
+) -> tuple[T, Float[Tensor, "cols cols"]]:
+    """``solve`` with the first damping of the ladder for which each factorisation succeeds, on all members.
+
+    Returns:
+        What ``solve`` gave, and the factor it had.
+    """
     for attempt in damping_ladder(damping):
         try:
             with team.stage():
-                solution = solve(curvature(hessian, attempt))
+                found = curvature(hessian, attempt)
+                solution = solve(found)
         except FactorizationError as error:
             cause = error
             continue
@@ -199,30 +287,14 @@ def _with_enough_damping(
             warnings.warn(
                 f"the Hessian is not positive definite with damping={damping:g}; {attempt:g} was used: more "
                 "calibration tokens, or a higher damping, avoid this",
-                stacklevel=4,
+                stacklevel=5,
             )
-        return solution
+        return solution, found.factor
     raise FactorizationError(
         f"the Hessian is not positive definite, even with {max(damping, MAX_DAMPING):g} times the mean of its diagonal "
         f"added ({cause}). A second moment never is like that: accumulate it with HessianAccumulator, from finite "
         "inputs, without subtracting anything from it"
     ) from cause
-
-
-def check_settings(method: str, block_size: int, damping: float, refine_steps: int) -> None:
-    """Refuse what `prune` would refuse whatever the layer, so that callers can find out early.
-
-    Raises:
-        ValueError: Naming the argument and what it may be.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known: choose one of {', '.join(METHODS)}")
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size!r} is not positive: give the number of columns, such as 128")
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping={damping!r} is not a finite number >= 0: try 0.01")
-    if refine_steps < 0:
-        raise ValueError(f"refine_steps={refine_steps!r} is negative: give a number of steps, or 0 for none")
 
 
 def _check_tensors(weight: Tensor, hessian: Tensor | None, frozen: Tensor | None) -> None:
@@ -231,7 +303,7 @@ def _check_tensors(weight: Tensor, hessian: Tensor | None, frozen: Tensor | None
             f"weight of shape {tuple(weight.shape)} and dtype {weight.dtype} is not a non-empty floating-point matrix "
             "(out_features, in_features)"
         )
-    if not torch.isfinite(weight).all():
+    if not _is_finite(weight):
         raise NonFiniteError("the weight holds NaN or Inf: the training has diverged, or the checkpoint is broken")
     if frozen is not None:
         if frozen.dtype != torch.bool or frozen.shape != weight.shape:
@@ -249,14 +321,19 @@ def _check_tensors(weight: Tensor, hessian: Tensor | None, frozen: Tensor | None
             f"{tuple(weight.shape)}: it has to be a floating-point ({cols}, {cols})"
         )
     _check_device("hessian", hessian, weight)
-    if not torch.isfinite(hessian).all():
+    if not _is_finite(hessian):
         raise NonFiniteError(
             "the hessian holds NaN or Inf: an activation overflowed in the batches that it was made of"
         )
-    if (hessian - hessian.mT).abs().max() > 1e-3 * hessian.abs().max():
+    if not torch.equal(hessian, hessian.mT) and (hessian - hessian.mT).abs().max() > 1e-3 * hessian.abs().max():
         raise ValueError(
             "hessian is not symmetric: it has to be H = (2/T) Σ x xᵀ, as HessianAccumulator.compute() gives"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and infinities show in the extremes, which take a tenth of the time of isfinite on CPUs
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:

@@ -4,7 +4,8 @@ Legend (Hestenes and Stiefel, 1952; one system per row, all rows at once, diagon
     W0  (rows, cols)  weights before pruning
     W   (rows, cols)  weights after pruning; minimised over the kept ones: tr((W - W0) H (W - W0)ᵀ)
     H   (cols, cols)  undamped Hessian
-    R   (rows, cols)  minus half the gradient, zero where pruned
+    R   (rows, cols)  minus half the gradient: (W0 - W) H
+    Z   (rows, cols)  R, preconditioned, zero where pruned
     P   (rows, cols)  search directions, zero where pruned
 """
 
@@ -12,7 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.zeros import zero_where
+from thanos_lightning.solver.linalg import quadratic_forms
+from thanos_lightning.solver.zeros import clear_bits, kept_bits
+
+# Curvature along a direction, over that of a Hessian that is its diagonal, below which nothing of it is known: in eps.
+_FLAT = 100
 
 
 def refine(
@@ -21,10 +26,11 @@ def refine(
     hessian: Float[Tensor, "cols cols"],
     keep: Bool[Tensor, "rows cols"],
     steps: int,
-) -> Float[Tensor, "rows cols"]:
+) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, "rows cols"]]:
     """Take conjugate gradient steps on the kept weights.
 
-    In exact arithmetic no step raises the loss; at convergence rounding can, see ``better_rows``.
+    In exact arithmetic no step raises the loss; at convergence rounding can, see ``better_rows``. Directions along
+    which the Hessian is flat but for rounding are left alone.
 
     Args:
         weight: W, zero where not kept; not changed.
@@ -34,25 +40,32 @@ def refine(
         steps: Number of steps; each is one (rows, cols) by (cols, cols) product.
 
     Returns:
-        The new weights, zero where not kept.
+        The new weights, zero where not kept, and R for them.
     """
     diagonal = hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
-    correction = torch.zeros_like(weight)
-    pruned = ~keep
-    R = zero_where((original - weight) @ hessian, pruned)
-    P = R * preconditioner
-    slope = (R * P).sum(1, keepdim=True)
+    eps = torch.finfo(hessian.dtype).eps
+    kept = kept_bits(~keep)
+    W = weight.clone()
+    R = (original - weight) @ hessian
+    P = clear_bits(R * preconditioner, kept)
+    slope = _row_dots(R, P)
+    solved = slope * eps**2
+    curved, Z = torch.empty_like(P), torch.empty_like(P)
     for _ in range(steps):
-        curved = P @ hessian
-        step = _ratio(slope, (P * curved).sum(1, keepdim=True))
-        correction.addcmul_(P, step)
-        R.addcmul_(zero_where(curved, pruned), step, value=-1)
-        preconditioned = R * preconditioner
-        new_slope = (R * preconditioned).sum(1, keepdim=True)
-        P.mul_(_ratio(new_slope, slope)).add_(preconditioned)
+        torch.mm(P, hessian, out=curved)
+        curvature = _row_dots(P, curved)
+        # Where either is what rounding left of zero, a step could have any length
+        steep = (curvature > _FLAT * eps * _row_dots(P * diagonal, P)) & (slope > solved)
+        step = torch.where(steep, slope / curvature, 0)
+        W.addcmul_(P, step)
+        R.addcmul_(curved, step, value=-1)
+        clear_bits(torch.mul(R, preconditioner, out=Z), kept)
+        new_slope = _row_dots(R, Z)
+        # A row that took no step begins anew, along its gradient
+        P.mul_(torch.where(steep, new_slope / slope, 0)).add_(Z)
         slope = new_slope
-    return weight + correction
+    return W, R
 
 
 def better_rows(
@@ -60,13 +73,14 @@ def better_rows(
     current: Float[Tensor, "rows cols"],
     original: Float[Tensor, "rows cols"],
     hessian: Float[Tensor, "cols cols"],
-) -> Float[Tensor, "rows cols"]:
-    """Row by row, ``candidate`` where its loss is lower than that of ``current``.
+) -> tuple[Bool[Tensor, "rows 1"], Float[Tensor, " rows"]]:
+    """True for the rows in which ``candidate`` has a lower loss than ``current``, and the lower loss of each row.
 
     Compares the weights as given, so that rounding to a narrow dtype before the call is judged, too.
     """
-    better = row_losses(candidate, original, hessian) < row_losses(current, original, hessian)
-    return torch.where(better.unsqueeze(1), candidate, current)
+    challenger, holder = (row_losses(weight, original, hessian) for weight in (candidate, current))
+    better = challenger < holder
+    return better.unsqueeze(1), torch.where(better, challenger, holder)
 
 
 def row_losses(
@@ -74,9 +88,9 @@ def row_losses(
 ) -> Float[Tensor, " rows"]:
     """½ ΔW H ΔWᵀ of each row: its part of the mean over tokens of ‖ΔW x‖². In the dtype of the Hessian."""
     change = weight.to(hessian.dtype) - original.to(hessian.dtype)
-    return ((change @ hessian) * change).sum(1).clamp(min=0) / 2
+    return quadratic_forms(change, hessian).clamp(min=0) / 2
 
 
-def _ratio(numerator: Float[Tensor, "rows 1"], denominator: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-    # A row that has converged has 0/0; it stays where it is.
-    return torch.where(denominator > 0, numerator / denominator, 0)
+def _row_dots(left: Float[Tensor, "rows cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows 1"]:
+    products: Tensor = torch.linalg.vecdot(left, right)
+    return products.unsqueeze(1)

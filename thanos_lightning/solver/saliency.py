@@ -12,18 +12,42 @@ Scores, energies and frozen weights are those of the rows of one member of a tea
 of the whole layer.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from thanos_lightning.solver import native
+from thanos_lightning.solver.linalg import Curvature
 from thanos_lightning.solver.pattern import NM, Structured
 from thanos_lightning.solver.team import RowTeam
 
+SALIENCIES = ("wanda", "obs", "balanced")
 # A prime, so that a sample of a row-major matrix does not run down one column.
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17
+_SAMPLE = 2**12
 # Members of a team share histograms with 2**11 bins: three of them settle a float32.
 _DIGIT_BITS = 11
+
+
+def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tuple[int, Float[Tensor, " left"]]]:
+    """For each block of columns, where it starts, and for all columns from there on s_j, so that |W_ij| s_j scores.
+
+    s_j² is what a weight costs per square, see ``SolverOptions``. H is here that of the columns that are left.
+    """
+    U, norms = curvature.factor, curvature.norms
+    starts = range(0, len(U), block_size)
+    if saliency == "wanda":
+        yield from ((start, norms[start:]) for start in starts)
+        return
+    # [H[start:, start:]⁻¹]_jj = ‖U[start:, j]‖²: sums over the strips of U from the last to each
+    strips = torch.stack([U[start : start + block_size].square().sum(0) for start in starts])
+    roots = strips.flip(0).cumsum(0).flip(0).sqrt()
+    for start, root in zip(starts, roots, strict=True):
+        obs = torch.where(curvature.dead, 0, 1 / root)[start:]
+        yield start, obs if saliency == "obs" else (obs * norms[start:]).sqrt()
 
 
 def importance(W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
@@ -39,6 +63,31 @@ def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, 
         pivots: U_jj, the diagonal of the factor.
     """
     return (W / pivots).square()
+
+
+def lowest_weighted(
+    W: Float[Tensor, "rows cols"],
+    scale: Float[Tensor, " cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    count: int,
+    team: RowTeam,
+    width: int,
+) -> Bool[Tensor, "rows width"]:
+    """``lowest`` of the scores |W_ij| scale_j, -inf where frozen; on CPUs without computing all of them."""
+    cols = W.shape[1]
+    if 0 < count < W.numel() and len(team.rows) == 1 and W.numel() >= 4 * _SAMPLE and native.usable(W):
+        places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1)
+        row, column = places // cols, places % cols
+        sample = (W[row, column].abs() * scale[column]).masked_fill_(frozen[row, column], -torch.inf)
+        low, high = _brackets(sample.sort().values, count / W.numel())
+        below, inside = native.bracket(W, frozen, scale, float(low), float(high))
+        if below < count <= below + len(inside):
+            threshold = inside.kthvalue(count - below).values
+            block = importance(W[:, :width], scale[:width]).masked_fill_(frozen[:, :width], -torch.inf)
+            lower, tied = block < threshold, block == threshold
+            ties = count - below - int((inside < threshold).count_nonzero())
+            return lower | (tied & (tied.flatten().cumsum(0).view_as(tied) <= ties))
+    return lowest(importance(W, scale).masked_fill_(frozen, -torch.inf), count, team, width)
 
 
 def lowest(
@@ -77,15 +126,18 @@ def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Fl
     if team.num_rows * cols >= _SAMPLE_FROM:
         # As many from each member, so that the samples can be shared.
         sample = team.share(values[: min(team.rows) * cols : _SAMPLE_STRIDE]).flatten().sort().values
-        position = round(k / (team.num_rows * cols) * len(sample))
-        margin = round(2 * len(sample) ** 0.5) + 1
-        low = sample[max(0, position - margin)]
-        high = sample[min(len(sample) - 1, position + margin)]
+        low, high = _brackets(sample, k / (team.num_rows * cols))
         inside = (values >= low) & (values <= high)
         below, within = team.total(torch.stack([(values < low).count_nonzero(), inside.count_nonzero()])).tolist()
         if below < k <= below + within:
             values, k = values[inside], k - below
     return values.kthvalue(k).values if len(team.rows) == 1 else _kth_lowest_by_digits(values, k, team)
+
+
+def _brackets(sample: Float[Tensor, " n"], share: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Values of a sorted sample between which the value lies, most likely, that is above this share of all."""
+    position, margin = round(share * len(sample)), round(2 * len(sample) ** 0.5) + 1
+    return sample[max(0, position - margin)], sample[min(len(sample) - 1, position + margin)]
 
 
 def _kth_lowest_by_digits(values: Float[Tensor, " n"], k: int, team: RowTeam) -> Float[Tensor, ""]:
@@ -155,6 +207,8 @@ def lowest_in_groups(
         sparse_rows: True for rows that follow the pattern, see ``choose_sparse_rows``.
         pattern: n:m.
     """
+    if native.usable(scores):
+        return (native.lowest_in_groups(scores, pattern.m, pattern.m - pattern.n) & sparse_rows) | frozen
     grouped = scores.reshape(len(scores), -1, pattern.m)
     order = grouped.argsort(dim=-1, stable=True)[..., : pattern.m - pattern.n]
     chosen = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order, True)

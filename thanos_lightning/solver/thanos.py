@@ -15,7 +15,14 @@ from torch import Tensor
 
 from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
 from thanos_lightning.solver.pattern import NM, Pattern, Structured
-from thanos_lightning.solver.saliency import choose_regular, choose_sparse_rows, importance, lowest, lowest_in_groups
+from thanos_lightning.solver.saliency import (
+    choose_regular,
+    choose_sparse_rows,
+    importance,
+    lowest_in_groups,
+    lowest_weighted,
+    scales,
+)
 from thanos_lightning.solver.team import RowTeam
 from thanos_lightning.solver.zeros import zero_where
 
@@ -27,6 +34,7 @@ def thanos(
     pattern: Pattern,
     block_size: int,
     team: RowTeam,
+    saliency: str = "wanda",
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by the paper's algorithm.
 
@@ -37,6 +45,7 @@ def thanos(
         pattern: The pattern. Structured prunes all its columns in one block as wide as the layer.
         block_size: Columns pruned jointly; n:m rounds it up to whole groups.
         team: Who has the other rows.
+        saliency: What unstructured and n:m choices go by, see ``scales``.
 
     Returns:
         The new weights and the choice, True = pruned.
@@ -56,15 +65,16 @@ def thanos(
         block_size += -block_size % pattern.m
     budget = max(pattern.num_pruned(team.num_rows, cols), int(team.total(frozen.sum())))
     pruned = torch.zeros_like(frozen)
-    for start in range(0, cols, block_size):
+    for start, scale in scales(saliency, curvature, block_size):
         block = slice(start, min(start + block_size, cols))
         if isinstance(pattern, NM):
-            scores = importance(W[:, block], curvature.norms[block]).masked_fill_(frozen[:, block], -torch.inf)
+            scores = importance(W[:, block], scale[: block.stop - start]).masked_fill_(frozen[:, block], -torch.inf)
             pruned[:, block] = lowest_in_groups(scores, frozen[:, block], sparse_rows, pattern)
         else:
             # All that is left competes for what is left of the budget; the block takes its part of the choice.
-            scores = importance(W[:, start:], curvature.norms[start:]).masked_fill_(frozen[:, start:], -torch.inf)
-            pruned[:, block] = lowest(scores, budget, team, width=block.stop - start)
+            pruned[:, block] = lowest_weighted(
+                W[:, start:], scale, frozen[:, start:], budget, team, width=block.stop - start
+            )
             budget -= int(team.total(pruned[:, block].sum()))
         _prune_block(W, curvature.factor, start, pruned[:, block])
     return W, pruned

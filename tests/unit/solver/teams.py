@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.solver import Pattern, PrunedLayer
-from thanos_lightning.solver.layer import prune_rows
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.solver.team import AgreeingTeam, RowTeam, split_rows
 
@@ -81,12 +81,12 @@ def prune_together(
     **options: Any,
 ) -> PrunedLayer | list[Any]:
     """The layer as so many members prune it, or what each of them got if one failed."""
-    settings: dict[str, Any] = {"method": "thanos", "block_size": 128, "damping": 0.01, "refine_steps": 0, **options}
+    settings = SolverOptions(**options)
 
     def work(team: RowTeam) -> PrunedLayer:
         own = team.own_rows
         own_frozen = None if frozen is None else frozen[own]
-        return prune_rows(weight[own], hessian, pattern, frozen=own_frozen, team=team, **settings)
+        return prune_rows(weight[own], hessian, pattern, settings, own_frozen, team)
 
     parts = outcomes(split_rows(len(weight), members), work, faults)
     if not all(isinstance(part, PrunedLayer) for part in parts):

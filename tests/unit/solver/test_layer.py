@@ -254,6 +254,10 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
     ("arguments", "message"),
     [
         ({"method": "obs"}, "method='obs' is not known: choose one of thanos"),
+        ({"saliency": "magnitude"}, "saliency='magnitude' is not known: choose one of wanda, obs, balanced"),
+        ({"sweeps": -1}, "sweeps=-1 is negative"),
+        ({"exchange_rounds": -1}, "exchange_rounds=-1 is negative"),
+        ({"exchange_rounds": 2}, "exchange_rounds=2 needs weights that adapt: give refine_steps"),
         ({"block_size": 0}, "block_size=0"),
         ({"damping": -0.1}, "damping=-0.1"),
         ({"damping": math.nan}, "damping=nan"),

@@ -12,8 +12,9 @@ from thanos_lightning.solver.refine import better_rows, refine, row_losses
 def test_many_steps_reach_the_optimum_of_the_mask():
     weight, H = layer(6, 12)
     keep = prune(weight, H, Unstructured(0.5)).mask
-    refined = refine(weight.double() * keep, weight.double(), H, keep, steps=60)
+    refined, residual = refine(weight.double() * keep, weight.double(), H, keep, steps=60)
     torch.testing.assert_close(refined, optimum(weight, H, keep))
+    torch.testing.assert_close(residual, (weight.double() - refined) @ H)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -64,10 +65,12 @@ def test_better_rows_chooses_row_by_row():
     original = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
     worse_then_better = torch.tensor([[0.0, 0.0], [1.0, 0.5]])
     current = torch.tensor([[0.5, 1.0], [0.0, 0.0]])
-    chosen = better_rows(worse_then_better, current, original, torch.eye(2))
-    assert chosen.tolist() == [[0.5, 1.0], [1.0, 0.5]]
-    nothing = better_rows(torch.full((2, 2), torch.nan), current, original, torch.eye(2))
-    assert torch.equal(nothing, current)
+    better, losses = better_rows(worse_then_better, current, original, torch.eye(2))
+    assert better.tolist() == [[False], [True]]
+    assert losses.tolist() == [0.125, 0.125]
+    better, losses = better_rows(torch.full((2, 2), torch.nan), current, original, torch.eye(2))
+    assert better.tolist() == [[False], [False]]
+    assert losses.tolist() == [0.125, 1.0]
 
 
 def test_row_losses_are_means_over_tokens():

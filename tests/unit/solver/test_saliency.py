@@ -1,9 +1,14 @@
+import pytest
 import torch
+from cases import layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import damped
 
 from thanos_lightning.solver import NM, Structured
+from thanos_lightning.solver.linalg import curvature
 from thanos_lightning.solver.saliency import (
+    SALIENCIES,
     choose_sparse_rows,
     conditional_importance,
     importance,
@@ -11,6 +16,7 @@ from thanos_lightning.solver.saliency import (
     lowest_columns,
     lowest_in_groups,
     lowest_per_row,
+    scales,
 )
 from thanos_lightning.solver.team import Alone
 
@@ -112,3 +118,21 @@ def test_scores():
     W = torch.tensor([[-2.0, 3.0]])
     assert importance(W, torch.tensor([2.0, 0.5])).tolist() == [[4.0, 1.5]]
     assert conditional_importance(W, torch.tensor([2.0, 0.5])).tolist() == [[1.0, 36.0]]
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 8, 100])
+def test_what_a_weight_costs(block_size):
+    """Against the inverse of what is left, the first time a column is scored and later."""
+    _, H = layer(1, 24)
+    H[7] = H[:, 7] = 0
+    known = curvature(H, 0.01)
+    alive = ~known.dead
+    by_saliency = {name: dict(scales(name, known, block_size)) for name in SALIENCIES}
+    assert list(by_saliency["obs"]) == list(range(0, 24, block_size))
+    for start, wanda in by_saliency["wanda"].items():
+        torch.testing.assert_close(wanda, known.norms[start:])
+        inverse = torch.linalg.inv(damped(H, 0.01)[start:, start:]).diagonal()
+        obs = by_saliency["obs"][start]
+        torch.testing.assert_close(obs[alive[start:]], inverse.rsqrt()[alive[start:]])
+        torch.testing.assert_close(by_saliency["balanced"][start].square(), obs * wanda)
+        assert not obs[~alive[start:]].any()

@@ -20,8 +20,8 @@ from thanos_lightning.solver import (
     Unstructured,
     prune,
 )
-from thanos_lightning.solver.layer import prune_rows
-from thanos_lightning.solver.saliency import _kth_lowest_by_digits, lowest
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
+from thanos_lightning.solver.saliency import SALIENCIES, _kth_lowest_by_digits, lowest
 from thanos_lightning.solver.team import Alone, TeammateError, split_rows
 
 property_based = settings(deadline=None, derandomize=True)
@@ -49,6 +49,8 @@ def test_a_team_prunes_as_one_process_does(data, method, pattern, members, refin
     rows, cols = data.draw(st.integers(members, 13)), 4 * data.draw(st.integers(1, 6))
     weight, H = layer(rows, cols, seed)
     options = {"method": method, "block_size": data.draw(st.integers(1, 30)), "refine_steps": refine_steps}
+    options |= {"saliency": data.draw(st.sampled_from(SALIENCIES)), "sweeps": data.draw(st.integers(0, 1))}
+    options |= {"exchange_rounds": data.draw(st.integers(0, 2)) if refine_steps > 0 else 0}
     density = data.draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
     frozen = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
     for given_frozen in (None, frozen):
@@ -116,8 +118,8 @@ def shares_of(method: str, pattern: Pattern) -> int:
 
     def work(team: ThreadTeam) -> None:
         nonlocal number
-        arguments = {"method": method, "block_size": 4, "damping": 0.01, "frozen": None, "refine_steps": 1}
-        prune_rows(weight[team.own_rows], H, pattern, team=team, **arguments)
+        options = SolverOptions(method, block_size=4, refine_steps=1)
+        prune_rows(weight[team.own_rows], H, pattern, options, None, team)
         number = team.shared
 
     assert outcomes(split_rows(7, 3), work) == [None] * 3

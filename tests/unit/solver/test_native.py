@@ -1,0 +1,211 @@
+"""The C code against the torch code that it stands for, and how it is built."""
+
+import multiprocessing
+import subprocess
+import warnings
+
+import pytest
+import torch
+from cases import METHODS, PATTERNS, layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thanos_lightning.solver import NM, FactorizationError, Unstructured, native, prune
+from thanos_lightning.solver.exchange import exchange
+from thanos_lightning.solver.linalg import solve_subsets
+from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowest_weighted
+from thanos_lightning.solver.team import Alone
+
+property_based = settings(deadline=None, derandomize=True, max_examples=80)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """As in a new process of a user whose cache is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path / "thanos_lightning"
+    native.library.cache_clear()
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def in_torch(function, *arguments, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        return function(*arguments, **options)
+
+
+def test_it_is_built_here():
+    assert native.usable(torch.ones(1))
+    assert not native.usable(torch.ones(1, dtype=torch.float64))
+    assert not native.usable(torch.ones(1, device="meta"))
+
+
+@property_based
+@given(st.integers(1, 40), st.integers(1, 70), st.floats(0, 1), st.integers(0, 9))
+def test_solve_subsets(rows, n, density, seed):
+    matrix = layer(1, n, seed)[1].float() + torch.eye(n)
+    members = torch.rand(rows, n, generator=generator(seed)) < density
+    rhs = torch.randn(rows, n, generator=generator(seed))
+    solutions = solve_subsets(matrix, members, rhs)
+    assert not solutions[~members].any()
+    torch.testing.assert_close(solutions, in_torch(solve_subsets, matrix, members, rhs), rtol=1e-4, atol=1e-5)
+    for row, its in enumerate(members):
+        torch.testing.assert_close(matrix[its][:, its] @ solutions[row, its], rhs[row, its], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, 0.0])
+@pytest.mark.parametrize("row", [0, 16, 30])
+def test_a_system_that_is_not_positive_is_noticed(bad, row):
+    matrix = torch.eye(9)
+    matrix[5, 5] = bad
+    members = torch.ones(31, 9, dtype=torch.bool)
+    members[:, 5] = False
+    solve_subsets(matrix, members, torch.ones(31, 9))
+    members[row, 5] = True
+    with pytest.raises(FactorizationError):
+        solve_subsets(matrix, members, torch.ones(31, 9))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_threads_share_the_rows(threads):
+    before = torch.get_num_threads()
+    weight, H = layer(37, 32)
+    expected = prune(weight, H.float(), Unstructured(0.5), sweeps=2)
+    torch.set_num_threads(threads)
+    try:
+        again = prune(weight, H.float(), Unstructured(0.5), sweeps=2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(again.mask, expected.mask)
+    torch.testing.assert_close(again.weight, expected.weight)
+
+
+@property_based
+@given(st.integers(1, 30), st.integers(1, 40), st.floats(0, 1), st.integers(0, 9))
+def test_bracket(rows, cols, frozen_share, seed):
+    W = torch.randn(rows, cols + 3, generator=generator(seed))[:, 3:]  # rows that are not side by side
+    scale = torch.rand(cols, generator=generator(seed))
+    frozen = torch.rand(rows, cols, generator=generator(seed + 1)) < frozen_share
+    scores = importance(W, scale).masked_fill(frozen, -torch.inf)
+    low, high = scores.flatten()[:2].aminmax() if scores.numel() > 1 else (scores.min(), scores.max())
+    below, inside = native.bracket(W, frozen, scale, float(low), float(high))
+    assert below == (scores < low).sum()
+    assert torch.equal(inside.sort().values, scores[(scores >= low) & (scores <= high)].sort().values)
+
+
+@settings(property_based, max_examples=30)
+@given(st.integers(1, 3), st.floats(0, 1), st.sampled_from([0.0, 0.2, 0.9]), st.integers(0, 9))
+def test_lowest_weighted(levels, share, frozen_share, seed):
+    """Large enough for the C code, with few different scores: many ties."""
+    W = torch.randint(-levels, levels + 1, (130, 140), generator=generator(seed)).float()
+    scale = torch.randint(1, 3, (140,), generator=generator(seed)).float()
+    frozen = torch.rand(130, 140, generator=generator(seed)) < frozen_share
+    count = int(frozen.sum()) + round(share * int((~frozen).sum()))
+    arguments = (W, scale, frozen, count, Alone(130))
+    chosen = lowest_weighted(*arguments, width=140)
+    assert chosen.sum() == count
+    assert torch.equal(chosen, in_torch(lowest_weighted, *arguments, width=140))
+    assert torch.equal(lowest_weighted(*arguments, width=9), in_torch(lowest_weighted, *arguments, width=9))
+
+
+@property_based
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 7)]), st.integers(0, 9))
+def test_lowest_in_groups(rows, groups, nm, seed):
+    pattern = NM(*nm)
+    scores = torch.randint(0, 4, (rows, groups * pattern.m), generator=generator(seed)).float()
+    frozen = torch.rand(scores.shape, generator=generator(seed)) < 0.2
+    sparse_rows = torch.rand(rows, 1, generator=generator(seed)) < 0.8
+    arguments = (scores.masked_fill(frozen, -torch.inf), frozen, sparse_rows, pattern)
+    assert torch.equal(lowest_in_groups(*arguments), in_torch(lowest_in_groups, *arguments))
+
+
+@property_based
+@given(st.integers(1, 9), st.integers(1, 90), st.sampled_from([Unstructured(0.5), NM(1, 3)]), st.integers(0, 9))
+def test_exchange(rows, cols, pattern, seed):
+    cols *= 3
+    W, R = torch.randn(2, rows, cols, generator=generator(seed))
+    keep, frozen = torch.rand(2, rows, cols, generator=generator(seed)) < 0.5
+    keep &= ~frozen
+    cost, caution = torch.rand(cols, generator=generator(seed)), torch.rand(rows, 1, generator=generator(seed)) + 0.5
+    cost[::5] = 0
+    for scattered in (False, True):
+        arguments = (W * keep, R, keep, frozen, cost, caution, pattern, scattered)
+        assert torch.equal(exchange(*arguments), in_torch(exchange, *arguments))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_is_pruned_as_in_torch(method, pattern):
+    weight, H = layer(150, 128)
+    options = {"method": method, "block_size": 64, "sweeps": 2, "refine_steps": 2, "exchange_rounds": 2}
+    compiled = prune(weight, H.float(), pattern, **options)
+    plain = in_torch(prune, weight, H.float(), pattern, **options)
+    assert compiled.mask.sum() == plain.mask.sum()
+    assert (compiled.mask == plain.mask).float().mean() > 0.999
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-3)
+
+
+# How it is built
+
+
+def test_it_is_built_once(fresh):
+    assert native.usable(torch.ones(1))
+    (built,) = fresh.iterdir()
+    changed = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.usable(torch.ones(1))
+    assert [*fresh.iterdir()] == [built]
+    assert built.stat().st_mtime_ns == changed
+
+
+def test_another_cpu_has_a_library_of_its_own(fresh, monkeypatch):
+    assert native.usable(torch.ones(1))
+    monkeypatch.setattr(native, "_cpu", lambda: "another")
+    native.library.cache_clear()
+    assert native.usable(torch.ones(1))
+    assert len([*fresh.iterdir()]) == 2
+
+
+def _solve_in_a_new_process(folder: str) -> float:
+    import os
+
+    os.environ["XDG_CACHE_HOME"] = folder
+    return float(solve_subsets(torch.eye(2) * 2, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2)).sum())
+
+
+def test_processes_may_build_it_at_the_same_time(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(_solve_in_a_new_process, [str(tmp_path)] * 2) == pytest.approx([1.0, 1.0])
+    assert len([*(tmp_path / "thanos_lightning").glob("*.so")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"), [("/nowhere/cc", "No such file or directory: '/nowhere/cc'"), ("false", "false says")]
+)
+def test_without_a_compiler_the_torch_code_does_it_and_says_so(fresh, monkeypatch, compiler, words):
+    monkeypatch.setenv("CC", compiler)
+    weight, H = layer(9, 16)
+    with pytest.warns(UserWarning, match=f"can't be built.*{words}.*Install a C compiler"):
+        slow = prune(weight, H.float(), NM(2, 4), sweeps=1)
+    assert NM(2, 4).violations(slow.mask) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        prune(weight, H.float(), NM(2, 4), sweeps=1)
+
+
+def test_an_optimisation_that_a_compiler_lacks_is_left_out(fresh, monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nfor flag in "$@"; do [ "$flag" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.usable(torch.ones(1))
+
+
+def test_it_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "0")
+    monkeypatch.setattr(subprocess, "run", None)
+    assert not native.usable(torch.ones(1))

@@ -1,0 +1,192 @@
+"""The solver's C code, for what torch does slowly on CPUs: built at its first use by the machine's own compiler.
+
+Only CPUs use it, and none needs it: where there is no compiler, the same is done in torch, several times slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+SWITCH = "THANOS_LIGHTNING_NATIVE"
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILE_SECONDS = 120
+# Apple's compiler knows no -fopenmp: one thread there
+_FLAGS = [["-O3", "-march=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"]]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C code, or None where it can't be had, with a warning, or is not wanted: ``THANOS_LIGHTNING_NATIVE=0``."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"the solver's C code can't be built ({' '.join(str(error).split())}): pruning on the CPU will take "
+            f"several times as long. Install a C compiler (gcc or clang), or set {SWITCH}=0 to do without it",
+            stacklevel=2,
+        )
+        return None
+    pointer, number, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    matrix = (pointer, number)  # and its stride
+    loaded.thanos_solve_subsets.restype = number
+    loaded.thanos_solve_subsets.argtypes = [pointer, number, *[pointer] * 4, number, number, threads]
+    loaded.thanos_bracket.restype = number
+    loaded.thanos_bracket.argtypes = [*matrix, *matrix, pointer, number, number, real, real, *[pointer] * 3, threads]
+    loaded.thanos_exchange.restype = None
+    loaded.thanos_exchange.argtypes = [*matrix, *matrix, *matrix, *matrix, pointer, pointer, *[number] * 5, threads]
+    loaded.thanos_lowest_in_groups.restype = None
+    loaded.thanos_lowest_in_groups.argtypes = [pointer, number, number, number, pointer, threads]
+    return loaded
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the C code is for this tensor: float32 on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and library() is not None
+
+
+def _loaded() -> ctypes.CDLL:
+    native = library()
+    assert native is not None, "call it for tensors that are usable"
+    return native
+
+
+def _rows_of(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A matrix whose rows are contiguous, which has to outlive the call, and how the C code finds them."""
+    if matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    return matrix, (matrix.data_ptr(), matrix.stride(0))
+
+
+def solve_subsets(
+    matrix: Float[Tensor, "n n"],
+    members: Bool[Tensor, "rows n"],
+    rhs: Float[Tensor, "rows n"],
+    order: Int64[Tensor, " rows"],
+    largest: int,
+) -> tuple[Float[Tensor, "rows n"], int]:
+    """As ``linalg.solve_subsets``, for tensors that are ``usable``.
+
+    Args:
+        matrix: Symmetric positive definite.
+        members: The sets.
+        rhs: Right-hand sides.
+        order: All rows, those with sets of similar size side by side.
+        largest: Size of the largest set.
+
+    Returns:
+        The solutions, and how many pivots were not positive; the solutions are worth nothing unless that is 0.
+
+    Raises:
+        MemoryError: If a thread lacks the memory for the systems that it interleaves.
+    """
+    n = len(matrix)
+    extended = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+    members, rhs, order = members.contiguous(), rhs.contiguous(), order.contiguous()
+    solution = torch.zeros_like(rhs)
+    tensors = (members, rhs, solution, order)
+    failed: int = _loaded().thanos_solve_subsets(
+        extended.data_ptr(), n, *(one.data_ptr() for one in tensors), len(order), largest, torch.get_num_threads()
+    )
+    if failed < 0:
+        raise MemoryError(f"no memory to solve for {largest} weights a row: choose a smaller block_size")
+    return solution, failed
+
+
+def bracket(
+    W: Float[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"] | None,
+    scale: Float[Tensor, " cols"],
+    low: float,
+    high: float,
+) -> tuple[int, Float[Tensor, " inside"]]:
+    """Of the scores |W_ij| scale_j, -inf where frozen: how many are below ``low``, and those from there to ``high``."""
+    rows, cols = W.shape
+    threads = torch.get_num_threads()
+    W, weights = _rows_of(W)
+    scale = scale.contiguous()
+    frozen, zeros = (None, (None, 0)) if frozen is None else _rows_of(frozen)
+    first = torch.arange(threads + 1) * rows // threads
+    found = torch.zeros(threads, dtype=torch.int64)
+    inside = torch.empty(rows * cols)  # of which only what is found is touched
+    below: int = _loaded().thanos_bracket(
+        *weights, *zeros, scale.data_ptr(), rows, cols, low, high, inside.data_ptr(), first.data_ptr(),
+        found.data_ptr(), threads,
+    )  # fmt: skip
+    parts = [inside[row * cols :][:count] for row, count in zip(first.tolist(), found.tolist(), strict=False)]
+    return below, torch.cat(parts)
+
+
+def lowest_in_groups(scores: Float[Tensor, "rows cols"], width: int, count: int) -> Bool[Tensor, "rows cols"]:
+    """True for the ``count`` lowest of every ``width`` consecutive scores, the first of equal ones first."""
+    scores = scores.contiguous()
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    _loaded().thanos_lowest_in_groups(
+        scores.data_ptr(), scores.numel() // width, width, count, chosen.data_ptr(), torch.get_num_threads()
+    )
+    return chosen
+
+
+def exchange(
+    W: Float[Tensor, "rows cols"],
+    R: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    cost: Float[Tensor, " cols"],
+    caution: Float[Tensor, "rows 1"],
+    width: int,
+    scattered: bool,
+) -> Bool[Tensor, "rows cols"]:
+    """The new mask of ``exchange.exchange``, for columns that groups of ``width`` divide."""
+    rows, cols = W.shape
+    groups = cols // width
+    (W, weights), (R, residuals), (frozen, zeros) = (_rows_of(one) for one in (W, R, frozen))
+    result = keep.clone(memory_format=torch.contiguous_format)
+    cost, caution = cost.contiguous(), caution.contiguous()
+    between, within = (1, groups) if scattered else (width, 1)
+    _loaded().thanos_exchange(
+        *weights, *residuals, *zeros, result.data_ptr(), cols, cost.data_ptr(), caution.data_ptr(), rows, groups, width,
+        between, within, torch.get_num_threads(),
+    )  # fmt: skip
+    return result
+
+
+def _built() -> Path:
+    """The shared library for this source and this CPU, built if it isn't there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
+    library = cache / f"native-{hashlib.sha256(_SOURCE.read_bytes() + _cpu().encode()).hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "native.so"
+        for flags in _FLAGS:
+            command = [os.environ.get("CC", "cc"), *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE)]
+            made = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+            if made.returncode == 0:
+                built.replace(library)  # at once: other processes may be looking for it
+                return library
+    raise OSError(f"{command[0]} says: {made.stderr}")
+
+
+def _cpu() -> str:
+    """What -march=native depends on: machines of different kinds may have one home folder."""
+    told = f"{sys.platform} {platform.machine()} {platform.processor()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        told += "".join(
+            line for line in cpuinfo.read_text().splitlines()[:40] if line.startswith(("flags", "Features"))
+        )
+    return told
