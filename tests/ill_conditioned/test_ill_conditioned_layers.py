@@ -1,0 +1,93 @@
+"""Thanos on layers whose Hessians are near singular or badly scaled, at the default damping and at none."""
+
+import pytest
+import torch
+from hessians import FAMILIES, TASKS, WIDEST, energy, layer, thanos
+from reference import damped
+
+from thanos_lightning.solver import prune
+
+families = pytest.mark.parametrize("family", [*FAMILIES, WIDEST])
+tasks = pytest.mark.parametrize("task", TASKS)
+refinement = pytest.mark.parametrize("refine_steps", [0, 10])
+# Layers of 8 x 16 are one block, whatever its size.
+small_families = pytest.mark.parametrize("family", [*FAMILIES, "one input times 1e6"])
+patterns = pytest.mark.parametrize("pattern", dict.fromkeys(pattern for pattern, _ in TASKS.values()), ids=str)
+
+
+@families
+@tasks
+@refinement
+def test_the_weights_are_finite(family, task, refine_steps):
+    assert torch.isfinite(thanos(family, task, refine_steps).weight).all()
+
+
+@families
+@tasks
+@refinement
+def test_the_sparsity_is_exact_and_the_pattern_holds(family, task, refine_steps):
+    pattern, result = TASKS[task][0], thanos(family, task, refine_steps)
+    assert int((~result.mask).sum()) == pattern.num_pruned(*result.mask.shape)
+    assert pattern.violations(result.mask) == 0
+    # Of what the mask keeps, only the weights of dead inputs are zero.
+    alive = layer(family).inputs.any(0)
+    assert torch.equal(result.weight != 0, result.mask & alive)
+
+
+@families
+@tasks
+@refinement
+def test_the_loss_is_not_higher_than_that_of_wanda(family, task, refine_steps):
+    weight, _, H = layer(family)
+    wanda = prune(weight, H, TASKS[task][0], method="wanda")
+    assert thanos(family, task, refine_steps).loss <= wanda.loss
+
+
+@small_families
+@patterns
+def test_small_layers_lose_more_than_by_wanda_only_where_next_to_nothing_is_lost(family, pattern):
+    """Thanos minimises the damped loss; where inputs differ by many orders, the damping outweighs most of them.
+
+    Of 900 layers of 8 x 16 (300 of each pattern) whose inputs range from 1e-6 to 1e6, 15 to 20 lose more than by Wanda,
+    at most 1.09 times as much, and 9 where one input is 1e6 times the others, at most 1.19 times; then Wanda, too,
+    loses less than 1e-11 of the layer's energy. Below 1e-15 it is rounding: in float64, Thanos loses less.
+    """
+    for seed in range(6):
+        weight, _, H = layer(family, 8, 16, seed)
+        wanda, result = prune(weight, H, pattern, method="wanda"), prune(weight, H, pattern)
+        slack = 1.25 if wanda.relative_loss < 1e-10 else 1.0
+        assert result.relative_loss <= max(slack * wanda.relative_loss, 1e-15)
+
+
+@small_families
+@patterns
+def test_for_the_mask_of_wanda_the_damped_loss_is_never_higher(family, pattern):
+    """What Thanos promises exactly, and why the undamped loss can be higher."""
+    for seed in range(6):
+        (weight, H), alive = layer(family, 8, 16, seed).in_float64(), layer(family, 8, 16, seed).inputs.any(0)
+        wanda = prune(weight, H, pattern, method="wanda")
+        result = prune(weight, H, pattern, frozen=~wanda.mask)
+        assert torch.equal(result.mask, wanda.mask)
+        D = damped(H, 0.01)[alive][:, alive]
+        changes = ((after.weight - weight)[:, alive] for after in (result, wanda))
+        losses = [((change @ D) * change).sum() for change in changes]
+        assert losses[0] <= losses[1] * (1 + 1e-9)
+
+
+@families
+@tasks
+def test_the_loss_is_what_the_tokens_say(family, task):
+    weight, inputs, _ = layer(family)
+    result, dense = thanos(family, task, 0), energy(weight, inputs)
+    lost = energy(result.weight.double() - weight.double(), inputs)
+    assert result.loss / dense == pytest.approx(lost / dense, rel=1e-3, abs=torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@tasks
+@pytest.mark.filterwarnings("ignore:the Hessian is not positive definite")
+def test_without_damping_the_weights_are_finite_and_the_sparsity_is_exact(family, task):
+    pattern, result = TASKS[task][0], thanos(family, task, 0, damping=0.0)
+    assert torch.isfinite(result.weight).all()
+    assert int((~result.mask).sum()) == pattern.num_pruned(*result.mask.shape)
+    assert pattern.violations(result.weight != 0) == 0
