@@ -35,6 +35,7 @@ from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
+from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
 RECOMMENDED: dict[str, Any] = {"method": "thanos", "saliency": "balanced", "sweeps": 3}
@@ -297,7 +298,7 @@ def prune_model(
         RuntimeError: As `check_zeros`.
     """
     settings, outcome = METHODS[name], Outcome()
-    needs_hessian = settings["method"] != "magnitude" or settings.get("refine_steps", 0) > 0
+    needs_hessian = SolverOptions(**settings).needs_statistics
     hidden = list(embedded)
     for index, layer in enumerate(track(layers, description=name, console=console)):
         accumulators: Mapping[str, HessianAccumulator] = {}

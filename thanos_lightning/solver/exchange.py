@@ -54,6 +54,7 @@ def improve(
     if isinstance(pattern, Structured):
         return W, keep
     losses = _row_losses(W, original, R)
+    keep = keep.clone()
     caution = W.new_full((len(W), 1), _CAUTION)
     for number in range(rounds):
         tried = exchange(W, R, keep, frozen, cost, caution, pattern, scattered=number % 2 == 1)
@@ -62,7 +63,8 @@ def improve(
         better = its_losses < losses
         losses = torch.where(better, its_losses, losses)
         better = better.unsqueeze(1)
-        W, R, keep = (torch.where(better, new, old) for new, old in ((challenger, W), (its_R, R), (tried, keep)))
+        for new, old in ((challenger, W), (its_R, R), (tried, keep)):
+            torch.where(better, new, old, out=old)
         caution *= torch.where(better, _CALMER, _MORE_CAREFUL)
     return W, keep
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +33,8 @@ from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
 T = TypeVar("T")
+# Weights whose mask and values are improved together: 16 MiB, of which that takes some ten times as much.
+_IMPROVED_AT_A_TIME = 2**22
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 
 
@@ -89,6 +91,26 @@ class SolverOptions:
         """Whether a layer can't be pruned without having seen its inputs."""
         return self.method != "magnitude" or self.sweeps > 0 or self.refine_steps > 0
 
+    def peak_bytes(self, rows: int, cols: int) -> int:
+        """About how much memory a float32 layer takes to be pruned, beside its weight and Hessian, on a CPU.
+
+        With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
+        5.2); and 2 cb + k min(cb, 2²²) to improve, with k = 6 for sweeps, 7.5 for refinement and 16 for exchanges. In
+        numbers of four bytes. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+
+        Example:
+            >>> from thanos_lightning.solver.layer import SolverOptions
+            >>> SolverOptions().peak_bytes(2048, 2048) // 2**20
+            83
+        """
+        size = rows * cols
+        numbers = [0.0]
+        if self.method in ("thanos", "sparsegpt"):
+            numbers += [4.6 * cols**2, cols**2 + (4.2 if self.method == "thanos" else 5.2) * size]
+        kinds = ((self.sweeps, 6.0), (self.refine_steps, 7.5), (self.exchange_rounds, 16.0))
+        numbers += [2 * size + each * min(size, _IMPROVED_AT_A_TIME) for number, each in kinds if number > 0]
+        return round(4 * max(numbers))
+
 
 @dataclass(frozen=True)
 class PrunedLayer:
@@ -127,6 +149,10 @@ def prune(
     All is computed in float32 whatever the weight's dtype (float64 where the Hessian is float64), without autocast and
     TF32. Weights of inputs that were always zero become zero under "thanos" and "sparsegpt", also where the mask keeps
     them. Where the damped Hessian is not positive definite, ten times the damping is tried, up to 1.0, with a warning.
+
+    In float32 the weights are within 1e-3 of those in float64, for the same mask, where the damped Hessian has a
+    condition number up to 1e4; up to 1e6 the error stays below that number times 1.2e-7. Masks differ where scores
+    nearly tie: in a few of 10,000 entries at 1e4. ``SolverOptions.peak_bytes`` says what memory it takes.
 
     Args:
         weight: (out_features, in_features), any floating dtype, finite.
@@ -229,42 +255,81 @@ def _solve(
     team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
     """The weights of this member in their own dtype, the keep mask, and their loss."""
-    W = original.to(H.dtype)
-    factor = None
-    if options.method == "magnitude":
-        updated, pruned = original, magnitude(W, frozen, pattern, team)
-    elif options.method == "wanda":
-        updated, pruned = original, wanda(W, input_norms(H), frozen, pattern, team)
-    else:
-        (updated, pruned), factor = _with_enough_damping(
-            lambda curvature: (
-                sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
-                if options.method == "sparsegpt"
-                else thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
-            ),
-            H,
-            options.damping,
-            team,
-        )
-    keep = ~pruned
-    result = zero_where(updated.to(original.dtype, copy=True), pruned)
+    result, keep, factor = _by_method(original, H, frozen, pattern, options, team)
     if options.sweeps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
-    improved, its_keep = zero_where(updated.to(H.dtype, copy=True), pruned), keep
-    if options.sweeps > 0:
-        improved, its_keep = sweep(improved, W, H, keep, frozen, pattern, options.sweeps)
+    cost = None
     if options.exchange_rounds > 0:
         if factor is None:
             _, factor = _with_enough_damping(lambda _: None, H, options.damping, team)
         cost = exchange_cost(H, factor)
-        improved, its_keep = improve(
-            improved, W, H, its_keep, frozen, pattern, cost, options.exchange_rounds, options.refine_steps
-        )
+    del factor
+    loss = H.new_zeros(())
+    for rows in _row_chunks(*original.shape):
+        parts = (original[rows], result[rows], keep[rows], frozen[rows])
+        candidate, its_keep = _improved(*parts, H, pattern, cost, options)
+        better, losses = better_rows(candidate, result[rows], original[rows], H)
+        result[rows] = torch.where(better, candidate, result[rows])
+        keep[rows] = torch.where(better, its_keep, keep[rows])
+        loss += losses.sum()
+    return result, keep, loss
+
+
+def _by_method(
+    original: Float[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    options: SolverOptions,
+    team: RowTeam,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, "cols cols"] | None]:
+    """As ``_solve``, of the method alone; and the factor of the damped Hessian where the method has one."""
+    W = original.to(H.dtype)
+    if options.method == "magnitude":
+        pruned = magnitude(W, frozen, pattern, team)
+        return zero_where(original.clone(), pruned), ~pruned, None
+    if options.method == "wanda":
+        pruned = wanda(W, input_norms(H), frozen, pattern, team)
+        return zero_where(original.clone(), pruned), ~pruned, None
+    (updated, pruned), factor = _with_enough_damping(
+        lambda curvature: (
+            sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
+            if options.method == "sparsegpt"
+            else thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
+        ),
+        H,
+        options.damping,
+        team,
+    )
+    return zero_where(updated.to(original.dtype), pruned), ~pruned, factor
+
+
+def _improved(
+    original: Float[Tensor, "rows cols"],
+    pruned: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    pattern: Pattern,
+    cost: Float[Tensor, " cols"] | None,
+    options: SolverOptions,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    """Some rows after what ``options`` ask for beyond the method, in their own dtype, and their keep mask."""
+    W0, W = original.to(H.dtype), pruned.to(H.dtype)
+    if options.sweeps > 0:
+        W, keep = sweep(W, W0, H, keep, frozen, pattern, options.sweeps)
+    if cost is not None:
+        W, keep = improve(W, W0, H, keep, frozen, pattern, cost, options.exchange_rounds, options.refine_steps)
     elif options.refine_steps > 0:
-        improved, _ = refine(improved, W, H, its_keep, options.refine_steps)
-    candidate = improved.to(original.dtype)
-    better, losses = better_rows(candidate, result, original, H)
-    return torch.where(better, candidate, result), torch.where(better, its_keep, keep), losses.sum()
+        W, _ = refine(W, W0, H, keep, options.refine_steps)
+    return W.to(original.dtype), keep
+
+
+def _row_chunks(rows: int, cols: int) -> Iterator[slice]:
+    """All rows, so many at a time that what improves them takes bounded memory; equally many, up to one."""
+    chunks = -(-rows * cols // _IMPROVED_AT_A_TIME)
+    for chunk in range(chunks):
+        yield slice(rows * chunk // chunks, rows * (chunk + 1) // chunks)
 
 
 def _with_enough_damping(

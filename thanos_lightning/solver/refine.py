@@ -56,7 +56,7 @@ def refine(
         torch.mm(P, hessian, out=curved)
         curvature = _row_dots(P, curved)
         # Where either is what rounding left of zero, a step could have any length
-        steep = (curvature > _FLAT * eps * _row_dots(P * diagonal, P)) & (slope > solved)
+        steep = (curvature > _FLAT * eps * _row_dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
         step = torch.where(steep, slope / curvature, 0)
         W.addcmul_(P, step)
         R.addcmul_(curved, step, value=-1)
