@@ -17,7 +17,6 @@ the Hessian of b columns, update c rows once, and solve the systems of blocks of
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -174,7 +173,7 @@ def measure(rows: int, cols: int, repeats: int, rate: float) -> list[dict[str, s
                     "seconds": round(seconds, 4),
                     "of the floor": round(seconds / floor, 2),
                     **{
-                        f"{other} / it": round(measured[other][0] / seconds, 2) if other in measured else math.nan
+                        f"{other} / it": round(measured[other][0] / seconds, 2) if other in measured else None
                         for other in ("sparsegpt", "column loop", "naive")
                     },
                     "relative loss": round(relative_loss(pruned, weight, hessian), 6),

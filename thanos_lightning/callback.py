@@ -57,10 +57,10 @@ class ThanosPruningCallback(Callback):
         method: "thanos", "sparsegpt", "wanda" or "magnitude".
         block_size: Columns pruned jointly.
         damping: Added to the Hessian's diagonal, relative to its mean.
-        saliency: What "thanos" chooses by: "wanda" (the paper), "obs" or "balanced".
-        sweeps: Passes after the method that improve mask and weights, block of columns after block.
-        refine_steps: Conjugate-gradient steps on the kept weights after the method. 0 is the paper's algorithm; the
-            default differs from `prune`'s on purpose, since better weights for the same mask cost little here.
+        saliency: What "thanos" chooses by: "wanda", "obs" or "balanced".
+        sweeps: Passes after the method that improve mask and weights, block of columns after block. saliency="wanda"
+            and sweeps=0 are the paper's algorithm, and the defaults of `prune`; those here differ from it on purpose.
+        refine_steps: Conjugate-gradient steps on the kept weights after that.
         exchange_rounds: Rounds in which kept and pruned weights change places, each followed by `refine_steps` steps.
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
@@ -100,9 +100,9 @@ class ThanosPruningCallback(Callback):
         method: Literal["thanos", "sparsegpt", "wanda", "magnitude"] = "thanos",
         block_size: int = 128,
         damping: float = 0.01,
-        saliency: Literal["wanda", "obs", "balanced"] = "wanda",
-        sweeps: int = 0,
-        refine_steps: int = 10,
+        saliency: Literal["wanda", "obs", "balanced"] = "balanced",
+        sweeps: int = 3,
+        refine_steps: int = 0,
         exchange_rounds: int = 0,
         calibration_steps: int = 8,
         calibration_dataloader: str | Iterable[Any] | None = None,

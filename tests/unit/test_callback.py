@@ -513,7 +513,7 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path) -> None:
     assert summary.pruned == pytest.approx(values[3], rel=1e-5)
     assert summary.recovered == pytest.approx(values[5], rel=1e-5)
     assert summary.dense == pytest.approx(dense[3], rel=1e-5)
-    assert summary.dense != pytest.approx(values[3], rel=1e-3)
+    assert summary.dense != pytest.approx(values[3], rel=1e-4)
 
 
 # State
@@ -713,7 +713,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"saliency": "magnitude"}, "choose one of wanda, obs, balanced"),
         ({"sweeps": -1}, "sweeps=-1"),
         ({"refine_steps": -1}, "refine_steps=-1"),
-        ({"refine_steps": 0, "exchange_rounds": 1}, "give refine_steps"),
+        ({"exchange_rounds": 1}, "give refine_steps"),
         ({"calibration_steps": 0}, "calibration_steps is 0"),
         ({"calibration_dataloader": "train"}, "'datamodule'"),
         ({"calibration_dataloader": iter([])}, "is an iterator"),

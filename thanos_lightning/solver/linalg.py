@@ -256,7 +256,7 @@ def solve_subsets(
         FactorizationError: If a system is not numerically positive definite.
     """
     sizes, order = members.sum(1).sort(descending=True)
-    if native.usable(matrix):
+    if native.usable(matrix) and sizes[0] <= native.LARGEST:
         solutions, failed_pivots = native.solve_subsets(matrix, members, rhs, order, int(sizes[0]))
         if failed_pivots:
             raise FactorizationError("the Cholesky factorisation of a block met a pivot that is not positive")

@@ -13,6 +13,7 @@
 #define LANES 4
 #endif
 #define TILE 4
+#define STRETCH 64 /* scores made at a time */
 
 /* Small positive definite systems, which are interleaved: lane l of every vector belongs to system l, so that a Cholesky
    factorisation of LANES systems runs as one of vectors, in tiles that stay in registers. */
@@ -153,26 +154,37 @@ int64_t thanos_solve_subsets(const float *matrix, int64_t n, const uint8_t *memb
     return bad < 0 ? -1 : bad;
 }
 
-/* Scores |w| scale of (rows, cols), -inf where frozen (may be NULL): how many are below low, and, into inside, those from
+/* Scores |w| scale of rows of cols weights, -inf where frozen: how many are below low, and, into inside, those from
    low to high. inside has room for all of them; thread t begins at row first[t] of it, and says in found[t] how many. */
 int64_t thanos_bracket(const float *w, int64_t stride, const uint8_t *frozen, int64_t frozen_stride, const float *scale,
-                       int64_t rows, int64_t cols, float low, float high, float *inside, const int64_t *first,
-                       int64_t *found, int threads) {
+                       int64_t cols, float low, float high, float *inside, const int64_t *first, int64_t *found,
+                       int threads) {
     int64_t below = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : below) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
         float *end = inside + first[t] * cols;
         for (int64_t row = first[t]; row < first[t + 1]; row++)
-            for (int64_t j = 0; j < cols; j++) {
-                float score = fabsf(w[row * stride + j]) * scale[j];
-                if (frozen && frozen[row * frozen_stride + j]) score = -INFINITY;
-                below += score < low;
-                *end = score; /* kept only if it is inside */
-                end += (score >= low) & (score <= high);
+            for (int64_t from = 0; from < cols; from += STRETCH) {
+                const int64_t length = cols - from < STRETCH ? cols - from : STRETCH;
+                const float *weights = w + row * stride + from;
+                const uint8_t *gone = frozen + row * frozen_stride + from;
+                float score[STRETCH];
+                int32_t lower = 0, within = 0; /* apart from the copying, this becomes vectors */
+                for (int64_t j = 0; j < length; j++) {
+                    const float free_score = fabsf(weights[j]) * scale[from + j];
+                    score[j] = gone[j] ? -INFINITY : free_score;
+                    lower += score[j] < low;
+                    within += (score[j] >= low) & (score[j] <= high);
+                }
+                below += lower;
+                if (within == 0) continue;
+                for (int64_t j = 0; j < length; j++) {
+                    *end = score[j]; /* kept only if it is inside */
+                    end += (score[j] >= low) & (score[j] <= high);
+                }
             }
         found[t] = end - (inside + first[t] * cols);
     }
-    (void)rows;
     return below;
 }
 

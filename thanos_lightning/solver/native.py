@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+# Interleaved systems of this size take 16 MiB a thread; above, LAPACK is as fast with one after another.
+LARGEST = 512
 SWITCH = "THANOS_LIGHTNING_NATIVE"
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILE_SECONDS = 120
@@ -44,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     loaded.thanos_solve_subsets.restype = number
     loaded.thanos_solve_subsets.argtypes = [pointer, number, *[pointer] * 4, number, number, threads]
     loaded.thanos_bracket.restype = number
-    loaded.thanos_bracket.argtypes = [*matrix, *matrix, pointer, number, number, real, real, *[pointer] * 3, threads]
+    loaded.thanos_bracket.argtypes = [*matrix, *matrix, pointer, number, real, real, *[pointer] * 3, threads]
     loaded.thanos_exchange.restype = None
     loaded.thanos_exchange.argtypes = [*matrix, *matrix, *matrix, *matrix, pointer, pointer, *[number] * 5, threads]
     loaded.thanos_lowest_in_groups.restype = None
@@ -107,7 +109,7 @@ def solve_subsets(
 
 def bracket(
     W: Float[Tensor, "rows cols"],
-    frozen: Bool[Tensor, "rows cols"] | None,
+    frozen: Bool[Tensor, "rows cols"],
     scale: Float[Tensor, " cols"],
     low: float,
     high: float,
@@ -115,14 +117,13 @@ def bracket(
     """Of the scores |W_ij| scale_j, -inf where frozen: how many are below ``low``, and those from there to ``high``."""
     rows, cols = W.shape
     threads = torch.get_num_threads()
-    W, weights = _rows_of(W)
+    (W, weights), (frozen, zeros) = _rows_of(W), _rows_of(frozen)
     scale = scale.contiguous()
-    frozen, zeros = (None, (None, 0)) if frozen is None else _rows_of(frozen)
     first = torch.arange(threads + 1) * rows // threads
     found = torch.zeros(threads, dtype=torch.int64)
     inside = torch.empty(rows * cols)  # of which only what is found is touched
     below: int = _loaded().thanos_bracket(
-        *weights, *zeros, scale.data_ptr(), rows, cols, low, high, inside.data_ptr(), first.data_ptr(),
+        *weights, *zeros, scale.data_ptr(), cols, low, high, inside.data_ptr(), first.data_ptr(),
         found.data_ptr(), threads,
     )  # fmt: skip
     parts = [inside[row * cols :][:count] for row, count in zip(first.tolist(), found.tolist(), strict=False)]

@@ -70,6 +70,15 @@ def test_a_system_that_is_not_positive_is_noticed(bad, row):
         solve_subsets(matrix, members, torch.ones(31, 9))
 
 
+def test_systems_too_large_to_interleave_are_left_to_torch(monkeypatch):
+    matrix, rhs = layer(1, 40)[1].float() + torch.eye(40), torch.ones(3, 40)
+    members = torch.ones(3, 40, dtype=torch.bool)
+    expected = solve_subsets(matrix, members, rhs)
+    monkeypatch.setattr(native, "LARGEST", 39)
+    monkeypatch.setattr(native, "solve_subsets", None)
+    torch.testing.assert_close(solve_subsets(matrix, members, rhs), expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_threads_share_the_rows(threads):
     before = torch.get_num_threads()
