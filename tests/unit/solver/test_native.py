@@ -1,6 +1,8 @@
 """The C code against the torch code that it stands for, and how it is built."""
 
 import multiprocessing
+import os
+import shutil
 import subprocess
 import warnings
 
@@ -9,6 +11,7 @@ import torch
 from cases import METHODS, PATTERNS, layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from require import without
 
 from thanos_lightning.solver import NM, FactorizationError, Unstructured, native, prune
 from thanos_lightning.solver.exchange import exchange
@@ -17,6 +20,12 @@ from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowes
 from thanos_lightning.solver.team import Alone
 
 property_based = settings(deadline=None, derandomize=True, max_examples=80)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        without("the solver's C code needs a C compiler (apt-get install g++): there is none")
 
 
 @pytest.fixture
