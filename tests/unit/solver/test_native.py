@@ -23,7 +23,7 @@ property_based = settings(deadline=None, derandomize=True, max_examples=80)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler():
+def needs_compiler():
     if shutil.which(os.environ.get("CC", "cc")) is None:
         without("the solver's C code needs a C compiler (apt-get install g++): there is none")
 
