@@ -95,7 +95,7 @@ class SolverOptions:
         """About how much memory a float32 layer takes to be pruned, beside its weight and Hessian, on a CPU.
 
         With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
-        5.2); and 2 cb + k min(cb, 2²²) to improve, with k = 6 for sweeps, 7.5 for refinement and 16 for exchanges. In
+        5.2); and 2 cb + k min(cb, 2²²) to improve, with k = 3.5 for sweeps, 7.5 for refinement and 16 for exchanges. In
         numbers of four bytes. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
 
         Example:
@@ -107,7 +107,7 @@ class SolverOptions:
         numbers = [0.0]
         if self.method in ("thanos", "sparsegpt"):
             numbers += [4.6 * cols**2, cols**2 + (4.2 if self.method == "thanos" else 5.2) * size]
-        kinds = ((self.sweeps, 6.0), (self.refine_steps, 7.5), (self.exchange_rounds, 16.0))
+        kinds = ((self.sweeps, 3.5), (self.refine_steps, 7.5), (self.exchange_rounds, 16.0))
         numbers += [2 * size + each * min(size, _IMPROVED_AT_A_TIME) for number, each in kinds if number > 0]
         return round(4 * max(numbers))
 
