@@ -43,7 +43,7 @@ def improve(
         keep: True = kept.
         frozen: Weights that stay pruned.
         pattern: Where exchanges are allowed.
-        cost: c, up to no factor.
+        cost: c.
         rounds: How often to exchange.
         steps: Conjugate gradient steps before the first round and after each exchange.
 

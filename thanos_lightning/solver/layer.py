@@ -236,7 +236,7 @@ def prune_rows(
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
         result, keep, own_loss = _solve(original, H, frozen, pattern, options, team)
-        if not torch.isfinite(own_loss) and not torch.isfinite(result).all():
+        if not _is_finite(result):
             raise NonFiniteError(
                 f"the pruned weights overflow {original.dtype}: raise damping (now {options.damping:g}), or keep the "
                 "weights in a wider dtype"

@@ -28,7 +28,7 @@ _FLAGS = [["-O3", "-march=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The C code, or None where it can't be had, with a warning, or is not wanted: ``THANOS_LIGHTNING_NATIVE=0``."""
     if os.environ.get(SWITCH) == "0":
         return None
@@ -56,13 +56,13 @@ def library() -> ctypes.CDLL | None:
 
 def usable(tensor: Tensor) -> bool:
     """Whether the C code is for this tensor: float32 on a CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and library() is not None
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and compiled() is not None
 
 
 def _loaded() -> ctypes.CDLL:
-    native = library()
-    assert native is not None, "call it for tensors that are usable"
-    return native
+    code = compiled()
+    assert code is not None, "call it for tensors that are usable"
+    return code
 
 
 def _rows_of(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -32,9 +32,9 @@ def needs_compiler():
 def fresh(tmp_path, monkeypatch):
     """As in a new process of a user whose cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     yield tmp_path / "thanos_lightning"
-    native.library.cache_clear()
+    native.compiled.cache_clear()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -43,7 +43,7 @@ def generator(seed: int) -> torch.Generator:
 
 def in_torch(function, *arguments, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "library", lambda: None)
+        patch.setattr(native, "compiled", lambda: None)
         return function(*arguments, **options)
 
 
@@ -174,7 +174,7 @@ def test_it_is_built_once(fresh):
     assert native.usable(torch.ones(1))
     (built,) = fresh.iterdir()
     changed = built.stat().st_mtime_ns
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     assert native.usable(torch.ones(1))
     assert [*fresh.iterdir()] == [built]
     assert built.stat().st_mtime_ns == changed
@@ -183,7 +183,7 @@ def test_it_is_built_once(fresh):
 def test_another_cpu_has_a_library_of_its_own(fresh, monkeypatch):
     assert native.usable(torch.ones(1))
     monkeypatch.setattr(native, "_cpu", lambda: "another")
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     assert native.usable(torch.ones(1))
     assert len([*fresh.iterdir()]) == 2
 
