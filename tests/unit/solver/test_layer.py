@@ -287,3 +287,15 @@ def test_bad_input(arguments, message):
     valid |= arguments
     with pytest.raises(ValueError, match=message):
         prune(valid.pop("weight"), valid.pop("hessian"), valid.pop("pattern"), **valid)
+
+
+@pytest.mark.parametrize("options", [{"sweeps": 2}, {"refine_steps": 3}, {"refine_steps": 3, "exchange_rounds": 2}])
+def test_rows_are_improved_some_at_a_time_as_all_at_once(options, monkeypatch):
+    weight, H = layer(37, 24)
+    expected = prune(weight.double(), H, NM(2, 4), **options)
+    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", 5 * 24)
+    split = prune(weight.double(), H, NM(2, 4), **options)
+    assert torch.equal(split.mask, expected.mask)
+    torch.testing.assert_close(split.weight, expected.weight)
+    assert split.loss == pytest.approx(expected.loss)
+    assert split.loss < prune(weight.double(), H, NM(2, 4)).loss

@@ -75,3 +75,12 @@ def test_a_block_that_cannot_be_solved_stays_as_it_is():
     W, mask = sweep.sweep(weight.double(), weight.double(), H, keep, ~keep, Unstructured(0.5), sweeps=2)
     assert torch.equal(W, weight.double())
     assert torch.equal(mask, keep)
+
+
+def test_what_a_weight_costs_where_its_block_adapts():
+    _, H = layer(1, 12)
+    H[4] = H[:, 4] = 0
+    A = sweep._pulled(H)
+    assert torch.equal(A - torch.diag(A.diagonal()), H - torch.diag(H.diagonal()))
+    torch.testing.assert_close(A.diagonal()[:4], H.diagonal()[:4] * 1.001)
+    torch.testing.assert_close(sweep._cost(A).square(), A.diagonal() / torch.linalg.inv(A).diagonal())
