@@ -111,7 +111,8 @@ def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> Non
         schedule=SparsitySchedule(collecting, collecting, 1),
         calibration_steps=steps,
         method="magnitude",  # the event is not what is timed; refinement still needs the statistics
-        sweeps=0,
+        admm_steps=0,
+        refine_steps=0,
         refine_steps=1,
         verify_every_n_steps=0,
         attention_mask_key=None,

@@ -45,16 +45,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs": {"saliency": "obs"},
     "balanced": BALANCED,
     "balanced, refine 10": {**BALANCED, "refine_steps": 10},
-    **{f"balanced, {number} sweeps": {**BALANCED, "sweeps": number} for number in (1, 2, 3, 5)},
     **{
-        f"balanced, 2 sweeps, {rounds} rounds of {steps}": {
+        f"balanced, {steps} ADMM" + f", refine {refinement}" * (refinement > 0): {
             **BALANCED,
-            "sweeps": 2,
-            "exchange_rounds": rounds,
-            "refine_steps": steps,
+            "admm_steps": steps,
+            "refine_steps": refinement,
         }
-        for rounds, steps in ((2, 5), (4, 6), (8, 8))
+        for steps, refinement in ((4, 0), (4, 2), (8, 0), (8, 2), (16, 2), (32, 2))
     },
+    "wanda, 16 ADMM, refine 2": {"method": "wanda", "admm_steps": 16, "refine_steps": 2},
+    "sparsegpt, 8 ADMM, refine 2": {"method": "sparsegpt", "admm_steps": 8, "refine_steps": 2},
 }
 
 
@@ -192,7 +192,9 @@ def main() -> None:
         Console(width=140).print(table)
     if arguments.output is not None:
         about = {"model": Path(arguments.model).name, "layers": len(layers), "tokens": calibration.numel()}
-        written = keep("layers", arguments.output, {**about, "results": results})
+        written = keep(
+            f"{len(layers)} layers of {Path(arguments.model).name}", arguments.output, {**about, "results": results}
+        )
         draw(results, f"{about['layers']} layers of {about['model']}, {hardware()['cpu']}", written.with_suffix(".png"))
         print(written)
 

@@ -23,9 +23,9 @@ from thanos_lightning.solver.layer import SolverOptions
 
 CASES: dict[str, dict[str, Any]] = {
     "thanos": {},
-    "thanos, sweeps=3": {"saliency": "balanced", "sweeps": 3},
     "thanos, refine_steps=10": {"refine_steps": 10},
-    "thanos, exchange_rounds=2": {"saliency": "balanced", "sweeps": 2, "refine_steps": 5, "exchange_rounds": 2},
+    "thanos, admm_steps=4": {"saliency": "balanced", "admm_steps": 4},
+    "thanos, admm_steps=8, refine_steps=2": {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2},
     "sparsegpt": {"method": "sparsegpt"},
 }
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

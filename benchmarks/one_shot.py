@@ -38,7 +38,7 @@ from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, 
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
-RECOMMENDED: dict[str, Any] = {"method": "thanos", "saliency": "balanced", "sweeps": 3}
+RECOMMENDED: dict[str, Any] = {"method": "thanos", "saliency": "balanced", "admm_steps": 8, "refine_steps": 2}
 # name -> what `prune` is called with
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},

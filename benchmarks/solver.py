@@ -37,7 +37,7 @@ GATHER_BYTES = 512 * 2**20
 NAIVE_COLUMNS = 2048
 METHODS: dict[str, dict[str, Any]] = {
     "thanos": {},
-    "thanos, sweeps=3": {"saliency": "balanced", "sweeps": 3},
+    "thanos, admm_steps=8": {"saliency": "balanced", "admm_steps": 8},
     "thanos, refine_steps=10": {"refine_steps": 10},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt, refine_steps=10": {"method": "sparsegpt", "refine_steps": 10},

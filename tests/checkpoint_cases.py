@@ -28,7 +28,7 @@ def untied_llama(**config: Any) -> LlamaForCausalLM:
 def train(folder: Path, module: ToyLM, *, steps: int = 3, precision: Any = "32-true", **arguments: Any) -> Path:
     """A checkpoint of a real training, pruned after the first step."""
     pruning = ThanosPruningCallback(
-        **{"pattern": "2:4", "method": "magnitude", "sweeps": 0} | arguments,
+        **{"pattern": "2:4", "method": "magnitude", "admm_steps": 0, "refine_steps": 0} | arguments,
         schedule=SparsitySchedule(1, 1, 1),
     )
     fitting = trainer(folder, pruning, max_steps=steps, precision=precision)

@@ -58,10 +58,9 @@ class ThanosPruningCallback(Callback):
         block_size: Columns pruned jointly.
         damping: Added to the Hessian's diagonal, relative to its mean.
         saliency: What "thanos" chooses by: "wanda", "obs" or "balanced".
-        sweeps: Passes after the method that improve mask and weights, block of columns after block. saliency="wanda"
-            and sweeps=0 are the paper's algorithm, and the defaults of `prune`; those here differ from it on purpose.
+        admm_steps: Steps after the method that improve mask and weights together. saliency="wanda", admm_steps=0 and
+            refine_steps=0 are the paper's algorithm, and the defaults of `prune`; those here differ from it on purpose.
         refine_steps: Conjugate-gradient steps on the kept weights after that.
-        exchange_rounds: Rounds in which kept and pruned weights change places, each followed by `refine_steps` steps.
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event without gradients.
@@ -101,9 +100,8 @@ class ThanosPruningCallback(Callback):
         block_size: int = 128,
         damping: float = 0.01,
         saliency: Literal["wanda", "obs", "balanced"] = "balanced",
-        sweeps: int = 3,
-        refine_steps: int = 0,
-        exchange_rounds: int = 0,
+        admm_steps: int = 8,
+        refine_steps: int = 2,
         calibration_steps: int = 8,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
@@ -119,7 +117,7 @@ class ThanosPruningCallback(Callback):
         self.overrides = tuple(overrides)
         for other in self.overrides:
             other.parsed()
-        self.options = SolverOptions(method, block_size, damping, saliency, sweeps, refine_steps, exchange_rounds)
+        self.options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
         if calibration_steps < 1:
             raise ValueError(f"calibration_steps is {calibration_steps}: give at least one optimizer step")
         self.calibration_steps = calibration_steps

@@ -103,9 +103,11 @@ def layer(family: str, rows: int = ROWS, cols: int = COLS, seed: int = 0) -> Lay
 
 
 @cache
-def thanos(family: str, task: str, refine_steps: int, damping: float = 0.01) -> PrunedLayer:
+def thanos(family: str, task: str, refine_steps: int, admm_steps: int = 0, damping: float = 0.01) -> PrunedLayer:
     (weight, _, H), (pattern, block_size) = layer(family), TASKS[task]
-    return prune(weight, H, pattern, block_size=block_size, refine_steps=refine_steps, damping=damping)
+    return prune(
+        weight, H, pattern, block_size=block_size, admm_steps=admm_steps, refine_steps=refine_steps, damping=damping
+    )
 
 
 @cache

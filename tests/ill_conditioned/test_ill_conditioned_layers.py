@@ -9,7 +9,7 @@ from thanos_lightning.solver import prune
 
 families = pytest.mark.parametrize("family", [*FAMILIES, WIDEST])
 tasks = pytest.mark.parametrize("task", TASKS)
-refinement = pytest.mark.parametrize("refine_steps", [0, 10])
+improvement = pytest.mark.parametrize(("refine_steps", "admm_steps"), [(0, 0), (10, 0), (0, 4), (2, 12)])
 # Layers of 8 x 16 are one block, whatever its size.
 small_families = pytest.mark.parametrize("family", [*FAMILIES, "one input times 1e6"])
 patterns = pytest.mark.parametrize("pattern", dict.fromkeys(pattern for pattern, _ in TASKS.values()), ids=str)
@@ -17,16 +17,16 @@ patterns = pytest.mark.parametrize("pattern", dict.fromkeys(pattern for pattern,
 
 @families
 @tasks
-@refinement
-def test_the_weights_are_finite(family, task, refine_steps):
-    assert torch.isfinite(thanos(family, task, refine_steps).weight).all()
+@improvement
+def test_the_weights_are_finite(family, task, refine_steps, admm_steps):
+    assert torch.isfinite(thanos(family, task, refine_steps, admm_steps).weight).all()
 
 
 @families
 @tasks
-@refinement
-def test_the_sparsity_is_exact_and_the_pattern_holds(family, task, refine_steps):
-    pattern, result = TASKS[task][0], thanos(family, task, refine_steps)
+@improvement
+def test_the_sparsity_is_exact_and_the_pattern_holds(family, task, refine_steps, admm_steps):
+    pattern, result = TASKS[task][0], thanos(family, task, refine_steps, admm_steps)
     assert int((~result.mask).sum()) == pattern.num_pruned(*result.mask.shape)
     assert pattern.violations(result.mask) == 0
     # Of what the mask keeps, only the weights of dead inputs are zero.
@@ -36,11 +36,11 @@ def test_the_sparsity_is_exact_and_the_pattern_holds(family, task, refine_steps)
 
 @families
 @tasks
-@refinement
-def test_the_loss_is_not_higher_than_that_of_wanda(family, task, refine_steps):
+@improvement
+def test_the_loss_is_not_higher_than_that_of_wanda(family, task, refine_steps, admm_steps):
     weight, _, H = layer(family)
     wanda = prune(weight, H, TASKS[task][0], method="wanda")
-    assert thanos(family, task, refine_steps).loss <= wanda.loss
+    assert thanos(family, task, refine_steps, admm_steps).loss <= wanda.loss
 
 
 @small_families

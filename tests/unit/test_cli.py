@@ -65,7 +65,7 @@ class SpyCallback(ThanosPruningCallback):
         schedule: SparsitySchedule = AT_ONCE,
         steps: int | float | None = None,
     ):
-        super().__init__(pattern, sparsity, schedule, method="magnitude", sweeps=0)
+        super().__init__(pattern, sparsity, schedule, method="magnitude", admm_steps=0, refine_steps=0)
         self.steps = steps
         self.made.append(self)
 

@@ -132,10 +132,15 @@ def damped(hessian: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor,
     A dead input (H_jj = 0) touches no other column, so the 1 changes no solution; it only makes H invertible. The mean
     counts it as the 0 it was, which leaves the result independent of the scale of H.
     """
-    diagonal = hessian.diagonal()
     result = hessian.clone()
-    result.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal + damping * diagonal.mean()))
+    result.diagonal().copy_(damped_diagonal(hessian, damping))
     return result
+
+
+def damped_diagonal(hessian: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, " cols"]:
+    """The diagonal of the damped H."""
+    diagonal = hessian.diagonal()
+    return torch.where(diagonal == 0, 1.0, diagonal + damping * diagonal.mean())
 
 
 def damping_ladder(damping: float) -> Iterator[float]:

@@ -188,37 +188,101 @@ int64_t thanos_bracket(const float *w, int64_t stride, const uint8_t *frozen, in
     return below;
 }
 
-/* The exchanges of exchange.py: in each group of a row the pruned weight of the largest gain r^2 / c and the kept one of
-   the smallest loss w^2 c change places if the gain is larger; c is cost times the row's caution. keep becomes the new
-   mask. The columns of a group are step apart. */
-void thanos_exchange(const float *w, int64_t w_stride, const float *r, int64_t r_stride, const uint8_t *frozen,
-                     int64_t frozen_stride, uint8_t *keep, int64_t keep_stride, const float *cost, const float *caution, int64_t rows,
-                     int64_t groups, int64_t width, int64_t group_step, int64_t step, int threads) {
+/* Of a group the count largest orders are kept, the first of equal ones first. By rank: for few columns. */
+static inline void keep_by_rank(const int32_t *order, int64_t width, uint8_t *keep) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < width; i++) count += keep[i];
+    for (int64_t i = 0; i < width; i++) {
+        int32_t higher = 0;
+        for (int64_t j = 0; j < i; j++) higher += order[j] >= order[i];
+        for (int64_t j = i + 1; j < width; j++) higher += order[j] > order[i];
+        keep[i] = higher < count;
+    }
+}
+
+/* The same by halving the range in which the last that is kept must be: a pass for each bit, but for the early end. */
+static void keep_by_threshold(const int32_t *order, int64_t width, uint8_t *keep) {
+    int32_t count = 0, low = -1, high = 0; /* at least count orders are >= low, and fewer are >= high */
+    for (int64_t i = 0; i < width; i++) {
+        count += keep[i];
+        high = order[i] > high ? order[i] : high;
+    }
+    if (count == 0) return;
+    high += 1;
+    int32_t from_low = (int32_t)width, from_high = 0;
+    while (from_low != count && high - low > 1) {
+        const int32_t middle = low + (high - low) / 2;
+        int32_t found = 0;
+        for (int64_t i = 0; i < width; i++) found += order[i] >= middle;
+        if (found >= count)
+            low = middle, from_low = found;
+        else
+            high = middle, from_high = found;
+    }
+    if (from_low == count) {
+        for (int64_t i = 0; i < width; i++) keep[i] = order[i] >= low;
+        return;
+    }
+    int32_t ties = count - from_high; /* of those that are low, the first */
+    for (int64_t i = 0; i < width; i++) {
+        const int tied = order[i] == low;
+        keep[i] = order[i] > low || (tied && ties > 0);
+        ties -= tied;
+    }
+}
+
+/* The second half of a step of admm.py: from X - W0 in moved, W0 in w, U in u and Z - U - W0 the new mask, U times ratio
+   and Z - U - W0. Groups are of width columns and keep as many as they kept. Returns -1 without memory. */
+int64_t thanos_project(const float *moved, const float *w, int64_t w_stride, float *u, float *from_original, uint8_t *keep,
+                       const uint8_t *frozen, int64_t frozen_stride, const float *scale, int64_t rows, int64_t cols,
+                       int64_t width, float relaxation, float ratio, int threads) {
+    int64_t bad = 0;
     (void)threads;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const float careful = caution[row];
-        uint8_t *mask = keep + row * keep_stride;
-        for (int64_t group = 0; group < groups; group++) {
-            float gain = 0, loss = INFINITY;
-            int64_t comes = -1, goes = -1;
-            for (int64_t one = 0; one < width; one++) {
-                const int64_t j = group * group_step + one * step;
-                const float c = cost[j] * careful;
-                if (mask[j]) {
-                    const float lost = w[row * w_stride + j] * w[row * w_stride + j] * c;
-                    if (lost < loss) loss = lost, goes = j;
-                } else if (c > 0 && !frozen[row * frozen_stride + j]) {
-                    const float gained = r[row * r_stride + j] * r[row * r_stride + j] / c;
-                    if (gained > gain) gain = gained, comes = j;
-                }
+#pragma omp parallel num_threads(threads) reduction(+ : bad)
+    {
+        float *restrict total = malloc(sizeof(float) * (size_t)cols);
+        int32_t *restrict order = malloc(sizeof(int32_t) * (size_t)cols);
+        const int failed = total == NULL || order == NULL;
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            if (failed) continue;
+            const float *restrict step = moved + row * cols, *restrict start = w + row * w_stride;
+            const uint8_t *restrict gone = frozen + row * frozen_stride;
+            float *restrict missed = u + row * cols, *restrict next = from_original + row * cols;
+            uint8_t *restrict mask = keep + row * cols;
+            for (int64_t j = 0; j < cols; j++) {
+                total[j] = start[j] + relaxation * step[j] + (1 - relaxation) * next[j] + (2 - relaxation) * missed[j];
+                const union {
+                    float score;
+                    int32_t order;
+                } bits = {fabsf(total[j]) * scale[j]}; /* not negative, and so ordered as integers are */
+                order[j] = gone[j] ? -1 : bits.order;
             }
-            if (comes >= 0 && goes >= 0 && gain > loss) {
-                mask[comes] = 1;
-                mask[goes] = 0;
+            switch (width) { /* known to the compiler, a width becomes vectors */
+                case 4:
+                    for (int64_t j = 0; j < cols; j += 4) keep_by_rank(order + j, 4, mask + j);
+                    break;
+                case 8:
+                    for (int64_t j = 0; j < cols; j += 8) keep_by_rank(order + j, 8, mask + j);
+                    break;
+                default:
+                    for (int64_t j = 0; j < cols; j += width)
+                        if (width < 32)
+                            keep_by_rank(order + j, width, mask + j);
+                        else
+                            keep_by_threshold(order + j, width, mask + j);
+            }
+            for (int64_t j = 0; j < cols; j++) {
+                const float left = mask[j] ? 0.0f : total[j] * ratio;
+                missed[j] = left;
+                next[j] = (mask[j] ? total[j] : -left) - start[j];
             }
         }
+        bad += failed;
+        free(total);
+        free(order);
     }
+    return bad ? -1 : 0;
 }
 
 /* Of every width consecutive scores the count lowest are chosen, the first of equal ones first. chosen is zero. */

@@ -47,8 +47,10 @@ def compiled() -> ctypes.CDLL | None:
     loaded.thanos_solve_subsets.argtypes = [pointer, number, *[pointer] * 4, number, number, threads]
     loaded.thanos_bracket.restype = number
     loaded.thanos_bracket.argtypes = [*matrix, *matrix, pointer, number, real, real, *[pointer] * 3, threads]
-    loaded.thanos_exchange.restype = None
-    loaded.thanos_exchange.argtypes = [*matrix, *matrix, *matrix, *matrix, pointer, pointer, *[number] * 5, threads]
+    loaded.thanos_project.restype = number
+    loaded.thanos_project.argtypes = [
+        pointer, *matrix, *[pointer] * 3, *matrix, pointer, *[number] * 3, real, real, threads
+    ]  # fmt: skip
     loaded.thanos_lowest_in_groups.restype = None
     loaded.thanos_lowest_in_groups.argtypes = [pointer, number, number, number, pointer, threads]
     return loaded
@@ -140,28 +142,29 @@ def lowest_in_groups(scores: Float[Tensor, "rows cols"], width: int, count: int)
     return chosen
 
 
-def exchange(
-    W: Float[Tensor, "rows cols"],
-    R: Float[Tensor, "rows cols"],
+def project(
+    moved: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    U: Float[Tensor, "rows cols"],
+    from_original: Float[Tensor, "rows cols"],
     keep: Bool[Tensor, "rows cols"],
     frozen: Bool[Tensor, "rows cols"],
-    cost: Float[Tensor, " cols"],
-    caution: Float[Tensor, "rows 1"],
+    scale: Float[Tensor, " cols"],
     width: int,
-    scattered: bool,
-) -> Bool[Tensor, "rows cols"]:
-    """The new mask of ``exchange.exchange``, for columns that groups of ``width`` divide."""
-    rows, cols = W.shape
-    groups = cols // width
-    (W, weights), (R, residuals), (frozen, zeros) = (_rows_of(one) for one in (W, R, frozen))
-    result = keep.clone(memory_format=torch.contiguous_format)
-    cost, caution = cost.contiguous(), caution.contiguous()
-    between, within = (1, groups) if scattered else (width, 1)
-    _loaded().thanos_exchange(
-        *weights, *residuals, *zeros, result.data_ptr(), cols, cost.data_ptr(), caution.data_ptr(), rows, groups, width,
-        between, within, torch.get_num_threads(),
+    relaxation: float,
+    ratio: float,
+) -> None:
+    """``admm._project``; what it writes to is contiguous."""
+    assert all(one.is_contiguous() for one in (moved, U, from_original, keep))
+    rows, cols = moved.shape
+    (original, weights), (frozen, zeros) = _rows_of(original), _rows_of(frozen)
+    scale = scale.contiguous()
+    failed = _loaded().thanos_project(
+        moved.data_ptr(), *weights, U.data_ptr(), from_original.data_ptr(), keep.data_ptr(), *zeros, scale.data_ptr(),
+        rows, cols, width, relaxation, ratio, torch.get_num_threads(),
     )  # fmt: skip
-    return result
+    if failed:
+        raise MemoryError(f"no memory for rows of {cols} columns")
 
 
 def _built() -> Path:

@@ -20,34 +20,42 @@ from thanos_lightning.solver.zeros import clear_bits, kept_bits
 _FLAT = 100
 
 
+def residual_of(
+    weight: Float[Tensor, "rows cols"], original: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]
+) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, " rows"]]:
+    """R, and the losses of the rows, which follow from it."""
+    change = original - weight
+    R = change @ hessian
+    return R, torch.linalg.vecdot(change, R).clamp_(min=0).div_(2)
+
+
 def refine(
     weight: Float[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
+    residual: Float[Tensor, "rows cols"],
     hessian: Float[Tensor, "cols cols"],
     keep: Bool[Tensor, "rows cols"],
     steps: int,
-) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, "rows cols"]]:
+) -> Float[Tensor, "rows cols"]:
     """Take conjugate gradient steps on the kept weights.
 
-    In exact arithmetic no step raises the loss; at convergence rounding can, see ``better_rows``. Directions along
-    which the Hessian is flat but for rounding are left alone.
+    In exact arithmetic no step raises the loss; at convergence rounding can. Directions along which the Hessian is flat
+    but for rounding are left alone.
 
     Args:
         weight: W, zero where not kept; not changed.
-        original: W0.
+        residual: R; overwritten with that of the result.
         hessian: Undamped H, positive semi-definite; may be singular.
         keep: True = kept.
         steps: Number of steps; each is one (rows, cols) by (cols, cols) product.
 
     Returns:
-        The new weights, zero where not kept, and R for them.
+        The new weights, zero where not kept.
     """
     diagonal = hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
     eps = torch.finfo(hessian.dtype).eps
     kept = kept_bits(~keep)
-    W = weight.clone()
-    R = (original - weight) @ hessian
+    W, R = weight.clone(), residual
     P = clear_bits(R * preconditioner, kept)
     slope = _row_dots(R, P)
     solved = slope * eps**2
@@ -65,22 +73,7 @@ def refine(
         # A row that took no step begins anew, along its gradient
         P.mul_(torch.where(steep, new_slope / slope, 0)).add_(Z)
         slope = new_slope
-    return W, R
-
-
-def better_rows(
-    candidate: Float[Tensor, "rows cols"],
-    current: Float[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
-    hessian: Float[Tensor, "cols cols"],
-) -> tuple[Bool[Tensor, "rows 1"], Float[Tensor, " rows"]]:
-    """True for the rows in which ``candidate`` has a lower loss than ``current``, and the lower loss of each row.
-
-    Compares the weights as given, so that rounding to a narrow dtype before the call is judged, too.
-    """
-    challenger, holder = (row_losses(weight, original, hessian) for weight in (candidate, current))
-    better = challenger < holder
-    return better.unsqueeze(1), torch.where(better, challenger, holder)
+    return W
 
 
 def row_losses(

@@ -255,9 +255,7 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
     [
         ({"method": "obs"}, "method='obs' is not known: choose one of thanos"),
         ({"saliency": "magnitude"}, "saliency='magnitude' is not known: choose one of wanda, obs, balanced"),
-        ({"sweeps": -1}, "sweeps=-1 is negative"),
-        ({"exchange_rounds": -1}, "exchange_rounds=-1 is negative"),
-        ({"exchange_rounds": 2}, "exchange_rounds=2 needs weights that adapt: give refine_steps"),
+        ({"admm_steps": -1}, "admm_steps=-1 is negative"),
         ({"block_size": 0}, "block_size=0"),
         ({"damping": -0.1}, "damping=-0.1"),
         ({"damping": math.nan}, "damping=nan"),
@@ -289,7 +287,7 @@ def test_bad_input(arguments, message):
         prune(valid.pop("weight"), valid.pop("hessian"), valid.pop("pattern"), **valid)
 
 
-@pytest.mark.parametrize("options", [{"sweeps": 2}, {"refine_steps": 3}, {"refine_steps": 3, "exchange_rounds": 2}])
+@pytest.mark.parametrize("options", [{"admm_steps": 3}, {"refine_steps": 3}, {"admm_steps": 6, "refine_steps": 2}])
 def test_rows_are_improved_some_at_a_time_as_all_at_once(options, monkeypatch):
     weight, H = layer(37, 24)
     expected = prune(weight.double(), H, NM(2, 4), **options)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from require import without
 
 from thanos_lightning.solver import NM, FactorizationError, Unstructured, native, prune
-from thanos_lightning.solver.exchange import exchange
+from thanos_lightning.solver.admm import _project
 from thanos_lightning.solver.linalg import solve_subsets
 from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowest_weighted
 from thanos_lightning.solver.team import Alone
@@ -92,10 +92,10 @@ def test_systems_too_large_to_interleave_are_left_to_torch(monkeypatch):
 def test_the_threads_share_the_rows(threads):
     before = torch.get_num_threads()
     weight, H = layer(37, 32)
-    expected = prune(weight, H.float(), Unstructured(0.5), sweeps=2)
+    expected = prune(weight, H.float(), Unstructured(0.5), admm_steps=7, refine_steps=1)
     torch.set_num_threads(threads)
     try:
-        again = prune(weight, H.float(), Unstructured(0.5), sweeps=2)
+        again = prune(weight, H.float(), Unstructured(0.5), admm_steps=7, refine_steps=1)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(again.mask, expected.mask)
@@ -141,25 +141,49 @@ def test_lowest_in_groups(rows, groups, nm, seed):
     assert torch.equal(lowest_in_groups(*arguments), in_torch(lowest_in_groups, *arguments))
 
 
-@property_based
-@given(st.integers(1, 9), st.integers(1, 90), st.sampled_from([Unstructured(0.5), NM(1, 3)]), st.integers(0, 9))
-def test_exchange(rows, cols, pattern, seed):
-    cols *= 3
-    W, R = torch.randn(2, rows, cols, generator=generator(seed))
-    keep, frozen = torch.rand(2, rows, cols, generator=generator(seed)) < 0.5
+@settings(property_based, max_examples=150)
+@given(
+    st.integers(1, 9), st.integers(1, 5), st.sampled_from([1, 3, 4, 8, 31, 32, 77]), st.booleans(), st.integers(0, 9)
+)  # fmt: skip
+def test_project(rows, groups, width, tied, seed):
+    cols = groups * width
+    moved, original, U, from_original = torch.randn(4, rows, cols, generator=generator(seed))
+    scale = torch.rand(cols, generator=generator(seed))
+    if tied:  # sums are exact, and many scores equal
+        moved, original, U, from_original = (one.round() for one in (moved, original, U, from_original))
+        scale = torch.ones(cols)
+    scale[::5] = 0
+    keep, frozen = torch.rand(2, rows, cols, generator=generator(seed + 1)) < 0.5
     keep &= ~frozen
-    cost, caution = torch.rand(cols, generator=generator(seed)), torch.rand(rows, 1, generator=generator(seed)) + 0.5
-    cost[::5] = 0
-    for scattered in (False, True):
-        arguments = (W * keep, R, keep, frozen, cost, caution, pattern, scattered)
-        assert torch.equal(exchange(*arguments), in_torch(exchange, *arguments))
+    before = keep.clone()
+    both = [[one.clone() for one in (moved, original, U, from_original, keep)] for _ in range(2)]
+    settings_ = (frozen, scale, width, 1.5, 0.5)
+    _project(*both[0], *settings_)
+    in_torch(_project, *both[1], *settings_)
+    (_, _, U, from_original, keep), (_, _, its_U, its_from_original, its_keep) = both
+    assert torch.equal(keep, its_keep)
+    assert torch.equal(keep.view(-1, width).sum(1), before.view(-1, width).sum(1))
+    assert not (keep & frozen).any()
+    torch.testing.assert_close(U, its_U)
+    torch.testing.assert_close(from_original, its_from_original)
+
+
+def test_project_takes_weights_whose_rows_are_not_side_by_side():
+    moved, original, U, from_original = torch.randn(4, 5, 12, generator=generator(0))
+    keep = torch.ones(5, 12, dtype=torch.bool)
+    results = []
+    for W0 in (original, original.repeat(1, 2)[:, :12], original.T.contiguous().T):
+        written = [one.clone() for one in (moved, U, from_original, keep)]
+        _project(written[0], W0, *written[1:], torch.zeros_like(keep), torch.ones(12), 4, 1.0, 0.5)
+        results.append(written[2])
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_is_pruned_as_in_torch(method, pattern):
     weight, H = layer(150, 128)
-    options = {"method": method, "block_size": 64, "sweeps": 2, "refine_steps": 2, "exchange_rounds": 2}
+    options = {"method": method, "block_size": 64, "admm_steps": 3, "refine_steps": 2}
     compiled = prune(weight, H.float(), pattern, **options)
     plain = in_torch(prune, weight, H.float(), pattern, **options)
     assert compiled.mask.sum() == plain.mask.sum()
@@ -208,11 +232,11 @@ def test_without_a_compiler_the_torch_code_does_it_and_says_so(fresh, monkeypatc
     monkeypatch.setenv("CC", compiler)
     weight, H = layer(9, 16)
     with pytest.warns(UserWarning, match=f"can't be built.*{words}.*Install a C compiler"):
-        slow = prune(weight, H.float(), NM(2, 4), sweeps=1)
+        slow = prune(weight, H.float(), NM(2, 4), admm_steps=1)
     assert NM(2, 4).violations(slow.mask) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        prune(weight, H.float(), NM(2, 4), sweeps=1)
+        prune(weight, H.float(), NM(2, 4), admm_steps=1)
 
 
 def test_an_optimisation_that_a_compiler_lacks_is_left_out(fresh, monkeypatch, tmp_path):

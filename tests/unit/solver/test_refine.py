@@ -6,13 +6,15 @@ from cases import METHODS, PATTERNS, hessian_of, layer, tokens
 from reference import optimum
 
 from thanos_lightning.solver import NM, HessianAccumulator, Unstructured, prune
-from thanos_lightning.solver.refine import better_rows, refine, row_losses
+from thanos_lightning.solver.refine import refine, residual_of, row_losses
 
 
 def test_many_steps_reach_the_optimum_of_the_mask():
     weight, H = layer(6, 12)
     keep = prune(weight, H, Unstructured(0.5)).mask
-    refined, residual = refine(weight.double() * keep, weight.double(), H, keep, steps=60)
+    start = weight.double() * keep
+    residual, _ = residual_of(start, weight.double(), H)
+    refined = refine(start, residual, H, keep, steps=60)
     torch.testing.assert_close(refined, optimum(weight, H, keep))
     torch.testing.assert_close(residual, (weight.double() - refined) @ H)
 
@@ -61,16 +63,21 @@ def test_a_dead_input_does_not_stop_the_others():
     assert torch.equal(refined.weight[:, 3], start.weight[:, 3])
 
 
-def test_better_rows_chooses_row_by_row():
-    original = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
-    worse_then_better = torch.tensor([[0.0, 0.0], [1.0, 0.5]])
-    current = torch.tensor([[0.5, 1.0], [0.0, 0.0]])
-    better, losses = better_rows(worse_then_better, current, original, torch.eye(2))
-    assert better.tolist() == [[False], [True]]
-    assert losses.tolist() == [0.125, 0.125]
-    better, losses = better_rows(torch.full((2, 2), torch.nan), current, original, torch.eye(2))
-    assert better.tolist() == [[False], [False]]
-    assert losses.tolist() == [0.125, 1.0]
+@pytest.mark.parametrize("value", [50.0, torch.nan])
+def test_rows_that_got_worse_keep_what_they_had(value, monkeypatch):
+    weight, H = layer(4, 8)
+    start = prune(weight, H, NM(2, 4))
+
+    def spoil(weight, residual, hessian, keep, steps):
+        refined = refine(weight, residual, hessian, keep, steps)
+        refined[1] = value * keep[1]
+        return refined
+
+    monkeypatch.setattr("thanos_lightning.solver.layer.refine", spoil)
+    result = prune(weight, H, NM(2, 4), refine_steps=5)
+    assert (result.weight == start.weight).all(1).tolist() == [False, True, False, False]
+    assert result.loss < start.loss
+    assert result.loss == pytest.approx(float(row_losses(result.weight, weight, H).sum()))
 
 
 def test_row_losses_are_means_over_tokens():
@@ -79,4 +86,5 @@ def test_row_losses_are_means_over_tokens():
     accumulator.update(inputs)
     change = torch.randn(3, 6)
     losses = row_losses(change, torch.zeros(3, 6), accumulator.compute())
+    torch.testing.assert_close(residual_of(change, torch.zeros(3, 6), accumulator.compute())[1], losses)
     torch.testing.assert_close(losses, (inputs.float() @ change.T).square().mean(0), rtol=1e-4, atol=1e-6)

@@ -49,8 +49,7 @@ def test_a_team_prunes_as_one_process_does(data, method, pattern, members, refin
     rows, cols = data.draw(st.integers(members, 13)), 4 * data.draw(st.integers(1, 6))
     weight, H = layer(rows, cols, seed)
     options = {"method": method, "block_size": data.draw(st.integers(1, 30)), "refine_steps": refine_steps}
-    options |= {"saliency": data.draw(st.sampled_from(SALIENCIES)), "sweeps": data.draw(st.integers(0, 1))}
-    options |= {"exchange_rounds": data.draw(st.integers(0, 2)) if refine_steps > 0 else 0}
+    options |= {"saliency": data.draw(st.sampled_from(SALIENCIES)), "admm_steps": data.draw(st.integers(0, 2))}
     density = data.draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
     frozen = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
     for given_frozen in (None, frozen):

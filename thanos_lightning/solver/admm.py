@@ -1,0 +1,204 @@
+"""A better mask and better weights: the alternating direction method of multipliers, from what a method found.
+
+Legend (Boyd et al., 2011, section 9.1; for pruning Boža, arXiv 2401.02938, and Meng et al., arXiv 2406.07831; rows are
+independent; W0, H and R as in refine.py):
+    X    (rows, cols)  weights that lose little: the minimum of ½ tr((X - W0) H (X - W0)ᵀ) and of ½ ρ c_j (X - Z + U)²
+                       over all weights. That is X = W0 + (Z - U - W0) M
+    Z    (rows, cols)  weights that are sparse: X + U where kept, zero elsewhere. Kept are those of the largest
+                       c_j (X + U)² of each group, as many as were kept before
+    U    (rows, cols)  what the pruned weights are missed, so far, over ρ c_j; zero where kept
+    c    (cols,)       what a weight costs per square: the geometric mean of H_jj, its loss if nothing adapts, and of
+                       1 / [H⁻¹]_jj, its loss if all others do (Hassibi and Stork, 1993)
+    ρ                  penalty: it grows from step to step, so that masks change much at first and then settle
+    M    (cols, cols)  ρ C (H + ρ C)⁻¹, with C = diag(c)
+
+X is relaxed (section 3.4.3 there): taken is 1.3 X - 0.3 Z, for the Z before. With √c as the unit of each column, what
+is solved has no eigenvalue below ρ, whatever H is: it is well conditioned where H is singular.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from thanos_lightning.solver import native
+from thanos_lightning.solver.linalg import FactorizationError, damped, damped_diagonal
+from thanos_lightning.solver.pattern import NM, Pattern
+from thanos_lightning.solver.zeros import zero_where
+
+# Measured on some layers of a language model. With higher penalties masks change less, and with lower ones they settle
+# later: without relaxation, and for uncorrelated inputs, 1 is where a weight comes back if it is missed more than what
+# it replaces.
+_LOWEST, _LAST, _GROWTH = 0.35, 1.1, 1.07
+_RELAXATION = 1.3
+# First over last penalty down to which one M, that of their geometric mean, does as well as an M for each.
+_NEARLY_CONSTANT = 0.7
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """ρ c of each step, and M.
+
+    Attributes:
+        cost: c, positive.
+        dead: True for inputs that were always zero.
+        rho: ρ of each step.
+        first: M of the first step.
+        last: M of the last step, or None where one M serves all steps.
+    """
+
+    cost: Float[Tensor, " cols"]
+    dead: Bool[Tensor, " cols"]
+    rho: list[float]
+    first: Float[Tensor, "cols cols"]
+    last: Float[Tensor, "cols cols"] | None
+
+    def towards_last(self, rho: float, out: Float[Tensor, "cols cols"] | None) -> Float[Tensor, "cols cols"]:
+        """M for a penalty: on the logarithm of ρ between the first and the last, which is as good as its own."""
+        if self.last is None:
+            return self.first
+        return torch.lerp(
+            self.first, self.last, math.log(rho / self.rho[0]) / math.log(self.rho[-1] / self.rho[0]), out=out
+        )
+
+
+def weight_costs(
+    hessian: Float[Tensor, "cols cols"], factor: Float[Tensor, "cols cols"], damping: float
+) -> Float[Tensor, " cols"]:
+    """c, for a damped Hessian.
+
+    Args:
+        hessian: Undamped H.
+        factor: U of the damped H, see linalg.py.
+        damping: As the method's.
+    """
+    return (damped_diagonal(hessian, damping) / factor.square().sum(0)).sqrt()
+
+
+def penalties(
+    hessian: Float[Tensor, "cols cols"], cost: Float[Tensor, " cols"], damping: float, steps: int
+) -> Penalties:
+    """What all rows of a layer share.
+
+    Args:
+        hessian: Undamped H.
+        cost: c.
+        damping: As the method's: what is minimised is the damped loss.
+        steps: Number of steps, at least 1.
+
+    Raises:
+        FactorizationError: If H is far from positive semi-definite.
+    """
+    A = damped(hessian, damping)
+    root = cost.sqrt()
+    A.div_(root).div_(root.unsqueeze(1))
+    first = max(_LOWEST, _LAST / _GROWTH ** (steps - 1))
+    rho = [first * (_LAST / first) ** (step / max(1, steps - 1)) for step in range(steps)]
+    ends = [rho[0], rho[-1]] if rho[0] < _NEARLY_CONSTANT * rho[-1] else [math.sqrt(rho[0] * rho[-1])]
+    maps = [_inverse(A, end).mul_(end * root.unsqueeze(1)).div_(root) for end in ends]
+    return Penalties(cost, hessian.diagonal() == 0, rho, maps[0], maps[1] if len(maps) > 1 else None)
+
+
+def alternate(
+    weight: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    residual: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    pattern: Pattern,
+    shared: Penalties,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    """Take the steps. Each row keeps as many weights as it had, and so does each n:m group.
+
+    The first U is what the residual says of the weights that are given: so the steps begin where the method ended.
+    Weights of dead inputs become zero.
+
+    Args:
+        weight: Z, zero where not kept; not changed.
+        original: W0.
+        residual: R; overwritten.
+        keep: True = kept.
+        frozen: Weights that stay pruned.
+        pattern: Whether the groups are rows or those of n:m.
+        shared: From ``penalties``.
+
+    Returns:
+        The new weights, zero where not kept, and the new mask.
+    """
+    width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
+    keep = keep.clone(memory_format=torch.contiguous_format)
+    # A dead input's weights cost nothing, whatever damping says
+    scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)
+    U = zero_where(residual.div_(shared.rho[0] * shared.cost), keep)
+    from_original = (weight - original).sub_(U)
+    moved = torch.empty_like(U)
+    M = torch.empty_like(shared.first) if shared.last is not None else None
+    for rho, following in itertools.pairwise([*shared.rho, math.inf]):
+        torch.mm(from_original, shared.towards_last(rho, M), out=moved)
+        _project(moved, original, U, from_original, keep, frozen, scale, width, _RELAXATION, rho / following)
+    # The last U is zero
+    return zero_where(from_original.add_(original), ~keep | shared.dead), keep
+
+
+def _project(
+    moved: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    U: Float[Tensor, "rows cols"],
+    from_original: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    scale: Float[Tensor, " cols"],
+    width: int,
+    relaxation: float,
+    ratio: float,
+) -> None:
+    """The second half of a step: from X - W0 (overwritten) and U the new mask, the new U and Z - U - W0, all in place.
+
+    Args:
+        moved: X - W0.
+        original: W0.
+        U: See above.
+        from_original: Z - U - W0.
+        keep: True = kept.
+        frozen: Weights that stay pruned.
+        scale: √c.
+        width: Of the groups.
+        relaxation: How far X goes from the last Z: 1 is as far as it would.
+        ratio: ρ over that of the next step: U is relative to it.
+    """
+    if native.usable(moved):
+        native.project(moved, original, U, from_original, keep, frozen, scale, width, relaxation, ratio)
+        return
+    # What it was is Z; a relaxed X is the more beyond it
+    total = (
+        moved.mul_(relaxation).add_(original).add_(from_original, alpha=1 - relaxation).add_(U, alpha=2 - relaxation)
+    )
+    keep.copy_(_strongest((total.abs() * scale).masked_fill_(frozen, -1), keep, width))
+    torch.mul(total, ratio, out=U)
+    zero_where(U, keep)
+    torch.where(keep, total, -U, out=from_original).sub_(original)
+
+
+def _strongest(
+    scores: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], width: int
+) -> Bool[Tensor, "rows cols"]:
+    """True for the largest of each group, as many as ``keep`` has there, the first of equal ones first."""
+    groups = scores.view(-1, width)
+    counts = keep.view(-1, width).sum(1, keepdim=True)
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(width, device=scores.device) < counts
+    return torch.zeros_like(chosen).scatter_(1, order, chosen).view_as(keep)
+
+
+def _inverse(A: Float[Tensor, "cols cols"], added: float) -> Float[Tensor, "cols cols"]:
+    """(A + added I)⁻¹."""
+    shifted = A.clone()
+    shifted.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    if failed.item() != 0:
+        raise FactorizationError("the Hessian has an eigenvalue that is far below zero")
+    del shifted
+    return torch.cholesky_inverse(lower)
