@@ -112,7 +112,6 @@ def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> Non
         calibration_steps=steps,
         method="magnitude",  # the event is not what is timed; refinement still needs the statistics
         admm_steps=0,
-        refine_steps=0,
         refine_steps=1,
         verify_every_n_steps=0,
         attention_mask_key=None,

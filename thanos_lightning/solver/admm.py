@@ -133,7 +133,7 @@ def alternate(
     # A dead input's weights cost nothing, whatever damping says
     scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)
     U = zero_where(residual.div_(shared.rho[0] * shared.cost), keep)
-    from_original = (weight - original).sub_(U)
+    from_original = (weight - original).contiguous().sub_(U)
     moved = torch.empty_like(U)
     M = torch.empty_like(shared.first) if shared.last is not None else None
     for rho, following in itertools.pairwise([*shared.rho, math.inf]):

@@ -168,6 +168,16 @@ def test_project(rows, groups, width, tied, seed):
     torch.testing.assert_close(from_original, its_from_original)
 
 
+def test_a_transposed_weight_is_pruned_as_its_copy():
+    weight, H = layer(36, 48)
+    for pattern in (NM(2, 4), Unstructured(0.5)):
+        lying, standing = (
+            prune(one, H.float(), pattern, admm_steps=4, refine_steps=1) for one in (weight, weight.T.contiguous().T)
+        )
+        assert torch.equal(lying.mask, standing.mask)
+        torch.testing.assert_close(lying.weight, standing.weight)
+
+
 def test_project_takes_weights_whose_rows_are_not_side_by_side():
     moved, original, U, from_original = torch.randn(4, 5, 12, generator=generator(0))
     keep = torch.ones(5, 12, dtype=torch.bool)
