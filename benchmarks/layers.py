@@ -127,9 +127,14 @@ def draw(results: Sequence[dict[str, Any]], title: str, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     patterns = list(dict.fromkeys(result["pattern"] for result in results))
-    figure = Figure(figsize=(7 * len(patterns), 6), layout="constrained")
+    across = min(len(patterns), 3)
+    down = -(-len(patterns) // across)
+    figure = Figure(figsize=(6 * across, 5 * down), layout="constrained")
     figure.suptitle(title)
-    for panel, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel in panels[len(patterns) :]:
+        panel.set_visible(False)
+    for panel, pattern in zip(panels, patterns, strict=False):
         own = [result for result in results if result["pattern"] == pattern]
         front = sorted(own, key=lambda result: result["time"])
         best, steps = math.inf, []
@@ -143,9 +148,10 @@ def draw(results: Sequence[dict[str, Any]], title: str, picture: Path) -> None:
                 result["time"], result["error"], label=f"{number} {result['method']}", color=f"C{number % 10}"
             )
             panel.annotate(str(number), (result["time"], result["error"]), xytext=(4, 4), textcoords="offset points")
-        panel.set(title=pattern, xscale="log", xlabel="time / SparseGPT's", ylabel="error / SparseGPT's")
+        panel.set(title=pattern, xlabel="time / SparseGPT's", ylabel="error / SparseGPT's")
+        panel.set_xlim(left=0)
         panel.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=90)
 
 
 def main() -> None:

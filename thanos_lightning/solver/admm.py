@@ -65,6 +65,17 @@ class Penalties:
         )
 
 
+def schedule(steps: int) -> list[float]:
+    """ρ of each step."""
+    first = max(_LOWEST, _LAST / _GROWTH ** (steps - 1))
+    return [first * (_LAST / first) ** (step / max(1, steps - 1)) for step in range(steps)]
+
+
+def ends(rho: list[float]) -> list[float]:
+    """The penalties that M is made for: two between which it is interpolated, or one for all steps."""
+    return [rho[0], rho[-1]] if rho[0] < _NEARLY_CONSTANT * rho[-1] else [math.sqrt(rho[0] * rho[-1])]
+
+
 def weight_costs(
     hessian: Float[Tensor, "cols cols"], factor: Float[Tensor, "cols cols"], damping: float
 ) -> Float[Tensor, " cols"]:
@@ -95,10 +106,8 @@ def penalties(
     A = damped(hessian, damping)
     root = cost.sqrt()
     A.div_(root).div_(root.unsqueeze(1))
-    first = max(_LOWEST, _LAST / _GROWTH ** (steps - 1))
-    rho = [first * (_LAST / first) ** (step / max(1, steps - 1)) for step in range(steps)]
-    ends = [rho[0], rho[-1]] if rho[0] < _NEARLY_CONSTANT * rho[-1] else [math.sqrt(rho[0] * rho[-1])]
-    maps = [_inverse(A, end).mul_(end * root.unsqueeze(1)).div_(root) for end in ends]
+    rho = schedule(steps)
+    maps = [_inverse(A, end).mul_(end * root.unsqueeze(1)).div_(root) for end in ends(rho)]
     return Penalties(cost, hessian.diagonal() == 0, rho, maps[0], maps[1] if len(maps) > 1 else None)
 
 

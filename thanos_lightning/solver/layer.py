@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.admm import Penalties, alternate, penalties, weight_costs
+from thanos_lightning.solver.admm import Penalties, alternate, ends, penalties, schedule, weight_costs
 from thanos_lightning.solver.linalg import (
     MAX_DAMPING,
     Curvature,
@@ -88,8 +88,9 @@ class SolverOptions:
         """About how much memory a float32 layer takes to be pruned, beside its weight and Hessian, on a CPU.
 
         With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
-        5.2); and 2 cb + k min(cb, 2²²) to improve, with k = 3.5 for sweeps, 7.5 for refinement and 16 for exchanges. In
-        numbers of four bytes. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+        5.2); 2 cb + 7.5 d to refine, with d = min(cb, 2²²); and with ADMM 1.5 cb + 6 d and the matrices of its steps,
+        b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
+        bytes. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
 
         Example:
             >>> from thanos_lightning.solver.layer import SolverOptions
@@ -102,9 +103,12 @@ class SolverOptions:
             numbers += [4.6 * cols**2, cols**2 + (4.2 if self.method == "thanos" else 5.2) * size]
         chunk = min(size, _IMPROVED_AT_A_TIME)
         if self.admm_steps > 0:
-            numbers += [4.6 * cols**2 + size, 3 * cols**2 + size + 7 * chunk]
-        if self.refine_steps > 0:
-            numbers += [2 * size + 7.5 * chunk]
+            interpolated = len(ends(schedule(self.admm_steps))) > 1
+            numbers.append((3 if interpolated else 1) * cols**2 + 1.5 * size + 6 * chunk)
+            if self.refine_steps > 0:
+                numbers.append((2 if interpolated else 1) * cols**2 + 1.5 * size + 11 * chunk)
+        elif self.refine_steps > 0:
+            numbers.append(2 * size + 7.5 * chunk)
         return round(4 * max(numbers))
 
 
