@@ -1,0 +1,116 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from thanos_lightning.lm import distillation
+from thanos_lightning.lm.distillation import divergence, head_losses, squarehead
+
+property_based = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+@pytest.fixture(autouse=True, params=[3, 1024])
+def _chunk(request, monkeypatch):
+    monkeypatch.setattr(distillation, "TOKENS_PER_CHUNK", request.param)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def by_definition(student, teacher, temperature):
+    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
+    return temperature**2 * (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_divergence_is_its_definition_and_so_is_its_gradient(temperature):
+    student, teacher = 3 * randn(2, 5, 7), 3 * randn(2, 5, 7, seed=1)
+    student.requires_grad_(True)
+    teacher.requires_grad_(True)
+    loss = divergence(student, teacher, temperature)
+    expected = by_definition(student, teacher, temperature).mean()
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-7)
+    loss.backward()
+    assert teacher.grad is None
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
+@property_based
+def test_divergence_is_positive_but_for_equal_distributions(batch, tokens, seed):
+    student = randn(batch, tokens, 5, seed=seed)
+    assert float(divergence(student, student + 3)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(student, randn(batch, tokens, 5, seed=seed + 100))) > 0
+
+
+def test_what_does_not_count_changes_nothing():
+    counted = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    student, teacher = randn(2, 4, 6), randn(2, 4, 6, seed=1)
+    expected = by_definition(student, teacher, 1.0)[counted].mean()
+    spoilt = torch.where(counted.unsqueeze(-1), student, torch.inf)
+    for mask in (counted, counted.long()):
+        assert float(divergence(spoilt, teacher, counted=mask)) == pytest.approx(float(expected), rel=1e-5)
+        assert float(squarehead([spoilt], [teacher], mask)) == pytest.approx(
+            float((student - teacher)[counted].square().sum() / teacher[counted].square().sum()), rel=1e-5
+        )
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    assert float(squarehead([student], [teacher], nothing)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_are_computed_in_float32(dtype):
+    student, teacher = (10 * randn(2, 5, 50, seed=seed, dtype=dtype) for seed in (0, 1))
+    assert float(divergence(student, teacher)) == pytest.approx(
+        float(by_definition(student, teacher, 1).mean()), rel=1e-4
+    )
+    assert divergence(student, teacher).dtype == squarehead([student], [teacher]).dtype == torch.float32
+
+
+def test_squarehead_weighs_each_layer_alike():
+    teacher = [randn(2, 3, 4, seed=seed) * scale for seed, scale in enumerate((1.0, 1000.0))]
+    student = [states * 0.9 for states in teacher]
+    assert float(squarehead(student, teacher)) == pytest.approx(0.01, rel=1e-4)
+    assert float(squarehead([teacher[0], student[1]], teacher)) == pytest.approx(0.005, rel=1e-4)
+    zeros = [torch.zeros(2, 3, 4)]
+    assert float(squarehead(zeros, zeros)) == 0
+
+
+def test_losses_of_heads_are_those_of_all_logits():
+    torch.manual_seed(0)
+    heads = [nn.Linear(6, 11, bias=False) for _ in range(2)]
+    student, teacher = randn(3, 5, 6).requires_grad_(True), randn(3, 5, 6, seed=1)
+    labels = torch.randint(11, (3, 5))
+    labels[0, 3:] = -100
+    counted = labels != -100
+    entropy, kl = head_losses(student, teacher, *heads, labels, temperature=2.0, counted=counted)
+    logits, its_logits = heads[0](student), heads[1](teacher)
+    expected_entropy = functional.cross_entropy(logits[:, :-1].flatten(end_dim=1), labels[:, 1:].flatten())
+    expected_kl = divergence(logits, its_logits, 2.0, counted)
+    torch.testing.assert_close(entropy, expected_entropy)
+    torch.testing.assert_close(kl, expected_kl)
+    variables = [student, heads[0].weight]
+    gradients = torch.autograd.grad(entropy + kl, variables)
+    for gradient, expected in zip(
+        gradients, torch.autograd.grad(expected_entropy + expected_kl, variables), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected)
+    every, _ = head_losses(student, teacher, *heads, torch.full_like(labels, -100))
+    assert float(every) == 0
+
+
+def test_a_teacher_that_does_not_fit_is_named():
+    states = randn(1, 3, 4)
+    with pytest.raises(ValueError, match=r"\(1, 3, 4\) and the teacher's \(1, 3, 5\): .*vocabulary"):
+        divergence(states, randn(1, 3, 5))
+    with pytest.raises(ValueError, match="temperature is 0"):
+        divergence(states, states, temperature=0)
+    with pytest.raises(ValueError, match=r"2 hidden states and the teacher 1: .*depth"):
+        squarehead([states, states], [states])
+    with pytest.raises(ValueError, match=r"hidden states 1 of the student .*width"):
+        squarehead([states, states], [states, randn(1, 3, 5)])
+    with pytest.raises(ValueError, match="at least one layer"):
+        squarehead([], [])
