@@ -511,6 +511,8 @@ class ThanosPruningCallback(Callback):
         access, enforcer = self._require_access(), self._require_enforcer()
         if self.monitor is not None and not self.report.events:
             self.report.summary.dense = self._measure(trainer)
+        if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
+            tell()
         accumulators = self._accumulators(window, trainer, pl_module)
         owners = assign_owners({name: self._layers[name] for name in window.patterns}, access.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None

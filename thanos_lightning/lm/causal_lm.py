@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -19,11 +23,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
-from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.checkpoints import CALLBACK_KEY
+from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil
+from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
+from thanos_lightning.sharding import copy_to_frozen, frozen_state, place_frozen
 from thanos_lightning.targets import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 
+_TEACHER_KEY = "thanos_lightning_teacher"
 _IGNORED_LABEL = -100  # transformers' own: such a token is no target
 _TOKENS_PER_CHUNK = 2048  # of logits that are fp32 at one time: 1 GiB for a vocabulary of 128,000
 
@@ -69,6 +77,14 @@ def _zero3_loading(module: LightningModule) -> Iterator[None]:
         del known
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """Keeps a model from being a submodule: it is not saved, trained or pruned."""
+
+    model: PreTrainedModel
+    is_placed: bool
+
+
 class CausalLM(LightningModule):
     """Trains a causal language model on batches of `input_ids`, `attention_mask` and `labels`.
 
@@ -85,6 +101,10 @@ class CausalLM(LightningModule):
             under "32-true" and the mixed ones, which keep the weights that AdamW updates in float32.
         gradient_checkpointing: Compute activations again in the backward instead of keeping them.
         attn_implementation: As transformers' argument; None leaves the choice to transformers.
+        distillation: Learn from a dense teacher, too, a `Distillation`; None learns from the text alone. The teacher
+            takes 2 bytes for each of its parameters in its bfloat16, on each rank, or over all ranks together under
+            ZeRO-3. It is not in checkpoints. One from "before-pruning", which nothing else could bring back, is written to
+            `<default_root_dir>/teacher` with the first checkpoint after that, and a resumed training finds it there.
 
     Attributes:
         model: The Hugging Face model, None until `configure_model` has loaded it.
@@ -111,6 +131,7 @@ class CausalLM(LightningModule):
         dtype: str | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        distillation: Distillation | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -130,19 +151,27 @@ class CausalLM(LightningModule):
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        if isinstance(distillation, Mapping):  # out of a checkpoint
+            distillation = Distillation(**distillation)
+        self.distillation = distillation
+        self._teacher: _Teacher | None = None
+        self._teaches = False
+        self._resumed_teacher: str | None = None  # folder of one from "before-pruning"
         self.val_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
         self.test_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
         if isinstance(model, str):
             self.model_name = model
-            self.save_hyperparameters()
+            self.save_hyperparameters(ignore=["distillation"])
         else:
             for name, value in (("dtype", dtype), ("attn_implementation", attn_implementation)):
                 if value is not None:
                     raise ValueError(
                         f"{name} is {value!r}, but the model is loaded already: load it so, or give its name as model"
                     )
-            self.save_hyperparameters(ignore=["model"])
+            self.save_hyperparameters(ignore=["model", "distillation"])
             self._adopt(model)
+        # plain values, which any reader of a checkpoint understands
+        self.save_hyperparameters({"distillation": None if distillation is None else asdict(distillation)})
 
     @override
     def configure_model(self) -> None:
@@ -151,6 +180,85 @@ class CausalLM(LightningModule):
             with _zero3_loading(self):
                 model = load_pretrained(self.model_name, self.dtype_name, self.attn_implementation)
             self._adopt(model)
+
+    @override
+    def setup(self, stage: str) -> None:
+        wanted = self.distillation is not None and self.distillation.teacher in (START, BEFORE_PRUNING)
+        # a model that was given as one can't be loaded again, and a checkpoint may be about to be loaded into it
+        if stage == "fit" and wanted and self.model is not None and self._teacher is None:
+            teacher = copy.deepcopy(self.model)
+            teacher.gradient_checkpointing_disable()
+            self._teacher = _Teacher(teacher, is_placed=False)
+
+    @override
+    def on_fit_start(self) -> None:
+        """Load the teacher, and hold it against the model."""
+        if self.distillation is None:
+            return
+        assert self.model is not None
+        name, strategy = self.distillation.teacher, self.trainer.strategy
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if name == BEFORE_PRUNING and not any(callback.state_key == CALLBACK_KEY for callback in callbacks):
+            raise MisconfigurationException(
+                f"the teacher is {BEFORE_PRUNING!r}, but the Trainer has no ThanosPruningCallback: add one, or take "
+                f"{START!r} or another model as the teacher"
+            )
+        if self._resumed_teacher is not None:
+            self._teacher = _Teacher(self._load_teacher(self._resumed_teacher), is_placed=False)
+        elif self._teacher is None:
+            source = self.model_name if name in (START, BEFORE_PRUNING) else name
+            self._teacher = _Teacher(self._load_teacher(source), is_placed=False)
+        if not self._teacher.is_placed:
+            teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
+            self._teacher = _Teacher(place_frozen(teacher, strategy), is_placed=True)
+            check_teacher(self.model, self._teacher.model, self.distillation)
+            self._teaches = name != BEFORE_PRUNING or self._resumed_teacher is not None
+
+    def _load_teacher(self, name: str) -> PreTrainedModel:
+        assert self.distillation is not None
+        with _zero3_loading(self):
+            return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
+
+    def on_before_pruning(self) -> None:
+        """Called by ThanosPruningCallback right before it prunes for the first time, on all ranks."""
+        if self.distillation is not None and self.distillation.teacher == BEFORE_PRUNING:
+            assert self.model is not None
+            assert self._teacher is not None
+            copy_to_frozen(self.model, self._teacher.model, self.trainer.strategy)
+            self._teaches = True
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write a teacher from "before-pruning", which can't be had again, to a folder beside; once in a training."""
+        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING or not self._teaches:
+            return
+        assert self._teacher is not None
+        if self._resumed_teacher is None:
+            folder = Path(self.trainer.default_root_dir) / "teacher"
+            state = frozen_state(self._teacher.model, self.trainer.strategy)
+            if self.trainer.is_global_zero:
+                self._teacher.model.save_pretrained(folder, state_dict=state)
+            self._resumed_teacher = str(folder)
+        checkpoint[_TEACHER_KEY] = self._resumed_teacher
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the teacher of a training that goes on."""
+        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING or self._trainer is None:
+            return
+        folder = checkpoint.get(_TEACHER_KEY)
+        pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
+        if folder is None and pruning is not None and pruning["windows_done"]:
+            raise MisconfigurationException(
+                f"the checkpoint is pruned and has no teacher from {BEFORE_PRUNING!r}: resume with the distillation "
+                f"that it was trained with, or take {START!r} or another model as the teacher"
+            )
+        if folder is not None and not Path(folder).is_dir():
+            raise MisconfigurationException(
+                f"the teacher of the checkpoint is to be in {folder}, which is no folder: bring it back, or name the "
+                "place where it is as the teacher"
+            )
+        self._resumed_teacher = folder
 
     def _adopt(self, model: PreTrainedModel) -> None:
         if self.gradient_checkpointing:
@@ -179,8 +287,19 @@ class CausalLM(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self(**batch).loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        size = len(batch["input_ids"])
+        if self._teaches:
+            assert self.model is not None
+            assert self._teacher is not None
+            assert self.distillation is not None
+            losses = distil(self.model, self._teacher.model, batch, self.distillation)
+            for name in ("cross_entropy", "logits", "hidden_states"):
+                if (part := getattr(losses, name)) is not None:
+                    self.log(f"train/{name}", part, batch_size=size)
+            loss = losses.total
+        else:
+            loss = self(**batch).loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
 
     # A metric's state that was made in the inference mode of Trainer.validate can't be added to outside of it, in the

@@ -4,17 +4,202 @@ Hinton et al. (2015) for logits; SquareHead (Kurtic et al., arXiv 2310.06927) fo
 float32 whatever the inputs are, and padding doesn't count.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from thanos_lightning.lm.pretrained import torch_dtype
 
 # Of logits that exist at one time: 512 MiB in float32 for a vocabulary of 128,000, and as much for the teacher's.
 TOKENS_PER_CHUNK = 1024
 _IGNORED_LABEL = -100  # transformers' own: such a token is no target
+
+START, BEFORE_PRUNING = "start", "before-pruning"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a model is taught while it is pruned: the weights of a sum of losses, and who teaches.
+
+    Args:
+        teacher: "start" is the model as it was when the training began; "before-pruning" is the model as it was right
+            before the first pruning event, with what it had learnt by then; anything else a hub name or local folder.
+        cross_entropy: Weight of the loss on the text.
+        logits: Weight of the divergence of the next-token distributions from the teacher's.
+        hidden_states: Weight of SquareHead, the error of the hidden states after each decoder layer.
+        temperature: Of the divergence.
+        dtype: Of the teacher: "bfloat16", "float32" or "float16".
+
+    Raises:
+        ValueError: For a negative weight, or where neither of the teacher's has any.
+
+    Example:
+        >>> Distillation(logits=1.0, hidden_states=0.5).teacher
+        'before-pruning'
+    """
+
+    teacher: str = BEFORE_PRUNING
+    cross_entropy: float = 1.0
+    logits: float = 1.0
+    hidden_states: float = 0.0
+    temperature: float = 1.0
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("cross_entropy", "logits", "hidden_states")}
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} is {weight}: give a weight ≥ 0")
+        if not any(weights.values()):
+            raise ValueError("all weights of the distillation are 0: give at least one of them a weight above 0")
+        if not (self.logits or self.hidden_states):
+            raise ValueError(
+                "logits and hidden_states are 0, so that nothing would be learnt from the teacher: give one of them a "
+                "weight above 0, or leave the distillation out"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature is {self.temperature}: give a number > 0, such as 1.0")
+        torch_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class DistillationLosses:
+    """The losses of a batch, each a scalar in float32; those of weight 0 are None.
+
+    Attributes:
+        total: Their weighted sum, to call backward on.
+        cross_entropy: On the text.
+        logits: See `divergence`.
+        hidden_states: See `squarehead`.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor | None
+    logits: Tensor | None
+    hidden_states: Tensor | None
+
+
+def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillation: Distillation) -> None:
+    """Refuse a teacher whose outputs can't be held against the student's.
+
+    Raises:
+        ValueError: Where vocabulary, depth or width differ, or where a model does more to its logits than its head.
+    """
+    own, its = student.config.get_text_config(), teacher.config.get_text_config()
+    if own.vocab_size != its.vocab_size:
+        raise ValueError(
+            f"the teacher has a vocabulary of {its.vocab_size:,} tokens and the model one of {own.vocab_size:,}: take "
+            "a teacher with the model's tokenizer"
+        )
+    if distillation.hidden_states:
+        for name, what in (("num_hidden_layers", "decoder layers"), ("hidden_size", "hidden units")):
+            if getattr(own, name) != getattr(its, name):
+                raise ValueError(
+                    f"the teacher has {getattr(its, name)} {what} and the model {getattr(own, name)}: take a teacher "
+                    "of the model's shape, or set hidden_states to 0"
+                )
+    for model in (student, teacher):
+        _check_head(model)
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Hold the head of the last hidden states against the logits that the model itself gives."""
+    device = next(model.parameters()).device
+    tokens = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device).unsqueeze(0)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=tokens, use_cache=False).logits.float()
+            parts = _head(model)(_base(model)(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    finally:
+        model.train(training)
+    if not (whole - parts).abs().max() <= 1e-2 * whole.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than its head (it scales or caps them), which "
+            "distillation in chunks leaves out: call the functions of thanos_lightning.lm.distillation on its logits, "
+            "in your own training_step"
+        )
+
+
+def _base(model: PreTrainedModel) -> nn.Module:
+    base: nn.Module = model.base_model
+    return base
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings, so that it is no causal language model")
+    return head
+
+
+def distil(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Tensor], distillation: Distillation
+) -> DistillationLosses:
+    """Run both models on a batch and compare them.
+
+    Logits never exist for more than `TOKENS_PER_CHUNK` tokens at a time. Beside the student's own activations it takes
+    one hidden state of the teacher, or all of them where `hidden_states` has a weight: decoder layers × tokens × hidden
+    size numbers of each model.
+
+    Args:
+        student: Gets gradients.
+        teacher: Gets none. In evaluation mode, as `from_pretrained` leaves it.
+        batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, tokens), and what else the
+            model's forward takes.
+        distillation: The weights. Its `teacher` and `dtype` are not read.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+        >>> tokens = torch.arange(8).unsqueeze(0)
+        >>> losses = distil(model, model, {"input_ids": tokens, "labels": tokens}, Distillation())
+        >>> float(losses.logits)
+        0.0
+    """
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    inputs.update(use_cache=False, output_hidden_states=bool(distillation.hidden_states))
+    counted = batch.get("attention_mask")
+    with torch.no_grad():
+        its = _base(teacher)(**inputs)
+    own = _base(student)(**inputs)
+    entropy = logits = hidden = None
+    if distillation.logits:
+        entropy, logits = head_losses(
+            own.last_hidden_state,
+            its.last_hidden_state,
+            _head(student),
+            _head(teacher),
+            batch["labels"],
+            distillation.temperature,
+            counted,
+        )
+    elif distillation.cross_entropy:
+        vocabulary = student.config.get_text_config().vocab_size
+        entropy = student.loss_function(_head(student)(own.last_hidden_state), batch["labels"], vocab_size=vocabulary)
+    if distillation.hidden_states:
+        # the first are the embeddings
+        hidden = squarehead(own.hidden_states[1:], its.hidden_states[1:], counted)
+    weighted = [
+        weight * loss
+        for weight, loss in (
+            (distillation.cross_entropy, entropy),
+            (distillation.logits, logits),
+            (distillation.hidden_states, hidden),
+        )
+        if weight and loss is not None
+    ]
+    return DistillationLosses(torch.stack(weighted).sum(), entropy, logits, hidden)
 
 
 def divergence(

@@ -22,6 +22,21 @@ _GGUF_READERS = ("gguf", "accelerate")  # what transformers needs to read a GGUF
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> torch_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r}: choose one of {', '.join(_DTYPES)}, or None for torch's default")
+    return _DTYPES[name]
+
+
 def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
     """Load a causal LM, in evaluation mode as `from_pretrained` leaves it.
 
@@ -47,12 +62,10 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         >>> model.dtype, model.num_parameters()  # doctest: +SKIP
         (torch.float32, 134515008)
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(_DTYPES)}, or None for torch's default")
+    wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
     return AutoModelForCausalLM.from_pretrained(
         _resolve(name),
-        # None would be transformers' own default: the dtype that the checkpoint was saved in
-        dtype=torch.get_default_dtype() if dtype is None else _DTYPES[dtype],
+        dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
         attn_implementation=attn_implementation,
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -446,3 +447,51 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
             f"ThanosPruningCallback does not know where {why} keeps weights, so its zeros would be lost: use plain "
             "ZeRO 0 to 3, with optimizer and parameters offloaded as a whole or not at all"
         )
+
+
+def shard_frozen(model: nn.Module, *, offload: bool) -> nn.Module:
+    """Shard a model that is only read, as stage 3 does. All ranks must call it.
+
+    Args:
+        model: In evaluation mode, without gradients, whole on each rank or sharded while it was loaded.
+        offload: Whether the shards wait in the CPU's memory.
+    """
+    zero: dict[str, Any] = {"stage": 3}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    dtype = next(model.parameters()).dtype
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
+            "zero_optimization": zero,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        },
+    )
+    whole: nn.Module = engine.module
+    return whole.eval()
+
+
+def copy_sharded(own: nn.Module, frozen: nn.Module) -> None:
+    """Give a model of `shard_frozen` the weights of the one that is trained, by name. All ranks must call it."""
+    theirs = dict(frozen.named_parameters())
+    for name, parameter in own.named_parameters():
+        # the parts of both lie alike, but one may be on another device or on disk
+        with GatheredParameters([parameter]):
+            whole = parameter.detach().to(theirs[name].dtype, copy=True)
+        with GatheredParameters([theirs[name]], modifier_rank=0):
+            if theirs[name].numel():
+                theirs[name].data.copy_(whole)
+    for name, buffer in own.named_buffers():
+        frozen.get_buffer(name).copy_(buffer)
+
+
+def gathered_state(frozen: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
+    """The state dict of a model of `shard_frozen`, in the CPU's memory of the ranks that want it, else empty."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in frozen.named_parameters(remove_duplicate=False):
+        with GatheredParameters([parameter]):
+            if wanted:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    return state

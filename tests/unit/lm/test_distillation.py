@@ -4,9 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning.lm import distillation
-from thanos_lightning.lm.distillation import divergence, head_losses, squarehead
+from thanos_lightning.lm.distillation import (
+    Distillation,
+    check_teacher,
+    distil,
+    divergence,
+    head_losses,
+    squarehead,
+)
 
 property_based = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -114,3 +122,90 @@ def test_a_teacher_that_does_not_fit_is_named():
         squarehead([states, states], [states, randn(1, 3, 5)])
     with pytest.raises(ValueError, match="at least one layer"):
         squarehead([], [])
+
+
+def llama(seed=0, **config):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 13, "initializer_range": 0.3, **sizes, **config})).eval()
+
+
+def padded_batch():
+    tokens = torch.randint(13, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"cross_entropy": 0.5, "logits": 2.0, "hidden_states": 3.0, "temperature": 2.0},
+        {"cross_entropy": 0.5, "logits": 0.0, "hidden_states": 3.0},
+        {"cross_entropy": 0.0, "logits": 1.0},
+        {"cross_entropy": 0.0, "logits": 0.0, "hidden_states": 1.0},
+    ],
+)
+def test_distil_is_the_weighted_sum_of_what_both_models_say(weights):
+    student, teacher, batch = llama(), llama(seed=1), padded_batch()
+    chosen = Distillation("start", **weights)
+    losses = distil(student, teacher, batch, chosen)
+    own = student(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        its = teacher(**batch, output_hidden_states=True)
+    counted = batch["attention_mask"].bool()
+    parts = {
+        "cross_entropy": own.loss,
+        "logits": by_definition(own.logits, its.logits, chosen.temperature)[counted].mean(),
+        "hidden_states": squarehead(own.hidden_states[1:], its.hidden_states[1:], counted),
+    }
+    expected = sum(getattr(chosen, name) * part for name, part in parts.items())
+    assert float(losses.total) == pytest.approx(float(expected), rel=1e-5)
+    for name, part in parts.items():
+        if getattr(chosen, name):
+            assert float(getattr(losses, name)) == pytest.approx(float(part), rel=1e-5), name
+    losses.total.backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    student.zero_grad()
+    expected.backward()
+    for gradient, parameter in zip(gradients, student.parameters(), strict=True):
+        if gradient is not None:  # hidden states alone teach no head
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits": -1.0}, "logits is -1.0"),
+        ({"cross_entropy": float("nan")}, "cross_entropy is nan"),
+        ({"cross_entropy": 0, "logits": 0}, "all weights of the distillation are 0"),
+        ({"logits": 0}, "nothing would be learnt from the teacher"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_a_distillation_that_can_not_be_right_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation("start", **arguments)
+
+
+def test_a_teacher_of_another_shape_is_refused():
+    student, with_states = llama(), Distillation("start", hidden_states=1.0)
+    for model in (student, llama(seed=1)):
+        check_teacher(student, model, with_states)
+    with pytest.raises(ValueError, match="vocabulary of 14 tokens and the model one of 13"):
+        check_teacher(student, llama(vocab_size=14), Distillation("start"))
+    with pytest.raises(ValueError, match="3 decoder layers and the model 2"):
+        check_teacher(student, llama(num_hidden_layers=3), with_states)
+    with pytest.raises(ValueError, match="32 hidden units and the model 16"):
+        check_teacher(student, llama(hidden_size=32), with_states)
+    check_teacher(student, llama(num_hidden_layers=3, hidden_size=32), Distillation("start"))
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    scaled = GraniteForCausalLM(GraniteConfig(vocab_size=13, logits_scaling=8.0, **sizes))
+    with pytest.raises(ValueError, match="GraniteForCausalLM does more to its logits than its head"):
+        check_teacher(llama(), scaled, Distillation("start"))

@@ -1,0 +1,179 @@
+"""CausalLM with a teacher, in real trainings."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.lm import CausalLM, Distillation
+from thanos_lightning.lm.pretrained import load_pretrained
+
+
+def batches(number=6):
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(12, (2, 9), generator=generator) for _ in range(number)]
+    return DataLoader(
+        [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in drawn], batch_size=None
+    )
+
+
+def pruning(start=2):
+    schedule = SparsitySchedule(start, start + 2, 2)
+    return ThanosPruningCallback("2:4", schedule=schedule, calibration_steps=1)
+
+
+def trainer(folder, callbacks=(), **kwargs):
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "max_epochs": -1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": list(callbacks),
+            "default_root_dir": folder,
+            **kwargs,
+        }
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name].to(one[name].dtype)) for name in one)
+
+
+class Weights(ThanosPruningCallback):
+    """Keeps what the model was right before the first event."""
+
+    def _prune(self, window, trainer, pl_module):
+        if not self._applied:
+            self.before = weights(pl_module.model)
+        super()._prune(window, trainer, pl_module)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
+    start = weights(load_pretrained(tiny))
+    lm = CausalLM(
+        load_pretrained(tiny) if as_object else tiny,
+        learning_rate=1e-2,
+        distillation=Distillation("start", dtype="float32"),
+    )
+    fit = trainer(tmp_path, [pruning()])
+    fit.fit(lm, batches())
+    assert same(start, weights(lm._teacher.model))
+    assert not same(start, weights(lm.model))
+    assert {"train/loss", "train/cross_entropy", "train/logits"} <= fit.callback_metrics.keys()
+    assert fit.callback_metrics["train/loss"] == pytest.approx(
+        float(fit.callback_metrics["train/cross_entropy"] + fit.callback_metrics["train/logits"]), rel=1e-5
+    )
+    assert not any("teacher" in name for name in lm.state_dict())
+    trained = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert trained == {id(parameter) for parameter in lm.parameters()}
+    assert not trained & {id(parameter) for parameter in lm._teacher.model.parameters()}
+    assert not any(parameter.requires_grad for parameter in lm._teacher.model.parameters())
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_teacher_from_before_pruning_is_what_had_been_learnt_by_then(tiny, tmp_path, as_object):
+    lm = CausalLM(
+        load_pretrained(tiny) if as_object else tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32")
+    )
+    seen = []
+    step = lm.training_step
+
+    def training_step(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        seen.append(float(loss) - float(lm(**batch).loss))
+        return loss
+
+    lm.training_step = training_step
+    callback = Weights("2:4", schedule=SparsitySchedule(2, 4, 2), calibration_steps=1)
+    trainer(tmp_path, [callback]).fit(lm, batches())
+    assert same(callback.before, weights(lm._teacher.model))
+    assert not same(callback.before, weights(load_pretrained(tiny)))
+    # the first event of the schedule would prune nothing
+    assert seen[:4] == pytest.approx([0.0] * 4, abs=1e-6)
+    assert all(difference > 1e-6 for difference in seen[4:])
+
+
+def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
+    teacher = load_pretrained(tiny)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    teacher.save_pretrained(tmp_path / "other")
+    lm = CausalLM(
+        tiny,
+        learning_rate=1e-2,
+        distillation=Distillation(str(tmp_path / "other"), cross_entropy=0, hidden_states=1.0, dtype="float32"),
+    )
+    values = []
+    for steps in (1, 30):
+        fit = trainer(tmp_path, max_steps=steps)
+        fit.fit(lm, batches(1))
+        values.append((float(fit.callback_metrics["train/logits"]), float(fit.callback_metrics["train/hidden_states"])))
+    (logits, hidden), (later_logits, later_hidden) = values
+    assert later_logits < 0.3 * logits
+    assert later_hidden < 0.5 * hidden
+
+
+@pytest.mark.parametrize("teacher", ["start", "before-pruning"])
+def test_a_resumed_training_has_the_same_teacher_and_ends_alike(tiny, tmp_path, teacher):
+    chosen = Distillation(teacher, dtype="float32")
+    ends = []
+    for start in (None, 5, 3):  # the first event is at step 4
+        lm = CausalLM(tiny, learning_rate=1e-2, lr_schedule="constant", distillation=chosen)
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit = trainer(tmp_path, [pruning(), every], max_steps=8, enable_checkpointing=True)
+        alike = DataLoader([*batches(1)] * 8, batch_size=None)  # whose place in the epoch doesn't matter
+        fit.fit(lm, alike, ckpt_path=start and tmp_path / f"step={start}.ckpt")
+        ends.append(weights(lm.model))
+        assert (tmp_path / "teacher").is_dir() == (teacher == "before-pruning")
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+    state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
+    assert not any("teacher" in name for name in state["state_dict"])
+
+
+def test_a_lost_teacher_is_named(tiny, tmp_path):
+    lm = CausalLM(tiny, distillation=Distillation())
+    fit = trainer(tmp_path, [pruning()])
+    fit.fit(lm, batches())
+    fit.save_checkpoint(tmp_path / "with.ckpt")
+    (tmp_path / "teacher").rename(tmp_path / "elsewhere")
+    more = trainer(tmp_path, [pruning()], max_steps=7)
+    with pytest.raises(MisconfigurationException, match=r"the teacher of the checkpoint is to be in .*teacher"):
+        more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "with.ckpt")
+    # one that was trained without
+    fit = trainer(tmp_path, [pruning()])
+    fit.fit(CausalLM(tiny), batches())
+    fit.save_checkpoint(tmp_path / "without.ckpt")
+    more = trainer(tmp_path, [pruning()], max_steps=7)
+    with pytest.raises(MisconfigurationException, match="is pruned and has no teacher from 'before-pruning'"):
+        more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "without.ckpt")
+
+
+def test_before_pruning_needs_the_callback(tiny, tmp_path):
+    with pytest.raises(MisconfigurationException, match="the Trainer has no ThanosPruningCallback"):
+        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation()), batches())
+
+
+def test_validation_loads_no_teacher(tiny, tmp_path):
+    lm = CausalLM(tiny, distillation=Distillation("start"))
+    trainer(tmp_path).validate(lm, batches(), verbose=False)
+    assert lm._teacher is None
+    # and neither does loading a checkpoint to use it
+    fit = trainer(tmp_path, [pruning()])
+    fit.fit(lm, batches())
+    fit.save_checkpoint(tmp_path / "lm.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "lm.ckpt", weights_only=False)
+    assert same(weights(lm.model), weights(loaded.model))
