@@ -103,8 +103,8 @@ class CausalLM(LightningModule):
         attn_implementation: As transformers' argument; None leaves the choice to transformers.
         distillation: Learn from a dense teacher, too, a `Distillation`; None learns from the text alone. The teacher
             takes 2 bytes for each of its parameters in its bfloat16, on each rank, or over all ranks together under
-            ZeRO-3. It is not in checkpoints. One from "before-pruning", which nothing else could bring back, is written to
-            `<default_root_dir>/teacher` with the first checkpoint after that, and a resumed training finds it there.
+            ZeRO-3. It is not in checkpoints. One from "before-pruning", which nothing else could bring back, is written
+            to `<default_root_dir>/teacher` with the first checkpoint after that, and a resumed training finds it there.
 
     Attributes:
         model: The Hugging Face model, None until `configure_model` has loaded it.

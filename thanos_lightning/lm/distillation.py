@@ -136,7 +136,7 @@ def _base(model: PreTrainedModel) -> nn.Module:
 
 
 def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    head = model.get_output_embeddings()
+    head: Callable[[Tensor], Tensor] | None = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings, so that it is no causal language model")
     return head
