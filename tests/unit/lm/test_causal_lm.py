@@ -245,3 +245,14 @@ def test_two_runs_with_one_seed_are_one(tiny):
         _trainer(max_steps=2).fit(lm, _batches())
         weights.append(lm.model.lm_head.weight.detach())
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_gradients_can_be_clipped(tiny, precision):
+    trainer = _trainer(max_steps=2, precision=precision, gradient_clip_val=1e-3)
+    lm = CausalLM(tiny, learning_rate=1e-2)
+    trainer.fit(lm, _batches())
+    assert trainer.optimizers[0].defaults["fused"]  # the tests run on CPUs
+    # first moments are a tenth of the clipped gradient after one step, and at most 0.19 of it after two
+    moments = [state["exp_avg"].double().norm() for state in trainer.optimizers[0].state.values()]
+    assert 0 < float(torch.stack(moments).norm()) <= 0.2e-3
