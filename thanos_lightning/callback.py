@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from thanos_lightning.allocation import Allocation
 from thanos_lightning.calibration import (
     InputStatistics,
     count_dataloader,
@@ -28,13 +29,23 @@ from thanos_lightning.calibration import (
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
-from thanos_lightning.planning import GradualNM, Window, changes, check_ahead, check_begun, plan_windows
+from thanos_lightning.planning import (
+    Progression,
+    Window,
+    changes,
+    check_ahead,
+    check_begun,
+    check_progression,
+    plan_windows,
+    turns,
+)
 from thanos_lightning.pruning import PruningError, assign_owners, prune_window
 from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
-from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern
+from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.surveying import LayerSurvey, allocate, survey_window
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
 
 
@@ -69,8 +80,13 @@ class ThanosPruningCallback(Callback):
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
             collected after the earlier ones are pruned. None holds all at once.
-        gradual_nm: How an N:M pattern becomes sparser over events: "rows" (the fraction of dense rows falls to its
-            final value) or "layers" (front to back).
+        progression: How the model becomes sparser over events. "within-layers": all layers together, by single weights
+            where they are unstructured, by rows where they are N:M (the fraction of dense rows falls to its final
+            value), by columns where they are structured. "levels": N:M goes through the patterns that keep more, as 3:4
+            is on the way to 2:4. "front-to-back", "back-to-front" and "least-loss-first": layers take turns, each
+            pruned at once to its end.
+        allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; None makes all alike. It
+            and "least-loss-first" look at all layers before the first event, which takes further calibration steps.
         verify_every_n_steps: Count the zeros every so many optimizer steps, and raise if one came back. 0 never counts.
         monitor: Metric of the validation loop to measure before the first event, after the last one, and at the end.
             Validation is run for it at these steps where it hasn't just been.
@@ -106,7 +122,8 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
-        gradual_nm: GradualNM = "rows",
+        progression: Progression = "within-layers",
+        allocation: Allocation | None = None,
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
@@ -134,9 +151,18 @@ class ThanosPruningCallback(Callback):
                 f"hessian_memory_gib is {hessian_memory_gib}: give a size > 0, or None to hold all at once"
             )
         self.hessian_memory_gib = hessian_memory_gib
-        if gradual_nm not in ("rows", "layers"):
-            raise ValueError(f"gradual_nm is {gradual_nm!r}: choose 'rows' or 'layers'")
-        self.gradual_nm = gradual_nm
+        if progression not in get_args(Progression):
+            known = ", ".join(map(repr, get_args(Progression)))
+            raise ValueError(f"progression is {progression!r}: choose one of {known}")
+        self.progression: Progression = progression
+        self.allocation = allocation
+        if self._needs_survey and not self.options.needs_statistics:
+            raise ValueError(
+                f"method {method!r} reports no losses, and {'allocation' if allocation else 'least-loss-first'} needs "
+                "them: choose 'thanos', 'sparsegpt' or 'wanda'"
+            )
+        if allocation is not None:
+            self._check_allocation(allocation)
         if verify_every_n_steps < 0:
             raise ValueError(f"verify_every_n_steps is {verify_every_n_steps}: give a number ≥ 0 (0 never counts)")
         self.verify_every_n_steps = verify_every_n_steps
@@ -159,6 +185,7 @@ class ThanosPruningCallback(Callback):
         self._layers: dict[str, PrunableLayer] = {}
         self._final_patterns: dict[str, Pattern] = {}
         self._windows: list[Window] = []
+        self._surveys: dict[str, LayerSurvey] = {}
         self._statistics: InputStatistics | None = None
         self._access: ParameterAccess | None = None
         self._enforcer: MaskEnforcer | None = None
@@ -191,6 +218,7 @@ class ThanosPruningCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = find_targets(pl_module, self.targets, self.ignore)
         self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
+        check_progression(self.progression, self._final_patterns)
         self._check_initial()
 
     @override
@@ -346,6 +374,7 @@ class ThanosPruningCallback(Callback):
             "collected": collected,
             "report": self.report.state(),
             "measured": self._measured,
+            "surveys": {name: survey.state() for name, survey in self._surveys.items()},
         }
 
     @override
@@ -360,6 +389,7 @@ class ThanosPruningCallback(Callback):
         self._windows_done = state_dict["windows_done"]
         self.report = PruningReport.from_state(state_dict["report"])
         self._measured = state_dict["measured"] and tuple(state_dict["measured"])
+        self._surveys = {name: LayerSurvey.from_state(state) for name, state in state_dict.get("surveys", {}).items()}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -408,6 +438,29 @@ class ThanosPruningCallback(Callback):
 
     # Plan
 
+    @property
+    def _needs_survey(self) -> bool:
+        return self.allocation is not None or self.progression == "least-loss-first"
+
+    def _check_allocation(self, allocation: Allocation) -> None:
+        if isinstance(self.pattern, NM) and not self.pattern.outlier_fraction:
+            raise ValueError(
+                f"{self.pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction "
+                "of the rows of all layers together that are to stay dense"
+            )
+        lowest, highest = allocation.limits(self.pattern.sparsity)
+        if self.schedule.initial >= lowest and self.schedule.initial > 0:
+            raise ValueError(
+                f"the schedule starts at sparsity {self.schedule.initial}, but the allocation may give a layer as "
+                f"little as {lowest}: give a smaller initial, or a larger lowest"
+            )
+        if not lowest <= self.pattern.sparsity <= highest:
+            closest = lowest if self.pattern.sparsity < lowest else highest
+            raise ValueError(
+                f"a sparsity of {self.pattern.sparsity} can't be met where each layer's is between {lowest} and "
+                f"{highest}: the closest is {closest}. Widen the allocation's limits, or ask for that"
+            )
+
     def _check_initial(self) -> None:
         for name, pattern in self._final_patterns.items():
             if self.schedule.initial >= pattern.sparsity:
@@ -417,21 +470,61 @@ class ThanosPruningCallback(Callback):
                 )
 
     def _plan(self, trainer: Trainer) -> list[Window]:
-        work = changes(self._events(trainer), self._final_patterns, self.gradual_nm)
-        from_training = self.options.needs_statistics and self.calibration_dataloader is None
-        windows = plan_windows(
-            work,
+        """All windows, as far as they are known: those behind a survey follow when it is complete."""
+        events = self._events(trainer)
+        if not self._needs_survey:
+            return self._plan_pruning(events, self._final_patterns)
+        first = events[0].step
+        step = first - min(first // 2, self.calibration_steps) if self._collects_in_training else first
+        if first < 2 and self._collects_in_training:
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                rank_zero_info("fast_dev_run: too short to look at the layers before the event, all are pruned alike")
+                return self._plan_pruning(events, self._final_patterns)
+            raise MisconfigurationException(
+                f"the first event is at optimizer step {first}, which leaves no step to look at the layers before: "
+                "start the schedule later (start_step), give a calibration_dataloader, or leave out allocation and "
+                "least-loss-first"
+            )
+        survey = plan_windows(
+            [(Event(step, 0.0), self._final_patterns)],
             self._layers,
-            calibration_steps=self.calibration_steps if from_training else 0,
-            budget_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
+            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
+            budget_gib=self.hessian_memory_gib,
+            surveys=True,
         )
-        if from_training and any(window.end_step - window.start_step < self.calibration_steps for window in windows):
-            shortest = min(window.end_step - window.start_step for window in windows)
+        if len(self._surveys) < len(self._layers):
+            return survey
+        final = self._final_patterns
+        if self.allocation is not None:
+            final = allocate(self.allocation, self._surveys, self._layers, final, self.pattern)
+        return [*survey, *self._plan_pruning(events, final, since=step)]
+
+    def _plan_pruning(self, events: list[Event], final: dict[str, Pattern], since: int = 0) -> list[Window]:
+        sizes = {name: layer.rows * layer.cols for name, layer in self._layers.items()}
+        losses = {
+            name: min(survey.losses.items(), key=lambda item: abs(item[0] - final[name].sparsity))[1]
+            for name, survey in self._surveys.items()
+            if name in final
+        }
+        order = turns(self.progression, final, losses)
+        windows = plan_windows(
+            changes(events, final, self.progression, sizes, order),
+            self._layers,
+            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
+            budget_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
+            since=since,
+        )
+        steps = [window.end_step - window.start_step for window in windows]
+        if self._collects_in_training and min(steps, default=0) < self.calibration_steps:
             rank_zero_info(
-                f"calibration_steps is {self.calibration_steps}, but some windows have only {shortest} optimizer "
+                f"calibration_steps is {self.calibration_steps}, but some windows have only {min(steps)} optimizer "
                 "step(s) since the event before"
             )
         return windows
+
+    @property
+    def _collects_in_training(self) -> bool:
+        return self.options.needs_statistics and self.calibration_dataloader is None
 
     def _events(self, trainer: Trainer) -> list[Event]:
         total = trainer.estimated_stepping_batches
@@ -490,7 +583,10 @@ class ThanosPruningCallback(Callback):
         while self._windows_done < len(self._windows):
             window = self._windows[self._windows_done]
             if self._optimizer_steps >= window.end_step:
-                self._prune(window, trainer, pl_module)
+                if window.surveys:
+                    self._survey(window, trainer, pl_module)
+                else:
+                    self._prune(window, trainer, pl_module)
                 self._windows_done += 1
             else:
                 if self._statistics is None and window.end_step > window.start_step <= self._optimizer_steps:
@@ -506,6 +602,20 @@ class ThanosPruningCallback(Callback):
     def _new_statistics(self, window: Window) -> InputStatistics:
         several = self._require_access().world_size > 1
         return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
+
+    def _survey(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
+        accumulators = self._accumulators(window, trainer, pl_module)
+        assert accumulators is not None, "refused where a method has no statistics"
+        self._surveys |= survey_window(
+            window,
+            self._layers,
+            accumulators,
+            access=self._require_access(),
+            options=self.options,
+            several_levels=self.allocation is not None,
+        )
+        if window.is_last:
+            self._windows = self._plan(trainer)
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()

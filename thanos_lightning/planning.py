@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,41 +13,98 @@ from thanos_lightning.schedule import Event
 from thanos_lightning.solver import NM, Pattern
 from thanos_lightning.targets import PrunableLayer
 
-GradualNM = Literal["rows", "layers"]
+# How the sparsity of a model rises from event to event
+Progression = Literal["within-layers", "levels", "front-to-back", "back-to-front", "least-loss-first"]
+_ROUNDING = 1e-9
 
 
-def patterns_at(event: Event, final: Mapping[str, Pattern], gradual_nm: GradualNM) -> dict[str, Pattern]:
+def check_progression(progression: Progression, final: Mapping[str, Pattern]) -> None:
+    """Refuse a progression that some layer can't take.
+
+    Raises:
+        ValueError: Naming the layer, where its pattern has no levels.
+    """
+    if progression == "levels":
+        for name, pattern in final.items():
+            if not isinstance(pattern, NM) or pattern.m - pattern.n < 2:
+                example = " (3:4 would be one, on the way to 2:4)" if not isinstance(pattern, NM) else ""
+                raise ValueError(
+                    f"progression is 'levels', but the pattern {pattern.name} of layer {name} has no levels before it"
+                    f"{example}: choose 'within-layers', or another pattern"
+                )
+
+
+def turns(progression: Progression, final: Mapping[str, Pattern], losses: Mapping[str, float]) -> list[str]:
+    """The layers in the order in which they are pruned, where they take turns.
+
+    Args:
+        progression: "least-loss-first" reads the losses; "back-to-front" reverses the order of the model.
+        final: Layer name -> its pattern at the end, front to back.
+        losses: Layer name -> what it loses by that.
+
+    Example:
+        >>> turns("least-loss-first", {"a": NM(2, 4), "b": NM(2, 4)}, {"a": 0.2, "b": 0.1})
+        ['b', 'a']
+    """
+    if progression == "least-loss-first":
+        return sorted(final, key=lambda name: losses[name])
+    return list(final)[::-1] if progression == "back-to-front" else list(final)
+
+
+def patterns_at(
+    event: Event,
+    final: Mapping[str, Pattern],
+    progression: Progression = "within-layers",
+    sizes: Mapping[str, int] | None = None,
+    order: Sequence[str] | None = None,
+) -> dict[str, Pattern]:
     """What each layer is to be pruned to at an event.
 
     Args:
         event: The event.
         final: Layer name -> its pattern at the end, front to back.
-        gradual_nm: How N:M patterns become sparser: "rows" lowers the fraction of dense rows to its final value,
-            "layers" prunes more and more layers, front to back, at once to the end.
+        progression: "within-layers": all layers become sparser together, by single weights where they are unstructured,
+            by rows where they are N:M (the fraction of dense rows falls to its final value), by columns where they are
+            structured. "levels": N:M patterns go through those that keep more, as 3:4 is on the way to 2:4. The
+            others: layers take turns, each pruned at once to its end.
+        sizes: Layer name -> number of weights, by which turns are counted; None counts layers.
+        order: The layers in their turns; None is front to back.
 
     Returns:
         Layer name -> pattern. Layers that are still dense are missing.
     """
-    patterns: dict[str, Pattern] = {}
-    nm_layers = [name for name, pattern in final.items() if isinstance(pattern, NM)]
-    for name, pattern in final.items():
-        sparsity = event.sparsity(pattern.sparsity)
-        if gradual_nm == "layers" and isinstance(pattern, NM):
-            if nm_layers.index(name) < math.ceil(sparsity / pattern.sparsity * len(nm_layers)):
-                patterns[name] = pattern
-        else:
-            patterns[name] = pattern.with_sparsity(sparsity)
-    return patterns
+    shares = {name: event.sparsity(pattern.sparsity) / pattern.sparsity for name, pattern in final.items()}
+    if progression == "within-layers":
+        return {name: pattern.with_sparsity(event.sparsity(pattern.sparsity)) for name, pattern in final.items()}
+    if progression == "levels":
+        levels = {}
+        for name, pattern in final.items():
+            assert isinstance(pattern, NM), "check_progression comes first"
+            removed = max(1, math.ceil(shares[name] * (pattern.m - pattern.n) - _ROUNDING))
+            levels[name] = replace(pattern, n=pattern.m - removed)
+        return dict(levels)
+    sizes = sizes or dict.fromkeys(final, 1)
+    total, before = sum(sizes[name] for name in final), 0
+    begun = set()
+    for name in order or list(final):
+        if before < shares[name] * total - _ROUNDING * total:
+            begun.add(name)
+        before += sizes[name]
+    return {name: pattern for name, pattern in final.items() if name in begun}
 
 
 def changes(
-    events: Sequence[Event], final: Mapping[str, Pattern], gradual_nm: GradualNM
+    events: Sequence[Event],
+    final: Mapping[str, Pattern],
+    progression: Progression = "within-layers",
+    sizes: Mapping[str, int] | None = None,
+    order: Sequence[str] | None = None,
 ) -> list[tuple[Event, dict[str, Pattern]]]:
     """Each event with the layers that it takes further than the one before; events that change nothing are left out."""
     work = []
     reached: dict[str, Pattern] = {}
     for event in events:
-        wanted = patterns_at(event, final, gradual_nm)
+        wanted = patterns_at(event, final, progression, sizes, order)
         changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
         reached.update(changed)
         if changed:
@@ -66,6 +123,7 @@ class Window:
             training batches.
         end_step: Optimizer steps taken when the window is pruned.
         is_last: Whether the event is complete after it.
+        surveys: Whether the layers are only looked at, to decide how each will be pruned.
     """
 
     event: Event
@@ -73,10 +131,12 @@ class Window:
     start_step: int
     end_step: int
     is_last: bool
+    surveys: bool = False
 
     def state(self) -> list[Any]:
         """What has to be the same when a checkpoint is resumed behind or inside the window: plain values."""
-        return [self.start_step, self.end_step, [[name, repr(pattern)] for name, pattern in self.patterns.items()]]
+        patterns = [[name, repr(pattern)] for name, pattern in self.patterns.items()]
+        return [self.start_step, self.end_step, patterns, *(["surveys"] if self.surveys else [])]
 
 
 def hessian_bytes(layer: PrunableLayer) -> int:
@@ -118,6 +178,8 @@ def plan_windows(
     *,
     calibration_steps: int,
     budget_gib: float | None = None,
+    since: int = 0,
+    surveys: bool = False,
 ) -> list[Window]:
     """Place each event's windows before its step, one after the other, the last one ending at it.
 
@@ -128,6 +190,8 @@ def plan_windows(
         layers: Name -> layer.
         calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
         budget_gib: Memory for the Hessians of a window.
+        since: Optimizer steps taken at the last event that is not among the work.
+        surveys: Whether the layers are only looked at.
 
     Returns:
         The windows in order of time.
@@ -136,7 +200,7 @@ def plan_windows(
         ValueError: If an event has more windows than there are steps before it.
     """
     windows: list[Window] = []
-    before = 0
+    before = since
     for event, patterns in work:
         groups = split_by_memory([layers[name] for name in patterns], budget_gib)
         available = event.step - before
@@ -157,6 +221,7 @@ def plan_windows(
                     start_step=end - length,
                     end_step=end,
                     is_last=index == len(groups) - 1,
+                    surveys=surveys,
                 )
             )
         before = event.step

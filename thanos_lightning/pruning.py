@@ -108,10 +108,10 @@ def prune_window(
     chosen = {name: layers[name] for name in window.patterns}
     teams = assign_teams(chosen, access.world_size)
     owners = {name: team[0] for name, team in teams.items()}
-    sums = None if accumulators is None else _sum_on_owners(chosen, accumulators, owners, access)
+    sums = None if accumulators is None else sum_on_owners(chosen, accumulators, owners, access)
     # in fp32, and their masks
     whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
-    _raise_everywhere(_reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
+    raise_everywhere(_reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
     # first all that talks, then all that solves
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -144,7 +144,7 @@ def prune_window(
             except Exception as failure:  # out of memory too: the other ranks would wait for this one
                 error = (name, failure)
         largest = max(whole, key=lambda name: whole[name])
-        _raise_everywhere(error or _reserved({largest: whole[largest]}, access), access)
+        raise_everywhere(error or _reserved({largest: whole[largest]}, access), access)
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: own.facts for name, own in solved.items()}):
         facts.update(part)
@@ -261,7 +261,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
 
 
 def _reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
-    """Ask for the memory that messages about layers will need; what fails, for `_raise_everywhere`.
+    """Ask for the memory that messages about layers will need; what fails, for `raise_everywhere`.
 
     Args:
         blocks: Name of a layer -> bytes.
@@ -275,7 +275,7 @@ def _reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, 
     return None
 
 
-def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
+def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
     """Raise on all ranks if one has an error (layer, cause), so that none waits for a rank that has given up."""
     own, cause = None, None
     if error is not None:
@@ -287,7 +287,7 @@ def _raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcce
             raise PruningError(f"{message}{where}. No layer of this window was changed") from cause
 
 
-def _sum_on_owners(
+def sum_on_owners(
     layers: Mapping[str, PrunableLayer],
     accumulators: dict[str, HessianAccumulator],
     owners: Mapping[str, int],
@@ -314,7 +314,7 @@ def _sum_on_owners(
     # one at a time, since a rank's own sum is let go when the next one comes
     own_widths = {name: layer.cols for name, layer in layers.items() if owners[name] == access.rank}
     widest = dict(sorted(own_widths.items(), key=lambda item: item[1])[-1:])
-    _raise_everywhere(_reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
+    raise_everywhere(_reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
     for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols

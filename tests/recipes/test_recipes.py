@@ -63,7 +63,7 @@ def layers_of(name: str) -> dict[str, PrunableLayer]:
 def windows_of(cli: LightningCLI) -> list[Window]:
     pruning, layers = only(ThanosPruningCallback, cli), layers_of(cli.model.model_name)
     events = pruning.schedule.resolve(cli.trainer.max_steps).events()
-    work = changes(events, assign_patterns(layers, pruning.pattern, ()), pruning.gradual_nm)
+    work = changes(events, assign_patterns(layers, pruning.pattern, ()), pruning.progression)
     return plan_windows(
         work, layers, calibration_steps=pruning.calibration_steps, budget_gib=pruning.hessian_memory_gib
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy import ResumableBatches, Sequences, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.allocation import Allocation
 from thanos_lightning.enforcement import ZeroViolationError
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.pruning import PruningError
@@ -305,7 +307,7 @@ def test_hooks_exist_only_while_collecting(tmp_path: Path) -> None:
             self.seen.append(any(module._forward_pre_hooks for module in pl_module.modules()))
 
     hooks = Hooks()
-    callback = pruning(schedule=SparsitySchedule(4, 8, 4), calibration_steps=2, gradual_nm="layers")
+    callback = pruning(schedule=SparsitySchedule(4, 8, 4), calibration_steps=2, progression="front-to-back")
     module = ToyLM()
     fitted = trainer(tmp_path, callback, hooks, max_steps=10)
     fitted.fit(module, loader(64))
@@ -398,7 +400,7 @@ def test_rows_and_layers_of_a_gradual_pattern(tmp_path: Path) -> None:
     first, last = by_rows.report.events
     assert {layer.sparsity for layer in first.layers} == {0.25}
     assert {layer.sparsity for layer in last.layers} == {0.5}
-    by_layers = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"), gradual_nm="layers")
+    by_layers = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"), progression="front-to-back")
     trainer(tmp_path, by_layers, max_steps=8).fit(ToyLM(), loader(64))
     first, last = by_layers.report.events
     assert [layer.name.split(".")[3] for layer in first.layers] == ["0"] * 7
@@ -717,7 +719,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"calibration_dataloader": "train"}, "'datamodule'"),
         ({"calibration_dataloader": iter([])}, "is an iterator"),
         ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),
-        ({"gradual_nm": "columns"}, "choose 'rows' or 'layers'"),
+        ({"progression": "columns"}, "progression is 'columns': choose one of 'within-layers', 'levels'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),
         ({"overrides": [TargetOverride(["*"], "4:2")]}, "4:2"),
     ],
@@ -810,3 +812,141 @@ def test_compiled_modules_are_refused(tmp_path: Path) -> None:
 def test_events_that_are_missed_are_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="final sparsity will not be reached"):
         trainer(tmp_path, pruning(schedule=SparsitySchedule(2, 20, 4)), max_steps=8).fit(ToyLM(), loader(64))
+
+
+# How the sparsity rises, and where it goes
+
+
+def _survey_test_module() -> ToyLM:
+    """A model whose layers lose unequally much: the inputs of some are nearly of rank one."""
+    module = ToyLM(tiny_llama(num_hidden_layers=3))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "layers.1.input_layernorm" in name:
+                parameter[4:] = 1e-2
+    return module
+
+
+@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("from_dataloader", [False, True])
+def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, from_dataloader: bool) -> None:
+    module = _survey_test_module()
+    callback = pruning(
+        "unstructured",
+        0.5,
+        allocation=Allocation(by, deviation=0.1),
+        schedule=SparsitySchedule(0, 8, 4),
+        calibration_dataloader=list(loader(8)) if from_dataloader else None,
+    )
+    probe = ZeroProbe(callback)
+    trainer(tmp_path, callback, probe, max_steps=10).fit(module, loader(48))
+    found = masks(callback)
+    assert sum(int((~mask.keep).sum()) for mask in found.values()) == sum(
+        int(0.5 * mask.keep.numel()) for mask in found.values()
+    )
+    sparsities = [mask.sparsity for mask in found.values()]
+    assert max(sparsities) - min(sparsities) > 0.05
+    assert max(sparsities) - min(sparsities) <= 0.2 + 1e-2
+    assert len(callback.report.events) == 2
+    surveyed = callback.state_dict()["surveys"]
+    assert len(surveyed) == len(found)
+    if by == "loss":
+        assert all(loss > 0 for losses, _ in surveyed.values() for _, loss in losses)
+
+
+def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:
+    callback = pruning("2:4", outlier_fraction=0.25, allocation=Allocation("loss", deviation=0.1))
+    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    found = masks(callback)
+    assert all(isinstance(mask.pattern, NM) and mask.pattern.violations(mask.keep) == 0 for mask in found.values())
+    fractions = {mask.pattern.outlier_fraction for mask in found.values()}
+    assert len(fractions) > 1
+    total = sum(mask.keep.numel() for mask in found.values())
+    pruned = sum(int((~mask.keep).sum()) for mask in found.values())
+    assert pruned / total == pytest.approx(0.375, abs=0.01)
+
+
+def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path) -> None:
+    found = []
+    for budget in (None, 2.5 * 4 * 48 * 48 / 2**30):
+        callback = pruning(
+            "unstructured",
+            0.5,
+            allocation=Allocation(),
+            schedule=SparsitySchedule(4, 4, 1),
+            hessian_memory_gib=budget,
+            calibration_dataloader=list(loader(8)),
+        )
+        trainer(tmp_path, callback, max_steps=5).fit(_survey_test_module(), loader(48))
+        found.append(callback.state_dict()["surveys"])
+        windows = [window for window in callback._windows if window.surveys]
+        assert len(windows) == (1 if budget is None else pytest.approx(8, abs=4))
+    assert found[0] == found[1]
+
+
+def test_the_layers_of_least_loss_come_first(tmp_path: Path) -> None:
+    callback = pruning(progression="least-loss-first", schedule=SparsitySchedule(2, 8, 2, shape="linear"))
+    trainer(tmp_path, callback, max_steps=10).fit(_survey_test_module(), loader(48))
+    losses = {name: survey[0][0][1] for name, survey in callback.state_dict()["surveys"].items()}
+    order = [layer.name for event in callback.report.events for layer in event.layers]
+    assert sorted(order) == sorted(losses)
+    in_turn = [[losses[layer.name] for layer in event.layers] for event in callback.report.events]
+    assert len(in_turn) == 3
+    assert all(max(earlier) <= min(later) for earlier, later in itertools.pairwise(in_turn))
+
+
+def test_levels_tighten_the_groups(tmp_path: Path) -> None:
+    callback = pruning(progression="levels", schedule=SparsitySchedule(0, 8, 4, shape="linear"))
+    probe = ZeroProbe(callback)
+    trainer(tmp_path, callback, probe, max_steps=10).fit(ToyLM(), loader(48))
+    assert [event.layers[0].pattern for event in callback.report.events] == ["3:4", "2:4"]
+    assert sorted(set(probe.sparsities)) == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_a_survey_survives_a_resume(tmp_path: Path, stop: int) -> None:
+    ends = []
+    for start in (None, stop):
+        callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(6, 8, 2))
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        module = _survey_test_module()
+        trainer(tmp_path, callback, every, max_steps=10, enable_checkpointing=True).fit(
+            module, ResumableBatches(48), ckpt_path=start and tmp_path / f"step={start}.ckpt"
+        )
+        ends.append({name: mask.keep for name, mask in masks(callback).items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"method": "magnitude", "admm_steps": 0, "refine_steps": 0, "progression": "least-loss-first"},
+            "method 'magnitude' reports no losses",
+        ),
+        ({"allocation": Allocation()}, "2:4 in all rows of all layers leaves nothing to allocate"),
+        (
+            {"pattern": "unstructured", "sparsity": 0.6, "allocation": Allocation(highest=0.5)},
+            "a sparsity of 0.6 can't be met where each layer's is between 0.45 and 0.5: the closest is 0.5",
+        ),
+        (
+            {
+                "pattern": "unstructured",
+                "sparsity": 0.5,
+                "allocation": Allocation(),
+                "schedule": SparsitySchedule(2, 6, 2, initial=0.4),
+            },
+            "the allocation may give a layer as little as 0.35: give a smaller initial",
+        ),
+    ],
+)
+def test_what_can_not_be_allocated_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruning(**arguments)
+
+
+def test_a_survey_needs_a_step(tmp_path: Path) -> None:
+    callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(1, 6, 2, initial=0.1))
+    with pytest.raises(MisconfigurationException, match="at optimizer step 1, which leaves no step to look at"):
+        trainer(tmp_path, callback, max_steps=10).fit(ToyLM(), loader(48))
+    trainer(tmp_path, callback, fast_dev_run=True).fit(ToyLM(), loader(48))

@@ -352,7 +352,7 @@ class CausalLM(LightningModule):
         fused = True if self.device.type == "cpu" else None
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate, fused=fused)
         # else Lightning couldn't clip gradients, since a fused optimizer would unscale them itself
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,0 +1,196 @@
+"""One budget of zeros, shared among layers: pure functions of numbers, and how a user asks for them.
+
+A layer is described by how many weights it has and by what it would cost to prune it. `by_outliers` is OWL (Yin et al.,
+arXiv 2310.05175, section 3.2); `by_loss` minimises the sum of the losses that a solver predicts at a few sparsities.
+Both meet the budget exactly, in weights.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+By = Literal["loss", "outliers"]
+_RESOLUTION = 200  # steps of sparsity from 0 to 1 at which losses are looked up between the levels
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Layers of unequal sparsity, together as sparse as the pattern asks for, to the weight (N:M: to the row).
+
+    Args:
+        by: "loss" minimises the sum of the layers' relative losses, as the solver predicts them at a few sparsities
+            right before the first event; "outliers" is OWL, and keeps more of the decoder layers in which more weights
+            score five times the mean.
+        deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
+            sparsest layer and the densest.
+        lowest: Smallest sparsity of a layer.
+        highest: Largest sparsity of a layer.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> Allocation("loss").limits(0.95)
+        (0.8, 1.0)
+    """
+
+    by: By = "loss"
+    deviation: float = 0.15
+    lowest: float = 0.0
+    highest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(By):
+            raise ValueError(f"by is {self.by!r}: choose one of {', '.join(map(repr, get_args(By)))}")
+        if not 0 < self.deviation < 1:
+            raise ValueError(f"deviation is {self.deviation}: give a number in (0, 1), such as 0.1")
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise ValueError(
+                f"the limits of a layer's sparsity are {self.lowest} and {self.highest}: give 0 ≤ lowest ≤ highest ≤ 1"
+            )
+
+    def limits(self, sparsity: float) -> tuple[float, float]:
+        """The smallest and the largest sparsity of a layer, where all together have this one."""
+        lowest, highest = sparsity - self.deviation, sparsity + self.deviation
+        return max(self.lowest, round(lowest, 12)), min(self.highest, round(highest, 12))
+
+
+def by_outliers(
+    outlier_ratios: Mapping[str, float], sizes: Mapping[str, int], budget: int, deviation: float = 0.08
+) -> dict[str, int]:
+    """How many weights of each layer are pruned, fewer where there are more outliers.
+
+    The kept fractions lie within an interval of the width 2·deviation, in the order of the outlier ratios and
+    proportional to them, moved so that the budget is met.
+
+    Args:
+        outlier_ratios: Layer -> fraction of its scores |W|·‖X‖ that are a multiple of their mean.
+        sizes: Layer -> number of its weights.
+        budget: Number of weights to prune, of all layers together.
+        deviation: λ of the paper.
+
+    Returns:
+        Layer -> number of pruned weights. Their sum is the budget.
+
+    Raises:
+        ValueError: If the deviation takes a layer below 0 or above 1.
+
+    Example:
+        >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
+        {'a': 60, 'b': 40}
+    """
+    least, most = min(outlier_ratios.values()), max(outlier_ratios.values())
+    spread = most - least
+    kept = {name: 2 * deviation * (ratio - least) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()}
+    total = sum(sizes.values())
+    shift = 1 - budget / total - sum(kept[name] * size for name, size in sizes.items()) / total
+    wanted = {name: (1 - shift - kept[name]) * size for name, size in sizes.items()}
+    for name, count in wanted.items():
+        if not -1e-9 <= count <= sizes[name] * (1 + 1e-9):
+            raise ValueError(
+                f"a deviation of {deviation} around a sparsity of {budget / total:.3f} gives layer {name} the sparsity "
+                f"{count / sizes[name]:.3f}: give a smaller deviation"
+            )
+    return _whole(wanted, sizes, budget)
+
+
+def by_loss(
+    losses: Mapping[str, Mapping[float, float]],
+    sizes: Mapping[str, int],
+    budget: int,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+) -> dict[str, int]:
+    """How many weights of each layer are pruned, so that the sum of the predicted losses is least.
+
+    Between the levels the logarithm of a loss is taken to be linear in the sparsity, and the lower convex hull of that
+    to be the loss. Then the next weight is always pruned where it costs least: at the optimum all layers that are
+    within their limits lose equally much by one weight more.
+
+    Args:
+        losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
+        sizes: Layer -> number of its weights.
+        budget: Number of weights to prune, of all layers together.
+        lowest: Smallest sparsity of a layer.
+        highest: Largest sparsity of a layer; none goes beyond its last level.
+
+    Returns:
+        Layer -> number of pruned weights. Their sum is the budget.
+
+    Raises:
+        ValueError: If the budget can't be met within the limits, naming the closest that can.
+
+    Example:
+        >>> losses = {"cheap": {0.25: 1.0, 0.5: 2.0, 0.75: 4.0}, "dear": {0.25: 10.0, 0.5: 20.0, 0.75: 40.0}}
+        >>> by_loss(losses, {"cheap": 100, "dear": 100}, 100)
+        {'cheap': 75, 'dear': 25}
+    """
+    total = sum(sizes.values())
+    tops = {name: min(highest, max(levels)) for name, levels in losses.items()}
+    least = {name: math.ceil(lowest * size - 1e-9) for name, size in sizes.items()}
+    most = {name: max(least[name], math.floor(tops[name] * size + 1e-9)) for name, size in sizes.items()}
+    if not sum(least.values()) <= budget <= sum(most.values()):
+        closest = sum((least if budget < sum(least.values()) else most).values()) / total
+        raise ValueError(
+            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {lowest} and "
+            f"{max(tops.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
+        )
+    counts = dict(least)
+    left = budget - sum(counts.values())
+    hulls = {name: _hull(losses[name], lowest, most[name] / size) for name, size in sizes.items()}
+    # (loss per weight, layer, number of the segment)
+    queue = [(hull[0][1] / sizes[name], name, 0) for name, hull in hulls.items() if hull]
+    heapq.heapify(queue)
+    while left:
+        _, name, index = heapq.heappop(queue)
+        is_last = index + 1 == len(hulls[name])
+        until = most[name] if is_last else round(hulls[name][index][0] * sizes[name])
+        taken = min(left, max(0, until - counts[name]))
+        counts[name] += taken
+        left -= taken
+        if not is_last:
+            heapq.heappush(queue, (hulls[name][index + 1][1] / sizes[name], name, index + 1))
+    return counts
+
+
+def _hull(levels: Mapping[float, float], lowest: float, highest: float) -> list[tuple[float, float]]:
+    """Segments of the lower convex hull of a loss: (sparsity at its end, slope), slopes rising."""
+    grid = [step / _RESOLUTION for step in range(_RESOLUTION + 1)]
+    points = [lowest, *(x for x in grid if lowest < x < highest), highest]
+    corners: list[tuple[float, float]] = []
+    for x in points:
+        corner = (x, _loss_at(levels, x))
+        while len(corners) >= 2 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], corner):
+            corners.pop()
+        corners.append(corner)
+    return [(end[0], _slope(start, end)) for start, end in itertools.pairwise(corners) if end[0] > start[0]]
+
+
+def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
+    return math.inf if end[0] == start[0] else (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _loss_at(levels: Mapping[float, float], sparsity: float) -> float:
+    """Log-linear between levels and beyond the last one; linear from 0 to the first one."""
+    known: Sequence[tuple[float, float]] = sorted(levels.items())
+    if sparsity <= known[0][0]:
+        return known[0][1] * sparsity / known[0][0]
+    right = next((index for index, (level, _) in enumerate(known) if level >= sparsity), len(known) - 1)
+    (a, loss_a), (b, loss_b) = known[right - 1], known[right]
+    tiny = 1e-30
+    x = (sparsity - a) / (b - a)
+    return math.exp((1 - x) * math.log(max(loss_a, tiny)) + x * math.log(max(loss_b, tiny)))
+
+
+def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Round to whole numbers with a given sum, the largest remainders up."""
+    counts = {name: min(sizes[name], math.floor(count + 1e-9)) for name, count in wanted.items()}
+    missing = budget - sum(counts.values())
+    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name])[:missing]:
+        counts[name] += 1
+    return counts

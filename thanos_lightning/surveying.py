@@ -1,0 +1,189 @@
+"""Before the first event: what each layer would lose, so that it can be decided how, and when, each is pruned.
+
+Nothing is written. As for pruning, the sums go to the layers' owners, owners solve, all ranks learn all results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos_lightning.allocation import Allocation, by_loss, by_outliers
+from thanos_lightning.planning import Window
+from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
+from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured, prune
+from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.targets import PrunableLayer
+
+# OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
+_OUTLIER = 5.0
+_MOST = 0.95  # no layer is looked at beyond this sparsity
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What was found out about a layer.
+
+    Attributes:
+        losses: Sparsity -> relative loss of the layer if it were pruned to that.
+        outliers: Fraction of its scores |W|·‖X‖ that are five times their mean.
+    """
+
+    losses: dict[float, float]
+    outliers: float
+
+    def state(self) -> list[Any]:
+        """Plain values."""
+        return [list(self.losses.items()), self.outliers]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> LayerSurvey:
+        """Read what `state` returned."""
+        losses, outliers = state
+        return cls({float(sparsity): float(loss) for sparsity, loss in losses}, float(outliers))
+
+
+def levels(pattern: Pattern) -> list[Pattern]:
+    """A few sparsities of a pattern, below and above its own, and it itself.
+
+    Example:
+        >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.2))]
+        [0.2, 0.4, 0.5]
+    """
+    half = pattern.with_sparsity(pattern.sparsity / 2)
+    match pattern:
+        case NM():
+            denser: Pattern = replace(pattern, outlier_fraction=0.0)
+        case Unstructured():
+            denser = Unstructured(max(pattern.sparsity, min(_MOST, (1 + pattern.sparsity) / 2)))
+        case Structured():
+            most = 1 - pattern.outlier_fraction
+            denser = replace(pattern, sparsity=max(pattern.sparsity, _MOST * (most + pattern.sparsity) / 2))
+    found = {level.sparsity: level for level in (half, pattern, denser)}
+    return list(found.values())
+
+
+def survey_window(
+    window: Window,
+    layers: Mapping[str, PrunableLayer],
+    accumulators: dict[str, HessianAccumulator],
+    *,
+    access: ParameterAccess,
+    options: SolverOptions,
+    several_levels: bool,
+) -> dict[str, LayerSurvey]:
+    """Look at the layers of a window. All ranks must call it.
+
+    Args:
+        window: The layers and their final patterns.
+        layers: Name -> layer.
+        accumulators: Name -> this rank's statistics. Emptied.
+        access: How the strategy's parameters are reached.
+        options: For the solver. Its steps after the method are left out: they change little between layers.
+        several_levels: Whether to try other sparsities than that of the pattern.
+
+    Returns:
+        Name -> what was found out, the same on all ranks.
+
+    Raises:
+        PruningError: On all ranks alike, if a layer saw no token or the solver fails.
+    """
+    chosen = {name: layers[name] for name in window.patterns}
+    owners = assign_owners(chosen, access.world_size)
+    sums = sum_on_owners(chosen, accumulators, owners, access)
+    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    quick = replace(options, admm_steps=0, refine_steps=0)
+    own: dict[str, LayerSurvey] = {}
+    error: tuple[str, Exception] | None = None
+    for name in chosen:
+        weight = weights.pop(name)
+        if weight is None or error is not None:
+            continue
+        try:
+            pattern = window.patterns[name]
+            tried = levels(pattern) if several_levels else [pattern]
+            own[name] = _survey(weight, sums.pop(name).compute(), tried, quick)
+        except Exception as failure:  # out of memory too: the other ranks would wait for this one
+            error = (name, failure)
+    raise_everywhere(error, access)
+    return {name: survey for found in access.gather(own) for name, survey in found.items()}
+
+
+def _survey(weight: Tensor, hessian: Tensor, tried: list[Pattern], options: SolverOptions) -> LayerSurvey:
+    settings = {name: getattr(options, name) for name in ("method", "block_size", "damping", "saliency")}
+    losses = {level.sparsity: prune(weight, hessian, level, **settings).relative_loss for level in tried}
+    scores = weight.float().abs() * hessian.diagonal().to(torch.float32).sqrt()
+    return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()))
+
+
+def allocate(
+    allocation: Allocation,
+    surveys: Mapping[str, LayerSurvey],
+    layers: Mapping[str, PrunableLayer],
+    final: Mapping[str, Pattern],
+    pattern: Pattern,
+) -> dict[str, Pattern]:
+    """The final pattern of each layer, those of the main pattern sharing their budget.
+
+    Args:
+        allocation: How.
+        surveys: Name -> what was found out.
+        layers: Name -> layer.
+        final: Name -> the final pattern where all are alike. Overridden ones stay as they are.
+        pattern: The main pattern.
+
+    Returns:
+        As `final`; layers that stay dense are missing.
+
+    Raises:
+        ValueError: If the budget can't be met within the limits, naming the closest that can.
+    """
+    shared = {name: layers[name] for name, its in final.items() if its == pattern}
+    sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
+    budget = sum(pattern.num_pruned(layer.rows, layer.cols) for layer in shared.values())
+    lowest, highest = allocation.limits(pattern.sparsity)
+    if allocation.by == "loss":
+        counts = by_loss({name: surveys[name].losses for name in shared}, sizes, budget, lowest, highest)
+    else:
+        counts = by_outliers(_of_decoder_layers(surveys, sizes), sizes, budget, allocation.deviation)
+    allocated = {}
+    for name, its in final.items():
+        one = its if name not in shared else with_pruned(its, counts[name], layers[name])
+        if one is not None:
+            allocated[name] = one
+    return allocated
+
+
+def _of_decoder_layers(surveys: Mapping[str, LayerSurvey], sizes: Mapping[str, int]) -> dict[str, float]:
+    """The outlier ratio of the decoder layer that each layer is in: names up to their first number are its own."""
+    groups: dict[str, list[str]] = {}
+    for name in sizes:
+        found = re.match(r".*?\.?\d+(?=\.)", name)
+        groups.setdefault(found[0] if found else name, []).append(name)
+    ratios = {}
+    for names in groups.values():
+        total = sum(sizes[name] for name in names)
+        ratios.update(dict.fromkeys(names, sum(surveys[name].outliers * sizes[name] for name in names) / total))
+    return {name: ratios[name] for name in sizes}
+
+
+def with_pruned(pattern: Pattern, count: int, layer: PrunableLayer) -> Pattern | None:
+    """A pattern of the same kind with so many zeros, or as near as its rows or columns allow; None for none."""
+    size = layer.rows * layer.cols
+    match pattern:
+        case Unstructured():
+            # a hair more, since what is left of a weight is dropped
+            return Unstructured((count + 0.25) / size) if count else None
+        case NM():
+            in_a_row = layer.cols // pattern.m * (pattern.m - pattern.n)
+            dense = layer.rows - min(layer.rows, round(count / in_a_row))
+            fraction = 0.0 if dense == 0 else (dense + 0.25) / layer.rows
+            return None if dense == layer.rows else replace(pattern, outlier_fraction=fraction)
+        case Structured():
+            return replace(pattern, sparsity=count / size) if count else None
