@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -133,6 +134,7 @@ class InputStatistics:
         layers: Name -> layer of the window.
         keeps_errors: With more than one rank, an error in a rank's own batch must not end its forward, in which the
             others wait for it. It is kept in `error`, nothing is counted any more, and `raise_kept` tells all ranks.
+        seconds: What the hooks have taken, on the CPU.
 
     Example:
         >>> from thanos_lightning.targets import find_targets
@@ -149,6 +151,7 @@ class InputStatistics:
     layers: Mapping[str, PrunableLayer]
     keeps_errors: bool = False
     error: ValueError | None = None
+    seconds: float = 0.0
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
@@ -226,8 +229,10 @@ class InputStatistics:
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
+        begin = time.perf_counter()
         with self._kept():
             self._count(name, args, kwargs)
+        self.seconds += time.perf_counter() - begin
 
     def _count(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))

@@ -27,6 +27,16 @@ from thanos_lightning.calibration import (
     token_mask,
 )
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
+from thanos_lightning.companions import (
+    callbacks_of,
+    check_averaging,
+    forget_best,
+    hold_back_stopping,
+    release_stopping,
+    replace_callbacks,
+    restart_averages,
+    warn_of_no_best,
+)
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import (
@@ -40,7 +50,8 @@ from thanos_lightning.planning import (
     turns,
 )
 from thanos_lightning.pruning import PruningError, assign_owners, prune_window
-from thanos_lightning.report import EventReport, PruningReport, event_progress, print_event, print_summary
+from thanos_lightning.report import Clock, EventReport, PruningReport, event_progress, print_event, print_summary
+from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
@@ -87,6 +98,10 @@ class ThanosPruningCallback(Callback):
             pruned at once to its end.
         allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; None makes all alike. It
             and "least-loss-first" look at all layers before the first event, which takes further calibration steps.
+        rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the
+            schedulers ask for.
+        moments: What of the optimizers' moments of the weights that are kept: "keep", or "clear", which forgets the
+            directions (first moments), but not the scales.
         verify_every_n_steps: Count the zeros every so many optimizer steps, and raise if one came back. 0 never counts.
         monitor: Metric of the validation loop to measure before the first event, after the last one, and at the end.
             Validation is run for it at these steps where it hasn't just been.
@@ -124,6 +139,8 @@ class ThanosPruningCallback(Callback):
         hessian_memory_gib: float | None = None,
         progression: Progression = "within-layers",
         allocation: Allocation | None = None,
+        rewarm_steps: int = 0,
+        moments: Literal["keep", "clear"] = "keep",
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
@@ -163,6 +180,12 @@ class ThanosPruningCallback(Callback):
             )
         if allocation is not None:
             self._check_allocation(allocation)
+        if rewarm_steps < 0:
+            raise ValueError(f"rewarm_steps is {rewarm_steps}: give a number of optimizer steps ≥ 0")
+        self.rewarm_steps = rewarm_steps
+        if moments not in ("keep", "clear"):
+            raise ValueError(f"moments is {moments!r}: choose 'keep' or 'clear'")
+        self.moments = moments
         if verify_every_n_steps < 0:
             raise ValueError(f"verify_every_n_steps is {verify_every_n_steps}: give a number ≥ 0 (0 never counts)")
         self.verify_every_n_steps = verify_every_n_steps
@@ -190,6 +213,8 @@ class ThanosPruningCallback(Callback):
         self._access: ParameterAccess | None = None
         self._enforcer: MaskEnforcer | None = None
         self._handles: list[RemovableHandle] = []
+        self._held_back: list[EarlyStopping] = []
+        self._clock = Clock()
 
     # What the Trainer calls, in its order
 
@@ -204,7 +229,7 @@ class ThanosPruningCallback(Callback):
                 has_pruned = bool(self._applied)
                 self._reset()
                 self._forgets_masks = has_pruned
-            self._refuse_averaging(trainer)
+            check_averaging(trainer)
             check_strategy(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
@@ -250,6 +275,8 @@ class ThanosPruningCallback(Callback):
                 )
         counting = self._counting_optimizer(self._access)
         for optimizer in self._access.optimizers:
+            if self.rewarm_steps:
+                self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         self._statistics = None
         if self._restored is not None and self._restored["collected"] is not None:
@@ -257,6 +284,9 @@ class ThanosPruningCallback(Callback):
             assert self._statistics is not None
             load_own_states(self._statistics, self._restored["collected"], self._require_access())
         self._restored = None
+        if self._windows_done < len(self._windows):
+            self._held_back = hold_back_stopping(trainer)
+        self._clock = Clock(self.report.summary)
         self._advance(trainer, pl_module)
 
     @override
@@ -287,6 +317,7 @@ class ThanosPruningCallback(Callback):
     ) -> None:
         if self._statistics is not None:
             self._statistics.end()
+        self._clock.tick()
         enforcer = self._require_enforcer()
         before, now = self._optimizer_steps_seen, self._optimizer_steps
         if now != before:
@@ -303,7 +334,12 @@ class ThanosPruningCallback(Callback):
             self._statistics.end()
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.pause()
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.go_on()
         if self.monitor is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
             value = trainer.callback_metrics.get(self.monitor)
             if value is None:
@@ -326,6 +362,9 @@ class ThanosPruningCallback(Callback):
                 f"the last one at step {missed[-1].end_step}: the final sparsity was not reached. (Steps that a "
                 "gradient scaler skips, and those of other optimizers, do not count)"
             )
+        elif self._windows:
+            warn_of_no_best(trainer, self._windows[-1].end_step)
+        self._clock.tick()
         if trainer.is_global_zero:
             self._write_report(trainer)
             print_summary(self.report, enforcer.sparsity())
@@ -338,10 +377,12 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        release_stopping(trainer, self._held_back)
         self._remove_hooks()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        release_stopping(trainer, self._held_back)
         self._remove_hooks()
 
     # State
@@ -554,6 +595,11 @@ class ThanosPruningCallback(Callback):
                 f"the schedule's first event is at optimizer step {events[0].step}, but the training has {int(total)} "
                 "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
             )
+        if inside[-1].step >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"the schedule's last event is at optimizer step {inside[-1].step}, the last of the training: no step "
+                "is left in which the model could recover. End the schedule earlier (end_step) or raise max_steps"
+            )
         if len(inside) < len(events):
             rank_zero_warn(
                 f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {int(total)} "
@@ -583,11 +629,14 @@ class ThanosPruningCallback(Callback):
         while self._windows_done < len(self._windows):
             window = self._windows[self._windows_done]
             if self._optimizer_steps >= window.end_step:
-                if window.surveys:
-                    self._survey(window, trainer, pl_module)
-                else:
-                    self._prune(window, trainer, pl_module)
+                if not window.surveys and self.monitor is not None and not self.report.events:
+                    self.report.summary.dense = self._measure(trainer)
+                with self._clock.event():
+                    (self._survey if window.surveys else self._prune)(window, trainer, pl_module)
                 self._windows_done += 1
+                if self._windows_done == len(self._windows):
+                    forget_best(trainer)
+                    release_stopping(trainer, self._held_back)
             else:
                 if self._statistics is None and window.end_step > window.start_step <= self._optimizer_steps:
                     self._collect(window)
@@ -619,8 +668,6 @@ class ThanosPruningCallback(Callback):
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()
-        if self.monitor is not None and not self.report.events:
-            self.report.summary.dense = self._measure(trainer)
         if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
             tell()
         accumulators = self._accumulators(window, trainer, pl_module)
@@ -640,6 +687,9 @@ class ThanosPruningCallback(Callback):
             )
         self._applied.update(window.patterns)
         self._measured = None  # of the weights before
+        restart_averages(trainer, pl_module)
+        if self.moments == "clear":
+            enforcer.clear_directions(window.patterns)
         if not self.report.events or self.report.events[-1].step != window.event.step:
             self.report.events.append(EventReport(window.event.step, window.event.sparsity(self.pattern.sparsity)))
         event = self.report.events[-1]
@@ -676,6 +726,7 @@ class ThanosPruningCallback(Callback):
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
         statistics.stop()
+        self.report.summary.collecting_seconds += statistics.seconds
         statistics.raise_kept(self._require_access())
         return statistics.accumulators
 
@@ -725,18 +776,16 @@ class ThanosPruningCallback(Callback):
     def _measure(self, trainer: Trainer) -> float:
         """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
         if self._measured is None or self._measured[0] != self._optimizer_steps:
-            connector = trainer._logger_connector
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            connector, callbacks = trainer._logger_connector, callbacks_of(trainer)
             first = connector._first_loop_iter
             # a validation that the user didn't ask for must not save a checkpoint or stop the training
-            asked = [other for other in callbacks if not isinstance(other, (Checkpoint, EarlyStopping))]
-            trainer.callbacks = asked  # type: ignore[attr-defined]
+            replace_callbacks(trainer, [one for one in callbacks if not isinstance(one, (Checkpoint, EarlyStopping))])
             trainer.validating = True  # the loops look here for which of them is active
             try:
                 trainer.fit_loop.epoch_loop.val_loop.run()
             finally:
                 trainer.training = True
-                trainer.callbacks = callbacks  # type: ignore[attr-defined]
+                replace_callbacks(trainer, callbacks)
                 connector._first_loop_iter = first
         if self._measured is None or self._measured[0] != self._optimizer_steps:
             raise MisconfigurationException(
@@ -744,16 +793,6 @@ class ThanosPruningCallback(Callback):
                 "isn't empty, or monitor=None"
             )
         return self._measured[1]
-
-    def _refuse_averaging(self, trainer: Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for callback in callbacks:
-            # by name: older versions of Lightning lack some of them
-            if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} writes averages of dense and pruned weights after the optimizer steps, "
-                    "so the zeros would be lost: remove it, or ThanosPruningCallback"
-                )
 
     def _write_report(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / "pruning_report.json"
@@ -771,6 +810,13 @@ class ThanosPruningCallback(Callback):
     def _require_enforcer(self) -> MaskEnforcer:
         assert self._enforcer is not None, "set in on_train_start"
         return self._enforcer
+
+    def _rewarmed(self) -> float:
+        """What the learning rates of the next step are multiplied by."""
+        if not self.report.events:
+            return 1.0
+        since = self._optimizer_steps - self.report.events[-1].step
+        return min(1.0, (since + 1) / (self.rewarm_steps + 1))
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

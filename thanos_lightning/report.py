@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -80,12 +81,59 @@ class Summary:
         dense: Before the first event.
         pruned: After the last event.
         recovered: At the end.
+        training_seconds: From the first batch on, without validation.
+        event_seconds: Of that, what events took, and looking at layers before them.
+        collecting_seconds: Of that, what counting the inputs of layers took between events, on the CPU.
     """
 
     metric: str | None = None
     dense: float | None = None
     pruned: float | None = None
     recovered: float | None = None
+    training_seconds: float = 0.0
+    event_seconds: float = 0.0
+    collecting_seconds: float = 0.0
+
+
+class Clock:
+    """Tells a summary how long the training and its events take.
+
+    Example:
+        >>> summary = Summary()
+        >>> clock = Clock(summary)
+        >>> with clock.event():
+        ...     time.sleep(0.01)
+        >>> clock.tick()
+        >>> 0.01 <= summary.event_seconds <= summary.training_seconds
+        True
+    """
+
+    def __init__(self, summary: Summary | None = None) -> None:
+        self._summary = summary or Summary()
+        self._since: float | None = time.perf_counter()
+
+    def tick(self) -> None:
+        """Count the time that has passed, unless the clock is paused."""
+        if self._since is not None:
+            now = time.perf_counter()
+            self._summary.training_seconds += now - self._since
+            self._since = now
+
+    def pause(self) -> None:
+        """What comes now is no training."""
+        self.tick()
+        self._since = None
+
+    def go_on(self) -> None:
+        """The training goes on."""
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def event(self) -> Iterator[None]:
+        """Count the block as part of an event."""
+        begin = time.perf_counter()
+        yield
+        self._summary.event_seconds += time.perf_counter() - begin
 
 
 def _finite(value: Any) -> Any:
@@ -199,7 +247,14 @@ def print_summary(report: PruningReport, sparsity: float, console: Console | Non
         ("recovered, at the end", summary.recovered),
     ):
         table.add_row(label, "not measured" if value is None else f"{value:.4g}")
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    pruning = summary.event_seconds + summary.collecting_seconds
+    if summary.training_seconds:
+        console.print(
+            f"Pruning took {pruning / summary.training_seconds:.1%} of {summary.training_seconds:.1f} s of training: "
+            f"events {summary.event_seconds:.1f} s, counting inputs before them {summary.collecting_seconds:.1f} s"
+        )
 
 
 class OnSolved(Protocol):

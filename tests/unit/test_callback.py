@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -176,14 +176,6 @@ def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path) -> None:
     assert skipped > 5, "no step was skipped: the test shows nothing"
     assert probe.checked
     assert module.losses[-1] < module.losses[0]
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_weight_averaging_is_refused(tmp_path: Path, before: bool) -> None:
-    averaging = StochasticWeightAveraging(1e-3)
-    callbacks = [averaging, pruning()] if before else [pruning(), averaging]
-    with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
-        trainer(tmp_path, *callbacks, max_steps=8, max_epochs=2).fit(ToyLM(), loader(16))
 
 
 def test_a_write_after_the_training_is_found(tmp_path: Path) -> None:

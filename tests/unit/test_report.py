@@ -19,6 +19,8 @@ from thanos_lightning.report import (
     print_summary,
 )
 
+TIMES = ("training_seconds", "event_seconds", "collecting_seconds")
+
 
 def report() -> PruningReport:
     layers = [
@@ -54,7 +56,8 @@ def test_the_file_is_strict_json(tmp_path: Path) -> None:
     report().write(path)
     read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert read["events"][0]["layers"][2]["loss"] is None
-    assert read["summary"] == {"metric": "val/perplexity", "dense": 10.0, "pruned": 20.0, "recovered": None}
+    measured = {"metric": "val/perplexity", "dense": 10.0, "pruned": 20.0, "recovered": None}
+    assert read["summary"] == {**measured, **dict.fromkeys(TIMES, 0.0)}
     assert [entry.name for entry in path.parent.iterdir()] == ["pruning_report.json"]
     again = PruningReport.read(path)
     assert math.isnan(again.events[0].layers[2].loss)

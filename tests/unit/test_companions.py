@@ -1,0 +1,315 @@
+"""Lightning's own callbacks beside the pruning: averages, early stopping, the best checkpoint."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor
+from toy import ToyLM, loader, trainer
+
+from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.companions import check_averaging
+from thanos_lightning.solver import NM
+from thanos_lightning.verification import verify_checkpoint
+
+averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+
+
+def pruning(**kwargs: Any) -> ThanosPruningCallback:
+    return ThanosPruningCallback("2:4", **{"schedule": SparsitySchedule(2, 6, 2), "calibration_steps": 2, **kwargs})
+
+
+class Scripted(ToyLM):
+    """Its validation metric is what a test says, a number for each validation."""
+
+    def __init__(self, metrics: list[float]) -> None:
+        super().__init__()
+        self.metrics = metrics
+        self.validations = 0
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("val/scripted", self.metrics[min(self.validations, len(self.metrics) - 1)])
+            self.validations += 1
+
+
+def fit(module: LightningModule, root: Path, *callbacks: Any, **kwargs: Any) -> Trainer:
+    settings = {"max_steps": 16, "check_val_every_n_epoch": None, "val_check_interval": 1, "enable_checkpointing": True}
+    made = trainer(root, *callbacks, **{**settings, **kwargs})
+    made.fit(module, loader(64), loader(4))
+    return made
+
+
+# Averages
+
+
+class AverageProbe(Callback):
+    """After every batch: the averaged weights and the zeros in them."""
+
+    def __init__(self, average: Any, pruned: ThanosPruningCallback) -> None:
+        self.average, self.pruned = average, pruned
+        self.checked = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        averaged = dict(self.average._average_model.module.named_parameters())
+        for name, state in self.pruned.state_dict()["masks"].items():
+            weight = dict(pl_module.named_parameters())[name]
+            assert state["sparsity"] <= 0.5
+            assert torch.equal(averaged[name] == 0, weight == 0), name
+            self.checked += 1
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order: int) -> None:
+    average = averaging.EMAWeightAveraging(decay=0.5)
+    callback = pruning()
+    probe = AverageProbe(average, callback)
+    callbacks = [average, callback] if order else [callback, average]
+    module = ToyLM()
+    fit(module, tmp_path, *callbacks, probe, max_steps=12).save_checkpoint(tmp_path / "last.ckpt")
+    assert probe.checked >= 8 * 14
+    for state in callback.state_dict()["masks"].values():
+        assert state["pattern"] == "2:4"
+    # the average is what the module has at the end, and what is on disk
+    report = verify_checkpoint(tmp_path / "last.ckpt")
+    assert all(tensor.ok for tensor in report)
+    assert len(report) >= 14
+
+
+def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -> None:
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.weights: list[Tensor] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.weights.append(pl_module.model.model.layers[0].mlp.up_proj.weight.detach().clone())
+
+    average, steps = averaging.EMAWeightAveraging(decay=0.5), Steps()
+    module = ToyLM()
+    fit(module, tmp_path, pruning(), average, steps, max_steps=8)
+    # the last event is after step 6, and its result is what the average begins with
+    sixth, seventh, eighth = steps.weights[5:8]
+    found = module.model.model.layers[0].mlp.up_proj.weight.detach()
+    torch.testing.assert_close(found, 0.25 * sixth + 0.25 * seventh + 0.5 * eighth)
+
+
+def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: Path) -> None:
+    sharded = trainer(tmp_path, averaging.EMAWeightAveraging(), strategy=CPUDeepSpeed(stage=2))
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging needs all weights on each rank"):
+        check_averaging(sharded)
+    for order in (0, 1):
+        callbacks = [pruning(), StochasticWeightAveraging(1e-3)]
+        with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
+            fit(ToyLM(), tmp_path, *(callbacks[::-1] if order else callbacks), max_epochs=2)
+
+
+# The best, and when to stop
+
+
+def test_the_best_checkpoint_is_never_a_dense_one(tmp_path: Path) -> None:
+    # before the last event, at step 6, the metric is better than it will ever be again
+    metrics = [1.0, 0.9, 0.8, 0.7, 0.6, 9.0, 8.0, 5.0, 6.0, 7.0]
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", save_top_k=1)
+    callback = pruning()
+    fit(Scripted(metrics), tmp_path, callback, best, max_steps=10)
+    assert Path(best.best_model_path).name == "step=8.ckpt"
+    assert float(best.best_model_score) == 5.0
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=8.ckpt"]
+    assert all(tensor.ok for tensor in verify_checkpoint(best.best_model_path, pattern=NM(2, 4)))
+
+
+def test_the_best_of_several_and_of_a_maximum(tmp_path: Path) -> None:
+    metrics = [9.0, 9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 3.0, 0.0]
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", mode="max", save_top_k=2)
+    fit(Scripted(metrics), tmp_path, pruning(), best, max_steps=10)
+    assert Path(best.best_model_path).name == "step=8.ckpt"
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=8.ckpt", "step=9.ckpt"}
+
+
+def test_the_best_survives_a_resume(tmp_path: Path) -> None:
+    for start, metrics in ((None, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 6.0]), (8, [9.0, 8.0])):
+        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted")
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        module = Scripted(metrics)
+        made = trainer(
+            tmp_path,
+            pruning(),
+            best,
+            every,
+            max_steps=8 if start is None else 10,
+            check_val_every_n_epoch=None,
+            val_check_interval=1,
+            enable_checkpointing=True,
+        )
+        made.fit(module, loader(64), loader(4), ckpt_path=start and tmp_path / f"step={start}.ckpt")
+        assert Path(best.best_model_path).name == "best-step=6.ckpt" or start is None
+    assert float(best.best_model_score) == 1.0
+
+
+def test_no_validation_since_the_last_event_is_said(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/scripted")
+    with pytest.warns(UserWarning, match="has kept no checkpoint since the last pruning event at optimizer step 6"):
+        fit(Scripted([1.0]), tmp_path, pruning(), best, max_steps=9, val_check_interval=5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_counts_from_the_last_event(tmp_path: Path, first: bool) -> None:
+    # it gets worse from the start on: without the callback, training would end at the second validation
+    metrics = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 5.9, 5.8, 5.85, 5.86, 5.87]
+    stopping = EarlyStopping("val/scripted", patience=2)
+    callback = pruning()
+    callbacks = [stopping, callback] if first else [callback, stopping]
+    made = fit(Scripted(metrics), tmp_path, *callbacks)
+    assert made.global_step == 10
+    assert stopping.stopped_epoch == 0
+    assert float(stopping.best_score) == pytest.approx(5.8)
+    assert len(callback.report.events) == 2
+    assert stopping in made.callbacks
+    assert isinstance(made.callbacks[-1], ModelCheckpoint)
+
+
+def test_early_stopping_comes_back_after_an_error(tmp_path: Path) -> None:
+    class Broken(Scripted):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    stopping = EarlyStopping("val/scripted")
+    made = trainer(tmp_path, stopping, pruning(), max_steps=9)
+    with pytest.raises(RuntimeError, match="broken"):
+        made.fit(Broken([1.0]), loader(64), loader(4))
+    assert stopping in made.callbacks
+
+
+def test_all_of_them_together(tmp_path: Path) -> None:
+    metrics = [0.1] * 5 + [5.0, 4.0, 3.0, 3.5, 3.6, 3.7]
+    stopping, best = EarlyStopping("val/scripted", patience=2), ModelCheckpoint(tmp_path, "{step}", "val/scripted")
+    average = averaging.EMAWeightAveraging(decay=0.9)
+    callback = pruning(monitor="val/scripted", rewarm_steps=2, moments="clear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")
+        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+        warnings.filterwarnings("ignore", "Trying to infer the `batch_size`")
+        warnings.filterwarnings("ignore", ".*treespec.*")
+        made = fit(Scripted(metrics), tmp_path, stopping, average, callback, best)
+    assert made.global_step < 16
+    assert all(tensor.ok for tensor in verify_checkpoint(best.best_model_path, pattern=NM(2, 4)))
+    assert float(best.best_model_score) == float(stopping.best_score) == 3.0
+    assert callback.report.summary.recovered is not None
+
+
+# Weight decay, rewarming and moments
+
+
+def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
+    """Where the gradient is zero, a step of AdamW multiplies each weight that is kept by 1 - lr·decay."""
+
+    class Still(ToyLM):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * 0.0
+
+    def decaying(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.weights: list[dict[str, Tensor]] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.weights.append({name: weight.detach().clone() for name, weight in pl_module.named_parameters()})
+
+    steps = Steps()
+    fit(Still(make_optimizer=decaying), tmp_path, pruning(), steps, max_steps=8)
+    for before, after in ((0, 1), (6, 7)):
+        for name, weight in steps.weights[before].items():
+            torch.testing.assert_close(steps.weights[after][name], weight * (1 - 0.1 * 0.5))
+
+
+def test_learning_rates_rise_anew_after_each_event(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Plain(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = closure() if closure is not None else None
+            rates.append(self.param_groups[0]["lr"])
+            return loss
+
+    def made(parameters: Any) -> torch.optim.Optimizer:
+        return Plain(parameters, lr=0.8)
+
+    module = ToyLM(make_optimizer=made)
+    logged = fit(module, tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3), rewarm_steps=3), max_steps=14)
+    # events at 5 and 8
+    expected = [1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert rates == pytest.approx([0.8 * factor for factor in expected])
+    assert logged.optimizers[0].param_groups[0]["lr"] == 0.8
+
+
+@pytest.mark.parametrize("moments", ["keep", "clear"])
+def test_directions_are_forgotten_and_scales_are_not(tmp_path: Path, moments: Any) -> None:
+    class After(Callback):
+        """Behind the callback: what is left right after the event at step 4."""
+
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 3:
+                parameters = dict(pl_module.named_parameters())
+                self.states = {
+                    name: {key: value.clone() for key, value in trainer.optimizers[0].state[parameter].items()}
+                    for name, parameter in parameters.items()
+                }
+
+    after, callback = After(), pruning(moments=moments)
+    fit(ToyLM(), tmp_path, callback, after, max_steps=8)
+    pruned = callback.state_dict()["masks"]
+    for name, state in after.states.items():
+        cleared = moments == "clear" and name in pruned
+        assert bool(state["exp_avg"].any()) != cleared, name
+        assert state["exp_avg_sq"].any(), name
+        assert float(state["step"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rewarm_steps": -1}, "rewarm_steps is -1"),
+        ({"moments": "drop"}, "moments is 'drop': choose 'keep' or 'clear'"),
+    ],
+)
+def test_options_that_can_not_be_right_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruning(**arguments)
+
+
+# What it costs, and what is left
+
+
+def test_a_schedule_without_a_step_to_recover_is_said(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="last event is at optimizer step 8, the last of the training: no step is left"
+    ):
+        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3)), max_steps=8)
+
+
+def test_the_report_says_what_pruning_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = pruning()
+    fit(ToyLM(), tmp_path, callback, max_steps=8)
+    summary = callback.report.summary
+    assert 0 < summary.collecting_seconds < summary.training_seconds
+    assert 0 < summary.event_seconds < summary.training_seconds
+    assert sum(event.seconds for event in callback.report.events) <= summary.event_seconds
+    share = (summary.event_seconds + summary.collecting_seconds) / summary.training_seconds
+    assert f"Pruning took {share:.1%} of" in capsys.readouterr().out
+    assert math.isfinite(share)

@@ -1,0 +1,113 @@
+"""What Lightning's own callbacks must know of pruning: which average the weights, stop early, or keep the best."""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in the order in which they are called."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
+
+
+def replace_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Let the Trainer call these from now on."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def _is_kind(callback: Callback, name: str) -> bool:
+    # by name: older versions of Lightning lack some of them
+    return name in {kind.__name__ for kind in type(callback).__mro__}
+
+
+def check_averaging(trainer: Trainer) -> None:
+    """Refuse callbacks that average weights in a way that would bring zeros back.
+
+    Raises:
+        MisconfigurationException: Naming the callback and the mend.
+    """
+    for callback in callbacks_of(trainer):
+        if _is_kind(callback, "StochasticWeightAveraging"):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} writes averages of dense and pruned weights at the end of the training, "
+                "so the zeros would be lost: take WeightAveraging or EMAWeightAveraging, which begin anew at each event"
+            )
+        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        if _is_kind(callback, "WeightAveraging") and sharded:
+            raise MisconfigurationException(
+                f"{type(callback).__name__} needs all weights on each rank, which {type(trainer.strategy).__name__} "
+                "may not have: remove it, or train on one device or under DDP"
+            )
+
+
+@torch.no_grad()
+def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let averages of weights begin with the weights as they are: those before were less sparse."""
+    for callback in callbacks_of(trainer):
+        average = getattr(callback, "_average_model", None) if _is_kind(callback, "WeightAveraging") else None
+        if average is None:
+            continue
+        its = {**dict(average.module.named_parameters()), **dict(average.module.named_buffers())}
+        for name, tensor in [*pl_module.named_parameters(), *pl_module.named_buffers()]:
+            its[name].copy_(tensor)
+        average.n_averaged.zero_()
+
+
+def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    """Take EarlyStopping out of the Trainer: until the last event, a metric tells nothing of the final model.
+
+    Returns:
+        What has been taken out, for `release_stopping`.
+    """
+    callbacks = callbacks_of(trainer)
+    held = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    if held:
+        rank_zero_info(f"{', '.join(type(one).__name__ for one in held)} counts from the last pruning event on")
+        replace_callbacks(trainer, [callback for callback in callbacks if callback not in held])
+    return held
+
+
+def release_stopping(trainer: Trainer, held: list[EarlyStopping]) -> None:
+    """Give back what `hold_back_stopping` took."""
+    if held:
+        callbacks = callbacks_of(trainer)
+        # checkpoints are last, as Lightning has ordered them
+        first = next((index for index, one in enumerate(callbacks) if isinstance(one, ModelCheckpoint)), len(callbacks))
+        replace_callbacks(trainer, [*callbacks[:first], *held, *callbacks[first:]])
+        held.clear()
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Let any later checkpoint be better than those of `ModelCheckpoint(monitor=...)` so far, which are less sparse.
+
+    Their files are deleted one by one as later ones take their places.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+            callback.kth_value = worst
+            callback.best_model_path = ""
+            callback.best_model_score = None
+
+
+def warn_of_no_best(trainer: Trainer, step: int) -> None:
+    """Say so where no checkpoint of the final sparsity was kept.
+
+    Args:
+        trainer: At the end of its training.
+        step: Optimizer steps taken at the last event.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and not callback.best_model_path:
+            rank_zero_warn(
+                f"{type(callback).__name__}(monitor={callback.monitor!r}) has kept no checkpoint since the last "
+                f"pruning event at optimizer step {step}, so there is no best sparse one: validate more often "
+                "(val_check_interval), or save the last one (save_last=True)"
+            )
