@@ -56,7 +56,9 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
     }
 
 
-def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = 400) -> Ended:
+def start(
+    out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = 400, script: Path = SCRIPT
+) -> Ended:
     """Train the cases one after the other on so many ranks, and wait for all of them to end."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "cases.json"
@@ -66,7 +68,7 @@ def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: f
     begin = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(file)],
+            [sys.executable, str(script), str(file)],
             env=environment(rank, ranks, port),
             stdout=logs[rank],
             stderr=subprocess.STDOUT,

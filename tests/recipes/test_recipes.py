@@ -5,11 +5,13 @@ Those for ZeRO-3 are rehearsed, too: on CPUs, with a tiny model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,20 @@ from toy import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning import ThanosPruningCallback
-from thanos_lightning.lm import CausalLM, TextData
+from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.planning import Window, changes, plan_windows
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
+SPARSITIES = {
+    "smollm2-135m-2of4-distilled": 0.5,
+    "smollm2-135m-structured30": 0.3,
+    "llama-3.2-1b-2of4-distilled": 0.5,
+    "qwen3-1.7b-unstructured50-squarehead": 0.5,
+    "llama-3.2-1b-unstructured60-squarehead": 0.6,
+    "qwen3-0.6b-unstructured70-squarehead": 0.7,
+}
 SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64)}
 
 
@@ -38,6 +48,28 @@ def build(recipe: Path) -> LightningCLI:
     # the machine that runs this test may have no GPU; everything else is the recipe's
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
     return LightningCLI(args=["--config", str(recipe), *here], run=False, save_config_callback=None)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_says_what_it_is(recipe: Path) -> None:
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
+    text = "\n".join(head)
+    assert f"thanos-lightning fit --config recipes/{recipe.name}" in text
+    if recipe.stem in SPARSITIES:
+        assert all(word in text for word in ("For whom:", "Cost", "easured"))
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSITIES if "distilled" in name or "squarehead" in name])
+def test_a_recipe_with_a_teacher_has_losses_for_it(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = build(next(recipe for recipe in RECIPES if recipe.stem == name))
+    teaching = cli.model.distillation
+    assert isinstance(teaching, Distillation)
+    assert bool(teaching.hidden_states) == ("squarehead" in name)
+    assert teaching.dtype == "bfloat16"
+    assert cli.model.hparams["distillation"] == asdict(teaching)
+    saving = only(ModelCheckpoint, cli)
+    assert saving.monitor == only(ThanosPruningCallback, cli).monitor
 
 
 def only(kind: type[Callback], cli: LightningCLI) -> Any:
@@ -71,7 +103,7 @@ def windows_of(cli: LightningCLI) -> list[Window]:
 
 def test_the_promised_recipes_are_there() -> None:
     names = {recipe.stem for recipe in RECIPES}
-    assert names >= {"quickstart", "llama-3.1-8b-2of4", "llama-3.1-8b-unstructured50", *ZERO3}
+    assert names >= {"quickstart", "llama-3.1-8b-2of4", "llama-3.1-8b-unstructured50", *ZERO3, *SPARSITIES}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -88,7 +120,8 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert events[0].step >= pruning.calibration_steps
     assert events[-1].step <= 0.75 * total, "no time to recover"
     assert events[-1].sparsity(pruning.pattern.sparsity) == pruning.pattern.sparsity
-    assert math.isclose(pruning.pattern.sparsity, 0.5)
+    assert math.isclose(pruning.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
+    assert cli.datamodule.tokenizer == cli.model.model_name
 
 
 @pytest.mark.parametrize("name", ZERO3)

@@ -24,9 +24,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
-from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil
+from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil, num_chunks
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
-from thanos_lightning.sharding import copy_to_frozen, frozen_state, place_frozen
+from thanos_lightning.sharding.frozen import (
+    copy_to_frozen,
+    frozen_state,
+    place_frozen,
+    require_own_gathering,
+    sharding_config,
+)
 from thanos_lightning.targets import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
@@ -60,8 +66,13 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
 
 
 @contextmanager
-def _zero3_loading(module: LightningModule) -> Iterator[None]:
-    """Let transformers know of ZeRO-3, where a pretrained weight has to reach the pieces that the ranks hold."""
+def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None) -> Iterator[None]:
+    """Let transformers know of ZeRO-3, where a pretrained weight has to reach the pieces that the ranks hold.
+
+    Args:
+        module: With the Trainer.
+        config: DeepSpeed's, if it is not that of the training.
+    """
     strategy = module.trainer.strategy if module._trainer is not None else None
     if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
         yield
@@ -70,7 +81,7 @@ def _zero3_loading(module: LightningModule) -> Iterator[None]:
         raise ImportError("loading a pretrained model under ZeRO-3 needs accelerate: pip install accelerate")
     from transformers.integrations import HfDeepSpeedConfig
 
-    known = HfDeepSpeedConfig(strategy.config)  # transformers keeps a weak reference
+    known = HfDeepSpeedConfig(config or strategy.config)  # transformers keeps a weak reference
     try:
         yield
     finally:
@@ -206,20 +217,22 @@ class CausalLM(LightningModule):
                 f"the teacher is {BEFORE_PRUNING!r}, but the Trainer has no ThanosPruningCallback: add one, or take "
                 f"{START!r} or another model as the teacher"
             )
+        if self._teacher is not None and self._teacher.is_placed:
+            return
         if self._resumed_teacher is not None:
             self._teacher = _Teacher(self._load_teacher(self._resumed_teacher), is_placed=False)
         elif self._teacher is None:
             source = self.model_name if name in (START, BEFORE_PRUNING) else name
             self._teacher = _Teacher(self._load_teacher(source), is_placed=False)
-        if not self._teacher.is_placed:
-            teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
-            self._teacher = _Teacher(place_frozen(teacher, strategy), is_placed=True)
-            check_teacher(self.model, self._teacher.model, self.distillation)
-            self._teaches = name != BEFORE_PRUNING or self._resumed_teacher is not None
+        teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
+        self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
+        require_own_gathering(self.model, self.model.base_model)
+        check_teacher(self.model, self._teacher.model, self.distillation)
+        self._teaches = name != BEFORE_PRUNING or self._resumed_teacher is not None
 
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None
-        with _zero3_loading(self):
+        with _zero3_loading(self, sharding_config(self.trainer.strategy, torch_dtype(self.distillation.dtype))):
             return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
 
     def on_before_pruning(self) -> None:
@@ -247,7 +260,9 @@ class CausalLM(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Find the teacher of a training that goes on."""
-        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING or self._trainer is None:
+        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING:
+            return
+        if self._trainer is None or self.trainer.state.fn != "fit":
             return
         folder = checkpoint.get(_TEACHER_KEY)
         pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
@@ -261,7 +276,10 @@ class CausalLM(LightningModule):
                 f"the teacher of the checkpoint is to be in {folder}, which is no folder: bring it back, or name the "
                 "place where it is as the teacher"
             )
-        self._resumed_teacher = folder
+        self._resumed_teacher, self._teaches = folder, folder is not None
+        if folder is not None and self._teacher is not None and self._teacher.is_placed:
+            # DeepSpeed and FSDP2 load after on_fit_start
+            copy_to_frozen(self._load_teacher(folder), self._teacher.model, self.trainer.strategy)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         if self.gradient_checkpointing:
@@ -295,15 +313,23 @@ class CausalLM(LightningModule):
             assert self.model is not None
             assert self._teacher is not None
             assert self.distillation is not None
-            losses = distil(self.model, self._teacher.model, batch, self.distillation)
+            losses = distil(self.model, self._teacher.model, batch, self.distillation, self._agreed_chunks(batch))
             for name in ("cross_entropy", "logits", "hidden_states"):
                 if (part := getattr(losses, name)) is not None:
                     self.log(f"train/{name}", part, batch_size=size)
             loss = losses.total
         else:
-            loss = self(**batch).loss
+            # not self(...): under ZeRO-3 that would end the order of calls by which DeepSpeed fetches ahead
+            loss = self.forward(**batch).loss
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def _agreed_chunks(self, batch: dict[str, Tensor]) -> int:
+        """The largest number of parts that any rank's tokens need, where calling a head gathers it on all."""
+        chunks = num_chunks(batch["input_ids"].numel())
+        if self.trainer.world_size == 1:
+            return chunks
+        return int(self.trainer.strategy.reduce(torch.tensor(chunks, device=self.device), reduce_op="max"))
 
     # A metric's state that was made in the inference mode of Trainer.validate can't be added to outside of it, in the
     # validation of a fit: each loop begins with a state of its own.

@@ -142,8 +142,22 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return head
 
 
+def num_chunks(tokens: int) -> int:
+    """In how many parts so many tokens go through a head, so that none is larger than ``TOKENS_PER_CHUNK``.
+
+    Example:
+        >>> num_chunks(1024), num_chunks(1025)
+        (1, 2)
+    """
+    return max(1, -(-tokens // TOKENS_PER_CHUNK))
+
+
 def distil(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Tensor], distillation: Distillation
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    distillation: Distillation,
+    chunks: int | None = None,
 ) -> DistillationLosses:
     """Run both models on a batch and compare them.
 
@@ -157,6 +171,8 @@ def distil(
         batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, tokens), and what else the
             model's forward takes.
         distillation: The weights. Its `teacher` and `dtype` are not read.
+        chunks: In how many parts the tokens go through the heads; None is `num_chunks` of them. Where calling a head
+            gathers it (ZeRO-3, FSDP2) all ranks must give the same number: the largest of theirs.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -183,10 +199,10 @@ def distil(
             batch["labels"],
             distillation.temperature,
             counted,
+            chunks,
         )
     elif distillation.cross_entropy:
-        vocabulary = student.config.get_text_config().vocab_size
-        entropy = student.loss_function(_head(student)(own.last_hidden_state), batch["labels"], vocab_size=vocabulary)
+        entropy = head_entropy(own.last_hidden_state, _head(student), batch["labels"], chunks)
     if distillation.hidden_states:
         # the first are the embeddings
         hidden = squarehead(own.hidden_states[1:], its.hidden_states[1:], counted)
@@ -290,6 +306,7 @@ def head_losses(
     labels: Int64[Tensor, "batch tokens"],
     temperature: float = 1.0,
     counted: Bool[Tensor, "batch tokens"] | None = None,
+    chunks: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Cross entropy and ``divergence`` from the last hidden states, without ever holding the logits of all tokens.
 
@@ -301,11 +318,12 @@ def head_losses(
         labels: As transformers takes them: those of a token are shifted here, and -100 is no target.
         temperature: See ``divergence``.
         counted: Which tokens count for the divergence; None counts all.
+        chunks: See ``distil``.
 
     Returns:
         The cross entropy, a mean over targets, and the divergence, a mean over the tokens that count.
     """
-    targets = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL).flatten()
+    targets = _targets(labels)
     weights = torch.ones_like(labels, dtype=torch.bool) if counted is None else counted.bool()
     rows = (student.flatten(end_dim=1), teacher.detach().flatten(end_dim=1), targets, weights.flatten())
 
@@ -313,21 +331,55 @@ def head_losses(
         with torch.no_grad():
             its_logits = teacher_head(its_hidden)
         logits = student_head(hidden)
-        entropy = functional.cross_entropy(logits.float(), some_targets, ignore_index=_IGNORED_LABEL, reduction="sum")
-        return entropy, _divergences(logits[some_weights], its_logits[some_weights], temperature)
+        return _entropies(logits, some_targets), _divergences(
+            logits[some_weights], its_logits[some_weights], temperature
+        )
 
     entropies, divergences = zip(
         *(
             checkpoint(losses, *some, use_reentrant=False)
-            for some in zip(*(torch.split(one, TOKENS_PER_CHUNK) for one in rows), strict=True)
+            for some in zip(*(_parts(one, chunks) for one in rows), strict=True)
         ),
         strict=True,
     )
-    num_targets, num_counted = (targets != _IGNORED_LABEL).sum(), weights.sum()
-    return (
-        torch.stack(entropies).sum() / num_targets.clamp(min=1),
-        torch.stack(divergences).sum() / num_counted.clamp(min=1),
-    )
+    return _mean(entropies, targets != _IGNORED_LABEL), _mean(divergences, weights)
+
+
+def head_entropy(
+    student: Float[Tensor, "batch tokens hidden"],
+    student_head: Callable[[Tensor], Tensor],
+    labels: Int64[Tensor, "batch tokens"],
+    chunks: int | None = None,
+) -> Float[Tensor, ""]:
+    """The cross entropy of ``head_losses`` alone."""
+    targets = _targets(labels)
+
+    def entropies(hidden: Tensor, some_targets: Tensor) -> Tensor:
+        return _entropies(student_head(hidden), some_targets)
+
+    rows = (student.flatten(end_dim=1), targets)
+    sums = [
+        checkpoint(entropies, *some, use_reentrant=False)
+        for some in zip(*(_parts(one, chunks) for one in rows), strict=True)
+    ]
+    return _mean(sums, targets != _IGNORED_LABEL)
+
+
+def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
+    return torch.tensor_split(rows, chunks or num_chunks(len(rows)))
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """For each token the one after it, flat."""
+    return functional.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL).flatten()
+
+
+def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, ignore_index=_IGNORED_LABEL, reduction="sum")
+
+
+def _mean(sums: Sequence[Tensor], counted: Tensor) -> Tensor:
+    return torch.stack(list(sums)).sum() / counted.sum().clamp(min=1)
 
 
 def _counted_rows(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

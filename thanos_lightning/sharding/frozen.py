@@ -6,33 +6,55 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def place_frozen(model: nn.Module, strategy: Strategy) -> nn.Module:
+def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.Module:
     """Put a model where the strategy's forward runs. All ranks must call it.
 
     Under ZeRO-3 it is sharded over the ranks like the model that is trained, else each rank holds all of it.
 
     Args:
-        model: In evaluation mode, its parameters without gradients. Changed in place.
+        model: In evaluation mode, its parameters without gradients and all of one dtype. Changed in place.
         strategy: Set up.
+        first: The module of it that each pass begins with.
 
     Returns:
         The model.
     """
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+    config = sharding_config(strategy, next(model.parameters()).dtype)
+    if config is not None:
         from thanos_lightning.sharding.zero import shard_frozen  # deepspeed is optional, and slow to import
 
-        return shard_frozen(model, offload=_offloads_parameters(strategy))
+        return shard_frozen(model, first, config)
     return model.to(strategy.root_device)
 
 
-def _offloads_parameters(strategy: DeepSpeedStrategy) -> bool:
-    zero: dict[str, Any] = strategy.config["zero_optimization"] if isinstance(strategy.config, dict) else {}
-    return bool(zero.get("offload_param"))
+def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | None:
+    """DeepSpeed's configuration of a model that is only read, fetched like the one that is trained; None if whole.
+
+    Args:
+        strategy: Set up.
+        dtype: Of the model's parameters, which is not that of the training's configuration.
+    """
+    if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+        return None
+    assert isinstance(strategy.config, dict), "the strategy is set up"
+    zero: dict[str, Any] = strategy.config["zero_optimization"]
+    fetched = {name: value for name, value in zero.items() if name.startswith("stage3_")}
+    if offloaded := zero.get("offload_param"):
+        # never to NVMe, where DeepSpeed would empty the folder that has the trained model's parameters
+        fetched["offload_param"] = {"device": "cpu", "pin_memory": offloaded.get("pin_memory", False)}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
+        "zero_optimization": {"stage": 3, **fetched},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
 
 
 @torch.no_grad()
@@ -49,6 +71,9 @@ def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> Non
 
         copy_sharded(own, frozen)
         return
+    for module in own.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a validation leaves copies gathered, and these may be of less precision
     for parameter, its in _pairs(own, frozen):
         its.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
@@ -56,7 +81,39 @@ def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> Non
 def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     theirs = {**dict(frozen.named_parameters()), **dict(frozen.named_buffers())}
     for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
+        if name not in theirs:
+            raise MisconfigurationException(
+                f"the teacher has no {name}, which the model shared with another module before it was sharded: in "
+                "configure_model, call fully_shard on the list of the modules that share it"
+            )
         yield tensor, theirs[name]
+
+
+def require_own_gathering(model: nn.Module, base: nn.Module) -> None:
+    """Refuse a model that FSDP2 gathers as a whole only, if its base and its head are to be called one by one.
+
+    Args:
+        model: The model that is trained.
+        base: The part of it that gives hidden states.
+
+    Raises:
+        MisconfigurationException: With the mend.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    gathered = {id(parameter) for part in parts for parameter in part.parameters()}
+    alone = (name for name, p in model.named_parameters() if isinstance(p, DTensor) and id(p) not in gathered)
+    why = None
+    if isinstance(base, FSDPModule):
+        # the class that fully_shard gives it is not the one for which transformers knows how to record them
+        why = f"fully_shard was called on its base, a {type(base).__name__}, which gives no hidden states then"
+    elif (name := next(alone, None)) is not None:
+        why = f"{name} is gathered only where the whole model is called"
+    if why is not None:
+        raise MisconfigurationException(
+            f"distillation calls the base of {type(model).__name__} and its head one by one, but {why}: in "
+            "configure_model, call fully_shard on each decoder layer, then on the list of the embeddings, the last "
+            "norm and the head, and then on the model"
+        )
 
 
 @torch.no_grad()

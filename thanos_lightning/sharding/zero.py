@@ -449,49 +449,47 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
         )
 
 
-def shard_frozen(model: nn.Module, *, offload: bool) -> nn.Module:
+def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Shard a model that is only read, as stage 3 does. All ranks must call it.
 
     Args:
         model: In evaluation mode, without gradients, whole on each rank or sharded while it was loaded.
-        offload: Whether the shards wait in the CPU's memory.
+        first: The module of it that each pass begins with.
+        config: DeepSpeed's, of stage 3 and the model's dtype.
     """
-    zero: dict[str, Any] = {"stage": 3}
-    if offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
-    dtype = next(model.parameters()).dtype
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
-            "zero_optimization": zero,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "fp16": {"enabled": dtype == torch.float16},
-        },
-    )
-    whole: nn.Module = engine.module
-    return whole.eval()
+    engine, *_ = deepspeed.initialize(model=model, config=config)  # which its hooks on the model keep
+    offload = engine.optimizer
+    # DeepSpeed learns the order of the modules from one call of the whole model to the next, and fetches ahead by it.
+    # A pass that calls parts of the model would be taken for the rest of the last one: an order that never ends.
+    offload.fwd_pre_hook.remove()
+    first.register_forward_pre_hook(lambda *_: offload.get_param_coordinator().reset_step(), prepend=True)
+    return model.eval()
 
 
 def copy_sharded(own: nn.Module, frozen: nn.Module) -> None:
-    """Give a model of `shard_frozen` the weights of the one that is trained, by name. All ranks must call it."""
+    """Give a model of `shard_frozen` the weights of another that stage 3 shards, by name. All ranks must call it."""
     theirs = dict(frozen.named_parameters())
     for name, parameter in own.named_parameters():
         # the parts of both lie alike, but one may be on another device or on disk
         with GatheredParameters([parameter]):
             whole = parameter.detach().to(theirs[name].dtype, copy=True)
         with GatheredParameters([theirs[name]], modifier_rank=0):
-            if theirs[name].numel():
-                theirs[name].data.copy_(whole)
+            theirs[name].data.copy_(whole)
     for name, buffer in own.named_buffers():
         frozen.get_buffer(name).copy_(buffer)
 
 
 def gathered_state(frozen: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
     """The state dict of a model of `shard_frozen`, in the CPU's memory of the ranks that want it, else empty."""
-    state: dict[str, Tensor] = {}
-    for name, parameter in frozen.named_parameters(remove_duplicate=False):
-        with GatheredParameters([parameter]):
-            if wanted:
-                state[name] = parameter.detach().to("cpu", copy=True)
-    return state
+    parameters = dict(frozen.named_parameters(remove_duplicate=False))
+    gathered: dict[int, Tensor] = {}  # what is tied, once
+    for parameter in parameters.values():
+        if id(parameter) not in gathered:
+            with GatheredParameters([parameter]):
+                gathered[id(parameter)] = parameter.detach().to("cpu", copy=True) if wanted else torch.empty(0)
+    if not wanted:
+        return {}
+    return {
+        name: gathered[id(parameters[name])] if name in parameters else tensor.cpu()
+        for name, tensor in frozen.state_dict().items()
+    }

@@ -12,6 +12,7 @@ from thanos_lightning.lm.distillation import (
     check_teacher,
     distil,
     divergence,
+    head_entropy,
     head_losses,
     squarehead,
 )
@@ -108,6 +109,20 @@ def test_losses_of_heads_are_those_of_all_logits():
         torch.testing.assert_close(gradient, expected)
     every, _ = head_losses(student, teacher, *heads, torch.full_like(labels, -100))
     assert float(every) == 0
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 40])
+def test_the_number_of_chunks_changes_no_loss(chunks):
+    torch.manual_seed(0)
+    heads = [nn.Linear(6, 11, bias=False) for _ in range(2)]
+    student, teacher, labels = randn(3, 5, 6), randn(3, 5, 6, seed=1), torch.randint(11, (3, 5))
+    expected = head_losses(student, teacher, *heads, labels)
+    calls = []
+    heads[0].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(head_losses(student, teacher, *heads, labels, chunks=chunks), expected)
+    assert len(calls) == chunks
+    torch.testing.assert_close(head_entropy(student, heads[0], labels, chunks), expected[0])
+    assert len(calls) == 2 * chunks
 
 
 def test_a_teacher_that_does_not_fit_is_named():

@@ -1,0 +1,238 @@
+"""CausalLM with a teacher on two real ranks over gloo: where the teacher lies, and that it is the same everywhere."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from ranks import results, start
+from torch import Tensor
+from torch.utils.data import DataLoader
+from toy import Sequences, tiny_llama, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.lm import CausalLM, Distillation
+
+SCRIPT = Path(__file__).with_name("teaching.py")
+BEFORE: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "zero2": {"strategy": "zero2"},
+    "zero3": {"strategy": "zero3", "save": True},
+    "zero3 offloaded": {
+        "strategy": "zero3",
+        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+    },
+    "zero3, given as an object": {
+        "strategy": "zero3",
+        "as_object": True,
+        "zero": {"stage3_param_persistence_threshold": 600},
+    },
+    "fsdp": {"strategy": "fsdp", "save": True},
+}
+IN_BF16: dict[str, dict[str, Any]] = {
+    "zero2 in bf16": {"strategy": "zero2", "dtype": "bfloat16"},
+    "zero3 in bf16": {"strategy": "zero3", "dtype": "bfloat16"},
+    "zero3 in fp32 beside bf16-mixed": {"strategy": "zero3", "precision": "bf16-mixed"},
+    "fsdp that stays gathered in bf16": {"strategy": "fsdp", "stays_gathered": True, "measured": True},
+}
+START: dict[str, dict[str, Any]] = {
+    "ddp from the start": {"strategy": "ddp", "teacher": "start", "dtype": "bfloat16"},
+    "zero3 from the start": {"strategy": "zero3", "teacher": "start"},
+    "zero3 by name": {"strategy": "zero3", "teacher": "other", "dtype": "bfloat16"},
+}
+UNEVEN: dict[str, dict[str, Any]] = {
+    f"{strategy}, uneven": {"strategy": strategy, "uneven": True} for strategy in ("ddp", "zero3", "fsdp")
+}
+RESUMED = {f"{kind}, resumed after {stop}": (kind, stop) for kind, stop in (("zero3", 4), ("zero3", 2), ("fsdp", 4))}
+STEPS, FIRST_EVENT = 6, 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings, one after the other in the same processes: each start costs ten seconds."""
+    root = tmp_path_factory.mktemp("distillation")
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny_llama(seed).save_pretrained(root / name)
+    cases = {
+        **BEFORE,
+        **IN_BF16,
+        **START,
+        **UNEVEN,
+        **{
+            name: {**BEFORE[kind], "resume": str(root / kind / f"step={stop}.ckpt")}
+            for name, (kind, stop) in RESUMED.items()
+        },
+        "fsdp as a whole": {"strategy": "fsdp", "parts": False},
+    }
+    for case in cases.values():
+        if case.get("teacher") == "other":
+            case["teacher"] = str(root / "other")
+    started = [{"out": str(root / name), "model": str(root / "model"), **case} for name, case in cases.items()]
+    ended = start(root, started, script=SCRIPT)
+    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
+    return root
+
+
+def states(out: Path) -> list[dict[str, dict[str, Tensor]]]:
+    return [torch.load(out / f"state{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rounded(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    return {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+
+
+def parameters(seed: int) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in tiny_llama(seed).named_parameters()}
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16])
+def test_the_teacher_is_what_the_model_was_right_before_the_first_event(trained: Path, name: str) -> None:
+    dtype = {**BEFORE, **IN_BF16}[name].get("dtype", "float32")
+    for state in states(trained / name):
+        assert same(state["teacher"], rounded(state["before"], dtype))
+        assert not same(state["teacher"], rounded(parameters(0), dtype))
+        assert not same(state["teacher"], rounded(state["weights"], dtype))
+
+
+@pytest.mark.parametrize("name", START)
+def test_a_teacher_that_is_there_from_the_start_stays_what_it_was(trained: Path, name: str) -> None:
+    expected = parameters(1 if START[name]["teacher"] != "start" else 0)
+    for state in states(trained / name):
+        assert same(state["teacher"], rounded(expected, START[name].get("dtype", "float32")))
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16, *START])
+def test_the_model_is_taught_once_there_is_a_teacher(trained: Path, name: str) -> None:
+    for rank in results(trained / name):
+        assert rank["error"] is None
+        assert len(rank["steps"]) == STEPS
+        for number, logged in enumerate(rank["steps"]):
+            if name not in START and number < FIRST_EVENT:
+                assert logged.keys() == {"train/loss"}
+                continue
+            assert logged.keys() == {"train/loss", "train/cross_entropy", "train/logits", "train/hidden_states"}
+            assert all(math.isfinite(value) for value in logged.values())
+            if number >= FIRST_EVENT or "name" in name:
+                assert logged["train/logits"] > 1e-5
+                assert logged["train/hidden_states"] > 1e-3
+            assert logged["train/loss"] == pytest.approx(
+                logged["train/cross_entropy"] + logged["train/logits"] + 0.5 * logged["train/hidden_states"], rel=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", [kind for kind in BEFORE if kind != "ddp"])
+def test_all_strategies_agree(trained: Path, name: str) -> None:
+    for expected, found in zip(results(trained / "ddp"), results(trained / name), strict=True):
+        for one, other in zip(expected["steps"], found["steps"], strict=True):
+            assert other == pytest.approx(one, rel=1e-4)
+    for expected, found in zip(states(trained / "ddp"), states(trained / name), strict=True):
+        for kind in ("teacher", "weights"):
+            assert expected[kind].keys() == found[kind].keys()
+            for parameter, values in expected[kind].items():
+                torch.testing.assert_close(found[kind][parameter], values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_ranks_with_unequal_numbers_of_tokens_do_not_wait_for_each_other(trained: Path, strategy: str) -> None:
+    for expected, found in zip(results(trained / "ddp, uneven"), results(trained / f"{strategy}, uneven"), strict=True):
+        for one, other in zip(expected["steps"], found["steps"], strict=True):
+            assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16, *START])
+def test_only_zero3_shards_the_teacher(trained: Path, name: str) -> None:
+    teacher = states(trained / name)[0]["teacher"]
+    for rank in results(trained / name):
+        if not name.startswith("zero3"):
+            assert rank["shards"] == {}
+            continue
+        assert rank["shards"].keys() == teacher.keys()
+        persisting = {**BEFORE, **IN_BF16, **START}[name].get("zero", {}).get("stage3_param_persistence_threshold", 0)
+        for parameter, (there, held, total) in rank["shards"].items():
+            assert there == (total if total <= persisting else 0)  # else given back after the forward
+            assert total == teacher[parameter].numel()
+            assert held == math.ceil(total / 2)
+        # else nothing is fetched ahead, and DeepSpeed's record of the calls grows with each step
+        assert rank["traces"] == [True]
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *START])
+def test_nothing_of_the_teacher_is_trained_or_saved(trained: Path, name: str) -> None:
+    total = sum(parameter.numel() for parameter in parameters(0).values())
+    strategy = {**BEFORE, **START}[name]["strategy"]
+    for rank in results(trained / name):
+        assert rank["shared"] == 0
+        assert rank["trained"] == []
+        if strategy == "zero3":
+            assert rank["moments"] == rank["own_shards"] == pytest.approx(total / 2, abs=20)
+        else:
+            assert rank["moments"] == pytest.approx(total / 2 if strategy == "zero2" else total, abs=20)
+
+
+def test_a_checkpoint_of_zero3_holds_nothing_of_the_teacher(trained: Path) -> None:
+    folder = trained / "zero3" / "step=6.ckpt" / "checkpoint"
+    expected = {f"model.{name}" for name in tiny_llama().state_dict()}
+    for rank in range(2):
+        saved = torch.load(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False)
+        assert saved["module"].keys() == expected
+        assert saved["thanos_lightning_teacher"] == str(trained / "zero3" / "teacher")
+
+
+def test_the_whole_teacher_is_written_once(trained: Path) -> None:
+    for name in ("ddp", "zero2", "zero3", "zero3, given as an object", "fsdp"):
+        first, second = states(trained / name)
+        for parameter, values in first["teacher"].items():
+            assert torch.equal(first["written"][parameter], values)
+        assert (second["written"] == {}) == name.startswith("zero3")
+    marked = states(trained / "zero3, given as an object")[0]["written"]
+    assert marked.keys() == {*tiny_llama().state_dict(), "mark"}
+    assert torch.equal(marked["mark"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Path, name: str) -> None:
+    kind, stop = RESUMED[name]
+    for whole, resumed in zip(results(trained / kind), results(trained / name), strict=True):
+        assert resumed["error"] is None
+        assert len(resumed["steps"]) == STEPS - stop
+        for expected, found in zip(whole["steps"][stop:], resumed["steps"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+    for whole, resumed in zip(states(trained / kind), states(trained / name), strict=True):
+        assert same(resumed["teacher"], whole["teacher"])
+        for parameter, values in whole["weights"].items():
+            torch.testing.assert_close(resumed["weights"][parameter], values, rtol=1e-5, atol=1e-5)
+
+
+def test_fsdp_that_gathers_the_model_only_as_a_whole_is_refused(trained: Path) -> None:
+    for rank in results(trained / "fsdp as a whole"):
+        assert "is gathered only where the whole model is called" in rank["error"]
+        assert "list of the embeddings, the last norm and the head" in rank["error"]
+        assert rank["steps"] == []
+
+
+def test_only_a_fit_needs_the_teacher_of_a_checkpoint(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    data = DataLoader(Sequences(8), batch_size=4)
+
+    def make() -> CausalLM:
+        return CausalLM(str(tmp_path / "model"), lr_schedule="constant", distillation=Distillation())
+
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration_steps=1)
+    fitted = trainer(tmp_path, pruning, max_steps=2)
+    fitted.fit(make(), data)
+    fitted.save_checkpoint(tmp_path / "pruned.ckpt")
+    shutil.rmtree(tmp_path / "teacher")
+    lm = make()
+    trainer(tmp_path).validate(lm, data, ckpt_path=tmp_path / "pruned.ckpt", weights_only=False, verbose=False)
+    assert lm._teacher is None
+    with pytest.raises(MisconfigurationException, match="the teacher of the checkpoint is to be in"):
+        trainer(tmp_path, pruning, max_steps=3).fit(make(), data, ckpt_path=tmp_path / "pruned.ckpt")
