@@ -36,6 +36,7 @@ from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_ll
 import thanos_lightning.callback
 import thanos_lightning.pruning
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.allocation import Allocation
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
 
@@ -77,6 +78,8 @@ class Case:
     routed: bool = False  # a further layer is called on rank 0 only
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
+    allocation: dict[str, Any] | None = None
+    rewarm_steps: int = 0
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
 
 
@@ -596,6 +599,8 @@ def train(case: Case) -> None:
         attention_mask_key="attention_mask" if case.uncounted is None else COUNTED,
         verify_every_n_steps=1,
         monitor=case.monitor,
+        allocation=None if case.allocation is None else Allocation(**case.allocation),
+        rewarm_steps=case.rewarm_steps,
     )
     watch, results = Watch(pruning), Results()
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]

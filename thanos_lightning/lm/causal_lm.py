@@ -201,7 +201,6 @@ class CausalLM(LightningModule):
         # a model that was given as one can't be loaded again, and a checkpoint may be about to be loaded into it
         if stage == "fit" and wanted and self.model is not None and self._teacher is None:
             teacher = copy.deepcopy(self.model)
-            teacher.gradient_checkpointing_disable()
             self._teacher = _Teacher(teacher, is_placed=False)
 
     @override
