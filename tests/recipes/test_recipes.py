@@ -54,7 +54,7 @@ def build(recipe: Path) -> LightningCLI:
 def test_a_recipe_says_what_it_is(recipe: Path) -> None:
     head = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
     text = "\n".join(head)
-    assert f"thanos-lightning fit --config recipes/{recipe.name}" in text
+    assert recipe.name in text
     if recipe.stem in SPARSITIES:
         assert all(word in text for word in ("For whom:", "Cost", "easured"))
 
