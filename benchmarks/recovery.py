@@ -1,0 +1,576 @@
+"""What is left of a language model's perplexity after it was pruned and trained on, by method and recipe.
+
+    python benchmarks/recovery.py --text summaries --validation-split validation
+    python benchmarks/recovery.py --text summaries --validation-split validation --contenders dense gradual --rates 3e-4
+    python benchmarks/recovery.py --text summaries --validation-split validation --only-report --output results
+
+(`wikipedia_summaries.py` makes that folder.) Each contender trains on the same batches in the same order, with AdamW,
+warm-up and cosine, at each of the learning rates with the first seed, then at its best one with the other seeds; a seed
+is an order of the text. A run that has been finished is kept in --runs and not repeated, so that a long table can be
+made in pieces. Perplexity is that of text that is held back, and sparsity is counted in the weights themselves.
+
+"one-shot" contenders are pruned before the training by `one_shot.py`'s pass over the decoder layers, and keep those
+zeros. "lightning" is Lightning's ModelPruning with magnitude on the schedule of the gradual ones, unstructured for any
+pattern, since it has no other; "sr-ste" chooses 2:4 masks by magnitude anew in every forward (arXiv 2102.04010). What
+is "gradual" is ThanosPruningCallback in the training, with its defaults but for what is said.
+
+On CPUs with glibc, huge pages that are not given back saved a fifth of the time of a step:
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+    export MALLOC_TOP_PAD_=500000000 THP_MEM_ALLOC_ENABLE=1
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelPruning
+from machine import hardware, keep
+from one_shot import METHODS, capture, prune_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.allocation import Allocation
+from thanos_lightning.lm import CausalLM, Distillation, TextData
+from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.solver import Pattern, parse_pattern
+from thanos_lightning.targets import find_targets
+
+PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.6)}
+DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
+ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper", "thanos"))
+_CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
+GRADUAL_END = 0.4  # of the training; lightning's schedule ends there, too
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training with ThanosPruningCallback.
+
+    Attributes:
+        schedule: (start, end, every), fractions of the training.
+        options: Other arguments of the callback.
+        distillation: Arguments of `Distillation`; None trains on the text alone.
+        pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
+    """
+
+    schedule: tuple[float, float, float]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Mapping[str, Any] | None = None
+    pruned: str | None = None
+
+
+_BEFORE = (0.0, 0.0, 1.0)  # the training, by one_shot.py
+_RISING, _ONCE, _LATE = (0.0, GRADUAL_END, 0.1), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
+_START: dict[str, Any] = {"teacher": "start"}
+RECIPES: dict[str, Recipe] = {
+    "gradual": Recipe(_RISING),
+    "gradual, distilled": Recipe(_RISING, distillation=_START),
+}
+# each differs from a recipe in one thing: not in the table unless they are asked for
+OPTIONS: dict[str, Recipe] = {
+    "once": Recipe(_ONCE),
+    "levels": Recipe(_RISING, {"progression": "levels"}),
+    "front to back": Recipe(_RISING, {"progression": "front-to-back"}),
+    "back to front": Recipe(_RISING, {"progression": "back-to-front"}),
+    "least loss first": Recipe(_RISING, {"progression": "least-loss-first"}),
+    "moments cleared": Recipe(_RISING, {"moments": "clear"}),
+    "rewarmed": Recipe(_RISING, {"rewarm_steps": 4}),
+    "allocated by loss": Recipe(_RISING, {"allocation": {"by": "loss"}}),
+    "allocated by outliers": Recipe(_RISING, {"allocation": {"by": "outliers", "deviation": 0.08}}),
+    "once, distilled": Recipe(_ONCE, distillation=_START),
+    "late, distilled": Recipe(_LATE, distillation={"teacher": "before-pruning"}),
+    **{
+        f"sparsegpt, {name}": Recipe(_BEFORE, distillation={"teacher": DENSE, **weights}, pruned="sparsegpt")
+        for name, weights in {
+            "logits": {},
+            "logits x 4": {"logits": 4.0},
+            "temperature 2": {"temperature": 2.0},
+            "squarehead": {"logits": 0.0, "hidden_states": 1.0},
+            "squarehead x 10": {"logits": 0.0, "hidden_states": 10.0},
+            "logits and squarehead": {"hidden_states": 1.0},
+            "logits and squarehead x 10": {"hidden_states": 10.0},
+        }.items()
+    },
+}
+ALL = {
+    **{name: Recipe(_BEFORE, pruned=name.removeprefix("one-shot ")) for name in ONE_SHOT},
+    **RECIPES,
+    **OPTIONS,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contenders have in common."""
+
+    model: str
+    text: str
+    validation_split: str | None
+    steps: int
+    batch: int
+    length: int
+    calibration: int
+    validation: int
+    warmup: float = 0.05
+
+    @property
+    def tokens(self) -> int:
+        """Of a training."""
+        return self.steps * self.batch * self.length
+
+    def described(self) -> dict[str, Any]:
+        """Plain values; of paths the last part, since where they lie changes nothing."""
+        return {**asdict(self), "model": Path(self.model).name, "text": Path(self.text).name}
+
+
+def contenders(pattern: str) -> list[str]:
+    """The contenders for a pattern, baselines first."""
+    others = [SR_STE] if pattern == "2:4" else []
+    return [DENSE, *ONE_SHOT, LIGHTNING, *others, *RECIPES, *OPTIONS]
+
+
+# Text
+
+
+def batches(task: Task, seed: int, number: int) -> list[dict[str, Tensor]]:
+    """The first training batches, in the order of a seed."""
+    return list(itertools.islice(_text(task, seed).train_dataloader(), number))
+
+
+def validation_batches(task: Task) -> list[dict[str, Tensor]]:
+    """Held back, the same for all."""
+    return list(itertools.islice(_text(task, 0).val_dataloader(), task.validation // task.batch))
+
+
+def _text(task: Task, seed: int) -> TextData:
+    data = TextData(
+        task.text,
+        task.model,
+        validation_split=task.validation_split,
+        block_size=task.length,
+        batch_size=task.batch,
+        seed=seed,
+    )
+    data.setup("fit")
+    return data
+
+
+class Continued:
+    """Batches that go on in the next epoch where the last one ended."""
+
+    def __init__(self, batches: Iterable[Any], per_epoch: int) -> None:
+        self._batches, self._per_epoch = iter(batches), per_epoch
+
+    def __len__(self) -> int:
+        return self._per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._batches, self._per_epoch)
+
+
+# Measuring
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, held_back: Iterable[Mapping[str, Tensor]]) -> float:
+    """The exponential of the mean loss, under bf16 autocast as in the training."""
+    was_training = model.training
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model(**batch, use_cache=False).loss.double() for batch in held_back]
+    model.train(was_training)
+    return float(torch.stack(losses).mean().exp())
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that all contenders prune, by name."""
+    return {name: model.get_submodule(name) for name in find_targets(model, "*", "lm_head")}
+
+
+class Curve(Callback):
+    """Perplexity and sparsity over tokens."""
+
+    def __init__(
+        self, task: Task, every: int, held_back: list[dict[str, Tensor]], layers: dict[str, nn.Module]
+    ) -> None:
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0  # of measuring
+        self._task, self._every, self._held_back, self._layers = task, every, held_back, layers
+        self._steps = 0
+
+    def measure(self, module: LightningModule) -> None:
+        """Add a point."""
+        begin = time.perf_counter()
+        weights = [layer.weight for layer in self._layers.values()]
+        zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+        point = {
+            "tokens": self._steps * self._task.batch * self._task.length,
+            "perplexity": round(perplexity(module.model, self._held_back), 4),
+            "sparsity": round(zeros / sum(weight.numel() for weight in weights), 6),
+        }
+        self.points.append(point)
+        print("   ", point, flush=True)
+        self.seconds += time.perf_counter() - begin
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before anything was learnt."""
+        self.measure(pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """At every so many steps, and at the last one."""
+        self._steps += 1
+        if self._steps % self._every == 0 or self._steps == self._task.steps:
+            self.measure(pl_module)
+
+
+# Contenders
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, decay: float) -> Tensor:
+        a, b, c, d = weight.abs().unflatten(-1, (-1, 4)).unbind(-1)
+        second = torch.maximum(
+            torch.minimum(torch.maximum(a, b), torch.maximum(c, d)),
+            torch.maximum(torch.minimum(a, b), torch.minimum(c, d)),
+        )
+        kept = (weight.abs().unflatten(-1, (-1, 4)) >= second.unsqueeze(-1)).flatten(-2)
+        ctx.save_for_backward(weight, kept)
+        ctx.decay = decay
+        return weight * kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight, kept = ctx.saved_tensors
+        return gradient + ctx.decay * weight.masked_fill(kept, 0), None
+
+
+class SrSte(nn.Module):
+    """2:4 by magnitude in every forward; the gradient goes to all weights, and what is masked shrinks."""
+
+    def __init__(self, decay: float = 2e-4) -> None:  # as in the paper
+        super().__init__()
+        self.decay = decay
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with two nonzeros in each four."""
+        masked: Tensor = _StraightThrough.apply(weight, self.decay)
+        return masked
+
+
+def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console: Console) -> Path:
+    """The model pruned by a method, in a folder that is written at the first call."""
+    read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
+    described = json.dumps([*read, pattern, method, METHODS[method]], sort_keys=True)
+    folder = pruned / f"{pattern.replace(':', '-')}-{method}"
+    note = folder / "task.json"
+    if note.exists() and note.read_text() == described:
+        return folder
+    model = load_pretrained(task.model, "float32")
+    sequences = torch.cat([batch["input_ids"] for batch in batches(task, 1, task.calibration // task.batch)])
+    with torch.no_grad():
+        layers, embedded = capture(model, sequences, PATTERNS[pattern])
+        outcome = prune_model(method, layers, embedded, PATTERNS[pattern], console)
+    model.save_pretrained(folder)
+    (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
+    note.write_text(described)
+    return folder
+
+
+def lightning_pruning(model: nn.Module, final: float, epochs: int) -> ModelPruning:
+    """Lightning's callback, on a cubic schedule that ends with `epochs`: it prunes a fraction of what is left."""
+
+    def amount(epoch: int) -> float:
+        before, now = (final * (1 - (1 - min(1.0, e / epochs)) ** 3) for e in (epoch, epoch + 1))
+        return 1 - (1 - now) / (1 - before)
+
+    parameters = [(layer, "weight") for layer in prunable(model).values()]
+    return ModelPruning(
+        "l1_unstructured",
+        parameters_to_prune=parameters,
+        use_global_unstructured=False,
+        amount=amount,
+        use_lottery_ticket_hypothesis=False,
+    )
+
+
+def train(task: Task, contender: str, pattern: str, rate: float, seed: int, pruned: Path, every: int) -> dict[str, Any]:
+    """One run."""
+    console = Console(width=120)
+    final: Pattern = PATTERNS[pattern]
+    recipe = ALL.get(contender)
+    source = task.model
+    if recipe is not None and recipe.pruned is not None:
+        source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console))
+    model = load_pretrained(source, "float32")
+    layers = prunable(model)
+    callbacks: list[Callback] = []
+    pruning: ThanosPruningCallback | None = None
+    of_pattern: dict[str, Any] = {"pattern": pattern} if pattern == "2:4" else {
+        "pattern": "unstructured", "sparsity": final.sparsity
+    }  # fmt: skip
+    if recipe is not None and recipe.pruned is not None:
+        # of these weights magnitude chooses the zeros that are there
+        once = SparsitySchedule(0, 0, 1)
+        pruning = ThanosPruningCallback(**of_pattern, schedule=once, method="magnitude", admm_steps=0, refine_steps=0)
+    elif recipe is not None:
+        options = {"calibration_steps": _CALIBRATION_STEPS, **recipe.options}
+        if "allocation" in options:
+            options["allocation"] = Allocation(**options["allocation"])
+        pruning = ThanosPruningCallback(**of_pattern, schedule=SparsitySchedule(*recipe.schedule), **options)
+    per_epoch = task.steps
+    if contender == LIGHTNING:
+        per_epoch = task.steps // 20
+        callbacks.append(lightning_pruning(model, final.sparsity, round(GRADUAL_END * 20)))
+    if contender == SR_STE:
+        for layer in layers.values():
+            parametrize.register_parametrization(layer, "weight", SrSte())
+    if pruning is not None:
+        callbacks.append(pruning)
+    curve = Curve(task, every, validation_batches(task), layers)
+    callbacks.append(curve)
+    distillation = None
+    if recipe is not None and recipe.distillation is not None:
+        named = {**recipe.distillation}
+        if named.get("teacher") == DENSE:
+            named["teacher"] = task.model
+        distillation = Distillation(**named)
+    seed_everything(seed, verbose=False)
+    module = CausalLM(model, learning_rate=rate, warmup=task.warmup, lr_schedule="cosine", distillation=distillation)
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=task.steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=pruned,
+    )
+    begin = time.perf_counter()
+    trainer.fit(module, Continued(batches(task, seed, task.steps), per_epoch))
+    seconds = time.perf_counter() - begin - curve.seconds
+    events = [] if pruning is None else pruning.report.events
+    return {
+        "curve": curve.points,
+        "perplexity": curve.points[-1]["perplexity"],
+        "sparsity": curve.points[-1]["sparsity"],
+        "seconds": round(seconds, 1),
+        "event_seconds": round(sum(event.seconds for event in events), 1),
+    }
+
+
+# Table
+
+
+def key(contender: str, pattern: str, rate: float, seed: int) -> str:
+    """The name of a run's file."""
+    pattern = "any" if contender == DENSE else pattern
+    return re.sub(r"[^A-Za-z0-9.%-]+", "_", f"{contender} {pattern} {rate:g} {seed}")
+
+
+def finished(runs: Path, task: Task, contender: str, pattern: str, rate: float, seed: int) -> dict[str, Any] | None:
+    """A run that is kept, None where there is none for this task."""
+    path = runs / f"{key(contender, pattern, rate, seed)}.json"
+    if not path.exists():
+        return None
+    run: dict[str, Any] = json.loads(path.read_text())
+    same = run["task"] == task.described() and run["settings"] == settings(contender)
+    return run if same else None
+
+
+def settings(contender: str) -> Any:
+    """What makes the contender, as JSON."""
+    recipe = ALL.get(contender)
+    if recipe is None:
+        return None
+    solver = None if recipe.pruned is None else METHODS[recipe.pruned]
+    return json.loads(json.dumps({**asdict(recipe), "solver": solver}))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender at its best learning rate: the runs of all seeds that are there."""
+
+    contender: str
+    tried: dict[float, float]  # learning rate -> perplexity, of the first seed
+    runs: list[dict[str, Any]]
+
+    @property
+    def log_perplexity(self) -> float:
+        """Mean over seeds."""
+        return sum(math.log(run["perplexity"]) for run in self.runs) / len(self.runs)
+
+
+def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[dict[str, Any]]:
+    """Print a pattern's table; what is in it, for the file."""
+    by_name = {row.contender: row for row in rows}
+    dense = by_name[DENSE].log_perplexity if DENSE in by_name else None
+    reference = by_name.get("one-shot sparsegpt")
+    table = Table(title=f"{pattern}, {task.tokens:,} tokens of {Path(task.text).name}")
+    columns = ("perplexity", "seeds", "learning rate", "sparsity", "gap", "gap / SparseGPT's", "s", "events, s")
+    table.add_column("contender")
+    for column in columns:
+        table.add_column(column, justify="right")
+    lines = []
+    for row in rows:
+        best = row.runs[0]
+        gap = None if dense is None else row.log_perplexity - dense
+        relative = None
+        if gap is not None and dense is not None and reference is not None:
+            relative = gap / (reference.log_perplexity - dense)
+        table.add_row(
+            row.contender,
+            f"{math.exp(row.log_perplexity):.2f}",
+            " ".join(f"{run['perplexity']:.2f}" for run in row.runs),
+            f"{best['rate']:g} of {' '.join(f'{rate:g}' for rate in row.tried)}",
+            f"{best['sparsity']:.2%}",
+            "" if gap is None else f"{gap:.3f}",
+            "" if relative is None else f"{relative:.3f}",
+            f"{best['seconds']:.0f}",
+            f"{best['event_seconds']:.1f} ({best['event_seconds'] / best['seconds']:.1%})",
+        )
+        lines.append(
+            {
+                "pattern": pattern,
+                "contender": row.contender,
+                "perplexity": round(math.exp(row.log_perplexity), 4),
+                "gap": gap and round(gap, 4),
+                "gap_over_sparsegpt": relative and round(relative, 4),
+                "tried": row.tried,
+                "runs": [{name: run[name] for name in _OF_A_RUN} for run in row.runs],
+            }
+        )
+    console.print(table)
+    return lines
+
+
+_OF_A_RUN = ("seed", "rate", "settings", "perplexity", "sparsity", "seconds", "event_seconds", "curve", "hardware")
+
+
+def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
+    """Perplexity and sparsity against tokens, a column for each pattern."""
+    from matplotlib.figure import Figure
+
+    lines = list(lines)
+    patterns = list(dict.fromkeys(line["pattern"] for line in lines))
+    figure = Figure(figsize=(7 * len(patterns), 6), layout="constrained")
+    axes = figure.subplots(2, len(patterns), sharex=True, squeeze=False, height_ratios=(3, 1))
+    for (upper, lower), pattern in zip(axes.T, patterns, strict=True):
+        own = [line for line in lines if line["pattern"] == pattern]
+        for number, line in enumerate(own):
+            curve = line["runs"][0]["curve"]
+            tokens = [point["tokens"] for point in curve]
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10], "marker": "."}
+            upper.plot(tokens, [point["perplexity"] for point in curve], label=line["contender"], **style)
+            lower.plot(tokens, [point["sparsity"] for point in curve], drawstyle="steps-post", **style)
+        ends = [line["runs"][0]["curve"][-1]["perplexity"] for line in own]
+        upper.set(
+            title=pattern, ylabel="perplexity", yscale="log", ylim=(0.9 * min(ends), 4 * sorted(ends)[len(ends) // 2])
+        )
+        upper.legend(fontsize=8)
+        lower.set(xlabel=f"tokens of {Path(task.text).name}", ylabel="sparsity", ylim=(0, 1))
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Train what is missing, print, and write where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="hub name, local folder or smollm2-135m")
+    parser.add_argument("--text", default="python-reference", help="as TextData takes it")
+    parser.add_argument("--validation-split", help="of a data set; a tenth is held back where it is left out")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--contenders", nargs="+", help="by default all")
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="learning rates")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="the first one tries all learning rates")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--calibration", type=int, default=256, help="sequences of the one-shot methods")
+    parser.add_argument("--validation", type=int, default=160, help="sequences to validate on")
+    parser.add_argument("--every", type=int, default=40, help="steps between points of a curve")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path(__file__).parent / "results" / "recovery",
+        help="folder of the runs that are kept",
+    )
+    parser.add_argument(
+        "--pruned", type=Path, default=Path("runs/pruned"), help="folder of the models pruned in one shot"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--only-report", action="store_true", help="train nothing, show the runs that are kept")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file and a picture, named after the hardware")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for contender in arguments.contenders or ():
+        if not any(contender in contenders(pattern) for pattern in arguments.patterns):
+            known = dict.fromkeys(name for pattern in arguments.patterns for name in contenders(pattern))
+            parser.error(f"--contenders {contender!r} is none of {', '.join(map(repr, known))}")
+    if arguments.output is not None and not arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is not a folder: make it, or give another one")
+    names = ("model", "text", "validation_split", "steps", "batch", "length", "calibration", "validation")
+    task = Task(**{name: getattr(arguments, name) for name in names})
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+
+    def run(contender: str, pattern: str, rate: float, seed: int) -> dict[str, Any] | None:
+        found = finished(arguments.runs, task, contender, pattern, rate, seed)
+        if found is None and not arguments.only_report:
+            print(f"{contender}, {pattern}, learning rate {rate:g}, seed {seed}", flush=True)
+            result = train(task, contender, pattern, rate, seed, arguments.pruned, arguments.every)
+            found = {
+                "task": task.described(),
+                "contender": contender,
+                "pattern": pattern,
+                "rate": rate,
+                "seed": seed,
+                "settings": settings(contender),
+                **result,
+                "hardware": hardware(),
+            }
+            path = arguments.runs / f"{key(contender, pattern, rate, seed)}.json"
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
+    console, lines = Console(width=160), []
+    first, *others = arguments.seeds
+    for pattern in arguments.patterns:
+        rows = []
+        for contender in contenders(pattern):
+            if contender not in (arguments.contenders or contenders(pattern)[: -len(OPTIONS)]):
+                continue
+            tried = [found for rate in arguments.rates if (found := run(contender, pattern, rate, first)) is not None]
+            if tried:
+                best = min(tried, key=lambda found: found["perplexity"])
+                repeated = [run(contender, pattern, best["rate"], seed) for seed in others]
+                rows.append(
+                    Row(
+                        contender,
+                        {found["rate"]: found["perplexity"] for found in tried},
+                        [best, *(found for found in repeated if found is not None)],
+                    )
+                )
+        lines += report(pattern, rows, task, console)
+    if arguments.output is not None:
+        path = keep(f"recovery {Path(task.model).name}", arguments.output, {"task": task.described(), "results": lines})
+        draw(lines, task, path.with_suffix(".png"))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
