@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_the_public_names_have_examples() -> None:
 def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     from toy import ToyLM, loader
 
     class Module(ToyLM):
@@ -49,10 +50,13 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         def val_dataloader(self) -> object:
             return loader(8)
 
-    training, single = (block.replace("max_steps=2000", "max_steps=20") for block in blocks)
+    training, teaching, single = (block.replace("max_steps=2000", "max_steps=20") for block in blocks)
     assert "max_steps=20" in training
     module = Module()
     exec(training.replace(", my_data", ""), {"my_module": module})
     zeros = [(p == 0).float().mean().item() for n, p in module.named_parameters() if "proj" in n]
     assert min(zeros) >= 0.5
+    taught: dict[str, Any] = {}
+    exec(teaching, taught)
+    assert taught["lm"].distillation.hidden_states == 1.0
     exec(single, {})
