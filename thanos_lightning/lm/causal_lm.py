@@ -265,7 +265,7 @@ class CausalLM(LightningModule):
             return
         folder = checkpoint.get(_TEACHER_KEY)
         pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
-        if folder is None and pruning is not None and pruning["windows_done"]:
+        if folder is None and pruning is not None and pruning["report"]["events"]:
             raise MisconfigurationException(
                 f"the checkpoint is pruned and has no teacher from {BEFORE_PRUNING!r}: resume with the distillation "
                 f"that it was trained with, or take {START!r} or another model as the teacher"

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.pretrained import load_pretrained
 
@@ -160,6 +161,24 @@ def test_a_lost_teacher_is_named(tiny, tmp_path):
     more = trainer(tmp_path, [pruning()], max_steps=7)
     with pytest.raises(MisconfigurationException, match="is pruned and has no teacher from 'before-pruning'"):
         more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "without.ckpt")
+
+
+def test_a_survey_before_the_first_event_needs_no_teacher(tiny, tmp_path):
+    def made():
+        schedule = SparsitySchedule(6, 6, 1)
+        return ThanosPruningCallback(
+            "unstructured", 0.5, schedule=schedule, calibration_steps=2, allocation=Allocation()
+        )
+
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit = trainer(tmp_path, [made(), every], max_steps=8, enable_checkpointing=True)
+    fit.fit(CausalLM(tiny, distillation=Distillation()), batches(8))
+    saved = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["callbacks"]["ThanosPruningCallback"]
+    assert saved["windows_done"] == 1
+    assert saved["report"]["events"] == []
+    lm = CausalLM(tiny, distillation=Distillation())
+    trainer(tmp_path, [made()], max_steps=8).fit(lm, batches(8), ckpt_path=tmp_path / "step=5.ckpt")
+    assert lm._teaches
 
 
 def test_before_pruning_needs_the_callback(tiny, tmp_path):
