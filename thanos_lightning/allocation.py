@@ -61,7 +61,12 @@ class Allocation:
 
 
 def by_outliers(
-    outlier_ratios: Mapping[str, float], sizes: Mapping[str, int], budget: int, deviation: float = 0.08
+    outlier_ratios: Mapping[str, float],
+    sizes: Mapping[str, int],
+    budget: int,
+    deviation: float = 0.08,
+    lowest: float = 0.0,
+    highest: float = 1.0,
 ) -> dict[str, int]:
     """How many weights of each layer are pruned, fewer where there are more outliers.
 
@@ -73,12 +78,14 @@ def by_outliers(
         sizes: Layer -> number of its weights.
         budget: Number of weights to prune, of all layers together.
         deviation: λ of the paper.
+        lowest: Smallest sparsity that a layer may have.
+        highest: Largest sparsity that a layer may have.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
 
     Raises:
-        ValueError: If the deviation takes a layer below 0 or above 1.
+        ValueError: If the deviation takes a layer beyond a limit.
 
     Example:
         >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
@@ -91,10 +98,10 @@ def by_outliers(
     shift = 1 - budget / total - sum(kept[name] * size for name, size in sizes.items()) / total
     wanted = {name: (1 - shift - kept[name]) * size for name, size in sizes.items()}
     for name, count in wanted.items():
-        if not -1e-9 <= count <= sizes[name] * (1 + 1e-9):
+        if not lowest - 1e-9 <= count / sizes[name] <= highest + 1e-9:
             raise ValueError(
                 f"a deviation of {deviation} around a sparsity of {budget / total:.3f} gives layer {name} the sparsity "
-                f"{count / sizes[name]:.3f}: give a smaller deviation"
+                f"{count / sizes[name]:.3f}, and it may have {lowest} to {highest}: give a smaller deviation"
             )
     return _whole(wanted, sizes, budget)
 

@@ -147,11 +147,14 @@ def allocate(
     shared = {name: layers[name] for name, its in final.items() if its == pattern}
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
     budget = sum(pattern.num_pruned(layer.rows, layer.cols) for layer in shared.values())
-    lowest, highest = allocation.limits(pattern.sparsity)
     if allocation.by == "loss":
-        counts = by_loss({name: surveys[name].losses for name in shared}, sizes, budget, lowest, highest)
+        losses = {name: surveys[name].losses for name in shared}
+        counts = by_loss(losses, sizes, budget, *allocation.limits(pattern.sparsity))
     else:
-        counts = by_outliers(_of_decoder_layers(surveys, sizes), sizes, budget, allocation.deviation)
+        # with no dense row, or with no column left
+        most = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 1 - pattern.outlier_fraction
+        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, most)
+        counts = by_outliers(ratios, sizes, budget, allocation.deviation, allocation.lowest, highest)
     allocated = {}
     for name, its in final.items():
         one = its if name not in shared else with_pruned(its, counts[name], layers[name])

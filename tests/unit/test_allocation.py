@@ -90,6 +90,9 @@ def test_outliers_move_kept_fractions_by_the_deviation() -> None:
         ValueError, match=r"a deviation of 0.1 around a sparsity of 0.050 gives layer c the sparsity -0"
     ):
         by_outliers(ratios, sizes, 150, deviation=0.1)
+    for limits in ({"lowest": 0.45}, {"highest": 0.55}):
+        with pytest.raises(ValueError, match=r"and it may have 0.\d+ to \d.\d+: give a smaller deviation"):
+            by_outliers(ratios, sizes, 1500, 0.1, **limits)
 
 
 @pytest.mark.parametrize(

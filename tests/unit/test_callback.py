@@ -858,6 +858,12 @@ def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None
     assert pruned / total == pytest.approx(0.375, abs=0.01)
 
 
+def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
+    callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers", deviation=0.2))
+    with pytest.raises(ValueError, match=r"and it may have 0.0 to 0.5: give a smaller deviation"):
+        trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+
+
 def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path) -> None:
     found = []
     for budget in (None, 2.5 * 4 * 48 * 48 / 2**30):
