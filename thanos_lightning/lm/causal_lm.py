@@ -232,7 +232,13 @@ class CausalLM(LightningModule):
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None
         with _zero3_loading(self, sharding_config(self.trainer.strategy, torch_dtype(self.distillation.dtype))):
-            return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
+            try:
+                return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
+            except (OSError, ValueError) as error:
+                raise MisconfigurationException(
+                    f"the teacher {name!r} can't be loaded ({error}): give {START!r}, {BEFORE_PRUNING!r}, or the hub "
+                    "name or the folder of a model"
+                ) from error
 
     def on_before_pruning(self) -> None:
         """Called by ThanosPruningCallback right before it prunes for the first time, on all ranks."""

@@ -186,6 +186,13 @@ def test_before_pruning_needs_the_callback(tiny, tmp_path):
         trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation()), batches())
 
 
+def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    with pytest.raises(MisconfigurationException, match=r"the teacher '.*nothing' can't be loaded .*: give 'start'"):
+        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(nothing))), batches())
+
+
 def test_validation_loads_no_teacher(tiny, tmp_path):
     lm = CausalLM(tiny, distillation=Distillation("start"))
     trainer(tmp_path).validate(lm, batches(), verbose=False)
