@@ -1,13 +1,14 @@
 """What is left of a language model's perplexity after it was pruned and trained on, by method and recipe.
 
-    python benchmarks/recovery.py --text summaries --validation-split validation
-    python benchmarks/recovery.py --text summaries --validation-split validation --contenders dense gradual --rates 3e-4
-    python benchmarks/recovery.py --text summaries --validation-split validation --only-report --output results
+    python benchmarks/recovery.py --text pydocs --validation-split validation
+    python benchmarks/recovery.py --text pydocs --validation-split validation --contenders dense once
+    python benchmarks/recovery.py --text pydocs --validation-split validation --only-report --output results
 
-(`wikipedia_summaries.py` makes that folder.) Each contender trains on the same batches in the same order, with AdamW,
-warm-up and cosine, at each of the learning rates with the first seed, then at its best one with the other seeds; a seed
-is an order of the text. A run that has been finished is kept in --runs and not repeated, so that a long table can be
-made in pieces. Perplexity is that of text that is held back, and sparsity is counted in the weights themselves.
+(`python_documentation.py` makes that folder; `wikipedia_summaries.py` makes one of more general text.) Each contender
+trains on the same batches in the same order, with AdamW, warm-up and cosine, at each of the learning rates with the
+first seed, then at its best one with the other seeds; a seed is an order of the text. A run that has been finished is
+kept in --runs and not repeated, so that a long table can be made in pieces. Perplexity is that of text that is held
+back, and sparsity is counted in the weights themselves.
 
 "one-shot" contenders are pruned before the training by `one_shot.py`'s pass over the decoder layers, and keep those
 zeros. "lightning" is Lightning's ModelPruning with magnitude on the schedule of the gradual ones, unstructured for any
@@ -74,14 +75,15 @@ class Recipe:
 
 _BEFORE = (0.0, 0.0, 1.0)  # the training, by one_shot.py
 _RISING, _ONCE, _LATE = (0.0, GRADUAL_END, 0.1), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
-_START: dict[str, Any] = {"teacher": "start"}
+_BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 RECIPES: dict[str, Recipe] = {
     "gradual": Recipe(_RISING),
-    "gradual, distilled": Recipe(_RISING, distillation=_START),
+    "gradual, distilled": Recipe(_RISING, distillation=_BEFORE_PRUNING),
+    "once": Recipe(_ONCE),
+    "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
 }
 # each differs from a recipe in one thing: not in the table unless they are asked for
 OPTIONS: dict[str, Recipe] = {
-    "once": Recipe(_ONCE),
     "levels": Recipe(_RISING, {"progression": "levels"}),
     "front to back": Recipe(_RISING, {"progression": "front-to-back"}),
     "back to front": Recipe(_RISING, {"progression": "back-to-front"}),
@@ -90,18 +92,18 @@ OPTIONS: dict[str, Recipe] = {
     "rewarmed": Recipe(_RISING, {"rewarm_steps": 4}),
     "allocated by loss": Recipe(_RISING, {"allocation": {"by": "loss"}}),
     "allocated by outliers": Recipe(_RISING, {"allocation": {"by": "outliers", "deviation": 0.08}}),
-    "once, distilled": Recipe(_ONCE, distillation=_START),
-    "late, distilled": Recipe(_LATE, distillation={"teacher": "before-pruning"}),
+    "late": Recipe(_LATE),
+    "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
+    "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     **{
-        f"sparsegpt, {name}": Recipe(_BEFORE, distillation={"teacher": DENSE, **weights}, pruned="sparsegpt")
+        f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
         for name, weights in {
-            "logits": {},
             "logits x 4": {"logits": 4.0},
+            "logits alone": {"cross_entropy": 0.0},
             "temperature 2": {"temperature": 2.0},
             "squarehead": {"logits": 0.0, "hidden_states": 1.0},
             "squarehead x 10": {"logits": 0.0, "hidden_states": 10.0},
             "logits and squarehead": {"hidden_states": 1.0},
-            "logits and squarehead x 10": {"hidden_states": 10.0},
         }.items()
     },
 }
@@ -344,10 +346,7 @@ def train(task: Task, contender: str, pattern: str, rate: float, seed: int, prun
     callbacks.append(curve)
     distillation = None
     if recipe is not None and recipe.distillation is not None:
-        named = {**recipe.distillation}
-        if named.get("teacher") == DENSE:
-            named["teacher"] = task.model
-        distillation = Distillation(**named)
+        distillation = Distillation(**recipe.distillation)
     seed_everything(seed, verbose=False)
     module = CausalLM(model, learning_rate=rate, warmup=task.warmup, lr_schedule="cosine", distillation=distillation)
     trainer = Trainer(
@@ -496,7 +495,7 @@ def main() -> None:
     parser.add_argument("--validation-split", help="of a data set; a tenth is held back where it is left out")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--contenders", nargs="+", help="by default all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3], help="learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-4, 3e-4, 6e-4], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="the first one tries all learning rates")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
