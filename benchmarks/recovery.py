@@ -51,7 +51,7 @@ from thanos_lightning.targets import find_targets
 
 PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.6)}
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
-ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper", "thanos"))
+ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
 _CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
 GRADUAL_END = 0.4  # of the training; lightning's schedule ends there, too
 
@@ -79,11 +79,12 @@ _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 RECIPES: dict[str, Recipe] = {
     "gradual": Recipe(_RISING),
     "gradual, distilled": Recipe(_RISING, distillation=_BEFORE_PRUNING),
-    "once": Recipe(_ONCE),
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
 }
 # each differs from a recipe in one thing: not in the table unless they are asked for
 OPTIONS: dict[str, Recipe] = {
+    "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
+    "once": Recipe(_ONCE),
     "levels": Recipe(_RISING, {"progression": "levels"}),
     "front to back": Recipe(_RISING, {"progression": "front-to-back"}),
     "back to front": Recipe(_RISING, {"progression": "back-to-front"}),
@@ -465,6 +466,7 @@ _OF_A_RUN = ("seed", "rate", "settings", "perplexity", "sparsity", "seconds", "e
 def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
     """Perplexity and sparsity against tokens, a column for each pattern."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     lines = list(lines)
     patterns = list(dict.fromkeys(line["pattern"] for line in lines))
@@ -482,6 +484,8 @@ def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
         upper.set(
             title=pattern, ylabel="perplexity", yscale="log", ylim=(0.9 * min(ends), 4 * sorted(ends)[len(ends) // 2])
         )
+        for which in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+            which(ScalarFormatter())  # 30, not 3 x 10^1
         upper.legend(fontsize=8)
         lower.set(xlabel=f"tokens of {Path(task.text).name}", ylabel="sparsity", ylim=(0, 1))
     figure.savefig(path)
