@@ -6,7 +6,7 @@
 
 The text is the documentation's sources (PSF licence, 507 files, 11 MB). One file in ten goes to validation.jsonl, the
 others to train.jsonl, each cut into passages of some 2,000 characters, which are shuffled. Files quote one another: a
-paragraph that was there before is left out, and of validation one that has twelve words in a row with any text for
+paragraph that was there before is left out, and of validation one that has twelve words in a row with a paragraph for
 training.
 """
 

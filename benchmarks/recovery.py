@@ -12,8 +12,8 @@ back, and sparsity is counted in the weights themselves.
 
 "one-shot" contenders are pruned before the training by `one_shot.py`'s pass over the decoder layers, and keep those
 zeros. "lightning" is Lightning's ModelPruning with magnitude on the schedule of the gradual ones, unstructured for any
-pattern, since it has no other; "sr-ste" chooses 2:4 masks by magnitude anew in every forward (arXiv 2102.04010). What
-is "gradual" is ThanosPruningCallback in the training, with its defaults but for what is said.
+pattern, since it has no other; "sr-ste" chooses 2:4 masks by magnitude anew in every forward (arXiv 2102.04010). All
+others are ThanosPruningCallback in the training, with its defaults but for what is said.
 
 On CPUs with glibc, huge pages that are not given back saved a fifth of the time of a step:
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
