@@ -53,6 +53,7 @@ PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
 ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
 _CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
+TEACHER_RATE = 3e-4  # the dense contender's best, below
 GRADUAL_END = 0.4  # of the training; lightning's schedule ends there, too
 
 
@@ -62,8 +63,10 @@ class Recipe:
 
     Attributes:
         schedule: (start, end, every), fractions of the training.
-        options: Other arguments of the callback.
-        distillation: Arguments of `Distillation`; None trains on the text alone.
+        options: Other arguments of the callback; a calibration_dataloader "first batches" is what the one-shot methods
+            calibrate on.
+        distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
+            contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
     """
 
@@ -73,9 +76,11 @@ class Recipe:
     pruned: str | None = None
 
 
-_BEFORE = (0.0, 0.0, 1.0)  # the training, by one_shot.py
+_BEFORE = (0.0, 0.0, 1.0)  # the first step
 _RISING, _ONCE, _LATE = (0.0, GRADUAL_END, 0.1), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
+_FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
+_FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
 RECIPES: dict[str, Recipe] = {
     "gradual": Recipe(_RISING),
     "gradual, distilled": Recipe(_RISING, distillation=_BEFORE_PRUNING),
@@ -96,6 +101,10 @@ OPTIONS: dict[str, Recipe] = {
     "late": Recipe(_LATE),
     "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
+    "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
+    "first step": Recipe(_BEFORE, _FIRST_STEP),
+    "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
+    "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
     **{
         f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
         for name, weights in {
@@ -293,6 +302,18 @@ def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console
     return folder
 
 
+def fine_tuned_folder(task: Task, pruned: Path, seed: int) -> Path:
+    """The dense contender after its training, in a folder that is written at the first call."""
+    described = json.dumps([task.described(), TEACHER_RATE, seed], sort_keys=True)
+    folder = pruned / f"fine-tuned-{seed}"
+    note = folder / "task.json"
+    if not (note.exists() and note.read_text() == described):
+        any_pattern = next(iter(PATTERNS))
+        train(task, DENSE, any_pattern, TEACHER_RATE, seed, pruned, task.steps, folder)
+        note.write_text(described)
+    return folder
+
+
 def lightning_pruning(model: nn.Module, final: float, epochs: int) -> ModelPruning:
     """Lightning's callback, on a cubic schedule that ends with `epochs`: it prunes a fraction of what is left."""
 
@@ -310,8 +331,17 @@ def lightning_pruning(model: nn.Module, final: float, epochs: int) -> ModelPruni
     )
 
 
-def train(task: Task, contender: str, pattern: str, rate: float, seed: int, pruned: Path, every: int) -> dict[str, Any]:
-    """One run."""
+def train(
+    task: Task,
+    contender: str,
+    pattern: str,
+    rate: float,
+    seed: int,
+    pruned: Path,
+    every: int,
+    save_to: Path | None = None,
+) -> dict[str, Any]:
+    """One run; the trained model is written to a folder if one is given."""
     console = Console(width=120)
     final: Pattern = PATTERNS[pattern]
     recipe = ALL.get(contender)
@@ -333,6 +363,8 @@ def train(task: Task, contender: str, pattern: str, rate: float, seed: int, prun
         options = {"calibration_steps": _CALIBRATION_STEPS, **recipe.options}
         if "allocation" in options:
             options["allocation"] = Allocation(**options["allocation"])
+        if options.get("calibration_dataloader") == _FIRST_BATCHES:
+            options["calibration_dataloader"] = batches(task, 1, task.calibration // task.batch)
         pruning = ThanosPruningCallback(**of_pattern, schedule=SparsitySchedule(*recipe.schedule), **options)
     per_epoch = task.steps
     if contender == LIGHTNING:
@@ -347,7 +379,10 @@ def train(task: Task, contender: str, pattern: str, rate: float, seed: int, prun
     callbacks.append(curve)
     distillation = None
     if recipe is not None and recipe.distillation is not None:
-        distillation = Distillation(**recipe.distillation)
+        arguments = dict(recipe.distillation)
+        if arguments["teacher"] == _FINE_TUNED:
+            arguments["teacher"] = str(fine_tuned_folder(task, pruned, seed))
+        distillation = Distillation(**arguments)
     seed_everything(seed, verbose=False)
     module = CausalLM(model, learning_rate=rate, warmup=task.warmup, lr_schedule="cosine", distillation=distillation)
     trainer = Trainer(
@@ -365,6 +400,8 @@ def train(task: Task, contender: str, pattern: str, rate: float, seed: int, prun
     begin = time.perf_counter()
     trainer.fit(module, Continued(batches(task, seed, task.steps), per_epoch))
     seconds = time.perf_counter() - begin - curve.seconds
+    if save_to is not None:
+        model.save_pretrained(save_to)
     events = [] if pruning is None else pruning.report.events
     return {
         "curve": curve.points,
