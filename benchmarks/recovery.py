@@ -98,6 +98,8 @@ OPTIONS: dict[str, Recipe] = {
     "rewarmed": Recipe(_RISING, {"rewarm_steps": 4}),
     "allocated by loss": Recipe(_RISING, {"allocation": {"by": "loss"}}),
     "allocated by outliers": Recipe(_RISING, {"allocation": {"by": "outliers", "deviation": 0.08}}),
+    "once, distilled, allocated by loss": Recipe(_ONCE, {"allocation": {"by": "loss"}}, _BEFORE_PRUNING),
+    "once, distilled, outputs alike": Recipe(_ONCE, {"output_weights": "uniform"}, _BEFORE_PRUNING),
     "late": Recipe(_LATE),
     "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),

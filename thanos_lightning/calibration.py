@@ -84,6 +84,9 @@ class _Seen:
         self._place = self._place_of(inputs)
         self._version = _version(inputs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
+        return self  # of a copied module's hooks: two owners of one weak reference would free it twice
+
     @staticmethod
     def _place_of(inputs: Tensor) -> tuple[Any, ...]:
         return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype

@@ -38,6 +38,7 @@ from thanos_lightning.companions import (
     warn_of_no_best,
 )
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
+from thanos_lightning.gradients import OutputGradients, output_weights
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import (
     Progression,
@@ -83,6 +84,11 @@ class ThanosPruningCallback(Callback):
         admm_steps: Steps after the method that improve mask and weights together. saliency="wanda", admm_steps=0 and
             refine_steps=0 are the paper's algorithm, and the defaults of `prune`; those here differ from it on purpose.
         refine_steps: Conjugate-gradient steps on the kept weights after that.
+        output_weights: How much the error of each output of a layer counts, against its other outputs and in an
+            allocation against those of other layers. "gradients": as much as the training loss feels it, by the mean
+            square of its gradient there over the steps that are accumulated (the diagonal of K-FAC's output factor,
+            arXiv 1503.05671). "uniform": all alike, as in the papers. None is "gradients" for "thanos" on training
+            batches, else "uniform".
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event without gradients.
@@ -133,6 +139,7 @@ class ThanosPruningCallback(Callback):
         saliency: Literal["wanda", "obs", "balanced"] = "balanced",
         admm_steps: int = 8,
         refine_steps: int = 2,
+        output_weights: Literal["gradients", "uniform"] | None = None,
         calibration_steps: int = 8,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
@@ -162,6 +169,16 @@ class ThanosPruningCallback(Callback):
                 "calibration_dataloader is an iterator, which the first event would use up: give a list or a DataLoader"
             )
         self.calibration_dataloader = calibration_dataloader
+        if output_weights not in (None, "gradients", "uniform"):
+            raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'uniform' or None")
+        if output_weights == "gradients" and not self._collects_in_training:
+            raise ValueError(
+                "output_weights is 'gradients', but no training batches are accumulated, and there are no other "
+                "gradients: leave out calibration_dataloader"
+                if calibration_dataloader is not None
+                else f"output_weights is 'gradients', but method {method!r} accumulates no batches: leave it out"
+            )
+        self.output_weights = output_weights
         self.attention_mask_key = attention_mask_key
         if hessian_memory_gib is not None and not hessian_memory_gib > 0:
             raise ValueError(
@@ -210,6 +227,7 @@ class ThanosPruningCallback(Callback):
         self._windows: list[Window] = []
         self._surveys: dict[str, LayerSurvey] = {}
         self._statistics: InputStatistics | None = None
+        self._gradients: OutputGradients | None = None
         self._access: ParameterAccess | None = None
         self._enforcer: MaskEnforcer | None = None
         self._handles: list[RemovableHandle] = []
@@ -224,7 +242,7 @@ class ThanosPruningCallback(Callback):
             if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
                 # the engine of the fit before, and masks on the device, must not wait beside the new ones
-                self._access = self._enforcer = self._statistics = None
+                self._access = self._enforcer = self._statistics = self._gradients = None
             else:
                 has_pruned = bool(self._applied)
                 self._reset()
@@ -278,11 +296,13 @@ class ThanosPruningCallback(Callback):
             if self.rewarm_steps:
                 self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
-        self._statistics = None
+        self._statistics = self._gradients = None
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
             assert self._statistics is not None
             load_own_states(self._statistics, self._restored["collected"], self._require_access())
+            if self._gradients is not None and self._access.rank == 0:  # they are those of all ranks
+                self._gradients.load(self._restored.get("output_gradients") or {})
         self._restored = None
         if self._windows_done < len(self._windows):
             self._held_back = hold_back_stopping(trainer)
@@ -403,9 +423,11 @@ class ThanosPruningCallback(Callback):
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
-        collected = None
+        collected = gradients = None
         if self._statistics is not None:
             collected = gather_states(self._statistics, self._require_access())
+        if self._gradients is not None:
+            gradients = {name: one.cpu() for name, one in self._gradients.total(self._require_access()).items()}
         return {
             "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
@@ -413,6 +435,7 @@ class ThanosPruningCallback(Callback):
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
             "collected": collected,
+            "output_gradients": gradients,
             "report": self.report.state(),
             "measured": self._measured,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
@@ -647,6 +670,9 @@ class ThanosPruningCallback(Callback):
     def _collect(self, window: Window) -> None:
         self._statistics = self._new_statistics(window)
         self._statistics.start()
+        if self.output_weights == "gradients" or (self.output_weights is None and self.options.method == "thanos"):
+            self._gradients = OutputGradients(self._statistics.layers)
+            self._gradients.start()
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         several = self._require_access().world_size > 1
@@ -662,6 +688,7 @@ class ThanosPruningCallback(Callback):
             access=self._require_access(),
             options=self.options,
             several_levels=self.allocation is not None,
+            output_weights=self._take_output_weights(window),
         )
         if window.is_last:
             self._windows = self._plan(trainer)
@@ -683,6 +710,7 @@ class ThanosPruningCallback(Callback):
                 access=access,
                 enforcer=enforcer,
                 options=self.options,
+                output_weights=self._take_output_weights(window),
                 on_solved=on_solved,
             )
         self._applied.update(window.patterns)
@@ -729,6 +757,21 @@ class ThanosPruningCallback(Callback):
         self.report.summary.collecting_seconds += statistics.seconds
         statistics.raise_kept(self._require_access())
         return statistics.accumulators
+
+    def _take_output_weights(self, window: Window) -> dict[str, torch.Tensor]:
+        """What the window's gradients say; empty where none are wanted."""
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
+            return {}
+        gradients.stop()
+        steps = window.end_step - window.start_step  # windows of one survey are held against each other
+        found = {name: one / steps for name, one in output_weights(gradients.total(self._require_access())).items()}
+        if missing := [name for name in window.patterns if name not in found]:
+            rank_zero_warn(
+                f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
+                "count alike. (It doesn't where a layer and all that its input comes from is frozen)"
+            )
+        return found
 
     def _run_calibration(
         self, window: Window, trainer: Trainer, pl_module: LightningModule
@@ -824,3 +867,5 @@ class ThanosPruningCallback(Callback):
         self._handles.clear()
         if self._statistics is not None:
             self._statistics.stop()  # but kept: a checkpoint may be saved after the fit
+        if self._gradients is not None:
+            self._gradients.stop()

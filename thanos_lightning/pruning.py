@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ def prune_window(
     access: ParameterAccess,
     enforcer: MaskEnforcer,
     options: SolverOptions,
+    output_weights: Mapping[str, Tensor] = MappingProxyType({}),
     on_solved: Callable[[str, float], None] = lambda name, loss: None,
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks.
@@ -96,6 +98,8 @@ def prune_window(
         access: How the strategy's parameters are reached.
         enforcer: Gives the masks of earlier events and takes the new ones.
         options: For the solver.
+        output_weights: Name -> how much an error of each of the layer's outputs counts, the same on all ranks. Those of
+            a layer that is missing count alike.
         on_solved: Called with a layer's name and relative loss when it is solved, on its owner.
 
     Returns:
@@ -117,7 +121,14 @@ def prune_window(
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
     split = {team: chosen[name].rows for name, team in teams.items() if len(team) > 1}
     tasks = {
-        name: _Task(layer, window.patterns[name], weights.pop(name), earlier.pop(name), (sums or {}).pop(name, None))
+        name: _Task(
+            layer,
+            window.patterns[name],
+            weights.pop(name),
+            earlier.pop(name),
+            (sums or {}).pop(name, None),
+            output_weights.get(name),
+        )
         for name, layer in chosen.items()
     }
     outlines = _outlines(tasks, access) if split else {}
@@ -190,6 +201,7 @@ def prune(
     pattern: Pattern,
     options: SolverOptions,
     team: RowTeam,
+    output_weights: Tensor | None,
 ) -> PrunedLayer:
     """Solve a layer, or this rank's rows of it.
 
@@ -200,19 +212,22 @@ def prune(
         pattern: For the whole layer.
         options: For the solver.
         team: Who has the other rows.
+        output_weights: Of all rows of the layer, or None.
     """
-    return prune_rows(weight, hessian, pattern, options, None if keep is None else keep.logical_not(), team)
+    own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
+    return prune_rows(weight, hessian, pattern, options, None if keep is None else keep.logical_not(), team, own)
 
 
 @dataclass
 class _Task:
-    """A layer to solve, and what this rank has of it: all on its owner, nothing elsewhere."""
+    """A layer to solve, and what this rank has of it: all on its owner; elsewhere the output weights."""
 
     layer: PrunableLayer
     pattern: Pattern
     weight: Tensor | None
     keep: Tensor | None
     statistics: HessianAccumulator | None
+    output_weights: Tensor | None
 
     def take_hessian(self) -> Tensor | None:
         """The Hessian on the owner. The sum that it is made of is let go."""
@@ -241,7 +256,8 @@ def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, 
 
 def _solve_alone(task: _Task, options: SolverOptions) -> PrunedLayer:
     assert task.weight is not None
-    return prune(task.weight, task.take_hessian(), task.keep, task.pattern, options, Alone(task.layer.rows))
+    alone = Alone(task.layer.rows)
+    return prune(task.weight, task.take_hessian(), task.keep, task.pattern, options, alone, task.output_weights)
 
 
 def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
@@ -253,7 +269,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
             hessian = team.from_owner(hessian, (cols, cols), torch.float32)
         weight = team.hand_out(task.weight, cols, outline.dtype)
         keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
-        pruned = prune(weight, hessian, keep, task.pattern, options, team)
+        pruned = prune(weight, hessian, keep, task.pattern, options, team, task.output_weights)
         whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
     if whole is None or mask is None:
         return None

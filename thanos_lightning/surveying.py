@@ -19,6 +19,8 @@ from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_own
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.solver.linalg import exact_arithmetic
+from thanos_lightning.solver.refine import row_losses
 from thanos_lightning.targets import PrunableLayer
 
 # OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
@@ -33,20 +35,28 @@ class LayerSurvey:
     Attributes:
         losses: Sparsity -> relative loss of the layer if it were pruned to that.
         outliers: Fraction of its scores |W|·‖X‖ that are five times their mean.
+        weighted_losses: Sparsity -> its loss with the output weights, which of several layers can be added up. None
+            where it has no output weights.
     """
 
     losses: dict[float, float]
     outliers: float
+    weighted_losses: dict[float, float] | None = None
 
     def state(self) -> list[Any]:
         """Plain values."""
-        return [list(self.losses.items()), self.outliers]
+        weighted = None if self.weighted_losses is None else list(self.weighted_losses.items())
+        return [list(self.losses.items()), self.outliers, weighted]
 
     @classmethod
     def from_state(cls, state: list[Any]) -> LayerSurvey:
         """Read what `state` returned."""
-        losses, outliers = state
-        return cls({float(sparsity): float(loss) for sparsity, loss in losses}, float(outliers))
+        losses, outliers, weighted = state if len(state) == 3 else [*state, None]
+        both = [
+            None if items is None else {float(sparsity): float(loss) for sparsity, loss in items}
+            for items in (losses, weighted)
+        ]
+        return cls(both[0] or {}, float(outliers), both[1])
 
 
 def levels(pattern: Pattern) -> list[Pattern]:
@@ -77,6 +87,7 @@ def survey_window(
     access: ParameterAccess,
     options: SolverOptions,
     several_levels: bool,
+    output_weights: Mapping[str, Tensor],
 ) -> dict[str, LayerSurvey]:
     """Look at the layers of a window. All ranks must call it.
 
@@ -87,6 +98,7 @@ def survey_window(
         access: How the strategy's parameters are reached.
         options: For the solver. Its steps after the method are left out: they change little between layers.
         several_levels: Whether to try other sparsities than that of the pattern.
+        output_weights: See `prune_window`.
 
     Returns:
         Name -> what was found out, the same on all ranks.
@@ -108,18 +120,29 @@ def survey_window(
         try:
             pattern = window.patterns[name]
             tried = levels(pattern) if several_levels else [pattern]
-            own[name] = _survey(weight, sums.pop(name).compute(), tried, quick)
+            own[name] = _survey(weight, sums.pop(name).compute(), tried, quick, output_weights.get(name))
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
             error = (name, failure)
     raise_everywhere(error, access)
     return {name: survey for found in access.gather(own) for name, survey in found.items()}
 
 
-def _survey(weight: Tensor, hessian: Tensor, tried: list[Pattern], options: SolverOptions) -> LayerSurvey:
+def _survey(
+    weight: Tensor, hessian: Tensor, tried: list[Pattern], options: SolverOptions, output_weights: Tensor | None
+) -> LayerSurvey:
     settings = {name: getattr(options, name) for name in ("method", "block_size", "damping", "saliency")}
-    losses = {level.sparsity: prune(weight, hessian, level, **settings).relative_loss for level in tried}
+    if output_weights is not None:
+        output_weights = output_weights.to(weight.device)
+    losses: dict[float, float] = {}
+    weighted: dict[float, float] = {}
+    for level in tried:
+        pruned = prune(weight, hessian, level, **settings, output_weights=output_weights)
+        losses[level.sparsity] = pruned.relative_loss
+        if output_weights is not None:
+            with exact_arithmetic(weight.device):
+                weighted[level.sparsity] = float(output_weights @ row_losses(pruned.weight, weight, hessian))
     scores = weight.float().abs() * hessian.diagonal().to(torch.float32).sqrt()
-    return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()))
+    return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)
 
 
 def allocate(
@@ -148,7 +171,9 @@ def allocate(
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
     budget = sum(pattern.num_pruned(layer.rows, layer.cols) for layer in shared.values())
     if allocation.by == "loss":
-        losses = {name: surveys[name].losses for name in shared}
+        losses = {name: surveys[name].weighted_losses or {} for name in shared}
+        if not all(losses.values()):
+            losses = {name: surveys[name].losses for name in shared}
         counts = by_loss(losses, sizes, budget, *allocation.limits(pattern.sparsity))
     else:
         # with no dense row, or with no column left

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -379,3 +380,15 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     assert all(not part._forward_pre_hooks for part in module.modules())
     assert module.model.model.layers[1].training
     assert not module.model.model.layers[0].training
+
+
+def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    inputs = torch.randn(3, 4)
+    with statistics.counting():
+        model(inputs)
+        for _ in range(20):
+            copy.deepcopy(model)(inputs)
+            gc.collect()
+    assert statistics.accumulators["0"].num_tokens == 3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -236,6 +237,64 @@ def spy_tokens(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
     monkeypatch.setattr(room, "prune_window", prune_window)
     return seen
+
+
+class OutputGradientsOfEachBatch(Callback):
+    """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        model = copy.deepcopy(pl_module.model)
+        found: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(f"model.{name}", out))
+        loss = model(**batch).loss
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            found[name] = gradient.square().flatten(end_dim=-2).sum(0)
+        self.batches.append(found)
+
+
+def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import thanos_lightning.callback as room
+
+    seen: list[dict[str, torch.Tensor]] = []
+    real = room.prune_window
+
+    def prune_window(*args: Any, output_weights: dict[str, torch.Tensor], **kwargs: Any) -> Any:
+        seen.append(output_weights)
+        return real(*args, output_weights=output_weights, **kwargs)
+
+    monkeypatch.setattr(room, "prune_window", prune_window)
+    probe = OutputGradientsOfEachBatch()
+    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 6, 3, initial=0.2))
+    trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(), loader(64, padding=4), loader(8))
+    assert len(seen) == 2
+    for weights, of_steps in zip(seen, ((1, 2), (4, 5)), strict=True):
+        for name in masks(callback):
+            layer = name.removesuffix(".weight")
+            total = sum(probe.batches[step][layer] for step in of_steps)
+            expected = (total + 0.01 * total.mean()) / 2
+            torch.testing.assert_close(weights[layer], expected, rtol=1e-4, atol=1e-12)
+
+    given = list(loader(8))
+    for options in ({"method": "sparsegpt"}, {"output_weights": "uniform"}, {"calibration_dataloader": given}):
+        plain = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 3, 1), **options)
+        trainer(tmp_path, plain, max_steps=4).fit(ToyLM(), loader(64))
+        assert seen.pop() == {}
+
+
+def test_layers_that_no_gradient_reaches_count_their_outputs_alike(tmp_path: Path) -> None:
+    module = ToyLM()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    callback = pruning("unstructured", 0.5, targets="*layers*", schedule=SparsitySchedule(3, 3, 1))
+    with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 7 layer\(s\), such as model.model"):
+        trainer(tmp_path, callback, max_steps=5).fit(module, loader(64))
+    assert all(mask.sparsity == pytest.approx(0.5) for mask in masks(callback).values())
 
 
 def test_validation_and_checkpointing_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,6 +770,12 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"calibration_dataloader": "train"}, "'datamodule'"),
         ({"calibration_dataloader": iter([])}, "is an iterator"),
         ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),
+        ({"output_weights": "fisher"}, "output_weights is 'fisher': choose 'gradients'"),
+        ({"output_weights": "gradients", "calibration_dataloader": [1]}, "leave out calibration_dataloader"),
+        (
+            {"output_weights": "gradients", "method": "magnitude", "admm_steps": 0, "refine_steps": 0},
+            "method 'magnitude' accumulates no batches",
+        ),
         ({"progression": "columns"}, "progression is 'columns': choose one of 'within-layers', 'levels'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),
         ({"overrides": [TargetOverride(["*"], "4:2")]}, "4:2"),
@@ -843,7 +908,8 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     surveyed = callback.state_dict()["surveys"]
     assert len(surveyed) == len(found)
     if by == "loss":
-        assert all(loss > 0 for losses, _ in surveyed.values() for _, loss in losses)
+        assert all(loss > 0 for losses, _, _ in surveyed.values() for _, loss in losses)
+        assert all((weighted is None) == from_dataloader for _, _, weighted in surveyed.values())
 
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:

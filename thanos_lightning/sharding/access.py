@@ -122,6 +122,10 @@ class ParameterAccess(Protocol):
         """
         ...
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of fp32 tensors of one shape over ranks, on all of them. Talks to all."""
+        ...
+
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor of all ranks, which has one shape and dtype everywhere, by the owner's. Talks to all."""
         ...

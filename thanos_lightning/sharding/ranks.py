@@ -73,6 +73,13 @@ class Ranks:
                     total[stop:, start:stop] = strip[:, stop - start :].T
         return total
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """See `ParameterAccess`."""
+        if self.world_size > 1:
+            tensor = tensor.to(self._device, copy=True)
+            dist.all_reduce(tensor)
+        return tensor
+
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
         """The source's fp32 tensor, on the CPU, on the source and on rank 0; None elsewhere. Those two talk."""
         if self.rank == source:

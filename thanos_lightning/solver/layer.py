@@ -142,6 +142,7 @@ def prune(
     admm_steps: int = 0,
     refine_steps: int = 0,
     frozen: Tensor | None = None,
+    output_weights: Tensor | None = None,
 ) -> PrunedLayer:
     """Prune one layer. The arguments are not changed, and no gradient is recorded.
 
@@ -166,6 +167,9 @@ def prune(
         refine_steps: Conjugate gradient steps on the kept weights.
         frozen: bool (out_features, in_features), True = has to be zero. They count towards the pattern's zeros; where
             they are more than it asks for, all of them are pruned, and nothing else that the pattern does not ask for.
+        output_weights: (out_features,), finite and positive: how much the squared error of each output counts where
+            rows compete, which is in all choices but those within a row. None counts all alike. The losses that are
+            returned don't have them.
 
     Returns:
         The pruned weight, its keep mask and its losses.
@@ -187,7 +191,8 @@ def prune(
         0.625
     """
     options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
-    return prune_rows(weight, hessian, pattern, options, frozen, Alone(len(weight) if weight.ndim else 0))
+    alone = Alone(len(weight) if weight.ndim else 0)
+    return prune_rows(weight, hessian, pattern, options, frozen, alone, output_weights)
 
 
 def prune_rows(
@@ -197,6 +202,7 @@ def prune_rows(
     options: SolverOptions,
     frozen: Tensor | None,
     team: RowTeam,
+    output_weights: Tensor | None = None,
 ) -> PrunedLayer:
     """As `prune`, but of the rows of one member of a team; together the members prune the layer as one process would.
 
@@ -209,6 +215,7 @@ def prune_rows(
         options: How to prune.
         frozen: bool (rows of this member, in_features), or None.
         team: Who has the other rows.
+        output_weights: (rows of this member,), or None on all members.
 
     Returns:
         Weight and mask of this member's rows, and the losses of the whole layer.
@@ -219,7 +226,7 @@ def prune_rows(
         FactorizationError: On all members.
         TeammateError: If another member has failed in another way.
     """
-    _check_tensors(weight, hessian, frozen)
+    _check_tensors(weight, hessian, frozen, output_weights)
     if hessian is None and options.needs_statistics:
         raise ValueError(
             f"method={options.method!r} with admm_steps={options.admm_steps} and refine_steps={options.refine_steps} "
@@ -230,10 +237,12 @@ def prune_rows(
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
         if hessian is None:
-            pruned = magnitude(original.to(torch.promote_types(original.dtype, torch.float32)), frozen, pattern, team)
+            W = original.to(torch.promote_types(original.dtype, torch.float32))
+            scale = _scale(output_weights, W)
+            pruned = magnitude(W if scale is None else W * scale, frozen, pattern, team)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
-        result, keep, own_loss = _solve(original, H, frozen, pattern, options, team)
+        result, keep, own_loss = _solve(original, H, frozen, pattern, options, team, output_weights)
         if not _is_finite(result):
             raise NonFiniteError(
                 f"the pruned weights overflow {original.dtype}: raise damping (now {options.damping:g}), or keep the "
@@ -251,9 +260,10 @@ def _solve(
     pattern: Pattern,
     options: SolverOptions,
     team: RowTeam,
+    output_weights: Float[Tensor, " rows"] | None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
     """The weights of this member in their own dtype, the keep mask, and their loss."""
-    result, keep, factor = _by_method(original, H, frozen, pattern, options, team)
+    result, keep, factor = _by_method(original, H, frozen, pattern, options, team, output_weights)
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
@@ -279,9 +289,15 @@ def _by_method(
     pattern: Pattern,
     options: SolverOptions,
     team: RowTeam,
+    output_weights: Float[Tensor, " rows"] | None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, "cols cols"] | None]:
     """As ``_solve``, of the method alone; and the factor of the damped Hessian where the method has one."""
-    W = original.to(H.dtype)
+    # Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
+    # it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins
+    # no rows.
+    W, scale = original.to(H.dtype), _scale(output_weights, H)
+    if scale is not None:
+        W = W * scale
     if options.method == "magnitude":
         pruned = magnitude(W, frozen, pattern, team)
         return zero_where(original.clone(), pruned), ~pruned, None
@@ -298,7 +314,14 @@ def _by_method(
         options.damping,
         team,
     )
+    if scale is not None:
+        updated = updated / scale
     return zero_where(updated.to(original.dtype), pruned), ~pruned, factor
+
+
+def _scale(output_weights: Float[Tensor, " rows"] | None, like: Tensor) -> Float[Tensor, "rows 1"] | None:
+    """What to multiply the rows by."""
+    return None if output_weights is None else output_weights.detach().to(like.dtype).sqrt().unsqueeze(1)
 
 
 def _improve(
@@ -379,7 +402,9 @@ def _with_enough_damping(
     ) from cause
 
 
-def _check_tensors(weight: Tensor, hessian: Tensor | None, frozen: Tensor | None) -> None:
+def _check_tensors(
+    weight: Tensor, hessian: Tensor | None, frozen: Tensor | None, output_weights: Tensor | None
+) -> None:
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} and dtype {weight.dtype} is not a non-empty floating-point matrix "
@@ -394,6 +419,18 @@ def _check_tensors(weight: Tensor, hessian: Tensor | None, frozen: Tensor | None
                 f"weight's shape {tuple(weight.shape)}: True = has to stay zero"
             )
         _check_device("frozen", frozen, weight)
+    if output_weights is not None:
+        if output_weights.shape != weight.shape[:1] or not output_weights.is_floating_point():
+            raise ValueError(
+                f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; it has to "
+                f"be floating-point, one number for each of the {len(weight)} rows of the weight"
+            )
+        _check_device("output_weights", output_weights, weight)
+        if not (_is_finite(output_weights) and output_weights.min() > 0):
+            raise ValueError(
+                "output_weights holds numbers that are not finite and positive: give each output that may err freely "
+                "a small weight, such as a hundredth of the mean"
+            )
     if hessian is None:
         return
     cols = weight.shape[1]

@@ -276,6 +276,11 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
         ({"frozen": torch.zeros(3, 8)}, "has to be bool"),
         ({"frozen": torch.zeros(3, 4, dtype=torch.bool)}, r"weight's shape \(3, 8\)"),
         ({"frozen": torch.zeros(3, 8, dtype=torch.bool, device="meta")}, "frozen is on meta"),
+        ({"output_weights": torch.ones(8)}, r"output_weights has shape \(8,\) .* one number for each of the 3 rows"),
+        ({"output_weights": torch.ones(3, dtype=torch.int64)}, "has to be floating-point"),
+        ({"output_weights": torch.tensor([1.0, 0.0, 1.0])}, "not finite and positive"),
+        ({"output_weights": torch.tensor([1.0, math.inf, 1.0])}, "not finite and positive"),
+        ({"output_weights": torch.ones(3, device="meta")}, "output_weights is on meta"),
         ({"pattern": NM(2, 3)}, "divisible by 3"),
         ({"pattern": Structured(0.9)}, "all 8 columns"),
     ],
@@ -297,3 +302,52 @@ def test_rows_are_improved_some_at_a_time_as_all_at_once(options, monkeypatch):
     torch.testing.assert_close(split.weight, expected.weight)
     assert split.loss == pytest.approx(expected.loss)
     assert split.loss < prune(weight.double(), H, NM(2, 4)).loss
+
+
+@property_based
+@given(methods, patterns, shapes, st.integers(0, 3))
+def test_output_weights_are_those_of_scaled_rows(method, pattern, shape, seed):
+    weight, H = layer(*shape, seed)
+    weights = 10 ** torch.empty(shape[0], dtype=torch.float64).uniform_(-2, 2)
+    result = prune(weight.double(), H.double(), pattern, method=method, output_weights=weights)
+    scale = weights.sqrt().unsqueeze(1)
+    scaled = prune(weight.double() * scale, H.double(), pattern, method=method)
+    assert torch.equal(result.mask, scaled.mask)
+    torch.testing.assert_close(result.weight * scale, scaled.weight)
+    error = weight.double() - result.weight
+    assert result.loss == pytest.approx(0.5 * float((error @ H.double() * error).sum()))
+
+
+@property_based
+@given(methods, patterns, shapes, st.integers(0, 3), st.booleans())
+def test_output_weights_of_one_size_change_nothing(method, pattern, shape, seed, improved):
+    weight, H = (one.double() for one in layer(*shape, seed))
+    options = {"method": method, "admm_steps": 4 * improved, "refine_steps": 2 * improved}
+    alike = prune(weight, H, pattern, **options, output_weights=torch.full(shape[:1], 4.0))
+    without = prune(weight, H, pattern, **options)
+    assert torch.equal(alike.mask, without.mask)
+    torch.testing.assert_close(alike.weight, without.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_output_weights_leave_choices_within_a_row_alone(method):
+    weight, H = layer(6, 8)
+    weights = torch.tensor([1e-2, 1e2, 1.0, 3.0, 5.0, 1e-1])
+    weighted = prune(weight, H, NM(2, 4), method=method, output_weights=weights)
+    assert torch.equal(weighted.mask, prune(weight, H, NM(2, 4), method=method).mask)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Structured(0.5), NM(2, 4, outlier_fraction=0.25)])
+def test_outputs_that_count_more_err_less(pattern):
+    weight, _ = layer(16, 32)
+    H = torch.eye(32, dtype=torch.float64) + 0.3  # of inputs alike, so that columns are chosen by their weights
+    weights = torch.where(torch.arange(16) < 4, 100.0, 1.0)
+
+    def weighted_loss(result):
+        error = weight - result.weight
+        return float((weights.to(error.dtype) * ((error @ H.to(error.dtype)) * error).sum(1)).sum())
+
+    plain = prune(weight, H, pattern, saliency="balanced", admm_steps=4, refine_steps=2)
+    weighted = prune(weight, H, pattern, saliency="balanced", admm_steps=4, refine_steps=2, output_weights=weights)
+    assert weighted_loss(weighted) < 0.9 * weighted_loss(plain)
+    assert int((~weighted.mask).sum()) == int((~plain.mask).sum())

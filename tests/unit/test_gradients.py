@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from toy import tiny_llama
+
+from thanos_lightning.gradients import OutputGradients, output_weights
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.targets import find_targets
+
+
+def started(model: nn.Module) -> OutputGradients:
+    gradients = OutputGradients(find_targets(model))
+    gradients.start()
+    return gradients
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def expected(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        hidden = model[0](batch)
+        out = model[2](model[1](hidden))
+        for name, one in zip(("0", "2"), torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
+            sums[name] = sums.get(name, 0) + one.square().flatten(end_dim=-2).sum(0)
+    return sums
+
+
+def test_sums_are_those_of_autograd_over_all_batches() -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(1, 8)]
+    gradients = started(model)
+    for batch in batches:
+        model(batch).square().sum().backward()
+    gradients.stop()
+    model(batches[0]).square().sum().backward()  # after the window
+    for name, wanted in expected(model, batches).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_one_vector_counts_as_a_token() -> None:
+    model, vector = small(), torch.randn(8)
+    gradients = started(model)
+    model(vector).square().sum().backward()
+    gradients.stop()
+    for name, wanted in expected(model, [vector.unsqueeze(0)]).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_counts_each_token_once(use_reentrant: bool) -> None:
+    model, batch = small(), torch.randn(5, 8)
+    gradients = started(model)
+    inputs = batch.clone().requires_grad_()
+    checkpoint(model, inputs, use_reentrant=use_reentrant).square().sum().backward()
+    gradients.stop()
+    for name, wanted in expected(model, [batch]).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_checkpointed_layers_of_a_language_model_count_as_others() -> None:
+    tokens = torch.arange(12).reshape(2, 6)
+    found = []
+    for checkpointed in (False, True):
+        model = tiny_llama().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        gradients = started(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found.append(gradients.sums)
+    assert found[0].keys() == found[1].keys() == find_targets(tiny_llama()).keys()
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted)
+
+
+def test_forwards_without_a_backward_count_nothing() -> None:
+    model = small()
+    gradients = started(model)
+    with torch.no_grad():
+        model(torch.randn(3, 8))
+    model(torch.randn(3, 8))
+    assert gradients.sums == {}
+
+
+def test_gradients_that_are_not_finite_are_left_out() -> None:
+    model, batch = small(), torch.randn(4, 8)
+    gradients = started(model)
+    model(batch).square().sum().backward()
+    before = {name: one.clone() for name, one in gradients.sums.items()}
+    for scale in (math.inf, math.nan, 1e30):  # of which the last overflows when it is squared
+        (model(batch).sum() * scale).backward()
+    for name, wanted in before.items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    model = small().to(torch.bfloat16)
+    gradients = started(model)
+    for _ in range(300):
+        model(torch.ones(4, 8, dtype=torch.bfloat16)).sum().backward()
+    assert gradients.sums["2"].dtype == torch.float32
+    torch.testing.assert_close(gradients.sums["2"], torch.full((4,), 1200.0))
+
+
+def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    gradients = started(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    total = gradients.total(ReplicatedAccess())
+    assert list(total) == ["2"]
+    resumed = OutputGradients(find_targets(model))
+    resumed.load(total)
+    torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
+
+
+def test_no_output_is_worth_nothing() -> None:
+    weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
+    torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))
+    assert (weights["b"] > 0).all()

@@ -1,0 +1,105 @@
+"""What the training loss feels of an error in a layer's outputs: second moments of its gradient there.
+
+With H of the inputs they make a Kronecker-factored curvature of the loss (K-FAC, Martens and Grosse, arXiv 1503.05671)
+of whose output factor only the diagonal is taken. To second order the loss grows by ½ Σ_i g_i ‖ΔW_i X‖² when a layer
+changes by ΔW, with g_i the mean square of the gradient at its output i; so that outputs of a layer, and layers, can be
+held against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.targets import PrunableLayer
+
+# Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
+# to them.
+_FLOOR = 0.01
+
+
+class OutputGradients:
+    """Sums the squared gradients at the outputs of layers over the tokens of the backwards that run, by hooks.
+
+    Gradients that are not finite, as where a gradient scaler is about to skip the step, are left out. Padding has none
+    where the loss doesn't see it, and so needs no mask.
+
+    Args:
+        layers: Name -> layer.
+
+    Example:
+        >>> from thanos_lightning.targets import find_targets
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.eye(2))
+        >>> gradients = OutputGradients(find_targets(nn.Sequential(model)))
+        >>> gradients.start()
+        >>> (model(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) ** 2).sum().backward()
+        >>> gradients.stop()
+        >>> gradients.sums["0"]
+        tensor([40., 80.])
+    """
+
+    def __init__(self, layers: Mapping[str, PrunableLayer]) -> None:
+        self.sums: dict[str, Float[Tensor, " rows"]] = {}
+        self._layers = layers
+        self._handles: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        """Add the hooks."""
+        for name, layer in self._layers.items():
+            for module in layer.modules:
+                self._handles.append(module.register_forward_hook(partial(self._watch, name)))
+
+    def stop(self) -> None:
+        """Remove them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Of the two forwards under activation checkpointing one is differentiated, and a hook on the other's output
+        # never fires.
+        if output.requires_grad:
+            output.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _add(self, name: str, gradient: Tensor) -> None:
+        over = tuple(range(gradient.ndim - 1))
+        squares = gradient if not over else torch.linalg.vector_norm(gradient, dim=over, dtype=torch.float32)
+        squares = squares.float().square()
+        squares = torch.where(torch.isfinite(squares), squares, 0)
+        self.sums[name] = squares if name not in self.sums else self.sums[name] + squares
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums of a checkpoint."""
+        self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
+
+    def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
+        """The sums of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
+        found = [
+            self.sums[name] if name in self.sums else torch.zeros(layer.rows, device=layer.parameter.device)
+            for name, layer in self._layers.items()
+        ]
+        whole = access.total(torch.cat(found)) if found else torch.empty(0)
+        parts = torch.split(whole, [len(one) for one in found])
+        return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
+
+
+def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
+    """How much an error of each output counts: its sum, and a hundredth of the layer's mean.
+
+    Args:
+        sums: Layer -> sums of squared gradients, not all zero.
+
+    Example:
+        >>> output_weights({"a": torch.tensor([1.0, 3.0])})
+        {'a': tensor([1.0200, 3.0200])}
+    """
+    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}
