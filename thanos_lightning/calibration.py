@@ -378,8 +378,9 @@ def count_dataloader(
     access: ParameterAccess,
     *,
     attention_mask_key: str | None,
+    backward: Callable[[Any, bool], None] | None = None,
 ) -> int:
-    """Run the module on the batches of a calibration set, in evaluation mode, without gradients, and count them.
+    """Run the module on the batches of a calibration set, in evaluation mode, and count them.
 
     Args:
         statistics: What counts; its hooks are added and removed here.
@@ -388,6 +389,8 @@ def count_dataloader(
         module: Called as `calibration_step(batch)` where it has one, else as `module(**batch)`.
         access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
+        backward: Called with what the module returned for a batch, and whether it is this rank's batch; None runs
+            without gradients.
 
     Returns:
         The number of batches that this rank counted.
@@ -405,8 +408,11 @@ def count_dataloader(
             on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
             counting = statistics.counting(find) if is_own else nullcontext()
-            with torch.no_grad(), trainer.precision_plugin.forward_context(), counting:
-                _forward(module, on_device)
+            with torch.set_grad_enabled(backward is not None), trainer.precision_plugin.forward_context(), counting:
+                output = _forward(module, on_device)
+            if backward is not None:
+                backward(output, is_own)
+            del output
             num_batches += is_own
     finally:
         statistics.stop()
@@ -415,13 +421,23 @@ def count_dataloader(
     return num_batches
 
 
-def _forward(module: LightningModule, batch: Any) -> None:
+def _forward(module: LightningModule, batch: Any) -> Any:
     step = getattr(module, "calibration_step", None)
     if step is not None:
-        step(batch)
-    elif isinstance(batch, Mapping):
-        module(**batch)
-    elif isinstance(batch, (list, tuple)):
-        module(*batch)
-    else:
-        module(batch)
+        return step(batch)
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if isinstance(batch, (list, tuple)):
+        return module(*batch)
+    return module(batch)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """A scalar that has a gradient, or such a one called loss in a model's output; None where there is none.
+
+    Example:
+        >>> loss_of({"loss": torch.ones((), requires_grad=True)})
+        tensor(1., requires_grad=True)
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    return found if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad else None

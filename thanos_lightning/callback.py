@@ -24,6 +24,7 @@ from thanos_lightning.calibration import (
     count_dataloader,
     gather_states,
     load_own_states,
+    loss_of,
     token_mask,
 )
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
@@ -86,14 +87,14 @@ class ThanosPruningCallback(Callback):
         refine_steps: Conjugate-gradient steps on the kept weights after that.
         output_weights: How much the error of each output of a layer counts, against its other outputs and in an
             allocation against those of other layers. "gradients": as much as the training loss feels it, by the mean
-            square of its gradient there over the steps that are accumulated (the diagonal of K-FAC's output factor,
-            arXiv 1503.05671). "uniform": all alike, as in the papers. None is "gradients" for "thanos" on training
-            batches, else "uniform".
+            square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
+            1503.05671). "uniform": all alike, as in the papers. None is "gradients" for "thanos", else "uniform".
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
-        calibration_dataloader: Prune on these batches instead of training batches, run at the event without gradients.
-            "datamodule" asks the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
-            `pl_module(**batch)`, or `calibration_step(batch)` where the module has one.
+        calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
+            the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
+            `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
+            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
             collected after the earlier ones are pruned. None holds all at once.
@@ -171,13 +172,8 @@ class ThanosPruningCallback(Callback):
         self.calibration_dataloader = calibration_dataloader
         if output_weights not in (None, "gradients", "uniform"):
             raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'uniform' or None")
-        if output_weights == "gradients" and not self._collects_in_training:
-            raise ValueError(
-                "output_weights is 'gradients', but no training batches are accumulated, and there are no other "
-                "gradients: leave out calibration_dataloader"
-                if calibration_dataloader is not None
-                else f"output_weights is 'gradients', but method {method!r} accumulates no batches: leave it out"
-            )
+        if output_weights == "gradients" and not self.options.needs_statistics:
+            raise ValueError(f"output_weights is 'gradients', but method {method!r} looks at no batches: leave it out")
         self.output_weights = output_weights
         self.attention_mask_key = attention_mask_key
         if hessian_memory_gib is not None and not hessian_memory_gib > 0:
@@ -670,9 +666,17 @@ class ThanosPruningCallback(Callback):
     def _collect(self, window: Window) -> None:
         self._statistics = self._new_statistics(window)
         self._statistics.start()
-        if self.output_weights == "gradients" or (self.output_weights is None and self.options.method == "thanos"):
+        if self._wants_gradients(window):
             self._gradients = OutputGradients(self._statistics.layers)
             self._gradients.start()
+
+    def _wants_gradients(self, window: Window) -> bool:
+        """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
+        wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
+        compete = (self.allocation is not None and window.surveys) or any(
+            not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values()
+        )
+        return wanted == "gradients" and bool(compete)
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         several = self._require_access().world_size > 1
@@ -764,12 +768,14 @@ class ThanosPruningCallback(Callback):
         if gradients is None:
             return {}
         gradients.stop()
-        steps = window.end_step - window.start_step  # windows of one survey are held against each other
+        steps = max(1, window.end_step - window.start_step)  # windows of one survey are held against each other
         found = {name: one / steps for name, one in output_weights(gradients.total(self._require_access())).items()}
         if missing := [name for name in window.patterns if name not in found]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
-                "count alike. (It doesn't where a layer and all that its input comes from is frozen)"
+                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
+                "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
+                "return the loss. output_weights='uniform' is without this warning)"
             )
         return found
 
@@ -778,14 +784,34 @@ class ThanosPruningCallback(Callback):
     ) -> dict[str, HessianAccumulator]:
         access = self._require_access()
         statistics = self._new_statistics(window)
-        counted = count_dataloader(
-            statistics,
-            self._calibration_batches(trainer, pl_module),
-            trainer,
-            pl_module,
-            access,
-            attention_mask_key=self.attention_mask_key,
-        )
+        backward = None
+        if self._wants_gradients(window):
+            gradients = self._gradients = OutputGradients(statistics.layers)
+            gradients.start(of_training=False)
+
+            def backward(output: Any, is_own: bool) -> None:
+                loss = loss_of(output)
+                if loss is not None:
+                    gradients.backward(loss, counts=is_own)
+                elif self.output_weights is not None:
+                    raise MisconfigurationException(
+                        "output_weights is 'gradients', but for a calibration batch the module returns no loss "
+                        f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
+                    )
+
+        try:
+            counted = count_dataloader(
+                statistics,
+                self._calibration_batches(trainer, pl_module),
+                trainer,
+                pl_module,
+                access,
+                attention_mask_key=self.attention_mask_key,
+                backward=backward,
+            )
+        finally:
+            if self._gradients is not None:
+                self._gradients.stop()
         if not sum(access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         statistics.raise_kept(access)

@@ -25,6 +25,18 @@ from thanos_lightning.targets import PrunableLayer
 _FLOOR = 0.01
 
 
+class _Attached(torch.autograd.Function):
+    """The output, as if it came from the leaf, too: what leads to the leaf is what leads to any output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros((), device=gradient.device)
+
+
 class OutputGradients:
     """Sums the squared gradients at the outputs of layers over the tokens of the backwards that run, by hooks.
 
@@ -50,27 +62,53 @@ class OutputGradients:
         self.sums: dict[str, Float[Tensor, " rows"]] = {}
         self._layers = layers
         self._handles: list[RemovableHandle] = []
+        self._leaf: Tensor | None = None
+        self._is_counting = True
 
-    def start(self) -> None:
-        """Add the hooks."""
+    def start(self, *, of_training: bool = True) -> None:
+        """Add the hooks.
+
+        Args:
+            of_training: Whether the training runs the backwards; else `backward` does.
+        """
+        if not of_training:
+            device = next(iter(self._layers.values())).parameter.device
+            self._leaf = torch.zeros((), device=device, requires_grad=True)
         for name, layer in self._layers.items():
             for module in layer.modules:
                 self._handles.append(module.register_forward_hook(partial(self._watch, name)))
 
     def stop(self) -> None:
         """Remove them."""
+        self._leaf = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def backward(self, loss: Tensor, *, counts: bool) -> None:
+        """Run a backward that stops at the layers' outputs, and touches no gradient of a parameter.
+
+        Args:
+            loss: Of a forward since the start.
+            counts: False leaves its gradients out.
+        """
+        assert self._leaf is not None
+        self._is_counting = counts
+        loss.backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
+
+    def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self._leaf is not None and torch.is_grad_enabled():
+            output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call]
         # Of the two forwards under activation checkpointing one is differentiated, and a hook on the other's output
         # never fires.
         if output.requires_grad:
             output.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
+        return output
 
     @torch.no_grad()
     def _add(self, name: str, gradient: Tensor) -> None:
+        if not self._is_counting:
+            return
         over = tuple(range(gradient.ndim - 1))
         squares = gradient if not over else torch.linalg.vector_norm(gradient, dim=over, dtype=torch.float32)
         squares = squares.float().square()

@@ -27,6 +27,7 @@ GRID: dict[str, dict[str, Any]] = {
 KINDS: dict[str, dict[str, Any]] = {
     "transposed weights": {"model": "gpt2", "precision": "bf16-mixed"},
     "unstructured": {"pattern": "unstructured", "sparsity": 0.6},
+    "unstructured, a calibration set": {"pattern": "unstructured", "sparsity": 0.6, "calibration_batches": 3},
     "gathered in bf16": {"fsdp": {"bf16": True}},
     "kept gathered between forward and backward": {"fsdp": {"reshard_after_forward": False}},
     "all as one, measured between": {"fsdp": {"how": "root"}, "monitor": "val/loss"},

@@ -61,6 +61,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "stage 3, model built in configure_model": {"strategy": "zero3", "configure_model": True},
     "stage 3, a calibration set that the ranks don't divide": {"strategy": "zero3", "calibration_batches": 3},
     "stage 3, unstructured": {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6},
+    **{
+        f"stage {stage}, unstructured, a calibration set": {
+            "strategy": f"zero{stage}",
+            "pattern": "unstructured",
+            "sparsity": 0.6,
+            "calibration_batches": 3,
+        }
+        for stage in (2, 3)
+    },
     "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
     "stage 0, DeepSpeed's fused Adam": {"strategy": "zero0", "precision": "bf16-mixed", "optimizer": "fused_adam"},
     **{

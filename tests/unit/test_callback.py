@@ -239,6 +239,21 @@ def spy_tokens(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     return seen
 
 
+def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The output weights of each window."""
+    import thanos_lightning.callback as room
+
+    seen: list[dict[str, torch.Tensor]] = []
+    real = room.prune_window
+
+    def prune_window(*args: Any, output_weights: dict[str, torch.Tensor], **kwargs: Any) -> Any:
+        seen.append(output_weights)
+        return real(*args, output_weights=output_weights, **kwargs)
+
+    monkeypatch.setattr(room, "prune_window", prune_window)
+    return seen
+
+
 class OutputGradientsOfEachBatch(Callback):
     """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
 
@@ -246,7 +261,7 @@ class OutputGradientsOfEachBatch(Callback):
         self.batches: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        model = copy.deepcopy(pl_module.model)
+        model = copy.deepcopy(pl_module.model).requires_grad_(True)
         found: dict[str, torch.Tensor] = {}
         outputs: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
@@ -259,16 +274,7 @@ class OutputGradientsOfEachBatch(Callback):
 
 
 def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import thanos_lightning.callback as room
-
-    seen: list[dict[str, torch.Tensor]] = []
-    real = room.prune_window
-
-    def prune_window(*args: Any, output_weights: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-        seen.append(output_weights)
-        return real(*args, output_weights=output_weights, **kwargs)
-
-    monkeypatch.setattr(room, "prune_window", prune_window)
+    seen = spy_output_weights(monkeypatch)
     probe = OutputGradientsOfEachBatch()
     callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 6, 3, initial=0.2))
     trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(), loader(64, padding=4), loader(8))
@@ -280,11 +286,57 @@ def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, mo
             expected = (total + 0.01 * total.mean()) / 2
             torch.testing.assert_close(weights[layer], expected, rtol=1e-4, atol=1e-12)
 
-    given = list(loader(8))
-    for options in ({"method": "sparsegpt"}, {"output_weights": "uniform"}, {"calibration_dataloader": given}):
+    for options in ({"method": "sparsegpt"}, {"output_weights": "uniform"}):
         plain = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 3, 1), **options)
         trainer(tmp_path, plain, max_steps=4).fit(ToyLM(), loader(64))
         assert seen.pop() == {}
+    pruning_rows = pruning("2:4", schedule=SparsitySchedule(3, 3, 1))  # of which none competes with another
+    trainer(tmp_path, pruning_rows, max_steps=4).fit(ToyLM(), loader(64))
+    assert seen.pop() == {}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    seen = spy_output_weights(monkeypatch)
+    module, given = ToyLM(), list(loader(12, padding=3))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen or "layers.1" in name)
+    probe = OutputGradientsOfEachBatch()
+    for batch in given:
+        probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    callback = pruning(
+        "unstructured", 0.5, schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=given, targets="*layers*"
+    )
+
+    class StopBeforeStep(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            assert all(parameter.grad is None for parameter in pl_module.parameters())
+            kept = {name: mask.keep for name, mask in masks(callback).items()}
+            assert all(
+                torch.equal(parameter, before[name])
+                for name, parameter in pl_module.named_parameters()
+                if name not in kept
+            )
+
+    trainer(tmp_path, callback, StopBeforeStep(), max_steps=1).fit(module, loader(64))
+    assert len(seen) == 1
+    for layer, weights in seen[0].items():
+        total = sum(batch[layer] for batch in probe.batches)
+        torch.testing.assert_close(weights, total + 0.01 * total.mean(), rtol=1e-4, atol=1e-12)
+    assert len(seen[0]) == 14
+
+
+def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader(8)]
+    options: dict[str, Any] = {"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": given}
+    with pytest.warns(UserWarning, match="the module returns no loss for a calibration batch: give the batches labels"):
+        trainer(tmp_path, pruning("unstructured", 0.5, **options), max_steps=1).fit(ToyLM(), loader(64))
+    asked = pruning("unstructured", 0.5, output_weights="gradients", **options)
+    with pytest.raises(
+        MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\): give the batches"
+    ):
+        trainer(tmp_path, asked, max_steps=1).fit(ToyLM(), loader(64))
 
 
 def test_layers_that_no_gradient_reaches_count_their_outputs_alike(tmp_path: Path) -> None:
@@ -771,10 +823,9 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"calibration_dataloader": iter([])}, "is an iterator"),
         ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),
         ({"output_weights": "fisher"}, "output_weights is 'fisher': choose 'gradients'"),
-        ({"output_weights": "gradients", "calibration_dataloader": [1]}, "leave out calibration_dataloader"),
         (
             {"output_weights": "gradients", "method": "magnitude", "admm_steps": 0, "refine_steps": 0},
-            "method 'magnitude' accumulates no batches",
+            "method 'magnitude' looks at no batches",
         ),
         ({"progression": "columns"}, "progression is 'columns': choose one of 'within-layers', 'levels'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),
@@ -909,7 +960,7 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     assert len(surveyed) == len(found)
     if by == "loss":
         assert all(loss > 0 for losses, _, _ in surveyed.values() for _, loss in losses)
-        assert all((weighted is None) == from_dataloader for _, _, weighted in surveyed.values())
+        assert all(loss > 0 for _, _, weighted in surveyed.values() for _, loss in weighted)
 
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:

@@ -125,3 +125,19 @@ def test_no_output_is_worth_nothing() -> None:
     weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
     torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))
     assert (weights["b"] > 0).all()
+
+
+def test_a_backward_of_its_own_touches_no_parameter() -> None:
+    model, batches = small(), [torch.randn(3, 8), torch.randn(5, 8)]
+    model[0].requires_grad_(False)
+    model[2].weight.grad = torch.ones(4, 6)
+    gradients = OutputGradients(find_targets(model))
+    gradients.start(of_training=False)
+    for number, batch in enumerate([*batches, torch.randn(4, 8)]):
+        gradients.backward(model(batch).square().sum(), counts=number < 2)
+    gradients.stop()
+    assert torch.equal(model[2].weight.grad, torch.ones(4, 6))
+    assert model[2].bias.grad is None
+    model[0].requires_grad_(True)
+    for name, wanted in expected(model, batches).items():  # of the frozen layer, too
+        torch.testing.assert_close(gradients.sums[name], wanted)
