@@ -22,6 +22,10 @@ from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
 
+# How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
+# as a forward.
+_BATCHES_PER_BACKWARD = 4
+
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     """The mask of the tokens that count, from anywhere in a batch: bool (batch, length), or None where it has none.
@@ -389,13 +393,13 @@ def count_dataloader(
         module: Called as `calibration_step(batch)` where it has one, else as `module(**batch)`.
         access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
-        backward: Called with what the module returned for a batch, and whether it is this rank's batch; None runs
-            without gradients.
+        backward: Called with what the module returned for each rank's first batch, and every fourth after it, and
+            whether that is this rank's own batch. The others, and without it all, run without gradients.
 
     Returns:
         The number of batches that this rank counted.
     """
-    num_batches = 0
+    num_batches = rounds = 0
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     statistics.start()
@@ -408,12 +412,14 @@ def count_dataloader(
             on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
             counting = statistics.counting(find) if is_own else nullcontext()
-            with torch.set_grad_enabled(backward is not None), trainer.precision_plugin.forward_context(), counting:
+            differentiates = backward is not None and rounds % _BATCHES_PER_BACKWARD == 0
+            with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
                 output = _forward(module, on_device)
-            if backward is not None:
+            if backward is not None and differentiates:
                 backward(output, is_own)
             del output
             num_batches += is_own
+            rounds += 1
     finally:
         statistics.stop()
         for part, mode in modes:

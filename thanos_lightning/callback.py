@@ -224,6 +224,7 @@ class ThanosPruningCallback(Callback):
         self._surveys: dict[str, LayerSurvey] = {}
         self._statistics: InputStatistics | None = None
         self._gradients: OutputGradients | None = None
+        self._calibrated: tuple[InputStatistics, OutputGradients | None] | None = None  # of weights as they are
         self._access: ParameterAccess | None = None
         self._enforcer: MaskEnforcer | None = None
         self._handles: list[RemovableHandle] = []
@@ -696,6 +697,9 @@ class ThanosPruningCallback(Callback):
         )
         if window.is_last:
             self._windows = self._plan(trainer)
+        following = self._windows[self._windows_done + 1 :]
+        if following and following[0].end_step > self._optimizer_steps:
+            self._calibrated = None
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()
@@ -783,6 +787,10 @@ class ThanosPruningCallback(Callback):
         self, window: Window, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, HessianAccumulator]:
         access = self._require_access()
+        if self._calibrated is not None:  # for the survey, at this very step
+            statistics, self._gradients = self._calibrated
+            self._calibrated = None
+            return {name: one for name, one in statistics.accumulators.items() if name in window.patterns}
         statistics = self._new_statistics(window)
         backward = None
         if self._wants_gradients(window):
@@ -815,6 +823,8 @@ class ThanosPruningCallback(Callback):
         if not sum(access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         statistics.raise_kept(access)
+        if window.surveys and self.hessian_memory_gib is None:
+            self._calibrated = (statistics, self._gradients)
         return statistics.accumulators
 
     def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:

@@ -298,11 +298,11 @@ def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, mo
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     seen = spy_output_weights(monkeypatch)
-    module, given = ToyLM(), list(loader(12, padding=3))
+    module, given = ToyLM(), list(loader(36, padding=3))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(not frozen or "layers.1" in name)
     probe = OutputGradientsOfEachBatch()
-    for batch in given:
+    for batch in given[::4]:  # three of them, and all have inputs that count
         probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     callback = pruning(
@@ -961,6 +961,43 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     if by == "loss":
         assert all(loss > 0 for losses, _, _ in surveyed.values() for _, loss in losses)
         assert all(loss > 0 for _, _, weighted in surveyed.values() for _, loss in weighted)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "budget", "runs"),
+    [
+        (SparsitySchedule(0, 0, 1), None, 1),  # of the same weights
+        (SparsitySchedule(0, 4, 4, initial=0.2), None, 2),
+        (SparsitySchedule(0, 0, 1), 1.0, 2),  # what fits may not be kept beside what comes
+    ],
+)
+def test_a_survey_and_the_event_at_its_step_share_a_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: SparsitySchedule, budget: float | None, runs: int
+) -> None:
+    import thanos_lightning.callback as room
+
+    ran, real = [], room.count_dataloader
+    monkeypatch.setattr(room, "count_dataloader", lambda *args, **kwargs: ran.append(1) or real(*args, **kwargs))
+    found = []
+    for shared in (True, False):
+        callback = pruning(
+            "unstructured",
+            0.5,
+            allocation=Allocation(deviation=0.1),
+            schedule=schedule,
+            calibration_dataloader=list(loader(8)),
+            hessian_memory_gib=budget,
+        )
+        if not shared:
+            monkeypatch.setattr(
+                ThanosPruningCallback, "_calibrated", property(lambda _: None, lambda *_: None), raising=False
+            )
+        trainer(tmp_path, callback, max_steps=6).fit(_survey_test_module(), loader(48))
+        found.append(masks(callback))
+        if shared:
+            assert len(ran) == runs
+    assert all(torch.equal(mask.keep, found[1][name].keep) for name, mask in found[0].items())
+    assert len({mask.sparsity for mask in found[0].values()}) > 1
 
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:
