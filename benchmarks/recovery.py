@@ -99,13 +99,21 @@ OPTIONS: dict[str, Recipe] = {
     "allocated by loss": Recipe(_RISING, {"allocation": {"by": "loss"}}),
     "allocated by outliers": Recipe(_RISING, {"allocation": {"by": "outliers", "deviation": 0.08}}),
     "once, distilled, allocated by loss": Recipe(_ONCE, {"allocation": {"by": "loss"}}, _BEFORE_PRUNING),
-    "once, distilled, outputs alike": Recipe(_ONCE, {"output_weights": "uniform"}, _BEFORE_PRUNING),
     "late": Recipe(_LATE),
     "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
     "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
+    "first step, distilled, outputs alike": Recipe(
+        _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
+    ),
+    **{
+        f"first step, distilled, allocated by {allocation['by']}": Recipe(
+            _BEFORE, {**_FIRST_STEP, "allocation": allocation}, _BEFORE_PRUNING
+        )
+        for allocation in ({"by": "loss"}, {"by": "outliers", "deviation": 0.08})
+    },
     "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
     **{
         f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
