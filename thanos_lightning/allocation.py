@@ -23,9 +23,9 @@ class Allocation:
     """Layers of unequal sparsity, together as sparse as the pattern asks for, to the weight (N:M: to the row).
 
     Args:
-        by: "loss" minimises the sum of the layers' relative losses, as the solver predicts them at a few sparsities
-            right before the first event; "outliers" is OWL, and keeps more of the decoder layers in which more weights
-            score five times the mean.
+        by: "loss" minimises the sum of the layers' losses, as the solver predicts them at a few sparsities right before
+            the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
+            more of the decoder layers in which more weights score five times the mean.
         deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
             sparsest layer and the densest.
         lowest: Smallest sparsity of a layer.
