@@ -90,7 +90,8 @@ class SolverOptions:
         With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
         5.2); 2 cb + 7.5 d to refine, with d = min(cb, 2²²); and with ADMM 1.5 cb + 6 d and the matrices of its steps,
         b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
-        bytes. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+        bytes. Output weights add a scaled copy to what pruning takes, cb. A layer of 28,672 columns and 8,192 rows
+        takes 15 GB for its factor, beside an H of 3.3.
 
         Example:
             >>> from thanos_lightning.solver.layer import SolverOptions
@@ -315,7 +316,7 @@ def _by_method(
         team,
     )
     if scale is not None:
-        updated = updated / scale
+        updated.div_(scale)
     return zero_where(updated.to(original.dtype), pruned), ~pruned, factor
 
 
