@@ -329,23 +329,35 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[dict[str, Any] | None]:
+def gather_states(
+    statistics: InputStatistics, gradients: Mapping[str, Tensor], access: ParameterAccess
+) -> list[dict[str, Any] | None]:
     """The states that a checkpoint of this rank has to keep. All ranks must call it.
 
     Where rank 0 writes for all, it gets the states of all ranks. Sums travel one by one: all together would be too much
     for a device.
 
+    Args:
+        statistics: Of this rank.
+        gradients: Its sums of squared gradients, by layer.
+        access: Tells the ranks.
+
     Returns:
-        `InputStatistics.state` by rank, None where another rank has it.
+        `InputStatistics.state` by rank, with the gradients; None where another rank has it.
     """
     own = statistics.state()
+    own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
     if access.world_size == 1:
         return [own]
     if access.saves_every_rank:
         return [own if rank == access.rank else None for rank in range(access.world_size)]
     small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
-    states = access.gather({"leader": own["leader"], "sums": small})
+    shapes = {name: tuple(one.shape) for name, one in own["gradients"].items()}
+    states = access.gather({"leader": own["leader"], "sums": small, "gradients": shapes})
     for rank, state in enumerate(states):
+        for name, shape in state["gradients"].items():
+            mine = own["gradients"][name] if rank == access.rank else None
+            state["gradients"][name] = access.to_first(mine, source=rank, shape=shape)
         for name, entry in state["sums"].items():
             mine = own["sums"][name]["sum"] if rank == access.rank else None
             entry["sum"] = access.to_first(mine, source=rank, shape=entry["sum"])
@@ -354,8 +366,11 @@ def gather_states(statistics: InputStatistics, access: ParameterAccess) -> list[
 
 def load_own_states(
     statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
-) -> None:
+) -> dict[str, Tensor]:
     """Go on from this rank's part of what `gather_states` returned, under any number of ranks.
+
+    Returns:
+        The sums of squared gradients, by layer, on the CPU.
 
     Raises:
         MisconfigurationException: If another number of ranks wrote it, each its own part.
@@ -372,6 +387,11 @@ def load_own_states(
         )
     if kept:
         statistics.load_states(kept)
+    gradients: dict[str, Tensor] = {}
+    for state in kept:
+        for name, one in state.get("gradients", {}).items():
+            gradients[name] = gradients[name] + one if name in gradients else one
+    return gradients
 
 
 def count_dataloader(
@@ -393,13 +413,14 @@ def count_dataloader(
         module: Called as `calibration_step(batch)` where it has one, else as `module(**batch)`.
         access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
-        backward: Called with what the module returned for each rank's first batch, and every fourth after it, and
-            whether that is this rank's own batch. The others, and without it all, run without gradients.
+        backward: Called with what the module returned for a batch, and whether it counts: one batch in four, whatever
+            the number of ranks. Where one rank has such a batch all call it, since a backward may take all. The
+            other batches, and without it all, run without gradients.
 
     Returns:
         The number of batches that this rank counted.
     """
-    num_batches = rounds = 0
+    num_batches = seen = 0
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     statistics.start()
@@ -412,14 +433,16 @@ def count_dataloader(
             on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
             counting = statistics.counting(find) if is_own else nullcontext()
-            differentiates = backward is not None and rounds % _BATCHES_PER_BACKWARD == 0
+            numbers = range(seen, seen + len(one_each))
+            differentiated = [number for number in numbers if number % _BATCHES_PER_BACKWARD == 0]
+            differentiates = backward is not None and bool(differentiated)
             with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
                 output = _forward(module, on_device)
             if backward is not None and differentiates:
-                backward(output, is_own)
+                backward(output, seen + access.rank in differentiated)
             del output
             num_batches += is_own
-            rounds += 1
+            seen += len(one_each)
     finally:
         statistics.stop()
         for part, mode in modes:

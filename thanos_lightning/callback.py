@@ -297,9 +297,9 @@ class ThanosPruningCallback(Callback):
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
             assert self._statistics is not None
-            load_own_states(self._statistics, self._restored["collected"], self._require_access())
-            if self._gradients is not None and self._access.rank == 0:  # they are those of all ranks
-                self._gradients.load(self._restored.get("output_gradients") or {})
+            gradients = load_own_states(self._statistics, self._restored["collected"], self._require_access())
+            if self._gradients is not None:
+                self._gradients.load(gradients)
         self._restored = None
         if self._windows_done < len(self._windows):
             self._held_back = hold_back_stopping(trainer)
@@ -420,11 +420,10 @@ class ThanosPruningCallback(Callback):
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
-        collected = gradients = None
+        collected = None
         if self._statistics is not None:
-            collected = gather_states(self._statistics, self._require_access())
-        if self._gradients is not None:
-            gradients = {name: one.cpu() for name, one in self._gradients.total(self._require_access()).items()}
+            gradients = {} if self._gradients is None else self._gradients.sums
+            collected = gather_states(self._statistics, gradients, self._require_access())
         return {
             "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
@@ -432,7 +431,6 @@ class ThanosPruningCallback(Callback):
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
             "collected": collected,
-            "output_gradients": gradients,
             "report": self.report.state(),
             "measured": self._measured,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
@@ -797,10 +795,10 @@ class ThanosPruningCallback(Callback):
             gradients = self._gradients = OutputGradients(statistics.layers)
             gradients.start(of_training=False)
 
-            def backward(output: Any, is_own: bool) -> None:
+            def backward(output: Any, counts: bool) -> None:
                 loss = loss_of(output)
                 if loss is not None:
-                    gradients.backward(loss, counts=is_own)
+                    gradients.backward(loss, counts=counts)
                 elif self.output_weights is not None:
                     raise MisconfigurationException(
                         "output_weights is 'gradients', but for a calibration batch the module returns no loss "

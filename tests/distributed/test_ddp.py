@@ -9,6 +9,8 @@ import pytest
 import torch
 from ranks import PRUNABLE, agreement, masks, train
 
+UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
+
 
 @pytest.mark.parametrize(
     ("case", "events"),
@@ -33,18 +35,21 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
         assert torch.equal(keep, masks(tmp_path, 1)[name])
 
 
-def test_two_ranks_prune_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [{}, UNSTRUCTURED, {**UNSTRUCTURED, "calibration_batches": 4}])
+def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> None:
     """Two ranks with four sequences a batch see at each step what one rank with eight sees."""
-    (two, _) = train(tmp_path / "two", batch_size=4)
-    (one,) = train(tmp_path / "one", ranks=1, strategy="auto", batch_size=8)
+    (two, _) = train(tmp_path / "two", batch_size=4, **case)
+    (one,) = train(tmp_path / "one", ranks=1, strategy="auto", batch_size=8, **case)
     assert one["error"] is two["error"] is None
     assert agreement(tmp_path / "one", tmp_path / "two") >= 0.999
 
 
-def test_resume_inside_a_window_is_bit_identical(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", save=True)
+@pytest.mark.parametrize("case", [{}, UNSTRUCTURED])
+def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
+    whole = train(tmp_path / "whole", save=True, **case)
     for stop in (2, 5):  # windows are 1-3, 4-6, 6-7
-        resumed = train(tmp_path / f"resumed{stop}", resume=str(tmp_path / "whole" / f"step={stop}.ckpt"))
+        checkpoint = str(tmp_path / "whole" / f"step={stop}.ckpt")
+        resumed = train(tmp_path / f"resumed{stop}", resume=checkpoint, **case)
         for before, after in zip(whole, resumed, strict=True):
             assert after["error"] is None
             assert after["losses"] == before["losses"][stop:]
