@@ -293,7 +293,7 @@ class ThanosPruningCallback(Callback):
             if self.rewarm_steps:
                 self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
-        self._statistics = self._gradients = None
+        self._statistics = self._gradients = self._calibrated = None
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
             assert self._statistics is not None

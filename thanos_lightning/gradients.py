@@ -23,6 +23,8 @@ from thanos_lightning.targets import PrunableLayer
 # Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
 # to them.
 _FLOOR = 0.01
+# Of a backward of its own: the gradient of a mean over thousands of tokens is less than the least number of float16.
+_LOSS_SCALE = 2.0**14
 
 
 class _Attached(torch.autograd.Function):
@@ -30,11 +32,12 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
+        ctx.device = leaf.device  # where the layer's weight waits, which with offloading is another one
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.zeros((), device=gradient.device)
+        return gradient, torch.zeros((), device=ctx.device)
 
 
 class OutputGradients:
@@ -94,7 +97,7 @@ class OutputGradients:
         """
         assert self._leaf is not None
         self._is_counting = counts
-        loss.backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
+        (_LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self._leaf is not None and torch.is_grad_enabled():
@@ -113,7 +116,9 @@ class OutputGradients:
         squares = gradient if not over else torch.linalg.vector_norm(gradient, dim=over, dtype=torch.float32)
         squares = squares.float().square()
         squares = torch.where(torch.isfinite(squares), squares, 0)
-        self.sums[name] = squares if name not in self.sums else self.sums[name] + squares
+        if self._leaf is not None:
+            squares /= _LOSS_SCALE**2
+        self.sums[name] = squares if name not in self.sums else self.sums[name].to(squares.device) + squares
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from sums of a checkpoint."""
@@ -122,11 +127,10 @@ class OutputGradients:
     def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
         """The sums of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
         found = [
-            self.sums[name] if name in self.sums else torch.zeros(layer.rows, device=layer.parameter.device)
+            self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows)
             for name, layer in self._layers.items()
         ]
-        whole = access.total(torch.cat(found)) if found else torch.empty(0)
-        parts = torch.split(whole, [len(one) for one in found])
+        parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])
         return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
 
 
