@@ -114,6 +114,10 @@ OPTIONS: dict[str, Recipe] = {
         )
         for allocation in ({"by": "loss"}, {"by": "outliers", "deviation": 0.08})
     },
+    "first step, allocated by loss": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}),
+    "first step, allocated by loss, taught by the fine-tuned": Recipe(
+        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}, {"teacher": _FINE_TUNED}
+    ),
     "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
     **{
         f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
