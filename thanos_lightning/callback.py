@@ -94,7 +94,8 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
             `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
-            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone.
+            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone; not
+            under ZeRO-3, where all outputs count alike then.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
             collected after the earlier ones are pruned. None holds all at once.
@@ -791,7 +792,15 @@ class ThanosPruningCallback(Callback):
             return {name: one for name, one in statistics.accumulators.items() if name in window.patterns}
         statistics = self._new_statistics(window)
         backward = None
-        if self._wants_gradients(window):
+        strategy = trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
+            if self._wants_gradients(window) and not self._applied:
+                rank_zero_warn(
+                    "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count "
+                    "alike. Leave it out to have those of the training batches"
+                )
+        elif self._wants_gradients(window):
             gradients = self._gradients = OutputGradients(statistics.layers)
             gradients.start(of_training=False)
 
