@@ -53,7 +53,7 @@ PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
 ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
 _CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
-TEACHER_RATE = 3e-4  # the dense contender's best, below
+TEACHER_RATE = 3e-4  # the middle one of --rates
 GRADUAL_END = 0.4  # of the training; lightning's schedule ends there, too
 
 
