@@ -108,17 +108,26 @@ OPTIONS: dict[str, Recipe] = {
     "first step, distilled, outputs alike": Recipe(
         _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
     ),
-    **{
-        f"first step, distilled, allocated by {allocation['by']}": Recipe(
-            _BEFORE, {**_FIRST_STEP, "allocation": allocation}, _BEFORE_PRUNING
-        )
-        for allocation in ({"by": "loss"}, {"by": "outliers", "deviation": 0.08})
-    },
+    "first step, allocated by outliers": Recipe(
+        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "outliers", "deviation": 0.08}}
+    ),
+    "first step, distilled, allocated by loss": Recipe(
+        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}, _BEFORE_PRUNING
+    ),
     "first step, allocated by loss": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}),
     "first step, allocated by loss, taught by the fine-tuned": Recipe(
         _BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}, {"teacher": _FINE_TUNED}
     ),
-    "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
+    **{
+        f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
+        for name, weights in {
+            "": {},
+            ", logits x 4": {"logits": 4.0},
+            ", logits alone": {"cross_entropy": 0.0},
+            ", temperature 2": {"temperature": 2.0},
+            ", squarehead": {"hidden_states": 1.0},
+        }.items()
+    },
     **{
         f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
         for name, weights in {
@@ -416,13 +425,13 @@ def train(
     seconds = time.perf_counter() - begin - curve.seconds
     if save_to is not None:
         model.save_pretrained(save_to)
-    events = [] if pruning is None else pruning.report.events
+    summary = None if pruning is None or recipe is None or recipe.pruned else pruning.report.summary
     return {
         "curve": curve.points,
         "perplexity": curve.points[-1]["perplexity"],
         "sparsity": curve.points[-1]["sparsity"],
         "seconds": round(seconds, 1),
-        "event_seconds": round(sum(event.seconds for event in events), 1),
+        "event_seconds": round(summary.event_seconds + summary.collecting_seconds, 1) if summary else 0.0,
     }
 
 

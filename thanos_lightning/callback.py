@@ -249,6 +249,7 @@ class ThanosPruningCallback(Callback):
             check_strategy(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
+                self._check_zero_stage_3(trainer.strategy)
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
                     "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
@@ -449,7 +450,7 @@ class ThanosPruningCallback(Callback):
         self._windows_done = state_dict["windows_done"]
         self.report = PruningReport.from_state(state_dict["report"])
         self._measured = state_dict["measured"] and tuple(state_dict["measured"])
-        self._surveys = {name: LayerSurvey.from_state(state) for name, state in state_dict.get("surveys", {}).items()}
+        self._surveys = {name: LayerSurvey(**state) for name, state in state_dict["surveys"].items()}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -782,6 +783,14 @@ class ThanosPruningCallback(Callback):
             )
         return found
 
+    def _check_zero_stage_3(self, strategy: DeepSpeedStrategy) -> None:
+        # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
+        if strategy.zero_stage_3 and self.calibration_dataloader is not None and self.output_weights == "gradients":
+            raise MisconfigurationException(
+                "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader: leave the "
+                "dataloader out to have those of the training batches, or take output_weights='uniform'"
+            )
+
     def _run_calibration(
         self, window: Window, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, HessianAccumulator]:
@@ -794,7 +803,6 @@ class ThanosPruningCallback(Callback):
         backward = None
         strategy = trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-            # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
             if self._wants_gradients(window) and not self._applied:
                 rank_zero_warn(
                     "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count "

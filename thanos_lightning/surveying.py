@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,20 +43,9 @@ class LayerSurvey:
     outliers: float
     weighted_losses: dict[float, float] | None = None
 
-    def state(self) -> list[Any]:
-        """Plain values."""
-        weighted = None if self.weighted_losses is None else list(self.weighted_losses.items())
-        return [list(self.losses.items()), self.outliers, weighted]
-
-    @classmethod
-    def from_state(cls, state: list[Any]) -> LayerSurvey:
-        """Read what `state` returned."""
-        losses, outliers, weighted = state if len(state) == 3 else [*state, None]
-        both = [
-            None if items is None else {float(sparsity): float(loss) for sparsity, loss in items}
-            for items in (losses, weighted)
-        ]
-        return cls(both[0] or {}, float(outliers), both[1])
+    def state(self) -> dict[str, Any]:
+        """Plain values, by the names of the attributes."""
+        return asdict(self)
 
 
 def levels(pattern: Pattern) -> list[Pattern]:
