@@ -54,7 +54,7 @@ DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
 ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
 _CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
 TEACHER_RATE = 3e-4  # the middle one of --rates
-GRADUAL_END = 0.4  # of the training; lightning's schedule ends there, too
+LIGHTNING_END = 0.4  # of the training, when lightning's schedule ends
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Recipe:
 
     Attributes:
         schedule: (start, end, every), fractions of the training.
-        options: Other arguments of the callback; a calibration_dataloader "first batches" is what the one-shot methods
-            calibrate on.
+        options: Other arguments of the callback; a calibration_dataloader is so many of the first batches, "first
+            batches" as many as the one-shot methods calibrate on.
         distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
             contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
@@ -77,51 +77,48 @@ class Recipe:
 
 
 _BEFORE = (0.0, 0.0, 1.0)  # the first step
-_RISING, _ONCE, _LATE = (0.0, GRADUAL_END, 0.1), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
+_TWICE, _FOUR_TIMES = (0.0, 0.2, 0.1), (0.0, 0.4, 0.1)  # the first of which prunes nothing
+_ONCE, _LATE = (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
+_ALIKE = {"allocation": "uniform"}
 RECIPES: dict[str, Recipe] = {
-    "gradual": Recipe(_RISING),
-    "gradual, distilled": Recipe(_RISING, distillation=_BEFORE_PRUNING),
-    "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
+    "gradual": Recipe(_TWICE),
+    "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
+    "first step": Recipe(_BEFORE, _FIRST_STEP),
+    "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
 }
 # each differs from a recipe in one thing: not in the table unless they are asked for
 OPTIONS: dict[str, Recipe] = {
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     "once": Recipe(_ONCE),
-    "levels": Recipe(_RISING, {"progression": "levels"}),
-    "front to back": Recipe(_RISING, {"progression": "front-to-back"}),
-    "back to front": Recipe(_RISING, {"progression": "back-to-front"}),
-    "least loss first": Recipe(_RISING, {"progression": "least-loss-first"}),
-    "moments cleared": Recipe(_RISING, {"moments": "clear"}),
-    "rewarmed": Recipe(_RISING, {"rewarm_steps": 4}),
-    "allocated by loss": Recipe(_RISING, {"allocation": {"by": "loss"}}),
-    "allocated by outliers": Recipe(_RISING, {"allocation": {"by": "outliers", "deviation": 0.08}}),
-    "once, distilled, allocated by loss": Recipe(_ONCE, {"allocation": {"by": "loss"}}, _BEFORE_PRUNING),
+    "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
+    "gradual, four events": Recipe(_FOUR_TIMES),
+    "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
+    "levels": Recipe(_FOUR_TIMES, {"progression": "levels"}),
+    "front to back": Recipe(_FOUR_TIMES, {"progression": "front-to-back"}),
+    "back to front": Recipe(_FOUR_TIMES, {"progression": "back-to-front"}),
+    "least loss first": Recipe(_FOUR_TIMES, {"progression": "least-loss-first"}),
+    "moments cleared": Recipe(_FOUR_TIMES, {"moments": "clear"}),
+    "rewarmed": Recipe(_FOUR_TIMES, {"rewarm_steps": 4}),
     "late": Recipe(_LATE),
     "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
-    "first step": Recipe(_BEFORE, _FIRST_STEP),
     "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
-    "first step, distilled, outputs alike": Recipe(
+    "first step, half the calibration": Recipe(_BEFORE, {"calibration_dataloader": 16}),
+    "first step, alike": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}),
+    "first step, alike, distilled": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}, _BEFORE_PRUNING),
+    "first step, outputs alike, distilled": Recipe(
         _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
     ),
     "first step, allocated by outliers": Recipe(
         _BEFORE, {**_FIRST_STEP, "allocation": {"by": "outliers", "deviation": 0.08}}
     ),
-    "first step, distilled, allocated by loss": Recipe(
-        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}, _BEFORE_PRUNING
-    ),
-    "first step, allocated by loss": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}),
-    "first step, allocated by loss, taught by the fine-tuned": Recipe(
-        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss"}}, {"teacher": _FINE_TUNED}
-    ),
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {
-            "": {},
             ", logits x 4": {"logits": 4.0},
             ", logits alone": {"cross_entropy": 0.0},
             ", temperature 2": {"temperature": 2.0},
@@ -384,15 +381,16 @@ def train(
         pruning = ThanosPruningCallback(**of_pattern, schedule=once, method="magnitude", admm_steps=0, refine_steps=0)
     elif recipe is not None:
         options = {"calibration_steps": _CALIBRATION_STEPS, **recipe.options}
-        if "allocation" in options:
+        if isinstance(options.get("allocation"), dict):
             options["allocation"] = Allocation(**options["allocation"])
-        if options.get("calibration_dataloader") == _FIRST_BATCHES:
-            options["calibration_dataloader"] = batches(task, 1, task.calibration // task.batch)
+        if (calibration := options.get("calibration_dataloader")) is not None:
+            number = task.calibration // task.batch if calibration == _FIRST_BATCHES else calibration
+            options["calibration_dataloader"] = batches(task, 1, number)
         pruning = ThanosPruningCallback(**of_pattern, schedule=SparsitySchedule(*recipe.schedule), **options)
     per_epoch = task.steps
     if contender == LIGHTNING:
         per_epoch = task.steps // 20
-        callbacks.append(lightning_pruning(model, final.sparsity, round(GRADUAL_END * 20)))
+        callbacks.append(lightning_pruning(model, final.sparsity, round(LIGHTNING_END * 20)))
     if contender == SR_STE:
         for layer in layers.values():
             parametrize.register_parametrization(layer, "weight", SrSte())
@@ -490,6 +488,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
     lines = []
     for row in rows:
         best = row.runs[0]
+        events = best.get("event_seconds")  # not measured with early runs
         gap = None if dense is None else row.log_perplexity - dense
         relative = None
         if gap is not None and dense is not None and reference is not None:
@@ -503,7 +502,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
             "" if gap is None else f"{gap:.3f}",
             "" if relative is None else f"{relative:.3f}",
             f"{best['seconds']:.0f}",
-            f"{best['event_seconds']:.1f} ({best['event_seconds'] / best['seconds']:.1%})",
+            "" if events is None else f"{events:.1f} ({events / best['seconds']:.1%})",
         )
         lines.append(
             {
@@ -513,7 +512,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
                 "gap": gap and round(gap, 4),
                 "gap_over_sparsegpt": relative and round(relative, 4),
                 "tried": row.tried,
-                "runs": [{name: run[name] for name in _OF_A_RUN} for run in row.runs],
+                "runs": [{name: run.get(name) for name in _OF_A_RUN} for run in row.runs],
             }
         )
     console.print(table)

@@ -49,6 +49,7 @@ from thanos_lightning.planning import (
     check_begun,
     check_progression,
     plan_windows,
+    split_by_memory,
     turns,
 )
 from thanos_lightning.pruning import PruningError, assign_owners, prune_window
@@ -56,7 +57,7 @@ from thanos_lightning.report import Clock, EventReport, PruningReport, event_pro
 from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
-from thanos_lightning.solver import NM, HessianAccumulator, Pattern, parse_pattern
+from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Unstructured, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.surveying import LayerSurvey, allocate, survey_window
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
@@ -104,8 +105,10 @@ class ThanosPruningCallback(Callback):
             value), by columns where they are structured. "levels": N:M goes through the patterns that keep more, as 3:4
             is on the way to 2:4. "front-to-back", "back-to-front" and "least-loss-first": layers take turns, each
             pruned at once to its end.
-        allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; None makes all alike. It
-            and "least-loss-first" look at all layers before the first event, which takes further calibration steps.
+        allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
+            None is `Allocation("loss")` for "unstructured" with output weights, if there are steps (or a
+            calibration_dataloader) to look at the layers before the first event; else "uniform". It and
+            "least-loss-first" look at all layers before that event, which takes further calibration steps.
         rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the
             schedulers ask for.
         moments: What of the optimizers' moments of the weights that are kept: "keep", or "clear", which forgets the
@@ -147,7 +150,7 @@ class ThanosPruningCallback(Callback):
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
         progression: Progression = "within-layers",
-        allocation: Allocation | None = None,
+        allocation: Allocation | Literal["uniform"] | None = None,
         rewarm_steps: int = 0,
         moments: Literal["keep", "clear"] = "keep",
         verify_every_n_steps: int = 100,
@@ -186,13 +189,15 @@ class ThanosPruningCallback(Callback):
             known = ", ".join(map(repr, get_args(Progression)))
             raise ValueError(f"progression is {progression!r}: choose one of {known}")
         self.progression: Progression = progression
+        if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
+            raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
         self.allocation = allocation
         if self._needs_survey and not self.options.needs_statistics:
+            what = "allocation" if isinstance(allocation, Allocation) else "least-loss-first"
             raise ValueError(
-                f"method {method!r} reports no losses, and {'allocation' if allocation else 'least-loss-first'} needs "
-                "them: choose 'thanos', 'sparsegpt' or 'wanda'"
+                f"method {method!r} reports no losses, and {what} needs them: choose 'thanos', 'sparsegpt' or 'wanda'"
             )
-        if allocation is not None:
+        if isinstance(allocation, Allocation):
             self._check_allocation(allocation)
         if rewarm_steps < 0:
             raise ValueError(f"rewarm_steps is {rewarm_steps}: give a number of optimizer steps ≥ 0")
@@ -501,7 +506,21 @@ class ThanosPruningCallback(Callback):
 
     @property
     def _needs_survey(self) -> bool:
-        return self.allocation is not None or self.progression == "least-loss-first"
+        return isinstance(self.allocation, Allocation) or self.progression == "least-loss-first"
+
+    @property
+    def _allocation(self) -> Allocation | None:
+        """What is asked for, or the default, None where all layers are alike."""
+        if self.allocation is None and isinstance(self.pattern, Unstructured) and self._weights_outputs:
+            default = Allocation("loss")
+            lowest, highest = default.limits(self.pattern.sparsity)
+            return default if self.schedule.initial < lowest <= self.pattern.sparsity <= highest else None
+        return self.allocation if isinstance(self.allocation, Allocation) else None
+
+    @property
+    def _weights_outputs(self) -> bool:
+        wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
+        return wanted == "gradients"
 
     def _check_allocation(self, allocation: Allocation) -> None:
         if isinstance(self.pattern, NM) and not self.pattern.outlier_fraction:
@@ -533,18 +552,23 @@ class ThanosPruningCallback(Callback):
     def _plan(self, trainer: Trainer) -> list[Window]:
         """All windows, as far as they are known: those behind a survey follow when it is complete."""
         events = self._events(trainer)
-        if not self._needs_survey:
+        if not self._needs_survey and self._allocation is None:
             return self._plan_pruning(events, self._final_patterns)
         first = events[0].step
         step = first - min(first // 2, self.calibration_steps) if self._collects_in_training else first
-        if first < 2 and self._collects_in_training:
-            if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                rank_zero_info("fast_dev_run: too short to look at the layers before the event, all are pruned alike")
+        needed = len(split_by_memory(list(self._layers.values()), self.hessian_memory_gib))
+        has_room = step >= needed and first - step >= (1 if self._needs_survey else needed)
+        if self._collects_in_training and not has_room:
+            if not self._needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]
+                rank_zero_info(
+                    f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
+                    "pruned alike"
+                )
                 return self._plan_pruning(events, self._final_patterns)
             raise MisconfigurationException(
-                f"the first event is at optimizer step {first}, which leaves no step to look at the layers before: "
-                "start the schedule later (start_step), give a calibration_dataloader, or leave out allocation and "
-                "least-loss-first"
+                f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
+                f"{needed} window(s): start the schedule later (start_step), give a calibration_dataloader, or leave "
+                "out allocation and least-loss-first"
             )
         survey = plan_windows(
             [(Event(step, 0.0), self._final_patterns)],
@@ -556,8 +580,12 @@ class ThanosPruningCallback(Callback):
         if len(self._surveys) < len(self._layers):
             return survey
         final = self._final_patterns
-        if self.allocation is not None:
-            final = allocate(self.allocation, self._surveys, self._layers, final, self.pattern)
+        if self._allocation is not None:
+            is_weighted = all(survey.weighted_losses is not None for survey in self._surveys.values())
+            if is_weighted or self.allocation is not None:
+                final = allocate(self._allocation, self._surveys, self._layers, final, self.pattern)
+            else:
+                rank_zero_info("not all layers have gradients at their outputs: all are pruned alike")
         return [*survey, *self._plan_pruning(events, final, since=step)]
 
     def _plan_pruning(self, events: list[Event], final: dict[str, Pattern], since: int = 0) -> list[Window]:
@@ -673,11 +701,10 @@ class ThanosPruningCallback(Callback):
 
     def _wants_gradients(self, window: Window) -> bool:
         """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
-        wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
-        compete = (self.allocation is not None and window.surveys) or any(
+        compete = (self._allocation is not None and window.surveys) or any(
             not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values()
         )
-        return wanted == "gradients" and bool(compete)
+        return self._weights_outputs and bool(compete)
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         several = self._require_access().world_size > 1
@@ -692,7 +719,7 @@ class ThanosPruningCallback(Callback):
             accumulators,
             access=self._require_access(),
             options=self.options,
-            several_levels=self.allocation is not None,
+            several_levels=self._allocation is not None,
             output_weights=self._take_output_weights(window),
         )
         if window.is_last:

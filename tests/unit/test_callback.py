@@ -25,6 +25,8 @@ from thanos_lightning.masks import LayerMask
 from thanos_lightning.pruning import PruningError
 from thanos_lightning.solver import NM, Unstructured
 
+UNLABELLED = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader(8)]
+
 
 def pruning(pattern: str = "2:4", sparsity: float | None = None, **kwargs: Any) -> ThanosPruningCallback:
     settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2), "calibration_steps": 2}
@@ -276,7 +278,7 @@ class OutputGradientsOfEachBatch(Callback):
 def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_output_weights(monkeypatch)
     probe = OutputGradientsOfEachBatch()
-    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 6, 3, initial=0.2))
+    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 6, 3, initial=0.2), allocation="uniform")
     trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(), loader(64, padding=4), loader(8))
     assert len(seen) == 2
     for weights, of_steps in zip(seen, ((1, 2), (4, 5)), strict=True):
@@ -328,8 +330,7 @@ def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader(8)]
-    options: dict[str, Any] = {"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": given}
+    options: dict[str, Any] = {"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": UNLABELLED}
     with pytest.warns(UserWarning, match="the module returns no loss for a calibration batch: give the batches labels"):
         trainer(tmp_path, pruning("unstructured", 0.5, **options), max_steps=1).fit(ToyLM(), loader(64))
     asked = pruning("unstructured", 0.5, output_weights="gradients", **options)
@@ -959,8 +960,35 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     surveyed = callback.state_dict()["surveys"]
     assert len(surveyed) == len(found)
     if by == "loss":
-        assert all(loss > 0 for losses, _, _ in surveyed.values() for _, loss in losses)
-        assert all(loss > 0 for _, _, weighted in surveyed.values() for _, loss in weighted)
+        for survey in surveyed.values():
+            assert min(survey["losses"].values()) > 0
+            assert min(survey["weighted_losses"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({}, False),
+        ({"allocation": "uniform"}, True),
+        ({"output_weights": "uniform"}, True),  # relative losses say too little
+        ({"method": "sparsegpt"}, True),
+        ({"schedule": SparsitySchedule(1, 1, 1)}, True),  # no step to look at the layers before
+        ({"schedule": SparsitySchedule(4, 8, 4), "hessian_memory_gib": 4.5e-5}, True),  # three windows
+        ({"schedule": SparsitySchedule(4, 8, 4, initial=0.4)}, True),  # more than a layer may get
+        ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": list(loader(8))}, False),
+        ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": UNLABELLED}, True),
+    ],
+)
+def test_unstructured_layers_are_allocated_where_it_can_be_told(
+    tmp_path: Path, options: dict[str, Any], alike: bool
+) -> None:
+    callback = pruning("unstructured", 0.5, **{"schedule": SparsitySchedule(4, 8, 4), **options})
+    trainer(tmp_path, callback, max_steps=10).fit(_survey_test_module(), loader(48))
+    found = masks(callback)
+    assert sum(int((~mask.keep).sum()) for mask in found.values()) == sum(
+        int(0.5 * mask.keep.numel()) for mask in found.values()
+    )
+    assert ({mask.sparsity for mask in found.values()} == {0.5}) is alike
 
 
 @pytest.mark.parametrize(
@@ -1039,7 +1067,7 @@ def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path)
 def test_the_layers_of_least_loss_come_first(tmp_path: Path) -> None:
     callback = pruning(progression="least-loss-first", schedule=SparsitySchedule(2, 8, 2, shape="linear"))
     trainer(tmp_path, callback, max_steps=10).fit(_survey_test_module(), loader(48))
-    losses = {name: survey[0][0][1] for name, survey in callback.state_dict()["surveys"].items()}
+    losses = {name: min(survey["losses"].values()) for name, survey in callback.state_dict()["surveys"].items()}
     order = [layer.name for event in callback.report.events for layer in event.layers]
     assert sorted(order) == sorted(losses)
     in_turn = [[losses[layer.name] for layer in event.layers] for event in callback.report.events]
@@ -1099,6 +1127,6 @@ def test_what_can_not_be_allocated_is_refused(arguments: dict[str, Any], message
 
 def test_a_survey_needs_a_step(tmp_path: Path) -> None:
     callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(1, 6, 2, initial=0.1))
-    with pytest.raises(MisconfigurationException, match="at optimizer step 1, which leaves no step to look at"):
+    with pytest.raises(MisconfigurationException, match="at optimizer step 1, which leaves too few to look at"):
         trainer(tmp_path, callback, max_steps=10).fit(ToyLM(), loader(48))
     trainer(tmp_path, callback, fast_dev_run=True).fit(ToyLM(), loader(48))
