@@ -555,8 +555,8 @@ class ThanosPruningCallback(Callback):
         if not self._needs_survey and self._allocation is None:
             return self._plan_pruning(events, self._final_patterns)
         first = events[0].step
-        step = first - min(first // 2, self.calibration_steps) if self._collects_in_training else first
         needed = len(split_by_memory(list(self._layers.values()), self.hessian_memory_gib))
+        step = first - min(first // 2, needed * self.calibration_steps) if self._collects_in_training else first
         has_room = step >= needed and first - step >= (1 if self._needs_survey else needed)
         if self._collects_in_training and not has_room:
             if not self._needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]
