@@ -99,6 +99,17 @@ def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def check_sparsity(kept: dict[str, torch.Tensor], case: dict[str, Any]) -> None:
+    """Each layer is as sparse as the case asks for; unstructured ones are together, and none is far from the rest."""
+    if case.get("pattern") != "unstructured":
+        assert {float(keep.float().mean()) for keep in kept.values()} == {0.5}
+        return
+    budget = sum(int(case["sparsity"] * keep.numel()) for keep in kept.values())
+    assert sum(int((~keep).sum()) for keep in kept.values()) == budget
+    sparsities = [1 - float(keep.float().mean()) for keep in kept.values()]
+    assert max(abs(sparsity - case["sparsity"]) for sparsity in sparsities) < 0.16
+
+
 def masks(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     saved = torch.load(out / f"state{rank}.pt", weights_only=True)["masks"]
     return {name: LayerMask.from_state(state).keep for name, state in saved.items()}

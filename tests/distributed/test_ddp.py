@@ -29,7 +29,7 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
         assert rank["control"] > 0
         assert rank["checked"]["weight"] >= 14 * 2
         assert rank["events"] == events
-        assert min(rank["sparsity"][name] for name in PRUNABLE) > 0.4
+        assert min(rank["sparsity"][name] for name in PRUNABLE) > 0.3
     assert first["digest"] == second["digest"]
     for name, keep in masks(tmp_path, 0).items():
         assert torch.equal(keep, masks(tmp_path, 1)[name])
@@ -47,7 +47,7 @@ def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> No
 @pytest.mark.parametrize("case", [{}, UNSTRUCTURED])
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     whole = train(tmp_path / "whole", save=True, **case)
-    for stop in (2, 5):  # windows are 1-3, 4-6, 6-7
+    for stop in (2, 5):  # windows are 1-3, 4-6, 6-7; unstructured 0-2 (to allocate), 2-3, ...
         checkpoint = str(tmp_path / "whole" / f"step={stop}.ckpt")
         resumed = train(tmp_path / f"resumed{stop}", resume=checkpoint, **case)
         for before, after in zip(whole, resumed, strict=True):
