@@ -197,11 +197,17 @@ def plan_windows(
         The windows in order of time.
 
     Raises:
-        ValueError: If an event has more windows than there are steps before it.
+        ValueError: If an event has more windows than there are steps before it, or is to be pruned on the batches before
+            the first.
     """
     windows: list[Window] = []
     before = since
     for event, patterns in work:
+        if calibration_steps and not event.step:
+            raise ValueError(
+                "an event before the first optimizer step has no training batches to prune on: give a "
+                "calibration_dataloader (a list of batches, or 'datamodule'), or start the schedule later (start_step)"
+            )
         groups = split_by_memory([layers[name] for name in patterns], budget_gib)
         available = event.step - before
         length = min(calibration_steps, available // len(groups))

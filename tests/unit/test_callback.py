@@ -845,7 +845,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
         ({"pattern": "4:9"}, {}, "layer model.model.layers.0.self_attn.q_proj: .*9"),
         ({"schedule": SparsitySchedule(50, 60, 10)}, {}, "first event is at optimizer step 60, but the training has 8"),
         ({"schedule": SparsitySchedule(0.1, 0.5, 0.1)}, {"max_steps": -1}, "set the Trainer's max_steps"),
-        ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "event at optimizer step 0 needs statistics"),
+        ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "before the first optimizer step has no training batches"),
         ({"schedule": SparsitySchedule(2, 6, 2, initial=0.5)}, {}, "starts at sparsity 0.5, not below the final 0.5"),
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"hessian_memory_gib": 1e-9}, {}, "more than hessian_memory_gib"),
