@@ -134,7 +134,14 @@ def _verify(
             checkpoint, None if pattern is None else parse_pattern(pattern, sparsity, outlier_fraction), **layers
         )
     _write_warnings(caught)
-    return _conclude(checkpoint, reports)
+    status = _conclude(checkpoint, reports)
+    budget = sum(int(report.sparsity * report.numel) for report in reports)
+    if status and pattern == "unstructured" and sum(report.zeros for report in reports) >= budget:
+        sys.stderr.write(
+            f"{_PROGRAM}: together the tensors have zeros enough. An allocation gives each layer a share of its own: "
+            "leave out --pattern to check what was recorded\n"
+        )
+    return status
 
 
 def _export(checkpoint: str, output: str, **options: Any) -> int:

@@ -197,8 +197,7 @@ def plan_windows(
         The windows in order of time.
 
     Raises:
-        ValueError: If an event has more windows than there are steps before it, or is to be pruned on the batches before
-            the first.
+        ValueError: If an event has more windows than there are steps before it, or no step at all.
     """
     windows: list[Window] = []
     before = since

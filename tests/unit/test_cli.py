@@ -211,6 +211,18 @@ def test_verify_table(folder, capsys, value, arguments):
     assert shown.endswith(f"{folder}: 1 of 7 tensors do not conform\n")
 
 
+def test_verify_says_what_an_allocation_is(folder, capsys):
+    (folder / "sparsity.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:, 1:] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layers = ["--pattern", "unstructured", "--targets", "*.up_proj", "*.down_proj"]
+    assert main(["verify", str(folder), *layers, "--sparsity", "0.6"]) == 1  # 50 % and 94 %
+    assert "leave out --pattern to check what was recorded" in capsys.readouterr().err
+    assert main(["verify", str(folder), *layers, "--sparsity", "0.9"]) == 1
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
 def test_verify_checkpoint(fitted, tmp_path, capsys, part):
     content = torch.load(fitted, weights_only=True)
