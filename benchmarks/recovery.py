@@ -107,7 +107,10 @@ OPTIONS: dict[str, Recipe] = {
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
     "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
-    "first step, half the calibration": Recipe(_BEFORE, {"calibration_dataloader": 16}),
+    **{
+        f"first step, {amount} the calibration": Recipe(_BEFORE, {"calibration_dataloader": number})
+        for amount, number in (("half", 16), ("four times", 128))
+    },
     "first step, alike": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}),
     "first step, alike, distilled": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}, _BEFORE_PRUNING),
     "first step, outputs alike, distilled": Recipe(
