@@ -62,7 +62,7 @@ class Recipe:
     """A training with ThanosPruningCallback.
 
     Attributes:
-        schedule: (start, end, every), fractions of the training.
+        schedule: (start, end, every), fractions of the training, and the sparsity at the start.
         options: Other arguments of the callback; a calibration_dataloader is so many of the first batches, "first
             batches" as many as the one-shot methods calibrate on.
         distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
@@ -70,7 +70,7 @@ class Recipe:
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
     """
 
-    schedule: tuple[float, float, float]
+    schedule: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
@@ -111,6 +111,8 @@ OPTIONS: dict[str, Recipe] = {
         f"first step, {amount} the calibration": Recipe(_BEFORE, {"calibration_dataloader": number})
         for amount, number in (("half", 16), ("four times", 128))
     },
+    "from the first step": Recipe((0.0, 0.2, 0.1, 0.25), _FIRST_STEP),
+    "from the first step, levels": Recipe((0.0, 0.1, 0.1, 0.25), {**_FIRST_STEP, "progression": "levels"}),
     "first step, alike": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}),
     "first step, alike, distilled": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}, _BEFORE_PRUNING),
     "first step, outputs alike, distilled": Recipe(
