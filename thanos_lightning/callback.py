@@ -59,8 +59,10 @@ from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Unstructured, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.surveying import LayerSurvey, allocate, survey_window
+from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, survey_window
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
+
+_ORDERED: dict[Progression, Progression] = {"least-loss-first": "front-to-back"}
 
 
 class ThanosPruningCallback(Callback):
@@ -106,9 +108,10 @@ class ThanosPruningCallback(Callback):
             is on the way to 2:4. "front-to-back", "back-to-front" and "least-loss-first": layers take turns, each
             pruned at once to its end.
         allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
-            None is `Allocation("loss")` for "unstructured" with output weights, if there are steps (or a
-            calibration_dataloader) to look at the layers before the first event; else "uniform". It and
-            "least-loss-first" look at all layers before that event, which takes further calibration steps.
+            None is `Allocation("loss")` for "unstructured" with output weights, where the layers can be looked at
+            before the first event and the schedule begins below what a layer may get; else "uniform". It and
+            "least-loss-first" look at all layers before that event, which takes calibration steps of their own; where
+            there are too few for both, half of those before the event.
         rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the
             schedulers ask for.
         moments: What of the optimizers' moments of the weights that are kept: "keep", or "clear", which forgets the
@@ -226,6 +229,7 @@ class ThanosPruningCallback(Callback):
         # below: made at the start of each fit
         self._layers: dict[str, PrunableLayer] = {}
         self._final_patterns: dict[str, Pattern] = {}
+        self._lacks_gradients = False
         self._windows: list[Window] = []
         self._surveys: dict[str, LayerSurvey] = {}
         self._statistics: InputStatistics | None = None
@@ -255,6 +259,8 @@ class ThanosPruningCallback(Callback):
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
                 self._check_zero_stage_3(trainer.strategy)
+            else:
+                self._lacks_gradients = False
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
                     "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
@@ -381,9 +387,15 @@ class ThanosPruningCallback(Callback):
             self.report.summary.recovered = self._measure(trainer)
         missed = [window for window in self._windows[self._windows_done :] if window.is_last]
         if missed:
+            events = [window for window in missed if not window.surveys]
+            which = (
+                f"{len(events)} pruning event(s), the last one at step {events[-1].end_step}"
+                if events
+                else "all events"
+            )
             rank_zero_warn(
-                f"training ended after {self._optimizer_steps} optimizer steps, before {len(missed)} pruning event(s), "
-                f"the last one at step {missed[-1].end_step}: the final sparsity was not reached. (Steps that a "
+                f"training ended after {self._optimizer_steps} optimizer steps, before {which}: the final sparsity was "
+                "not reached. (Steps that a "
                 "gradient scaler skips, and those of other optimizers, do not count)"
             )
         elif self._windows:
@@ -513,8 +525,13 @@ class ThanosPruningCallback(Callback):
         """What is asked for, or the default, None where all layers are alike."""
         if self.allocation is None and isinstance(self.pattern, Unstructured) and self._weights_outputs:
             default = Allocation("loss")
-            lowest, highest = default.limits(self.pattern.sparsity)
-            return default if self.schedule.initial < lowest <= self.pattern.sparsity <= highest else None
+            lowest, _ = default.limits(self.pattern.sparsity)
+            begins_below = self.schedule.initial < lowest or not self.schedule.initial
+            return (
+                default
+                if begins_below and self.pattern.sparsity < MOST_SURVEYED and not self._lacks_gradients
+                else None
+            )
         return self.allocation if isinstance(self.allocation, Allocation) else None
 
     @property
@@ -557,7 +574,8 @@ class ThanosPruningCallback(Callback):
         first = events[0].step
         needed = len(split_by_memory(list(self._layers.values()), self.hessian_memory_gib))
         step = first - min(first // 2, needed * self.calibration_steps) if self._collects_in_training else first
-        has_room = step >= needed and first - step >= (1 if self._needs_survey else needed)
+        in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
+        has_room = step >= needed and first - step >= (1 if in_turns else needed)
         if self._collects_in_training and not has_room:
             if not self._needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_info(
@@ -577,16 +595,32 @@ class ThanosPruningCallback(Callback):
             budget_gib=self.hessian_memory_gib,
             surveys=True,
         )
+        if not self._needs_survey and not self._surveys_from(survey[0].start_step):
+            rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
+            return self._plan_pruning(events, self._final_patterns)
         if len(self._surveys) < len(self._layers):
+            self._plan_pruning(events, self._final_patterns, since=step)  # refuses what can't be before the training
             return survey
         final = self._final_patterns
         if self._allocation is not None:
-            is_weighted = all(survey.weighted_losses is not None for survey in self._surveys.values())
-            if is_weighted or self.allocation is not None:
+            shared = [name for name, its in final.items() if its == self.pattern]
+            unknown = [name for name in shared if self._surveys[name].weighted_losses is None]
+            if not unknown or self.allocation is not None:
                 final = allocate(self._allocation, self._surveys, self._layers, final, self.pattern)
             else:
-                rank_zero_info("not all layers have gradients at their outputs: all are pruned alike")
+                rank_zero_warn(
+                    f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no "
+                    "gradient has reached their outputs: all layers are pruned alike. allocation='uniform' is without "
+                    "this warning"
+                )
         return [*survey, *self._plan_pruning(events, final, since=step)]
+
+    def _surveys_from(self, step: int) -> bool:
+        """Whether layers are, or were, looked at in windows that start there; a training may go on behind it."""
+        restored = self._restored
+        if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
+            return bool(restored["windows"][0][-1] == "surveys")
+        return bool(self._surveys) or step >= self._optimizer_steps
 
     def _plan_pruning(self, events: list[Event], final: dict[str, Pattern], since: int = 0) -> list[Window]:
         sizes = {name: layer.rows * layer.cols for name, layer in self._layers.items()}
@@ -595,7 +629,9 @@ class ThanosPruningCallback(Callback):
             for name, survey in self._surveys.items()
             if name in final
         }
-        order = turns(self.progression, final, losses)
+        # before the layers were looked at, any order does to see that all events fit
+        progression = self.progression if self._surveys else _ORDERED.get(self.progression, self.progression)
+        order = turns(progression, final, losses)
         windows = plan_windows(
             changes(events, final, self.progression, sizes, order),
             self._layers,
@@ -812,7 +848,8 @@ class ThanosPruningCallback(Callback):
 
     def _check_zero_stage_3(self, strategy: DeepSpeedStrategy) -> None:
         # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
-        if strategy.zero_stage_3 and self.calibration_dataloader is not None and self.output_weights == "gradients":
+        self._lacks_gradients = strategy.zero_stage_3 and self.calibration_dataloader is not None
+        if self._lacks_gradients and self.output_weights == "gradients":
             raise MisconfigurationException(
                 "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader: leave the "
                 "dataloader out to have those of the training batches, or take output_weights='uniform'"
@@ -828,12 +865,12 @@ class ThanosPruningCallback(Callback):
             return {name: one for name, one in statistics.accumulators.items() if name in window.patterns}
         statistics = self._new_statistics(window)
         backward = None
-        strategy = trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        if self._lacks_gradients:
             if self._wants_gradients(window) and not self._applied:
                 rank_zero_warn(
                     "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count "
-                    "alike. Leave it out to have those of the training batches"
+                    "alike, and unstructured layers are pruned alike unless an allocation is given. Leave it out to "
+                    "have those of the training batches"
                 )
         elif self._wants_gradients(window):
             gradients = self._gradients = OutputGradients(statistics.layers)

@@ -246,8 +246,8 @@ def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]]) -> Non
     if [window.state() for window in windows] != list(recorded):
         raise MisconfigurationException(
             f"the {len(recorded)} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
-            "resume with the schedule, patterns, targets, calibration_steps and hessian_memory_gib that it was trained "
-            "with, and the same max_steps where the schedule has fractions"
+            "resume with the schedule, patterns, targets, allocation, output_weights, progression, calibration_steps "
+            "and hessian_memory_gib that it was trained with, and the same max_steps where the schedule has fractions"
         )
 
 

@@ -25,7 +25,7 @@ from thanos_lightning.targets import PrunableLayer
 
 # OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
 _OUTLIER = 5.0
-_MOST = 0.95  # no layer is looked at beyond this sparsity
+MOST_SURVEYED = 0.95  # no layer is looked at beyond this sparsity
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def levels(pattern: Pattern) -> list[Pattern]:
         case NM():
             denser: Pattern = replace(pattern, outlier_fraction=0.0)
         case Unstructured():
-            denser = Unstructured(max(pattern.sparsity, min(_MOST, (1 + pattern.sparsity) / 2)))
+            denser = Unstructured(max(pattern.sparsity, min(MOST_SURVEYED, (1 + pattern.sparsity) / 2)))
         case Structured():
             most = 1 - pattern.outlier_fraction
-            denser = replace(pattern, sparsity=max(pattern.sparsity, _MOST * (most + pattern.sparsity) / 2))
+            denser = replace(pattern, sparsity=max(pattern.sparsity, MOST_SURVEYED * (most + pattern.sparsity) / 2))
     found = {level.sparsity: level for level in (half, pattern, denser)}
     return list(found.values())
 

@@ -100,14 +100,18 @@ def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:
 
 
 def check_sparsity(kept: dict[str, torch.Tensor], case: dict[str, Any]) -> None:
-    """Each layer is as sparse as the case asks for; unstructured ones are together, and none is far from the rest."""
+    """Each layer is as sparse as the case asks for; unstructured ones are together, each with a share of its own."""
+    sparsities = {1 - float(keep.float().mean()) for keep in kept.values()}
     if case.get("pattern") != "unstructured":
-        assert {float(keep.float().mean()) for keep in kept.values()} == {0.5}
+        assert sparsities == {0.5}
         return
     budget = sum(int(case["sparsity"] * keep.numel()) for keep in kept.values())
     assert sum(int((~keep).sum()) for keep in kept.values()) == budget
-    sparsities = [1 - float(keep.float().mean()) for keep in kept.values()]
-    assert max(abs(sparsity - case["sparsity"]) for sparsity in sparsities) < 0.16
+    without_gradients = case.get("strategy") == "zero3" and "calibration_batches" in case
+    if without_gradients:
+        assert max(sparsities) - min(sparsities) < 0.01  # whole weights of layers of any size
+    else:
+        assert 0.1 < max(sparsities) - min(sparsities) < 0.31
 
 
 def masks(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:

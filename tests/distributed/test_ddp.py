@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import PRUNABLE, agreement, masks, train
+from ranks import PRUNABLE, agreement, check_sparsity, masks, train
 
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
 
@@ -29,7 +29,8 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
         assert rank["control"] > 0
         assert rank["checked"]["weight"] >= 14 * 2
         assert rank["events"] == events
-        assert min(rank["sparsity"][name] for name in PRUNABLE) > 0.3
+        asked = 0.4 if "pattern" not in case else 0.3  # less, where layers share a budget
+        assert min(rank["sparsity"][name] for name in PRUNABLE) > asked
     assert first["digest"] == second["digest"]
     for name, keep in masks(tmp_path, 0).items():
         assert torch.equal(keep, masks(tmp_path, 1)[name])
@@ -42,12 +43,13 @@ def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> No
     (one,) = train(tmp_path / "one", ranks=1, strategy="auto", batch_size=8, **case)
     assert one["error"] is two["error"] is None
     assert agreement(tmp_path / "one", tmp_path / "two") >= 0.999
+    check_sparsity(masks(tmp_path / "two"), case)
 
 
 @pytest.mark.parametrize("case", [{}, UNSTRUCTURED])
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     whole = train(tmp_path / "whole", save=True, **case)
-    for stop in (2, 5):  # windows are 1-3, 4-6, 6-7; unstructured 0-2 (to allocate), 2-3, ...
+    for stop in (2, 5) if not case else (1, 5):  # windows are 1-3, 4-6, 6-7; with an allocation 0-2, 2-3, 4-6, 6-7
         checkpoint = str(tmp_path / "whole" / f"step={stop}.ckpt")
         resumed = train(tmp_path / f"resumed{stop}", resume=checkpoint, **case)
         for before, after in zip(whole, resumed, strict=True):

@@ -310,6 +310,13 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
         assert "an optimizer that is offloaded in part (offload_optimizer.ratio 0.5)" in rank["error"]
 
 
+def test_gradients_of_a_calibration_set_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    asked = {"pattern": "unstructured", "sparsity": 0.6, "calibration_batches": 3, "output_weights": "gradients"}
+    for rank in train(tmp_path, strategy="zero3", **asked):
+        assert "under ZeRO-3 there are none on a calibration_dataloader" in rank["error"]
+        assert rank["events"] == []
+
+
 def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> None:
     for rank in train(tmp_path, strategy="zero3", uncounted=[1]):
         assert rank["error"] is None

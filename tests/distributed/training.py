@@ -79,6 +79,7 @@ class Case:
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
     allocation: dict[str, Any] | None = None
+    output_weights: str | None = None
     rewarm_steps: int = 0
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
 
@@ -600,6 +601,7 @@ def train(case: Case) -> None:
         verify_every_n_steps=1,
         monitor=case.monitor,
         allocation=None if case.allocation is None else Allocation(**case.allocation),
+        output_weights=case.output_weights,
         rewarm_steps=case.rewarm_steps,
     )
     watch, results = Watch(pruning), Results()

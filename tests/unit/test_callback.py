@@ -849,6 +849,16 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
         ({"schedule": SparsitySchedule(2, 6, 2, initial=0.5)}, {}, "starts at sparsity 0.5, not below the final 0.5"),
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"hessian_memory_gib": 1e-9}, {}, "more than hessian_memory_gib"),
+        (
+            {
+                "pattern": "unstructured",
+                "sparsity": 0.5,
+                "hessian_memory_gib": 2.2e-5,
+                "schedule": SparsitySchedule(10, 12, 1),
+            },
+            {"max_steps": 20},
+            "step 12 needs statistics from",  # and not only when the layers have been looked at
+        ),
         ({"overrides": [TargetOverride(["*.query"], "4:8")]}, {}, "override target"),
     ],
 )
@@ -973,7 +983,8 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
         ({"output_weights": "uniform"}, True),  # relative losses say too little
         ({"method": "sparsegpt"}, True),
         ({"schedule": SparsitySchedule(1, 1, 1)}, True),  # no step to look at the layers before
-        ({"schedule": SparsitySchedule(4, 8, 4), "hessian_memory_gib": 4.5e-5}, True),  # three windows
+        ({"schedule": SparsitySchedule(8, 8, 1), "hessian_memory_gib": 4.5e-5}, False),  # three windows of a step
+        ({"schedule": SparsitySchedule(4, 4, 1), "hessian_memory_gib": 4.5e-5}, True),
         ({"schedule": SparsitySchedule(4, 8, 4, initial=0.4)}, True),  # more than a layer may get
         ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": list(loader(8))}, False),
         ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": UNLABELLED}, True),
@@ -989,6 +1000,21 @@ def test_unstructured_layers_are_allocated_where_it_can_be_told(
         int(0.5 * mask.keep.numel()) for mask in found.values()
     )
     assert ({mask.sparsity for mask in found.values()} == {0.5}) is alike
+
+
+def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, every, max_steps=5, enable_checkpointing=True).fit(ToyLM(), ResumableBatches(64))
+    ends = []
+    for start in (5, 7):  # a checkpoint without a state; one inside the window that begins at 6
+        callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(8, 8, 1))  # would look at steps 4 to 6
+        again = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(tmp_path, callback, again, max_steps=10, enable_checkpointing=True).fit(
+            ToyLM(), ResumableBatches(64), ckpt_path=tmp_path / f"step={start}.ckpt"
+        )
+        ends.append({name: mask.keep for name, mask in masks(callback).items()})
+        assert {mask.sparsity for mask in masks(callback).values()} == {0.5}
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_verify_says_what_an_allocation_is(folder, capsys):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     layers = ["--pattern", "unstructured", "--targets", "*.up_proj", "*.down_proj"]
     assert main(["verify", str(folder), *layers, "--sparsity", "0.6"]) == 1  # 50 % and 94 %
-    assert "leave out --pattern to check what was recorded" in capsys.readouterr().err
+    assert "where they were recorded, they are checked without --pattern" in capsys.readouterr().err
     assert main(["verify", str(folder), *layers, "--sparsity", "0.9"]) == 1
     assert capsys.readouterr().err == ""
 
