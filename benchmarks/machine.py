@@ -7,15 +7,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+_overridden: list[torch.library.Library] = []  # an override lasts as long as its library
 
 
-def hardware() -> dict[str, str | int]:
+def multiply_bf16_in_fp32() -> bool:
+    """Multiply bf16 matrices as fp32 ones where the CPU cannot, and round the products to bf16.
+
+    Hardware for bf16 sums in fp32, too, so that results differ in the order of the sum only. Without that hardware
+    a training step of SmolLM2-135M took 37 s with PyTorch's own products, with these 11 s. Attention is computed in
+    fp32 from rounded queries, keys and values.
+
+    Returns:
+        Whether it does; not on CPUs that have the instructions, or that don't say so.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    if flags is None or {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
+        return False
+    library = torch.library.Library("aten", "IMPL")
+
+    def product(name: str) -> None:
+        by_out = getattr(torch, name)  # with out= it is another operator, which is not overridden
+
+        def multiply(a: Tensor, b: Tensor) -> Tensor:
+            out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32 if a.dtype == torch.bfloat16 else a.dtype)
+            result: Tensor = by_out(a.to(out.dtype), b.to(out.dtype), out=out)
+            return result.to(a.dtype)
+
+        library.impl(name, multiply, "CPU", allow_override=True)
+
+    product("mm")
+    product("bmm")
+    attend = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return attend(query, key, value, *arguments, **options)
+        dtype = torch.get_autocast_dtype("cpu")
+        rounded = (tensor.to(dtype).float() for tensor in (query, key, value))
+        with torch.autocast("cpu", enabled=False):
+            return attend(*rounded, *arguments, **options).to(dtype)
+
+    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    _overridden.append(library)
+    return True
+
+
+def hardware() -> dict[str, Any]:
     """What the timings depend on."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
         cpu = found[1].strip()
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return machine | {"bf16": "by fp32"} if _overridden else machine
 
 
 def keep(name: str, folder: Path, document: dict[str, Any]) -> Path:

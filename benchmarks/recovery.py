@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelPruning
-from machine import hardware, keep
+from machine import hardware, keep, multiply_bf16_in_fp32
 from one_shot import METHODS, capture, prune_model
 from rich.console import Console
 from rich.table import Table
@@ -585,6 +585,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for a JSON file and a picture, named after the hardware")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if multiply_bf16_in_fp32():
+        print("This CPU has no instructions for bf16: products of bf16 are computed in fp32, and rounded")
     for contender in arguments.contenders or ():
         if not any(contender in contenders(pattern) for pattern in arguments.patterns):
             known = dict.fromkeys(name for pattern in arguments.patterns for name in contenders(pattern))
