@@ -30,13 +30,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.planning import Window
 from thanos_lightning.pruning import prune_window
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import find_targets
+from thanos_lightning.windows import Window
 
 OPTIONS = SolverOptions(refine_steps=10)
 HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192

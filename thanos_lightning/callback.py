@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,21 +11,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from thanos_lightning.allocation import Allocation
-from thanos_lightning.calibration import (
-    InputStatistics,
-    count_dataloader,
-    gather_states,
-    load_own_states,
-    loss_of,
-    token_mask,
-)
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
+from thanos_lightning.collecting import Collected, Collector
 from thanos_lightning.companions import (
     callbacks_of,
     check_averaging,
@@ -39,30 +30,18 @@ from thanos_lightning.companions import (
     warn_of_no_best,
 )
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
-from thanos_lightning.gradients import OutputGradients, output_weights
 from thanos_lightning.masks import LayerMask
-from thanos_lightning.planning import (
-    Progression,
-    Window,
-    changes,
-    check_ahead,
-    check_begun,
-    check_progression,
-    plan_windows,
-    split_by_memory,
-    turns,
-)
-from thanos_lightning.pruning import PruningError, assign_owners, prune_window
+from thanos_lightning.planning import Planner, check_allocation, check_initial, default_allocation
+from thanos_lightning.pruning import assign_owners, prune_window
 from thanos_lightning.report import Clock, EventReport, PruningReport, event_progress, print_event, print_summary
 from thanos_lightning.rewarming import Rewarming
-from thanos_lightning.schedule import Event, SparsitySchedule
+from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
-from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Unstructured, parse_pattern
+from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, survey_window
+from thanos_lightning.surveying import LayerSurvey, survey_window
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
-
-_ORDERED: dict[Progression, Progression] = {"least-loss-first": "front-to-back"}
+from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression
 
 
 class ThanosPruningCallback(Callback):
@@ -195,13 +174,14 @@ class ThanosPruningCallback(Callback):
         if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
             raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
         self.allocation = allocation
-        if self._needs_survey and not self.options.needs_statistics:
+        asks = isinstance(allocation, Allocation) or progression == "least-loss-first"
+        if asks and not self.options.needs_statistics:
             what = "allocation" if isinstance(allocation, Allocation) else "least-loss-first"
             raise ValueError(
                 f"method {method!r} reports no losses, and {what} needs them: choose 'thanos', 'sparsegpt' or 'wanda'"
             )
         if isinstance(allocation, Allocation):
-            self._check_allocation(allocation)
+            check_allocation(allocation, self.pattern, schedule)
         if rewarm_steps < 0:
             raise ValueError(f"rewarm_steps is {rewarm_steps}: give a number of optimizer steps ≥ 0")
         self.rewarm_steps = rewarm_steps
@@ -223,7 +203,6 @@ class ThanosPruningCallback(Callback):
         self._windows_done = 0
         self._applied: dict[str, Pattern] = {}
         self._forgets_masks = False  # of a training before, unless a checkpoint is loaded
-        self._warned_of_no_mask = False
         self._measured: tuple[int, float] | None = None  # optimizer steps, value of the monitored metric
         self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
         # below: made at the start of each fit
@@ -232,9 +211,8 @@ class ThanosPruningCallback(Callback):
         self._lacks_gradients = False
         self._windows: list[Window] = []
         self._surveys: dict[str, LayerSurvey] = {}
-        self._statistics: InputStatistics | None = None
-        self._gradients: OutputGradients | None = None
-        self._calibrated: tuple[InputStatistics, OutputGradients | None] | None = None  # of weights as they are
+        self._planner: Planner | None = None
+        self._collector: Collector | None = None
         self._access: ParameterAccess | None = None
         self._enforcer: MaskEnforcer | None = None
         self._handles: list[RemovableHandle] = []
@@ -249,7 +227,7 @@ class ThanosPruningCallback(Callback):
             if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
                 # the engine of the fit before, and masks on the device, must not wait beside the new ones
-                self._access = self._enforcer = self._statistics = self._gradients = None
+                self._access = self._enforcer = self._collector = None
             else:
                 has_pruned = bool(self._applied)
                 self._reset()
@@ -272,13 +250,14 @@ class ThanosPruningCallback(Callback):
         self._layers = find_targets(pl_module, self.targets, self.ignore)
         self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
         check_progression(self.progression, self._final_patterns)
-        self._check_initial()
+        check_initial(self.schedule, self._final_patterns)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._access = choose_access(trainer.strategy, self._layers)
         self._enforcer = MaskEnforcer(self._layers, self._access)
-        self._warned_of_no_mask = False
+        self._collector = self._new_collector(self._access)
+        self._planner = self._new_planner()
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "
@@ -306,13 +285,9 @@ class ThanosPruningCallback(Callback):
             if self.rewarm_steps:
                 self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
-        self._statistics = self._gradients = self._calibrated = None
         if self._restored is not None and self._restored["collected"] is not None:
             self._collect(self._windows[self._windows_done])
-            assert self._statistics is not None
-            gradients = load_own_states(self._statistics, self._restored["collected"], self._require_access())
-            if self._gradients is not None:
-                self._gradients.load(gradients)
+            self._collector.load(self._restored["collected"])
         self._restored = None
         if self._windows_done < len(self._windows):
             self._held_back = hold_back_stopping(trainer)
@@ -321,14 +296,14 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._statistics is not None:
-            self._statistics.begin(partial(self._counted, batch))
+        if self._collector is not None:
+            self._collector.begin(batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         # what runs the model after the training step (other callbacks' samples, probes) is no training token
-        if self._statistics is not None and pl_module.automatic_optimization:
-            self._statistics.end()
+        if self._collector is not None and pl_module.automatic_optimization:
+            self._collector.end()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -345,8 +320,8 @@ class ThanosPruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._statistics is not None:
-            self._statistics.end()
+        if self._collector is not None:
+            self._collector.end()
         self._clock.tick()
         enforcer = self._require_enforcer()
         before, now = self._optimizer_steps_seen, self._optimizer_steps
@@ -360,8 +335,8 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._statistics is not None:  # a batch that the module skipped has no end
-            self._statistics.end()
+        if self._collector is not None:  # a batch that the module skipped has no end
+            self._collector.end()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -439,17 +414,13 @@ class ThanosPruningCallback(Callback):
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
-        collected = None
-        if self._statistics is not None:
-            gradients = {} if self._gradients is None else self._gradients.sums
-            collected = gather_states(self._statistics, gradients, self._require_access())
         return {
             "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
             "windows": [window.state() for window in self._windows],
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
-            "collected": collected,
+            "collected": None if self._collector is None else self._collector.state(),
             "report": self.report.state(),
             "measured": self._measured,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
@@ -516,180 +487,44 @@ class ThanosPruningCallback(Callback):
 
     # Plan
 
-    @property
-    def _needs_survey(self) -> bool:
-        return isinstance(self.allocation, Allocation) or self.progression == "least-loss-first"
+    def _new_planner(self) -> Planner:
+        if isinstance(self.allocation, Allocation):
+            allocation: Allocation | None = self.allocation
+        elif self.allocation is None and self._weights_outputs and not self._lacks_gradients:
+            allocation = default_allocation(self.pattern, self.schedule)
+        else:
+            allocation = None
+        return Planner(
+            self.pattern,
+            self.schedule,
+            self.progression,
+            allocation,
+            gives_way=self.allocation is None,
+            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
+            memory_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
+        )
 
-    @property
-    def _allocation(self) -> Allocation | None:
-        """What is asked for, or the default, None where all layers are alike."""
-        if self.allocation is None and isinstance(self.pattern, Unstructured) and self._weights_outputs:
-            default = Allocation("loss")
-            lowest, _ = default.limits(self.pattern.sparsity)
-            begins_below = self.schedule.initial < lowest or not self.schedule.initial
-            return (
-                default
-                if begins_below and self.pattern.sparsity < MOST_SURVEYED and not self._lacks_gradients
-                else None
-            )
-        return self.allocation if isinstance(self.allocation, Allocation) else None
+    def _plan(self, trainer: Trainer) -> list[Window]:
+        restored, begun_with_survey = self._restored, None
+        if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
+            begun_with_survey = bool(restored["windows"][0][-1] == "surveys")
+        return self._require_planner().plan(
+            trainer,
+            self._layers,
+            self._final_patterns,
+            self._surveys,
+            optimizer_steps=self._optimizer_steps,
+            begun_with_survey=begun_with_survey,
+        )
 
     @property
     def _weights_outputs(self) -> bool:
         wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
         return wanted == "gradients"
 
-    def _check_allocation(self, allocation: Allocation) -> None:
-        if isinstance(self.pattern, NM) and not self.pattern.outlier_fraction:
-            raise ValueError(
-                f"{self.pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction "
-                "of the rows of all layers together that are to stay dense"
-            )
-        lowest, highest = allocation.limits(self.pattern.sparsity)
-        if self.schedule.initial >= lowest and self.schedule.initial > 0:
-            raise ValueError(
-                f"the schedule starts at sparsity {self.schedule.initial}, but the allocation may give a layer as "
-                f"little as {lowest}: give a smaller initial, or a larger lowest"
-            )
-        if not lowest <= self.pattern.sparsity <= highest:
-            closest = lowest if self.pattern.sparsity < lowest else highest
-            raise ValueError(
-                f"a sparsity of {self.pattern.sparsity} can't be met where each layer's is between {lowest} and "
-                f"{highest}: the closest is {closest}. Widen the allocation's limits, or ask for that"
-            )
-
-    def _check_initial(self) -> None:
-        for name, pattern in self._final_patterns.items():
-            if self.schedule.initial >= pattern.sparsity:
-                raise ValueError(
-                    f"the schedule starts at sparsity {self.schedule.initial}, not below the final {pattern.sparsity} "
-                    f"of layer {name}: give a smaller initial"
-                )
-
-    def _plan(self, trainer: Trainer) -> list[Window]:
-        """All windows, as far as they are known: those behind a survey follow when it is complete."""
-        events = self._events(trainer)
-        if not self._needs_survey and self._allocation is None:
-            return self._plan_pruning(events, self._final_patterns)
-        first = events[0].step
-        needed = len(split_by_memory(list(self._layers.values()), self.hessian_memory_gib))
-        step = first - min(first // 2, needed * self.calibration_steps) if self._collects_in_training else first
-        in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
-        has_room = step >= needed and first - step >= (1 if in_turns else needed)
-        if self._collects_in_training and not has_room:
-            if not self._needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]
-                rank_zero_info(
-                    f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
-                    "pruned alike"
-                )
-                return self._plan_pruning(events, self._final_patterns)
-            raise MisconfigurationException(
-                f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
-                f"{needed} window(s): start the schedule later (start_step), give a calibration_dataloader, or leave "
-                "out allocation and least-loss-first"
-            )
-        survey = plan_windows(
-            [(Event(step, 0.0), self._final_patterns)],
-            self._layers,
-            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
-            budget_gib=self.hessian_memory_gib,
-            surveys=True,
-        )
-        if not self._needs_survey and not self._surveys_from(survey[0].start_step):
-            rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
-            return self._plan_pruning(events, self._final_patterns)
-        if len(self._surveys) < len(self._layers):
-            self._plan_pruning(events, self._final_patterns, since=step)  # refuses what can't be before the training
-            return survey
-        final = self._final_patterns
-        if self._allocation is not None:
-            shared = [name for name, its in final.items() if its == self.pattern]
-            unknown = [name for name in shared if self._surveys[name].weighted_losses is None]
-            if not unknown or self.allocation is not None:
-                final = allocate(self._allocation, self._surveys, self._layers, final, self.pattern)
-            else:
-                rank_zero_warn(
-                    f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no "
-                    "gradient has reached their outputs: all layers are pruned alike. allocation='uniform' is without "
-                    "this warning"
-                )
-        return [*survey, *self._plan_pruning(events, final, since=step)]
-
-    def _surveys_from(self, step: int) -> bool:
-        """Whether layers are, or were, looked at in windows that start there; a training may go on behind it."""
-        restored = self._restored
-        if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
-            return bool(restored["windows"][0][-1] == "surveys")
-        return bool(self._surveys) or step >= self._optimizer_steps
-
-    def _plan_pruning(self, events: list[Event], final: dict[str, Pattern], since: int = 0) -> list[Window]:
-        sizes = {name: layer.rows * layer.cols for name, layer in self._layers.items()}
-        losses = {
-            name: min(survey.losses.items(), key=lambda item: abs(item[0] - final[name].sparsity))[1]
-            for name, survey in self._surveys.items()
-            if name in final
-        }
-        # before the layers were looked at, any order does to see that all events fit
-        progression = self.progression if self._surveys else _ORDERED.get(self.progression, self.progression)
-        order = turns(progression, final, losses)
-        windows = plan_windows(
-            changes(events, final, self.progression, sizes, order),
-            self._layers,
-            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
-            budget_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
-            since=since,
-        )
-        steps = [window.end_step - window.start_step for window in windows]
-        if self._collects_in_training and min(steps, default=0) < self.calibration_steps:
-            rank_zero_info(
-                f"calibration_steps is {self.calibration_steps}, but some windows have only {min(steps)} optimizer "
-                "step(s) since the event before"
-            )
-        return windows
-
     @property
     def _collects_in_training(self) -> bool:
         return self.options.needs_statistics and self.calibration_dataloader is None
-
-    def _events(self, trainer: Trainer) -> list[Event]:
-        total = trainer.estimated_stepping_batches
-        known = math.isfinite(total) and total > 0
-        schedule = self.schedule
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            rank_zero_info(f"fast_dev_run: everything is pruned at once, at optimizer step {int(total)}")
-            schedule = SparsitySchedule(int(total), int(total), 1)
-        if schedule.has_fractions:
-            if not known:
-                raise MisconfigurationException(
-                    "the schedule has fractions of the training, but the number of optimizer steps is not known: set "
-                    "the Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
-                )
-            if not trainer.lightning_module.automatic_optimization:
-                raise MisconfigurationException(
-                    "the schedule has fractions of the training, but under manual optimization the number of optimizer "
-                    "steps is not known: give the schedule in optimizer steps (whole numbers)"
-                )
-            schedule = schedule.resolve(int(total))
-        events = schedule.events()
-        if not known:
-            return events
-        inside = [event for event in events if event.step <= total]
-        if not inside:
-            raise MisconfigurationException(
-                f"the schedule's first event is at optimizer step {events[0].step}, but the training has {int(total)} "
-                "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
-            )
-        if inside[-1].step >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"the schedule's last event is at optimizer step {inside[-1].step}, the last of the training: no step "
-                "is left in which the model could recover. End the schedule earlier (end_step) or raise max_steps"
-            )
-        if len(inside) < len(events):
-            rank_zero_warn(
-                f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {int(total)} "
-                "steps: the final sparsity will not be reached"
-            )
-        return events
 
     def _counting_optimizer(self, access: ParameterAccess) -> Optimizer:
         """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
@@ -722,53 +557,65 @@ class ThanosPruningCallback(Callback):
                     forget_best(trainer)
                     release_stopping(trainer, self._held_back)
             else:
-                if self._statistics is None and window.end_step > window.start_step <= self._optimizer_steps:
+                is_open = self._require_collector().statistics is not None
+                if not is_open and window.end_step > window.start_step <= self._optimizer_steps:
                     self._collect(window)
                 return
         if self.monitor is not None and self.report.summary.pruned is None and self.report.events:
             self.report.summary.pruned = self._measure(trainer)
 
+    def _new_collector(self, access: ParameterAccess) -> Collector:
+        return Collector(
+            self._layers,
+            access,
+            calibration=self.calibration_dataloader,
+            attention_mask_key=self.attention_mask_key,
+            keeps_survey=self.hessian_memory_gib is None,
+            needs_gradients=self.output_weights is not None,
+            lacks_gradients=self._lacks_gradients,
+        )
+
     def _collect(self, window: Window) -> None:
-        self._statistics = self._new_statistics(window)
-        self._statistics.start()
-        if self._wants_gradients(window):
-            self._gradients = OutputGradients(self._statistics.layers)
-            self._gradients.start()
+        self._require_collector().open(window, gradients=self._wants_gradients(window))
+
+    def _collected(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> Collected:
+        if not self.options.needs_statistics:
+            return Collected()
+        wanted = self._wants_gradients(window)
+        collected = self._require_collector().take(window, trainer, pl_module, gradients=wanted)
+        self.report.summary.collecting_seconds += collected.seconds
+        return collected
 
     def _wants_gradients(self, window: Window) -> bool:
         """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
-        compete = (self._allocation is not None and window.surveys) or any(
+        compete = (self._require_planner().allocation is not None and window.surveys) or any(
             not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values()
         )
         return self._weights_outputs and bool(compete)
 
-    def _new_statistics(self, window: Window) -> InputStatistics:
-        several = self._require_access().world_size > 1
-        return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
-
     def _survey(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
-        accumulators = self._accumulators(window, trainer, pl_module)
-        assert accumulators is not None, "refused where a method has no statistics"
+        collected = self._collected(window, trainer, pl_module)
+        assert collected.accumulators is not None, "refused where a method has no statistics"
         self._surveys |= survey_window(
             window,
             self._layers,
-            accumulators,
+            collected.accumulators,
             access=self._require_access(),
             options=self.options,
-            several_levels=self._allocation is not None,
-            output_weights=self._take_output_weights(window),
+            several_levels=self._require_planner().allocation is not None,
+            output_weights=collected.output_weights,
         )
         if window.is_last:
             self._windows = self._plan(trainer)
         following = self._windows[self._windows_done + 1 :]
         if following and following[0].end_step > self._optimizer_steps:
-            self._calibrated = None
+            self._require_collector().forget_survey()
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()
         if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
             tell()
-        accumulators = self._accumulators(window, trainer, pl_module)
+        collected = self._collected(window, trainer, pl_module)
         owners = assign_owners({name: self._layers[name] for name in window.patterns}, access.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with event_progress(
@@ -777,11 +624,11 @@ class ThanosPruningCallback(Callback):
             layers = prune_window(
                 window,
                 self._layers,
-                accumulators,
+                collected.accumulators,
                 access=access,
                 enforcer=enforcer,
                 options=self.options,
-                output_weights=self._take_output_weights(window),
+                output_weights=collected.output_weights,
                 on_solved=on_solved,
             )
         self._applied.update(window.patterns)
@@ -811,41 +658,6 @@ class ThanosPruningCallback(Callback):
             print_event(event)
             self._write_report(trainer)
 
-    def _accumulators(
-        self, window: Window, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, HessianAccumulator] | None:
-        if not self.options.needs_statistics:
-            return None
-        if self.calibration_dataloader is not None:
-            return self._run_calibration(window, trainer, pl_module)
-        statistics, self._statistics = self._statistics, None
-        if statistics is None:
-            raise PruningError(
-                f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
-                "several events fell into one batch. Space the events further apart (every_n_steps)"
-            )
-        statistics.stop()
-        self.report.summary.collecting_seconds += statistics.seconds
-        statistics.raise_kept(self._require_access())
-        return statistics.accumulators
-
-    def _take_output_weights(self, window: Window) -> dict[str, torch.Tensor]:
-        """What the window's gradients say; empty where none are wanted."""
-        gradients, self._gradients = self._gradients, None
-        if gradients is None:
-            return {}
-        gradients.stop()
-        steps = max(1, window.end_step - window.start_step)  # windows of one survey are held against each other
-        found = {name: one / steps for name, one in output_weights(gradients.total(self._require_access())).items()}
-        if missing := [name for name in window.patterns if name not in found]:
-            rank_zero_warn(
-                f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
-                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
-                "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
-                "return the loss. output_weights='uniform' is without this warning)"
-            )
-        return found
-
     def _check_zero_stage_3(self, strategy: DeepSpeedStrategy) -> None:
         # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
         self._lacks_gradients = strategy.zero_stage_3 and self.calibration_dataloader is not None
@@ -854,82 +666,6 @@ class ThanosPruningCallback(Callback):
                 "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader: leave the "
                 "dataloader out to have those of the training batches, or take output_weights='uniform'"
             )
-
-    def _run_calibration(
-        self, window: Window, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, HessianAccumulator]:
-        access = self._require_access()
-        if self._calibrated is not None:  # for the survey, at this very step
-            statistics, self._gradients = self._calibrated
-            self._calibrated = None
-            return {name: one for name, one in statistics.accumulators.items() if name in window.patterns}
-        statistics = self._new_statistics(window)
-        backward = None
-        if self._lacks_gradients:
-            if self._wants_gradients(window) and not self._applied:
-                rank_zero_warn(
-                    "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count "
-                    "alike, and unstructured layers are pruned alike unless an allocation is given. Leave it out to "
-                    "have those of the training batches"
-                )
-        elif self._wants_gradients(window):
-            gradients = self._gradients = OutputGradients(statistics.layers)
-            gradients.start(of_training=False)
-
-            def backward(output: Any, counts: bool) -> None:
-                loss = loss_of(output)
-                if loss is not None:
-                    gradients.backward(loss, counts=counts)
-                elif self.output_weights is not None:
-                    raise MisconfigurationException(
-                        "output_weights is 'gradients', but for a calibration batch the module returns no loss "
-                        f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
-                    )
-
-        try:
-            counted = count_dataloader(
-                statistics,
-                self._calibration_batches(trainer, pl_module),
-                trainer,
-                pl_module,
-                access,
-                attention_mask_key=self.attention_mask_key,
-                backward=backward,
-            )
-        finally:
-            if self._gradients is not None:
-                self._gradients.stop()
-        if not sum(access.gather(counted)):
-            raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
-        statistics.raise_kept(access)
-        if window.surveys and self.hessian_memory_gib is None:
-            self._calibrated = (statistics, self._gradients)
-        return statistics.accumulators
-
-    def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
-        if not isinstance(self.calibration_dataloader, str):
-            assert self.calibration_dataloader is not None
-            return self.calibration_dataloader
-        for holder in (getattr(trainer, "datamodule", None), pl_module):
-            if (make := getattr(holder, "calibration_dataloader", None)) is not None:
-                batches: Iterable[Any] = make()
-                return batches
-        raise MisconfigurationException(
-            "calibration_dataloader is 'datamodule', but neither the datamodule nor the LightningModule has a method "
-            "calibration_dataloader(): add one, pass a dataloader, or None to use the training batches"
-        )
-
-    def _counted(self, batch: Any) -> torch.Tensor | None:
-        if self.attention_mask_key is None:
-            return None
-        counted = token_mask(batch, self.attention_mask_key)
-        if counted is None and not self._warned_of_no_mask:
-            self._warned_of_no_mask = True
-            rank_zero_warn(
-                f"the batches have no {self.attention_mask_key!r}, so every token counts, padding too. Name the mask "
-                "in attention_mask_key, or set it to None to say that there is no padding"
-            )
-        return counted
 
     def _measure(self, trainer: Trainer) -> float:
         """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
@@ -969,6 +705,14 @@ class ThanosPruningCallback(Callback):
         assert self._enforcer is not None, "set in on_train_start"
         return self._enforcer
 
+    def _require_collector(self) -> Collector:
+        assert self._collector is not None, "set in on_train_start"
+        return self._collector
+
+    def _require_planner(self) -> Planner:
+        assert self._planner is not None, "set in on_train_start"
+        return self._planner
+
     def _rewarmed(self) -> float:
         """What the learning rates of the next step are multiplied by."""
         if not self.report.events:
@@ -980,7 +724,5 @@ class ThanosPruningCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._statistics is not None:
-            self._statistics.stop()  # but kept: a checkpoint may be saved after the fit
-        if self._gradients is not None:
-            self._gradients.stop()
+        if self._collector is not None:
+            self._collector.stop()

@@ -1,269 +1,258 @@
-"""Which layers are pruned at which optimizer step, and from which step on their inputs are counted."""
+"""All windows of a training: from its schedule, its layers, and what a survey found out about them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from thanos_lightning.schedule import Event
-from thanos_lightning.solver import NM, Pattern
+from thanos_lightning.allocation import Allocation
+from thanos_lightning.schedule import Event, SparsitySchedule
+from thanos_lightning.solver import NM, Pattern, Unstructured
+from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate
 from thanos_lightning.targets import PrunableLayer
+from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
 
-# How the sparsity of a model rises from event to event
-Progression = Literal["within-layers", "levels", "front-to-back", "back-to-front", "least-loss-first"]
-_ROUNDING = 1e-9
+_ORDERED: dict[Progression, Progression] = {"least-loss-first": "front-to-back"}
 
 
-def check_progression(progression: Progression, final: Mapping[str, Pattern]) -> None:
-    """Refuse a progression that some layer can't take.
+def check_allocation(allocation: Allocation, pattern: Pattern, schedule: SparsitySchedule) -> None:
+    """Refuse an allocation that can't be met.
 
     Raises:
-        ValueError: Naming the layer, where its pattern has no levels.
+        ValueError: Naming the closest sparsity that can, or what leaves nothing to allocate.
     """
-    if progression == "levels":
-        for name, pattern in final.items():
-            if not isinstance(pattern, NM) or pattern.m - pattern.n < 2:
-                example = " (3:4 would be one, on the way to 2:4)" if not isinstance(pattern, NM) else ""
-                raise ValueError(
-                    f"progression is 'levels', but the pattern {pattern.name} of layer {name} has no levels before it"
-                    f"{example}: choose 'within-layers', or another pattern"
-                )
+    if isinstance(pattern, NM) and not pattern.outlier_fraction:
+        raise ValueError(
+            f"{pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction of the "
+            "rows of all layers together that are to stay dense"
+        )
+    lowest, highest = allocation.limits(pattern.sparsity)
+    if schedule.initial >= lowest and schedule.initial > 0:
+        raise ValueError(
+            f"the schedule starts at sparsity {schedule.initial}, but the allocation may give a layer as little as "
+            f"{lowest}: give a smaller initial, or a larger lowest"
+        )
+    if not lowest <= pattern.sparsity <= highest:
+        closest = lowest if pattern.sparsity < lowest else highest
+        raise ValueError(
+            f"a sparsity of {pattern.sparsity} can't be met where each layer's is between {lowest} and {highest}: the "
+            f"closest is {closest}. Widen the allocation's limits, or ask for that"
+        )
 
 
-def turns(progression: Progression, final: Mapping[str, Pattern], losses: Mapping[str, float]) -> list[str]:
-    """The layers in the order in which they are pruned, where they take turns.
+def check_initial(schedule: SparsitySchedule, final: Mapping[str, Pattern]) -> None:
+    """Refuse a schedule that begins where a layer should end.
 
-    Args:
-        progression: "least-loss-first" reads the losses; "back-to-front" reverses the order of the model.
-        final: Layer name -> its pattern at the end, front to back.
-        losses: Layer name -> what it loses by that.
+    Raises:
+        ValueError: Naming the layer.
+    """
+    for name, pattern in final.items():
+        if schedule.initial >= pattern.sparsity:
+            raise ValueError(
+                f"the schedule starts at sparsity {schedule.initial}, not below the final {pattern.sparsity} of layer "
+                f"{name}: give a smaller initial"
+            )
+
+
+def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocation | None:
+    """By loss, None where that is not for a pattern, or a schedule begins above what it may give to a layer.
 
     Example:
-        >>> turns("least-loss-first", {"a": NM(2, 4), "b": NM(2, 4)}, {"a": 0.2, "b": 0.1})
-        ['b', 'a']
+        >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
+        Allocation(by='loss', deviation=0.15, lowest=0.0, highest=0.95)
+        >>> default_allocation(NM(2, 4), SparsitySchedule(10, 30, 10)) is None
+        True
     """
-    if progression == "least-loss-first":
-        return sorted(final, key=lambda name: losses[name])
-    return list(final)[::-1] if progression == "back-to-front" else list(final)
-
-
-def patterns_at(
-    event: Event,
-    final: Mapping[str, Pattern],
-    progression: Progression = "within-layers",
-    sizes: Mapping[str, int] | None = None,
-    order: Sequence[str] | None = None,
-) -> dict[str, Pattern]:
-    """What each layer is to be pruned to at an event.
-
-    Args:
-        event: The event.
-        final: Layer name -> its pattern at the end, front to back.
-        progression: "within-layers": all layers become sparser together, by single weights where they are unstructured,
-            by rows where they are N:M (the fraction of dense rows falls to its final value), by columns where they are
-            structured. "levels": N:M patterns go through those that keep more, as 3:4 is on the way to 2:4. The
-            others: layers take turns, each pruned at once to its end.
-        sizes: Layer name -> number of weights, by which turns are counted; None counts layers.
-        order: The layers in their turns; None is front to back.
-
-    Returns:
-        Layer name -> pattern. Layers that are still dense are missing.
-    """
-    shares = {name: event.sparsity(pattern.sparsity) / pattern.sparsity for name, pattern in final.items()}
-    if progression == "within-layers":
-        return {name: pattern.with_sparsity(event.sparsity(pattern.sparsity)) for name, pattern in final.items()}
-    if progression == "levels":
-        levels = {}
-        for name, pattern in final.items():
-            assert isinstance(pattern, NM), "check_progression comes first"
-            removed = max(1, math.ceil(shares[name] * (pattern.m - pattern.n) - _ROUNDING))
-            levels[name] = replace(pattern, n=pattern.m - removed)
-        return dict(levels)
-    sizes = sizes or dict.fromkeys(final, 1)
-    total, before = sum(sizes[name] for name in final), 0
-    begun = set()
-    for name in order or list(final):
-        if before < shares[name] * total - _ROUNDING * total:
-            begun.add(name)
-        before += sizes[name]
-    return {name: pattern for name, pattern in final.items() if name in begun}
-
-
-def changes(
-    events: Sequence[Event],
-    final: Mapping[str, Pattern],
-    progression: Progression = "within-layers",
-    sizes: Mapping[str, int] | None = None,
-    order: Sequence[str] | None = None,
-) -> list[tuple[Event, dict[str, Pattern]]]:
-    """Each event with the layers that it takes further than the one before; events that change nothing are left out."""
-    work = []
-    reached: dict[str, Pattern] = {}
-    for event in events:
-        wanted = patterns_at(event, final, progression, sizes, order)
-        changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
-        reached.update(changed)
-        if changed:
-            work.append((event, changed))
-    return work
+    default = Allocation("loss")
+    if not isinstance(pattern, Unstructured) or pattern.sparsity >= MOST_SURVEYED:
+        return None
+    lowest, _ = default.limits(pattern.sparsity)
+    return default if schedule.initial < lowest or not schedule.initial else None
 
 
 @dataclass(frozen=True)
-class Window:
-    """The layers whose Hessians are held at one time, and when.
+class Planner:
+    """Plans the windows of a training.
 
     Attributes:
-        event: The event that the window belongs to.
-        patterns: Layer name -> what to prune the layer to, front to back.
-        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` where nothing is collected from
-            training batches.
-        end_step: Optimizer steps taken when the window is pruned.
-        is_last: Whether the event is complete after it.
-        surveys: Whether the layers are only looked at, to decide how each will be pruned.
+        pattern: The main pattern, whose layers share an allocation.
+        schedule: When, and how sparse by then.
+        progression: How the model becomes sparser over events.
+        allocation: Of unequal sparsities; None for layers that are alike.
+        gives_way: Whether layers are alike where it can't be known what they lose, or else that is an error.
+        calibration_steps: Optimizer steps that a window collects, at most; 0 where none collects in the training.
+        memory_gib: For the Hessians of a window; None holds all at once.
     """
 
-    event: Event
-    patterns: Mapping[str, Pattern]
-    start_step: int
-    end_step: int
-    is_last: bool
-    surveys: bool = False
+    pattern: Pattern
+    schedule: SparsitySchedule
+    progression: Progression
+    allocation: Allocation | None
+    gives_way: bool
+    calibration_steps: int
+    memory_gib: float | None
 
-    def state(self) -> list[Any]:
-        """What has to be the same when a checkpoint is resumed behind or inside the window: plain values."""
-        patterns = [[name, repr(pattern)] for name, pattern in self.patterns.items()]
-        return [self.start_step, self.end_step, patterns, *(["surveys"] if self.surveys else [])]
+    @property
+    def needs_survey(self) -> bool:
+        """Whether there is no way to go on without one."""
+        return (self.allocation is not None and not self.gives_way) or self.progression == "least-loss-first"
 
+    def plan(
+        self,
+        trainer: Trainer,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        surveys: Mapping[str, LayerSurvey],
+        *,
+        optimizer_steps: int,
+        begun_with_survey: bool | None,
+    ) -> list[Window]:
+        """All windows, as far as they are known: those behind a survey follow when it is complete.
 
-def hessian_bytes(layer: PrunableLayer) -> int:
-    """Memory of a layer's accumulator: in_features² fp32 numbers."""
-    return 4 * layer.cols**2
+        Args:
+            trainer: Knows how long it trains.
+            layers: Name -> layer, front to back.
+            final: Name -> the pattern at the end, where all are alike.
+            surveys: Name -> what has been found out.
+            optimizer_steps: Taken so far.
+            begun_with_survey: Whether the first window that a resumed training has begun is one of a survey; None
+                where none has begun.
 
-
-def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
-    """Split layers, front to back, into groups whose Hessians fit a budget.
-
-    Which layers share their inputs is known only after a forward, so each layer is counted in full: a bound from above.
-
-    Raises:
-        ValueError: If one layer alone is over the budget, naming it and what it takes.
-    """
-    if budget_gib is None:
-        return [list(layers)]
-    budget = budget_gib * 2**30
-    groups: list[list[PrunableLayer]] = [[]]
-    held = 0
-    for layer in layers:
-        needed = hessian_bytes(layer)
-        if needed > budget:
-            raise ValueError(
-                f"the Hessian of layer {layer.name} takes {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
-                f"{budget_gib}: raise it, or add {layer.name!r} to ignore"
-            )
-        if held + needed > budget and groups[-1]:
-            groups.append([])
-            held = 0
-        groups[-1].append(layer)
-        held += needed
-    return groups
-
-
-def plan_windows(
-    work: Sequence[tuple[Event, Mapping[str, Pattern]]],
-    layers: Mapping[str, PrunableLayer],
-    *,
-    calibration_steps: int,
-    budget_gib: float | None = None,
-    since: int = 0,
-    surveys: bool = False,
-) -> list[Window]:
-    """Place each event's windows before its step, one after the other, the last one ending at it.
-
-    A window never reaches back past the event before: its statistics would be those of weights that are gone.
-
-    Args:
-        work: Events in order, and what each prunes.
-        layers: Name -> layer.
-        calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
-        budget_gib: Memory for the Hessians of a window.
-        since: Optimizer steps taken at the last event that is not among the work.
-        surveys: Whether the layers are only looked at.
-
-    Returns:
-        The windows in order of time.
-
-    Raises:
-        ValueError: If an event has more windows than there are steps before it, or no step at all.
-    """
-    windows: list[Window] = []
-    before = since
-    for event, patterns in work:
-        if calibration_steps and not event.step:
-            raise ValueError(
-                "an event before the first optimizer step has no training batches to prune on: give a "
-                "calibration_dataloader (a list of batches, or 'datamodule'), or start the schedule later (start_step)"
-            )
-        groups = split_by_memory([layers[name] for name in patterns], budget_gib)
-        available = event.step - before
-        length = min(calibration_steps, available // len(groups))
-        if calibration_steps and not length:
-            raise ValueError(
-                f"the event at optimizer step {event.step} needs statistics from {len(groups)} window(s) of at least "
-                f"one step each, but there are {available} since {'the last event' if before else 'the start'}: start "
-                "or space the events later (start_step, every_n_steps), raise hessian_memory_gib, or give a "
-                "calibration_dataloader"
-            )
-        for index, group in enumerate(groups):
-            end = event.step - (len(groups) - 1 - index) * length
-            windows.append(
-                Window(
-                    event=event,
-                    patterns={layer.name: patterns[layer.name] for layer in group},
-                    start_step=end - length,
-                    end_step=end,
-                    is_last=index == len(groups) - 1,
-                    surveys=surveys,
+        Raises:
+            MisconfigurationException: If nothing would be pruned, fractions of the training can't be told, or there is
+                no room for a survey that is needed.
+            ValueError: If windows don't fit before their events.
+        """
+        events = events_in(self.schedule, trainer)
+        if not self.needs_survey and self.allocation is None:
+            return self._plan_pruning(events, layers, final, surveys)
+        first, collects = events[0].step, self.calibration_steps > 0
+        needed = len(split_by_memory(list(layers.values()), self.memory_gib))
+        step = first - min(first // 2, needed * self.calibration_steps)
+        in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
+        has_room = step >= needed and first - step >= (1 if in_turns else needed)
+        if collects and not has_room:
+            if not self.needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                rank_zero_info(
+                    f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
+                    "pruned alike"
                 )
+                return self._plan_pruning(events, layers, final, surveys)
+            raise MisconfigurationException(
+                f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
+                f"{needed} window(s): start the schedule later (start_step), give a calibration_dataloader, or leave "
+                "out allocation and least-loss-first"
             )
-        before = event.step
-    return windows
+        survey = plan_windows(
+            [(Event(step, 0.0), final)],
+            layers,
+            calibration_steps=self.calibration_steps,
+            budget_gib=self.memory_gib,
+            surveys=True,
+        )
+        begins_with_it = bool(surveys) or survey[0].start_step >= optimizer_steps
+        if not self.needs_survey and not (begins_with_it if begun_with_survey is None else begun_with_survey):
+            rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
+            return self._plan_pruning(events, layers, final, surveys)
+        if len(surveys) < len(layers):
+            # refuses what can't be before the training
+            self._plan_pruning(events, layers, final, surveys, since=step)
+            return survey
+        final = self._allocate(layers, final, surveys)
+        return [*survey, *self._plan_pruning(events, layers, final, surveys, since=step)]
+
+    def _allocate(
+        self, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], surveys: Mapping[str, LayerSurvey]
+    ) -> Mapping[str, Pattern]:
+        if self.allocation is None:
+            return final
+        shared = [name for name, its in final.items() if its == self.pattern]
+        unknown = [name for name in shared if surveys[name].weighted_losses is None]
+        if not unknown or not self.gives_way:
+            return allocate(self.allocation, surveys, layers, final, self.pattern)
+        rank_zero_warn(
+            f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no gradient has "
+            "reached their outputs: all layers are pruned alike. allocation='uniform' is without this warning"
+        )
+        return final
+
+    def _plan_pruning(
+        self,
+        events: list[Event],
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        surveys: Mapping[str, LayerSurvey],
+        since: int = 0,
+    ) -> list[Window]:
+        sizes = {name: layer.rows * layer.cols for name, layer in layers.items()}
+        losses = {
+            name: min(survey.losses.items(), key=lambda item: abs(item[0] - final[name].sparsity))[1]
+            for name, survey in surveys.items()
+            if name in final
+        }
+        # before the layers were looked at, any order does to see that all events fit
+        progression = self.progression if surveys else _ORDERED.get(self.progression, self.progression)
+        windows = plan_windows(
+            changes(events, final, self.progression, sizes, turns(progression, final, losses)),
+            layers,
+            calibration_steps=self.calibration_steps,
+            budget_gib=self.memory_gib,
+            since=since,
+        )
+        steps = min((window.end_step - window.start_step for window in windows), default=0)
+        if steps < self.calibration_steps:
+            rank_zero_info(
+                f"calibration_steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
+                "since the event before"
+            )
+        return windows
 
 
-def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]]) -> None:
-    """Hold the windows that a checkpoint has behind it, and the open one, against those of this run.
-
-    Args:
-        windows: The first ones of this run's plan.
-        recorded: `Window.state` of those that the checkpoint has begun.
+def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
+    """The events of a schedule in a Trainer's training, which may be shorter than the schedule: warns where it is.
 
     Raises:
-        MisconfigurationException: If they differ: masks or sums would be taken for those of other events.
+        MisconfigurationException: If nothing would be pruned, or fractions of the training can't be told.
     """
-    if [window.state() for window in windows] != list(recorded):
+    total = trainer.estimated_stepping_batches
+    known = math.isfinite(total) and total > 0
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        rank_zero_info(f"fast_dev_run: everything is pruned at once, at optimizer step {int(total)}")
+        schedule = SparsitySchedule(int(total), int(total), 1)
+    if schedule.has_fractions:
+        if not known:
+            raise MisconfigurationException(
+                "the schedule has fractions of the training, but the number of optimizer steps is not known: set the "
+                "Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                "the schedule has fractions of the training, but under manual optimization the number of optimizer "
+                "steps is not known: give the schedule in optimizer steps (whole numbers)"
+            )
+        schedule = schedule.resolve(int(total))
+    events = schedule.events()
+    if not known:
+        return events
+    inside = [event for event in events if event.step <= total]
+    if not inside:
         raise MisconfigurationException(
-            f"the {len(recorded)} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
-            "resume with the schedule, patterns, targets, allocation, output_weights, progression, calibration_steps "
-            "and hessian_memory_gib that it was trained with, and the same max_steps where the schedule has fractions"
+            f"the schedule's first event is at optimizer step {events[0].step}, but the training has {int(total)} "
+            "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
         )
-
-
-def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
-    """Refuse a next window that should have begun already.
-
-    Args:
-        windows: Those that have not begun.
-        optimizer_steps: Taken so far.
-
-    Raises:
-        MisconfigurationException: Naming the event.
-    """
-    if windows and windows[0].start_step < optimizer_steps:
-        raise MisconfigurationException(
-            f"the event at optimizer step {windows[0].event.step} needs the steps from {windows[0].start_step} on, but "
-            f"the training goes on at step {optimizer_steps}: start the schedule later (start_step), or fit without "
-            "ckpt_path"
+    if inside[-1].step >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"the schedule's last event is at optimizer step {inside[-1].step}, the last of the training: no step is "
+            "left in which the model could recover. End the schedule earlier (end_step) or raise max_steps"
         )
+    if len(inside) < len(events):
+        rank_zero_warn(
+            f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {int(total)} "
+            "steps: the final sparsity will not be reached"
+        )
+    return events

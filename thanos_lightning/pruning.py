@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.planning import Window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.sharding.ranks import RankTeam
@@ -24,6 +23,7 @@ from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, So
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
 from thanos_lightning.targets import PrunableLayer
+from thanos_lightning.windows import Window
 
 # Of a square layer, factoring the Hessian takes about a quarter of the time that all rows take.
 _ROWS_PER_FACTOR = 4

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.allocation import Allocation, by_loss, by_outliers
-from thanos_lightning.planning import Window
 from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured, prune
@@ -22,6 +21,7 @@ from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.solver.refine import row_losses
 from thanos_lightning.targets import PrunableLayer
+from thanos_lightning.windows import Window
 
 # OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
 _OUTLIER = 5.0

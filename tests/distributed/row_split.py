@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.planning import Window
 from thanos_lightning.pruning import PruningError, assign_teams, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
@@ -36,6 +35,7 @@ from thanos_lightning.solver import (
 )
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import find_targets
+from thanos_lightning.windows import Window
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")

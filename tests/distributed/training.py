@@ -417,8 +417,9 @@ class Poison(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
-        if trainer.global_rank == 1 and pruning._statistics is not None:
-            pruning._statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
+        collector = pruning._collector
+        if trainer.global_rank == 1 and collector is not None and collector.statistics is not None:
+            collector.statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
 
 
 class Exhausted(Callback):

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation, TextData
-from thanos_lightning.planning import Window, changes, plan_windows
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
+from thanos_lightning.windows import Window, changes, plan_windows
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines

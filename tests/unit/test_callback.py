@@ -1028,7 +1028,7 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
 def test_a_survey_and_the_event_at_its_step_share_a_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: SparsitySchedule, budget: float | None, runs: int
 ) -> None:
-    import thanos_lightning.callback as room
+    import thanos_lightning.collecting as room
 
     ran, real = [], room.count_dataloader
     monkeypatch.setattr(room, "count_dataloader", lambda *args, **kwargs: ran.append(1) or real(*args, **kwargs))
@@ -1043,9 +1043,7 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
             hessian_memory_gib=budget,
         )
         if not shared:
-            monkeypatch.setattr(
-                ThanosPruningCallback, "_calibrated", property(lambda _: None, lambda *_: None), raising=False
-            )
+            monkeypatch.setattr(room.Collector, "_kept", property(lambda _: None, lambda *_: None), raising=False)
         trainer(tmp_path, callback, max_steps=6).fit(_survey_test_module(), loader(48))
         found.append(masks(callback))
         if shared:

@@ -1,130 +1,162 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-from torch import nn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy import tiny_llama
 
-from thanos_lightning.planning import (
-    Progression,
-    changes,
-    check_progression,
-    patterns_at,
-    plan_windows,
-    split_by_memory,
-    turns,
-)
-from thanos_lightning.schedule import Event, SparsitySchedule
+from thanos_lightning.allocation import Allocation
+from thanos_lightning.planning import Planner, check_allocation, check_initial, default_allocation, events_in
+from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
+from thanos_lightning.surveying import LayerSurvey
 from thanos_lightning.targets import find_targets
+from thanos_lightning.windows import Window
+
+LAYERS = find_targets(tiny_llama())
+BUDGET = 2.5 * 4 * 32 * 32 / 2**30  # GiB, in which the layers take eight windows
 
 
-def test_every_family_becomes_sparser_in_its_own_way() -> None:
-    final = {"a": NM(2, 4, 0.1), "b": Unstructured(0.6), "c": Structured(0.3, 0.1)}
-    half = patterns_at(Event(5, 0.5), final)
-    assert (half["a"].name, half["a"].outlier_fraction) == ("2:4", pytest.approx(0.55))
-    assert (half["b"].name, half["b"].sparsity) == ("unstructured", pytest.approx(0.3))
-    assert (half["c"].name, half["c"].sparsity) == ("structured", pytest.approx(0.15))
-    assert half["c"].outlier_fraction == 0.1
-    assert patterns_at(Event(5, 1.0), final) == final
+def numbers(steps: float = 40, *, automatic: bool = True, fast: bool = False) -> Any:
+    """What planning reads of a Trainer."""
+    module = SimpleNamespace(automatic_optimization=automatic)
+    return SimpleNamespace(estimated_stepping_batches=steps, fast_dev_run=fast, lightning_module=module)
 
 
-def test_layers_take_their_turn_front_to_back() -> None:
-    final = {"0": Unstructured(0.6), **{str(index): NM(2, 4) for index in range(1, 8)}}
-    assert patterns_at(Event(5, 0.25), final, "front-to-back") == {"0": Unstructured(0.6), "1": NM(2, 4)}
-    events = SparsitySchedule(0, 20, 5, shape="linear").events()
-    assert [list(changed) for _, changed in changes(events, final, "front-to-back")] == [
-        ["0", "1"],
-        ["2", "3"],
-        ["4", "5"],
-        ["6", "7"],
-    ]
+def planner(**settings: Any) -> Planner:
+    defaults = {
+        "pattern": Unstructured(0.5),
+        "schedule": SparsitySchedule(20, 20, 1),
+        "progression": "within-layers",
+        "allocation": Allocation("loss"),
+        "gives_way": True,
+        "calibration_steps": 4,
+        "memory_gib": None,
+    }
+    return Planner(**{**defaults, **settings})
 
 
-def test_events_that_change_nothing_are_left_out() -> None:
-    events = SparsitySchedule(0, 20, 1, shape="linear").events()
-    assert len(changes(events, {"a": NM(2, 4), "b": NM(2, 4)}, "front-to-back")) == 2
+def plan(of: Planner, surveys: dict[str, LayerSurvey] | None = None, **settings: Any) -> list[Window]:
+    arguments = {"optimizer_steps": 0, "begun_with_survey": None, **settings}
+    trainer = arguments.pop("trainer", numbers())
+    return of.plan(trainer, LAYERS, dict.fromkeys(LAYERS, of.pattern), surveys or {}, **arguments)
 
 
-def test_windows_fit_the_budget() -> None:
-    layers = list(find_targets(tiny_llama()).values())
-    one = 4 * 32 * 32
-    groups = split_by_memory(layers, 2.5 * one / 2**30)
-    assert [layer for group in groups for layer in group] == layers
-    assert all(sum(4 * layer.cols**2 for layer in group) <= 2.5 * one for group in groups)
-    assert len(groups) == 8
-    assert split_by_memory(layers, None) == [layers]
-    with pytest.raises(ValueError, match=r"down_proj takes .* GiB, more than hessian_memory_gib"):
-        split_by_memory(layers, 1.5 * one / 2**30)
+def surveys(weighted: bool = True) -> dict[str, LayerSurvey]:
+    """Layers that lose the more, the later they come."""
+    found = {}
+    for number, name in enumerate(LAYERS, 1):
+        losses = {level: number * level**2 for level in (0.25, 0.5, 0.75)}
+        found[name] = LayerSurvey(losses, 0.0, losses if weighted else None)
+    return found
 
 
-def test_windows_end_at_their_event() -> None:
-    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
-    work = [(Event(10, 0.5), dict.fromkeys(layers, NM(2, 4, 0.5))), (Event(14, 1.0), dict.fromkeys(layers, NM(2, 4)))]
-    windows = plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
-    assert [(w.start_step, w.end_step, w.is_last) for w in windows] == [
-        (1, 4, False),
-        (4, 7, False),
-        (7, 10, True),
-        (11, 12, False),
-        (12, 13, False),
-        (13, 14, True),
-    ]
-    assert [list(w.patterns) for w in windows] == [["0"], ["1"], ["2"]] * 2
+def spans(windows: list[Window]) -> list[tuple[int, int, bool]]:
+    return [(window.start_step, window.end_step, window.surveys) for window in windows]
 
 
-def test_too_little_time_for_the_windows_is_an_error() -> None:
-    layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
-    work = [(Event(2, 1.0), dict.fromkeys(layers, NM(2, 4)))]
-    with pytest.raises(ValueError, match=r"step 2 needs statistics from 3 window.*2 since the start"):
-        plan_windows(work, layers, calibration_steps=3, budget_gib=4 * 64 / 2**30)
-    assert len(plan_windows(work, layers, calibration_steps=0)) == 1
+def test_a_survey_comes_before_the_first_event() -> None:
+    assert spans(plan(planner())) == [(12, 16, True)]
+    assert spans(plan(planner(), surveys())) == [(12, 16, True), (16, 20, False)]
+    # of six steps each gets a half
+    assert spans(plan(planner(schedule=SparsitySchedule(6, 6, 1)), surveys())) == [(0, 3, True), (3, 6, False)]
+    # with a calibration set nothing is collected in the training
+    at_once = planner(schedule=SparsitySchedule(0, 0, 1), calibration_steps=0)
+    assert spans(plan(at_once, surveys())) == [(0, 0, True), (0, 0, False)]
 
 
-def test_n_m_goes_through_the_levels_before_it() -> None:
-    final = {"a": NM(2, 4), "b": NM(4, 8, 0.25)}
-    check_progression("levels", final)
-    steps = [patterns_at(Event(5, progress), final, "levels") for progress in (0.1, 0.5, 0.51, 1.0)]
-    assert [(level["a"].name, level["b"].name) for level in steps] == [
-        ("3:4", "7:8"),
-        ("3:4", "6:8"),
-        ("2:4", "5:8"),
-        ("2:4", "4:8"),
-    ]
-    assert all(level["b"].outlier_fraction == 0.25 for level in steps)
-    assert steps[-1] == final
+def test_layers_that_lose_more_stay_denser() -> None:
+    _, pruning = plan(planner(), surveys())
+    sparsities = [pruning.patterns[name].sparsity for name in LAYERS]
+    assert max(sparsities[:3]) > 0.6
+    assert min(sparsities[-3:]) < 0.4
 
 
-@pytest.mark.parametrize("pattern", [NM(3, 4), Unstructured(0.5), Structured(0.5)])
-def test_levels_need_a_pattern_that_has_some(pattern: Pattern) -> None:
-    with pytest.raises(ValueError, match=f"progression is 'levels', but the pattern {pattern.name} of layer b has no"):
-        check_progression("levels", {"a": NM(2, 4), "b": pattern})
-    check_progression("within-layers", {"b": pattern})
+def test_layers_are_alike_where_it_is_not_known_what_they_lose() -> None:
+    with pytest.warns(UserWarning, match=r"14 layer\(s\), such as .*: all layers are pruned alike"):
+        _, pruning = plan(planner(), surveys(weighted=False))
+    assert set(pruning.patterns.values()) == {Unstructured(0.5)}
+    # who asks for an allocation gets one, by relative losses
+    _, pruning = plan(planner(gives_way=False), surveys(weighted=False))
+    assert len(set(pruning.patterns.values())) > 1
 
 
-def test_turns_are_counted_in_weights() -> None:
-    final = {"a": NM(2, 4), "b": NM(2, 4), "c": NM(2, 4)}
-    sizes = {"a": 10, "b": 80, "c": 10}
-    assert turns("front-to-back", final, {}) == ["a", "b", "c"]
-    assert turns("back-to-front", final, {}) == ["c", "b", "a"]
-    assert turns("least-loss-first", final, {"a": 0.3, "b": 0.1, "c": 0.2}) == ["b", "c", "a"]
-    for progress, expected in ((0.05, {"a"}), (0.1, {"a"}), (0.11, {"a", "b"}), (0.9, {"a", "b"}), (0.91, set("abc"))):
-        assert patterns_at(Event(5, progress), final, "front-to-back", sizes, ["a", "b", "c"]).keys() == expected
-    assert list(patterns_at(Event(5, 0.05), final, "back-to-front", sizes, ["c", "b", "a"])) == ["c"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": SparsitySchedule(1, 1, 1)},  # no step to look at them
+        {"schedule": SparsitySchedule(12, 12, 1), "memory_gib": BUDGET},  # eight windows to look, eight to prune
+    ],
+)
+def test_a_default_gives_way_and_what_was_asked_for_does_not(settings: dict[str, Any]) -> None:
+    assert not any(window.surveys for window in plan(planner(**settings)))
+    with pytest.raises(MisconfigurationException, match="leaves too few to look at the layers before"):
+        plan(planner(**settings, gives_way=False))
 
 
-@pytest.mark.parametrize("progression", ["within-layers", "levels", "front-to-back", "back-to-front"])
-def test_every_progression_rises_and_ends_at_the_final_patterns(progression: Progression) -> None:
-    final = {str(index): NM(2, 4) for index in range(5)}
-    events = SparsitySchedule(0, 20, 4, shape="linear").events()
-    order, sparsity, layers = turns(progression, final, {}), 0.0, dict.fromkeys(final, 0)
-    for event in events:
-        wanted = patterns_at(event, final, progression, None, order)
-        for name, pattern in wanted.items():
-            pruned = pattern.num_pruned(10, 40)
-            assert pruned >= layers[name]
-            layers[name] = pruned
-        total = sum(layers.values()) / (5 * 400)
-        assert total >= sparsity
-        sparsity = total
-    assert wanted == final
-    assert sparsity == 0.5
+def test_a_training_that_goes_on_late_has_no_survey_unless_it_is_asked_for() -> None:
+    for late in ({"optimizer_steps": 13}, {"begun_with_survey": False}):
+        assert spans(plan(planner(), **late)) == [(16, 20, False)]
+        assert plan(planner(gives_way=False), **late)[0].surveys
+    assert plan(planner(), optimizer_steps=13, begun_with_survey=True)[0].surveys
+
+
+def test_what_does_not_fit_behind_a_survey_is_refused_before_it() -> None:
+    crowded = SparsitySchedule(20, 22, 1, initial=0.1)
+    with pytest.raises(ValueError, match=r"the event at optimizer step 21 needs statistics from 8 window\(s\)"):
+        plan(planner(schedule=crowded, calibration_steps=1, memory_gib=BUDGET))
+
+
+def test_least_loss_first_is_in_the_order_of_losses() -> None:
+    in_turns = planner(
+        pattern=NM(2, 4), progression="least-loss-first", allocation=None, schedule=SparsitySchedule(20, 30, 5)
+    )
+    assert in_turns.needs_survey
+    backwards = dict(zip(reversed(LAYERS), surveys().values(), strict=True))
+    looking, first, second = plan(in_turns, backwards)
+    assert looking.surveys
+    assert list(LAYERS) == [*second.patterns, *first.patterns]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "initial", "is_for_it"),
+    [
+        (Unstructured(0.6), 0.0, True),
+        (Unstructured(0.6), 0.44, True),
+        (Unstructured(0.6), 0.45, False),  # what a layer may get at least
+        (Unstructured(0.1), 0.0, True),
+        (Unstructured(0.95), 0.0, False),
+        (NM(2, 4), 0.0, False),
+        (NM(2, 4, 0.2), 0.0, False),
+        (Structured(0.3), 0.0, False),
+    ],
+)
+def test_the_default_is_for_unstructured_layers(pattern: Pattern, initial: float, is_for_it: bool) -> None:
+    found = default_allocation(pattern, SparsitySchedule(2, 8, 2, initial=initial))
+    assert found == (Allocation("loss") if is_for_it else None)
+    if found is not None:
+        check_allocation(found, pattern, SparsitySchedule(2, 8, 2, initial=initial))
+
+
+def test_a_schedule_begins_below_all_layers() -> None:
+    schedule = SparsitySchedule(2, 8, 2, initial=0.3)
+    check_initial(schedule, {"a": Unstructured(0.5)})
+    with pytest.raises(ValueError, match=r"starts at sparsity 0\.3, not below the final 0\.2 of layer b"):
+        check_initial(schedule, {"a": Unstructured(0.5), "b": Unstructured(0.2)})
+
+
+def test_events_of_a_training() -> None:
+    assert [event.step for event in events_in(SparsitySchedule(0.25, 0.75, 0.25), numbers(40))] == [20, 30]
+    assert [event.step for event in events_in(SparsitySchedule(10, 30, 10), numbers(float("inf")))] == [20, 30]
+    assert [event.step for event in events_in(SparsitySchedule(10, 30, 10), numbers(3, fast=True))] == [3]
+    for trainer in (numbers(float("inf")), numbers(-1), numbers(40, automatic=False)):
+        with pytest.raises(MisconfigurationException, match="fractions of the training"):
+            events_in(SparsitySchedule(0.25, 0.75, 0.25), trainer)
+    with pytest.raises(MisconfigurationException, match="at optimizer step 20, but the training has 19 steps"):
+        events_in(SparsitySchedule(20, 20, 1), numbers(19))
+    with pytest.warns(UserWarning, match="no step is left in which the model could recover"):
+        events_in(SparsitySchedule(20, 20, 1), numbers(20))
+    with pytest.warns(UserWarning, match="the final sparsity will not be reached"):
+        events_in(SparsitySchedule(10, 30, 10), numbers(25))

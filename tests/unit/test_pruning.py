@@ -11,7 +11,6 @@ from torch import nn
 
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.planning import Window
 from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
@@ -19,6 +18,7 @@ from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import PrunableLayer, find_targets
+from thanos_lightning.windows import Window
 
 OPTIONS = SolverOptions()
 

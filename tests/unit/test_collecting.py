@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor
+from toy import ToyLM, loader, trainer
+
+from thanos_lightning.collecting import Collected, Collector
+from thanos_lightning.pruning import PruningError
+from thanos_lightning.schedule import Event
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import Unstructured
+from thanos_lightning.targets import find_targets
+from thanos_lightning.windows import Window
+
+BATCHES = list(loader(12))
+LAYER = "model.model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def module() -> ToyLM:
+    return ToyLM()
+
+
+@pytest.fixture
+def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
+    """A Trainer that knows how to move a batch and to call the module."""
+    made = trainer(tmp_path, max_steps=1)
+    made.fit(module, loader(4))
+    return made
+
+
+def collector(module: ToyLM, **settings: Any) -> Collector:
+    defaults = {
+        "calibration": None,
+        "attention_mask_key": None,
+        "keeps_survey": True,
+        "needs_gradients": False,
+        "lacks_gradients": False,
+    }
+    return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
+
+
+def window(module: ToyLM, *, start: int = 0, surveys: bool = False) -> Window:
+    patterns = dict.fromkeys(find_targets(module, "*", "lm_head"), Unstructured(0.5))
+    return Window(Event(3, 1.0), patterns, start, 3, is_last=True, surveys=surveys)
+
+
+def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tensor]]) -> None:
+    for batch in batches:
+        collecting.begin(batch)
+        loss = module(**batch).loss
+        collecting.end()
+        module(**batch)  # what runs after the training step is not counted
+        loss.backward()
+
+
+def moments(collected: Collected) -> Tensor:
+    assert collected.accumulators is not None
+    return collected.accumulators[LAYER].compute()
+
+
+def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitted: Trainer) -> None:
+    collecting = collector(module)
+    collecting.open(window(module), gradients=False)
+    train_on(module, collecting, BATCHES)
+    trained = collecting.take(window(module), fitted, module, gradients=False)
+    assert trained.seconds > 0
+    assert trained.output_weights == {}
+    assert collecting.statistics is None
+    told = collector(module, calibration=BATCHES).take(window(module), fitted, module, gradients=False)
+    torch.testing.assert_close(moments(told), moments(trained))
+
+
+def test_output_weights_are_means_over_the_steps_of_a_window(module: ToyLM, fitted: Trainer) -> None:
+    found = []
+    for start, batches in ((2, BATCHES[:1]), (0, [BATCHES[0]] * 3)):
+        collecting = collector(module)
+        collecting.open(window(module, start=start), gradients=True)
+        train_on(module, collecting, batches)
+        found.append(collecting.take(window(module, start=start), fitted, module, gradients=True).output_weights)
+    assert len(found[0]) == 14
+    for name, one in found[0].items():
+        torch.testing.assert_close(found[1][name], one)
+
+
+def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None:
+    ends = []
+    for stop in (None, 1):
+        collecting = collector(module)
+        collecting.open(window(module), gradients=True)
+        train_on(module, collecting, BATCHES[:stop])
+        if stop is not None:
+            state = collecting.state()
+            assert state is not None
+            collecting.stop()
+            train_on(module, collecting, BATCHES[:stop])  # its hooks are gone
+            collecting = collector(module)
+            assert collecting.state() is None
+            collecting.open(window(module), gradients=True)
+            collecting.load(state)
+            train_on(module, collecting, BATCHES[stop:])
+        ends.append(collecting.take(window(module), fitted, module, gradients=True))
+    assert torch.equal(moments(ends[0]), moments(ends[1]))
+    for name, one in ends[0].output_weights.items():
+        torch.testing.assert_close(ends[1].output_weights[name], one)
+
+
+def test_an_event_takes_what_its_survey_was_told(module: ToyLM, fitted: Trainer) -> None:
+    class Counted:
+        def __init__(self) -> None:
+            self.runs = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.runs += 1
+            return iter(BATCHES)
+
+    for keeps, forgets, runs in ((True, False, 1), (True, True, 2), (False, False, 2)):
+        batches = Counted()
+        collecting = collector(module, calibration=batches, keeps_survey=keeps)
+        looked = collecting.take(window(module, surveys=True), fitted, module, gradients=True)
+        if forgets:
+            collecting.forget_survey()
+        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        assert batches.runs == runs
+        assert torch.equal(moments(looked), moments(pruned))
+        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
+        assert len(looked.output_weights) == 14
+        collecting.take(window(module), fitted, module, gradients=True)  # of weights that are others by now
+        assert batches.runs == runs + 1
+
+
+def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
+    with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):
+        found = collector(module, calibration=unlabelled).take(window(module), fitted, module, gradients=True)
+    assert found.output_weights == {}
+    needing = collector(module, calibration=unlabelled, needs_gradients=True)
+    with pytest.raises(MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\)"):
+        needing.take(window(module), fitted, module, gradients=True)
+
+
+def test_gradients_that_can_not_be_had_are_said_once(
+    module: ToyLM, fitted: Trainer, recwarn: pytest.WarningsRecorder
+) -> None:
+    collecting = collector(module, calibration=BATCHES, lacks_gradients=True)
+    for _ in range(2):
+        assert collecting.take(window(module), fitted, module, gradients=True).output_weights == {}
+    assert sum("under ZeRO-3 there are no gradients" in str(one.message) for one in recwarn) == 1
+
+
+def test_what_was_not_collected_is_an_error(module: ToyLM, fitted: Trainer) -> None:
+    with pytest.raises(PruningError, match="step 3 is due, but its statistics were not collected"):
+        collector(module).take(window(module), fitted, module, gradients=False)
+    with pytest.raises(PruningError, match="gave no batch"):
+        collector(module, calibration=[]).take(window(module), fitted, module, gradients=False)
+    with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule has a method"):
+        collector(module, calibration="datamodule").take(window(module), fitted, module, gradients=False)

@@ -1,0 +1,274 @@
+"""What layers are pruned on: collected from the training batches of a window, or from a calibration set at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from thanos_lightning.calibration import (
+    InputStatistics,
+    count_dataloader,
+    gather_states,
+    load_own_states,
+    loss_of,
+    token_mask,
+)
+from thanos_lightning.gradients import OutputGradients, output_weights
+from thanos_lightning.pruning import PruningError
+from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.solver import HessianAccumulator
+from thanos_lightning.targets import PrunableLayer
+from thanos_lightning.windows import Window
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the layers of a window are pruned on.
+
+    Attributes:
+        accumulators: Layer name -> the second moments of its inputs on this rank. None where nothing is collected.
+        output_weights: Layer name -> how much an error of each of its outputs counts, the same on all ranks. The
+            outputs of a layer that is missing count alike.
+        seconds: What it has taken of the training before the window's end.
+    """
+
+    accumulators: dict[str, HessianAccumulator] | None = None
+    output_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What counts for a window."""
+
+    statistics: InputStatistics
+    gradients: OutputGradients | None
+
+    def stop(self) -> None:
+        self.statistics.stop()
+        if self.gradients is not None:
+            self.gradients.stop()
+
+
+class Collector:
+    """Collects for one window after the other, in a training.
+
+    Args:
+        layers: Name -> layer, of all windows.
+        access: How the strategy's parameters are reached.
+        calibration: The batches of a calibration set; "datamodule" asks the datamodule, or the LightningModule, for
+            them. None collects from training batches.
+        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
+        keeps_survey: Whether what a survey was told from a calibration set may wait for the event at the same step.
+        needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
+        lacks_gradients: Whether there can be none on a calibration set.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, PrunableLayer],
+        access: ParameterAccess,
+        *,
+        calibration: str | Iterable[Any] | None,
+        attention_mask_key: str | None,
+        keeps_survey: bool,
+        needs_gradients: bool,
+        lacks_gradients: bool,
+    ) -> None:
+        self._layers, self._access = layers, access
+        self._calibration = calibration
+        self._attention_mask_key = attention_mask_key
+        self._keeps_survey = keeps_survey
+        self._needs_gradients, self._lacks_gradients = needs_gradients, lacks_gradients
+        self._open: _Open | None = None
+        self._kept: _Open | None = None  # a survey's, for the weights as they are
+        self._warned: set[str] = set()
+
+    @property
+    def statistics(self) -> InputStatistics | None:
+        """Of the window that is open."""
+        return None if self._open is None else self._open.statistics
+
+    # In the training
+
+    def open(self, window: Window, *, gradients: bool) -> None:
+        """Begin to collect from training batches.
+
+        Args:
+            window: Whose layers.
+            gradients: Whether to collect output weights, too.
+        """
+        statistics = self._new_statistics(window)
+        self._open = _Open(statistics, OutputGradients(statistics.layers) if gradients else None)
+        statistics.start()
+        if self._open.gradients is not None:
+            self._open.gradients.start()
+
+    def begin(self, batch: Any) -> None:
+        """Count the forwards from now on, which are those of a batch."""
+        if self._open is not None:
+            self._open.statistics.begin(partial(self._counted, batch))
+
+    def end(self) -> None:
+        """Stop counting forwards."""
+        if self._open is not None:
+            self._open.statistics.end()
+
+    def stop(self) -> None:
+        """Remove all hooks; what has been collected is kept, since a checkpoint may be saved after a fit."""
+        if self._open is not None:
+            self._open.stop()
+
+    def state(self) -> list[dict[str, Any] | None] | None:
+        """The open window's sums, by rank: see `gather_states`; None where none is open. All ranks must call it."""
+        if self._open is None:
+            return None
+        gradients = {} if self._open.gradients is None else self._open.gradients.sums
+        return gather_states(self._open.statistics, gradients, self._access)
+
+    def load(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        """Go on from a `state` of the window that is open."""
+        assert self._open is not None
+        gradients = load_own_states(self._open.statistics, states, self._access)
+        if self._open.gradients is not None:
+            self._open.gradients.load(gradients)
+
+    def _counted(self, batch: Any) -> Tensor | None:
+        if self._attention_mask_key is None:
+            return None
+        counted = token_mask(batch, self._attention_mask_key)
+        if counted is None:
+            self._warn_once(
+                f"the batches have no {self._attention_mask_key!r}, so every token counts, padding too. Name the mask "
+                "in attention_mask_key, or set it to None to say that there is no padding"
+            )
+        return counted
+
+    # At the end of a window
+
+    def take(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> Collected:
+        """What there is for a window that ends now. All ranks must call it.
+
+        Args:
+            window: The window.
+            trainer: Runs a calibration set.
+            module: Runs a calibration set.
+            gradients: Whether output weights are wanted.
+
+        Raises:
+            PruningError: If nothing was collected, or the calibration set is empty.
+            ValueError: With the error of the first rank on which a batch could not be counted.
+            MisconfigurationException: If there is no calibration set where one was announced, or it gives no loss
+                where one is needed.
+        """
+        if self._calibration is not None:
+            found = self._run_calibration(window, trainer, module, gradients=gradients)
+            accumulators = found.statistics.accumulators
+            return Collected(
+                {name: one for name, one in accumulators.items() if name in window.patterns},
+                self._output_weights(window, found.gradients),
+            )
+        opened, self._open = self._open, None
+        if opened is None:
+            raise PruningError(
+                f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
+                "several events fell into one batch. Space the events further apart (every_n_steps)"
+            )
+        opened.stop()
+        opened.statistics.raise_kept(self._access)
+        return Collected(
+            opened.statistics.accumulators,
+            self._output_weights(window, opened.gradients),
+            opened.statistics.seconds,
+        )
+
+    def forget_survey(self) -> None:
+        """Let go of what waits for an event, since the weights will be others by then."""
+        self._kept = None
+
+    def _new_statistics(self, window: Window) -> InputStatistics:
+        several = self._access.world_size > 1
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
+
+    def _output_weights(self, window: Window, gradients: OutputGradients | None) -> dict[str, Tensor]:
+        if gradients is None:
+            return {}
+        steps = max(1, window.end_step - window.start_step)  # windows of one survey are held against each other
+        found = {name: one / steps for name, one in output_weights(gradients.total(self._access)).items()}
+        if missing := [name for name in window.patterns if name not in found]:
+            rank_zero_warn(
+                f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
+                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
+                "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
+                "return the loss. output_weights='uniform' is without this warning)"
+            )
+        return found
+
+    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            return kept
+        if gradients and self._lacks_gradients:
+            self._warn_once(
+                "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count alike, "
+                "and unstructured layers are pruned alike unless an allocation is given. Leave it out to have those of "
+                "the training batches"
+            )
+        statistics = self._new_statistics(window)
+        wanted = gradients and not self._lacks_gradients
+        found = _Open(statistics, OutputGradients(statistics.layers) if wanted else None)
+        if found.gradients is not None:
+            found.gradients.start(of_training=False)
+        try:
+            counted = count_dataloader(
+                statistics,
+                self._batches(trainer, module),
+                trainer,
+                module,
+                self._access,
+                attention_mask_key=self._attention_mask_key,
+                backward=None if found.gradients is None else partial(self._backward, found.gradients),
+            )
+        finally:
+            found.stop()
+        if not sum(self._access.gather(counted)):
+            raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
+        statistics.raise_kept(self._access)
+        if window.surveys and self._keeps_survey:
+            self._kept = found
+        return found
+
+    def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
+        loss = loss_of(output)
+        if loss is not None:
+            gradients.backward(loss, counts=counts)
+        elif self._needs_gradients:
+            raise MisconfigurationException(
+                "output_weights is 'gradients', but for a calibration batch the module returns no loss "
+                f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
+            )
+
+    def _batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+        if not isinstance(self._calibration, str):
+            assert self._calibration is not None
+            return self._calibration
+        for holder in (getattr(trainer, "datamodule", None), module):
+            if (make := getattr(holder, "calibration_dataloader", None)) is not None:
+                batches: Iterable[Any] = make()
+                return batches
+        raise MisconfigurationException(
+            "calibration_dataloader is 'datamodule', but neither the datamodule nor the LightningModule has a method "
+            "calibration_dataloader(): add one, pass a dataloader, or None to use the training batches"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)

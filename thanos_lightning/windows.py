@@ -1,0 +1,269 @@
+"""Which layers are pruned at which optimizer step, and from which step on their inputs are counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from thanos_lightning.schedule import Event
+from thanos_lightning.solver import NM, Pattern
+from thanos_lightning.targets import PrunableLayer
+
+# How the sparsity of a model rises from event to event
+Progression = Literal["within-layers", "levels", "front-to-back", "back-to-front", "least-loss-first"]
+_ROUNDING = 1e-9
+
+
+def check_progression(progression: Progression, final: Mapping[str, Pattern]) -> None:
+    """Refuse a progression that some layer can't take.
+
+    Raises:
+        ValueError: Naming the layer, where its pattern has no levels.
+    """
+    if progression == "levels":
+        for name, pattern in final.items():
+            if not isinstance(pattern, NM) or pattern.m - pattern.n < 2:
+                example = " (3:4 would be one, on the way to 2:4)" if not isinstance(pattern, NM) else ""
+                raise ValueError(
+                    f"progression is 'levels', but the pattern {pattern.name} of layer {name} has no levels before it"
+                    f"{example}: choose 'within-layers', or another pattern"
+                )
+
+
+def turns(progression: Progression, final: Mapping[str, Pattern], losses: Mapping[str, float]) -> list[str]:
+    """The layers in the order in which they are pruned, where they take turns.
+
+    Args:
+        progression: "least-loss-first" reads the losses; "back-to-front" reverses the order of the model.
+        final: Layer name -> its pattern at the end, front to back.
+        losses: Layer name -> what it loses by that.
+
+    Example:
+        >>> turns("least-loss-first", {"a": NM(2, 4), "b": NM(2, 4)}, {"a": 0.2, "b": 0.1})
+        ['b', 'a']
+    """
+    if progression == "least-loss-first":
+        return sorted(final, key=lambda name: losses[name])
+    return list(final)[::-1] if progression == "back-to-front" else list(final)
+
+
+def patterns_at(
+    event: Event,
+    final: Mapping[str, Pattern],
+    progression: Progression = "within-layers",
+    sizes: Mapping[str, int] | None = None,
+    order: Sequence[str] | None = None,
+) -> dict[str, Pattern]:
+    """What each layer is to be pruned to at an event.
+
+    Args:
+        event: The event.
+        final: Layer name -> its pattern at the end, front to back.
+        progression: "within-layers": all layers become sparser together, by single weights where they are unstructured,
+            by rows where they are N:M (the fraction of dense rows falls to its final value), by columns where they are
+            structured. "levels": N:M patterns go through those that keep more, as 3:4 is on the way to 2:4. The
+            others: layers take turns, each pruned at once to its end.
+        sizes: Layer name -> number of weights, by which turns are counted; None counts layers.
+        order: The layers in their turns; None is front to back.
+
+    Returns:
+        Layer name -> pattern. Layers that are still dense are missing.
+    """
+    shares = {name: event.sparsity(pattern.sparsity) / pattern.sparsity for name, pattern in final.items()}
+    if progression == "within-layers":
+        return {name: pattern.with_sparsity(event.sparsity(pattern.sparsity)) for name, pattern in final.items()}
+    if progression == "levels":
+        levels = {}
+        for name, pattern in final.items():
+            assert isinstance(pattern, NM), "check_progression comes first"
+            removed = max(1, math.ceil(shares[name] * (pattern.m - pattern.n) - _ROUNDING))
+            levels[name] = replace(pattern, n=pattern.m - removed)
+        return dict(levels)
+    sizes = sizes or dict.fromkeys(final, 1)
+    total, before = sum(sizes[name] for name in final), 0
+    begun = set()
+    for name in order or list(final):
+        if before < shares[name] * total - _ROUNDING * total:
+            begun.add(name)
+        before += sizes[name]
+    return {name: pattern for name, pattern in final.items() if name in begun}
+
+
+def changes(
+    events: Sequence[Event],
+    final: Mapping[str, Pattern],
+    progression: Progression = "within-layers",
+    sizes: Mapping[str, int] | None = None,
+    order: Sequence[str] | None = None,
+) -> list[tuple[Event, dict[str, Pattern]]]:
+    """Each event with the layers that it takes further than the one before; events that change nothing are left out."""
+    work = []
+    reached: dict[str, Pattern] = {}
+    for event in events:
+        wanted = patterns_at(event, final, progression, sizes, order)
+        changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
+        reached.update(changed)
+        if changed:
+            work.append((event, changed))
+    return work
+
+
+@dataclass(frozen=True)
+class Window:
+    """The layers whose Hessians are held at one time, and when.
+
+    Attributes:
+        event: The event that the window belongs to.
+        patterns: Layer name -> what to prune the layer to, front to back.
+        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` where nothing is collected from
+            training batches.
+        end_step: Optimizer steps taken when the window is pruned.
+        is_last: Whether the event is complete after it.
+        surveys: Whether the layers are only looked at, to decide how each will be pruned.
+    """
+
+    event: Event
+    patterns: Mapping[str, Pattern]
+    start_step: int
+    end_step: int
+    is_last: bool
+    surveys: bool = False
+
+    def state(self) -> list[Any]:
+        """What has to be the same when a checkpoint is resumed behind or inside the window: plain values."""
+        patterns = [[name, repr(pattern)] for name, pattern in self.patterns.items()]
+        return [self.start_step, self.end_step, patterns, *(["surveys"] if self.surveys else [])]
+
+
+def hessian_bytes(layer: PrunableLayer) -> int:
+    """Memory of a layer's accumulator: in_features² fp32 numbers."""
+    return 4 * layer.cols**2
+
+
+def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
+    """Split layers, front to back, into groups whose Hessians fit a budget.
+
+    Which layers share their inputs is known only after a forward, so each layer is counted in full: a bound from above.
+
+    Raises:
+        ValueError: If one layer alone is over the budget, naming it and what it takes.
+    """
+    if budget_gib is None:
+        return [list(layers)]
+    budget = budget_gib * 2**30
+    groups: list[list[PrunableLayer]] = [[]]
+    held = 0
+    for layer in layers:
+        needed = hessian_bytes(layer)
+        if needed > budget:
+            raise ValueError(
+                f"the Hessian of layer {layer.name} takes {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
+                f"{budget_gib}: raise it, or add {layer.name!r} to ignore"
+            )
+        if held + needed > budget and groups[-1]:
+            groups.append([])
+            held = 0
+        groups[-1].append(layer)
+        held += needed
+    return groups
+
+
+def plan_windows(
+    work: Sequence[tuple[Event, Mapping[str, Pattern]]],
+    layers: Mapping[str, PrunableLayer],
+    *,
+    calibration_steps: int,
+    budget_gib: float | None = None,
+    since: int = 0,
+    surveys: bool = False,
+) -> list[Window]:
+    """Place each event's windows before its step, one after the other, the last one ending at it.
+
+    A window never reaches back past the event before: its statistics would be those of weights that are gone.
+
+    Args:
+        work: Events in order, and what each prunes.
+        layers: Name -> layer.
+        calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
+        budget_gib: Memory for the Hessians of a window.
+        since: Optimizer steps taken at the last event that is not among the work.
+        surveys: Whether the layers are only looked at.
+
+    Returns:
+        The windows in order of time.
+
+    Raises:
+        ValueError: If an event has more windows than there are steps before it, or no step at all.
+    """
+    windows: list[Window] = []
+    before = since
+    for event, patterns in work:
+        if calibration_steps and not event.step:
+            raise ValueError(
+                "an event before the first optimizer step has no training batches to prune on: give a "
+                "calibration_dataloader (a list of batches, or 'datamodule'), or start the schedule later (start_step)"
+            )
+        groups = split_by_memory([layers[name] for name in patterns], budget_gib)
+        available = event.step - before
+        length = min(calibration_steps, available // len(groups))
+        if calibration_steps and not length:
+            raise ValueError(
+                f"the event at optimizer step {event.step} needs statistics from {len(groups)} window(s) of at least "
+                f"one step each, but there are {available} since {'the last event' if before else 'the start'}: start "
+                "or space the events later (start_step, every_n_steps), raise hessian_memory_gib, or give a "
+                "calibration_dataloader"
+            )
+        for index, group in enumerate(groups):
+            end = event.step - (len(groups) - 1 - index) * length
+            windows.append(
+                Window(
+                    event=event,
+                    patterns={layer.name: patterns[layer.name] for layer in group},
+                    start_step=end - length,
+                    end_step=end,
+                    is_last=index == len(groups) - 1,
+                    surveys=surveys,
+                )
+            )
+        before = event.step
+    return windows
+
+
+def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]]) -> None:
+    """Hold the windows that a checkpoint has behind it, and the open one, against those of this run.
+
+    Args:
+        windows: The first ones of this run's plan.
+        recorded: `Window.state` of those that the checkpoint has begun.
+
+    Raises:
+        MisconfigurationException: If they differ: masks or sums would be taken for those of other events.
+    """
+    if [window.state() for window in windows] != list(recorded):
+        raise MisconfigurationException(
+            f"the {len(recorded)} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
+            "resume with the schedule, patterns, targets, allocation, output_weights, progression, calibration_steps "
+            "and hessian_memory_gib that it was trained with, and the same max_steps where the schedule has fractions"
+        )
+
+
+def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
+    """Refuse a next window that should have begun already.
+
+    Args:
+        windows: Those that have not begun.
+        optimizer_steps: Taken so far.
+
+    Raises:
+        MisconfigurationException: Naming the event.
+    """
+    if windows and windows[0].start_step < optimizer_steps:
+        raise MisconfigurationException(
+            f"the event at optimizer step {windows[0].event.step} needs the steps from {windows[0].start_step} on, but "
+            f"the training goes on at step {optimizer_steps}: start the schedule later (start_step), or fit without "
+            "ckpt_path"
+        )
