@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def multiply_bf16_in_fp32() -> bool:
             result: Tensor = by_out(a.to(out.dtype), b.to(out.dtype), out=out)
             return result.to(a.dtype)
 
-        library.impl(name, multiply, "CPU", allow_override=True)
+        library.impl(name, multiply, "CPU")
 
-    product("mm")
-    product("bmm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that these are overridden
+        product("mm")
+        product("bmm")
     attend = functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
