@@ -96,6 +96,8 @@ OPTIONS: dict[str, Recipe] = {
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
     "gradual, four events": Recipe(_FOUR_TIMES),
     "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
+    "gradual, four later events": Recipe((0.1, 0.5, 0.1)),
+    "first step, deviation 0.3": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss", "deviation": 0.3}}),
     "levels": Recipe(_FOUR_TIMES, {"progression": "levels"}),
     "front to back": Recipe(_FOUR_TIMES, {"progression": "front-to-back"}),
     "back to front": Recipe(_FOUR_TIMES, {"progression": "back-to-front"}),

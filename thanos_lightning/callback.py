@@ -43,6 +43,8 @@ from thanos_lightning.surveying import LayerSurvey, survey_window
 from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
 from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression
 
+_AT_ONCE, _GRADUALLY = SparsitySchedule(0, 0, 1), SparsitySchedule(0.0, 0.4, 0.1)
+
 
 class ThanosPruningCallback(Callback):
     """Prunes layers while the model is trained, on a schedule, and keeps the zeros from then on.
@@ -56,7 +58,9 @@ class ThanosPruningCallback(Callback):
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
         sparsity: Final fraction of zeros, for "unstructured" and "structured".
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
-        schedule: When to prune, and how much by then.
+        schedule: When to prune, and how much by then. None is the best of those that were measured (docs/recipes.md):
+            once before the first step where there is a `calibration_dataloader` and layers are pruned together, else
+            at 10, 20, 30 and 40 % of the training.
         targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
         ignore: Layers to leave out, in the same words.
         overrides: Other patterns for some of the targets.
@@ -114,7 +118,7 @@ class ThanosPruningCallback(Callback):
         self,
         pattern: str = "2:4",
         sparsity: float | None = None,
-        schedule: SparsitySchedule = SparsitySchedule(0.1, 0.5, 0.1),
+        schedule: SparsitySchedule | None = None,
         targets: str | Sequence[str] = ("*",),
         ignore: str | Sequence[str] = ("lm_head",),
         *,
@@ -127,7 +131,7 @@ class ThanosPruningCallback(Callback):
         admm_steps: int = 8,
         refine_steps: int = 2,
         output_weights: Literal["gradients", "uniform"] | None = None,
-        calibration_steps: int = 8,
+        calibration_steps: int = 32,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
@@ -139,7 +143,6 @@ class ThanosPruningCallback(Callback):
         monitor: str | None = None,
     ) -> None:
         self.pattern: Pattern = parse_pattern(pattern, sparsity, outlier_fraction)
-        self.schedule = schedule
         self.targets = targets
         self.ignore = ignore
         self.overrides = tuple(overrides)
@@ -156,6 +159,10 @@ class ThanosPruningCallback(Callback):
                 "calibration_dataloader is an iterator, which the first event would use up: give a list or a DataLoader"
             )
         self.calibration_dataloader = calibration_dataloader
+        if schedule is None:
+            at_once = calibration_dataloader is not None and progression == "within-layers"
+            schedule = _AT_ONCE if at_once else _GRADUALLY
+        self.schedule = schedule
         if output_weights not in (None, "gradients", "uniform"):
             raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'uniform' or None")
         if output_weights == "gradients" and not self.options.needs_statistics:

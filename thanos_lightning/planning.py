@@ -64,7 +64,7 @@ def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocati
 
     Example:
         >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
-        Allocation(by='loss', deviation=0.15, lowest=0.0, highest=0.95)
+        Allocation(by='loss', deviation=0.15, lowest=0.0, highest=1.0)
         >>> default_allocation(NM(2, 4), SparsitySchedule(10, 30, 10)) is None
         True
     """

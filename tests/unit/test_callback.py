@@ -928,6 +928,21 @@ def test_compiled_modules_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"calibration_dataloader": list(loader(8))}, [0]),
+        ({}, [2, 4, 6, 8]),
+        ({"calibration_dataloader": list(loader(8)), "progression": "front-to-back"}, [2, 4, 6]),  # by 6 all have had a turn
+    ],
+)
+def test_the_schedule_without_one(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
+    callback = pruning(schedule=None, **options)
+    trainer(tmp_path, callback, max_steps=20).fit(ToyLM(), loader(80))
+    assert [event.step for event in callback.report.events] == steps
+    assert {mask.pattern for mask in masks(callback).values()} == {NM(2, 4)}
+
+
 def test_events_that_are_missed_are_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="final sparsity will not be reached"):
         trainer(tmp_path, pruning(schedule=SparsitySchedule(2, 20, 4)), max_steps=8).fit(ToyLM(), loader(64))
