@@ -171,15 +171,24 @@ class Planner:
     ) -> Mapping[str, Pattern]:
         if self.allocation is None:
             return final
-        shared = [name for name, its in final.items() if its == self.pattern]
-        unknown = [name for name in shared if surveys[name].weighted_losses is None]
-        if not unknown or not self.gives_way:
-            return allocate(self.allocation, surveys, layers, final, self.pattern)
-        rank_zero_warn(
-            f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no gradient has "
-            "reached their outputs: all layers are pruned alike. allocation='uniform' is without this warning"
-        )
-        return final
+        unknown = [
+            name
+            for name, pattern in final.items()
+            if self.gives_way and pattern == self.pattern and surveys[name].weighted_losses is None
+        ]
+        if unknown:
+            rank_zero_warn(
+                f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no gradient "
+                f"has reached their outputs: each is pruned to {self.pattern.sparsity:.2%}, and only the others share "
+                "their zeros. allocation='uniform' is without this warning"
+            )
+        known = {name: pattern for name, pattern in final.items() if name not in unknown}
+        allocated = allocate(self.allocation, surveys, layers, known, self.pattern)
+        return {
+            name: final[name] if name in unknown else allocated[name]
+            for name in final
+            if name in unknown or name in allocated  # others stay dense
+        }
 
     def _plan_pruning(
         self,

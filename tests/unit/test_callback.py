@@ -933,7 +933,10 @@ def test_compiled_modules_are_refused(tmp_path: Path) -> None:
     [
         ({"calibration_dataloader": list(loader(8))}, [0]),
         ({}, [2, 4, 6, 8]),
-        ({"calibration_dataloader": list(loader(8)), "progression": "front-to-back"}, [2, 4, 6]),  # by 6 all have had a turn
+        (
+            {"calibration_dataloader": list(loader(8)), "progression": "front-to-back"},
+            [2, 4, 6],
+        ),  # by 6 all have had a turn
     ],
 )
 def test_the_schedule_without_one(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,13 +75,33 @@ def test_layers_that_lose_more_stay_denser() -> None:
     assert min(sparsities[-3:]) < 0.4
 
 
-def test_layers_are_alike_where_it_is_not_known_what_they_lose() -> None:
-    with pytest.warns(UserWarning, match=r"14 layer\(s\), such as .*: all layers are pruned alike"):
+def test_layers_of_which_it_is_not_known_what_they_lose_keep_out_of_an_allocation() -> None:
+    with pytest.warns(UserWarning, match=r"what 14 layer\(s\), such as .* each is pruned to 50.00%"):
         _, pruning = plan(planner(), surveys(weighted=False))
-    assert set(pruning.patterns.values()) == {Unstructured(0.5)}
-    # who asks for an allocation gets one, by relative losses
-    _, pruning = plan(planner(gives_way=False), surveys(weighted=False))
-    assert len(set(pruning.patterns.values())) > 1
+    assert pruning.patterns == dict.fromkeys(LAYERS, Unstructured(0.5))
+    frozen = list(LAYERS)[:3]
+    some = {
+        name: replace(survey, weighted_losses=None) if name in frozen else survey for name, survey in surveys().items()
+    }
+    with pytest.warns(UserWarning, match=r"what 3 layer\(s\)"):
+        _, pruning = plan(planner(), some)
+    assert {pruning.patterns[name] for name in frozen} == {Unstructured(0.5)}
+    others = {name: layer for name, layer in LAYERS.items() if name not in frozen}
+    counts = [pruning.patterns[name].num_pruned(layer.rows, layer.cols) for name, layer in others.items()]
+    assert sum(counts) == sum(Unstructured(0.5).num_pruned(layer.rows, layer.cols) for layer in others.values())
+    assert len(set(pruning.patterns.values())) > 2
+    # who asks for an allocation gets one for all, by relative losses
+    _, pruning = plan(planner(gives_way=False), some)
+    assert Unstructured(0.5) not in {pruning.patterns[name] for name in frozen}
+
+
+def test_a_layer_that_an_allocation_leaves_dense_is_not_pruned() -> None:
+    dear = surveys()
+    first = next(iter(dear))
+    dear[first] = replace(dear[first], weighted_losses={0.25: 1e6, 0.5: 2e6, 0.75: 3e6})
+    wide = planner(allocation=Allocation("loss", deviation=0.5))
+    _, pruning = plan(wide, dear)
+    assert set(LAYERS) - set(pruning.patterns) == {first}
 
 
 @pytest.mark.parametrize(
