@@ -46,13 +46,15 @@ def multiply_bf16_in_fp32() -> bool:
         product("bmm")
     attend = functional.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
-            return attend(query, key, value, *arguments, **options)
+            return attend(query, key, value, attn_mask, **options)
         dtype = torch.get_autocast_dtype("cpu")
         rounded = (tensor.to(dtype).float() for tensor in (query, key, value))
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.float()
         with torch.autocast("cpu", enabled=False):
-            return attend(*rounded, *arguments, **options).to(dtype)
+            return attend(*rounded, attn_mask, **options).to(dtype)
 
     functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
     _overridden.append(library)

@@ -58,9 +58,9 @@ class ThanosPruningCallback(Callback):
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
         sparsity: Final fraction of zeros, for "unstructured" and "structured".
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
-        schedule: When to prune, and how much by then. None is the best of those that were measured (docs/recipes.md):
-            once before the first step where there is a `calibration_dataloader` and layers are pruned together, else
-            at 10, 20, 30 and 40 % of the training.
+        schedule: When to prune, and how much by then. None is once before the first step where there is a
+            `calibration_dataloader` and the progression is "within-layers", which was measured best; else at 10, 20, 30
+            and 40 % of the training (docs/recipes.md).
         targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
         ignore: Layers to leave out, in the same words.
         overrides: Other patterns for some of the targets.
@@ -92,7 +92,8 @@ class ThanosPruningCallback(Callback):
             pruned at once to its end.
         allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
             None is `Allocation("loss")` for "unstructured" with output weights, where the layers can be looked at
-            before the first event and the schedule begins below what a layer may get; else "uniform". It and
+            before the first event and the schedule begins below what a layer may get; else "uniform". (It leaves out
+            layers that no gradient reaches, with a warning: they get the pattern's own sparsity.) An allocation and
             "least-loss-first" look at all layers before that event, which takes calibration steps of their own; where
             there are too few for both, half of those before the event.
         rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the

@@ -84,7 +84,8 @@ class Planner:
         schedule: When, and how sparse by then.
         progression: How the model becomes sparser over events.
         allocation: Of unequal sparsities; None for layers that are alike.
-        gives_way: Whether layers are alike where it can't be known what they lose, or else that is an error.
+        gives_way: Whether the allocation is the default, which nobody asked for: it leaves out layers of which it is
+            not known what they lose, and all where there is no room to look at them.
         calibration_steps: Optimizer steps that a window collects, at most; 0 where none collects in the training.
         memory_gib: For the Hessians of a window; None holds all at once.
     """
@@ -179,8 +180,8 @@ class Planner:
         if unknown:
             rank_zero_warn(
                 f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no gradient "
-                f"has reached their outputs: each is pruned to {self.pattern.sparsity:.2%}, and only the others share "
-                "their zeros. allocation='uniform' is without this warning"
+                f"has reached their outputs: each is pruned to {self.pattern.sparsity:.2%}, and only layers of which "
+                "it is known share their zeros. allocation='uniform' is without this warning"
             )
         known = {name: pattern for name, pattern in final.items() if name not in unknown}
         allocated = allocate(self.allocation, surveys, layers, known, self.pattern)

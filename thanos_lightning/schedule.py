@@ -128,12 +128,16 @@ class SparsitySchedule:
             SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, initial=0.0, shape='cubic')
         """
 
-        def steps(value: float) -> int:
-            return round(value * total_steps) if _is_fraction(value) else int(value)
+        def steps(value: float) -> float:
+            return value * total_steps if _is_fraction(value) else value
 
-        resolved = SparsitySchedule(
-            steps(self.start_step), steps(self.end_step), max(1, steps(self.every_n_steps)), self.initial, self.shape
-        )
+        start, end, every = round(steps(self.start_step)), round(steps(self.end_step)), steps(self.every_n_steps)
+        # each is rounded by itself, which must not leave a step or two for one more event before the end
+        number = max(1, math.ceil((steps(self.end_step) - steps(self.start_step)) / every - 1e-9))
+        distance = max(1, round(every))
+        if len(range(start, end, distance)) > number:
+            distance = -(-(end - start) // number)
+        resolved = SparsitySchedule(start, end, distance, self.initial, self.shape)
         resolved._check_order()
         return resolved
 

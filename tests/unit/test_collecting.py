@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,14 @@ def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tenso
         collecting.begin(batch)
         loss = module(**batch).loss
         collecting.end()
-        module(**batch)  # what runs after the training step is not counted
+        module(input_ids=batch["input_ids"] * 0)  # what runs after the training step is not counted
         loss.backward()
+
+
+def sums(state: dict[str, Any] | None) -> dict[str, float]:
+    assert state is not None
+    found = {name: float(entry["sum"].sum()) for name, entry in state["sums"].items()}
+    return found | {f"{name}, gradients": float(one.sum()) for name, one in state["gradients"].items()}
 
 
 def moments(collected: Collected) -> Tensor:
@@ -101,6 +108,9 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
             assert state is not None
             collecting.stop()
             train_on(module, collecting, BATCHES[:stop])  # its hooks are gone
+            after = collecting.state()
+            assert after is not None
+            assert [sums(one) for one in after] == [sums(one) for one in state]
             collecting = collector(module)
             assert collecting.state() is None
             collecting.open(window(module), gradients=True)
@@ -146,13 +156,31 @@ def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
         needing.take(window(module), fitted, module, gradients=True)
 
 
-def test_gradients_that_can_not_be_had_are_said_once(
-    module: ToyLM, fitted: Trainer, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_gradients_that_can_not_be_had_are_said_once(module: ToyLM, fitted: Trainer) -> None:
     collecting = collector(module, calibration=BATCHES, lacks_gradients=True)
-    for _ in range(2):
-        assert collecting.take(window(module), fitted, module, gradients=True).output_weights == {}
-    assert sum("under ZeRO-3 there are no gradients" in str(one.message) for one in recwarn) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [collecting.take(window(module), fitted, module, gradients=True).output_weights for _ in range(2)]
+    assert found == [{}, {}]
+    assert sum("under ZeRO-3 there are no gradients" in str(one.message) for one in caught) == 1
+
+
+def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
+    padded = list(loader(8, padding=6))
+    found = []
+    for key in ("attention_mask", None):
+        collecting = collector(module, attention_mask_key=key)
+        collecting.open(window(module), gradients=False)
+        train_on(module, collecting, padded)
+        accumulators = collecting.take(window(module), fitted, module, gradients=False).accumulators
+        assert accumulators is not None
+        found.append(accumulators[LAYER].num_tokens)
+    assert found == [8 * 10, 8 * 16]
+    masked = collector(module, attention_mask_key="mask")
+    masked.open(window(module), gradients=False)
+    with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
+        train_on(module, masked, padded)
+    assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1
 
 
 def test_what_was_not_collected_is_an_error(module: ToyLM, fitted: Trainer) -> None:

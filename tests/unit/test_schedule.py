@@ -54,6 +54,15 @@ def test_fractions_resolve_to_optimizer_steps() -> None:
         schedule.events()
 
 
+@given(total=st.integers(20, 5000))
+def test_rounding_adds_no_event(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
+    assert len(steps) == 4
+    assert steps == pytest.approx([0.1 * total, 0.2 * total, 0.3 * total, 0.4 * total], abs=3)
+    uneven = [event.step for event in SparsitySchedule(0.0, 0.25, 0.1).resolve(total).events()]
+    assert uneven == pytest.approx([0.1 * total, 0.2 * total, 0.25 * total], abs=2)
+
+
 def test_one_step_and_all_of_training_are_told_apart() -> None:
     assert SparsitySchedule(1, 1.0, 1).resolve(50) == SparsitySchedule(1, 50, 1)
 
