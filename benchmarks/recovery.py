@@ -87,7 +87,6 @@ RECIPES: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
-    "first step, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, distillation={"teacher": _FINE_TUNED}),
 }
 # each differs from a recipe in one thing: not in the table unless they are asked for
 OPTIONS: dict[str, Recipe] = {
@@ -126,6 +125,7 @@ OPTIONS: dict[str, Recipe] = {
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {
+            "": {},
             ", logits x 4": {"logits": 4.0},
             ", logits alone": {"cross_entropy": 0.0},
             ", temperature 2": {"temperature": 2.0},

@@ -65,8 +65,7 @@ def patterns_at(
         final: Layer name -> its pattern at the end, front to back.
         progression: "within-layers": all layers become sparser together, by single weights where they are unstructured,
             by rows where they are N:M (the fraction of dense rows falls to its final value), by columns where they are
-            structured. "levels": N:M patterns go through those that keep more, as 3:4 is on the way to 2:4. The
-            others: layers take turns, each pruned at once to its end.
+            structured. The others, but for "levels": layers take turns, each pruned at once to its end.
         sizes: Layer name -> number of weights, by which turns are counted; None counts layers.
         order: The layers in their turns; None is front to back.
 
@@ -76,13 +75,6 @@ def patterns_at(
     shares = {name: event.sparsity(pattern.sparsity) / pattern.sparsity for name, pattern in final.items()}
     if progression == "within-layers":
         return {name: pattern.with_sparsity(event.sparsity(pattern.sparsity)) for name, pattern in final.items()}
-    if progression == "levels":
-        levels = {}
-        for name, pattern in final.items():
-            assert isinstance(pattern, NM), "check_progression comes first"
-            removed = max(1, math.ceil(shares[name] * (pattern.m - pattern.n) - _ROUNDING))
-            levels[name] = replace(pattern, n=pattern.m - removed)
-        return dict(levels)
     sizes = sizes or dict.fromkeys(final, 1)
     total, before = sum(sizes[name] for name in final), 0
     begun = set()
@@ -100,16 +92,46 @@ def changes(
     sizes: Mapping[str, int] | None = None,
     order: Sequence[str] | None = None,
 ) -> list[tuple[Event, dict[str, Pattern]]]:
-    """Each event with the layers that it takes further than the one before; events that change nothing are left out."""
+    """Each event with the layers that it takes further than the one before; events that change nothing are left out.
+
+    Args:
+        events: In order.
+        final: Layer name -> its pattern at the end, front to back.
+        progression: As for `patterns_at`; or "levels", with which N:M goes through the patterns that keep more, as 3:4
+            is on the way to 2:4: to the nearest one to what the event asks for, but past none where there are events
+            enough for all.
+        sizes: As for `patterns_at`.
+        order: As for `patterns_at`.
+
+    Example:
+        >>> events = [Event(10, 0.875), Event(20, 1.0)]
+        >>> [patterns["a"].name for _, patterns in changes(events, {"a": NM(2, 4)}, "levels")]
+        ['3:4', '2:4']
+    """
     work = []
     reached: dict[str, Pattern] = {}
-    for event in events:
-        wanted = patterns_at(event, final, progression, sizes, order)
+    for number, event in enumerate(events, 1):
+        if progression == "levels":
+            following = len(events) - number
+            wanted = {name: _level(event, its, reached.get(name), following) for name, its in final.items()}
+        else:
+            wanted = patterns_at(event, final, progression, sizes, order)
         changed = {name: pattern for name, pattern in wanted.items() if reached.get(name) != pattern}
         reached.update(changed)
         if changed:
             work.append((event, changed))
     return work
+
+
+def _level(event: Event, final: Pattern, before: Pattern | None, following: int) -> Pattern:
+    """The next level of a layer, with so many events to come."""
+    assert isinstance(final, NM), "check_progression comes first"
+    assert before is None or isinstance(before, NM)
+    most = final.m - final.n
+    reached = 0 if before is None else final.m - before.n
+    nearest = math.floor(event.sparsity(final.sparsity) / final.sparsity * most + 0.5)
+    removed = max(1, reached, min(nearest, reached + 1), most - following)
+    return replace(final, n=final.m - removed)
 
 
 @dataclass(frozen=True)

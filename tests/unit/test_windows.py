@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 from toy import tiny_llama
@@ -83,15 +85,30 @@ def test_too_little_time_for_the_windows_is_an_error() -> None:
 def test_n_m_goes_through_the_levels_before_it() -> None:
     final = {"a": NM(2, 4), "b": NM(4, 8, 0.25)}
     check_progression("levels", final)
-    steps = [patterns_at(Event(5, progress), final, "levels") for progress in (0.1, 0.5, 0.51, 1.0)]
-    assert [(level["a"].name, level["b"].name) for level in steps] == [
-        ("3:4", "7:8"),
-        ("3:4", "6:8"),
-        ("2:4", "5:8"),
-        ("2:4", "4:8"),
+    steps = [dict(patterns) for _, patterns in changes(SparsitySchedule(0, 40, 10).events(), final, "levels")]
+    assert [{name: pattern.name for name, pattern in patterns.items()} for patterns in steps] == [
+        {"a": "3:4", "b": "7:8"},
+        {"a": "2:4", "b": "6:8"},  # a is at its end
+        {"b": "5:8"},
+        {"b": "4:8"},
     ]
-    assert all(level["b"].outlier_fraction == 0.25 for level in steps)
-    assert steps[-1] == final
+    assert all(patterns["b"].outlier_fraction == 0.25 for patterns in steps)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "names"),
+    [
+        (SparsitySchedule(0, 20, 10), ["3:4", "2:4"]),  # at 10 the budget is 7/8 of the end's
+        (SparsitySchedule(0, 40, 10, shape="linear"), ["3:4", "2:4"]),
+        (SparsitySchedule(0, 10, 10, initial=0.1), ["3:4", "2:4"]),
+        (SparsitySchedule(10, 10, 1), ["2:4"]),
+    ],
+)
+def test_no_level_is_left_out_where_events_are_enough(schedule: SparsitySchedule, names: list[str]) -> None:
+    found = changes(schedule.events(), {"a": NM(2, 4)}, "levels")
+    assert [patterns["a"].name for _, patterns in found] == names
+    few = changes(SparsitySchedule(0, 20, 10).events(), {"a": NM(4, 8)}, "levels")
+    assert [patterns["a"].name for _, patterns in few] == ["5:8", "4:8"]
 
 
 @pytest.mark.parametrize("pattern", [NM(3, 4), Unstructured(0.5), Structured(0.5)])
@@ -113,18 +130,14 @@ def test_turns_are_counted_in_weights() -> None:
 
 
 @pytest.mark.parametrize("progression", ["within-layers", "levels", "front-to-back", "back-to-front"])
-def test_every_progression_rises_and_ends_at_the_final_patterns(progression: Progression) -> None:
+@pytest.mark.parametrize("shape", ["linear", "cubic"])
+def test_every_progression_rises_and_ends_at_the_final_patterns(progression: Progression, shape: Any) -> None:
     final = {str(index): NM(2, 4) for index in range(5)}
-    events = SparsitySchedule(0, 20, 4, shape="linear").events()
-    order, sparsity, layers = turns(progression, final, {}), 0.0, dict.fromkeys(final, 0)
-    for event in events:
-        wanted = patterns_at(event, final, progression, None, order)
-        for name, pattern in wanted.items():
-            pruned = pattern.num_pruned(10, 40)
-            assert pruned >= layers[name]
-            layers[name] = pruned
-        total = sum(layers.values()) / (5 * 400)
-        assert total >= sparsity
-        sparsity = total
-    assert wanted == final
-    assert sparsity == 0.5
+    events = SparsitySchedule(0, 20, 4, shape=shape).events()
+    reached: dict[str, Pattern] = {}
+    for _, patterns in changes(events, final, progression, None, turns(progression, final, {})):
+        for name, pattern in patterns.items():
+            before = reached[name].num_pruned(10, 40) if name in reached else 0
+            assert pattern.num_pruned(10, 40) >= before
+        reached |= patterns
+    assert reached == final
