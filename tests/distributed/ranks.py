@@ -52,6 +52,8 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        # where memory is aligned otherwise, MKL rounds otherwise on some CPUs: runs that are equal would not seem so
+        "MKL_CBWR": "AVX2,STRICT",
         **more,
     }
 
