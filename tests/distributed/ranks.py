@@ -52,16 +52,22 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        # where memory is aligned otherwise, MKL rounds otherwise on some CPUs: runs that are equal would not seem so
-        "MKL_CBWR": "AVX2,STRICT",
         **more,
     }
 
 
 def start(
-    out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = 400, script: Path = SCRIPT
+    out: Path,
+    cases: Sequence[dict[str, Any]],
+    ranks: int = 2,
+    timeout: float = 400,
+    script: Path = SCRIPT,
+    **variables: str,
 ) -> Ended:
-    """Train the cases one after the other on so many ranks, and wait for all of them to end."""
+    """Train the cases one after the other on so many ranks, and wait for all of them to end.
+
+    `variables` are of the environment, beside those of `environment`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     file = out / "cases.json"
     file.write_text(json.dumps(cases))
@@ -71,7 +77,7 @@ def start(
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(file)],
-            env=environment(rank, ranks, port),
+            env=environment(rank, ranks, port, **variables),
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
         )
