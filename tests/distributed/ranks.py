@@ -18,6 +18,8 @@ import torch
 from thanos_lightning.masks import LayerMask
 
 SCRIPT = Path(__file__).with_name("training.py")
+# in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long
+PATIENCE = 1200
 PRUNABLE = [
     f"model.layers.{layer}.{name}_proj.weight"
     for layer in range(2)
@@ -60,13 +62,14 @@ def start(
     out: Path,
     cases: Sequence[dict[str, Any]],
     ranks: int = 2,
-    timeout: float = 400,
+    timeout: float = PATIENCE,
     script: Path = SCRIPT,
     **variables: str,
 ) -> Ended:
     """Train the cases one after the other on so many ranks, and wait for all of them to end.
 
-    `variables` are of the environment, beside those of `environment`.
+    `variables` are of the environment, beside those of `environment`. Ranks that have not ended after `timeout` seconds
+    are killed, and the test fails with what they said last.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / "cases.json"
@@ -83,8 +86,11 @@ def start(
         )
         for rank in range(ranks)
     ]
+    late = False
     try:
         codes = [process.wait(max(1, timeout - (time.monotonic() - begin))) for process in processes]
+    except subprocess.TimeoutExpired:
+        late = True
     finally:
         for process in processes:
             process.kill()
@@ -93,6 +99,7 @@ def start(
         log.seek(0)
         outputs.append(log.read())
         log.close()
+    assert not late, "\n".join([f"not ended after {timeout:.0f} s", *(text[-3000:] for text in outputs)])
     return Ended(codes, outputs, time.monotonic() - begin)
 
 

@@ -17,7 +17,7 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "ddp"},
 ]
 NAMES = [f"{number} {case['strategy']}" for number, case in enumerate(STRATEGIES)]
-PATIENCE = 150  # seconds in which all processes have to end
+PROMPT = 150  # seconds in which all processes have to end
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trainings that are never killed."""
     root = tmp_path_factory.mktemp("whole")
     cases = [{"out": str(root / name), **case} for name, case in zip(NAMES, STRATEGIES, strict=True)]
-    ended = start(root, cases, timeout=300)
+    ended = start(root, cases)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     return root
 
@@ -38,14 +38,14 @@ def test_killed_at_random_points(whole: Path, tmp_path: Path) -> None:
     told = f"seed {seed}, killed at {points}"
     for name, case, point in zip(NAMES, STRATEGIES, points, strict=True):
         out = tmp_path / name
-        ended = start(out, [{"out": str(out), "save": True, "kill_at": point, **case}], timeout=PATIENCE)
+        ended = start(out, [{"out": str(out), "save": True, "kill_at": point, **case}], timeout=PROMPT)
         assert ended.codes[point[2]] == -9, told
         assert ended.codes[1 - point[2]] not in (0, -9), told  # by itself, with an error
     cases = [
         {"out": str(tmp_path / name / "resumed"), "resume": str(tmp_path / name / f"step={batch - 1}.ckpt"), **case}
         for name, case, (batch, _, _) in zip(NAMES, STRATEGIES, points, strict=True)
     ]
-    ended = start(tmp_path, cases, timeout=300)
+    ended = start(tmp_path, cases)
     assert ended.codes == [0, 0], told + "\n".join(text[-3000:] for text in ended.outputs)
     for name in NAMES:
         for before, after in zip(results(whole / name), results(tmp_path / name / "resumed"), strict=True):
@@ -57,7 +57,7 @@ def test_killed_at_random_points(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", STRATEGIES[:1] + STRATEGIES[-1:], ids=["zero3", "ddp"])
 def test_killed_inside_an_event(whole: Path, tmp_path: Path, case: dict[str, Any]) -> None:
-    ended = start(tmp_path, [{"out": str(tmp_path), "save": True, "fault": "killed_inside", **case}], timeout=PATIENCE)
+    ended = start(tmp_path, [{"out": str(tmp_path), "save": True, "fault": "killed_inside", **case}], timeout=PROMPT)
     assert ended.codes[1] == -9
     assert ended.codes[0] not in (0, -9)
     assert "onnection" in ended.outputs[0]  # reset, or closed, by the peer

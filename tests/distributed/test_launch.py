@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launched import LAUNCH, noted, prepare
-from ranks import free_port
+from ranks import PATIENCE, free_port
 
 ROOT = LAUNCH.parent
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -68,7 +68,7 @@ def test_a_launcher_starts_each_rank_once(
     arguments, env = prepare(tmp_path)
     env |= {"MASTER_PORT": str(free_port())} | prepare_launcher(tmp_path)
     ended = subprocess.run(
-        [str(LAUNCH / script), *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=400
+        [str(LAUNCH / script), *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
     ranks = noted(tmp_path)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from launched import LAUNCH, noted, prepare
-from ranks import PRUNABLE, SCRIPT, Ended, environment, masks, results
+from ranks import PATIENCE, PRUNABLE, SCRIPT, Ended, environment, masks, results
 from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
@@ -51,7 +51,9 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", interface, "up")
 
-    def wait(self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout: float = 300) -> Ended:
+    def wait(
+        self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout: float = PATIENCE
+    ) -> Ended:
         """Until all have ended, or one has failed, for which the others would wait; what is left then is killed."""
         begin = time.monotonic()
         try:

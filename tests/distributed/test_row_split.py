@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import agreement, environment, free_port, masks, results, start
+from ranks import PATIENCE, agreement, environment, free_port, masks, results, start
 
 ONE_LAYER = ["*layers.0.self_attn.k_proj"]
 TWO_LAYERS = ["*layers.0.self_attn.k_proj", "*layers.0.mlp.down_proj"]
@@ -61,7 +61,7 @@ def test_windows_without_a_training() -> None:
         for rank in range(3)
     ]
     try:
-        ended = [(process.communicate(timeout=200)[0], process.returncode) for process in processes]
+        ended = [(process.communicate(timeout=PATIENCE)[0], process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()

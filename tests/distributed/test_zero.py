@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import PRUNABLE, agreement, check_sparsity, masks, results, start, train
+from ranks import PATIENCE, PRUNABLE, agreement, check_sparsity, masks, results, start, train
 from require import without
 
 from thanos_lightning.cli import main
@@ -129,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All trainings, one after the other in the same processes: each start costs ten seconds."""
     root = tmp_path_factory.mktemp("zero")
     cases = [{"out": str(root / name), **case} for name, case in {**GRID, **KINDS}.items()]
-    ended = start(root, cases, timeout=900)
+    ended = start(root, cases, timeout=2 * PATIENCE)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     return root
 
@@ -140,7 +140,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("disturbed")
     nothing = {"nothing": {"strategy": "zero3", "precision": "bf16-mixed", "off": ["mask_gradients", "enforce"]}}
     cases = [{"out": str(root / name), **case} for name, case in {**UNMASKED, **REFILLED, **nothing}.items()]
-    ended = start(root, cases, timeout=600)
+    ended = start(root, cases)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     return root
 

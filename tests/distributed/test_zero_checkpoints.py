@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trainings of two ranks that save after each step."""
     root = tmp_path_factory.mktemp("saved")
     cases = [{"out": str(root / name), "save": True, **case} for name, case in KINDS.items()]
-    ended = start(root, cases, timeout=600)
+    ended = start(root, cases)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     return root
 
@@ -74,7 +74,7 @@ def resume(root: Path, checkpoints: dict[str, str], ranks: int) -> None:
         {"out": str(root / name), "resume": checkpoint, **KINDS[name.partition(",")[0]]}
         for name, checkpoint in checkpoints.items()
     ]
-    ended = start(root, cases, ranks, timeout=600)
+    ended = start(root, cases, ranks)
     assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
 
 

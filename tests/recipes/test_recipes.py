@@ -213,7 +213,7 @@ def test_a_zero3_recipe_is_rehearsed_on_cpus(name: str, tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
     env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     command = [str(Path(sys.executable).with_name("thanos-lightning")), "fit", "--config", str(recipe)]
-    ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
     report = json.loads((tmp_path / "run" / "pruning_report.json").read_text())
     assert [event["step"] for event in report["events"]] == [4, 8]
