@@ -80,8 +80,7 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
             `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
-            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone; not
-            under ZeRO-3, where all outputs count alike then.
+            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
             collected after the earlier ones are pruned. None holds all at once.
@@ -216,7 +215,6 @@ class ThanosPruningCallback(Callback):
         # below: made at the start of each fit
         self._layers: dict[str, PrunableLayer] = {}
         self._final_patterns: dict[str, Pattern] = {}
-        self._lacks_gradients = False
         self._windows: list[Window] = []
         self._surveys: dict[str, LayerSurvey] = {}
         self._planner: Planner | None = None
@@ -244,9 +242,6 @@ class ThanosPruningCallback(Callback):
             check_strategy(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
-                self._check_zero_stage_3(trainer.strategy)
-            else:
-                self._lacks_gradients = False
             if getattr(pl_module, "_compiler_ctx", None) is not None:
                 raise MisconfigurationException(
                     "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
@@ -498,7 +493,7 @@ class ThanosPruningCallback(Callback):
     def _new_planner(self) -> Planner:
         if isinstance(self.allocation, Allocation):
             allocation: Allocation | None = self.allocation
-        elif self.allocation is None and self._weights_outputs and not self._lacks_gradients:
+        elif self.allocation is None and self._weights_outputs:
             allocation = default_allocation(self.pattern, self.schedule)
         else:
             allocation = None
@@ -580,7 +575,6 @@ class ThanosPruningCallback(Callback):
             attention_mask_key=self.attention_mask_key,
             keeps_survey=self.hessian_memory_gib is None,
             needs_gradients=self.output_weights is not None,
-            lacks_gradients=self._lacks_gradients,
         )
 
     def _collect(self, window: Window) -> None:
@@ -665,15 +659,6 @@ class ThanosPruningCallback(Callback):
         if trainer.is_global_zero:
             print_event(event)
             self._write_report(trainer)
-
-    def _check_zero_stage_3(self, strategy: DeepSpeedStrategy) -> None:
-        # after a backward that ends at the outputs, DeepSpeed would keep the weights gathered while they are solved
-        self._lacks_gradients = strategy.zero_stage_3 and self.calibration_dataloader is not None
-        if self._lacks_gradients and self.output_weights == "gradients":
-            raise MisconfigurationException(
-                "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader: leave the "
-                "dataloader out to have those of the training batches, or take output_weights='uniform'"
-            )
 
     def _measure(self, trainer: Trainer) -> float:
         """The monitored metric of the weights as they are, from the Trainer's own validation loop."""

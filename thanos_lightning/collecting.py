@@ -68,7 +68,6 @@ class Collector:
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         keeps_survey: Whether what a survey was told from a calibration set may wait for the event at the same step.
         needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
-        lacks_gradients: Whether there can be none on a calibration set.
     """
 
     def __init__(
@@ -80,13 +79,12 @@ class Collector:
         attention_mask_key: str | None,
         keeps_survey: bool,
         needs_gradients: bool,
-        lacks_gradients: bool,
     ) -> None:
         self._layers, self._access = layers, access
         self._calibration = calibration
         self._attention_mask_key = attention_mask_key
         self._keeps_survey = keeps_survey
-        self._needs_gradients, self._lacks_gradients = needs_gradients, lacks_gradients
+        self._needs_gradients = needs_gradients
         self._open: _Open | None = None
         self._kept: _Open | None = None  # a survey's, for the weights as they are
         self._warned: set[str] = set()
@@ -215,15 +213,8 @@ class Collector:
         if self._kept is not None:
             kept, self._kept = self._kept, None
             return kept
-        if gradients and self._lacks_gradients:
-            self._warn_once(
-                "under ZeRO-3 there are no gradients on a calibration_dataloader: errors at all outputs count alike, "
-                "and unstructured layers are pruned alike unless an allocation is given. Leave it out to have those of "
-                "the training batches"
-            )
         statistics = self._new_statistics(window)
-        wanted = gradients and not self._lacks_gradients
-        found = _Open(statistics, OutputGradients(statistics.layers) if wanted else None)
+        found = _Open(statistics, OutputGradients(statistics.layers) if gradients else None)
         if found.gradients is not None:
             found.gradients.start(of_training=False)
         try:
@@ -238,6 +229,7 @@ class Collector:
             )
         finally:
             found.stop()
+        self._access.release()  # before layers are solved, which needs the memory
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         statistics.raise_kept(self._access)

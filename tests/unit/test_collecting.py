@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ def collector(module: ToyLM, **settings: Any) -> Collector:
         "attention_mask_key": None,
         "keeps_survey": True,
         "needs_gradients": False,
-        "lacks_gradients": False,
     }
     return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
 
@@ -154,15 +152,6 @@ def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
     needing = collector(module, calibration=unlabelled, needs_gradients=True)
     with pytest.raises(MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\)"):
         needing.take(window(module), fitted, module, gradients=True)
-
-
-def test_gradients_that_can_not_be_had_are_said_once(module: ToyLM, fitted: Trainer) -> None:
-    collecting = collector(module, calibration=BATCHES, lacks_gradients=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = [collecting.take(window(module), fitted, module, gradients=True).output_weights for _ in range(2)]
-    assert found == [{}, {}]
-    assert sum("under ZeRO-3 there are no gradients" in str(one.message) for one in caught) == 1
 
 
 def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:

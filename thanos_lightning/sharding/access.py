@@ -80,6 +80,10 @@ class ParameterAccess(Protocol):
         """The keep mask (out_features, in_features) on every rank, of which `drop` is this rank's piece."""
         ...
 
+    def release(self) -> None:
+        """Drop whole copies of sharded weights, which a forward or a backward beside the training leaves behind."""
+        ...
+
     # What this rank does alone
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class FsdpAccess(FragmentAccess):
         assert strategy.model is not None, "the strategy is set up"
         self._model = strategy.model
         self._sharded_modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
-        self._reshard()
+        self.release()
         # by name once and for all: a module whose parameters are gathered shows other tensors in their place
         self._parameters = {name: _require_rows(layer) for name, layer in layers.items()}
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
@@ -55,6 +55,11 @@ class FsdpAccess(FragmentAccess):
         """See `ParameterAccess`."""
         # in a single file Lightning numbers the module's parameters, whatever the order of an optimizer's groups
         return [list(self._model.parameters()) for _ in self.optimizers]
+
+    def release(self) -> None:
+        """See `ParameterAccess`."""
+        for module in self._sharded_modules:  # else a forward without a backward leaves some for the next one
+            module.reshard()
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""
@@ -90,11 +95,6 @@ class FsdpAccess(FragmentAccess):
             if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
                 yield LocalPiece(name, _flat(value))
 
-    def _reshard(self) -> None:
-        """Drop gathered copies: a forward without a backward leaves some, and the next one would not gather again."""
-        for module in self._sharded_modules:
-            module.reshard()
-
     # For FragmentAccess
 
     def _held(self, layer: PrunableLayer) -> Range:
@@ -116,7 +116,7 @@ class FsdpAccess(FragmentAccess):
         self._read_exact(layer).copy_(values)
 
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
-        self._reshard()  # the shard that `_write_exact` writes to is the model's copy
+        self.release()  # the shard that `_write_exact` writes to is the model's copy
 
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         for optimizer in self.optimizers:

@@ -40,6 +40,9 @@ class Ranks:
         self.world_size = world_size
         self._device = device
 
+    def release(self) -> None:
+        """See `ParameterAccess`: nothing is sharded here."""
+
     def reserve(self, sizes: Iterable[int]) -> None:
         """See `ParameterAccess`."""
         blocks = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]

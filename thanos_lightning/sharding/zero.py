@@ -240,6 +240,12 @@ class _Stage3:
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # a small one, that DeepSpeed keeps gathered
             yield LocalPiece("gathered weight", parameter.detach().reshape(-1)[held.start : held.stop])
 
+    def release(self) -> None:
+        """What DeepSpeed itself does at a step: its hooks release nothing that a backward passes by."""
+        self._optimizer.parameter_offload.partition_all_parameters()
+        if small := self._optimizer.persistent_parameters:  # it expects these to be gathered always
+            small[0].all_gather(small)
+
     def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
         group = self._group(parameter)
         if group is None or drop.numel() == 0:
@@ -290,6 +296,11 @@ class ZeroAccess(FragmentAccess):
                     "it: pass its parameters to the optimizer in configure_optimizers, set requires_grad=False, or "
                     f"add {name!r} to ignore"
                 )
+
+    def release(self) -> None:
+        """See `ParameterAccess`."""
+        if isinstance(self._layout, _Stage3):
+            self._layout.release()
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         """See `ParameterAccess`."""
