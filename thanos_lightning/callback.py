@@ -80,7 +80,9 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
             `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
-            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone.
+            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone;
+            not under ZeRO-3 where DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count
+            alike then.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
             collected after the earlier ones are pruned. None holds all at once.
@@ -258,6 +260,12 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._access = choose_access(trainer.strategy, self._layers)
+        if self.output_weights == "gradients" and self._lacks_gradients:
+            raise MisconfigurationException(
+                "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader where "
+                "DeepSpeed gathers modules as a whole, such as mixtures of experts (leaf_module in its configuration): "
+                "leave the dataloader out to have those of the training batches, or take output_weights='uniform'"
+            )
         self._enforcer = MaskEnforcer(self._layers, self._access)
         self._collector = self._new_collector(self._access)
         self._planner = self._new_planner()
@@ -493,7 +501,7 @@ class ThanosPruningCallback(Callback):
     def _new_planner(self) -> Planner:
         if isinstance(self.allocation, Allocation):
             allocation: Allocation | None = self.allocation
-        elif self.allocation is None and self._weights_outputs:
+        elif self.allocation is None and self._weights_outputs and not self._lacks_gradients:
             allocation = default_allocation(self.pattern, self.schedule)
         else:
             allocation = None
@@ -524,6 +532,10 @@ class ThanosPruningCallback(Callback):
     def _weights_outputs(self) -> bool:
         wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
         return wanted == "gradients"
+
+    @property
+    def _lacks_gradients(self) -> bool:
+        return self.calibration_dataloader is not None and not self._require_access().can_differentiate
 
     @property
     def _collects_in_training(self) -> bool:
@@ -581,11 +593,13 @@ class ThanosPruningCallback(Callback):
         self._require_collector().open(window, gradients=self._wants_gradients(window))
 
     def _collected(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> Collected:
-        if not self.options.needs_statistics:
-            return Collected()
-        wanted = self._wants_gradients(window)
-        collected = self._require_collector().take(window, trainer, pl_module, gradients=wanted)
-        self.report.summary.collecting_seconds += collected.seconds
+        collected = Collected()
+        if self.options.needs_statistics:
+            wanted = self._wants_gradients(window)
+            collected = self._require_collector().take(window, trainer, pl_module, gradients=wanted)
+            self.report.summary.collecting_seconds += collected.seconds
+        # what a calibration set or a validation has left is in the way of what is solved next
+        self._require_access().release()
         return collected
 
     def _wants_gradients(self, window: Window) -> bool:

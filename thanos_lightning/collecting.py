@@ -214,6 +214,14 @@ class Collector:
             kept, self._kept = self._kept, None
             return kept
         statistics = self._new_statistics(window)
+        if gradients and not self._access.can_differentiate:
+            self._warn_once(
+                "under ZeRO-3 there are no gradients on a calibration_dataloader where DeepSpeed gathers modules as a "
+                "whole, such as mixtures of experts (leaf_module in its configuration): errors at all outputs count "
+                "alike, and unstructured layers are pruned alike unless an allocation is given. Leave the dataloader "
+                "out to have those of the training batches"
+            )
+            gradients = False
         found = _Open(statistics, OutputGradients(statistics.layers) if gradients else None)
         if found.gradients is not None:
             found.gradients.start(of_training=False)
@@ -229,7 +237,6 @@ class Collector:
             )
         finally:
             found.stop()
-        self._access.release()  # before layers are solved, which needs the memory
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         statistics.raise_kept(self._access)
@@ -239,7 +246,8 @@ class Collector:
 
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
         loss = loss_of(output)
-        if loss is not None:
+        all_have_one = all(self._access.gather(loss is not None))  # a backward of sharded parameters needs all ranks
+        if loss is not None and all_have_one:
             gradients.backward(loss, counts=counts)
         elif self._needs_gradients:
             raise MisconfigurationException(

@@ -26,6 +26,13 @@ GRID: dict[str, dict[str, Any]] = {
     for optimizer in ("adamw", "sgd")
     for more in ({}, ACCUMULATING)
 }
+CALIBRATED: dict[str, Any] = {
+    "strategy": "zero3",
+    "pattern": "unstructured",
+    "sparsity": 0.6,
+    "calibration_batches": 3,
+}
+MLP = "transformers.models.llama.modeling_llama.LlamaMLP"
 KINDS: dict[str, dict[str, Any]] = {
     "stage 1, optimizer offloaded": {
         "strategy": "zero1",
@@ -62,13 +69,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "stage 3, a calibration set that the ranks don't divide": {"strategy": "zero3", "calibration_batches": 3},
     "stage 3, unstructured": {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6},
     **{
-        f"stage {stage}, unstructured, a calibration set": {
-            "strategy": f"zero{stage}",
-            "pattern": "unstructured",
-            "sparsity": 0.6,
-            "calibration_batches": 3,
-        }
+        f"stage {stage}, unstructured, a calibration set": {**CALIBRATED, "strategy": f"zero{stage}"}
         for stage in (2, 3)
+    },
+    **{
+        f"stage 3, unstructured, a calibration set, {name}": {**CALIBRATED, **more}
+        for name, more in {
+            "a validation between survey and event": {"monitor": "val/loss"},
+            "small weights stay gathered": {"zero": {"stage3_param_persistence_threshold": 1100}},
+            "modules gathered as a whole": {"zero": {"leaf_module": {"classes": [MLP]}}},
+            "a batch without labels": {"unlabelled": [1]},
+        }.items()
     },
     "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
     "stage 0, DeepSpeed's fused Adam": {"strategy": "zero0", "precision": "bf16-mixed", "optimizer": "fused_adam"},
@@ -281,9 +292,20 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Path) -> No
     assert min(ddp["sparsity"][name] for name in PRUNABLE) == 0.5
 
 
-def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Path) -> None:
-    names = [f"stage {stage}, unstructured, a calibration set" for stage in (2, 3)]
-    assert agreement(*(trained / name for name in names)) >= 0.999
+@pytest.mark.parametrize("more", ["", ", a validation between survey and event", ", small weights stay gathered"])
+def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Path, more: str) -> None:
+    whole, sharded = (f"stage {stage}, unstructured, a calibration set" for stage in (2, 3))
+    assert agreement(trained / whole, trained / (sharded + more)) >= 0.999
+
+
+def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
+    asked = {**CALIBRATED, "output_weights": "gradients"}
+    for rank in train(tmp_path / "whole", **asked, zero={"leaf_module": {"classes": [MLP]}}):
+        assert "under ZeRO-3 there are none on a calibration_dataloader" in rank["error"]
+        assert rank["events"] == []
+    for rank in train(tmp_path / "unlabelled", **asked, unlabelled=[1]):
+        assert "for a calibration batch the module returns no loss" in rank["error"]
+        assert rank["events"] == []
 
 
 @pytest.mark.parametrize(

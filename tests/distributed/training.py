@@ -81,6 +81,7 @@ class Case:
     allocation: dict[str, Any] | None = None
     output_weights: str | None = None
     rewarm_steps: int = 0
+    unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
 
 
@@ -591,6 +592,9 @@ def train(case: Case) -> None:
     torch.manual_seed(0)
     number = case.calibration_batches
     calibration = None if number is None else ResumableBatches(number * 4, batch_size=4).batches
+    for batch in case.unlabelled:
+        assert calibration is not None
+        del calibration[batch]["labels"]
     pruning = ThanosPruningCallback(
         case.pattern,
         case.sparsity,

@@ -43,6 +43,7 @@ class ParameterAccess(Protocol):
         optimizers: The torch optimizers that step the parameters, or their masters.
         saves_every_rank: Whether a checkpoint keeps what each rank's callbacks return, and gives each its own back;
             else it is rank 0's, for all.
+        can_differentiate: Whether a backward beside the training leaves the training as it was.
         timeout: How long the ranks that solve one layer wait for each other; None for as long as torch's backend does.
     """
 
@@ -50,6 +51,7 @@ class ParameterAccess(Protocol):
     world_size: int
     optimizers: list[Optimizer]
     saves_every_rank: bool
+    can_differentiate: bool
     timeout: timedelta | None
 
     # Reading and writing layers: all ranks call these, in one order

@@ -31,9 +31,11 @@ class Ranks:
 
     Attributes:
         timeout: How long a team waits for a member; by default as long as torch's backend does.
+        can_differentiate: See `ParameterAccess`.
     """
 
     timeout: timedelta | None = None
+    can_differentiate: bool = True
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank

@@ -240,6 +240,11 @@ class _Stage3:
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # a small one, that DeepSpeed keeps gathered
             yield LocalPiece("gathered weight", parameter.detach().reshape(-1)[held.start : held.stop])
 
+    @property
+    def can_differentiate(self) -> bool:
+        """Not where modules are gathered as a whole, such as mixtures of experts: their hooks fill in gradients."""
+        return not self._optimizer.leaf_parameters
+
     def release(self) -> None:
         """What DeepSpeed itself does at a step: its hooks release nothing that a backward passes by."""
         self._optimizer.parameter_offload.partition_all_parameters()
@@ -289,6 +294,8 @@ class ZeroAccess(FragmentAccess):
                 self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         self.saves_every_rank = isinstance(self._layout, _Stage3)
+        if isinstance(self._layout, _Stage3):
+            self.can_differentiate = self._layout.can_differentiate
         for name, layer in layers.items():
             if layer.parameter.requires_grad and not any(held.numel for held in self._exact_ranges[name]):
                 raise MisconfigurationException(
