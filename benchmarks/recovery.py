@@ -496,7 +496,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
     lines = []
     for row in rows:
         best = row.runs[0]
-        events = best.get("event_seconds")  # not measured with early runs
+        events = best.get("event_seconds")  # not measured in early runs, nor, like seconds, in one that was interrupted
         gap = None if dense is None else row.log_perplexity - dense
         relative = None
         if gap is not None and dense is not None and reference is not None:
@@ -509,7 +509,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
             f"{best['sparsity']:.2%}",
             "" if gap is None else f"{gap:.3f}",
             "" if relative is None else f"{relative:.3f}",
-            f"{best['seconds']:.0f}",
+            "" if best["seconds"] is None else f"{best['seconds']:.0f}",
             "" if events is None else f"{events:.1f} ({events / best['seconds']:.1%})",
         )
         lines.append(
