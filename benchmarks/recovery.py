@@ -46,6 +46,7 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.permutation import permute_channels
 from thanos_lightning.solver import Pattern, parse_pattern
 from thanos_lightning.targets import find_targets
 
@@ -68,12 +69,15 @@ class Recipe:
         distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
             contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
+        permuted: Whether the model's channels are put into another order before, on what the one-shot methods
+            calibrate on.
     """
 
     schedule: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
+    permuted: bool = False
 
 
 _BEFORE = (0.0, 0.0, 1.0)  # the first step
@@ -329,6 +333,22 @@ def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console
     return folder
 
 
+def permuted_folder(task: Task, pruned: Path, pattern: str) -> Path:
+    """The model with its channels in another order, in a folder that is written at the first call."""
+    read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
+    described = json.dumps([*read, pattern, "permuted"])
+    folder = pruned / f"{pattern.replace(':', '-')}-permuted"
+    note = folder / "task.json"
+    if not (note.exists() and note.read_text() == described):
+        model = load_pretrained(task.model, "float32")
+        begin = time.perf_counter()
+        permute_channels(model, batches(task, 1, task.calibration // task.batch), pattern)
+        print(f"permuted in {time.perf_counter() - begin:.0f} s", flush=True)
+        model.save_pretrained(folder)
+        note.write_text(described)
+    return folder
+
+
 def fine_tuned_folder(task: Task, pruned: Path, seed: int) -> Path:
     """The dense contender after its training, in a folder that is written at the first call."""
     described = json.dumps([task.described(), TEACHER_RATE, seed], sort_keys=True)
@@ -375,6 +395,8 @@ def train(
     source = task.model
     if recipe is not None and recipe.pruned is not None:
         source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console))
+    elif recipe is not None and recipe.permuted:
+        source = str(permuted_folder(task, pruned, pattern))
     model = load_pretrained(source, "float32")
     model.set_attn_implementation("eager")  # of short sequences on CPUs: a tenth of a step less than by sdpa
     layers = prunable(model)
@@ -465,8 +487,11 @@ def settings(contender: str) -> Any:
     recipe = ALL.get(contender)
     if recipe is None:
         return None
+    made = asdict(recipe)
+    if not recipe.permuted:
+        del made["permuted"]  # which kept runs don't say
     solver = None if recipe.pruned is None else METHODS[recipe.pruned]
-    return json.loads(json.dumps({**asdict(recipe), "solver": solver}))
+    return json.loads(json.dumps({**made, "solver": solver}))
 
 
 @dataclass(frozen=True)

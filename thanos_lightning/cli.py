@@ -1,4 +1,4 @@
-"""thanos-lightning: train with a YAML file, verify the zeros of a checkpoint, export it.
+"""thanos-lightning: train with a YAML file, verify the zeros of a checkpoint, export it, and what goes with these.
 
 Training is LightningCLI and imports Lightning; verify and export don't, so that they start at once.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thanos_lightning.permutation import Reordered
     from thanos_lightning.verification import TensorReport
 
 _PROGRAM = "thanos-lightning"
@@ -94,6 +95,23 @@ def _parser() -> argparse.ArgumentParser:
     reshard.add_argument("output", metavar="OUT", nargs="?", help="folder to write; CHECKPOINT-resharded by default")
     reshard.add_argument("--processes", type=int, metavar="N", help="how many convert at a time (1)")
 
+    text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less (needs scipy)"
+    permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)
+    permute.set_defaults(run=_permute)
+    permute.add_argument("model", help="hub name or folder, as for training")
+    permute.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
+    permute.add_argument("--text", required=True, nargs="+", help="to measure the channels on: TextData's dataset")
+    permute.add_argument("--text-column", metavar="NAME", help="of a hub data set (text)")
+    permute.add_argument("--dataset-config", metavar="NAME", help="of a hub data set")
+    permute.add_argument("--blocks", type=int, metavar="N", help="blocks of text to measure them on (256)")
+    permute.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (128)")
+    permute.add_argument("--pattern", help="the N:M that the model will be pruned to (2:4)")
+    permute.add_argument("--targets", nargs="+", metavar="NAME", help="layers that will be pruned: globs or re:…")
+    permute.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that won't (lm_head)")
+    permute.add_argument("--hessian-memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
+    permute.add_argument("--dtype", help="of the written weights (float32)")
+    permute.add_argument("--device", help="such as cuda (cpu)")
+
     text = "draw a pruning report: sparsity over steps, and each layer's loss (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
     plot.set_defaults(run=_plot)
@@ -115,6 +133,59 @@ def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
     folder = reshard_checkpoint(checkpoint, output, **options)
     sys.stdout.write(f"{folder}: resume from it on any number of ranks (ckpt_path)\n")
     return 0
+
+
+def _permute(
+    model: str,
+    output: str,
+    text: list[str],
+    pattern: str = "2:4",
+    blocks: int = 256,
+    dtype: str = "float32",
+    device: str = "cpu",
+    block_size: int = 128,
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    **options: Any,
+) -> int:
+    from thanos_lightning.folders import require_free, whole_folder
+    from thanos_lightning.lm import TextData
+    from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
+    from thanos_lightning.permutation import permute_channels, require_nm
+
+    wanted = require_nm(pattern)
+    free = Path(output).resolve()
+    require_free(free)
+    data = TextData(
+        text[0] if len(text) == 1 else text,
+        model,
+        dataset_config=dataset_config,
+        text_column=text_column,
+        block_size=block_size,
+        batch_size=1,
+        calibration_batches=blocks,
+    )
+    data.setup("fit")
+    loaded = load_pretrained(model, dtype).to(device)
+    reordered = permute_channels(loaded, data.calibration_dataloader(), wanted, **options)
+    with whole_folder(free) as folder:
+        loaded.save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
+    for kind, these in _by_kind(reordered).items():
+        before, now = (sum(getattr(f, share) for f in these) / len(these) for share in ("kept_before", "kept"))
+        sys.stdout.write(f"{kind}: the pattern keeps {now:.2%} of what the weights are worth, {before:.2%} before\n")
+    sys.stdout.write(f"{output}: train and prune this one; it computes what {model} does\n")
+    return 0
+
+
+def _by_kind(reordered: Sequence[Reordered]) -> dict[str, list[Reordered]]:
+    """The residual stream, the MLPs, the value heads."""
+    kinds: dict[str, list[Reordered]] = {}
+    for found in reordered:
+        name = found.channels.name
+        kind = "MLPs" if name.endswith("mlp") else "value heads" if " head " in name else name
+        kinds.setdefault(kind, []).append(found)
+    return kinds
 
 
 def _verify(

@@ -1,0 +1,359 @@
+"""Another order of a model's channels, which changes nothing that it computes, and in which N:M loses less.
+
+An N:M pattern keeps N of each M neighbouring inputs, whichever they happen to be. But neighbours can be chosen: where
+the same reordering is applied to everything that writes channels and to everything that reads them, the model computes
+what it did (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021). A decoder has three kinds of such
+channels: those of the residual stream, which all layers share; those between the two halves of each MLP; and those of
+each value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from thanos_lightning.calibration import InputStatistics, token_mask
+from thanos_lightning.solver import NM, Pattern, parse_pattern
+from thanos_lightning.solver.admm import weight_costs
+from thanos_lightning.solver.linalg import damped, inverse_factor
+from thanos_lightning.solver.ordering import kept_share, search_order
+from thanos_lightning.targets import PrunableLayer, find_targets, refuse_compiled
+from thanos_lightning.windows import split_by_memory
+
+# Rows that are looked at for each set of channels, drawn at random: it has as many as all layers that read it together.
+_ROWS = 16384
+_SUPPORTED = "decoders that are built like Llama's are (Llama, Mistral, Qwen2, Qwen3, SmolLM2)"
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_PER_HEAD = ("q_norm", "k_norm")  # of queries and keys, which no channel here is
+# Of the logits' norm: sums in another order differ by less. Norms are computed in float32, whatever the model's dtype.
+_TOLERANCE, _TOLERANCE_OF_HALVES = 1e-3, 0.1
+_DAMPING = 0.01  # as the solver's default
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where channels lie in a parameter.
+
+    Attributes:
+        parameter: Its name.
+        dim: The dimension along which they lie: 1 is the inputs of a linear layer.
+        starts: Where they begin there; more than once where several heads read the same channels.
+    """
+
+    parameter: str
+    dim: int
+    starts: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that may have any order, as long as it is the same in all places.
+
+    Attributes:
+        name: What they are.
+        size: How many.
+        places: Where they lie.
+    """
+
+    name: str
+    size: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """What became of some channels.
+
+    Attributes:
+        channels: Which.
+        order: int64 (size,): place -> the channel that was there before.
+        kept_before: Of the scores of the weights that read them, the share that the pattern kept.
+        kept: That which it keeps now.
+    """
+
+    channels: Channels
+    order: Int[Tensor, " size"]
+    kept_before: float
+    kept: float
+
+
+def exchangeable_channels(model: PreTrainedModel) -> list[Channels]:
+    """The channels of a decoder whose order is free.
+
+    Args:
+        model: A causal LM that is built like Llama's.
+
+    Returns:
+        The residual stream, and for each decoder layer its MLP and its value heads.
+
+    Raises:
+        ValueError: If the model has a parameter of which it is not known what a reordering would do to it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+        >>> [channels.name for channels in exchangeable_channels(LlamaForCausalLM(LlamaConfig(**sizes)))]
+        ['residual stream', 'model.layers.0.mlp', 'model.layers.0.self_attn head 0', 'model.layers.0.self_attn head 1']
+    """
+    parameters = dict(model.named_parameters())
+    residual: list[Place] = []
+    others: list[Channels] = []
+    known: set[str] = set()
+
+    def place(name: str, dim: int, *starts: int) -> list[Place]:
+        known.add(name)
+        return [Place(name, dim, starts or (0,))] if name in parameters else []
+
+    for prefix, layer in _decoder_layers(model):
+        attention, mlp = layer.self_attn, layer.mlp
+        for name, written in ((f"{prefix}.self_attn", "o_proj"), (f"{prefix}.mlp", "down_proj")):
+            residual += place(f"{name}.{written}.weight", 0) + place(f"{name}.{written}.bias", 0)
+        for name in (*(f"self_attn.{n}" for n in _ATTENTION[:3]), *(f"mlp.{n}" for n in _MLP[:2])):
+            residual += place(f"{prefix}.{name}.weight", 1)
+            known.add(f"{prefix}.{name}.bias")
+        for name, _ in layer.named_parameters(recurse=True):
+            owner = name.split(".")[0]
+            if owner.endswith("layernorm"):
+                residual += place(f"{prefix}.{name}", 0)
+            elif owner == "self_attn" and name.split(".")[1] in _PER_HEAD:
+                known.add(f"{prefix}.{name}")
+        halves = [
+            *(p for n in _MLP[:2] for kind in ("weight", "bias") for p in place(f"{prefix}.mlp.{n}.{kind}", 0)),
+            *place(f"{prefix}.mlp.down_proj.weight", 1),
+        ]
+        others.append(Channels(f"{prefix}.mlp", mlp.down_proj.in_features, tuple(halves)))
+        width = int(attention.head_dim)
+        heads, queries = attention.v_proj.out_features // width, attention.o_proj.in_features // width
+        name = f"{prefix}.self_attn"
+        for head in range(heads):
+            readers = range(head * queries // heads, (head + 1) * queries // heads)
+            places = [
+                *(p for kind in ("weight", "bias") for p in place(f"{name}.v_proj.{kind}", 0, head * width)),
+                *place(f"{name}.o_proj.weight", 1, *(reader * width for reader in readers)),
+            ]
+            others.append(Channels(f"{name} head {head}", width, tuple(places)))
+    names = {parameter: name for name, parameter in parameters.items()}
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None and (name := names[embedding.weight]) not in known:  # tied, they are one
+            residual += place(name, 1)
+            known.add(f"{name.removesuffix('weight')}bias")
+    final = f"{model.base_model_prefix}.norm"
+    residual += place(f"{final}.weight", 0) + place(f"{final}.bias", 0)
+    unknown = [name for name in parameters if name not in known]
+    if unknown or not others:
+        what = f"its parameter {unknown[0]} is none of theirs" if unknown else "it has no such layers"
+        raise ValueError(
+            f"the channels of a {type(model).__name__} can't be reordered: known are {_SUPPORTED}, and {what}. Prune "
+            "it in the order that it has"
+        )
+    size = model.get_input_embeddings().weight.shape[1]
+    return [Channels("residual stream", size, tuple(residual)), *others]
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        parts = [(getattr(module, "self_attn", None), _ATTENTION), (getattr(module, "mlp", None), _MLP)]
+        if all(isinstance(getattr(part, linear, None), nn.Linear) for part, linears in parts for linear in linears):
+            yield name, module
+
+
+def require_nm(pattern: Pattern | str) -> NM:
+    """The pattern, if it is one to which the order of channels matters.
+
+    Raises:
+        ValueError: If it is none.
+
+    Example:
+        >>> require_nm("2:4")
+        NM(n=2, m=4, outlier_fraction=0.0)
+    """
+    parsed = parse_pattern(pattern) if isinstance(pattern, str) and ":" in pattern else pattern
+    if not isinstance(parsed, NM):
+        raise ValueError(f"pattern is {pattern!r}: the order of channels matters to N:M only, give one such as 2:4")
+    return parsed
+
+
+def permute_channels(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    pattern: Pattern | str = "2:4",
+    *,
+    targets: str | Sequence[str] = ("*",),
+    ignore: str | Sequence[str] = ("lm_head",),
+    hessian_memory_gib: float | None = None,
+    rounds: int = 40,
+    seed: int = 0,
+) -> list[Reordered]:
+    """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.
+
+    What a weight is worth is W_ij² c_j, as a part of its layer's sum, with c_j the geometric mean of what a weight of
+    input j costs if no other adapts, H_jj, and if all others do, 1 / [H⁻¹]_jj. The model computes what it did, but for
+    the rounding of sums in another order; that is checked on the first batch. Do it before a Trainer has the model:
+    optimizers, and teachers whose hidden states are compared with the model's, know the order that it had.
+
+    Args:
+        model: A causal LM that is built like Llama's, in any floating dtype, on one device.
+        batches: Arguments of its forward, such as {"input_ids": (batch, length)}; padding, by an attention_mask, does
+            not count. Some ten thousand tokens do.
+        pattern: N:M, the one that it will be pruned to.
+        targets: The layers that will be pruned, as for the callback.
+        ignore: The layers that won't.
+        hessian_memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
+            are run more than once. None holds all at once.
+        rounds: Of each search, at most.
+        seed: Of the searches.
+
+    Returns:
+        What was reordered: the channels that a target reads.
+
+    Raises:
+        ValueError: If the pattern isn't N:M or fits no channels, the model isn't known, or there are no batches, or
+            none with a token that counts.
+        ImportError: If SciPy is not installed.
+        RuntimeError: If the model computes something else than before; it has its old order then.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> reordered = permute_channels(model, [{"input_ids": torch.arange(8).view(1, 8)}], "2:4")
+        >>> all(channels.kept >= channels.kept_before for channels in reordered)
+        True
+    """
+    parsed = require_nm(pattern)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to measure the channels on: give some, such as of the training text")
+    refuse_compiled(model)
+    layers = {layer.parameter_name: layer for layer in find_targets(model, targets, ignore).values()}
+    read = [
+        channels
+        for channels in exchangeable_channels(model)
+        if any(place.dim == 1 and place.parameter in layers for place in channels.places)
+    ]
+    fitting = [channels for channels in read if _fits(channels, parsed)]
+    if not fitting:
+        raise ValueError(
+            f"pattern {parsed.name} has no groups that lie within the channels of a {type(model).__name__} (their "
+            f"numbers: {', '.join(sorted({str(channels.size) for channels in read}))}): choose a smaller M"
+        )
+    was_training = model.training
+    model.eval()
+    before = _logits(model, batches[0])
+    costs: dict[str, Float[Tensor, " cols"]] = {}
+    for window in split_by_memory(list(layers.values()), hessian_memory_gib):
+        costs |= _costs(model, batches, {layer.name: layer for layer in window})
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    # All are searched for before any is changed: the scores are of the order in which the inputs were measured
+    reordered = [_search(channels, layers, costs, parsed, rounds, generator) for channels in fitting]
+    for found in reordered:
+        _apply(parameters, found.channels, found.order)
+    error = _relative_error(_logits(model, batches[0]), before)
+    model.train(was_training)
+    if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
+        for found in reordered:
+            _apply(parameters, found.channels, found.order.argsort())
+        raise RuntimeError(
+            f"reordered, the {type(model).__name__} computes other logits, by {error:.1e} of their norm: it is not "
+            "built as it seems, and has its old order again. Prune it in that"
+        )
+    return reordered
+
+
+def _fits(channels: Channels, pattern: NM) -> bool:
+    """Whether each group of the pattern lies within them, wherever they are read."""
+    starts = [start for place in channels.places if place.dim == 1 for start in place.starts]
+    return all(number % pattern.m == 0 for number in (channels.size, *starts))
+
+
+def _search(
+    channels: Channels,
+    layers: Mapping[str, PrunableLayer],
+    costs: Mapping[str, Float[Tensor, " cols"]],
+    pattern: NM,
+    rounds: int,
+    generator: torch.Generator,
+) -> Reordered:
+    """The best order that is found for some channels."""
+    scores = []
+    readers = [place for place in channels.places if place.dim == 1 and place.parameter in layers]
+    rows = [layers[place.parameter].rows for place in readers for _ in place.starts]
+    share = min(1.0, _ROWS / sum(rows))
+    for place in readers:
+        layer = layers[place.parameter]
+        chosen = torch.randperm(layer.rows, generator=generator)[: max(1, round(share * layer.rows))]
+        weight = layer.parameter.detach()
+        of_layer = weight.float().square().mul_(costs[layer.name].to(weight.device))
+        of_layer = of_layer[chosen.to(weight.device)] / of_layer.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        scores += [of_layer[:, start : start + channels.size] for start in place.starts]
+    together = torch.cat(scores)
+    order = search_order(together, pattern, rounds=rounds, seed=int(torch.randint(2**31, (), generator=generator)))
+    return Reordered(
+        channels, order, kept_share(together, pattern), kept_share(together[:, order.to(together.device)], pattern)
+    )
+
+
+@torch.no_grad()
+def _apply(parameters: Mapping[str, nn.Parameter], channels: Channels, order: Int[Tensor, " size"]) -> None:
+    """Bring channels into an order, wherever they lie."""
+    for place in channels.places:
+        parameter = parameters[place.parameter]
+        for start in place.starts:
+            part = parameter.narrow(place.dim, start, channels.size)
+            part.copy_(part.index_select(place.dim, order.to(part.device)))
+
+
+# What the model computes
+
+
+def _costs(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Mapping[str, PrunableLayer]
+) -> dict[str, Float[Tensor, " cols"]]:
+    """What a weight of each input costs per square, for some of the targets."""
+    statistics = InputStatistics(layers)
+    statistics.start()
+    try:
+        for batch in batches:
+            counted = token_mask(batch)
+            with statistics.counting(None if counted is None else counted.to(model.device)):
+                _logits(model, batch)
+    finally:
+        statistics.stop()
+    accumulators = statistics.accumulators
+    by_accumulator: dict[int, Tensor] = {}
+    costs = {}
+    for name in layers:
+        if name not in accumulators or accumulators[name].num_tokens == 0:
+            raise ValueError(
+                f"no token of the batches reached layer {name}: give some that count, or add the layer to ignore"
+            )
+        accumulator = accumulators[name]
+        if id(accumulator) not in by_accumulator:
+            hessian = accumulator.compute()
+            cost = weight_costs(hessian, inverse_factor(damped(hessian, _DAMPING)), _DAMPING)
+            by_accumulator[id(accumulator)] = cost.masked_fill(hessian.diagonal() == 0, 0)
+        costs[name] = by_accumulator[id(accumulator)]
+    return costs
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    arguments = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm((found - expected).float())
+    return float(difference / torch.linalg.vector_norm(expected.float()))

@@ -1,0 +1,99 @@
+"""An order of a layer's inputs in which an N:M pattern has to take less.
+
+Legend (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021; the assignment after Zhang et al.,
+Plug-and-Play, ICLR 2024, who assign the channels of one place in all groups at a time):
+    S       (rows, cols)    what each weight is worth
+    groups  (cols / M, M)   which inputs are a group: the order, cut into pieces of M
+    B       (rows, groups)  of the M - 1 inputs that a group keeps for the moment: the N-th largest score in each row
+
+A round takes one input out of each group, at random, and gives them back so that most is kept. A group that gets input
+c keeps, in row r, its N - 1 largest scores and max(B_rg, S_rc); so that what is to be maximised is Σ_r max(B_rg, S_rc),
+or ½ Σ_r |B_rg - S_rc| and what is the same for all assignments. No round is a loss, since all may go back to where they
+were.
+"""
+
+import importlib.util
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from thanos_lightning.solver.pattern import NM
+
+# Groups among which inputs are exchanged in a round: its time and its memory grow with their square.
+_EXCHANGING = 512
+# Of what is lost: a search ends when so many rounds together gained less.
+_TOLERANCE, _PATIENCE = 0.001, 4
+
+
+def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
+    """The sum of the scores that an N:M pattern keeps, over that of all.
+
+    Args:
+        scores: (rows, cols), not negative.
+        pattern: Its groups must fit into the columns.
+
+    Example:
+        >>> kept_share(torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]]), NM(2, 4))
+        0.8
+    """
+    kept = scores.view(len(scores), -1, pattern.m).topk(pattern.n, dim=2).values
+    return float(kept.sum(dtype=torch.float64) / scores.sum(dtype=torch.float64))
+
+
+def search_order(
+    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 40, seed: int = 0
+) -> Int[Tensor, " cols"]:
+    """An order of the columns in which an N:M pattern keeps more of the scores than in the one they have.
+
+    Args:
+        scores: (rows, cols), not negative and finite.
+        pattern: Its groups must fit into the columns; its outlier rows are not looked at.
+        rounds: At most so many; fewer where they hardly gain anything.
+        seed: Of the inputs that are taken out.
+
+    Returns:
+        int64 (cols,), on the CPU: place -> column. ``scores[:, order]`` has the groups.
+
+    Raises:
+        ValueError: If the groups don't fit, or scores are negative or not finite.
+        ImportError: If SciPy is not installed.
+
+    Example:
+        >>> scores = torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
+        >>> kept_share(scores[:, search_order(scores, NM(2, 4))], NM(2, 4))
+        1.0
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("the search for an order of channels needs scipy: pip install 'thanos-lightning[permute]'")
+    pattern.check_shape(*scores.shape)
+    if not torch.isfinite(scores).all() or (scores < 0).any():
+        raise ValueError("scores must be finite and not negative: give squares, such as those of W_ij ‖X_j‖")
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(scores.shape[1]).view(-1, pattern.m)
+    lost = [1 - kept_share(scores, pattern)]
+    for _ in range(rounds):
+        for some in torch.split(torch.randperm(len(groups), generator=generator), _EXCHANGING):
+            groups[some] = _exchange(scores, groups[some], pattern, generator)
+        lost.append(1 - kept_share(scores[:, groups.flatten().to(scores.device)], pattern))
+        if len(lost) > _PATIENCE and lost[-1] >= (1 - _TOLERANCE) * lost[-1 - _PATIENCE]:
+            break
+    return groups.flatten()
+
+
+def _exchange(
+    scores: Float[Tensor, "rows cols"], groups: Int[Tensor, "groups m"], pattern: NM, generator: torch.Generator
+) -> Int[Tensor, "groups m"]:
+    """A round among some of the groups."""
+    from scipy.optimize import linear_sum_assignment
+
+    every = torch.arange(len(groups))
+    place = torch.randint(pattern.m, (len(groups),), generator=generator)
+    taken = groups[every, place]
+    others = groups[torch.arange(pattern.m) != place.unsqueeze(1)].view(len(groups), pattern.m - 1)
+    at_stake = scores[:, others.to(scores.device)].topk(pattern.n, dim=2).values[..., -1]
+    distances = torch.cdist(at_stake.t().contiguous(), scores[:, taken.to(scores.device)].t().contiguous(), p=1)
+    _, given = linear_sum_assignment(distances.double().cpu().numpy(), maximize=True)
+    exchanged = groups.clone()
+    exchanged[every, place] = taken[torch.from_numpy(given)]
+    return exchanged
