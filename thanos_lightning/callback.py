@@ -74,7 +74,10 @@ class ThanosPruningCallback(Callback):
         output_weights: How much the error of each output of a layer counts, against its other outputs and in an
             allocation against those of other layers. "gradients": as much as the training loss feels it, by the mean
             square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
-            1503.05671). "uniform": all alike, as in the papers. None is "gradients" for "thanos", else "uniform".
+            1503.05671). "joined": by the whole output factor, so that rows of a layer make up for each other, which
+            was measured to lose less at N:M (docs/recipes.md); it takes the memory of a matrix (out_features,
+            out_features) a layer on each rank, as many backwards, and some three times as long to solve. "uniform": all
+            alike, as in the papers. None is "gradients" for "thanos", else "uniform".
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
@@ -132,7 +135,7 @@ class ThanosPruningCallback(Callback):
         saliency: Literal["wanda", "obs", "balanced"] = "balanced",
         admm_steps: int = 8,
         refine_steps: int = 2,
-        output_weights: Literal["gradients", "uniform"] | None = None,
+        output_weights: Literal["gradients", "joined", "uniform"] | None = None,
         calibration_steps: int = 32,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
@@ -165,10 +168,17 @@ class ThanosPruningCallback(Callback):
             at_once = calibration_dataloader is not None and progression == "within-layers"
             schedule = _AT_ONCE if at_once else _GRADUALLY
         self.schedule = schedule
-        if output_weights not in (None, "gradients", "uniform"):
-            raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'uniform' or None")
-        if output_weights == "gradients" and not self.options.needs_statistics:
-            raise ValueError(f"output_weights is 'gradients', but method {method!r} looks at no batches: leave it out")
+        if output_weights not in (None, "gradients", "joined", "uniform"):
+            raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'joined', 'uniform' or None")
+        if output_weights in ("gradients", "joined") and not self.options.needs_statistics:
+            raise ValueError(
+                f"output_weights is {output_weights!r}, but method {method!r} looks at no batches: leave it out"
+            )
+        if output_weights == "joined" and admm_steps == refine_steps == 0:
+            raise ValueError(
+                "output_weights is 'joined', but admm_steps and refine_steps are 0, and only these steps join rows: "
+                "give some, or take 'gradients'"
+            )
         self.output_weights = output_weights
         self.attention_mask_key = attention_mask_key
         if hessian_memory_gib is not None and not hessian_memory_gib > 0:
@@ -260,11 +270,12 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._access = choose_access(trainer.strategy, self._layers)
-        if self.output_weights == "gradients" and self._lacks_gradients:
+        if self.output_weights in ("gradients", "joined") and self._lacks_gradients:
             raise MisconfigurationException(
-                "output_weights is 'gradients', but under ZeRO-3 there are none on a calibration_dataloader where "
-                "DeepSpeed gathers modules as a whole, such as mixtures of experts (leaf_module in its configuration): "
-                "leave the dataloader out to have those of the training batches, or take output_weights='uniform'"
+                f"output_weights is {self.output_weights!r}, but under ZeRO-3 there are none on a "
+                "calibration_dataloader where DeepSpeed gathers modules as a whole, such as mixtures of experts "
+                "(leaf_module in its configuration): leave the dataloader out to have those of the training batches, "
+                "or take output_weights='uniform'"
             )
         self._enforcer = MaskEnforcer(self._layers, self._access)
         self._collector = self._new_collector(self._access)
@@ -531,7 +542,7 @@ class ThanosPruningCallback(Callback):
     @property
     def _weights_outputs(self) -> bool:
         wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
-        return wanted == "gradients"
+        return wanted != "uniform"
 
     @property
     def _lacks_gradients(self) -> bool:
@@ -587,6 +598,7 @@ class ThanosPruningCallback(Callback):
             attention_mask_key=self.attention_mask_key,
             keeps_survey=self.hessian_memory_gib is None,
             needs_gradients=self.output_weights is not None,
+            joins_outputs=self.output_weights == "joined",
         )
 
     def _collect(self, window: Window) -> None:
@@ -604,8 +616,10 @@ class ThanosPruningCallback(Callback):
 
     def _wants_gradients(self, window: Window) -> bool:
         """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
-        compete = (self._require_planner().allocation is not None and window.surveys) or any(
-            not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values()
+        compete = (
+            self.output_weights == "joined"
+            or (self._require_planner().allocation is not None and window.surveys)
+            or any(not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values())
         )
         return self._weights_outputs and bool(compete)
 

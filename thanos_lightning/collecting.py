@@ -34,8 +34,8 @@ class Collected:
 
     Attributes:
         accumulators: Layer name -> the second moments of its inputs on this rank. None where nothing is collected.
-        output_weights: Layer name -> how much an error of each of its outputs counts, the same on all ranks. The
-            outputs of a layer that is missing count alike.
+        output_weights: Layer name -> how much an error of each of its outputs counts, or the errors of each two; the
+            same on all ranks. The outputs of a layer that is missing count alike.
         seconds: What it has taken of the training before the window's end.
     """
 
@@ -68,6 +68,7 @@ class Collector:
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         keeps_survey: Whether what a survey was told from a calibration set may wait for the event at the same step.
         needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
+        joins_outputs: Whether output weights are of each two outputs.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Collector:
         attention_mask_key: str | None,
         keeps_survey: bool,
         needs_gradients: bool,
+        joins_outputs: bool = False,
     ) -> None:
         self._layers, self._access = layers, access
         self._calibration = calibration
         self._attention_mask_key = attention_mask_key
         self._keeps_survey = keeps_survey
         self._needs_gradients = needs_gradients
+        self._joins_outputs = joins_outputs
         self._open: _Open | None = None
         self._kept: _Open | None = None  # a survey's, for the weights as they are
         self._warned: set[str] = set()
@@ -104,7 +107,7 @@ class Collector:
             gradients: Whether to collect output weights, too.
         """
         statistics = self._new_statistics(window)
-        self._open = _Open(statistics, OutputGradients(statistics.layers) if gradients else None)
+        self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
         statistics.start()
         if self._open.gradients is not None:
             self._open.gradients.start()
@@ -195,6 +198,9 @@ class Collector:
         several = self._access.world_size > 1
         return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
 
+    def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
+        return OutputGradients(statistics.layers, joined=self._joins_outputs)
+
     def _output_weights(self, window: Window, gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
             return {}
@@ -222,7 +228,7 @@ class Collector:
                 "out to have those of the training batches"
             )
             gradients = False
-        found = _Open(statistics, OutputGradients(statistics.layers) if gradients else None)
+        found = _Open(statistics, self._new_gradients(statistics) if gradients else None)
         if found.gradients is not None:
             found.gradients.start(of_training=False)
         try:
@@ -251,7 +257,7 @@ class Collector:
             gradients.backward(loss, counts=counts)
         elif self._needs_gradients:
             raise MisconfigurationException(
-                "output_weights is 'gradients', but for a calibration batch the module returns no loss "
+                "output_weights asks for gradients, but for a calibration batch the module returns no loss "
                 f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
             )
 

@@ -38,10 +38,11 @@ def _cost(layer: PrunableLayer, members: int) -> int:
     return layer.cols**3 + _ROWS_PER_FACTOR * -(-layer.rows // members) * layer.cols**2
 
 
-def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, range]:
+def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, may_split: bool = True) -> dict[str, range]:
     """The ranks that solve each layer, its owner first. Decided from shapes alone.
 
-    Where layers are no fewer than ranks, each has one rank, and ranks have about equally much to do. Otherwise each
+    Where layers are no fewer than ranks, or may not be split, each has one rank, and ranks have about equally much to
+    do. Otherwise each
     rank is in one team, which lie side by side, and each further rank goes where the time is longest. A team has no
     more ranks than its layer has rows; only where all teams are that large, ranks are left over.
 
@@ -50,7 +51,7 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[s
         {}
     """
     order = sorted(layers, key=lambda name: (-_cost(layers[name], 1), name))
-    if len(layers) >= world_size:
+    if len(layers) >= world_size or not may_split:
         loads = [0] * world_size
         teams = {}
         for name in order:
@@ -98,8 +99,8 @@ def prune_window(
         access: How the strategy's parameters are reached.
         enforcer: Gives the masks of earlier events and takes the new ones.
         options: For the solver.
-        output_weights: Name -> how much an error of each of the layer's outputs counts, the same on all ranks. Those of
-            a layer that is missing count alike.
+        output_weights: Name -> how much an error of each of the layer's outputs counts, or the errors of each two; the
+            same on all ranks. Those of a layer that is missing count alike.
         on_solved: Called with a layer's name and relative loss when it is solved, on its owner.
 
     Returns:
@@ -110,7 +111,8 @@ def prune_window(
             been written.
     """
     chosen = {name: layers[name] for name in window.patterns}
-    teams = assign_teams(chosen, access.world_size)
+    joined = any(one.ndim == 2 for one in output_weights.values())
+    teams = assign_teams(chosen, access.world_size, may_split=not joined)
     owners = {name: team[0] for name, team in teams.items()}
     sums = None if accumulators is None else sum_on_owners(chosen, accumulators, owners, access)
     # in fp32, and their masks

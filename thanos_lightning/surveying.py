@@ -121,7 +121,8 @@ def _survey(
 ) -> LayerSurvey:
     settings = {name: getattr(options, name) for name in ("method", "block_size", "damping", "saliency")}
     if output_weights is not None:
-        output_weights = output_weights.to(weight.device)
+        # what is tried on paper doesn't join rows
+        output_weights = (output_weights if output_weights.ndim == 1 else output_weights.diagonal()).to(weight.device)
     losses: dict[float, float] = {}
     weighted: dict[float, float] = {}
     for level in tried:

@@ -10,6 +10,7 @@ import torch
 from ranks import PRUNABLE, agreement, check_sparsity, masks, train
 
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
+JOINED: dict[str, Any] = {"output_weights": "joined"}  # at 2:4
 
 
 @pytest.mark.parametrize(
@@ -36,20 +37,22 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
         assert torch.equal(keep, masks(tmp_path, 1)[name])
 
 
-@pytest.mark.parametrize("case", [{}, UNSTRUCTURED, {**UNSTRUCTURED, "calibration_batches": 4}])
+@pytest.mark.parametrize("case", [{}, UNSTRUCTURED, {**UNSTRUCTURED, "calibration_batches": 4}, JOINED])
 def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> None:
     """Two ranks with four sequences a batch see at each step what one rank with eight sees."""
     (two, _) = train(tmp_path / "two", batch_size=4, **case)
     (one,) = train(tmp_path / "one", ranks=1, strategy="auto", batch_size=8, **case)
     assert one["error"] is two["error"] is None
-    assert agreement(tmp_path / "one", tmp_path / "two") >= 0.999
+    assert agreement(tmp_path / "one", tmp_path / "two") >= (0.99 if case is JOINED else 0.999)
     check_sparsity(masks(tmp_path / "two"), case)
 
 
-@pytest.mark.parametrize("case", [{}, UNSTRUCTURED])
+@pytest.mark.parametrize("case", [{}, UNSTRUCTURED, JOINED])
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     whole = train(tmp_path / "whole", save=True, **case)
-    for stop in (2, 5) if not case else (1, 5):  # windows are 1-3, 4-6, 6-7; with an allocation 0-2, 2-3, 4-6, 6-7
+    for stop in (
+        (1, 5) if case is UNSTRUCTURED else (2, 5)
+    ):  # windows are 1-3, 4-6, 6-7; with an allocation 0-2, 2-3, 4-6, 6-7
         checkpoint = str(tmp_path / "whole" / f"step={stop}.ckpt")
         resumed = train(tmp_path / f"resumed{stop}", resume=checkpoint, **case)
         for before, after in zip(whole, resumed, strict=True):

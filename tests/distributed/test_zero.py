@@ -73,6 +73,14 @@ KINDS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
     **{
+        f"stage {stage}, joined rows": {
+            "strategy": f"zero{stage}",
+            "calibration_batches": 3,
+            "output_weights": "joined",
+        }
+        for stage in (2, 3)
+    },
+    **{
         f"stage 3, unstructured, a calibration set, {name}": {**CALIBRATED, **more}
         for name, more in {
             "a validation between survey and event": {"monitor": "val/loss"},
@@ -296,6 +304,12 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Path) -> No
 def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Path, more: str) -> None:
     whole, sharded = (f"stage {stage}, unstructured, a calibration set" for stage in (2, 3))
     assert agreement(trained / whole, trained / (sharded + more)) >= 0.999
+
+
+def test_rows_are_joined_alike_where_parameters_are_sharded(trained: Path) -> None:
+    joined, alone = "stage 3, joined rows", "stage 3, a calibration set that the ranks don't divide"
+    assert agreement(trained / "stage 2, joined rows", trained / joined) >= 0.99
+    assert agreement(trained / alone, trained / joined) < 0.99
 
 
 def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -259,7 +259,8 @@ def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.
 class OutputGradientsOfEachBatch(Callback):
     """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, joined: bool = False) -> None:
+        self.joined = joined  # or of the products of each two
         self.batches: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -271,7 +272,8 @@ class OutputGradientsOfEachBatch(Callback):
                 module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(f"model.{name}", out))
         loss = model(**batch).loss
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            found[name] = gradient.square().flatten(end_dim=-2).sum(0)
+            rows = gradient.flatten(end_dim=-2)
+            found[name] = rows.T @ rows if self.joined else rows.square().sum(0)
         self.batches.append(found)
 
 
@@ -327,6 +329,29 @@ def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.Mo
         total = sum(batch[layer] for batch in probe.batches)
         torch.testing.assert_close(weights, total + 0.01 * total.mean(), rtol=1e-4, atol=1e-12)
     assert len(seen[0]) == 14
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_rows_are_joined_by_what_the_loss_feels_of_two_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
+) -> None:
+    seen = spy_output_weights(monkeypatch)
+    module, probe, given = ToyLM(), OutputGradientsOfEachBatch(joined=True), list(loader(36, padding=3))
+    when = SparsitySchedule(0, 0, 1) if calibrated else SparsitySchedule(3, 3, 1)
+    options: dict[str, Any] = {"calibration_dataloader": given} if calibrated else {"calibration_steps": 2}
+    callback = pruning("2:4", schedule=when, output_weights="joined", **options)
+    if calibrated:
+        for batch in given[::4]:
+            probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
+    trainer(tmp_path, callback, *([] if calibrated else [probe]), max_steps=4).fit(module, loader(64, padding=4))
+    assert len(seen) == 1
+    assert len(seen[0]) == 14
+    steps = slice(None) if calibrated else slice(1, 3)
+    for layer, weights in seen[0].items():
+        total = sum(batch[layer] for batch in probe.batches[steps])
+        expected = (total + total.diagonal().mean() * torch.eye(len(total))) / (1 if calibrated else 2)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-10)
+    assert all(report.sparsity == 0.5 for report in callback.report.events[0].layers)
 
 
 def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -830,6 +855,11 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
             {"output_weights": "gradients", "method": "magnitude", "admm_steps": 0, "refine_steps": 0},
             "method 'magnitude' looks at no batches",
         ),
+        (
+            {"output_weights": "joined", "method": "magnitude", "admm_steps": 0, "refine_steps": 0},
+            "output_weights is 'joined', but method 'magnitude' looks at no batches",
+        ),
+        ({"output_weights": "joined", "admm_steps": 0, "refine_steps": 0}, "only these steps join rows"),
         ({"progression": "columns"}, "progression is 'columns': choose one of 'within-layers', 'levels'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1"),
         ({"overrides": [TargetOverride(["*"], "4:2")]}, "4:2"),

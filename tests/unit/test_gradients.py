@@ -121,6 +121,36 @@ def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() ->
     torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
 
 
+def test_joined_sums_are_those_of_the_products_of_each_two_outputs() -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
+    wanted = {"0": torch.zeros(6, 6), "2": torch.zeros(4, 4)}
+    for batch in batches:
+        hidden = model[0](batch)
+        out = model[2](model[1](hidden))
+        for name, one in zip(wanted, torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
+            rows = one.view(-1, one.shape[-1])
+            wanted[name] += sum(torch.outer(row, row) for row in rows)
+    gradients = OutputGradients(find_targets(model), joined=True)
+    gradients.start()
+    for batch in batches:
+        model(batch).square().sum().backward()
+    (model(batches[0]).sum() * math.nan).backward()  # left out
+    gradients.stop()
+    total = gradients.total(ReplicatedAccess())
+    for name, one in wanted.items():
+        torch.testing.assert_close(total[name], one)
+    alone = OutputGradients(find_targets(model), joined=True)
+    alone.start(of_training=False)
+    for batch in batches:
+        alone.backward(model(batch).square().sum(), counts=True)
+    alone.stop()
+    for name, one in wanted.items():
+        torch.testing.assert_close(alone.sums[name], one)
+    resumed = OutputGradients(find_targets(model), joined=True)
+    resumed.load(total)
+    torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
+
+
 def test_no_output_is_worth_nothing() -> None:
     weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
     torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))

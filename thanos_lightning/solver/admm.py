@@ -33,7 +33,7 @@ from thanos_lightning.solver.zeros import zero_where
 # later: without relaxation, and for uncorrelated inputs, 1 is where a weight comes back if it is missed more than what
 # it replaces.
 _LOWEST, _LAST, _GROWTH = 0.35, 1.1, 1.07
-_RELAXATION = 1.3
+RELAXATION = 1.3
 # First over last penalty down to which one M, that of their geometric mean, does as well as an M for each.
 _NEARLY_CONSTANT = 0.7
 
@@ -147,12 +147,12 @@ def alternate(
     M = torch.empty_like(shared.first) if shared.last is not None else None
     for rho, following in itertools.pairwise([*shared.rho, math.inf]):
         torch.mm(from_original, shared.towards_last(rho, M), out=moved)
-        _project(moved, original, U, from_original, keep, frozen, scale, width, _RELAXATION, rho / following)
+        project(moved, original, U, from_original, keep, frozen, scale, width, RELAXATION, rho / following)
     # The last U is zero
     return zero_where(from_original.add_(original), ~keep | shared.dead), keep
 
 
-def _project(
+def project(
     moved: Float[Tensor, "rows cols"],
     original: Float[Tensor, "rows cols"],
     U: Float[Tensor, "rows cols"],

@@ -1,0 +1,158 @@
+import itertools
+
+import pytest
+import torch
+from cases import PATTERNS, hessian_of, layer, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thanos_lightning.solver import NM, FactorizationError, Structured, Unstructured, prune
+from thanos_lightning.solver.admm import weight_costs
+from thanos_lightning.solver.coupled import couple, coupled_loss
+from thanos_lightning.solver.linalg import damped, inverse_factor
+
+DAMPING = 0.01
+SETTINGS = {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2, "damping": DAMPING}
+
+
+def output_factor(rows, seed=0):
+    """Correlated gradients, with their mean added."""
+    G = hessian_of(tokens(rows, seed + 100, count=64))
+    return G + G.diagonal().mean() * torch.eye(rows)
+
+
+def coupled(W0, H, G, pruned, pattern, frozen=None, **steps):
+    cost = weight_costs(H, inverse_factor(damped(H, DAMPING)), DAMPING)
+    frozen = torch.zeros_like(pruned.mask) if frozen is None else frozen
+    return couple(pruned.weight, W0, pruned.mask, frozen, H, G, cost, pattern, damping=DAMPING, **steps)
+
+
+def naive_loss(change, G, H):
+    flat = change.flatten()
+    return float(flat @ torch.kron(G, damped(H, DAMPING)) @ flat) / 2
+
+
+def best_weights(W0, G, H, keep):
+    """By the normal equations of all kept weights of the layer together."""
+    A = torch.kron(G, damped(H, DAMPING))
+    free = keep.flatten()
+    solved = torch.zeros_like(W0).flatten()
+    solved[free] = torch.linalg.solve(A[free][:, free], (A @ W0.flatten())[free])
+    return solved.view_as(W0)
+
+
+def test_the_loss_is_that_of_the_kronecker_product():
+    (W0, H), G = layer(5, 8), output_factor(5)
+    change = W0.double()
+    assert coupled_loss(change, G, damped(H, DAMPING)) == pytest.approx(naive_loss(change, G, H))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5), Structured(0.25)])
+def test_refinement_ends_at_the_solution_of_the_normal_equations(pattern):
+    (W0, H), G = layer(6, 16), output_factor(6)
+    W0 = W0.double()
+    pruned = prune(W0, H, pattern)
+    W, keep = coupled(W0, H, G, pruned, pattern, admm_steps=0, refine_steps=400)
+    assert torch.equal(keep, pruned.mask)
+    torch.testing.assert_close(W, best_weights(W0, G, H, keep), rtol=1e-6, atol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**16), st.integers(1, 9), st.sampled_from([NM(2, 4), NM(1, 4, 0.2), NM(4, 8), Unstructured(0.6)])
+)
+def test_steps_keep_counts_and_frozen_weights_and_never_lose_more(seed, rows, pattern):
+    (W0, H), G = layer(rows, 16, seed), output_factor(rows, seed)
+    W0 = W0.double()
+    frozen = torch.rand(rows, 16, generator=torch.Generator().manual_seed(seed)) < 0.2
+    pruned = prune(W0, H, pattern, frozen=frozen, **SETTINGS)
+    W, keep = coupled(W0, H, G, pruned, pattern, frozen, admm_steps=12, refine_steps=4)
+    width = pattern.m if isinstance(pattern, NM) else 16
+    assert torch.equal(keep.view(-1, width).sum(1), pruned.mask.view(-1, width).sum(1))
+    assert not (keep & frozen).any()
+    assert not W[~keep].any()
+    assert naive_loss(W - W0, G, H) <= naive_loss(pruned.weight - W0, G, H) * (1 + 1e-9)
+
+
+def test_small_layers_come_near_the_best_of_all_masks():
+    """Of all 2:4 masks of two rows of four, each with its best weights."""
+    ratios, alone = [], []
+    halves = [torch.tensor([i in chosen for i in range(4)]) for chosen in itertools.combinations(range(4), 2)]
+    for seed in range(30):
+        (W0, H), G = layer(2, 4, seed), output_factor(2, seed)
+        G[0, 1] = G[1, 0] = 0.8 * (G[0, 0] * G[1, 1]).sqrt()
+        W0 = W0.double()
+        best = min(
+            naive_loss(best_weights(W0, G, H, torch.stack(rows)) - W0, G, H)
+            for rows in itertools.product(halves, halves)
+        )
+        pruned = prune(W0, H, NM(2, 4), **SETTINGS)
+        W, _ = coupled(W0, H, G, pruned, NM(2, 4), admm_steps=24, refine_steps=14)
+        ratios.append(naive_loss(W - W0, G, H) / best)
+        alone.append(naive_loss(best_weights(W0, G, H, pruned.mask) - W0, G, H) / best)
+    assert min(ratios) > 1 - 1e-6
+    assert sum(ratios) / 30 < 1.1
+    assert sum(ratios) < 0.9 * sum(alone)
+
+
+def test_dead_inputs_get_no_weights():
+    W0, _ = layer(6, 16)
+    X = tokens(16)
+    X[:, 3] = 0
+    H, G = hessian_of(X), output_factor(6)
+    pruned = prune(W0.double(), H, NM(2, 4), **SETTINGS, output_weights=G)
+    assert not pruned.weight[:, 3].any()
+    assert torch.isfinite(pruned.weight).all()
+
+
+# through the one door
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_rows_lose_less_of_what_is_joined(pattern, dtype):
+    (W0, H), G = layer(24, 32), output_factor(24)
+    W0, H, G = W0.to(dtype), H.float(), G.float()
+    by_diagonal = prune(W0, H, pattern, **SETTINGS, output_weights=G.diagonal())
+    joined = prune(W0, H, pattern, **SETTINGS, output_weights=G)
+    assert pattern.violations(joined.mask) == 0
+    assert not joined.weight[~joined.mask].any()
+    assert joined.weight.dtype == dtype
+    of = {name: naive_loss((p.weight - W0).float(), G, H) for name, p in (("d", by_diagonal), ("j", joined))}
+    assert of["j"] < 0.98 * of["d"]
+    change = (joined.weight.float() - W0.float()).double()
+    assert joined.loss == pytest.approx(float(((change @ H.double()) * change).sum()) / 2, rel=1e-3)
+
+
+def test_the_scale_of_what_joins_rows_changes_nothing():
+    (W0, H), G = layer(8, 16), output_factor(8)
+    W0 = W0.double()
+    once, more = (prune(W0, H, NM(2, 4), **SETTINGS, output_weights=scale * G) for scale in (1, 2.0**-20))
+    assert torch.equal(once.mask, more.mask)
+    torch.testing.assert_close(once.weight, more.weight)
+
+
+def test_without_steps_the_diagonal_counts():
+    (W0, H), G = layer(8, 16), output_factor(8)
+    plain = prune(W0, H, Unstructured(0.5), output_weights=G.diagonal())
+    joined = prune(W0, H, Unstructured(0.5), output_weights=G)
+    assert torch.equal(plain.weight, joined.weight)
+
+
+def test_what_can_not_join_rows():
+    W0, H = layer(8, 16)
+    lopsided = torch.eye(8)
+    lopsided[0, 1] = 0.5
+    for wrong, message in (
+        (torch.ones(8, 7), r"shape \(8, 7\) .* has to be a floating-point \(8, 8\)"),
+        (torch.eye(8, dtype=torch.int64), r"has to be a floating-point \(8, 8\)"),
+        (torch.full((8, 8), torch.nan), "not a finite symmetric matrix"),
+        (lopsided, "not a finite symmetric matrix"),
+        (torch.eye(8, device="meta"), "output_weights is on meta"),
+        (torch.diag(torch.tensor([1.0] * 7 + [0.0])), "something added to its diagonal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(W0, H, NM(2, 4), **SETTINGS, output_weights=wrong)
+    indefinite = torch.eye(8) + 2 * (torch.ones(8, 8) - torch.eye(8))
+    with pytest.raises(FactorizationError, match="output_weights"):
+        prune(W0, H, NM(2, 4), **SETTINGS, output_weights=indefinite)

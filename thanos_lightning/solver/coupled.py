@@ -1,0 +1,148 @@
+"""Rows that make up for each other: a better mask and better weights where the loss joins the outputs.
+
+Legend (the loss is K-FAC's, Martens and Grosse, arXiv 1503.05671; the steps are those of admm.py, the refinement that
+of refine.py; here the rows are one system):
+    W0, W  (rows, cols)  weights before and after pruning; what is minimised is ½ tr(ΔWᵀ G ΔW H), with ΔW = W - W0
+    H      (cols, cols)  damped Hessian of the inputs
+    G      (rows, rows)  second moment of the loss's gradient at the outputs; positive definite
+    c, g   (cols,), (rows,)  what a weight of an input, or of an output, costs per square: see admm.py
+    e, Q   eigenvalues and eigenvectors of H / √c_j √c_k, and of G / √g_i √g_k
+
+All is computed in units of √g_i √c_j, in which a step's penalty is ρ for each weight. In the eigenvectors X is then an
+elementwise product: X - W0 = Q_G (ρ / (e_G e_Hᵀ + ρ) ∘ (Q_Gᵀ (Z - U - W0) Q_H)) Q_Hᵀ.
+"""
+
+import itertools
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from thanos_lightning.solver.admm import RELAXATION, project, schedule, weight_costs
+from thanos_lightning.solver.linalg import damped, inverse_factor
+from thanos_lightning.solver.pattern import NM, Pattern
+from thanos_lightning.solver.zeros import zero_where
+
+
+def coupled_loss(
+    change: Float[Tensor, "rows cols"], outputs: Float[Tensor, "rows rows"], hessian: Float[Tensor, "cols cols"]
+) -> float:
+    """½ tr(ΔWᵀ G ΔW H).
+
+    Example:
+        >>> coupled_loss(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.eye(1))
+        0.5
+    """
+    return float(((outputs @ change @ hessian) * change).sum(dtype=torch.float64)) / 2
+
+
+def couple(
+    weight: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    hessian: Float[Tensor, "cols cols"],
+    outputs: Float[Tensor, "rows rows"],
+    cost: Float[Tensor, " cols"],
+    pattern: Pattern,
+    *,
+    damping: float,
+    admm_steps: int,
+    refine_steps: int,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    """Improve mask and weights. Each row keeps as many weights as it had, and so does each n:m group.
+
+    Weights of dead inputs become zero.
+
+    Args:
+        weight: W, zero where not kept; where the steps begin. Not changed.
+        original: W0.
+        keep: True = kept. Not changed.
+        frozen: Weights that stay pruned.
+        hessian: Undamped H.
+        outputs: G.
+        cost: c.
+        pattern: Whether the groups are rows or those of n:m.
+        damping: As the method's.
+        admm_steps: Steps on mask and weights; 0 leaves the mask.
+        refine_steps: Conjugate gradient steps on the kept weights after that.
+
+    Returns:
+        Weights and mask: those that were given where nothing better was found.
+
+    Raises:
+        FactorizationError: If G is not positive definite.
+    """
+    H = damped(hessian, damping)
+    dead = hessian.diagonal() == 0
+    W, its_keep = weight, keep
+    if admm_steps > 0:
+        W, its_keep = _alternate(weight, original, keep, frozen, H, outputs, cost, dead, pattern, admm_steps)
+    W = _refine(W, original, its_keep & ~dead, H, outputs, refine_steps)
+    better = coupled_loss(W - original, outputs, H) < coupled_loss(weight - original, outputs, H)
+    return (W, its_keep) if better else (weight, keep)
+
+
+def _alternate(
+    weight: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    frozen: Bool[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    G: Float[Tensor, "rows rows"],
+    cost: Float[Tensor, " cols"],
+    dead: Bool[Tensor, " cols"],
+    pattern: Pattern,
+    steps: int,
+) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+    keep = keep.clone(memory_format=torch.contiguous_format)
+    width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
+    of_cols, of_rows = cost.sqrt(), weight_costs(G, inverse_factor(G), 0.0).sqrt()
+    unit = of_rows.unsqueeze(1) * of_cols
+    A_H, A_G = H / of_cols / of_cols.unsqueeze(1), G / of_rows / of_rows.unsqueeze(1)
+    W0 = original * unit
+    U = A_G @ (W0 - weight * unit) @ A_H
+    (e_H, Q_H), (e_G, Q_G) = torch.linalg.eigh(A_H), torch.linalg.eigh(A_G)
+    del A_H, A_G
+    e = e_G.clamp_(min=0).unsqueeze(1) * e_H.clamp_(min=0)
+    rho = schedule(steps)
+    U = zero_where(U.div_(rho[0]), keep)
+    from_original = (weight * unit).sub_(W0).sub_(U)
+    # A dead input's weights cost nothing, whatever damping says
+    scale = (~dead).to(unit.dtype)
+    for now, following in itertools.pairwise([*rho, math.inf]):
+        turned = (Q_G.mT @ from_original @ Q_H).mul_(now).div_(e + now)
+        moved = Q_G @ turned @ Q_H.mT
+        project(moved, W0, U, from_original, keep, frozen, scale, width, RELAXATION, now / following)
+    # The last U is zero
+    return zero_where(from_original.add_(W0).div_(unit), ~keep | dead), keep
+
+
+def _refine(
+    weight: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    G: Float[Tensor, "rows rows"],
+    steps: int,
+) -> Float[Tensor, "rows cols"]:
+    """Conjugate gradients on the kept weights, with a diagonal preconditioner."""
+    precondition = 1 / (G.diagonal().unsqueeze(1) * H.diagonal())
+    W = weight.clone()
+    R = zero_where(G @ (original - weight) @ H, ~keep)
+    P = R * precondition
+    slope = (R * P).sum()
+    for _ in range(steps):
+        curved = zero_where(G @ P @ H, ~keep)
+        curvature = (P * curved).sum()
+        if not (slope > 0 and curvature > 0):  # converged
+            break
+        step = slope / curvature
+        W.addcmul_(P, step)
+        R.addcmul_(curved, step, value=-1)
+        Z = R * precondition
+        new_slope = (R * Z).sum()
+        P.mul_(new_slope / slope).add_(Z)
+        slope = new_slope
+    return W
