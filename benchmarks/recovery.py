@@ -86,15 +86,19 @@ _ONCE, _LATE = (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
+_JOINED = {"output_weights": "joined"}
 _ALIKE = {"allocation": "uniform"}
 RECIPES: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
+    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
 }
 # each differs from a recipe in one thing: not in the table unless they are asked for
 OPTIONS: dict[str, Recipe] = {
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
+    "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
+    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     "once": Recipe(_ONCE),
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
     "gradual, four events": Recipe(_FOUR_TIMES),
@@ -181,8 +185,8 @@ class Task:
 
 def contenders(pattern: str) -> list[str]:
     """The contenders for a pattern, baselines first."""
-    others = [SR_STE] if pattern == "2:4" else []
-    return [DENSE, *ONE_SHOT, LIGHTNING, *others, *RECIPES, *OPTIONS]
+    own = [name for name in ALL if name not in ONE_SHOT and (pattern == "2:4" or not ALL[name].permuted)]
+    return [DENSE, *ONE_SHOT, LIGHTNING, *([SR_STE] if pattern == "2:4" else []), *own]
 
 
 # Text
@@ -649,7 +653,9 @@ def main() -> None:
     for pattern in arguments.patterns:
         rows = []
         for contender in contenders(pattern):
-            if contender not in (arguments.contenders or contenders(pattern)[: -len(OPTIONS)]):
+            if contender not in (arguments.contenders or contenders(pattern)) or (
+                arguments.contenders is None and contender in OPTIONS
+            ):
                 continue
             tried = [found for rate in arguments.rates if (found := run(contender, pattern, rate, first)) is not None]
             if tried:

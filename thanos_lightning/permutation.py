@@ -187,7 +187,7 @@ def permute_channels(
     targets: str | Sequence[str] = ("*",),
     ignore: str | Sequence[str] = ("lm_head",),
     hessian_memory_gib: float | None = None,
-    rounds: int = 40,
+    rounds: int = 20,
     seed: int = 0,
 ) -> list[Reordered]:
     """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.

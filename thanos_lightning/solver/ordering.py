@@ -42,7 +42,7 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
 
 
 def search_order(
-    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 40, seed: int = 0
+    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 20, seed: int = 0
 ) -> Int[Tensor, " cols"]:
     """An order of the columns in which an N:M pattern keeps more of the scores than in the one they have.
 
