@@ -165,8 +165,15 @@ def _permute(
         batch_size=1,
         calibration_batches=blocks,
     )
+    try:
+        loaded = load_pretrained(model, dtype)
+    except OSError as error:  # of transformers, whose first line says what
+        raise ValueError(f"{str(error).splitlines()[0]} (model {model!r}): give a folder or a hub name") from error
+    try:
+        loaded = loaded.to(device)
+    except (AssertionError, RuntimeError) as error:  # of torch, where it has no such device
+        raise ValueError(f"device {device!r} can't be used ({str(error).splitlines()[0]}): leave it out") from error
     data.setup("fit")
-    loaded = load_pretrained(model, dtype).to(device)
     reordered = permute_channels(loaded, data.calibration_dataloader(), wanted, **options)
     with whole_folder(free) as folder:
         loaded.save_pretrained(folder)

@@ -22,7 +22,7 @@ from thanos_lightning.calibration import InputStatistics, token_mask
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.linalg import damped, inverse_factor
-from thanos_lightning.solver.ordering import kept_share, search_order
+from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
 from thanos_lightning.targets import PrunableLayer, find_targets, refuse_compiled
 from thanos_lightning.windows import split_by_memory
 
@@ -215,7 +215,7 @@ def permute_channels(
     Raises:
         ValueError: If the pattern isn't N:M or fits no channels, the model isn't known, or there are no batches, or
             none with a token that counts.
-        ImportError: If SciPy is not installed.
+        ModuleNotFoundError: If SciPy is not installed.
         RuntimeError: If the model computes something else than before; it has its old order then.
 
     Example:
@@ -227,6 +227,7 @@ def permute_channels(
         True
     """
     parsed = require_nm(pattern)
+    require_scipy()
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to measure the channels on: give some, such as of the training text")

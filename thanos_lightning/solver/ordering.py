@@ -41,6 +41,21 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
     return float(kept.sum(dtype=torch.float64) / scores.sum(dtype=torch.float64))
 
 
+def require_scipy() -> None:
+    """Raise where there is nothing to search with.
+
+    Raises:
+        ModuleNotFoundError: If SciPy is not installed.
+
+    Example:
+        >>> require_scipy()
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError(
+            "the search for an order of channels needs scipy: pip install 'thanos-lightning[permute]'"
+        )
+
+
 def search_order(
     scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 20, seed: int = 0
 ) -> Int[Tensor, " cols"]:
@@ -57,15 +72,14 @@ def search_order(
 
     Raises:
         ValueError: If the groups don't fit, or scores are negative or not finite.
-        ImportError: If SciPy is not installed.
+        ModuleNotFoundError: If SciPy is not installed.
 
     Example:
         >>> scores = torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
         >>> kept_share(scores[:, search_order(scores, NM(2, 4))], NM(2, 4))
         1.0
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise ImportError("the search for an order of channels needs scipy: pip install 'thanos-lightning[permute]'")
+    require_scipy()
     pattern.check_shape(*scores.shape)
     if not torch.isfinite(scores).all() or (scores < 0).any():
         raise ValueError("scores must be finite and not negative: give squares, such as those of W_ij ‖X_j‖")

@@ -82,5 +82,5 @@ def test_what_can_not_be_searched(monkeypatch):
         with pytest.raises(ValueError, match="finite and not negative"):
             search_order(torch.full((2, 8), bad), NM(2, 4))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'thanos-lightning\[permute\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'thanos-lightning\[permute\]'"):
         search_order(torch.ones(2, 8), NM(2, 4))
