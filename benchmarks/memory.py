@@ -27,7 +27,11 @@ CASES: dict[str, dict[str, Any]] = {
     "thanos, admm_steps=4": {"saliency": "balanced", "admm_steps": 4},
     "thanos, admm_steps=8, refine_steps=2": {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2},
     "sparsegpt": {"method": "sparsegpt"},
-}
+    # a whole output factor: no option, but an argument
+    "thanos, admm_steps=8, refine_steps=2, joined": {
+        "saliency": "balanced", "admm_steps": 8, "refine_steps": 2, "joined": True
+    },
+}  # fmt: skip
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -41,6 +45,8 @@ def run(rows: int, cols: int, pattern: str, options: dict[str, Any], threads: in
     """Bytes that one call takes at its peak, beside its arguments."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    options = dict(options)
+    joined = {"output_weights": torch.eye(rows)} if options.pop("joined", False) else {}
     prune(torch.randn(64, 64), torch.eye(64), parse_pattern("2:4"), **options)  # libraries and thread pools
     accumulator = HessianAccumulator(cols)
     scales = torch.rand(cols) + 0.1
@@ -51,7 +57,7 @@ def run(rows: int, cols: int, pattern: str, options: dict[str, Any], threads: in
     parsed = parse_pattern(pattern, 0.5)
     before = kibibytes("VmRSS")
     CLEAR.write_text("5")  # the peak starts anew
-    pruned = prune(weight, hessian, parsed, **options)
+    pruned = prune(weight, hessian, parsed, **options, **joined)
     assert pruned.loss > 0
     return 1024.0 * (kibibytes("VmHWM") - before)
 
@@ -79,7 +85,9 @@ def main() -> None:
                 case = {"rows": rows, "cols": cols, "pattern": pattern, "options": CASES[name]}
                 command = [sys.executable, __file__, "--threads", str(arguments.threads), "--case", json.dumps(case)]
                 measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
-                documented = SolverOptions(**CASES[name]).peak_bytes(rows, cols) / 2**20
+                options = {option: value for option, value in CASES[name].items() if option != "joined"}
+                joined = "joined" in CASES[name]
+                documented = SolverOptions(**options).peak_bytes(rows, cols, joined=joined) / 2**20
                 results.append(
                     {
                         "layer": shape,

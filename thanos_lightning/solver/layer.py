@@ -88,14 +88,19 @@ class SolverOptions:
         """Whether a layer can't be pruned without having seen its inputs."""
         return self.method != "magnitude" or self.admm_steps > 0 or self.refine_steps > 0
 
-    def peak_bytes(self, rows: int, cols: int) -> int:
+    def peak_bytes(self, rows: int, cols: int, *, joined: bool = False) -> int:
         """About how much memory a float32 layer takes to be pruned, beside its weight and Hessian, on a CPU.
 
         With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
         5.2); 2 cb + 7.5 d to refine, with d = min(cb, 2²²); and with ADMM 1.5 cb + 6 d and the matrices of its steps,
         b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
-        bytes. Output weights add a scaled copy to what pruning takes, cb. A layer of 28,672 columns and 8,192 rows
-        takes 15 GB for its factor, beside an H of 3.3.
+        bytes. Output weights add a scaled copy to what pruning takes, cb; where they join the rows, ADMM takes 2 b² + 2
+        c² + 14 cb. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+
+        Args:
+            rows: out_features.
+            cols: in_features.
+            joined: Whether the output weights are a matrix.
 
         Example:
             >>> from thanos_lightning.solver.layer import SolverOptions
@@ -114,6 +119,8 @@ class SolverOptions:
                 numbers.append((2 if interpolated else 1) * cols**2 + 1.5 * size + 11 * chunk)
         elif self.refine_steps > 0:
             numbers.append(2 * size + 7.5 * chunk)
+        if joined and self.admm_steps > 0:
+            numbers.append(2 * cols**2 + 2 * rows**2 + 14 * size)
         return round(4 * max(numbers))
 
 
