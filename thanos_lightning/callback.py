@@ -75,9 +75,9 @@ class ThanosPruningCallback(Callback):
             allocation against those of other layers. "gradients": as much as the training loss feels it, by the mean
             square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
             1503.05671). "joined": by the whole output factor, so that rows of a layer make up for each other, which
-            was measured to lose less at N:M (docs/recipes.md); it takes the memory of a matrix (out_features,
-            out_features) a layer on each rank, as many backwards, and some three times as long to solve. "uniform": all
-            alike, as in the papers. None is "gradients" for "thanos", else "uniform".
+            was measured to lose less (docs/recipes.md); a layer takes the memory of a matrix (out_features,
+            out_features) more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is
+            "gradients" for "thanos", else "uniform".
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
@@ -87,8 +87,8 @@ class ThanosPruningCallback(Callback):
             not under ZeRO-3 where DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count
             alike then.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
-        hessian_memory_gib: Memory for the second moments. Layers are split into windows that fit, front to back, each
-            collected after the earlier ones are pruned. None holds all at once.
+        hessian_memory_gib: Memory for the second moments, of inputs and of joined outputs. Layers are split into
+            windows that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.
         progression: How the model becomes sparser over events. "within-layers": all layers together, by single weights
             where they are unstructured, by rows where they are N:M (the fraction of dense rows falls to its final
             value), by columns where they are structured. "levels": N:M goes through the patterns that keep more, as 3:4
@@ -308,6 +308,11 @@ class ThanosPruningCallback(Callback):
                 self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         if self._restored is not None and self._restored["collected"] is not None:
+            if self._restored.get("joins_rows", False) != self._joins_rows:
+                raise MisconfigurationException(
+                    "the checkpoint was saved while statistics were collected, with another output_weights than "
+                    f"{self.output_weights!r}: resume with the one that it was trained with"
+                )
             self._collect(self._windows[self._windows_done])
             self._collector.load(self._restored["collected"])
         self._restored = None
@@ -443,6 +448,7 @@ class ThanosPruningCallback(Callback):
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
             "collected": None if self._collector is None else self._collector.state(),
+            "joins_rows": self._joins_rows,
             "report": self.report.state(),
             "measured": self._measured,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
@@ -524,6 +530,7 @@ class ThanosPruningCallback(Callback):
             gives_way=self.allocation is None,
             calibration_steps=self.calibration_steps if self._collects_in_training else 0,
             memory_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
+            joins_rows=self._joins_rows,
         )
 
     def _plan(self, trainer: Trainer) -> list[Window]:
@@ -598,7 +605,7 @@ class ThanosPruningCallback(Callback):
             attention_mask_key=self.attention_mask_key,
             keeps_survey=self.hessian_memory_gib is None,
             needs_gradients=self.output_weights is not None,
-            joins_outputs=self.output_weights == "joined",
+            joins_outputs=self._joins_rows,
         )
 
     def _collect(self, window: Window) -> None:
@@ -614,10 +621,14 @@ class ThanosPruningCallback(Callback):
         self._require_access().release()
         return collected
 
+    @property
+    def _joins_rows(self) -> bool:
+        return self.output_weights == "joined"
+
     def _wants_gradients(self, window: Window) -> bool:
         """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
         compete = (
-            self.output_weights == "joined"
+            self._joins_rows
             or (self._require_planner().allocation is not None and window.surveys)
             or any(not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values())
         )
@@ -634,6 +645,7 @@ class ThanosPruningCallback(Callback):
             options=self.options,
             several_levels=self._require_planner().allocation is not None,
             output_weights=collected.output_weights,
+            joins_rows=self._joins_rows,
         )
         if window.is_last:
             self._windows = self._plan(trainer)
@@ -646,7 +658,9 @@ class ThanosPruningCallback(Callback):
         if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
             tell()
         collected = self._collected(window, trainer, pl_module)
-        owners = assign_owners({name: self._layers[name] for name in window.patterns}, access.world_size)
+        owners = assign_owners(
+            {name: self._layers[name] for name in window.patterns}, access.world_size, joined=self._joins_rows
+        )
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with event_progress(
             window.event.step, sum(owner == access.rank for owner in owners.values()), enabled=shown
@@ -659,6 +673,7 @@ class ThanosPruningCallback(Callback):
                 enforcer=enforcer,
                 options=self.options,
                 output_weights=collected.output_weights,
+                joins_rows=self._joins_rows,
                 on_solved=on_solved,
             )
         self._applied.update(window.patterns)

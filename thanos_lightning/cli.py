@@ -152,8 +152,12 @@ def _permute(
     from thanos_lightning.lm import TextData
     from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
     from thanos_lightning.permutation import permute_channels, require_nm
+    from thanos_lightning.solver.ordering import require_scipy
 
     wanted = require_nm(pattern)
+    require_scipy()
+    if blocks < 1:
+        raise ValueError(f"--blocks is {blocks}: give at least 1, and better some hundred")
     free = Path(output).resolve()
     require_free(free)
     data = TextData(

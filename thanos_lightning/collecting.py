@@ -21,7 +21,7 @@ from thanos_lightning.calibration import (
     token_mask,
 )
 from thanos_lightning.gradients import OutputGradients, output_weights
-from thanos_lightning.pruning import PruningError
+from thanos_lightning.pruning import PruningError, assign_owners, raise_everywhere, reserved
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
@@ -34,8 +34,8 @@ class Collected:
 
     Attributes:
         accumulators: Layer name -> the second moments of its inputs on this rank. None where nothing is collected.
-        output_weights: Layer name -> how much an error of each of its outputs counts, or the errors of each two; the
-            same on all ranks. The outputs of a layer that is missing count alike.
+        output_weights: Layer name -> how much an error of each of its outputs counts, the same on all ranks; or the
+            errors of each two, on the layer's owner. The outputs of a layer that is missing count alike.
         seconds: What it has taken of the training before the window's end.
     """
 
@@ -139,7 +139,10 @@ class Collector:
         assert self._open is not None
         gradients = load_own_states(self._open.statistics, states, self._access)
         if self._open.gradients is not None:
-            self._open.gradients.load(gradients)
+            try:
+                self._open.gradients.load(gradients)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
 
     def _counted(self, batch: Any) -> Tensor | None:
         if self._attention_mask_key is None:
@@ -205,8 +208,18 @@ class Collector:
         if gradients is None:
             return {}
         steps = max(1, window.end_step - window.start_step)  # windows of one survey are held against each other
-        found = {name: one / steps for name, one in output_weights(gradients.total(self._access)).items()}
-        if missing := [name for name in window.patterns if name not in found]:
+        if self._joins_outputs:
+            layers = {name: self._layers[name] for name in window.patterns}
+            owners = assign_owners(layers, self._access.world_size, joined=True)
+            widest = max(layers, key=lambda name: layers[name].rows)
+            raise_everywhere(reserved({widest: 4 * layers[widest].rows ** 2}, self._access), self._access)
+            found = gradients.total_on(owners, self._access)
+            found = found if steps == 1 else {name: found.pop(name) / steps for name in list(found)}
+            have = {name for names in self._access.gather(list(found)) for name in names}
+        else:
+            found = {name: one / steps for name, one in output_weights(gradients.total(self._access)).items()}
+            have = set(found)
+        if missing := [name for name in window.patterns if name not in have]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
                 "count alike. (None does where a layer and all that its input comes from is frozen, or where the "

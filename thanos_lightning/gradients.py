@@ -25,9 +25,6 @@ from thanos_lightning.targets import PrunableLayer
 # Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
 # to them.
 _FLOOR = 0.01
-# The same where outputs are joined: what few tokens say of two together is less sure. On the layers of a language model
-# the mean itself did better than a tenth, three tenths or three times as much.
-_JOINED_FLOOR = 1.0
 # Of a backward of its own: the gradient of a mean over thousands of tokens is less than the least number of float16.
 _LOSS_SCALE = 2.0**14
 
@@ -135,36 +132,53 @@ class OutputGradients:
         self.sums[name] = squares if name not in self.sums else self.sums[name].to(squares.device) + squares
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums of a checkpoint."""
+        """Go on from sums of a checkpoint.
+
+        Raises:
+            ValueError: If they are of squares and not of products, or the other way round.
+        """
+        for name, one in sums.items():
+            if one.shape != self._shape(name):
+                raise ValueError(
+                    f"the checkpoint's sums of gradients at the outputs of {name} have shape {tuple(one.shape)}, and "
+                    f"not {self._shape(name)}: resume with the output_weights that it was trained with"
+                )
         self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
 
-    def total(self, access: ParameterAccess) -> dict[str, Tensor]:
-        """The sums of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
-        shapes = {name: (layer.rows,) * (2 if self._joined else 1) for name, layer in self._layers.items()}
-        found = {
-            name: self.sums[name].cpu() if name in self.sums else torch.zeros(shape) for name, shape in shapes.items()
-        }
-        if self._joined:  # one at a time, since they are large
-            return {name: total for name, one in found.items() if (total := access.total(one)).any()}
-        parts = torch.split(access.total(torch.cat(list(found.values()))), [len(one) for one in found.values()])
+    def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
+        """The sums of squares of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
+        found = [
+            self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows)
+            for name, layer in self._layers.items()
+        ]
+        parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])
         return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
 
+    def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
+        """The sums of products of all ranks, each on its layer's owner. All must call it.
 
-def output_weights(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        A layer without any gradient is missing. What is left of this rank's own sums stays.
+        """
+        found = {}
+        for name, layer in self._layers.items():
+            total = access.sum_on(owners[name], self.sums.get(name), layer.rows)
+            if total is not None and total.any():
+                found[name] = total
+        return found
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        rows = self._layers[name].rows
+        return (rows, rows) if self._joined else (rows,)
+
+
+def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
     """How much an error of each output counts: its sum, and a hundredth of the layer's mean.
 
     Args:
-        sums: Layer -> sums of squared gradients, (rows,), not all zero. Or those of the products of each two, to whose
-            diagonal its whole mean is added.
+        sums: Layer -> sums of squared gradients, not all zero.
 
     Example:
-        >>> output_weights({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[1.0, 2.0], [2.0, 5.0]])})
-        {'a': tensor([1.0200, 3.0200]), 'b': tensor([[4., 2.],
-                [2., 8.]])}
+        >>> output_weights({"a": torch.tensor([1.0, 3.0])})
+        {'a': tensor([1.0200, 3.0200])}
     """
-    return {name: one + _FLOOR * one.mean() if one.ndim == 1 else _with_floor(one) for name, one in sums.items()}
-
-
-def _with_floor(products: Float[Tensor, "rows rows"]) -> Float[Tensor, "rows rows"]:
-    diagonal = products.diagonal()
-    return products + torch.diag((_JOINED_FLOOR * diagonal.mean()).expand_as(diagonal))
+    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}

@@ -21,7 +21,13 @@ from transformers import PreTrainedModel
 from thanos_lightning.calibration import InputStatistics, token_mask
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
-from thanos_lightning.solver.linalg import damped, inverse_factor
+from thanos_lightning.solver.linalg import (
+    FactorizationError,
+    damped,
+    damping_ladder,
+    exact_arithmetic,
+    inverse_factor,
+)
 from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
 from thanos_lightning.targets import PrunableLayer, find_targets, refuse_compiled
 from thanos_lightning.windows import split_by_memory
@@ -244,27 +250,34 @@ def permute_channels(
             f"pattern {parsed.name} has no groups that lie within the channels of a {type(model).__name__} (their "
             f"numbers: {', '.join(sorted({str(channels.size) for channels in read}))}): choose a smaller M"
         )
-    was_training = model.training
-    model.eval()
-    before = _logits(model, batches[0])
-    costs: dict[str, Float[Tensor, " cols"]] = {}
-    for window in split_by_memory(list(layers.values()), hessian_memory_gib):
-        costs |= _costs(model, batches, {layer.name: layer for layer in window})
+    modes = [(module, module.training) for module in model.modules()]
     parameters = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
-    # All are searched for before any is changed: the scores are of the order in which the inputs were measured
-    reordered = [_search(channels, layers, costs, parsed, rounds, generator) for channels in fitting]
-    for found in reordered:
-        _apply(parameters, found.channels, found.order)
-    error = _relative_error(_logits(model, batches[0]), before)
-    model.train(was_training)
-    if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
+    applied: list[Reordered] = []
+    try:
+        model.eval()
+        before = _logits(model, batches[0])
+        costs: dict[str, Float[Tensor, " cols"]] = {}
+        for window in split_by_memory(list(layers.values()), hessian_memory_gib):
+            costs |= _costs(model, batches, {layer.name: layer for layer in window})
+        # All are searched for before any is changed: the scores are of the order in which the inputs were measured
+        reordered = [_search(channels, layers, costs, parsed, rounds, generator) for channels in fitting]
         for found in reordered:
+            _apply(parameters, found.channels, found.order)
+            applied.append(found)
+        error = _relative_error(_logits(model, batches[0]), before)
+        if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
+            raise RuntimeError(
+                f"reordered, the {type(model).__name__} computes other logits, by {error:.1e} of their norm: it is not "
+                "built as it seems, and has its old order again. Prune it in that"
+            )
+    except BaseException:
+        for found in applied:
             _apply(parameters, found.channels, found.order.argsort())
-        raise RuntimeError(
-            f"reordered, the {type(model).__name__} computes other logits, by {error:.1e} of their norm: it is not "
-            "built as it seems, and has its old order again. Prune it in that"
-        )
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return reordered
 
 
@@ -337,21 +350,35 @@ def _costs(
             )
         accumulator = accumulators[name]
         if id(accumulator) not in by_accumulator:
-            hessian = accumulator.compute()
-            cost = weight_costs(hessian, inverse_factor(damped(hessian, _DAMPING)), _DAMPING)
-            by_accumulator[id(accumulator)] = cost.masked_fill(hessian.diagonal() == 0, 0)
+            by_accumulator[id(accumulator)] = _cost(name, accumulator.compute())
         costs[name] = by_accumulator[id(accumulator)]
     return costs
 
 
-@torch.no_grad()
+def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
+    """The same of one layer; nothing for inputs that were always zero."""
+    with exact_arithmetic(hessian.device):
+        for damping in damping_ladder(_DAMPING):
+            try:
+                cost = weight_costs(hessian, inverse_factor(damped(hessian, damping)), damping)
+            except FactorizationError:
+                continue
+            return cost.masked_fill(hessian.diagonal() == 0, 0)
+    raise FactorizationError(
+        f"the second moment of the inputs of layer {name} has no inverse with any damping: give more batches, or add "
+        "the layer to ignore"
+    )
+
+
 def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     arguments = {
         name: value.to(model.device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if name != "labels"
     }
-    logits: Tensor = model(**arguments, use_cache=False).logits
+    # not under a caller's autocast, which keeps copies of weights that are changed here
+    with exact_arithmetic(model.device):
+        logits: Tensor = model(**arguments, use_cache=False).logits
     return logits
 
 

@@ -88,6 +88,7 @@ class Planner:
             not known what they lose, and all where there is no room to look at them.
         calibration_steps: Optimizer steps that a window collects, at most; 0 where none collects in the training.
         memory_gib: For the Hessians of a window; None holds all at once.
+        joins_rows: Whether second moments of outputs are among them.
     """
 
     pattern: Pattern
@@ -97,6 +98,7 @@ class Planner:
     gives_way: bool
     calibration_steps: int
     memory_gib: float | None
+    joins_rows: bool = False
 
     @property
     def needs_survey(self) -> bool:
@@ -133,7 +135,7 @@ class Planner:
         if not self.needs_survey and self.allocation is None:
             return self._plan_pruning(events, layers, final, surveys)
         first, collects = events[0].step, self.calibration_steps > 0
-        needed = len(split_by_memory(list(layers.values()), self.memory_gib))
+        needed = len(split_by_memory(list(layers.values()), self.memory_gib, joined=self.joins_rows))
         step = first - min(first // 2, needed * self.calibration_steps)
         in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
         has_room = step >= needed and first - step >= (1 if in_turns else needed)
@@ -154,6 +156,7 @@ class Planner:
             layers,
             calibration_steps=self.calibration_steps,
             budget_gib=self.memory_gib,
+            joined=self.joins_rows,
             surveys=True,
         )
         begins_with_it = bool(surveys) or survey[0].start_step >= optimizer_steps
@@ -212,6 +215,7 @@ class Planner:
             layers,
             calibration_steps=self.calibration_steps,
             budget_gib=self.memory_gib,
+            joined=self.joins_rows,
             since=since,
         )
         steps = min((window.end_step - window.start_step for window in windows), default=0)

@@ -27,22 +27,29 @@ from thanos_lightning.windows import Window
 
 # Of a square layer, factoring the Hessian takes about a quarter of the time that all rows take.
 _ROWS_PER_FACTOR = 4
+# In the same unit: the eigenvectors of both factors, and the steps on all rows together.
+_EIGENVECTORS, _JOINED_STEPS = 3, 20
 
 
 class PruningError(RuntimeError):
     """A layer could not be pruned. No layer of its window has been changed."""
 
 
-def _cost(layer: PrunableLayer, members: int) -> int:
-    """How long a team of so many ranks solves: b³ + 4·c·b², of which only the second part is split."""
-    return layer.cols**3 + _ROWS_PER_FACTOR * -(-layer.rows // members) * layer.cols**2
+def _cost(layer: PrunableLayer, members: int, *, joined: bool = False) -> int:
+    """How long a team of so many ranks solves: b³ + 4·c·b², of which only the second part is split.
+
+    Where rows are joined, 3 (b³ + c³) + 20 cb (c + b) more.
+    """
+    rows, cols = layer.rows, layer.cols
+    alone = cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
+    return alone + joined * (_EIGENVECTORS * (cols**3 + rows**3) + _JOINED_STEPS * rows * cols * (rows + cols))
 
 
-def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, may_split: bool = True) -> dict[str, range]:
+def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, joined: bool = False) -> dict[str, range]:
     """The ranks that solve each layer, its owner first. Decided from shapes alone.
 
-    Where layers are no fewer than ranks, or may not be split, each has one rank, and ranks have about equally much to
-    do. Otherwise each
+    Where layers are no fewer than ranks, or their rows are joined, each has one rank, and ranks have about equally much
+    to do. Otherwise each
     rank is in one team, which lie side by side, and each further rank goes where the time is longest. A team has no
     more ranks than its layer has rows; only where all teams are that large, ranks are left over.
 
@@ -50,13 +57,13 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, may_sp
         >>> assign_teams({}, world_size=2)
         {}
     """
-    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1), name))
-    if len(layers) >= world_size or not may_split:
+    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1, joined=joined), name))
+    if len(layers) >= world_size or joined:
         loads = [0] * world_size
         teams = {}
         for name in order:
             owner = loads.index(min(loads))
-            loads[owner] += _cost(layers[name], 1)
+            loads[owner] += _cost(layers[name], 1, joined=joined)
             teams[name] = range(owner, owner + 1)
         return teams
     sizes = dict.fromkeys(order, 1)
@@ -68,14 +75,14 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, may_sp
     return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
 
 
-def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, int]:
+def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, joined: bool = False) -> dict[str, int]:
     """The rank that has the sums and the weight of each layer: the first of its team, see `assign_teams`.
 
     Example:
         >>> assign_owners({}, world_size=2)
         {}
     """
-    return {name: team[0] for name, team in assign_teams(layers, world_size).items()}
+    return {name: team[0] for name, team in assign_teams(layers, world_size, joined=joined).items()}
 
 
 def prune_window(
@@ -87,6 +94,7 @@ def prune_window(
     enforcer: MaskEnforcer,
     options: SolverOptions,
     output_weights: Mapping[str, Tensor] = MappingProxyType({}),
+    joins_rows: bool = False,
     on_solved: Callable[[str, float], None] = lambda name, loss: None,
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks.
@@ -99,8 +107,9 @@ def prune_window(
         access: How the strategy's parameters are reached.
         enforcer: Gives the masks of earlier events and takes the new ones.
         options: For the solver.
-        output_weights: Name -> how much an error of each of the layer's outputs counts, or the errors of each two; the
-            same on all ranks. Those of a layer that is missing count alike.
+        output_weights: Name -> how much an error of each of the layer's outputs counts, the same on all ranks; or the
+            errors of each two, on its owner. Those of a layer that is missing count alike.
+        joins_rows: Whether they are of each two; the same on all ranks.
         on_solved: Called with a layer's name and relative loss when it is solved, on its owner.
 
     Returns:
@@ -111,13 +120,12 @@ def prune_window(
             been written.
     """
     chosen = {name: layers[name] for name in window.patterns}
-    joined = any(one.ndim == 2 for one in output_weights.values())
-    teams = assign_teams(chosen, access.world_size, may_split=not joined)
+    teams = assign_teams(chosen, access.world_size, joined=joins_rows)
     owners = {name: team[0] for name, team in teams.items()}
     sums = None if accumulators is None else sum_on_owners(chosen, accumulators, owners, access)
     # in fp32, and their masks
     whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
-    raise_everywhere(_reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
+    raise_everywhere(reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
     # first all that talks, then all that solves
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -157,7 +165,7 @@ def prune_window(
             except Exception as failure:  # out of memory too: the other ranks would wait for this one
                 error = (name, failure)
         largest = max(whole, key=lambda name: whole[name])
-        raise_everywhere(error or _reserved({largest: whole[largest]}, access), access)
+        raise_everywhere(error or reserved({largest: whole[largest]}, access), access)
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: own.facts for name, own in solved.items()}):
         facts.update(part)
@@ -278,7 +286,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
     return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
 
 
-def _reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
+def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
     """Ask for the memory that messages about layers will need; what fails, for `raise_everywhere`.
 
     Args:
@@ -332,7 +340,7 @@ def sum_on_owners(
     # one at a time, since a rank's own sum is let go when the next one comes
     own_widths = {name: layer.cols for name, layer in layers.items() if owners[name] == access.rank}
     widest = dict(sorted(own_widths.items(), key=lambda item: item[1])[-1:])
-    raise_everywhere(_reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
+    raise_everywhere(reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
     for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols

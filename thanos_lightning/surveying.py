@@ -77,6 +77,7 @@ def survey_window(
     options: SolverOptions,
     several_levels: bool,
     output_weights: Mapping[str, Tensor],
+    joins_rows: bool = False,
 ) -> dict[str, LayerSurvey]:
     """Look at the layers of a window. All ranks must call it.
 
@@ -88,6 +89,7 @@ def survey_window(
         options: For the solver. Its steps after the method are left out: they change little between layers.
         several_levels: Whether to try other sparsities than that of the pattern.
         output_weights: See `prune_window`.
+        joins_rows: See `prune_window`.
 
     Returns:
         Name -> what was found out, the same on all ranks.
@@ -96,7 +98,7 @@ def survey_window(
         PruningError: On all ranks alike, if a layer saw no token or the solver fails.
     """
     chosen = {name: layers[name] for name in window.patterns}
-    owners = assign_owners(chosen, access.world_size)
+    owners = assign_owners(chosen, access.world_size, joined=joins_rows)
     sums = sum_on_owners(chosen, accumulators, owners, access)
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     quick = replace(options, admm_steps=0, refine_steps=0)
@@ -121,8 +123,7 @@ def _survey(
 ) -> LayerSurvey:
     settings = {name: getattr(options, name) for name in ("method", "block_size", "damping", "saliency")}
     if output_weights is not None:
-        # what is tried on paper doesn't join rows
-        output_weights = (output_weights if output_weights.ndim == 1 else output_weights.diagonal()).to(weight.device)
+        output_weights = output_weights.to(weight.device)
     losses: dict[float, float] = {}
     weighted: dict[float, float] = {}
     for level in tried:
@@ -130,7 +131,8 @@ def _survey(
         losses[level.sparsity] = pruned.relative_loss
         if output_weights is not None:
             with exact_arithmetic(weight.device):
-                weighted[level.sparsity] = float(output_weights @ row_losses(pruned.weight, weight, hessian))
+                alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
+                weighted[level.sparsity] = float(alone @ row_losses(pruned.weight, weight, hessian))
     scores = weight.float().abs() * hessian.diagonal().to(torch.float32).sqrt()
     return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)
 

@@ -161,15 +161,22 @@ class Window:
         return [self.start_step, self.end_step, patterns, *(["surveys"] if self.surveys else [])]
 
 
-def hessian_bytes(layer: PrunableLayer) -> int:
-    """Memory of a layer's accumulator: in_features² fp32 numbers."""
-    return 4 * layer.cols**2
+def hessian_bytes(layer: PrunableLayer, *, joined: bool = False) -> int:
+    """Memory of a layer's accumulator: in_features² fp32 numbers, and where rows are joined out_features²."""
+    return 4 * (layer.cols**2 + joined * layer.rows**2)
 
 
-def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
-    """Split layers, front to back, into groups whose Hessians fit a budget.
+def split_by_memory(
+    layers: Sequence[PrunableLayer], budget_gib: float | None, *, joined: bool = False
+) -> list[list[PrunableLayer]]:
+    """Split layers, front to back, into groups whose second moments fit a budget.
 
     Which layers share their inputs is known only after a forward, so each layer is counted in full: a bound from above.
+
+    Args:
+        layers: In their order.
+        budget_gib: None for one group.
+        joined: Whether there are second moments of outputs, too.
 
     Raises:
         ValueError: If one layer alone is over the budget, naming it and what it takes.
@@ -180,7 +187,7 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
     for layer in layers:
-        needed = hessian_bytes(layer)
+        needed = hessian_bytes(layer, joined=joined)
         if needed > budget:
             raise ValueError(
                 f"the Hessian of layer {layer.name} takes {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
@@ -200,6 +207,7 @@ def plan_windows(
     *,
     calibration_steps: int,
     budget_gib: float | None = None,
+    joined: bool = False,
     since: int = 0,
     surveys: bool = False,
 ) -> list[Window]:
@@ -212,6 +220,7 @@ def plan_windows(
         layers: Name -> layer.
         calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
         budget_gib: Memory for the Hessians of a window.
+        joined: Whether its rows are joined, for which second moments of outputs are collected.
         since: Optimizer steps taken at the last event that is not among the work.
         surveys: Whether the layers are only looked at.
 
@@ -229,7 +238,7 @@ def plan_windows(
                 "an event before the first optimizer step has no training batches to prune on: give a "
                 "calibration_dataloader (a list of batches, or 'datamodule'), or start the schedule later (start_step)"
             )
-        groups = split_by_memory([layers[name] for name in patterns], budget_gib)
+        groups = split_by_memory([layers[name] for name in patterns], budget_gib, joined=joined)
         available = event.step - before
         length = min(calibration_steps, available // len(groups))
         if calibration_steps and not length:

@@ -434,6 +434,8 @@ def test_permute(tiny, text_files, tmp_path, monkeypatch, capsys):
     assert "reordered exists already: give another folder, or remove it first" in capsys.readouterr().err
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--pattern", "unstructured"]) == 2
     assert "pattern is 'unstructured': the order of channels matters to N:M only" in capsys.readouterr().err
+    assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--blocks", "0"]) == 2
+    assert "--blocks is 0: give at least 1" in capsys.readouterr().err
     assert main(["permute", str(tmp_path / "no"), str(tmp_path / "b"), "--text", text_files]) == 2
     assert "give a folder or a hub name" in capsys.readouterr().err
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--device", "xpu:7"]) == 2

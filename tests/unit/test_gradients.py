@@ -136,7 +136,7 @@ def test_joined_sums_are_those_of_the_products_of_each_two_outputs() -> None:
         model(batch).square().sum().backward()
     (model(batches[0]).sum() * math.nan).backward()  # left out
     gradients.stop()
-    total = gradients.total(ReplicatedAccess())
+    total = gradients.total_on({"0": 0, "2": 0}, ReplicatedAccess())
     for name, one in wanted.items():
         torch.testing.assert_close(total[name], one)
     alone = OutputGradients(find_targets(model), joined=True)
@@ -148,7 +148,10 @@ def test_joined_sums_are_those_of_the_products_of_each_two_outputs() -> None:
         torch.testing.assert_close(alone.sums[name], one)
     resumed = OutputGradients(find_targets(model), joined=True)
     resumed.load(total)
-    torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
+    assert all(torch.equal(one, total[name]) for name, one in resumed.sums.items())
+    for other, sums in ((resumed, {"0": torch.ones(6)}), (OutputGradients(find_targets(model)), total)):
+        with pytest.raises(ValueError, match="resume with the output_weights that it was trained with"):
+            other.load(sums)
 
 
 def test_no_output_is_worth_nothing() -> None:

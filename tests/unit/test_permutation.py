@@ -162,9 +162,13 @@ def test_only_what_a_target_reads_is_reordered():
 
 def test_hessians_that_do_not_fit_together_are_made_one_after_another():
     at_once, in_turn = (spread(tiny_llama()) for _ in range(2))
+    forwards = []
+    in_turn.register_forward_hook(lambda *_: forwards.append(1))
     first = permute_channels(at_once, batches())
     second = permute_channels(in_turn, batches(), hessian_memory_gib=4 * 48**2 / 2**30)
     assert [a.order.tolist() for a in first] == [b.order.tolist() for b in second]
+    # q and k, v and o, gate and up, down: four groups of each layer, two batches; and the first batch twice more
+    assert len(forwards) == 2 * 4 * 2 + 2
 
 
 def test_only_some_rows_are_looked_at(monkeypatch):
@@ -206,6 +210,45 @@ def test_a_model_that_is_not_what_it_seems_keeps_its_order():
     with pytest.raises(RuntimeError, match=r"computes other logits, by .* and has its old order again"):
         permute_channels(model, batches())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_whatever_fails_leaves_order_and_modes_as_they_were():
+    model = spread(tiny_llama()).train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    permute_channels(spread(tiny_llama()), batches())
+    forwards = []
+
+    def fail(*_):
+        forwards.append(1)
+        if len(forwards) == 4:  # the first batch, both, and the first one reordered
+            raise MemoryError
+
+    handle = model.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        permute_channels(model, batches())
+    handle.remove()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert [module.training for module in model.modules()] == modes
+    permute_channels(model, batches())
+    assert not torch.equal(model.lm_head.weight, before["model.embed_tokens.weight"])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert permute_channels(spread(tiny_llama()), batches())
+
+
+def test_layers_of_zeros_lose_nothing():
+    model = spread(tiny_llama())
+    with torch.no_grad():
+        for part in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            part.weight.zero_()
+    by_name = {found.channels.name: found for found in permute_channels(model, batches())}
+    assert by_name["model.layers.1.mlp"].kept == by_name["model.layers.1.mlp"].kept_before == 1
+    assert by_name["residual stream"].kept > by_name["residual stream"].kept_before
 
 
 def test_models_that_are_not_known():

@@ -59,6 +59,15 @@ def test_windows_fit_the_budget() -> None:
         split_by_memory(layers, 1.5 * one / 2**30)
 
 
+def test_the_second_moments_of_joined_outputs_need_room_too() -> None:
+    layers = list(find_targets(tiny_llama()).values())
+    one = 4 * 32 * 32
+    groups = split_by_memory(layers, 4.5 * one / 2**30, joined=True)
+    assert [layer for group in groups for layer in group] == layers
+    assert all(sum(4 * (layer.cols**2 + layer.rows**2) for layer in group) <= 4.5 * one for group in groups)
+    assert len(groups) > len(split_by_memory(layers, 4.5 * one / 2**30))
+
+
 def test_windows_end_at_their_event() -> None:
     layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
     work = [(Event(10, 0.5), dict.fromkeys(layers, NM(2, 4, 0.5))), (Event(14, 1.0), dict.fromkeys(layers, NM(2, 4)))]

@@ -4,7 +4,7 @@ Legend (the loss is K-FAC's, Martens and Grosse, arXiv 1503.05671; the steps are
 of refine.py; here the rows are one system):
     W0, W  (rows, cols)  weights before and after pruning; what is minimised is ½ tr(ΔWᵀ G ΔW H), with ΔW = W - W0
     H      (cols, cols)  damped Hessian of the inputs
-    G      (rows, rows)  second moment of the loss's gradient at the outputs; positive definite
+    G      (rows, rows)  second moment of the loss's gradient at the outputs; positive definite; its scale is no matter
     c, g   (cols,), (rows,)  what a weight of an input, or of an output, costs per square: see admm.py
     e, Q   eigenvalues and eigenvectors of H / √c_j √c_k, and of G / √g_i √g_k
 
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.admm import RELAXATION, project, schedule, weight_costs
-from thanos_lightning.solver.linalg import damped, inverse_factor
+from thanos_lightning.solver.linalg import FactorizationError, damped, inverse_factor
 from thanos_lightning.solver.pattern import NM, Pattern
 from thanos_lightning.solver.zeros import zero_where
 
@@ -72,15 +72,21 @@ def couple(
         Weights and mask: those that were given where nothing better was found.
 
     Raises:
-        FactorizationError: If G is not positive definite.
+        FactorizationError: If G is not positive definite, or eigenvectors are not found.
     """
     H = damped(hessian, damping)
+    G = outputs / outputs.diagonal().mean()  # whose squares would be no numbers of float32 where gradients are small
     dead = hessian.diagonal() == 0
+    # whose damping is no loss
+    weight, original = weight.masked_fill(dead, 0), original.masked_fill(dead, 0)
     W, its_keep = weight, keep
     if admm_steps > 0:
-        W, its_keep = _alternate(weight, original, keep, frozen, H, outputs, cost, dead, pattern, admm_steps)
-    W = _refine(W, original, its_keep & ~dead, H, outputs, refine_steps)
-    better = coupled_loss(W - original, outputs, H) < coupled_loss(weight - original, outputs, H)
+        try:
+            W, its_keep = _alternate(weight, original, keep, frozen, H, G, cost, dead, pattern, admm_steps)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise FactorizationError(f"eigenvectors were not found ({error})") from error
+    W = _refine(W, original, its_keep & ~dead, H, G, refine_steps)
+    better = coupled_loss(W - original, G, H) < coupled_loss(weight - original, G, H)
     return (W, its_keep) if better else (weight, keep)
 
 
@@ -108,7 +114,7 @@ def _alternate(
     e = e_G.clamp_(min=0).unsqueeze(1) * e_H.clamp_(min=0)
     rho = schedule(steps)
     U = zero_where(U.div_(rho[0]), keep)
-    from_original = (weight * unit).sub_(W0).sub_(U)
+    from_original = (weight * unit).contiguous().sub_(W0).sub_(U)
     # A dead input's weights cost nothing, whatever damping says
     scale = (~dead).to(unit.dtype)
     for now, following in itertools.pairwise([*rho, math.inf]):

@@ -27,7 +27,7 @@ _TOLERANCE, _PATIENCE = 0.001, 4
 
 
 def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
-    """The sum of the scores that an N:M pattern keeps, over that of all.
+    """The sum of the scores that an N:M pattern keeps, over that of all; 1 where there is nothing to lose.
 
     Args:
         scores: (rows, cols), not negative.
@@ -38,7 +38,8 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
         0.8
     """
     kept = scores.view(len(scores), -1, pattern.m).topk(pattern.n, dim=2).values
-    return float(kept.sum(dtype=torch.float64) / scores.sum(dtype=torch.float64))
+    total = float(scores.sum(dtype=torch.float64))
+    return float(kept.sum(dtype=torch.float64)) / total if total else 1.0
 
 
 def require_scipy() -> None:

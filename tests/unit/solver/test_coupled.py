@@ -2,14 +2,16 @@ import itertools
 
 import pytest
 import torch
-from cases import PATTERNS, hessian_of, layer, tokens
+from cases import METHODS, PATTERNS, hessian_of, layer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thanos_lightning.solver import NM, FactorizationError, Structured, Unstructured, prune
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.coupled import couple, coupled_loss
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.linalg import damped, inverse_factor
+from thanos_lightning.solver.team import Alone
 
 DAMPING = 0.01
 SETTINGS = {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2, "damping": DAMPING}
@@ -17,8 +19,11 @@ SETTINGS = {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2, "damping
 
 def output_factor(rows, seed=0):
     """Correlated gradients, with their mean added."""
-    G = hessian_of(tokens(rows, seed + 100, count=64))
-    return G + G.diagonal().mean() * torch.eye(rows)
+    return with_mean(hessian_of(tokens(rows, seed + 100, count=64)))
+
+
+def with_mean(G):
+    return G + G.diagonal().mean() * torch.eye(len(G))
 
 
 def coupled(W0, H, G, pruned, pattern, frozen=None, **steps):
@@ -111,32 +116,86 @@ def test_dead_inputs_get_no_weights():
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joined_rows_lose_less_of_what_is_joined(pattern, dtype):
-    (W0, H), G = layer(24, 32), output_factor(24)
-    W0, H, G = W0.to(dtype), H.float(), G.float()
+    (W0, H), G = layer(24, 32), hessian_of(tokens(24, 100, count=64)).float()
+    W0, H = W0.to(dtype), H.float()
     by_diagonal = prune(W0, H, pattern, **SETTINGS, output_weights=G.diagonal())
     joined = prune(W0, H, pattern, **SETTINGS, output_weights=G)
     assert pattern.violations(joined.mask) == 0
     assert not joined.weight[~joined.mask].any()
     assert joined.weight.dtype == dtype
-    of = {name: naive_loss((p.weight - W0).float(), G, H) for name, p in (("d", by_diagonal), ("j", joined))}
+    of = {name: naive_loss((p.weight - W0).float(), with_mean(G), H) for name, p in (("d", by_diagonal), ("j", joined))}
     assert of["j"] < 0.98 * of["d"]
     change = (joined.weight.float() - W0.float()).double()
     assert joined.loss == pytest.approx(float(((change @ H.double()) * change).sum()) / 2, rel=1e-3)
 
 
-def test_the_scale_of_what_joins_rows_changes_nothing():
-    (W0, H), G = layer(8, 16), output_factor(8)
-    W0 = W0.double()
-    once, more = (prune(W0, H, NM(2, 4), **SETTINGS, output_weights=scale * G) for scale in (1, 2.0**-20))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_any_layout_of_the_weight(method):
+    (W0, H), G = layer(12, 16), output_factor(12)
+    options = {**SETTINGS, "method": method}
+    straight, turned = (prune(W, H.float(), NM(2, 4), **options, output_weights=G) for W in (W0, W0.T.contiguous().T))
+    assert torch.equal(straight.mask, turned.mask)
+    torch.testing.assert_close(straight.weight, turned.weight)
+    by_diagonal = prune(W0, H.float(), NM(2, 4), **options, output_weights=G.diagonal())
+    assert naive_loss(straight.weight.double() - W0, G, H) < naive_loss(by_diagonal.weight.double() - W0, G, H)
+
+
+def test_structured_layers_without_refinement_are_joined_by_their_other_steps():
+    (W0, H), G = layer(12, 16), output_factor(12)
+    options = {**SETTINGS, "refine_steps": 0}
+    joined = prune(W0.double(), H, Structured(0.25), **options, output_weights=G)
+    alone = prune(W0.double(), H, Structured(0.25), **options, output_weights=G.diagonal())
+    assert torch.equal(joined.mask, alone.mask)
+    assert naive_loss(joined.weight - W0, with_mean(G), H) < 0.99 * naive_loss(alone.weight - W0, with_mean(G), H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_scale_of_what_joins_rows_changes_nothing(dtype):
+    (W0, H), G = layer(8, 16), output_factor(8).to(dtype)
+    W0, H = W0.to(dtype), H.to(dtype)
+    once, more = (prune(W0, H, NM(2, 4), **SETTINGS, output_weights=scale * G) for scale in (1, 2.0**-100))
+    assert torch.equal(once.mask, more.mask)
+    torch.testing.assert_close(once.weight, more.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_the_hessian_changes_nothing_where_inputs_are_dead(method):
+    W0, _ = layer(8, 16)
+    X = tokens(16)
+    X[:, 5] = 0
+    H, G = hessian_of(X), output_factor(8)
+    pattern, options = NM(2, 4, 0.25), {**SETTINGS, "method": method}
+    once, more = (prune(W0.double(), scale * H, pattern, **options, output_weights=G) for scale in (1, 2.0**-30))
     assert torch.equal(once.mask, more.mask)
     torch.testing.assert_close(once.weight, more.weight)
 
 
 def test_without_steps_the_diagonal_counts():
     (W0, H), G = layer(8, 16), output_factor(8)
-    plain = prune(W0, H, Unstructured(0.5), output_weights=G.diagonal())
-    joined = prune(W0, H, Unstructured(0.5), output_weights=G)
-    assert torch.equal(plain.weight, joined.weight)
+    for method, hessian in (("thanos", H), ("magnitude", None)):
+        plain = prune(
+            W0, hessian, Unstructured(0.5), method=method, output_weights=G.diagonal() + 0.01 * G.diagonal().mean()
+        )
+        joined = prune(W0, hessian, Unstructured(0.5), method=method, output_weights=G)
+        assert torch.equal(plain.weight, joined.weight)
+
+
+def test_outputs_that_the_loss_hardly_feels_are_pruned_first():
+    """The mean that joins rows safely must not hide this."""
+    (W0, H), G = layer(16, 16), torch.diag(torch.tensor([1.0] * 8 + [1e-3] * 8))
+    joined = prune(W0, H.float(), Unstructured(0.5), **SETTINGS, output_weights=G)
+    assert joined.mask[8:].float().mean() < 0.5 * joined.mask[:8].float().mean()
+
+
+def test_a_member_of_a_team_has_not_all_rows():
+    (W0, H), G = layer(8, 16), output_factor(4)
+    options = SolverOptions(**SETTINGS)
+
+    class Half(Alone):
+        num_rows = 8
+
+    with pytest.raises(ValueError, match="joins the 8 rows of the layer: solve it on one process"):
+        prune_rows(W0[:4], H.float(), NM(2, 4), options, None, Half(4), G.float())
 
 
 def test_what_can_not_join_rows():
@@ -149,10 +208,11 @@ def test_what_can_not_join_rows():
         (torch.full((8, 8), torch.nan), "not a finite symmetric matrix"),
         (lopsided, "not a finite symmetric matrix"),
         (torch.eye(8, device="meta"), "output_weights is on meta"),
-        (torch.diag(torch.tensor([1.0] * 7 + [0.0])), "something added to its diagonal"),
+        (torch.zeros(8, 8), "a diagonal >= 0 that is not all zero"),
+        (torch.diag(torch.tensor([1.0] * 7 + [-1.0])), "a diagonal >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
             prune(W0, H, NM(2, 4), **SETTINGS, output_weights=wrong)
-    indefinite = torch.eye(8) + 2 * (torch.ones(8, 8) - torch.eye(8))
+    indefinite = torch.eye(8) + 5 * (torch.ones(8, 8) - torch.eye(8))
     with pytest.raises(FactorizationError, match="output_weights"):
         prune(W0, H, NM(2, 4), **SETTINGS, output_weights=indefinite)
