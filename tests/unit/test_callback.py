@@ -917,6 +917,8 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
         ({"schedule": SparsitySchedule(2, 6, 2, initial=0.5)}, {}, "starts at sparsity 0.5, not below the final 0.5"),
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"hessian_memory_gib": 1e-9}, {}, "more than hessian_memory_gib"),
+        # room for the inputs of a layer of 48, but not for its outputs, too
+        ({"hessian_memory_gib": 4 * 48**2 / 2**30, "output_weights": "joined"}, {}, "more than hessian_memory_gib"),
         (
             {
                 "pattern": "unstructured",
