@@ -100,6 +100,7 @@ OPTIONS: dict[str, Recipe] = {
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     "once": Recipe(_ONCE),
+    "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
     "gradual, four events": Recipe(_FOUR_TIMES),
     "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
