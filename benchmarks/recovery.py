@@ -98,6 +98,8 @@ RECIPES: dict[str, Recipe] = {
 OPTIONS: dict[str, Recipe] = {
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
+    # each quarter of the layers on what the quarters before it have become
+    "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
