@@ -189,9 +189,10 @@ def split_by_memory(
     for layer in layers:
         needed = hessian_bytes(layer, joined=joined)
         if needed > budget:
+            what = "second moments of inputs and outputs" if joined else "Hessian"
             raise ValueError(
-                f"the Hessian of layer {layer.name} takes {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
-                f"{budget_gib}: raise it, or add {layer.name!r} to ignore"
+                f"the {what} of layer {layer.name}: {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
+                f"{budget_gib}. Raise it, or add {layer.name!r} to ignore"
             )
         if held + needed > budget and groups[-1]:
             groups.append([])
