@@ -82,7 +82,7 @@ class Recipe:
 
 _BEFORE = (0.0, 0.0, 1.0)  # the first step
 _TWICE, _FOUR_TIMES = (0.0, 0.2, 0.1), (0.0, 0.4, 0.1)  # the first of which prunes nothing
-_ONCE, _LATE = (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
+_EARLY, _ONCE, _LATE = (0.05, 0.05, 0.05), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
@@ -101,6 +101,10 @@ OPTIONS: dict[str, Recipe] = {
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
+    "all that helped": Recipe(
+        _EARLY, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True
+    ),
+    "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
