@@ -88,16 +88,13 @@ _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
 _JOINED = {"output_weights": "joined"}
 _ALIKE = {"allocation": "uniform"}
-RECIPES: dict[str, Recipe] = {
+OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
-    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
-}
-# each differs from a recipe in one thing: not in the table unless they are asked for
-OPTIONS: dict[str, Recipe] = {
-    "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
+    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
+    "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
@@ -159,10 +156,13 @@ OPTIONS: dict[str, Recipe] = {
         }.items()
     },
 }
-ALL = {
-    **{name: Recipe(_BEFORE, pruned=name.removeprefix("one-shot ")) for name in ONE_SHOT},
-    **RECIPES,
-    **OPTIONS,
+ALL = {**{name: Recipe(_BEFORE, pruned=name.removeprefix("one-shot ")) for name in ONE_SHOT}, **OWN}
+# what is in the table; the others, which differ from one of these in one thing or few, only where they are asked for
+_BASELINES = (DENSE, *ONE_SHOT, LIGHTNING)
+_GRADUAL = ("gradual", "gradual, distilled", "first step")
+IN_TABLE = {
+    "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step, permuted, joined"),
+    "60%": (*_BASELINES, *_GRADUAL, "first step, joined"),
 }
 
 
@@ -192,8 +192,8 @@ class Task:
 
 def contenders(pattern: str) -> list[str]:
     """The contenders for a pattern, baselines first."""
-    own = [name for name in ALL if name not in ONE_SHOT and (pattern == "2:4" or not ALL[name].permuted)]
-    return [DENSE, *ONE_SHOT, LIGHTNING, *([SR_STE] if pattern == "2:4" else []), *own]
+    own = [name for name, recipe in OWN.items() if pattern == "2:4" or not recipe.permuted]
+    return list(dict.fromkeys((*IN_TABLE[pattern], *own)))
 
 
 # Text
@@ -601,7 +601,7 @@ def main() -> None:
     parser.add_argument("--text", default="python-reference", help="as TextData takes it")
     parser.add_argument("--validation-split", help="of a data set; a tenth is held back where it is left out")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--contenders", nargs="+", help="by default all")
+    parser.add_argument("--contenders", nargs="+", help="by default those of the table")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-4, 3e-4, 6e-4], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="the first one tries all learning rates")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
@@ -660,9 +660,7 @@ def main() -> None:
     for pattern in arguments.patterns:
         rows = []
         for contender in contenders(pattern):
-            if contender not in (arguments.contenders or contenders(pattern)) or (
-                arguments.contenders is None and contender in OPTIONS
-            ):
+            if contender not in (arguments.contenders or IN_TABLE[pattern]):
                 continue
             tried = [found for rate in arguments.rates if (found := run(contender, pattern, rate, first)) is not None]
             if tried:
