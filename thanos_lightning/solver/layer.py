@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thanos_lightning.solver.admm import Penalties, alternate, ends, penalties, schedule, weight_costs
@@ -98,9 +98,9 @@ class SolverOptions:
         With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
         5.2); 2 cb + 7.5 d to refine, with d = min(cb, 2²²); and with ADMM 1.5 cb + 6 d and the matrices of its steps,
         b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
-        bytes. Output weights add a scaled copy to what pruning takes, cb; where they join the rows, 2 b² + 2 c² + 14 cb
-        are taken, without ADMM 9 cb. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H
-        of 3.3.
+        bytes. Where some rows stay as they are, up to 2.5 d are taken beside these. Output weights add a scaled copy to
+        what pruning takes, cb; where they join the rows, 2 b² + 2 c² + 14 cb are taken, without ADMM 9 cb. A layer of
+        28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
 
         Args:
             rows: out_features.
@@ -303,8 +303,13 @@ def _solve(
     else:
         del factor
     loss = H.new_zeros(())
-    for rows in _row_chunks(*original.shape):
-        losses = _improve(original[rows], result[rows], keep[rows], frozen[rows], H, pattern, shared, options)
+    # A row that has lost nothing, since it stays dense or was pruned before, has nothing to gain
+    lossy = (original != 0).logical_and_(~keep).any(dim=1)
+    for rows in _row_chunks(lossy, original.shape[1]):
+        weight, its_keep = result[rows], keep[rows]
+        losses = _improve(original[rows], weight, its_keep, frozen[rows], H, pattern, shared, options)
+        if not isinstance(rows, slice):
+            result[rows], keep[rows] = weight, its_keep
         loss += losses.sum()
     if joined is None:
         return result, keep, loss
@@ -427,11 +432,14 @@ def _improve(
     return torch.where(better, its_losses, losses)
 
 
-def _row_chunks(rows: int, cols: int) -> Iterator[slice]:
-    """All rows, so many at a time that what improves them takes bounded memory; equally many, up to one."""
-    chunks = -(-rows * cols // _IMPROVED_AT_A_TIME)
+def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | Int[Tensor, " some"]]:
+    """The chosen rows, so many at a time that what improves them takes bounded memory; equally many, up to one."""
+    every = bool(chosen.all())
+    which = chosen.nonzero().squeeze(1)
+    chunks = -(-len(which) * cols // _IMPROVED_AT_A_TIME)
     for chunk in range(chunks):
-        yield slice(rows * chunk // chunks, rows * (chunk + 1) // chunks)
+        some = slice(len(which) * chunk // chunks, len(which) * (chunk + 1) // chunks)
+        yield some if every else which[some]
 
 
 def _with_enough_damping(

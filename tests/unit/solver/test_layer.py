@@ -304,6 +304,24 @@ def test_rows_are_improved_some_at_a_time_as_all_at_once(options, monkeypatch):
     assert split.loss < prune(weight.double(), H, NM(2, 4)).loss
 
 
+@pytest.mark.parametrize("at_a_time", [5 * 24, 2**22])
+@pytest.mark.parametrize("options", [{"admm_steps": 6, "refine_steps": 2}, {"refine_steps": 3}])
+def test_rows_that_were_pruned_before_stay_and_the_others_are_improved_as_if_alone(options, at_a_time, monkeypatch):
+    weight, H = (one.double() for one in layer(37, 24))
+    half = prune(weight, H, NM(2, 4, outlier_fraction=0.5), **options)
+    dense = half.mask.all(dim=1)
+    assert dense.sum() == 18
+    torch.testing.assert_close(half.weight[dense], weight[dense])
+    alone = prune(half.weight[dense], H, NM(2, 4), **options)
+    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", at_a_time)
+    whole = prune(half.weight, H, NM(2, 4), **options, frozen=~half.mask)
+    assert torch.equal(whole.mask[~dense], half.mask[~dense])
+    assert torch.equal(whole.mask[dense], alone.mask)
+    torch.testing.assert_close(whole.weight[~dense], half.weight[~dense])
+    torch.testing.assert_close(whole.weight[dense], alone.weight)
+    assert whole.loss == pytest.approx(alone.loss)
+
+
 @property_based
 @given(methods, patterns, shapes, st.integers(0, 3))
 def test_output_weights_are_those_of_scaled_rows(method, pattern, shape, seed):
