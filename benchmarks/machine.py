@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
-_overridden: list[torch.library.Library] = []  # an override ends with the object that made it
+_overridden: list[library.Library] = []  # an override ends with the object that made it
 
 
 def multiply_bf16_in_fp32() -> bool:
@@ -28,7 +28,7 @@ def multiply_bf16_in_fp32() -> bool:
     flags = re.search(r"^flags\s*:(.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     if flags is None or {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
         return False
-    library = torch.library.Library("aten", "IMPL")
+    override = library.Library("aten", "IMPL")
 
     def product(name: str) -> None:
         by_out = getattr(torch, name)  # with out= it is another operator, which is not overridden
@@ -38,7 +38,7 @@ def multiply_bf16_in_fp32() -> bool:
             result: Tensor = by_out(a.to(out.dtype), b.to(out.dtype), out=out)
             return result.to(a.dtype)
 
-        library.impl(name, multiply, "CPU")
+        override.impl(name, multiply, "CPU")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that these are overridden
@@ -57,7 +57,7 @@ def multiply_bf16_in_fp32() -> bool:
             return attend(*rounded, attn_mask, **options).to(dtype)
 
     functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    _overridden.append(library)
+    _overridden.append(override)
     return True
 
 
