@@ -98,8 +98,9 @@ class ThanosPruningCallback(Callback):
             None is `Allocation("loss")` for "unstructured" with output weights, where the layers can be looked at
             before the first event and the schedule begins below what a layer may get; else "uniform". (It leaves out
             layers that no gradient reaches, with a warning: they get the pattern's own sparsity.) An allocation and
-            "least-loss-first" look at all layers before that event, which takes calibration steps of their own; where
-            there are too few for both, half of those before the event.
+            "least-loss-first" look at all layers before that event prunes any, on the batches that it prunes on. Under
+            hessian_memory_gib that takes calibration steps of their own; where there are too few for both, half of
+            those before the event.
         rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the
             schedulers ask for.
         moments: What of the optimizers' moments of the weights that are kept: "keep", or "clear", which forgets the

@@ -66,7 +66,7 @@ class Collector:
         calibration: The batches of a calibration set; "datamodule" asks the datamodule, or the LightningModule, for
             them. None collects from training batches.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
-        keeps_survey: Whether what a survey was told from a calibration set may wait for the event at the same step.
+        keeps_survey: Whether what a survey was told may wait for the event at the same step.
         needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
         joins_outputs: Whether output weights are of each two outputs.
     """
@@ -172,13 +172,27 @@ class Collector:
             MisconfigurationException: If there is no calibration set where one was announced, or it gives no loss
                 where one is needed.
         """
-        if self._calibration is not None:
-            found = self._run_calibration(window, trainer, module, gradients=gradients)
-            accumulators = found.statistics.accumulators
-            return Collected(
-                {name: one for name, one in accumulators.items() if name in window.patterns},
-                self._output_weights(window, found.gradients),
-            )
+        found, self._kept = self._kept, None
+        is_new = found is None
+        if found is None:
+            if self._calibration is None:
+                found = self._close(window)
+            else:
+                found = self._run_calibration(window, trainer, module, gradients=gradients)
+        if window.surveys and self._keeps_survey:
+            self._kept = found
+        accumulators = found.statistics.accumulators
+        return Collected(
+            {name: one for name, one in accumulators.items() if name in window.patterns},
+            self._output_weights(window, found.gradients),
+            found.statistics.seconds if is_new and self._calibration is None else 0.0,
+        )
+
+    def forget_survey(self) -> None:
+        """Let go of what waits for an event, since the weights will be others by then."""
+        self._kept = None
+
+    def _close(self, window: Window) -> _Open:
         opened, self._open = self._open, None
         if opened is None:
             raise PruningError(
@@ -187,15 +201,7 @@ class Collector:
             )
         opened.stop()
         opened.statistics.raise_kept(self._access)
-        return Collected(
-            opened.statistics.accumulators,
-            self._output_weights(window, opened.gradients),
-            opened.statistics.seconds,
-        )
-
-    def forget_survey(self) -> None:
-        """Let go of what waits for an event, since the weights will be others by then."""
-        self._kept = None
+        return opened
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         several = self._access.world_size > 1
@@ -229,9 +235,6 @@ class Collector:
         return found
 
     def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            return kept
         statistics = self._new_statistics(window)
         if gradients and not self._access.can_differentiate:
             self._warn_once(
@@ -259,8 +262,6 @@ class Collector:
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
         statistics.raise_kept(self._access)
-        if window.surveys and self._keeps_survey:
-            self._kept = found
         return found
 
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:

@@ -157,11 +157,16 @@ class OutputGradients:
     def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
         """The sums of products of all ranks, each on its layer's owner. All must call it.
 
-        A layer without any gradient is missing. What is left of this rank's own sums stays.
+        Args:
+            owners: Of the layers that are wanted.
+            access: How the strategy's parameters are reached.
+
+        Returns:
+            Those that this rank owns. A layer without any gradient is missing. This rank's own sums stay.
         """
         found = {}
-        for name, layer in self._layers.items():
-            total = access.sum_on(owners[name], self.sums.get(name), layer.rows)
+        for name, owner in owners.items():
+            total = access.sum_on(owner, self.sums.get(name), self._layers[name].rows)
             if total is not None and total.any():
                 found[name] = total
         return found

@@ -136,9 +136,12 @@ class Planner:
             return self._plan_pruning(events, layers, final, surveys)
         first, collects = events[0].step, self.calibration_steps > 0
         needed = len(split_by_memory(list(layers.values()), self.memory_gib, joined=self.joins_rows))
-        step = first - min(first // 2, needed * self.calibration_steps)
+        # Where all is held at once, the first event takes what its survey was told.
+        at_once = self.memory_gib is None
+        step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
         in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
-        has_room = step >= needed and first - step >= (1 if in_turns else needed)
+        has_room = step >= needed and (at_once or first - step >= (1 if in_turns else needed))
+        since = 0 if at_once else step
         if collects and not has_room:
             if not self.needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
                 rank_zero_info(
@@ -165,10 +168,10 @@ class Planner:
             return self._plan_pruning(events, layers, final, surveys)
         if len(surveys) < len(layers):
             # refuses what can't be before the training
-            self._plan_pruning(events, layers, final, surveys, since=step)
+            self._plan_pruning(events, layers, final, surveys, since=since)
             return survey
         final = self._allocate(layers, final, surveys)
-        return [*survey, *self._plan_pruning(events, layers, final, surveys, since=step)]
+        return [*survey, *self._plan_pruning(events, layers, final, surveys, since=since)]
 
     def _allocate(
         self, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], surveys: Mapping[str, LayerSurvey]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from thanos_lightning.enforcement import ZeroViolationError
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.pruning import PruningError
 from thanos_lightning.solver import NM, Unstructured
+from thanos_lightning.windows import Progression
 
 UNLABELLED = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader(8)]
 
@@ -1070,7 +1071,9 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
         ({"allocation": "uniform"}, True),
         ({"output_weights": "uniform"}, True),  # relative losses say too little
         ({"method": "sparsegpt"}, True),
-        ({"schedule": SparsitySchedule(1, 1, 1)}, True),  # no step to look at the layers before
+        ({"schedule": SparsitySchedule(1, 1, 1)}, False),
+        # no step to look at the layers before
+        ({"schedule": SparsitySchedule(1, 1, 1), "hessian_memory_gib": 1.0}, True),
         ({"schedule": SparsitySchedule(8, 8, 1), "hessian_memory_gib": 4.5e-5}, False),  # three windows of a step
         ({"schedule": SparsitySchedule(4, 4, 1), "hessian_memory_gib": 4.5e-5}, True),
         ({"schedule": SparsitySchedule(4, 8, 4, initial=0.4)}, True),  # more than a layer may get
@@ -1095,7 +1098,9 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
     trainer(tmp_path, every, max_steps=5, enable_checkpointing=True).fit(ToyLM(), ResumableBatches(64))
     ends = []
     for start in (5, 7):  # a checkpoint without a state; one inside the window that begins at 6
-        callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(8, 8, 1))  # would look at steps 4 to 6
+        callback = pruning(
+            "unstructured", 0.5, schedule=SparsitySchedule(8, 8, 1), hessian_memory_gib=1.0
+        )  # would look at steps 4 to 6
         again = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         trainer(tmp_path, callback, again, max_steps=10, enable_checkpointing=True).fit(
             ToyLM(), ResumableBatches(64), ckpt_path=tmp_path / f"step={start}.ckpt"
@@ -1138,6 +1143,33 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
             assert len(ran) == runs
     assert all(torch.equal(mask.keep, found[1][name].keep) for name, mask in found[0].items())
     assert len({mask.sparsity for mask in found[0].values()}) > 1
+
+
+@pytest.mark.parametrize("calibration", [None, list(loader(8))], ids=["training batches", "calibration set"])
+@pytest.mark.parametrize("output_weights", ["gradients", "joined"])
+@pytest.mark.parametrize("progression", ["within-layers", "front-to-back", "least-loss-first"])
+def test_an_event_of_some_layers_takes_what_the_survey_of_all_was_told(
+    tmp_path: Path,
+    progression: Progression,
+    output_weights: Literal["gradients", "joined"],
+    calibration: list[Any] | None,
+) -> None:
+    callback = pruning(
+        "unstructured",
+        0.5,
+        allocation=Allocation(deviation=0.1),
+        schedule=SparsitySchedule(2, 6, 2, initial=0.0 if progression != "within-layers" else 0.2),
+        progression=progression,
+        output_weights=output_weights,
+        calibration_dataloader=calibration,
+    )
+    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    found = masks(callback)
+    assert len(callback.report.events) > 1
+    assert len({mask.sparsity for mask in found.values()}) > 1
+    assert sum(int((~mask.keep).sum()) for mask in found.values()) == sum(
+        int(0.5 * mask.keep.numel()) for mask in found.values()
+    )
 
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:
@@ -1238,7 +1270,13 @@ def test_what_can_not_be_allocated_is_refused(arguments: dict[str, Any], message
 
 
 def test_a_survey_needs_a_step(tmp_path: Path) -> None:
-    callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(1, 6, 2, initial=0.1))
+    callback = pruning(
+        "unstructured",
+        0.5,
+        allocation=Allocation(),
+        schedule=SparsitySchedule(1, 6, 2, initial=0.1),
+        hessian_memory_gib=1.0,
+    )
     with pytest.raises(MisconfigurationException, match="at optimizer step 1, which leaves too few to look at"):
         trainer(tmp_path, callback, max_steps=10).fit(ToyLM(), loader(48))
     trainer(tmp_path, callback, fast_dev_run=True).fit(ToyLM(), loader(48))

@@ -144,6 +144,23 @@ def test_an_event_takes_what_its_survey_was_told(module: ToyLM, fitted: Trainer)
         assert batches.runs == runs + 1
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_event_takes_what_its_survey_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
+    collecting = collector(module, keeps_survey=keeps)
+    collecting.open(window(module, surveys=True), gradients=True)
+    train_on(module, collecting, BATCHES)
+    looked = collecting.take(window(module, surveys=True), fitted, module, gradients=True)
+    if keeps:
+        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        assert torch.equal(moments(looked), moments(pruned))
+        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
+        assert looked.seconds > 0
+        assert pruned.seconds == 0  # they are told of once
+    # of weights that are others by now
+    with pytest.raises(PruningError, match="its statistics were not collected"):
+        collecting.take(window(module), fitted, module, gradients=True)
+
+
 def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):

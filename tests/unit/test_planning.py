@@ -59,10 +59,15 @@ def spans(windows: list[Window]) -> list[tuple[int, int, bool]]:
 
 
 def test_a_survey_comes_before_the_first_event() -> None:
-    assert spans(plan(planner())) == [(12, 16, True)]
-    assert spans(plan(planner(), surveys())) == [(12, 16, True), (16, 20, False)]
+    assert spans(plan(planner())) == [(16, 20, True)]
+    # which takes what the survey was told
+    assert spans(plan(planner(), surveys())) == [(16, 20, True), (16, 20, False)]
+    # where not all may be held at once, each has steps of its own
+    assert spans(plan(planner(memory_gib=1.0))) == [(12, 16, True)]
+    assert spans(plan(planner(memory_gib=1.0), surveys())) == [(12, 16, True), (16, 20, False)]
     # of six steps each gets a half
-    assert spans(plan(planner(schedule=SparsitySchedule(6, 6, 1)), surveys())) == [(0, 3, True), (3, 6, False)]
+    short = planner(schedule=SparsitySchedule(6, 6, 1), memory_gib=1.0)
+    assert spans(plan(short, surveys())) == [(0, 3, True), (3, 6, False)]
     # with a calibration set nothing is collected in the training
     at_once = planner(schedule=SparsitySchedule(0, 0, 1), calibration_steps=0)
     assert spans(plan(at_once, surveys())) == [(0, 0, True), (0, 0, False)]
@@ -107,7 +112,7 @@ def test_a_layer_that_an_allocation_leaves_dense_is_not_pruned() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"schedule": SparsitySchedule(1, 1, 1)},  # no step to look at them
+        {"schedule": SparsitySchedule(1, 1, 1), "memory_gib": 1.0},  # no step to look at them
         {"schedule": SparsitySchedule(12, 12, 1), "memory_gib": BUDGET},  # eight windows to look, eight to prune
     ],
 )
@@ -118,10 +123,11 @@ def test_a_default_gives_way_and_what_was_asked_for_does_not(settings: dict[str,
 
 
 def test_a_training_that_goes_on_late_has_no_survey_unless_it_is_asked_for() -> None:
+    bounded = planner(memory_gib=1.0)
     for late in ({"optimizer_steps": 13}, {"begun_with_survey": False}):
-        assert spans(plan(planner(), **late)) == [(16, 20, False)]
-        assert plan(planner(gives_way=False), **late)[0].surveys
-    assert plan(planner(), optimizer_steps=13, begun_with_survey=True)[0].surveys
+        assert spans(plan(bounded, **late)) == [(16, 20, False)]
+        assert plan(replace(bounded, gives_way=False), **late)[0].surveys
+    assert plan(bounded, optimizer_steps=13, begun_with_survey=True)[0].surveys
 
 
 def test_what_does_not_fit_behind_a_survey_is_refused_before_it() -> None:
