@@ -165,9 +165,13 @@ def test_a_lost_teacher_is_named(tiny, tmp_path):
 
 def test_a_survey_before_the_first_event_needs_no_teacher(tiny, tmp_path):
     def made():
-        schedule = SparsitySchedule(6, 6, 1)
         return ThanosPruningCallback(
-            "unstructured", 0.5, schedule=schedule, calibration_steps=2, allocation=Allocation()
+            "unstructured",
+            0.5,
+            schedule=SparsitySchedule(6, 6, 1),
+            calibration_steps=2,
+            allocation=Allocation(),
+            hessian_memory_gib=1.0,  # the survey has steps of its own
         )
 
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
