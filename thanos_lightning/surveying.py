@@ -16,10 +16,8 @@ from torch import Tensor
 from thanos_lightning.allocation import Allocation, by_loss, by_outliers
 from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
 from thanos_lightning.sharding import ParameterAccess
-from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured, prune
-from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.solver.linalg import exact_arithmetic
-from thanos_lightning.solver.refine import row_losses
+from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured
+from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Window
 
@@ -101,7 +99,6 @@ def survey_window(
     owners = assign_owners(chosen, access.world_size, joined=joins_rows)
     sums = sum_on_owners(chosen, accumulators, owners, access)
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
-    quick = replace(options, admm_steps=0, refine_steps=0)
     own: dict[str, LayerSurvey] = {}
     error: tuple[str, Exception] | None = None
     for name in chosen:
@@ -111,7 +108,7 @@ def survey_window(
         try:
             pattern = window.patterns[name]
             tried = levels(pattern) if several_levels else [pattern]
-            own[name] = _survey(weight, sums.pop(name).compute(), tried, quick, output_weights.get(name))
+            own[name] = _survey(weight, sums.pop(name).compute(), tried, options, output_weights.get(name))
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
             error = (name, failure)
     raise_everywhere(error, access)
@@ -121,18 +118,16 @@ def survey_window(
 def _survey(
     weight: Tensor, hessian: Tensor, tried: list[Pattern], options: SolverOptions, output_weights: Tensor | None
 ) -> LayerSurvey:
-    settings = {name: getattr(options, name) for name in ("method", "block_size", "damping", "saliency")}
     if output_weights is not None:
         output_weights = output_weights.to(weight.device)
+    of_rows, dense = losses_at(weight, hessian, tried, options, output_weights)
     losses: dict[float, float] = {}
     weighted: dict[float, float] = {}
-    for level in tried:
-        pruned = prune(weight, hessian, level, **settings, output_weights=output_weights)
-        losses[level.sparsity] = pruned.relative_loss
+    for level, lost in zip(tried, of_rows, strict=True):
+        losses[level.sparsity] = relative(float(lost.sum()), float(dense.sum()))
         if output_weights is not None:
-            with exact_arithmetic(weight.device):
-                alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
-                weighted[level.sparsity] = float(alone @ row_losses(pruned.weight, weight, hessian))
+            alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
+            weighted[level.sparsity] = float(alone.to(lost.dtype) @ lost)
     scores = weight.float().abs() * hessian.diagonal().to(torch.float32).sqrt()
     return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -267,14 +267,62 @@ def prune_rows(
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
         result, keep, own_loss = _solve(original, H, frozen, pattern, options, team, output_weights)
-        if not _is_finite(result):
-            raise NonFiniteError(
-                f"the pruned weights overflow {original.dtype}: raise damping (now {options.damping:g}), or keep the "
-                "weights in a wider dtype"
-            )
+        _check_result(result, options)
         own_dense = row_losses(torch.zeros_like(original), original, H).sum()
         loss, dense = team.total(torch.stack([own_loss, own_dense])).tolist()
-    return PrunedLayer(result, keep, loss, loss / dense if dense > 0 else math.inf if loss > 0 else 0.0)
+    return PrunedLayer(result, keep, loss, relative(loss, dense))
+
+
+def relative(loss: float, dense: float) -> float:
+    """A loss over that of the weight itself: infinite where only the second is zero, zero where both are."""
+    return loss / dense if dense > 0 else math.inf if loss > 0 else 0.0
+
+
+def losses_at(
+    weight: Tensor,
+    hessian: Tensor,
+    patterns: Sequence[Pattern],
+    options: SolverOptions,
+    output_weights: Tensor | None = None,
+) -> tuple[list[Float[Tensor, " rows"]], Float[Tensor, " rows"]]:
+    """What each row would lose at several patterns by the method alone; all of them share one factor.
+
+    Args:
+        weight: (out_features, in_features); not changed.
+        hessian: (in_features, in_features).
+        patterns: What to prune to, each from the weight as it is.
+        options: How to prune. Its steps after the method are left out.
+        output_weights: As `prune`.
+
+    Returns:
+        For each pattern (out_features,): ½ ΔW H ΔWᵀ of each row, as `PrunedLayer.loss` sums them up; and of the rows
+        themselves, ½ W H Wᵀ.
+
+    Raises:
+        ValueError: As `prune`.
+        FactorizationError: As `prune`.
+
+    Example:
+        >>> import torch
+        >>> from thanos_lightning.solver import NM
+        >>> from thanos_lightning.solver.layer import SolverOptions, losses_at
+        >>> rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+        >>> losses_at(rows, torch.eye(4), [NM(2, 4), NM(3, 4)], SolverOptions(damping=0.0))
+        ([tensor([2.5000, 2.5000]), tensor([0.5000, 0.5000])], tensor([15., 15.]))
+    """
+    _check_tensors(weight, hessian, None, output_weights)
+    for pattern in patterns:
+        pattern.check_shape(*weight.shape)
+    with exact_arithmetic(weight.device):
+        original = weight.detach()
+        H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
+        competing = None if output_weights is None else _competing(output_weights)
+        frozen = torch.zeros_like(original, dtype=torch.bool)
+        pruned, _ = _by_method(original, H, frozen, patterns, options, Alone(len(weight)), competing)
+        for result, _ in pruned:
+            _check_result(result, options)
+        losses = [row_losses(result, original, H) for result, _ in pruned]
+        return losses, row_losses(torch.zeros_like(original), original, H)
 
 
 def _solve(
@@ -290,7 +338,7 @@ def _solve(
     joined: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
         joined, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
-    result, keep, factor = _by_method(original, H, frozen, pattern, options, team, output_weights)
+    [(result, keep)], factor = _by_method(original, H, frozen, [pattern], options, team, output_weights)
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
@@ -345,37 +393,40 @@ def _by_method(
     original: Float[Tensor, "rows cols"],
     H: Float[Tensor, "cols cols"],
     frozen: Bool[Tensor, "rows cols"],
-    pattern: Pattern,
+    patterns: Sequence[Pattern],
     options: SolverOptions,
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
-) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, "cols cols"] | None]:
-    """As ``_solve``, of the method alone; and the factor of the damped Hessian where the method has one."""
+) -> tuple[list[tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]], Float[Tensor, "cols cols"] | None]:
+    """For each pattern as ``_solve``, of the method alone; and the factor of the damped H where the method has one."""
     # Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
     # it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins
     # no rows.
     W, scale = original.to(H.dtype), _scale(output_weights, H)
     if scale is not None:
         W = W * scale
-    if options.method == "magnitude":
-        pruned = magnitude(W, frozen, pattern, team)
-        return zero_where(original.clone(), pruned), ~pruned, None
-    if options.method == "wanda":
-        pruned = wanda(W, input_norms(H), frozen, pattern, team)
-        return zero_where(original.clone(), pruned), ~pruned, None
-    (updated, pruned), factor = _with_enough_damping(
-        lambda curvature: (
-            sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
-            if options.method == "sparsegpt"
-            else thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
-        ),
-        H,
-        options.damping,
-        team,
+    if options.method in ("magnitude", "wanda"):
+        found = []
+        for pattern in patterns:
+            if options.method == "magnitude":
+                pruned = magnitude(W, frozen, pattern, team)
+            else:
+                pruned = wanda(W, input_norms(H), frozen, pattern, team)
+            found.append((zero_where(original.clone(), pruned), ~pruned))
+        return found, None
+
+    def solve(curvature: Curvature, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        if options.method == "sparsegpt":
+            updated, pruned = sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
+        else:
+            updated, pruned = thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
+        if scale is not None:
+            updated.div_(scale)
+        return zero_where(updated.to(original.dtype), pruned), ~pruned
+
+    return _with_enough_damping(
+        lambda curvature: [solve(curvature, pattern) for pattern in patterns], H, options.damping, team
     )
-    if scale is not None:
-        updated.div_(scale)
-    return zero_where(updated.to(original.dtype), pruned), ~pruned, factor
 
 
 def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
@@ -519,6 +570,14 @@ def _check_tensors(
     if not torch.equal(hessian, hessian.mT) and (hessian - hessian.mT).abs().max() > 1e-3 * hessian.abs().max():
         raise ValueError(
             "hessian is not symmetric: it has to be H = (2/T) Σ x xᵀ, as HessianAccumulator.compute() gives"
+        )
+
+
+def _check_result(result: Tensor, options: SolverOptions) -> None:
+    if not _is_finite(result):
+        raise NonFiniteError(
+            f"the pruned weights overflow {result.dtype}: raise damping (now {options.damping:g}), or keep the weights "
+            "in a wider dtype"
         )
 
 

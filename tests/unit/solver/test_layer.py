@@ -17,6 +17,7 @@ from thanos_lightning.solver import (
     Unstructured,
     prune,
 )
+from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 6).map(lambda groups: 4 * groups))
@@ -369,3 +370,27 @@ def test_outputs_that_count_more_err_less(pattern):
     weighted = prune(weight, H, pattern, saliency="balanced", admm_steps=4, refine_steps=2, output_weights=weights)
     assert weighted_loss(weighted) < 0.9 * weighted_loss(plain)
     assert int((~weighted.mask).sum()) == int((~plain.mask).sum())
+
+
+@property_based
+@given(methods, patterns, shapes, st.integers(0, 3), st.sampled_from([None, "alone", "joined"]))
+def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, seed, weighted):
+    weight, H = layer(*shape, seed)
+    squares = torch.rand(20, shape[0], generator=torch.Generator().manual_seed(seed)) + 0.1
+    weights = {None: None, "alone": squares.square().sum(0), "joined": squares.T @ squares}[weighted]
+    tried = [pattern, pattern.with_sparsity(pattern.sparsity / 2)]
+    options = SolverOptions(method, block_size=8, admm_steps=2, refine_steps=1)
+    losses, dense = losses_at(weight, H.float(), tried, options, weights)
+    for one, lost in zip(tried, losses, strict=True):
+        alone = prune(weight, H.float(), one, method=method, block_size=8, output_weights=weights)
+        assert float(lost.sum()) == pytest.approx(alone.loss, rel=1e-5, abs=1e-8)
+        assert relative(float(lost.sum()), float(dense.sum())) == pytest.approx(alone.relative_loss, rel=1e-5)
+
+
+def test_losses_at_a_pattern_that_does_not_fit_are_an_error():
+    weight, H = layer(4, 6)
+    with pytest.raises(ValueError, match="divisible"):
+        losses_at(weight, H.float(), [NM(2, 4)], SolverOptions())
+    large = torch.tensor([[50000.0, 60000.0]], dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
+        losses_at(large, torch.ones(2, 2) + 1e-3 * torch.eye(2), [Unstructured(0.5)], SolverOptions(damping=1e-4))
