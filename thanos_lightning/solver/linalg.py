@@ -9,6 +9,7 @@ Because R is *upper* triangular, the trailing blocks factor alone: H[i:, i:] = R
 (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for every i. One factorisation serves every block of every method.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _HAS_FINER_PRECISION = hasattr(torch.backends, "fp32_precision")
 MAX_DAMPING = 1.0
 # Where damping=0 was asked for and does not suffice, ten times zero would not help.
 _LEAST_RETRY = 1e-6
+# Relative error of a product of random numbers in float32, which is near 3e-7; of factors in bf16 it is 2e-3.
+_UNROUNDED = 5e-6
 # LAPACK is slow on batches of small matrices; below this size it is at its best, above we recurse. CPU only.
 _CHOLESKY_LEAF = 16
 _INVERSE_LEAF = 256
@@ -62,11 +65,33 @@ def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_highest_precision())
         # put back by the context before
-        if operands == torch.bfloat16 and device.type == "cpu" and _HAS_FINER_PRECISION:
+        if device.type == "cpu" and _HAS_FINER_PRECISION and (operands == torch.bfloat16 or _has_no_rounding_kernel()):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
         elif operands in (torch.bfloat16, torch.float16) and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
         yield
+
+
+@functools.cache
+def _has_no_rounding_kernel() -> bool:
+    """Whether oneDNN multiplies float32 as it is even where it may round factors to bf16.
+
+    So it does on CPUs without AMX, where the permission is then but a choice of oneDNN over BLAS: of an AMD EPYC it
+    took half of MKL's time. What oneDNN does here is tried, and not taken for granted. To be called where float32
+    products are exact.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.cpu._is_amx_tile_supported():  # type: ignore[no-untyped-call]
+        return False
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(192, 512, generator=generator), torch.randn(512, 320, generator=generator)
+    exact = left.double() @ right.double()
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, backend.fp32_precision = backend.fp32_precision, "bf16"
+    try:
+        error = torch.linalg.norm(left @ right - exact) / torch.linalg.norm(exact)
+    finally:
+        backend.fp32_precision = before
+    return bool(error < _UNROUNDED)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from cases import layer
 
 from thanos_lightning.solver import FactorizationError
 from thanos_lightning.solver.linalg import (
+    _has_no_rounding_kernel,
+    _highest_precision,
     curvature,
     damped,
     damping_ladder,
@@ -91,6 +93,30 @@ def _precision_state() -> list[object]:
     return state
 
 
+def _error_of_a_product() -> float:
+    left, right = torch.randn(200, 700), torch.randn(700, 300)
+    exact = left.double() @ right.double()
+    return float(torch.linalg.norm(left @ right - exact) / torch.linalg.norm(exact))
+
+
+def test_a_kernel_that_rounds_is_not_chosen(monkeypatch):
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has no such choice")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    multiply = torch.Tensor.__matmul__
+
+    def rounding(left, right):
+        if torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    before = _precision_state()
+    with _highest_precision():
+        assert not _has_no_rounding_kernel.__wrapped__()
+    assert _precision_state() == before
+
+
 @pytest.fixture
 def restored_precision():
     yield
@@ -108,7 +134,9 @@ def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy
         torch.backends.cuda.matmul.fp32_precision = finer
     before = _precision_state()
     with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
-        assert _precision_state()[0] == "highest"
+        if hasattr(torch.backends, "fp32_precision"):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert _error_of_a_product() < 1e-6
         assert not torch.is_grad_enabled()
         raise KeyError
     assert _precision_state() == before
