@@ -51,6 +51,10 @@ class _Open:
     statistics: InputStatistics
     gradients: OutputGradients | None
 
+    @property
+    def seconds(self) -> float:
+        return self.statistics.seconds + (0.0 if self.gradients is None else self.gradients.seconds)
+
     def stop(self) -> None:
         self.statistics.stop()
         if self.gradients is not None:
@@ -185,7 +189,7 @@ class Collector:
         return Collected(
             {name: one for name, one in accumulators.items() if name in window.patterns},
             self._output_weights(window, found.gradients),
-            found.statistics.seconds if is_new and self._calibration is None else 0.0,
+            found.seconds if is_new and self._calibration is None else 0.0,
         )
 
     def forget_survey(self) -> None:

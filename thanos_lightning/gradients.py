@@ -9,6 +9,7 @@ can make up for each other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -52,6 +53,10 @@ class OutputGradients:
         layers: Name -> layer.
         joined: Sum the products of each two outputs, (rows, rows), and not the squares of each, (rows,).
 
+    Attributes:
+        sums: Name -> sums.
+        seconds: What summing has taken, on the CPU.
+
     Example:
         >>> from thanos_lightning.targets import find_targets
         >>> model = nn.Linear(2, 2, bias=False)
@@ -66,6 +71,7 @@ class OutputGradients:
 
     def __init__(self, layers: Mapping[str, PrunableLayer], *, joined: bool = False) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.seconds = 0.0
         self._joined = joined
         self._layers = layers
         self._handles: list[RemovableHandle] = []
@@ -114,8 +120,12 @@ class OutputGradients:
 
     @torch.no_grad()
     def _add(self, name: str, gradient: Tensor) -> None:
-        if not self._is_counting:
-            return
+        if self._is_counting:
+            begin = time.perf_counter()
+            self._sum(name, gradient)
+            self.seconds += time.perf_counter() - begin
+
+    def _sum(self, name: str, gradient: Tensor) -> None:
         if self._joined:
             rows = gradient.float().flatten(0, -2) if gradient.ndim > 1 else gradient.float().unsqueeze(0)
             with exact_arithmetic(rows.device):

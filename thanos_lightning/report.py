@@ -83,7 +83,8 @@ class Summary:
         recovered: At the end.
         training_seconds: From the first batch on, without validation.
         event_seconds: Of that, what events took, and looking at layers before them.
-        collecting_seconds: Of that, what counting the inputs of layers took between events, on the CPU.
+        collecting_seconds: Of that, what counting the inputs of layers, and gradients at their outputs, took between
+            events, on the CPU.
     """
 
     metric: str | None = None
@@ -253,7 +254,7 @@ def print_summary(report: PruningReport, sparsity: float, console: Console | Non
     if summary.training_seconds:
         console.print(
             f"Pruning took {pruning / summary.training_seconds:.1%} of {summary.training_seconds:.1f} s of training: "
-            f"events {summary.event_seconds:.1f} s, counting inputs before them {summary.collecting_seconds:.1f} s"
+            f"events {summary.event_seconds:.1f} s, counting before them {summary.collecting_seconds:.1f} s"
         )
 
 

@@ -40,7 +40,10 @@ def test_sums_are_those_of_autograd_over_all_batches() -> None:
     for batch in batches:
         model(batch).square().sum().backward()
     gradients.stop()
+    seconds = gradients.seconds
+    assert seconds > 0
     model(batches[0]).square().sum().backward()  # after the window
+    assert gradients.seconds == seconds
     for name, wanted in expected(model, batches).items():
         torch.testing.assert_close(gradients.sums[name], wanted)
 
