@@ -82,8 +82,10 @@ def _has_no_rounding_kernel() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or torch.cpu._is_amx_tile_supported():  # type: ignore[no-untyped-call]
         return False
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(192, 512, generator=generator), torch.randn(512, 320, generator=generator)
+    # whatever the default dtype and device are where this is first asked
+    generator = torch.Generator("cpu").manual_seed(0)
+    left = torch.randn(192, 512, generator=generator, dtype=torch.float32, device="cpu")
+    right = torch.randn(512, 320, generator=generator, dtype=torch.float32, device="cpu")
     exact = left.double() @ right.double()
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, backend.fp32_precision = backend.fp32_precision, "bf16"

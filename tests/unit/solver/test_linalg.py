@@ -99,22 +99,39 @@ def _error_of_a_product() -> float:
     return float(torch.linalg.norm(left @ right - exact) / torch.linalg.norm(exact))
 
 
-def test_a_kernel_that_rounds_is_not_chosen(monkeypatch):
-    if not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this torch has no such choice")
+_needs_finer = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such choice")
+
+
+@_needs_finer
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_kernel_that_rounds_is_found_out(rounds, default, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     multiply = torch.Tensor.__matmul__
 
-    def rounding(left, right):
-        if torch.backends.mkldnn.matmul.fp32_precision == "bf16":
-            left, right = left.bfloat16().float(), right.bfloat16().float()
-        return multiply(left, right)
+    def kernel(left, right):
+        if rounds and left.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            left, right = left.bfloat16(), right.bfloat16()
+        return multiply(left.double(), right.double())
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", kernel)
     before = _precision_state()
-    with _highest_precision():
-        assert not _has_no_rounding_kernel.__wrapped__()
+    torch.set_default_dtype(default)
+    try:
+        with _highest_precision():
+            assert _has_no_rounding_kernel.__wrapped__() is not rounds
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert _precision_state() == before
+
+
+@_needs_finer
+@pytest.mark.parametrize(("unrounded", "chosen"), [(True, "bf16"), (False, "ieee")])
+def test_a_kernel_that_does_not_round_is_chosen(unrounded, chosen, monkeypatch):
+    monkeypatch.setattr("thanos_lightning.solver.linalg._has_no_rounding_kernel", lambda: unrounded)
+    with exact_arithmetic(torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == chosen
 
 
 @pytest.fixture
@@ -136,6 +153,8 @@ def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy
     with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
         if hasattr(torch.backends, "fp32_precision"):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        else:
+            assert torch.get_float32_matmul_precision() == "highest"
         assert _error_of_a_product() < 1e-6
         assert not torch.is_grad_enabled()
         raise KeyError
