@@ -318,11 +318,13 @@ def losses_at(
         H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
         competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
-        pruned, _ = _by_method(original, H, frozen, patterns, options, Alone(len(weight)), competing)
-        for result, _ in pruned:
-            _check_result(result, options)
-        losses = [row_losses(result, original, H) for result, _ in pruned]
-        return losses, row_losses(torch.zeros_like(original), original, H)
+
+        def losses(weight: Tensor, keep: Tensor) -> Tensor:
+            _check_result(weight, options)
+            return row_losses(weight, original, H)
+
+        found, _ = _by_method(original, H, frozen, patterns, options, Alone(len(weight)), competing, losses)
+        return found, losses(torch.zeros_like(original), frozen)
 
 
 def _solve(
@@ -338,7 +340,9 @@ def _solve(
     joined: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
         joined, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
-    [(result, keep)], factor = _by_method(original, H, frozen, [pattern], options, team, output_weights)
+    [(result, keep)], factor = _by_method(
+        original, H, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
+    )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
@@ -397,35 +401,35 @@ def _by_method(
     options: SolverOptions,
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
-) -> tuple[list[tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]], Float[Tensor, "cols cols"] | None]:
-    """For each pattern as ``_solve``, of the method alone; and the factor of the damped H where the method has one."""
+    then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
+) -> tuple[list[T], Float[Tensor, "cols cols"] | None]:
+    """What is made of the weights and the keep mask of each pattern, by the method alone; and the factor, if any."""
     # Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
     # it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins
     # no rows.
     W, scale = original.to(H.dtype), _scale(output_weights, H)
     if scale is not None:
         W = W * scale
-    if options.method in ("magnitude", "wanda"):
-        found = []
-        for pattern in patterns:
+
+    def prune_to(pattern: Pattern, curvature: Curvature | None) -> T:
+        if curvature is None:
             if options.method == "magnitude":
                 pruned = magnitude(W, frozen, pattern, team)
             else:
                 pruned = wanda(W, input_norms(H), frozen, pattern, team)
-            found.append((zero_where(original.clone(), pruned), ~pruned))
-        return found, None
-
-    def solve(curvature: Curvature, pattern: Pattern) -> tuple[Tensor, Tensor]:
+            return then(zero_where(original.clone(), pruned), ~pruned)
         if options.method == "sparsegpt":
             updated, pruned = sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
         else:
             updated, pruned = thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
         if scale is not None:
             updated.div_(scale)
-        return zero_where(updated.to(original.dtype), pruned), ~pruned
+        return then(zero_where(updated.to(original.dtype), pruned), ~pruned)
 
+    if options.method in ("magnitude", "wanda"):
+        return [prune_to(pattern, None) for pattern in patterns], None
     return _with_enough_damping(
-        lambda curvature: [solve(curvature, pattern) for pattern in patterns], H, options.damping, team
+        lambda curvature: [prune_to(pattern, curvature) for pattern in patterns], H, options.damping, team
     )
 
 
