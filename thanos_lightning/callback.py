@@ -582,7 +582,9 @@ class ThanosPruningCallback(Callback):
         while self._windows_done < len(self._windows):
             window = self._windows[self._windows_done]
             if self._optimizer_steps >= window.end_step:
-                if not window.surveys and self.monitor is not None and not self.report.events:
+                # before a survey that the first event follows at once: a checkpoint of the validation has its sums
+                is_first = not self.report.events and (not window.surveys or self.hessian_memory_gib is None)
+                if is_first and self.monitor is not None:
                     self.report.summary.dense = self._measure(trainer)
                 with self._clock.event():
                     (self._survey if window.surveys else self._prune)(window, trainer, pl_module)
@@ -647,6 +649,7 @@ class ThanosPruningCallback(Callback):
             several_levels=self._require_planner().allocation is not None,
             output_weights=collected.output_weights,
             joins_rows=self._joins_rows,
+            sums_stay=collected.stay,
         )
         if window.is_last:
             self._windows = self._plan(trainer)

@@ -37,11 +37,13 @@ class Collected:
         output_weights: Layer name -> how much an error of each of its outputs counts, the same on all ranks; or the
             errors of each two, on the layer's owner. The outputs of a layer that is missing count alike.
         seconds: What it has taken of the training before the window's end.
+        stay: Whether the accumulators wait for the event that follows a survey, so that they take memory until then.
     """
 
     accumulators: dict[str, HessianAccumulator] | None = None
     output_weights: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    stay: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Collector:
             self._open.statistics.end()
 
     def stop(self) -> None:
-        """Remove all hooks; what has been collected is kept, since a checkpoint may be saved after a fit."""
+        """Remove all hooks; what an open window has is kept, since a checkpoint may be saved after a fit."""
+        self.forget_survey()
         if self._open is not None:
             self._open.stop()
 
@@ -190,6 +193,7 @@ class Collector:
             {name: one for name, one in accumulators.items() if name in window.patterns},
             self._output_weights(window, found.gradients),
             found.seconds if is_new and self._calibration is None else 0.0,
+            stay=self._kept is not None,
         )
 
     def forget_survey(self) -> None:
@@ -205,6 +209,9 @@ class Collector:
             )
         opened.stop()
         opened.statistics.raise_kept(self._access)
+        if opened.gradients is not None:
+            # windows of one survey are held against each other
+            opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
     def _new_statistics(self, window: Window) -> InputStatistics:
@@ -217,17 +224,16 @@ class Collector:
     def _output_weights(self, window: Window, gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
             return {}
-        steps = max(1, window.end_step - window.start_step)  # windows of one survey are held against each other
         if self._joins_outputs:
             layers = {name: self._layers[name] for name in window.patterns}
             owners = assign_owners(layers, self._access.world_size, joined=True)
-            widest = max(layers, key=lambda name: layers[name].rows)
-            raise_everywhere(reserved({widest: 4 * layers[widest].rows ** 2}, self._access), self._access)
+            own = [name for name, owner in owners.items() if owner == self._access.rank]
+            needed = {name: 4 * layers[name].rows ** 2 for name in own}  # since this rank's own sums stay
+            raise_everywhere(reserved(needed, self._access), self._access)
             found = gradients.total_on(owners, self._access)
-            found = found if steps == 1 else {name: found.pop(name) / steps for name in list(found)}
             have = {name for names in self._access.gather(list(found)) for name in names}
         else:
-            found = {name: one / steps for name, one in output_weights(gradients.total(self._access)).items()}
+            found = output_weights(gradients.total(self._access))
             have = set(found)
         if missing := [name for name in window.patterns if name not in have]:
             rank_zero_warn(

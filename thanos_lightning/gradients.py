@@ -155,6 +155,11 @@ class OutputGradients:
                 )
         self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
 
+    def divide(self, steps: int) -> None:
+        """Make sums over so many steps means over them."""
+        for one in self.sums.values():
+            one /= steps
+
     def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
         """The sums of squares of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
         found = [

@@ -318,8 +318,18 @@ def sum_on_owners(
     accumulators: dict[str, HessianAccumulator],
     owners: Mapping[str, int],
     access: ParameterAccess,
+    *,
+    stay: bool = False,
 ) -> dict[str, HessianAccumulator]:
-    """The statistics of all ranks, each complete on its layer's owner."""
+    """The statistics of all ranks, each complete on its layer's owner.
+
+    Args:
+        layers: Name -> layer.
+        accumulators: Name -> this rank's statistics. Emptied.
+        owners: Name -> rank.
+        access: How the strategy's parameters are reached.
+        stay: Whether someone else holds the accumulators, so that emptying them gives no memory back.
+    """
     tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
     unused = [name for name in layers if not any(counts.get(name) for counts in tokens)]
     if unused:
@@ -337,10 +347,14 @@ def sum_on_owners(
         return complete
     complete = {}
     groups = _sharing(layers, accumulators, access)
-    # one at a time, since a rank's own sum is let go when the next one comes
-    own_widths = {name: layer.cols for name, layer in layers.items() if owners[name] == access.rank}
-    widest = dict(sorted(own_widths.items(), key=lambda item: item[1])[-1:])
-    raise_everywhere(reserved({name: 4 * cols**2 for name, cols in widest.items()}, access), access)
+    needed = {
+        names[0]: 4 * layers[names[0]].cols ** 2
+        for names in groups
+        if any(owners[name] == access.rank for name in names)
+    }
+    if not stay:  # a rank's own sum is let go when the next one comes
+        needed = dict(sorted(needed.items(), key=lambda item: item[1])[-1:])
+    raise_everywhere(reserved(needed, access), access)
     for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols

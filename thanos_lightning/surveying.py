@@ -76,6 +76,7 @@ def survey_window(
     several_levels: bool,
     output_weights: Mapping[str, Tensor],
     joins_rows: bool = False,
+    sums_stay: bool = False,
 ) -> dict[str, LayerSurvey]:
     """Look at the layers of a window. All ranks must call it.
 
@@ -88,6 +89,7 @@ def survey_window(
         several_levels: Whether to try other sparsities than that of the pattern.
         output_weights: See `prune_window`.
         joins_rows: See `prune_window`.
+        sums_stay: Whether the statistics wait elsewhere for an event.
 
     Returns:
         Name -> what was found out, the same on all ranks.
@@ -97,7 +99,7 @@ def survey_window(
     """
     chosen = {name: layers[name] for name in window.patterns}
     owners = assign_owners(chosen, access.world_size, joined=joins_rows)
-    sums = sum_on_owners(chosen, accumulators, owners, access)
+    sums = sum_on_owners(chosen, accumulators, owners, access, stay=sums_stay)
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     own: dict[str, LayerSurvey] = {}
     error: tuple[str, Exception] | None = None

@@ -1093,6 +1093,23 @@ def test_unstructured_layers_are_allocated_where_it_can_be_told(
     assert ({mask.sparsity for mask in found.values()} == {0.5}) is alike
 
 
+def test_a_checkpoint_of_the_validation_before_a_survey_goes_on(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            path = tmp_path / f"{trainer.global_step}.ckpt"
+            if not path.exists():  # at the event's step, the dense model
+                trainer.save_checkpoint(path)
+
+    def made() -> ThanosPruningCallback:
+        return pruning("unstructured", 0.5, schedule=SparsitySchedule(4, 4, 1), monitor="val/loss")
+
+    whole, again, validation = made(), made(), loader(8)
+    trainer(tmp_path, whole, Saves(), max_steps=6).fit(ToyLM(), ResumableBatches(64), validation)
+    trainer(tmp_path, again, max_steps=6).fit(ToyLM(), ResumableBatches(64), validation, ckpt_path=tmp_path / "4.ckpt")
+    assert len({mask.sparsity for mask in masks(whole).values()}) > 1
+    assert all(torch.equal(mask.keep, masks(again)[name].keep) for name, mask in masks(whole).items())
+
+
 def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_path: Path) -> None:
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, every, max_steps=5, enable_checkpointing=True).fit(ToyLM(), ResumableBatches(64))
