@@ -91,6 +91,7 @@ _ALIKE = {"allocation": "uniform"}
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
+    "gradual, joined": Recipe(_TWICE, _JOINED),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
     "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
@@ -162,7 +163,7 @@ _BASELINES = (DENSE, *ONE_SHOT, LIGHTNING)
 _GRADUAL = ("gradual", "gradual, distilled", "first step")
 IN_TABLE = {
     "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step, permuted, joined"),
-    "60%": (*_BASELINES, *_GRADUAL, "first step, joined"),
+    "60%": (*_BASELINES, *_GRADUAL, "first step, joined", "gradual, joined"),
 }
 
 
