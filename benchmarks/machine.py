@@ -76,5 +76,6 @@ def keep(name: str, folder: Path, document: dict[str, Any]) -> Path:
     machine = hardware()
     text = f"{name} {machine['cpu']} {machine['threads']} threads torch {machine['torch']}"
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower() + ".json")
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"hardware": machine, **document}, indent=2) + "\n")
     return path
