@@ -149,10 +149,11 @@ class Planner:
                     "pruned alike"
                 )
                 return self._plan_pruning(events, layers, final, surveys)
+            at_its_step = "" if at_once or not first else "look at all with the event (no hessian_memory_gib), "
             raise MisconfigurationException(
                 f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
-                f"{needed} window(s): start the schedule later (start_step), give a calibration_dataloader, or leave "
-                "out allocation and least-loss-first"
+                f"{needed} window(s): start the schedule later (start_step), {at_its_step}give a "
+                "calibration_dataloader, or leave out allocation and least-loss-first"
             )
         survey = plan_windows(
             [(Event(step, 0.0), final)],
