@@ -300,6 +300,7 @@ def losses_at(
 
     Raises:
         ValueError: As `prune`.
+        NonFiniteError: As `prune`.
         FactorizationError: As `prune`.
 
     Example:
