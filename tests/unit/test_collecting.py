@@ -144,6 +144,16 @@ def test_an_event_takes_what_its_survey_was_told(module: ToyLM, fitted: Trainer)
         assert batches.runs == runs + 1
 
 
+def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:
+    collecting = collector(module)
+    collecting.open(window(module, surveys=True), gradients=True)
+    train_on(module, collecting, BATCHES)
+    assert collecting.take(window(module, surveys=True), fitted, module, gradients=True).stay
+    collecting.stop()
+    with pytest.raises(PruningError, match="its statistics were not collected"):
+        collecting.take(window(module), fitted, module, gradients=True)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_event_takes_what_its_survey_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
     collecting = collector(module, keeps_survey=keeps)

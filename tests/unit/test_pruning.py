@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window
+from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window, sum_on_owners
 from thanos_lightning.report import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -138,3 +140,33 @@ def test_earlier_masks_are_kept() -> None:
     assert keep is not None
     assert not (keep & ~before).any()
     assert int((~keep).sum()) == int(0.6 * 128)
+
+
+class SecondSeesTheSame(ReplicatedAccess):
+    """The first of two ranks, of which the other one would say and send what this one does."""
+
+    def __init__(self) -> None:
+        super().__init__(world_size=2)
+        self.reserved: list[int] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
+        return matrix if owner == self.rank else None
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        self.reserved += sizes
+
+
+@pytest.mark.parametrize(("stay", "widths"), [(False, [16]), (True, [8, 16])])
+def test_sums_that_stay_are_all_reserved_beside_those_of_the_owner(stay: bool, widths: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 4))
+    layers = find_targets(model)
+    statistics = InputStatistics(layers)
+    statistics.start()
+    with statistics.counting():
+        model(torch.ones(3, 8))
+    access = SecondSeesTheSame()
+    sum_on_owners(layers, dict(statistics.accumulators), {"0": 0, "1": 0, "2": 1}, access, stay=stay)
+    assert sorted(access.reserved) == [4 * width**2 for width in widths]
