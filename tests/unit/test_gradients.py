@@ -92,6 +92,19 @@ def test_forwards_without_a_backward_count_nothing() -> None:
     assert gradients.sums == {}
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_summing_leaves_the_training_as_it_is(joined: bool) -> None:
+    inputs = torch.randn(3, 8)
+    found = []
+    for watched in (False, True):
+        model = small()
+        if watched:
+            OutputGradients(find_targets(model), joined=joined).start()
+        (model(inputs) ** 2).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_gradients_that_are_not_finite_are_left_out() -> None:
     model, batch = small(), torch.randn(4, 8)
     gradients = started(model)
