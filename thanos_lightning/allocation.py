@@ -165,13 +165,34 @@ def by_loss(
     return counts
 
 
+def loss_at(levels: Mapping[float, float], sparsity: float) -> float:
+    """What is lost at a sparsity between levels: log-linear there and beyond the last, linear from 0 to the first.
+
+    Args:
+        levels: Sparsity of each level in (0, 1] -> loss. With one level alone all is linear.
+        sparsity: Where.
+
+    Example:
+        >>> round(loss_at({0.25: 1.0, 0.75: 4.0}, 0.5), 6)
+        2.0
+    """
+    known: Sequence[tuple[float, float]] = sorted(levels.items())
+    if sparsity <= known[0][0] or len(known) == 1:
+        return known[0][1] * sparsity / known[0][0]
+    right = next((index for index, (level, _) in enumerate(known) if level >= sparsity), len(known) - 1)
+    (a, loss_a), (b, loss_b) = known[right - 1], known[right]
+    tiny = 1e-30
+    x = (sparsity - a) / (b - a)
+    return math.exp((1 - x) * math.log(max(loss_a, tiny)) + x * math.log(max(loss_b, tiny)))
+
+
 def _hull(levels: Mapping[float, float], lowest: float, highest: float) -> list[tuple[float, float]]:
     """Segments of the lower convex hull of a loss: (sparsity at its end, slope), slopes rising."""
     grid = [step / _RESOLUTION for step in range(_RESOLUTION + 1)]
     points = [lowest, *(x for x in grid if lowest < x < highest), highest]
     corners: list[tuple[float, float]] = []
     for x in points:
-        corner = (x, _loss_at(levels, x))
+        corner = (x, loss_at(levels, x))
         while len(corners) >= 2 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], corner):
             corners.pop()
         corners.append(corner)
@@ -180,18 +201,6 @@ def _hull(levels: Mapping[float, float], lowest: float, highest: float) -> list[
 
 def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
     return math.inf if end[0] == start[0] else (end[1] - start[1]) / (end[0] - start[0])
-
-
-def _loss_at(levels: Mapping[float, float], sparsity: float) -> float:
-    """Log-linear between levels and beyond the last one; linear from 0 to the first one."""
-    known: Sequence[tuple[float, float]] = sorted(levels.items())
-    if sparsity <= known[0][0]:
-        return known[0][1] * sparsity / known[0][0]
-    right = next((index for index, (level, _) in enumerate(known) if level >= sparsity), len(known) - 1)
-    (a, loss_a), (b, loss_b) = known[right - 1], known[right]
-    tiny = 1e-30
-    x = (sparsity - a) / (b - a)
-    return math.exp((1 - x) * math.log(max(loss_a, tiny)) + x * math.log(max(loss_b, tiny)))
 
 
 def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -646,7 +646,7 @@ class ThanosPruningCallback(Callback):
             collected.accumulators,
             access=self._require_access(),
             options=self.options,
-            several_levels=self._require_planner().allocation is not None,
+            tried=self._require_planner().to_survey(window.patterns),
             output_weights=collected.output_weights,
             joins_rows=self._joins_rows,
             sums_stay=collected.stay,

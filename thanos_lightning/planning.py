@@ -10,10 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from thanos_lightning.allocation import Allocation
+from thanos_lightning.allocation import Allocation, loss_at
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.solver import NM, Pattern, Unstructured
-from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate
+from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, levels
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
 
@@ -104,6 +104,17 @@ class Planner:
     def needs_survey(self) -> bool:
         """Whether there is no way to go on without one."""
         return (self.allocation is not None and not self.gives_way) or self.progression == "least-loss-first"
+
+    def to_survey(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
+        """What each layer is tried at before the first event.
+
+        Args:
+            final: Name -> the pattern at the end, where all are alike.
+        """
+        if self.allocation is None or self.allocation.by != "loss":
+            return {name: [pattern] for name, pattern in final.items()}
+        shared = levels(self.pattern, *self.allocation.limits(self.pattern.sparsity))
+        return {name: shared if pattern == self.pattern else [pattern] for name, pattern in final.items()}
 
     def plan(
         self,
@@ -208,9 +219,7 @@ class Planner:
     ) -> list[Window]:
         sizes = {name: layer.rows * layer.cols for name, layer in layers.items()}
         losses = {
-            name: min(survey.losses.items(), key=lambda item: abs(item[0] - final[name].sparsity))[1]
-            for name, survey in surveys.items()
-            if name in final
+            name: loss_at(survey.losses, final[name].sparsity) for name, survey in surveys.items() if name in final
         }
         # before the layers were looked at, any order does to see that all events fit
         progression = self.progression if surveys else _ORDERED.get(self.progression, self.progression)

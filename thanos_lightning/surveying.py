@@ -6,7 +6,7 @@ Nothing is written. As for pruning, the sums go to the layers' owners, owners so
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +24,9 @@ from thanos_lightning.windows import Window
 # OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
 _OUTLIER = 5.0
 MOST_SURVEYED = 0.95  # no layer is looked at beyond this sparsity
+# Between limits that are nearer, the logarithm of a loss is linear enough: allocated by what they lose at 45 and 75 %,
+# SmolLM2-135M's layers lose 0.2 % more at 60 % than the best that five levels find; with 60 % for a third, 0.1 %.
+_WIDE = 0.35
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,32 @@ class LayerSurvey:
         return asdict(self)
 
 
-def levels(pattern: Pattern) -> list[Pattern]:
-    """A few sparsities of a pattern, below and above its own, and it itself.
+def levels(pattern: Pattern, lowest: float, highest: float) -> list[Pattern]:
+    """Where a layer is tried: the limits of its sparsity, and between them the pattern itself if they are far apart.
+
+    Args:
+        pattern: Of all layers together.
+        lowest: Smallest sparsity of a layer; where it is 0, half the pattern's is looked at.
+        highest: Largest sparsity of a layer.
 
     Example:
-        >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.2))]
-        [0.2, 0.4, 0.5]
+        >>> [level.sparsity for level in levels(Unstructured(0.5), 0.375, 0.625)]
+        [0.375, 0.625]
+        >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.25), 0.0, 1.0)]
+        [0.1875, 0.5]
     """
-    half = pattern.with_sparsity(pattern.sparsity / 2)
     match pattern:
         case NM():
-            denser: Pattern = replace(pattern, outlier_fraction=0.0)
+            densest: Pattern = replace(pattern, outlier_fraction=0.0)
         case Unstructured():
-            denser = Unstructured(max(pattern.sparsity, min(MOST_SURVEYED, (1 + pattern.sparsity) / 2)))
+            densest = Unstructured(max(pattern.sparsity, MOST_SURVEYED))
         case Structured():
-            most = 1 - pattern.outlier_fraction
-            denser = replace(pattern, sparsity=max(pattern.sparsity, MOST_SURVEYED * (most + pattern.sparsity) / 2))
-    found = {level.sparsity: level for level in (half, pattern, denser)}
-    return list(found.values())
+            most = MOST_SURVEYED * (1 - pattern.outlier_fraction)
+            densest = replace(pattern, sparsity=max(pattern.sparsity, most))
+    first = pattern.with_sparsity(lowest or pattern.sparsity / 2)
+    last = densest.with_sparsity(min(highest, densest.sparsity))
+    between = [pattern] if last.sparsity - first.sparsity > _WIDE else []
+    return list({level.sparsity: level for level in (first, *between, last)}.values())
 
 
 def survey_window(
@@ -73,7 +84,7 @@ def survey_window(
     *,
     access: ParameterAccess,
     options: SolverOptions,
-    several_levels: bool,
+    tried: Mapping[str, Sequence[Pattern]],
     output_weights: Mapping[str, Tensor],
     joins_rows: bool = False,
     sums_stay: bool = False,
@@ -81,12 +92,12 @@ def survey_window(
     """Look at the layers of a window. All ranks must call it.
 
     Args:
-        window: The layers and their final patterns.
+        window: The layers.
         layers: Name -> layer.
         accumulators: Name -> this rank's statistics. Emptied.
         access: How the strategy's parameters are reached.
         options: For the solver. Its steps after the method are left out: they change little between layers.
-        several_levels: Whether to try other sparsities than that of the pattern.
+        tried: Name -> the patterns whose losses are found out.
         output_weights: See `prune_window`.
         joins_rows: See `prune_window`.
         sums_stay: Whether the statistics wait elsewhere for an event.
@@ -108,9 +119,7 @@ def survey_window(
         if weight is None or error is not None:
             continue
         try:
-            pattern = window.patterns[name]
-            tried = levels(pattern) if several_levels else [pattern]
-            own[name] = _survey(weight, sums.pop(name).compute(), tried, options, output_weights.get(name))
+            own[name] = _survey(weight, sums.pop(name).compute(), tried[name], options, output_weights.get(name))
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
             error = (name, failure)
     raise_everywhere(error, access)
@@ -118,7 +127,7 @@ def survey_window(
 
 
 def _survey(
-    weight: Tensor, hessian: Tensor, tried: list[Pattern], options: SolverOptions, output_weights: Tensor | None
+    weight: Tensor, hessian: Tensor, tried: Sequence[Pattern], options: SolverOptions, output_weights: Tensor | None
 ) -> LayerSurvey:
     if output_weights is not None:
         output_weights = output_weights.to(weight.device)

@@ -136,6 +136,32 @@ def test_what_does_not_fit_behind_a_survey_is_refused_before_it() -> None:
         plan(planner(schedule=crowded, calibration_steps=1, memory_gib=BUDGET))
 
 
+def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
+    final = {"shared": of.pattern, **overrides}
+    return {name: [pattern.sparsity for pattern in found] for name, found in of.to_survey(final).items()}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allocation", "expected"),
+    [
+        (Unstructured(0.6), Allocation("loss"), [0.45, 0.75]),
+        (Unstructured(0.6), Allocation("loss", deviation=0.3), [0.3, 0.6, 0.9]),
+        (Unstructured(0.1), Allocation("loss"), [0.05, 0.25]),
+        (Unstructured(0.9), Allocation("loss"), [0.75, 0.95]),
+        (Unstructured(0.97), Allocation("loss"), [0.82, 0.97]),
+        (Unstructured(0.6), Allocation("loss", lowest=0.6, highest=0.6), [0.6]),
+        (Unstructured(0.6), Allocation("outliers"), [0.6]),
+        (Unstructured(0.6), None, [0.6]),
+        (NM(2, 4, outlier_fraction=0.2), Allocation("loss"), [0.25, 0.5]),
+        (Structured(0.8, outlier_fraction=0.1), Allocation("loss", deviation=0.1), [0.7, 0.855]),
+    ],
+    ids=str,
+)
+def test_layers_are_tried_at_the_limits(pattern: Pattern, allocation: Allocation | None, expected: list[float]) -> None:
+    found = tried(planner(pattern=pattern, allocation=allocation), other=NM(1, 4))
+    assert found == {"shared": pytest.approx(expected), "other": [0.75]}
+
+
 def test_least_loss_first_is_in_the_order_of_losses() -> None:
     in_turns = planner(
         pattern=NM(2, 4), progression="least-loss-first", allocation=None, schedule=SparsitySchedule(20, 30, 5)
