@@ -99,9 +99,10 @@ OWN: dict[str, Recipe] = {
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
-    "all that helped": Recipe(
-        _EARLY, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True
-    ),
+    **{
+        name: Recipe(when, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True)
+        for name, when in {"all that helped": _EARLY, "all that helped, in two events": (0.0, 0.1, 0.05)}.items()
+    },
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
