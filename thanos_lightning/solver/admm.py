@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver import native
-from thanos_lightning.solver.linalg import FactorizationError, damped, damped_diagonal
+from thanos_lightning.solver.linalg import FactorizationError, damped, damped_diagonal, inverse
 from thanos_lightning.solver.pattern import NM, Pattern
 from thanos_lightning.solver.zeros import zero_where
 
@@ -107,7 +107,14 @@ def penalties(
     root = cost.sqrt()
     A.div_(root).div_(root.unsqueeze(1))
     rho = schedule(steps)
-    maps = [_inverse(A, end).mul_(end * root.unsqueeze(1)).div_(root) for end in ends(rho)]
+    maps, before = [], 0.0
+    try:
+        for end in ends(rho):
+            A.diagonal().add_(end - before)
+            maps.append(inverse(A).mul_(end * root.unsqueeze(1)).div_(root))
+            before = end
+    except FactorizationError as error:
+        raise FactorizationError("the Hessian has an eigenvalue that is far below zero") from error
     return Penalties(cost, hessian.diagonal() == 0, rho, maps[0], maps[1] if len(maps) > 1 else None)
 
 
@@ -200,14 +207,3 @@ def _strongest(
     order = groups.argsort(dim=1, descending=True, stable=True)
     chosen = torch.arange(width, device=scores.device) < counts
     return torch.zeros_like(chosen).scatter_(1, order, chosen).view_as(keep)
-
-
-def _inverse(A: Float[Tensor, "cols cols"], added: float) -> Float[Tensor, "cols cols"]:
-    """(A + added I)⁻¹."""
-    shifted = A.clone()
-    shifted.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    if failed.item() != 0:
-        raise FactorizationError("the Hessian has an eigenvalue that is far below zero")
-    del shifted
-    return torch.cholesky_inverse(lower)

@@ -30,7 +30,9 @@ _LEAST_RETRY = 1e-6
 _UNROUNDED = 5e-6
 # LAPACK is slow on batches of small matrices; below this size it is at its best, above we recurse. CPU only.
 _CHOLESKY_LEAF = 16
-_INVERSE_LEAF = 256
+# Single matrices are taken by halves down to this size, since products are several times as fast as what LAPACK does:
+# on a CPU from the first factorisation on, elsewhere (not measured) only triangles.
+_LEAF = 256
 # Of a symmetric product little more than half is computed, in strips.
 _STRIPS, _LEAST_STRIP = 8, 128
 # Systems gathered at a time: on a CPU they should stay in its cache, elsewhere launches are what costs.
@@ -197,24 +199,67 @@ def inverse_factor(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols c
     Raises:
         FactorizationError: If H is not numerically positive definite.
     """
-    # Reversing both axes turns the lower Cholesky factor into the upper one that we want: H = R Rᵀ.
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if info.item() != 0:
-        raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
-    return _inverse_of_triangle(lower.flip(0, 1))
+    n = len(hessian)
+    if n <= _LEAF or hessian.device.type != "cpu":
+        # Reversing both axes turns the lower Cholesky factor into the upper one that we want: H = R Rᵀ.
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if info.item() != 0:
+            raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
+        return _inverse_of_triangle(lower.flip(0, 1))
+    half = n // 2
+    rest = inverse_factor(hessian[half:, half:])
+    right = hessian[:half, half:] @ rest.mT  # R[:half, half:]
+    top = inverse_factor(torch.addmm(hessian[:half, :half], right, right.mT, alpha=-1))
+    return _triangle(top, right, rest)
 
 
 def _inverse_of_triangle(R: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """R⁻¹ of an upper triangular R by halves: almost all of it products, several times faster than a solve for it."""
+    """R⁻¹ of an upper triangular R."""
     n = len(R)
-    if n <= _INVERSE_LEAF:
+    if n <= _LEAF:
         inverse: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
         return inverse
     half = n // 2
-    result = torch.zeros_like(R)
     top, rest = _inverse_of_triangle(R[:half, :half]), _inverse_of_triangle(R[half:, half:])
+    return _triangle(top, R[:half, half:], rest)
+
+
+def _triangle(
+    top: Float[Tensor, "left left"], right: Float[Tensor, "left below"], rest: Float[Tensor, "below below"]
+) -> Float[Tensor, "n n"]:
+    """The inverse of an upper triangular matrix, from the inverses of its halves and what is right of the first."""
+    half, n = right.shape[0], right.shape[0] + right.shape[1]
+    result = right.new_zeros(n, n)
     result[:half, :half], result[half:, half:] = top, rest
-    torch.mm(top @ R[:half, half:], rest, out=result[:half, half:]).neg_()
+    torch.mm(top @ right, rest, out=result[:half, half:]).neg_()
+    return result
+
+
+def inverse(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of a symmetric positive definite matrix, for which `inverse_factor` would be more than is needed.
+
+    Args:
+        matrix: Not singular but for rounding: the loss of digits is that of two factorisations.
+
+    Raises:
+        FactorizationError: If it is not numerically positive definite.
+    """
+    n = len(matrix)
+    if n <= _LEAF or matrix.device.type != "cpu":
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if info.item() != 0:
+            raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
+        return torch.cholesky_inverse(lower)
+    # by the Schur complement of the first half
+    half = n // 2
+    first = inverse(matrix[:half, :half])
+    moved = first @ matrix[:half, half:]
+    result = torch.empty_like(matrix)
+    result[half:, half:] = inverse(torch.addmm(matrix[half:, half:], matrix[half:, :half], moved, alpha=-1))
+    corner = moved @ result[half:, half:]
+    torch.addmm(first, corner, moved.mT, out=result[:half, :half])
+    torch.neg(corner, out=result[:half, half:])
+    result[half:, :half] = result[:half, half:].mT
     return result
 
 

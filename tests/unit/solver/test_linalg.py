@@ -13,6 +13,7 @@ from thanos_lightning.solver.linalg import (
     damping_ladder,
     exact_arithmetic,
     input_norms,
+    inverse,
     inverse_factor,
     solve_spd_batch,
     solve_subsets,
@@ -25,6 +26,17 @@ def test_the_factor_gives_the_inverse_of_every_trailing_block():
     assert torch.equal(U, U.triu())
     for i in range(24):
         torch.testing.assert_close(U[i:, i:].T @ U[i:, i:], torch.linalg.inv(H[i:, i:]))
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 33])
+def test_halves_are_as_good_as_the_whole(n, monkeypatch):
+    H = damped(layer(1, n)[1], 0.01)
+    monkeypatch.setattr("thanos_lightning.solver.linalg._LEAF", 4)
+    U = inverse_factor(H)
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    torch.testing.assert_close(U.mT @ U, torch.linalg.inv(H))
+    torch.testing.assert_close(inverse(H), torch.linalg.inv(H))
 
 
 def test_damping_is_relative_and_dead_inputs_become_ones():
@@ -77,9 +89,17 @@ def test_solve_subsets(budget, monkeypatch):
         torch.testing.assert_close(x[row, s], torch.linalg.solve(H[s][:, s], rhs[row, s]))
 
 
-def test_inverse_factor_refuses_what_is_not_positive_definite():
+@pytest.mark.parametrize("leaf", [1, 8])
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("invert", [inverse_factor, inverse])
+def test_what_is_not_positive_definite_is_refused(invert, place, leaf, monkeypatch):
+    monkeypatch.setattr("thanos_lightning.solver.linalg._LEAF", leaf)
+    matrix = torch.eye(3)
+    matrix[place, place] = -1
     with pytest.raises(FactorizationError, match="pivot"):
-        inverse_factor(torch.ones(3, 3) - 2 * torch.eye(3))
+        invert(matrix)
+    with pytest.raises(FactorizationError, match="pivot"):
+        invert(torch.ones(3, 3) - 2 * torch.eye(3))
 
 
 def _precision_state() -> list[object]:
