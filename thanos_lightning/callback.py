@@ -83,9 +83,9 @@ class ThanosPruningCallback(Callback):
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
             `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
-            wanted, that has to return the loss, and a backward is run that leaves parameters' gradients alone;
-            not under ZeRO-3 where DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count
-            alike then.
+            wanted, that has to return the loss (`CausalLM` returns that of labels which it draws itself, whose
+            gradients say more), and a backward is run that leaves parameters' gradients alone; not under ZeRO-3 where
+            DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count alike then.
         attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
         hessian_memory_gib: Memory for the second moments, of inputs and of joined outputs. Layers are split into
             windows that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.

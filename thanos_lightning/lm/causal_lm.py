@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil, num_chunks
+from thanos_lightning.lm.fisher import sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.sharding.frozen import (
     copy_to_frozen,
@@ -328,6 +329,29 @@ class CausalLM(LightningModule):
             loss = self.forward(**batch).loss
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def calibration_step(self, batch: dict[str, Tensor]) -> CausalLMOutput | Tensor:
+        """What the callback runs on a batch of its `calibration_dataloader`.
+
+        Args:
+            batch: What `forward` takes. Labels only say which tokens count; without them those do that are no padding.
+
+        Returns:
+            With gradients the loss of labels that the model draws itself, see fisher.py: by its gradients outputs are
+            weighted. They are drawn alike for the same tokens, whatever the rank, and whether or not the training was
+            resumed. Without gradients the model's output.
+        """
+        output = self(**{name: value for name, value in batch.items() if name != "labels"})
+        if not torch.is_grad_enabled():
+            return output
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        counted = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        if labels is not None:
+            counted[:, :-1] = labels[:, 1:] != _IGNORED_LABEL
+        elif mask is not None:
+            counted[:, :-1] = mask[:, :-1].bool() & mask[:, 1:].bool()
+        counted[:, -1] = False  # nothing follows
+        return sampled_loss(output.logits, counted, seed=int(batch["input_ids"].sum()))
 
     def _agreed_chunks(self, batch: dict[str, Tensor]) -> int:
         """The largest number of parts that any rank's tokens need, where calling a head gathers it on all."""

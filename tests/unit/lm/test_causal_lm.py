@@ -256,3 +256,37 @@ def test_gradients_can_be_clipped(tiny, precision):
     # first moments are a tenth of the clipped gradient after one step, and at most 0.19 of it after two
     moments = [state["exp_avg"].double().norm() for state in trainer.optimizers[0].state.values()]
     assert 0 < float(torch.stack(moments).norm()) <= 0.2e-3
+
+
+@pytest.mark.parametrize("without", [(), ("attention_mask",), ("labels",), ("labels", "attention_mask")])
+def test_a_calibration_step_draws_labels_for_the_tokens_that_have_a_next_one(tiny, monkeypatch, without):
+    (batch,) = _batches(1, padded=True)
+    given = {name: value for name, value in batch.items() if name not in without}
+    seen = []
+
+    def loss_of(logits, counted, *, seed):
+        seen.append((counted, seed))
+        return logits.sum()
+
+    monkeypatch.setattr("thanos_lightning.lm.causal_lm.sampled_loss", loss_of)
+    module = CausalLM(tiny)
+    module.configure_model()
+    assert module.calibration_step(given).requires_grad
+    ((counted, seed),) = seen
+    expected = torch.ones(2, 9, dtype=torch.bool)
+    expected[:, -1] = False
+    if without != ("labels", "attention_mask"):
+        expected[0, 4:] = False  # of the fifth the next one is padding
+    assert torch.equal(counted, expected)
+    assert seed == batch["input_ids"].sum()
+
+
+def test_a_calibration_step_without_gradients_draws_nothing(tiny, monkeypatch):
+    (batch,) = _batches(1)
+    monkeypatch.delattr("thanos_lightning.lm.causal_lm.sampled_loss")
+    module = CausalLM(tiny)
+    module.configure_model()
+    with torch.no_grad():
+        output = module.calibration_step(batch)
+    assert output.logits.shape == (2, 9, 12)
+    assert output.loss is None  # nor is it computed of the labels

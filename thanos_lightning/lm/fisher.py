@@ -1,0 +1,41 @@
+"""Labels that a model draws from its own predictions: the gradients of their loss have the Fisher matrix for a moment.
+
+That is the curvature which K-FAC is about. The gradients of the text's own labels give another matrix, the empirical
+Fisher, in which the tokens that the model predicts badly count most (Kunstner et al., arXiv 1905.12558).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+# Of logits that are fp32 at one time: 512 MiB for a vocabulary of 128,000.
+_TOKENS_PER_CHUNK = 1024
+
+
+def sampled_loss(
+    logits: Float[Tensor, "batch tokens vocabulary"], counted: Bool[Tensor, "batch tokens"], *, seed: int
+) -> Float[Tensor, ""]:
+    """Cross entropy against one label for each token, drawn from the model's own distribution.
+
+    Args:
+        logits: Of a forward with gradients, any floating dtype; computed in float32.
+        counted: True where a token's prediction counts.
+        seed: Of the draws, which touch no other random numbers.
+
+    Returns:
+        The mean over the counted tokens, float32; 0 where there is none.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both
+        >>> sampled_loss(logits, torch.tensor([[True, True]]), seed=1)
+        tensor(0., grad_fn=<DivBackward0>)
+    """
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    chosen = logits[counted]  # (counted tokens, vocabulary)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for some in torch.split(chosen, _TOKENS_PER_CHUNK):
+        scores = some.float()
+        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        total = total + functional.cross_entropy(scores, labels, reduction="sum")
+    return total / max(1, len(chosen))
