@@ -23,8 +23,8 @@ from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
 
 # How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
-# as a forward.
-_BATCHES_PER_BACKWARD = 4
+# as a forward. How outputs go together is not: joined rows lost 4 % less by gradients of every batch.
+_BATCHES_PER_BACKWARD = {"alone": 4, "joined": 1}
 
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
@@ -403,6 +403,7 @@ def count_dataloader(
     *,
     attention_mask_key: str | None,
     backward: Callable[[Any, bool], None] | None = None,
+    joins_outputs: bool = False,
 ) -> int:
     """Run the module on the batches of a calibration set, in evaluation mode, and count them.
 
@@ -414,13 +415,15 @@ def count_dataloader(
         access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
         backward: Called with what the module returned for a batch, and whether it counts: one batch in four, whatever
-            the number of ranks. Where one rank has such a batch all call it, since a backward may take all. The
-            other batches, and without it all, run without gradients.
+            the number of ranks, or each if outputs are joined. Where one rank has such a batch all call it, since a
+            backward may take all. The other batches, and without it all, run without gradients.
+        joins_outputs: Whether products of outputs are wanted.
 
     Returns:
         The number of batches that this rank counted.
     """
     num_batches = seen = 0
+    per_backward = _BATCHES_PER_BACKWARD["joined" if joins_outputs else "alone"]
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     statistics.start()
@@ -434,7 +437,7 @@ def count_dataloader(
             find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
             counting = statistics.counting(find) if is_own else nullcontext()
             numbers = range(seen, seen + len(one_each))
-            differentiated = [number for number in numbers if number % _BATCHES_PER_BACKWARD == 0]
+            differentiated = [number for number in numbers if number % per_backward == 0]
             differentiates = backward is not None and bool(differentiated)
             with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
                 output = _forward(module, on_device)

@@ -266,6 +266,7 @@ class Collector:
                 self._access,
                 attention_mask_key=self._attention_mask_key,
                 backward=None if found.gradients is None else partial(self._backward, found.gradients),
+                joins_outputs=self._joins_outputs,
             )
         finally:
             found.stop()

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -380,6 +381,34 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     assert all(not part._forward_pre_hooks for part in module.modules())
     assert module.model.model.layers[1].training
     assert not module.model.model.layers[0].training
+
+
+@pytest.mark.parametrize(("joins_outputs", "counting"), [(False, [0, 4]), (True, list(range(7)))])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_products_of_outputs_are_of_all_batches(
+    tmp_path: Path, joins_outputs: bool, counting: list[int], world_size: int
+) -> None:
+    module, fitted = ToyLM(), trainer(tmp_path, max_steps=1)
+    batches = [batch(number=number) for number in range(1, 8)]  # told apart by their numbers of sequences
+    counted = []
+
+    def backward(output: Any, counts: bool) -> None:
+        assert output.logits.requires_grad
+        if counts:
+            counted.append(len(output.logits) - 1)
+
+    for rank in range(world_size):
+        count_dataloader(
+            InputStatistics(find_targets(module)),
+            batches,
+            fitted,
+            module,
+            ReplicatedAccess(rank, world_size=world_size),
+            attention_mask_key="attention_mask",
+            backward=backward,
+            joins_outputs=joins_outputs,
+        )
+    assert sorted(counted) == counting
 
 
 def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
