@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from toy import trainer
+from toy import ResumableBatches, trainer
 from training import WORLD_SIZE, Share, make_strategy, whole_parameters
 
 import thanos_lightning.lm.distillation
@@ -50,6 +50,7 @@ class Case:
     stays_gathered: bool = False  # under FSDP gather in bf16, and leave that after a forward
     measured: bool = False  # validate before the first event
     uneven: bool = False  # give rank 1 a third of the tokens
+    calibrated: bool = False  # prune half of the weights anywhere, on a calibration set
     save: bool = False
     resume: str | None = None
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -161,10 +162,13 @@ def make_module(case: Case) -> CausalLM:
 def train(case: Case) -> None:
     out = Path(case.out)
     out.mkdir(parents=True, exist_ok=True)
+    pattern: dict[str, Any] = {"pattern": "2:4", "calibration_steps": 2}
+    if case.calibrated:
+        batches = ResumableBatches(20, batch_size=4).batches
+        pattern = {"pattern": "unstructured", "sparsity": 0.5, "calibration_dataloader": batches}
     pruning = ThanosPruningCallback(
-        "2:4",
+        **pattern,
         schedule=SparsitySchedule(FIRST_EVENT, FIRST_EVENT, 1),
-        calibration_steps=2,
         monitor="val/loss" if case.measured else None,
     )
     watch = Watch()
