@@ -165,6 +165,8 @@ def train(case: Case) -> None:
     pattern: dict[str, Any] = {"pattern": "2:4", "calibration_steps": 2}
     if case.calibrated:
         batches = ResumableBatches(20, batch_size=4).batches
+        for batch in batches:
+            del batch["labels"]  # so that there are none but those that the model draws
         pattern = {"pattern": "unstructured", "sparsity": 0.5, "calibration_dataloader": batches}
     pruning = ThanosPruningCallback(
         **pattern,

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-# Of logits that are fp32 at one time: 512 MiB for a vocabulary of 128,000.
-_TOKENS_PER_CHUNK = 1024
+from thanos_lightning.lm.distillation import TOKENS_PER_CHUNK
 
 
 def sampled_loss(
@@ -34,7 +33,7 @@ def sampled_loss(
     generator = torch.Generator(logits.device).manual_seed(seed)
     chosen = logits[counted]  # (counted tokens, vocabulary)
     total = logits.new_zeros((), dtype=torch.float32)
-    for some in torch.split(chosen, _TOKENS_PER_CHUNK):
+    for some in torch.split(chosen, TOKENS_PER_CHUNK):
         scores = some.float()
         labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).squeeze(1)
         total = total + functional.cross_entropy(scores, labels, reduction="sum")

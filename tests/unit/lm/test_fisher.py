@@ -7,7 +7,7 @@ from thanos_lightning.lm.fisher import sampled_loss
 
 @pytest.fixture(autouse=True, params=[700, 1_000_000])
 def _chunk(request, monkeypatch):
-    monkeypatch.setattr(fisher, "_TOKENS_PER_CHUNK", request.param)
+    monkeypatch.setattr(fisher, "TOKENS_PER_CHUNK", request.param)
 
 
 def test_gradients_have_the_fisher_matrix_for_a_moment():
