@@ -20,6 +20,7 @@ from thanos_lightning.report import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError
+from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
 from thanos_lightning.targets import PrunableLayer
@@ -144,15 +145,18 @@ def prune_window(
     outlines = _outlines(tasks, access) if split else {}
     solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
+    in_turn = FactorsInTurn()
     with access.in_teams(split) as team:
-        for name in chosen:
-            if access.rank not in teams[name] or error is not None:
-                continue
+        mine = [name for name in chosen if access.rank in teams[name]]
+        for name, following in itertools.zip_longest(mine, mine[1:]):
+            if error is not None:
+                break
             start = time.perf_counter()
             task = tasks.pop(name)
             try:
                 if len(teams[name]) == 1:
-                    pruned: PrunedLayer | None = _solve_alone(task, options)
+                    before = None if following is None else tasks[following].statistics
+                    pruned: PrunedLayer | None = _solve_alone(task, in_turn, before, options)
                 else:
                     assert team is not None
                     pruned = _solve_in_team(task, outlines[name], options, team)
@@ -206,7 +210,7 @@ class _Solved:
 
 def prune(
     weight: Tensor,
-    hessian: Tensor | None,
+    inputs: Factors | None,
     keep: Tensor | None,
     pattern: Pattern,
     options: SolverOptions,
@@ -217,7 +221,7 @@ def prune(
 
     Args:
         weight: (rows, in_features) that this rank has.
-        hessian: (in_features, in_features), or None where the options don't need one.
+        inputs: Of its Hessian, or None where the options don't need one.
         keep: The keep mask of earlier events, of the weight's shape, or None where there was none.
         pattern: For the whole layer.
         options: For the solver.
@@ -225,7 +229,7 @@ def prune(
         output_weights: Of all rows of the layer, or None.
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
-    return prune_rows(weight, hessian, pattern, options, None if keep is None else keep.logical_not(), team, own)
+    return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
 
 
 @dataclass
@@ -264,10 +268,15 @@ def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, 
     return {name: outline for told in access.gather(own) for name, outline in told.items()}
 
 
-def _solve_alone(task: _Task, options: SolverOptions) -> PrunedLayer:
+def _solve_alone(
+    task: _Task, in_turn: FactorsInTurn, before: HessianAccumulator | None, options: SolverOptions
+) -> PrunedLayer:
     assert task.weight is not None
+    statistics, task.statistics = task.statistics, None
+    inputs = None if statistics is None else in_turn.take(statistics, before)
+    del statistics  # the sum, unless another layer has it
     alone = Alone(task.layer.rows)
-    return prune(task.weight, task.take_hessian(), task.keep, task.pattern, options, alone, task.output_weights)
+    return prune(task.weight, inputs, task.keep, task.pattern, options, alone, task.output_weights)
 
 
 def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
@@ -279,7 +288,8 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
             hessian = team.from_owner(hessian, (cols, cols), torch.float32)
         weight = team.hand_out(task.weight, cols, outline.dtype)
         keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
-        pruned = prune(weight, hessian, keep, task.pattern, options, team, task.output_weights)
+        inputs = None if hessian is None else Factors(hessian)
+        pruned = prune(weight, inputs, keep, task.pattern, options, team, task.output_weights)
         whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
     if whole is None or mask is None:
         return None

@@ -5,6 +5,7 @@ Nothing is written. As for pruning, the sums go to the layers' owners, owners so
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from thanos_lightning.allocation import Allocation, by_loss, by_outliers
 from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured
+from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Window
@@ -114,24 +116,26 @@ def survey_window(
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     own: dict[str, LayerSurvey] = {}
     error: tuple[str, Exception] | None = None
-    for name in chosen:
+    mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
+    for name, following in itertools.zip_longest(mine, mine[1:]):
         weight = weights.pop(name)
-        if weight is None or error is not None:
-            continue
+        assert weight is not None
         try:
-            own[name] = _survey(weight, sums.pop(name).compute(), tried[name], options, output_weights.get(name))
+            inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
+            own[name] = _survey(weight, inputs, tried[name], options, output_weights.get(name))
         except Exception as failure:  # out of memory too: the other ranks would wait for this one
             error = (name, failure)
+            break
     raise_everywhere(error, access)
     return {name: survey for found in access.gather(own) for name, survey in found.items()}
 
 
 def _survey(
-    weight: Tensor, hessian: Tensor, tried: Sequence[Pattern], options: SolverOptions, output_weights: Tensor | None
+    weight: Tensor, inputs: Factors, tried: Sequence[Pattern], options: SolverOptions, output_weights: Tensor | None
 ) -> LayerSurvey:
     if output_weights is not None:
         output_weights = output_weights.to(weight.device)
-    of_rows, dense = losses_at(weight, hessian, tried, options, output_weights)
+    of_rows, dense = losses_at(weight, inputs, tried, options, output_weights)
     losses: dict[float, float] = {}
     weighted: dict[float, float] = {}
     for level, lost in zip(tried, of_rows, strict=True):
@@ -139,7 +143,7 @@ def _survey(
         if output_weights is not None:
             alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
             weighted[level.sparsity] = float(alone.to(lost.dtype) @ lost)
-    scores = weight.float().abs() * hessian.diagonal().to(torch.float32).sqrt()
+    scores = weight.float().abs() * inputs.hessian.diagonal().to(torch.float32).sqrt()
     return LayerSurvey(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)
 
 

@@ -19,6 +19,7 @@ from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.solver.linalg import Curvature, curvature
 from thanos_lightning.targets import PrunableLayer, find_targets
 from thanos_lightning.windows import Window
 
@@ -53,6 +54,33 @@ def test_layers_become_what_the_solver_returns() -> None:
     assert [report.name for report in reports] == ["0", "2"]
     assert reports[0].relative_loss == pytest.approx(expected.relative_loss, rel=1e-3)
     assert reports[0].sparsity == 0.5
+
+
+def test_layers_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.after = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.right(inputs) + self.after(self.left(inputs))  # type: ignore[no-any-return]
+
+    widths = []
+
+    def counted(hessian: Tensor, damping: float) -> Curvature:
+        widths.append(len(hessian))
+        return curvature(hessian, damping)
+
+    monkeypatch.setattr("thanos_lightning.solver.factors.curvature", counted)
+    torch.manual_seed(0)
+    model, inputs = Branches(), torch.randn(50, 8)
+    hessian = 2 / 50 * inputs.T @ inputs
+    expected = [prune(one.weight.detach(), hessian, NM(2, 4)).weight for one in (model.left, model.right)]
+    widths.clear()
+    run(model, inputs)
+    assert len(widths) == 2  # left and right, and after
+    for found, weight in zip((model.left, model.right), expected, strict=True):
+        torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_written_when_one_layer_fails() -> None:

@@ -10,21 +10,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from thanos_lightning.solver.admm import Penalties, alternate, ends, penalties, schedule, weight_costs
+from thanos_lightning.solver.admm import Penalties, alternate, ends, schedule, weight_costs
 from thanos_lightning.solver.coupled import couple
+from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import (
     MAX_DAMPING,
     Curvature,
     FactorizationError,
     NonFiniteError,
-    curvature,
     damping_ladder,
     exact_arithmetic,
     input_norms,
 )
 from thanos_lightning.solver.magnitude import magnitude
 from thanos_lightning.solver.pattern import Pattern, Structured
-from thanos_lightning.solver.refine import refine, residual_of, row_losses
+from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
 from thanos_lightning.solver.saliency import SALIENCIES
 from thanos_lightning.solver.sparsegpt import sparsegpt
 from thanos_lightning.solver.team import Alone, RowTeam
@@ -100,7 +100,8 @@ class SolverOptions:
         b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
         bytes. Where some rows stay as they are, up to 2.5 d are taken beside these. Output weights add a scaled copy to
         what pruning takes, cb; where they join the rows, 2 b² + 2 c² + 14 cb are taken, without ADMM 9 cb. A layer of
-        28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+        28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3. In training layers with the same
+        inputs share what is made of H, of which up to 4 b² stay from one to the next.
 
         Args:
             rows: out_features.
@@ -214,12 +215,13 @@ def prune(
     """
     options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
     alone = Alone(len(weight) if weight.ndim else 0)
-    return prune_rows(weight, hessian, pattern, options, frozen, alone, output_weights)
+    inputs = None if hessian is None else Factors(hessian)
+    return prune_rows(weight, inputs, pattern, options, frozen, alone, output_weights)
 
 
 def prune_rows(
     weight: Tensor,
-    hessian: Tensor | None,
+    inputs: Factors | None,
     pattern: Pattern,
     options: SolverOptions,
     frozen: Tensor | None,
@@ -232,7 +234,7 @@ def prune_rows(
 
     Args:
         weight: (rows of this member, in_features).
-        hessian: (in_features, in_features).
+        inputs: Of its Hessian, (in_features, in_features), or None.
         pattern: For the whole layer.
         options: How to prune.
         frozen: bool (rows of this member, in_features), or None.
@@ -248,8 +250,8 @@ def prune_rows(
         FactorizationError: On all members.
         TeammateError: If another member has failed in another way.
     """
-    _check_tensors(weight, hessian, frozen, output_weights)
-    if hessian is None and options.needs_statistics:
+    _check_tensors(weight, None if inputs is None else inputs.hessian, frozen, output_weights)
+    if inputs is None and options.needs_statistics:
         raise ValueError(
             f"method={options.method!r} with admm_steps={options.admm_steps} and refine_steps={options.refine_steps} "
             "needs a Hessian; only magnitude without these does not"
@@ -260,15 +262,14 @@ def prune_rows(
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
-        if hessian is None:
+        if inputs is None:
             W = original.to(torch.promote_types(original.dtype, torch.float32))
             scale = _scale(None if output_weights is None else _competing(output_weights), W)
             pruned = magnitude(W if scale is None else W * scale, frozen, pattern, team)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
-        H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
-        result, keep, own_loss = _solve(original, H, frozen, pattern, options, team, output_weights)
+        result, keep, own_loss = _solve(original, inputs, frozen, pattern, options, team, output_weights)
         _check_result(result, options)
-        own_dense = row_losses(torch.zeros_like(original), original, H).sum()
+        own_dense = row_losses(torch.zeros_like(original), original, inputs.hessian).sum()
         loss, dense = team.total(torch.stack([own_loss, own_dense])).tolist()
     return PrunedLayer(result, keep, loss, relative(loss, dense))
 
@@ -280,7 +281,7 @@ def relative(loss: float, dense: float) -> float:
 
 def losses_at(
     weight: Tensor,
-    hessian: Tensor,
+    inputs: Factors,
     patterns: Sequence[Pattern],
     options: SolverOptions,
     output_weights: Tensor | None = None,
@@ -289,7 +290,7 @@ def losses_at(
 
     Args:
         weight: (out_features, in_features); not changed.
-        hessian: (in_features, in_features).
+        inputs: Of its Hessian, (in_features, in_features).
         patterns: What to prune to, each from the weight as it is.
         options: How to prune. Its steps after the method are left out.
         output_weights: As `prune`.
@@ -306,17 +307,18 @@ def losses_at(
     Example:
         >>> import torch
         >>> from thanos_lightning.solver import NM
+        >>> from thanos_lightning.solver.factors import Factors
         >>> from thanos_lightning.solver.layer import SolverOptions, losses_at
         >>> rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
-        >>> losses_at(rows, torch.eye(4), [NM(2, 4), NM(3, 4)], SolverOptions(damping=0.0))
+        >>> losses_at(rows, Factors(torch.eye(4)), [NM(2, 4), NM(3, 4)], SolverOptions(damping=0.0))
         ([tensor([2.5000, 2.5000]), tensor([0.5000, 0.5000])], tensor([15., 15.]))
     """
-    _check_tensors(weight, hessian, None, output_weights)
+    H = inputs.hessian
+    _check_tensors(weight, H, None, output_weights)
     for pattern in patterns:
         pattern.check_shape(*weight.shape)
     with exact_arithmetic(weight.device):
         original = weight.detach()
-        H = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32))
         competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
 
@@ -324,13 +326,13 @@ def losses_at(
             _check_result(weight, options)
             return row_losses(weight, original, H)
 
-        found, _ = _by_method(original, H, frozen, patterns, options, Alone(len(weight)), competing, losses)
+        found, _ = _by_method(original, inputs, frozen, patterns, options, Alone(len(weight)), competing, losses)
         return found, losses(torch.zeros_like(original), frozen)
 
 
 def _solve(
     original: Float[Tensor, "rows cols"],
-    H: Float[Tensor, "cols cols"],
+    inputs: Factors,
     frozen: Bool[Tensor, "rows cols"],
     pattern: Pattern,
     options: SolverOptions,
@@ -338,23 +340,24 @@ def _solve(
     output_weights: Tensor | None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
     """The weights of this member in their own dtype, the keep mask, and their loss."""
+    H = inputs.hessian
     joined: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
         joined, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
-    [(result, keep)], factor = _by_method(
-        original, H, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
+    [(result, keep)], curvature = _by_method(
+        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
     )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
     if options.admm_steps > 0 and not isinstance(pattern, Structured):
-        if factor is None:
-            _, factor = _with_enough_damping(lambda _: None, H, options.damping, team)
-        cost = weight_costs(H, factor, options.damping)
-        del factor
-        shared = penalties(H, cost, options.damping, options.admm_steps)
+        if curvature is None:
+            _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping, team)
+        cost = weight_costs(H, curvature.factor, options.damping)
+        del curvature
+        shared = inputs.penalties(cost, options.damping, options.admm_steps)
     else:
-        del factor
+        del curvature
     loss = H.new_zeros(())
     # A row that has lost nothing, since it stays dense or was pruned before, has nothing to gain
     lossy = (original != 0).logical_and_(~keep).any(dim=1)
@@ -396,15 +399,16 @@ def _solve(
 
 def _by_method(
     original: Float[Tensor, "rows cols"],
-    H: Float[Tensor, "cols cols"],
+    inputs: Factors,
     frozen: Bool[Tensor, "rows cols"],
     patterns: Sequence[Pattern],
     options: SolverOptions,
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
-) -> tuple[list[T], Float[Tensor, "cols cols"] | None]:
+) -> tuple[list[T], Curvature | None]:
     """What is made of the weights and the keep mask of each pattern, by the method alone; and the factor, if any."""
+    H = inputs.hessian
     # Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
     # it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins
     # no rows.
@@ -430,7 +434,7 @@ def _by_method(
     if options.method in ("magnitude", "wanda"):
         return [prune_to(pattern, None) for pattern in patterns], None
     return _with_enough_damping(
-        lambda curvature: [prune_to(pattern, curvature) for pattern in patterns], H, options.damping, team
+        lambda curvature: [prune_to(pattern, curvature) for pattern in patterns], inputs, options.damping, team
     )
 
 
@@ -478,9 +482,12 @@ def _improve(
                 R[worse], _ = residual_of(W[worse], W0[worse], H)
     if steps > 0:
         W = refine(W, R, H, its_keep, steps)
-    del R
     candidate = W.to(original.dtype)
-    its_losses = row_losses(candidate, original, H)
+    if steps > 0 and candidate.dtype == W.dtype:
+        its_losses = losses_by(R, W0.sub(W))
+    else:
+        its_losses = row_losses(candidate, original, H)
+    del R
     better = its_losses < losses
     which = better.unsqueeze(1)
     pruned.copy_(torch.where(which, candidate, pruned))
@@ -499,17 +506,17 @@ def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | In
 
 
 def _with_enough_damping(
-    solve: Callable[[Curvature], T], hessian: Tensor, damping: float, team: RowTeam
-) -> tuple[T, Float[Tensor, "cols cols"]]:
+    solve: Callable[[Curvature], T], inputs: Factors, damping: float, team: RowTeam
+) -> tuple[T, Curvature]:
     """``solve`` with the first damping of the ladder for which each factorisation succeeds, on all members.
 
     Returns:
-        What ``solve`` gave, and the factor it had.
+        What ``solve`` gave, and what it had.
     """
     for attempt in damping_ladder(damping):
         try:
             with team.stage():
-                found = curvature(hessian, attempt)
+                found = inputs.curvature(attempt)
                 solution = solve(found)
         except FactorizationError as error:
             cause = error
@@ -520,7 +527,7 @@ def _with_enough_damping(
                 "calibration tokens, or a higher damping, avoid this",
                 stacklevel=5,
             )
-        return solution, found.factor
+        return solution, found
     raise FactorizationError(
         f"the Hessian is not positive definite, even with {max(damping, MAX_DAMPING):g} times the mean of its diagonal "
         f"added ({cause}). A second moment never is like that: accumulate it with HessianAccumulator, from finite "

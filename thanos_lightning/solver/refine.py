@@ -26,7 +26,13 @@ def residual_of(
     """R, and the losses of the rows, which follow from it."""
     change = original - weight
     R = change @ hessian
-    return R, torch.linalg.vecdot(change, R).clamp_(min=0).div_(2)
+    return R, losses_by(R, change)
+
+
+def losses_by(residual: Float[Tensor, "rows cols"], change: Float[Tensor, "rows cols"]) -> Float[Tensor, " rows"]:
+    """The losses of the rows, ½ (W0 - W) H (W0 - W)ᵀ, from R and W0 - W."""
+    products: Tensor = torch.linalg.vecdot(change, residual)
+    return products.clamp_(min=0).div_(2)
 
 
 def refine(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.solver import Pattern, PrunedLayer
+from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.solver.team import AgreeingTeam, RowTeam, split_rows
@@ -86,7 +87,9 @@ def prune_together(
     def work(team: RowTeam) -> PrunedLayer:
         own = team.own_rows
         own_frozen = None if frozen is None else frozen[own]
-        return prune_rows(weight[own], hessian, pattern, settings, own_frozen, team)
+        return prune_rows(
+            weight[own], None if hessian is None else Factors(hessian), pattern, settings, own_frozen, team
+        )
 
     parts = outcomes(split_rows(len(weight), members), work, faults)
     if not all(isinstance(part, PrunedLayer) for part in parts):

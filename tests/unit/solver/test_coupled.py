@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from thanos_lightning.solver import NM, FactorizationError, Structured, Unstructured, prune
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.coupled import couple, coupled_loss
+from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.linalg import damped, inverse_factor
 from thanos_lightning.solver.team import Alone
@@ -195,7 +196,7 @@ def test_a_member_of_a_team_has_not_all_rows():
         num_rows = 8
 
     with pytest.raises(ValueError, match="joins the 8 rows of the layer: solve it on one process"):
-        prune_rows(W0[:4], H.float(), NM(2, 4), options, None, Half(4), G.float())
+        prune_rows(W0[:4], Factors(H.float()), NM(2, 4), options, None, Half(4), G.float())
 
 
 def test_what_can_not_join_rows():

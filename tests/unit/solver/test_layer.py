@@ -17,6 +17,7 @@ from thanos_lightning.solver import (
     Unstructured,
     prune,
 )
+from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
@@ -380,7 +381,7 @@ def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, se
     weights = {None: None, "alone": squares.square().sum(0), "joined": squares.T @ squares}[weighted]
     tried = [pattern, pattern.with_sparsity(pattern.sparsity / 2)]
     options = SolverOptions(method, block_size=8, admm_steps=2, refine_steps=1)
-    losses, dense = losses_at(weight, H.float(), tried, options, weights)
+    losses, dense = losses_at(weight, Factors(H.float()), tried, options, weights)
     for one, lost in zip(tried, losses, strict=True):
         alone = prune(weight, H.float(), one, method=method, block_size=8, output_weights=weights)
         assert float(lost.sum()) == pytest.approx(alone.loss, rel=1e-5, abs=1e-8)
@@ -390,7 +391,9 @@ def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, se
 def test_losses_at_a_pattern_that_does_not_fit_are_an_error():
     weight, H = layer(4, 6)
     with pytest.raises(ValueError, match="divisible"):
-        losses_at(weight, H.float(), [NM(2, 4)], SolverOptions())
+        losses_at(weight, Factors(H.float()), [NM(2, 4)], SolverOptions())
     large = torch.tensor([[50000.0, 60000.0]], dtype=torch.float16)
     with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
-        losses_at(large, torch.ones(2, 2) + 1e-3 * torch.eye(2), [Unstructured(0.5)], SolverOptions(damping=1e-4))
+        losses_at(
+            large, Factors(torch.ones(2, 2) + 1e-3 * torch.eye(2)), [Unstructured(0.5)], SolverOptions(damping=1e-4)
+        )

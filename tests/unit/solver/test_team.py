@@ -20,6 +20,7 @@ from thanos_lightning.solver import (
     Unstructured,
     prune,
 )
+from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.saliency import SALIENCIES, _kth_lowest_by_digits, lowest
 from thanos_lightning.solver.team import Alone, TeammateError, split_rows
@@ -118,7 +119,7 @@ def shares_of(method: str, pattern: Pattern) -> int:
     def work(team: ThreadTeam) -> None:
         nonlocal number
         options = SolverOptions(method, block_size=4, refine_steps=1)
-        prune_rows(weight[team.own_rows], H, pattern, options, None, team)
+        prune_rows(weight[team.own_rows], Factors(H), pattern, options, None, team)
         number = team.shared
 
     assert outcomes(split_rows(7, 3), work) == [None] * 3

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from cases import layer
+
+from thanos_lightning.solver import HessianAccumulator, Unstructured, prune
+from thanos_lightning.solver.admm import weight_costs
+from thanos_lightning.solver.factors import Factors, FactorsInTurn
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
+from thanos_lightning.solver.team import Alone
+
+OPTIONS = {"saliency": "balanced", "admm_steps": 4, "refine_steps": 2}
+
+
+def test_layers_that_share_factors_become_what_each_becomes_alone():
+    (weight, H), (other, _) = layer(6, 12), layer(9, 12)
+    shared = Factors(H.float())
+    shared.kept = True
+    for rows in (weight, other, weight):
+        together = prune_rows(rows, shared, Unstructured(0.5), SolverOptions(**OPTIONS), None, Alone(len(rows)))
+        alone = prune(rows, H.float(), Unstructured(0.5), **OPTIONS)
+        assert torch.equal(together.weight, alone.weight)
+        assert torch.equal(together.mask, alone.mask)
+        assert (together.loss, together.relative_loss) == (alone.loss, alone.relative_loss)
+
+
+def test_only_what_is_kept_for_another_layer_is_there_again():
+    _, H = layer(1, 8)
+    factors = Factors(H)
+    assert factors.curvature(0.1) is not factors.curvature(0.1)
+    factors.kept = True
+    found = factors.curvature(0.1)
+    cost = weight_costs(H, found.factor, 0.1)
+    shared = factors.penalties(cost, 0.1, 3)
+    assert factors.curvature(0.1) is found
+    assert factors.penalties(cost, 0.1, 3) is shared
+    assert factors.penalties(cost, 0.1, 4).rho != shared.rho
+    factors.kept = False
+    assert factors.curvature(0.1) is found  # the last layer that has it
+    assert factors.curvature(0.1) is not found
+
+
+def test_another_damping_makes_everything_anew():
+    _, H = layer(1, 8)
+    factors = Factors(H)
+    factors.kept = True
+    found = factors.curvature(0.01)
+    first = factors.penalties(weight_costs(H, found.factor, 0.01), 0.01, 3)
+    stronger = factors.curvature(0.1)
+    assert not torch.equal(stronger.factor, found.factor)
+    # the ladder raised the damping of the factor, by which weights cost something else, and not that of the loss
+    second = factors.penalties(weight_costs(H, stronger.factor, 0.01), 0.01, 3)
+    assert not torch.equal(first.cost, second.cost)
+
+
+def test_in_turn_the_same_statistics_have_the_same_factors():
+    one, other = (HessianAccumulator.of_sum(torch.eye(2), num_tokens=1) for _ in range(2))
+    in_turn = FactorsInTurn()
+    first = in_turn.take(one, before=one)
+    assert in_turn.take(one, before=other) is first
+    assert not first.kept
+    second = in_turn.take(other, before=one)
+    assert second is not first
+    assert in_turn.take(one) is not first  # others came between
+    with pytest.raises(ValueError, match="no token was counted"):
+        in_turn.take(HessianAccumulator(2))
