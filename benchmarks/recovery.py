@@ -102,7 +102,11 @@ OWN: dict[str, Recipe] = {
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     **{
         name: Recipe(when, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True)
-        for name, when in {"all that helped": _EARLY, "all that helped, in two events": (0.0, 0.1, 0.05)}.items()
+        for name, when in {
+            "all that helped": _EARLY,
+            "all that helped, at the first step": _BEFORE,
+            "all that helped, in two events": (0.0, 0.1, 0.05),
+        }.items()
     },
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
