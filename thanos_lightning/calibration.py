@@ -25,7 +25,7 @@ from thanos_lightning.targets import PrunableLayer
 # How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
 # as a forward. How outputs go together is not: with joined rows the perplexity after pruning was 4 % lower by the
 # gradients of every batch.
-_BATCHES_PER_BACKWARD = {"alone": 4, "joined": 1}
+BATCHES_PER_BACKWARD = {"alone": 4, "joined": 1}
 
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
@@ -424,7 +424,7 @@ def count_dataloader(
         The number of batches that this rank counted.
     """
     num_batches = seen = 0
-    per_backward = _BATCHES_PER_BACKWARD["joined" if joins_outputs else "alone"]
+    per_backward = BATCHES_PER_BACKWARD["joined" if joins_outputs else "alone"]
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     statistics.start()

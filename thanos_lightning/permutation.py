@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration import InputStatistics, token_mask
+from thanos_lightning.calibration import BATCHES_PER_BACKWARD, InputStatistics, token_mask
+from thanos_lightning.gradients import OutputGradients
+from thanos_lightning.gradients import output_weights as weights_of
+from thanos_lightning.lm.fisher import counted_predictions, sampled_loss
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.linalg import (
@@ -192,14 +195,16 @@ def permute_channels(
     *,
     targets: str | Sequence[str] = ("*",),
     ignore: str | Sequence[str] = ("lm_head",),
+    output_weights: Literal["gradients", "uniform"] = "gradients",
     hessian_memory_gib: float | None = None,
-    rounds: int = 20,
+    rounds: int = 60,
     seed: int = 0,
 ) -> list[Reordered]:
     """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.
 
-    What a weight is worth is W_ij² c_j, as a part of its layer's sum, with c_j the geometric mean of what a weight of
-    input j costs if no other adapts, H_jj, and if all others do, 1 / [H⁻¹]_jj. The model computes what it did, but for
+    What a weight is worth is g_i W_ij² c_j, with c_j the geometric mean of what a weight of input j costs if no other
+    adapts, H_jj, and if all others do, 1 / [H⁻¹]_jj, and g_i the mean square of the gradient at output i, of labels
+    that the model draws (lm/fisher.py). The model computes what it did, but for
     the rounding of sums in another order; that is checked on the first batch. Do it before a Trainer has the model:
     optimizers, and teachers whose hidden states are compared with the model's, know the order that it had.
 
@@ -210,6 +215,7 @@ def permute_channels(
         pattern: N:M, the one that it will be pruned to.
         targets: The layers that will be pruned, as for the callback.
         ignore: The layers that won't.
+        output_weights: "uniform" has no gradients: W_ij² c_j counts as a part of its layer's sum then.
         hessian_memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
             are run more than once. None holds all at once.
         rounds: Of each search, at most.
@@ -233,6 +239,8 @@ def permute_channels(
         True
     """
     parsed = require_nm(pattern)
+    if output_weights not in ("gradients", "uniform"):
+        raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients' or 'uniform'")
     require_scipy()
     batches = list(batches)
     if not batches:
@@ -257,11 +265,12 @@ def permute_channels(
     try:
         model.eval()
         before = _logits(model, batches[0])
+        weights = _output_weights(model, batches, layers.values()) if output_weights == "gradients" else None
         costs: dict[str, Float[Tensor, " cols"]] = {}
         for window in split_by_memory(list(layers.values()), hessian_memory_gib):
             costs |= _costs(model, batches, {layer.name: layer for layer in window})
         # All are searched for before any is changed: the scores are of the order in which the inputs were measured
-        reordered = [_search(channels, layers, costs, parsed, rounds, generator) for channels in fitting]
+        reordered = [_search(channels, layers, costs, weights, parsed, rounds, generator) for channels in fitting]
         for found in reordered:
             _apply(parameters, found.channels, found.order)
             applied.append(found)
@@ -291,6 +300,7 @@ def _search(
     channels: Channels,
     layers: Mapping[str, PrunableLayer],
     costs: Mapping[str, Float[Tensor, " cols"]],
+    weights: Mapping[str, Float[Tensor, " rows"]] | None,
     pattern: NM,
     rounds: int,
     generator: torch.Generator,
@@ -305,7 +315,11 @@ def _search(
         chosen = torch.randperm(layer.rows, generator=generator)[: max(1, round(share * layer.rows))]
         weight = layer.parameter.detach()
         of_layer = weight.float().square().mul_(costs[layer.name].to(weight.device))
-        of_layer = of_layer[chosen.to(weight.device)] / of_layer.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        if weights is None:
+            of_layer /= of_layer.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        else:
+            of_layer *= weights[layer.name].to(weight.device).unsqueeze(1)
+        of_layer = of_layer[chosen.to(weight.device)]
         scores += [of_layer[:, start : start + channels.size] for start in place.starts]
     together = torch.cat(scores)
     order = search_order(together, pattern, rounds=rounds, seed=int(torch.randint(2**31, (), generator=generator)))
@@ -355,6 +369,30 @@ def _costs(
     return costs
 
 
+def _output_weights(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Iterable[PrunableLayer]
+) -> dict[str, Float[Tensor, " rows"]]:
+    """How much an error of each output counts; a layer that no gradient reaches loses nothing by any."""
+    by_name = {layer.name: layer for layer in layers}
+    gradients = OutputGradients(by_name)
+    gradients.start(of_training=False)
+    try:
+        for number, batch in enumerate(batches):
+            if number % BATCHES_PER_BACKWARD["alone"] == 0:
+                logits = _logits(model, batch, differentiable=True)
+                with torch.enable_grad():
+                    loss = sampled_loss(logits, counted_predictions(batch, logits), seed=number)
+                gradients.backward(loss, counts=True)
+    finally:
+        gradients.stop()
+    # squares of gradients of a mean over thousands of tokens: of one layer they may be no numbers of float32
+    found = {name: one.double() for name, one in gradients.sums.items()}
+    total = sum(float(one.sum()) for one in found.values())
+    found = {name: (one / max(total, 1e-300)).float() for name, one in found.items()}
+    none = {name: torch.zeros(layer.rows) for name, layer in by_name.items()}
+    return {**none, **weights_of(found)}
+
+
 def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
     """The same of one layer; nothing for inputs that were always zero."""
     with exact_arithmetic(hessian.device):
@@ -370,14 +408,14 @@ def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " col
     )
 
 
-def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+def _logits(model: PreTrainedModel, batch: Mapping[str, Any], *, differentiable: bool = False) -> Tensor:
     arguments = {
         name: value.to(model.device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if name != "labels"
     }
     # not under a caller's autocast, which keeps copies of weights that are changed here
-    with exact_arithmetic(model.device):
+    with exact_arithmetic(model.device), torch.set_grad_enabled(differentiable):
         logits: Tensor = model(**arguments, use_cache=False).logits
     return logits
 

@@ -12,6 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from thanos_lightning.lm.fisher import sampled_loss
 from thanos_lightning.permutation import exchangeable_channels, permute_channels
 from thanos_lightning.solver import NM, Unstructured
 from thanos_lightning.targets import find_targets
@@ -116,10 +117,54 @@ def lost(model, pattern):
     return 1 - sum(kept_of(scores_of(*layer), pattern) for layer in layers.values()) / len(layers)
 
 
+def gradients_of(model):
+    """Sums of squares at the outputs of the layers, by ordinary gradients of the labels that the model draws."""
+    layers = {name: layer.modules[0] for name, layer in find_targets(model).items()}
+    outputs = {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, layer in layers.items()
+    ]
+    scores = model(**batches()[0]).logits  # of four batches, one
+    for handle in handles:
+        handle.remove()
+    counted = torch.ones(scores.shape[:2], dtype=torch.bool)
+    counted[:, -1] = False
+    found = torch.autograd.grad(sampled_loss(scores, counted, seed=0), list(outputs.values()))
+    return {name: one.double().square().sum((0, 1)) for name, one in zip(outputs, found, strict=True)}
+
+
+def test_a_weight_is_worth_what_the_loss_would_feel():
+    model = spread(tiny_llama())
+    before, gradients = inputs_of(model), gradients_of(model)
+    residual, mlp, *_ = permute_channels(model, batches())
+
+    def worth(name):
+        weight, X = before[name]
+        g = gradients[name] + 0.01 * gradients[name].mean()
+        H = 2 * X.T @ X / len(X)
+        H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
+        return g.unsqueeze(1) * weight**2 * (H.diagonal() / torch.linalg.inv(H).diagonal()).sqrt()
+
+    together = torch.cat([worth(f"model.layers.{i}.{n}") for i in (0, 1) for n in READERS])
+    together /= together.sum()
+    assert residual.kept_before == pytest.approx(kept_of(together, NM(2, 4)), rel=1e-4)
+    assert residual.kept == pytest.approx(kept_of(together[:, residual.order], NM(2, 4)), rel=1e-4)
+    down = worth("model.layers.0.mlp.down_proj")
+    assert mlp.kept == pytest.approx(kept_of((down / down.sum())[:, mlp.order], NM(2, 4)), rel=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_frozen_model_has_gradients_at_its_outputs_too():
+    trainable, frozen = spread(tiny_llama()), spread(tiny_llama()).requires_grad_(False)
+    found = [[one.order.tolist() for one in permute_channels(model, batches())] for model in (trainable, frozen)]
+    assert found[0] == found[1]
+
+
 def test_what_is_kept_is_that_of_all_layers_that_read_the_channels():
     model = spread(tiny_llama())
     before = inputs_of(model)
-    residual, mlp, *_ = permute_channels(model, batches())
+    residual, mlp, *_ = permute_channels(model, batches(), output_weights="uniform")
     names = [f"model.layers.{i}.{n}" for i in (0, 1) for n in READERS]
     together = torch.cat([scores_of(*before[name]) for name in names])
     assert residual.kept_before == pytest.approx(kept_of(together, NM(2, 4)) / len(names), rel=1e-4)
@@ -167,8 +212,9 @@ def test_hessians_that_do_not_fit_together_are_made_one_after_another():
     first = permute_channels(at_once, batches())
     second = permute_channels(in_turn, batches(), hessian_memory_gib=4 * 48**2 / 2**30)
     assert [a.order.tolist() for a in first] == [b.order.tolist() for b in second]
-    # q and k, v and o, gate and up, down: four groups of each layer, two batches; and the first batch twice more
-    assert len(forwards) == 2 * 4 * 2 + 2
+    # q and k, v and o, gate and up, down: four groups of each layer, two batches; and the first batch twice more, and
+    # once for the gradients
+    assert len(forwards) == 2 * 4 * 2 + 3
 
 
 def test_only_some_rows_are_looked_at(monkeypatch):
@@ -221,7 +267,7 @@ def test_whatever_fails_leaves_order_and_modes_as_they_were():
 
     def fail(*_):
         forwards.append(1)
-        if len(forwards) == 4:  # the first batch, both, and the first one reordered
+        if len(forwards) == 5:  # the first batch, it with gradients, both, and the first one reordered
             raise MemoryError
 
     handle = model.register_forward_hook(fail)
@@ -263,6 +309,8 @@ def test_wrong_inputs():
     model = tiny_llama()
     with pytest.raises(ValueError, match="matters to N:M only"):
         permute_channels(model, batches(), Unstructured(0.5))
+    with pytest.raises(ValueError, match="output_weights is 'joined': choose 'gradients' or 'uniform'"):
+        permute_channels(model, batches(), output_weights="joined")
     with pytest.raises(ValueError, match="there are no batches"):
         permute_channels(model, [])
     with pytest.raises(ValueError, match=r"has no groups that lie within the channels .*32, 48, 8.*smaller M"):

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil, num_chunks
-from thanos_lightning.lm.fisher import sampled_loss
+from thanos_lightning.lm.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.sharding.frozen import (
     copy_to_frozen,
@@ -39,7 +39,6 @@ from thanos_lightning.targets import whole_shape
 Decay = Literal["linear", "cosine", "constant"]
 
 _TEACHER_KEY = "thanos_lightning_teacher"
-_IGNORED_LABEL = -100  # transformers' own: such a token is no target
 _TOKENS_PER_CHUNK = 2048  # of logits that are fp32 at one time: 1 GiB for a vocabulary of 128,000
 
 
@@ -172,8 +171,8 @@ class CausalLM(LightningModule):
         self._teacher: _Teacher | None = None
         self._teaches = False
         self._resumed_teacher: str | None = None  # folder of one from "before-pruning"
-        self.val_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
-        self.test_perplexity = Perplexity(ignore_index=_IGNORED_LABEL)
+        self.val_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
+        self.test_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         if isinstance(model, str):
             self.model_name = model
             self.save_hyperparameters(ignore=["distillation"])
@@ -344,13 +343,7 @@ class CausalLM(LightningModule):
         output = self(**{name: value for name, value in batch.items() if name != "labels"})
         if not torch.is_grad_enabled():
             return output
-        labels, mask = batch.get("labels"), batch.get("attention_mask")
-        counted = torch.ones_like(batch["input_ids"], dtype=torch.bool)
-        if labels is not None:
-            counted[:, :-1] = labels[:, 1:] != _IGNORED_LABEL
-        elif mask is not None:
-            counted[:, :-1] = mask[:, :-1].bool() & mask[:, 1:].bool()
-        counted[:, -1] = False  # nothing follows
+        counted = counted_predictions(batch, output.logits)
         return sampled_loss(output.logits, counted, seed=int(batch["input_ids"].sum()))
 
     def _agreed_chunks(self, batch: dict[str, Tensor]) -> int:

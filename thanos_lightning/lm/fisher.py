@@ -4,12 +4,40 @@ That is the curvature which K-FAC is about. The gradients of the text's own labe
 Fisher, in which the tokens that the model predicts badly count most (Kunstner et al., arXiv 1905.12558).
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from thanos_lightning.lm.distillation import TOKENS_PER_CHUNK
+
+IGNORED_LABEL = -100  # transformers' own: such a token is no target
+
+
+def counted_predictions(
+    batch: Mapping[str, Tensor], logits: Float[Tensor, "batch tokens vocabulary"]
+) -> Bool[Tensor, "batch tokens"]:
+    """Of which tokens the prediction of the next one counts.
+
+    Args:
+        batch: May have labels, which only say which tokens count, or an attention_mask, 1 where a token does, each
+            (batch, tokens).
+        logits: Of the batch. Only their shape and device matter.
+
+    Example:
+        >>> counted_predictions({"attention_mask": torch.tensor([[1, 1, 0]])}, torch.zeros(1, 3, 2))
+        tensor([[ True, False, False]])
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    if labels is not None:
+        counted[:, :-1] = (labels[:, 1:] != IGNORED_LABEL).to(counted.device)
+    elif mask is not None:
+        counted[:, :-1] = (mask[:, :-1].bool() & mask[:, 1:].bool()).to(counted.device)
+    counted[:, -1] = False  # nothing follows
+    return counted
 
 
 def sampled_loss(
