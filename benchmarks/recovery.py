@@ -70,14 +70,14 @@ class Recipe:
             contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
         permuted: Whether the model's channels are put into another order before, on what the one-shot methods
-            calibrate on.
+            calibrate on, and with which output_weights; None leaves them.
     """
 
     schedule: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
-    permuted: bool = False
+    permuted: str | None = None
 
 
 _BEFORE = (0.0, 0.0, 1.0)  # the first step
@@ -88,6 +88,7 @@ _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
 _JOINED = {"output_weights": "joined"}
 _ALIKE = {"allocation": "uniform"}
+_BY_GRADIENTS = "gradients"
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
@@ -95,13 +96,13 @@ OWN: dict[str, Recipe] = {
     "gradual, joined, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_JOINED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
-    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
+    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=_BY_GRADIENTS),
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
-    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
+    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=_BY_GRADIENTS),
     **{
-        name: Recipe(when, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True)
+        name: Recipe(when, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=_BY_GRADIENTS)
         for name, when in {
             "all that helped": _EARLY,
             "all that helped, at the first step": _BEFORE,
@@ -351,16 +352,17 @@ def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console
     return folder
 
 
-def permuted_folder(task: Task, pruned: Path, pattern: str) -> Path:
+def permuted_folder(task: Task, pruned: Path, pattern: str, output_weights: Any) -> Path:
     """The model with its channels in another order, in a folder that is written at the first call."""
     read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
-    described = json.dumps([*read, pattern, "permuted"])
+    described = json.dumps([*read, pattern, "permuted", output_weights])
     folder = pruned / f"{pattern.replace(':', '-')}-permuted"
     note = folder / "task.json"
     if not (note.exists() and note.read_text() == described):
         model = load_pretrained(task.model, "float32")
         begin = time.perf_counter()
-        permute_channels(model, batches(task, 1, task.calibration // task.batch), pattern)
+        calibration = batches(task, 1, task.calibration // task.batch)
+        permute_channels(model, calibration, pattern, output_weights=output_weights)
         print(f"permuted in {time.perf_counter() - begin:.0f} s", flush=True)
         model.save_pretrained(folder)
         note.write_text(described)
@@ -414,7 +416,7 @@ def train(
     if recipe is not None and recipe.pruned is not None:
         source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console))
     elif recipe is not None and recipe.permuted:
-        source = str(permuted_folder(task, pruned, pattern))
+        source = str(permuted_folder(task, pruned, pattern, recipe.permuted))
     model = load_pretrained(source, "float32")
     model.set_attn_implementation("eager")  # of short sequences on CPUs: a tenth of a step less than by sdpa
     layers = prunable(model)
