@@ -80,6 +80,27 @@ def test_rows_that_got_worse_keep_what_they_had(value, monkeypatch):
     assert result.loss == pytest.approx(float(row_losses(result.weight, weight, H).sum()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [2, 50])
+@pytest.mark.parametrize("admm_steps", [0, 4])
+def test_the_loss_is_that_of_the_weights(dtype, steps, admm_steps):
+    weight, H = layer(12, 24)
+    weight, hessian = weight.to(dtype), H.to(torch.promote_types(dtype, torch.float32))
+    pruned = prune(weight, hessian, NM(2, 4), refine_steps=steps, admm_steps=admm_steps)
+    change = pruned.weight.double() - weight.double()
+    expected, dense = (float(((one @ H) * one).sum()) / 2 for one in (change, weight.double()))
+    assert pruned.loss == pytest.approx(expected, rel=1e-4)
+    assert pruned.relative_loss == pytest.approx(expected / dense, rel=1e-4)
+
+
+def test_the_loss_of_weights_that_need_not_lose_is_rounding():
+    weight, H = torch.randn(6, 16), hessian_of(tokens(16, count=4)).float()
+    pruned = prune(weight, H, Unstructured(0.5), refine_steps=200)
+    change = (pruned.weight - weight).double()
+    for loss in (pruned.loss, float(((change @ H.double()) * change).sum()) / 2):
+        assert loss <= 1e-6 * float(((weight @ H) * weight).sum()) / 2
+
+
 def test_row_losses_are_means_over_tokens():
     inputs = tokens(6, count=40)
     accumulator = HessianAccumulator(6)
