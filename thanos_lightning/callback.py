@@ -20,14 +20,13 @@ from thanos_lightning.allocation import Allocation
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
 from thanos_lightning.collecting import Collected, Collector
 from thanos_lightning.companions import (
+    BestScores,
     callbacks_of,
     check_averaging,
-    forget_best,
     hold_back_stopping,
     release_stopping,
     replace_callbacks,
     restart_averages,
-    warn_of_no_best,
 )
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
@@ -236,6 +235,7 @@ class ThanosPruningCallback(Callback):
         self._enforcer: MaskEnforcer | None = None
         self._handles: list[RemovableHandle] = []
         self._held_back: list[EarlyStopping] = []
+        self._scores = BestScores()
         self._clock = Clock()
 
     # What the Trainer calls, in its order
@@ -324,6 +324,7 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._scores.renewed(trainer, "step")
         if self._collector is not None:
             self._collector.begin(batch)
 
@@ -381,6 +382,8 @@ class ThanosPruningCallback(Callback):
                     f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
                 )
             self._measured = (self._optimizer_steps, float(value))
+        if not trainer.sanity_checking:
+            self._scores.renewed(trainer, "validation")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -402,7 +405,7 @@ class ThanosPruningCallback(Callback):
                 "gradient scaler skips, and those of other optimizers, do not count)"
             )
         elif self._windows:
-            warn_of_no_best(trainer, self._windows[-1].end_step)
+            self._scores.warn_of_none(trainer, self._windows[-1].end_step)
         self._clock.tick()
         if trainer.is_global_zero:
             self._write_report(trainer)
@@ -452,6 +455,7 @@ class ThanosPruningCallback(Callback):
             "joins_rows": self._joins_rows,
             "report": self.report.state(),
             "measured": self._measured,
+            "old_scores": self._scores.old,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
         }
 
@@ -467,6 +471,7 @@ class ThanosPruningCallback(Callback):
         self._windows_done = state_dict["windows_done"]
         self.report = PruningReport.from_state(state_dict["report"])
         self._measured = state_dict["measured"] and tuple(state_dict["measured"])
+        self._scores.old.update(state_dict.get("old_scores", {}))  # earlier checkpoints have none
         self._surveys = {name: LayerSurvey(**state) for name, state in state_dict["surveys"].items()}
 
     @override
@@ -590,7 +595,7 @@ class ThanosPruningCallback(Callback):
                     (self._survey if window.surveys else self._prune)(window, trainer, pl_module)
                 self._windows_done += 1
                 if self._windows_done == len(self._windows):
-                    forget_best(trainer)
+                    self._scores.pruned(trainer)
                     release_stopping(trainer, self._held_back)
             else:
                 is_open = self._require_collector().statistics is not None

@@ -83,31 +83,63 @@ def release_stopping(trainer: Trainer, held: list[EarlyStopping]) -> None:
         held.clear()
 
 
-def forget_best(trainer: Trainer) -> None:
-    """Let any later checkpoint be better than those of `ModelCheckpoint(monitor=...)` so far, which are less sparse.
+class BestScores:
+    """Lets no checkpoint of `ModelCheckpoint(monitor=...)` be the best one by a metric from before the last event.
 
-    Their files are deleted one by one as later ones take their places.
+    At the event all scores so far are forgotten, which are of less sparse models. But a ModelCheckpoint that saves at
+    optimizer steps does it with the metrics that there are: a metric of the training is the event's own step's until
+    the next one, and one of the validation is old until there was a validation. What was scored by these is forgotten,
+    too. The files are deleted one by one as later ones take their places.
+
+    Attributes:
+        old: The monitors that are old, by what renews them: "step" or "validation".
     """
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
-            callback.kth_value = worst
-            callback.best_model_path = ""
-            callback.best_model_score = None
+
+    def __init__(self) -> None:
+        self.old: dict[str, list[str]] = {"step": [], "validation": []}
+
+    def pruned(self, trainer: Trainer) -> None:
+        """The model has just got its final sparsity."""
+        of_step = [] if trainer._results is None else trainer._logger_connector.metrics["callback"]
+        for checkpoint in _monitored(trainer):
+            assert checkpoint.monitor is not None
+            self.old["step" if checkpoint.monitor in of_step else "validation"].append(checkpoint.monitor)
+        _forget(trainer, [*self.old["step"], *self.old["validation"]])
+
+    def renewed(self, trainer: Trainer, by: str) -> None:
+        """A step has been taken, or a validation has been run, and nothing been saved since then."""
+        if self.old[by]:
+            _forget(trainer, self.old[by])
+            self.old[by] = []
+
+    def warn_of_none(self, trainer: Trainer, step: int) -> None:
+        """Say so where no checkpoint of the final sparsity was scored.
+
+        Args:
+            trainer: At the end of its training.
+            step: Optimizer steps taken at the last event.
+        """
+        for by in self.old:
+            self.renewed(trainer, by)
+        for checkpoint in _monitored(trainer):
+            if not checkpoint.best_model_path:
+                rank_zero_warn(
+                    f"{type(checkpoint).__name__}(monitor={checkpoint.monitor!r}) has scored no checkpoint since the "
+                    f"last pruning event at optimizer step {step}, so there is no best sparse one: validate more often "
+                    "(val_check_interval), or save the last one (save_last=True)"
+                )
 
 
-def warn_of_no_best(trainer: Trainer, step: int) -> None:
-    """Say so where no checkpoint of the final sparsity was kept.
+def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
+    checkpoints = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+    return [checkpoint for checkpoint in checkpoints if checkpoint.monitor is not None]
 
-    Args:
-        trainer: At the end of its training.
-        step: Optimizer steps taken at the last event.
-    """
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and not callback.best_model_path:
-            rank_zero_warn(
-                f"{type(callback).__name__}(monitor={callback.monitor!r}) has kept no checkpoint since the last "
-                f"pruning event at optimizer step {step}, so there is no best sparse one: validate more often "
-                "(val_check_interval), or save the last one (save_last=True)"
-            )
+
+def _forget(trainer: Trainer, monitors: list[str]) -> None:
+    for checkpoint in _monitored(trainer):
+        if checkpoint.monitor in monitors:
+            worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+            checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
+            checkpoint.kth_value = worst
+            checkpoint.best_model_path = ""
+            checkpoint.best_model_score = None

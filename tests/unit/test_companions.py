@@ -134,6 +134,48 @@ def test_the_best_of_several_and_of_a_maximum(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=8.ckpt", "step=9.ckpt"}
 
 
+def test_a_sparse_model_is_not_scored_by_a_validation_of_the_dense_one(tmp_path: Path) -> None:
+    """Checkpoints at optimizer steps are written with the metrics that there are: the last event is at step 6."""
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", every_n_train_steps=1)
+    fit(Scripted([1.0, 5.0, 6.0]), tmp_path, pruning(), best, max_steps=14, val_check_interval=4)
+    # Lightning validates after the save of a step: the first with the metric of step 8 is that of step 9
+    assert Path(best.best_model_path).name == "step=9.ckpt"
+    assert float(best.best_model_score) == 5.0
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=9.ckpt"]
+
+
+def test_nor_by_the_loss_of_the_step_before_it_was_pruned(tmp_path: Path) -> None:
+    class Worsening(ToyLM):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/scripted", 1.0 if batch_idx < 6 else 10.0 - batch_idx / 2)
+            return loss
+
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="train/scripted", every_n_train_steps=1)
+    fit(Worsening(), tmp_path, pruning(), best, max_steps=9)
+    assert Path(best.best_model_path).name == "step=9.ckpt"
+    assert float(best.best_model_score) == 6.0
+
+
+def test_what_was_scored_too_early_is_forgotten_in_a_resumed_training_too(tmp_path: Path) -> None:
+    # the last event is at step 6, and the next validation at step 8
+    for start, metrics in ((None, [1.0]), (7, [5.0, 6.0])):
+        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", every_n_train_steps=1)
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        made = trainer(
+            tmp_path,
+            pruning(),
+            best,
+            every,
+            max_steps=12,
+            check_val_every_n_epoch=None,
+            val_check_interval=4,
+            enable_checkpointing=True,
+        )
+        made.fit(Scripted(metrics), loader(64), loader(4), ckpt_path=start and tmp_path / f"step={start}.ckpt")
+    assert float(best.best_model_score) == 5.0
+
+
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     for start, metrics in ((None, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 6.0]), (8, [9.0, 8.0])):
         best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted")
@@ -156,7 +198,7 @@ def test_the_best_survives_a_resume(tmp_path: Path) -> None:
 
 def test_no_validation_since_the_last_event_is_said(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/scripted")
-    with pytest.warns(UserWarning, match="has kept no checkpoint since the last pruning event at optimizer step 6"):
+    with pytest.warns(UserWarning, match="has scored no checkpoint since the last pruning event at optimizer step 6"):
         fit(Scripted([1.0]), tmp_path, pruning(), best, max_steps=9, val_check_interval=5)
 
 
