@@ -760,10 +760,9 @@ class ThanosPruningCallback(Callback):
 
     def _rewarmed(self) -> float:
         """What the learning rates of the next step are multiplied by."""
-        if not self.report.events:
-            return 1.0
-        since = self._optimizer_steps - self.report.events[-1].step
-        return min(1.0, (since + 1) / (self.rewarm_steps + 1))
+        # one whose layers are pruned in turn is reported from the first of them on
+        past = [event.step for event in self.report.events if event.step <= self._optimizer_steps]
+        return min(1.0, (self._optimizer_steps - past[-1] + 1) / (self.rewarm_steps + 1)) if past else 1.0
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

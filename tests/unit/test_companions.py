@@ -298,6 +298,24 @@ def test_learning_rates_rise_anew_after_each_event(tmp_path: Path) -> None:
     assert logged.optimizers[0].param_groups[0]["lr"] == 0.8
 
 
+def test_learning_rates_fall_at_an_event_whose_layers_were_pruned_in_turn(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def __init__(self, callback: ThanosPruningCallback) -> None:
+            self.callback = callback
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            rates.append(self.callback._rewarmed())
+
+    # two windows of two steps each, the first of which is pruned at step 6
+    budget = 4 * (6 * 32**2 + 48**2) / 2**30
+    callback = pruning(schedule=SparsitySchedule(8, 8, 1), hessian_memory_gib=budget, rewarm_steps=3)
+    fit(ToyLM(), tmp_path, Rates(callback), callback, max_steps=12)
+    assert len(callback.report.events) == 1
+    assert rates == pytest.approx([1.0] * 8 + [0.25, 0.5, 0.75, 1.0])
+
+
 @pytest.mark.parametrize("moments", ["keep", "clear"])
 def test_directions_are_forgotten_and_scales_are_not(tmp_path: Path, moments: Any) -> None:
     class After(Callback):
