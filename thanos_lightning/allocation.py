@@ -27,7 +27,7 @@ class Allocation:
             the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
             more of the decoder layers in which more weights score five times the mean.
         deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
-            sparsest layer and the densest.
+            sparsest layer and the densest, of which one may be nearly all of it away from that of all.
         lowest: Smallest sparsity of a layer.
         highest: Largest sparsity of a layer.
 
@@ -56,7 +56,8 @@ class Allocation:
 
     def limits(self, sparsity: float) -> tuple[float, float]:
         """The smallest and the largest sparsity of a layer, where all together have this one."""
-        lowest, highest = sparsity - self.deviation, sparsity + self.deviation
+        away = self.deviation if self.by == "loss" else 2 * self.deviation
+        lowest, highest = sparsity - away, sparsity + away
         return max(self.lowest, round(lowest, 12)), min(self.highest, round(highest, 12))
 
 
@@ -71,7 +72,7 @@ def by_outliers(
     """How many weights of each layer are pruned, fewer where there are more outliers.
 
     The kept fractions lie within an interval of the width 2·deviation, in the order of the outlier ratios and
-    proportional to them, moved so that the budget is met.
+    proportional to them, moved so that the budget is met; where that takes a layer beyond a limit, it is at the limit.
 
     Args:
         outlier_ratios: Layer -> fraction of its scores |W|·‖X‖ that are a multiple of their mean.
@@ -85,7 +86,7 @@ def by_outliers(
         Layer -> number of pruned weights. Their sum is the budget.
 
     Raises:
-        ValueError: If the deviation takes a layer beyond a limit.
+        ValueError: If the budget can't be met within the limits, naming the closest that can.
 
     Example:
         >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
@@ -94,16 +95,17 @@ def by_outliers(
     least, most = min(outlier_ratios.values()), max(outlier_ratios.values())
     spread = most - least
     kept = {name: 2 * deviation * (ratio - least) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()}
-    total = sum(sizes.values())
-    shift = 1 - budget / total - sum(kept[name] * size for name, size in sizes.items()) / total
-    wanted = {name: (1 - shift - kept[name]) * size for name, size in sizes.items()}
-    for name, count in wanted.items():
-        if not lowest - 1e-9 <= count / sizes[name] <= highest + 1e-9:
-            raise ValueError(
-                f"a deviation of {deviation} around a sparsity of {budget / total:.3f} gives layer {name} the sparsity "
-                f"{count / sizes[name]:.3f}, and it may have {lowest} to {highest}: give a smaller deviation"
-            )
-    return _whole(wanted, sizes, budget)
+    _check_budget(budget, sizes, dict.fromkeys(sizes, lowest), dict.fromkeys(sizes, highest))
+
+    def moved(shift: float) -> dict[str, float]:
+        return {name: min(max(1 - shift - kept[name], lowest), highest) * size for name, size in sizes.items()}
+
+    # the more is kept of all, the fewer weights are pruned
+    less, more = -2.0, 1.0
+    for _ in range(60):
+        middle = (less + more) / 2
+        less, more = (middle, more) if sum(moved(middle).values()) > budget else (less, middle)
+    return _whole(moved(more), sizes, budget)
 
 
 def by_loss(
@@ -137,16 +139,10 @@ def by_loss(
         >>> by_loss(losses, {"cheap": 100, "dear": 100}, 100)
         {'cheap': 75, 'dear': 25}
     """
-    total = sum(sizes.values())
     tops = {name: min(highest, max(levels)) for name, levels in losses.items()}
     least = {name: math.ceil(lowest * size - 1e-9) for name, size in sizes.items()}
     most = {name: max(least[name], math.floor(tops[name] * size + 1e-9)) for name, size in sizes.items()}
-    if not sum(least.values()) <= budget <= sum(most.values()):
-        closest = sum((least if budget < sum(least.values()) else most).values()) / total
-        raise ValueError(
-            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {lowest} and "
-            f"{max(tops.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
-        )
+    _check_budget(budget, sizes, dict.fromkeys(sizes, lowest), tops)
     counts = dict(least)
     left = budget - sum(counts.values())
     hulls = {name: _hull(losses[name], lowest, most[name] / size) for name, size in sizes.items()}
@@ -203,10 +199,49 @@ def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
     return math.inf if end[0] == start[0] else (end[1] - start[1]) / (end[0] - start[0])
 
 
+def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Counts in whole units of each layer, such as rows: what one is rounded by is made up for by the next.
+
+    So the sum differs from that of the counts by half a unit at most, but for what a layer has no units for.
+
+    Args:
+        counts: Layer -> number of weights.
+        units: Layer -> number of weights of a unit, and of its units.
+
+    Returns:
+        Layer -> number of units.
+
+    Example:
+        >>> in_units({"a": 14, "b": 14, "c": 14}, dict.fromkeys("abc", (10, 5)))
+        {'a': 1, 'b': 2, 'c': 1}
+    """
+    found, carried = {}, 0
+    for name, count in counts.items():
+        size, most = units[name]
+        found[name] = min(most, max(0, round((count + carried) / size)))
+        carried += count - found[name] * size
+    return found
+
+
+def _check_budget(
+    budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
+) -> None:
+    least = sum(math.ceil(lowest[name] * size - 1e-9) for name, size in sizes.items())
+    most = sum(math.floor(highest[name] * size + 1e-9) for name, size in sizes.items())
+    if not least <= budget <= max(least, most):
+        total = sum(sizes.values())
+        closest = (least if budget < least else max(least, most)) / total
+        raise ValueError(
+            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {min(lowest.values())} and "
+            f"{max(highest.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
+        )
+
+
 def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
     """Round to whole numbers with a given sum, the largest remainders up."""
     counts = {name: min(sizes[name], math.floor(count + 1e-9)) for name, count in wanted.items()}
     missing = budget - sum(counts.values())
-    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name])[:missing]:
+    by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])
+    for name in [name for name in by_remainder if counts[name] < sizes[name]][:missing]:
         counts[name] += 1
     return counts

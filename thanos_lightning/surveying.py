@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos_lightning.allocation import Allocation, by_loss, by_outliers
+from thanos_lightning.allocation import Allocation, by_loss, by_outliers, in_units
 from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured
@@ -65,14 +65,7 @@ def levels(pattern: Pattern, lowest: float, highest: float) -> list[Pattern]:
         >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.25), 0.0, 1.0)]
         [0.1875, 0.5]
     """
-    match pattern:
-        case NM():
-            densest: Pattern = replace(pattern, outlier_fraction=0.0)
-        case Unstructured():
-            densest = Unstructured(max(pattern.sparsity, MOST_SURVEYED))
-        case Structured():
-            most = MOST_SURVEYED * (1 - pattern.outlier_fraction)
-            densest = replace(pattern, sparsity=max(pattern.sparsity, most))
+    densest = _densest(pattern)
     first = pattern.with_sparsity(lowest or pattern.sparsity / 2)
     last = densest.with_sparsity(min(highest, densest.sparsity))
     between = [pattern] if last.sparsity - first.sparsity > _WIDE else []
@@ -178,13 +171,13 @@ def allocate(
             losses = {name: surveys[name].losses for name in shared}
         counts = by_loss(losses, sizes, budget, *allocation.limits(pattern.sparsity))
     else:
-        # with no dense row, or with no column left
-        most = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 1 - pattern.outlier_fraction
-        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, most)
+        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, _densest(pattern).sparsity)
         counts = by_outliers(ratios, sizes, budget, allocation.deviation, allocation.lowest, highest)
+    units = {name: _units(pattern, layer) for name, layer in shared.items()}
+    wanted = in_units(counts, units)
     allocated = {}
     for name, its in final.items():
-        one = its if name not in shared else with_pruned(its, counts[name], layers[name])
+        one = its if name not in shared else _with_units(its, wanted[name], layers[name])
         if one is not None:
             allocated[name] = one
     return allocated
@@ -203,17 +196,39 @@ def _of_decoder_layers(surveys: Mapping[str, LayerSurvey], sizes: Mapping[str, i
     return {name: ratios[name] for name in sizes}
 
 
-def with_pruned(pattern: Pattern, count: int, layer: PrunableLayer) -> Pattern | None:
-    """A pattern of the same kind with so many zeros, or as near as its rows or columns allow; None for none."""
-    size = layer.rows * layer.cols
+def _densest(pattern: Pattern) -> Pattern:
+    """The pattern of the same kind with the most zeros that a layer is given."""
+    match pattern:
+        case NM():
+            return replace(pattern, outlier_fraction=0.0)
+        case Unstructured():
+            return Unstructured(max(pattern.sparsity, MOST_SURVEYED))
+        case Structured():
+            most = MOST_SURVEYED * (1 - pattern.outlier_fraction)
+            return replace(pattern, sparsity=max(pattern.sparsity, most))
+
+
+def _units(pattern: Pattern, layer: PrunableLayer) -> tuple[int, int]:
+    """How many zeros of a layer come and go together, and how often: one, those of a row, or those of a column."""
+    match pattern:
+        case Unstructured():
+            return 1, layer.rows * layer.cols
+        case NM():
+            return layer.cols // pattern.m * (pattern.m - pattern.n), layer.rows
+        case Structured():
+            return layer.rows - pattern.num_dense_rows(layer.rows), layer.cols - 1
+
+
+def _with_units(pattern: Pattern, count: int, layer: PrunableLayer) -> Pattern | None:
+    """A pattern of the same kind with so many zeros, rows that are not dense, or columns; None for none."""
+    if not count:
+        return None
     match pattern:
         case Unstructured():
             # a hair more, since what is left of a weight is dropped
-            return Unstructured((count + 0.25) / size) if count else None
+            return Unstructured((count + 0.25) / (layer.rows * layer.cols))
         case NM():
-            in_a_row = layer.cols // pattern.m * (pattern.m - pattern.n)
-            dense = layer.rows - min(layer.rows, round(count / in_a_row))
-            fraction = 0.0 if dense == 0 else (dense + 0.25) / layer.rows
-            return None if dense == layer.rows else replace(pattern, outlier_fraction=fraction)
+            dense = layer.rows - count
+            return replace(pattern, outlier_fraction=(dense + 0.25) / layer.rows if dense else 0.0)
         case Structured():
-            return replace(pattern, sparsity=count / size) if count else None
+            return replace(pattern, sparsity=count * (1 - pattern.outlier_fraction) / layer.cols)

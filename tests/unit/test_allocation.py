@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thanos_lightning.allocation import Allocation, by_loss, by_outliers
+from thanos_lightning.allocation import Allocation, by_loss, by_outliers, in_units
 
 property_based = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -86,13 +86,32 @@ def test_outliers_move_kept_fractions_by_the_deviation() -> None:
     ratios, sizes = {"a": 0.0, "b": 0.02, "c": 0.04}, {"a": 1000, "b": 1000, "c": 1000}
     assert by_outliers(ratios, sizes, 1500, deviation=0.1) == {"a": 600, "b": 500, "c": 400}
     assert by_outliers(dict.fromkeys(sizes, 0.1), sizes, 1501) == {"a": 501, "b": 500, "c": 500}
-    with pytest.raises(
-        ValueError, match=r"a deviation of 0.1 around a sparsity of 0.050 gives layer c the sparsity -0"
-    ):
-        by_outliers(ratios, sizes, 150, deviation=0.1)
-    for limits in ({"lowest": 0.45}, {"highest": 0.55}):
-        with pytest.raises(ValueError, match=r"and it may have 0.\d+ to \d.\d+: give a smaller deviation"):
-            by_outliers(ratios, sizes, 1500, 0.1, **limits)
+
+
+def test_what_outliers_take_beyond_a_limit_stays_at_it() -> None:
+    ratios, sizes = {"a": 0.0, "b": 0.02, "c": 0.04}, {"a": 1000, "b": 1000, "c": 1000}
+    assert by_outliers(ratios, sizes, 1500, 0.1, lowest=0.45) == {"a": 575, "b": 475, "c": 450}
+    assert by_outliers(ratios, sizes, 1500, 0.1, highest=0.55) == {"a": 550, "b": 525, "c": 425}
+    assert by_outliers(ratios, sizes, 2850, 0.1) == {"a": 1000, "b": 975, "c": 875}
+    # of thirty layers one is nearly twice the deviation away from all
+    one = {str(index): float(index == 0) for index in range(30)}
+    assert by_outliers(one, dict.fromkeys(one, 1000), 18000, 0.15)["0"] == 310
+    assert Allocation("outliers", deviation=0.15).limits(0.6) == (0.3, 0.9)
+    for budget, closest in ((1000, "0.4000"), (2000, "0.6000")):
+        with pytest.raises(ValueError, match=rf"between 0.4 and 0.6: the closest is {closest}"):
+            by_outliers(ratios, sizes, budget, 0.1, lowest=0.4, highest=0.6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=8))
+@property_based
+def test_whole_units_have_the_sum_to_half_a_unit(layers: list[tuple[int, int]]) -> None:
+    counts = {str(index): count for index, (count, _) in enumerate(layers)}
+    units = {str(index): (size, 100) for index, (_, size) in enumerate(layers)}
+    found = in_units(counts, units)
+    left = sum(counts.values()) - sum(found[name] * units[name][0] for name in counts)
+    assert abs(left) <= max(size for size, _ in units.values()) / 2
+    for name, (size, _) in units.items():
+        assert abs(found[name] - counts[name] / size) <= 0.5 + max(other for other, _ in units.values()) / (2 * size)
 
 
 @pytest.mark.parametrize(

@@ -1196,15 +1196,17 @@ def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None
     assert all(isinstance(mask.pattern, NM) and mask.pattern.violations(mask.keep) == 0 for mask in found.values())
     fractions = {mask.pattern.outlier_fraction for mask in found.values()}
     assert len(fractions) > 1
-    total = sum(mask.keep.numel() for mask in found.values())
-    pruned = sum(int((~mask.keep).sum()) for mask in found.values())
-    assert pruned / total == pytest.approx(0.375, abs=0.01)
+    wanted = sum(NM(2, 4, 0.25).num_pruned(*mask.keep.shape) for mask in found.values())
+    of_a_row = max(mask.keep.shape[1] for mask in found.values()) / 2
+    assert abs(sum(int((~mask.keep).sum()) for mask in found.values()) - wanted) <= of_a_row / 2
 
 
 def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
     callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers", deviation=0.2))
-    with pytest.raises(ValueError, match=r"and it may have 0.0 to 0.5: give a smaller deviation"):
-        trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    sparsities = [mask.sparsity for mask in masks(callback).values()]
+    assert max(sparsities) == 0.5
+    assert min(sparsities) < 0.4
 
 
 def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path) -> None:

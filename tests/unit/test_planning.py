@@ -80,6 +80,20 @@ def test_layers_that_lose_more_stay_denser() -> None:
     assert min(sparsities[-3:]) < 0.4
 
 
+@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("pattern", [NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)])
+def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Pattern) -> None:
+    its = {
+        name: replace(survey, outliers=number * 0.01) for number, (name, survey) in enumerate(surveys(False).items())
+    }
+    _, pruning = plan(planner(pattern=pattern, allocation=Allocation(by), gives_way=False), its)
+    shapes = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
+    found = {name: pruning.patterns[name].num_pruned(*shape) for name, shape in shapes.items()}
+    assert len({pruning.patterns[name].sparsity for name in LAYERS}) > 2
+    units = [cols // 2 if isinstance(pattern, NM) else rows for rows, cols in shapes.values()]
+    assert abs(sum(found.values()) - sum(pattern.num_pruned(*shape) for shape in shapes.values())) <= max(units) / 2
+
+
 def test_layers_of_which_it_is_not_known_what_they_lose_keep_out_of_an_allocation() -> None:
     with pytest.warns(UserWarning, match=r"what 14 layer\(s\), such as .* each is pruned to 50.00%"):
         _, pruning = plan(planner(), surveys(weighted=False))
