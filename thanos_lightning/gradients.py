@@ -5,6 +5,9 @@ of whose output factor the diagonal is taken, or the whole. By the diagonal, to 
 ½ Σ_i g_i ‖ΔW_i X‖² when a layer changes by ΔW, with g_i the mean square of the gradient at its output i; so that
 outputs of a layer, and layers, can be held against each other. By the whole, it grows by ½ tr(ΔWᵀ G ΔW H), and outputs
 can make up for each other.
+
+The gradient is that of the loss as it is: where that is a mean over a batch's tokens, as in most trainings, those of a
+short batch count for more, here as there.
 """
 
 from __future__ import annotations

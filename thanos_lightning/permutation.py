@@ -385,7 +385,7 @@ def _output_weights(
                 gradients.backward(loss, counts=True)
     finally:
         gradients.stop()
-    # squares of gradients of a mean over thousands of tokens: of one layer they may be no numbers of float32
+    # of one layer the squares of small gradients may be no numbers of float32
     found = {name: one.double() for name, one in gradients.sums.items()}
     total = sum(float(one.sum()) for one in found.values())
     found = {name: (one / max(total, 1e-300)).float() for name, one in found.items()}

@@ -14,6 +14,7 @@ from torch.nn import functional
 from thanos_lightning.lm.distillation import TOKENS_PER_CHUNK
 
 IGNORED_LABEL = -100  # transformers' own: such a token is no target
+LOSS_PER = 1024  # tokens, whatever their number is
 
 
 def counted_predictions(
@@ -51,7 +52,8 @@ def sampled_loss(
         seed: Of the draws, which touch no other random numbers.
 
     Returns:
-        The mean over the counted tokens, float32; 0 where there is none.
+        The sum over the counted tokens, over `LOSS_PER`, float32. So it is about as large as a mean, but squares of
+        gradients of several batches add up token by token: with a mean those of a short batch would count for more.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both
@@ -65,4 +67,4 @@ def sampled_loss(
         scores = some.float()
         labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).squeeze(1)
         total = total + functional.cross_entropy(scores, labels, reduction="sum")
-    return total / max(1, len(chosen))
+    return total / LOSS_PER

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from thanos_lightning.lm import fisher
-from thanos_lightning.lm.fisher import sampled_loss
+from thanos_lightning.lm.fisher import LOSS_PER, sampled_loss
 
 
 @pytest.fixture(autouse=True, params=[700, 1_000_000])
@@ -15,7 +15,7 @@ def test_gradients_have_the_fisher_matrix_for_a_moment():
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5])
     logits = scores.expand(1, number, 4).clone().requires_grad_()
     sampled_loss(logits, torch.ones(1, number, dtype=torch.bool), seed=1).backward()
-    gradients = logits.grad[0].double() * number  # of the loss of each token
+    gradients = logits.grad[0].double() * LOSS_PER  # of the loss of each token
     p = scores.double().softmax(0)
     torch.testing.assert_close(gradients.mean(0), torch.zeros(4, dtype=torch.float64), atol=0.01, rtol=0)
     moment = gradients.T @ gradients / number
@@ -28,6 +28,21 @@ def test_only_tokens_that_count_have_gradients():
     counted[0, 0], counted[1, 4] = True, False
     sampled_loss(logits, counted, seed=1).backward()
     assert torch.equal(logits.grad.abs().sum(-1) > 0, counted)
+
+
+def test_tokens_of_a_short_batch_count_as_others_do():
+    """Squares of gradients are summed batch by batch: they may not depend on how tokens are put into batches."""
+    scores = torch.tensor([0.5, 0.0, -0.5])
+    moments = []
+    for number in (40, 20_000):
+        logits = scores.expand(1, number, 3).clone().requires_grad_()
+        for seed in range(20_000 // number):
+            counted = torch.ones(1, number, dtype=torch.bool)
+            sampled_loss(logits, counted, seed=seed).backward()
+            moments.append(logits.grad.square().sum((0, 1)))
+            logits.grad = None
+    of_short, of_long = torch.stack(moments[:-1]).sum(0), moments[-1]
+    torch.testing.assert_close(of_short, of_long, rtol=0.2, atol=0)
 
 
 def test_nothing_counts():
