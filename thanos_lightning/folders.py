@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,23 @@ def require_free(output: Path) -> None:
         return
     if output.exists():
         raise ValueError(f"{output} exists already: give another folder, or remove it first")
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of this name, or of this name and the first number that is free.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [new_folder(Path(parent), "teacher").name for _ in range(3)]
+        ['teacher', 'teacher-1', 'teacher-2']
+    """
+    for number in itertools.count():
+        folder = parent / (f"{name}-{number}" if number else name)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
+from thanos_lightning.folders import new_folder
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil, num_chunks
 from thanos_lightning.lm.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
@@ -118,7 +119,8 @@ class CausalLM(LightningModule):
         distillation: Learn from a dense teacher, too, a `Distillation`; None learns from the text alone. The teacher
             takes 2 bytes for each of its parameters in its bfloat16, on each rank, or over all ranks together under
             ZeRO-3. It is not in checkpoints. One from "before-pruning", which nothing else could bring back, is written
-            to `<default_root_dir>/teacher` with the first checkpoint after that, and a resumed training finds it there.
+            to `<default_root_dir>/teacher` with the first checkpoint after that (to `teacher-1` and so on where another
+            training's is there), and a resumed training finds it there.
 
     Attributes:
         model: The Hugging Face model, None until `configure_model` has loaded it.
@@ -198,6 +200,9 @@ class CausalLM(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         wanted = self.distillation is not None and self.distillation.teacher in (START, BEFORE_PRUNING)
+        if stage == "fit" and self.trainer.global_step == 0:
+            # of a training before, unless a checkpoint is loaded after this
+            self._resumed_teacher, self._teaches = None, False
         # a model that was given as one can't be loaded again, and a checkpoint may be about to be loaded into it
         if stage == "fit" and wanted and self.model is not None and self._teacher is None:
             teacher = copy.deepcopy(self.model)
@@ -216,6 +221,7 @@ class CausalLM(LightningModule):
                 f"the teacher is {BEFORE_PRUNING!r}, but the Trainer has no ThanosPruningCallback: add one, or take "
                 f"{START!r} or another model as the teacher"
             )
+        self._teaches = self._teaches or name != BEFORE_PRUNING or self._resumed_teacher is not None
         if self._teacher is not None and self._teacher.is_placed:
             return
         if self._resumed_teacher is not None:
@@ -227,7 +233,6 @@ class CausalLM(LightningModule):
         self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
         require_own_gathering(self.model, self.model.base_model)
         check_teacher(self.model, self._teacher.model, self.distillation)
-        self._teaches = name != BEFORE_PRUNING or self._resumed_teacher is not None
 
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None
@@ -246,7 +251,7 @@ class CausalLM(LightningModule):
             assert self.model is not None
             assert self._teacher is not None
             copy_to_frozen(self.model, self._teacher.model, self.trainer.strategy)
-            self._teaches = True
+            self._resumed_teacher, self._teaches = None, True
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -255,11 +260,12 @@ class CausalLM(LightningModule):
             return
         assert self._teacher is not None
         if self._resumed_teacher is None:
-            folder = Path(self.trainer.default_root_dir) / "teacher"
             state = frozen_state(self._teacher.model, self.trainer.strategy)
+            folder = ""
             if self.trainer.is_global_zero:
+                folder = str(new_folder(Path(self.trainer.default_root_dir), "teacher"))
                 self._teacher.model.save_pretrained(folder, state_dict=state)
-            self._resumed_teacher = str(folder)
+            self._resumed_teacher = self.trainer.strategy.broadcast(folder)
         checkpoint[_TEACHER_KEY] = self._resumed_teacher
 
     @override

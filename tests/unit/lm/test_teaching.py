@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -143,6 +143,34 @@ def test_a_resumed_training_has_the_same_teacher_and_ends_alike(tiny, tmp_path, 
     assert same(ends[0], ends[2])
     state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert not any("teacher" in name for name in state["state_dict"])
+
+
+def test_trainings_in_one_folder_keep_their_teachers_apart(tiny, tmp_path):
+    chosen = Distillation(dtype="float32")
+    lm, teachers = CausalLM(tiny, learning_rate=1e-2, distillation=chosen), []
+    for number in range(2):  # the second one goes on from the end of the first, with a Trainer of its own
+        fit = trainer(tmp_path, [pruning()])
+        fit.fit(lm, batches())
+        fit.save_checkpoint(tmp_path / f"{number}.ckpt")
+        teachers.append(weights(lm._teacher.model))
+    assert not same(*teachers)
+    for number, expected in enumerate(teachers):
+        resumed = CausalLM(tiny, distillation=chosen)
+        trainer(tmp_path, [pruning()], max_steps=7).fit(resumed, batches(), ckpt_path=tmp_path / f"{number}.ckpt")
+        assert same(weights(resumed._teacher.model), expected)
+
+
+def test_a_teacher_of_an_earlier_training_is_forgotten(tiny, tmp_path):
+    lm = CausalLM(tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32"))
+    trainer(tmp_path, [pruning()]).fit(lm, batches())
+    taught = []
+
+    class Taught(Callback):
+        def on_train_batch_start(self, *_):
+            taught.append(lm._teaches)
+
+    trainer(tmp_path, [pruning(), Taught()], max_steps=6).fit(lm, batches())
+    assert taught == [False] * 4 + [True] * 2  # the event is at step 4
 
 
 def test_a_lost_teacher_is_named(tiny, tmp_path):
