@@ -150,6 +150,7 @@ OWN: dict[str, Recipe] = {
             ", logits alone": {"cross_entropy": 0.0},
             ", temperature 2": {"temperature": 2.0},
             ", squarehead": {"hidden_states": 1.0},
+            ", a thirtieth of squarehead": {"hidden_states": 1 / 30},  # the mean over layers
         }.items()
     },
     **{
@@ -159,7 +160,6 @@ OWN: dict[str, Recipe] = {
             "logits alone": {"cross_entropy": 0.0},
             "temperature 2": {"temperature": 2.0},
             "squarehead": {"logits": 0.0, "hidden_states": 1.0},
-            "squarehead x 10": {"logits": 0.0, "hidden_states": 10.0},
             "logits and squarehead": {"hidden_states": 1.0},
         }.items()
     },

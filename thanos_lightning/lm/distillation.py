@@ -34,7 +34,7 @@ class Distillation:
             before the first pruning event, with what it had learnt by then; anything else a hub name or local folder.
         cross_entropy: Weight of the loss on the text.
         logits: Weight of the divergence of the next-token distributions from the teacher's.
-        hidden_states: Weight of SquareHead, the error of the hidden states after each decoder layer.
+        hidden_states: Weight of SquareHead, the sum over decoder layers of the relative error of their hidden states.
         temperature: Of the divergence.
         dtype: Of the teacher: "bfloat16", "float32" or "float16".
 
@@ -265,8 +265,8 @@ def squarehead(
 ) -> Float[Tensor, ""]:
     """How far the student's hidden states are from the teacher's, over how large these are, in each layer alike.
 
-    That is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size; of layers it is the mean,
-    so that it means the same for models of any depth.
+    That is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size, summed over layers: of a
+    deeper model it is larger.
 
     Args:
         student: Hidden states after each layer.
@@ -279,7 +279,7 @@ def squarehead(
     Example:
         >>> states = [torch.ones(1, 3, 4), 2 * torch.ones(1, 3, 4)]
         >>> float(squarehead([torch.zeros(1, 3, 4), states[1]], states))
-        0.5
+        1.0
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(
@@ -295,7 +295,7 @@ def squarehead(
             )
         mine, its = (one.float() for one in _counted_rows(counted, own, other.detach()))
         parts.append((mine - its).square().sum() / its.square().sum().clamp(min=torch.finfo(its.dtype).tiny))
-    return torch.stack(parts).mean()
+    return torch.stack(parts).sum()
 
 
 def head_losses(
