@@ -94,16 +94,17 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
         ValueError: Where vocabulary, depth or width differ, or where a model does more to its logits than its head.
     """
     own, its = student.config.get_text_config(), teacher.config.get_text_config()
+    named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"
     if own.vocab_size != its.vocab_size:
         raise ValueError(
-            f"the teacher has a vocabulary of {its.vocab_size:,} tokens and the model one of {own.vocab_size:,}: take "
+            f"{named} has a vocabulary of {its.vocab_size:,} tokens and the model one of {own.vocab_size:,}: take "
             "a teacher with the model's tokenizer"
         )
     if distillation.hidden_states:
         for name, what in (("num_hidden_layers", "decoder layers"), ("hidden_size", "hidden units")):
             if getattr(own, name) != getattr(its, name):
                 raise ValueError(
-                    f"the teacher has {getattr(its, name)} {what} and the model {getattr(own, name)}: take a teacher "
+                    f"{named} has {getattr(its, name)} {what} and the model {getattr(own, name)}: take a teacher "
                     "of the model's shape, or set hidden_states to 0"
                 )
     for model in (student, teacher):
@@ -243,11 +244,7 @@ def divergence(
         >>> float(divergence(logits, logits))
         0.0
     """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"the student's logits have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}: take a "
-            "teacher with the student's tokenizer and vocabulary"
-        )
+    _check_logits(student, teacher)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: give a number > 0, such as 1.0")
     rows = _counted_rows(counted, student, teacher.detach())
@@ -320,6 +317,9 @@ def head_losses(
         counted: Which tokens count for the divergence; None counts all.
         chunks: See ``distil``.
 
+    Raises:
+        ValueError: If the heads have different vocabularies.
+
     Returns:
         The cross entropy, a mean over targets, and the divergence, a mean over the tokens that count.
     """
@@ -331,6 +331,7 @@ def head_losses(
         with torch.no_grad():
             its_logits = teacher_head(its_hidden)
         logits = student_head(hidden)
+        _check_logits(logits, its_logits)
         return _entropies(logits, some_targets), _divergences(
             logits[some_weights], its_logits[some_weights], temperature
         )
@@ -387,6 +388,14 @@ def _counted_rows(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...
     if counted is None:
         return tuple(one.flatten(end_dim=-2) for one in tensors)
     return tuple(one[counted.bool()] for one in tensors)
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's logits have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}: take a "
+            "teacher with the student's tokenizer and vocabulary"
+        )
 
 
 def _divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -33,7 +33,7 @@ def torch_dtype(name: str) -> torch.dtype:
         torch.bfloat16
     """
     if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}: choose one of {', '.join(_DTYPES)}, or None for torch's default")
+        raise ValueError(f"dtype is {name!r}: choose one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

@@ -129,6 +129,9 @@ def test_a_teacher_that_does_not_fit_is_named():
     states = randn(1, 3, 4)
     with pytest.raises(ValueError, match=r"\(1, 3, 4\) and the teacher's \(1, 3, 5\): .*vocabulary"):
         divergence(states, randn(1, 3, 5))
+    heads = nn.Linear(4, 6), nn.Linear(4, 7)
+    with pytest.raises(ValueError, match=r"\(3, 6\) and the teacher's \(3, 7\): .*vocabulary"):
+        head_losses(states, states, *heads, torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="temperature is 0"):
         divergence(states, states, temperature=0)
     with pytest.raises(ValueError, match=r"2 hidden states and the teacher 1: .*depth"):
@@ -213,8 +216,10 @@ def test_a_teacher_of_another_shape_is_refused():
         check_teacher(student, llama(vocab_size=14), Distillation("start"))
     with pytest.raises(ValueError, match="3 decoder layers and the model 2"):
         check_teacher(student, llama(num_hidden_layers=3), with_states)
-    with pytest.raises(ValueError, match="32 hidden units and the model 16"):
-        check_teacher(student, llama(hidden_size=32), with_states)
+    wide = llama(hidden_size=32)
+    wide.name_or_path = "somewhere/wide"
+    with pytest.raises(ValueError, match="the teacher 'somewhere/wide' has 32 hidden units and the model 16"):
+        check_teacher(student, wide, with_states)
     check_teacher(student, llama(num_hidden_layers=3, hidden_size=32), Distillation("start"))
 
 
