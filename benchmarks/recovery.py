@@ -92,6 +92,7 @@ _BY_GRADIENTS = "gradients"
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
+    "gradual, on the first batches": Recipe(_TWICE, _FIRST_STEP),
     "gradual, joined": Recipe(_TWICE, _JOINED),
     "gradual, joined, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_JOINED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
