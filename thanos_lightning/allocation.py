@@ -92,10 +92,12 @@ def by_outliers(
         >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
         {'a': 60, 'b': 40}
     """
-    least, most = min(outlier_ratios.values()), max(outlier_ratios.values())
-    spread = most - least
-    kept = {name: 2 * deviation * (ratio - least) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()}
-    _check_budget(budget, sizes, dict.fromkeys(sizes, lowest), dict.fromkeys(sizes, highest))
+    fewest = min(outlier_ratios.values())
+    spread = max(outlier_ratios.values()) - fewest
+    kept = {
+        name: 2 * deviation * (ratio - fewest) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()
+    }
+    _limits(budget, sizes, lowest, dict.fromkeys(sizes, highest))
 
     def moved(shift: float) -> dict[str, float]:
         return {name: min(max(1 - shift - kept[name], lowest), highest) * size for name, size in sizes.items()}
@@ -140,9 +142,7 @@ def by_loss(
         {'cheap': 75, 'dear': 25}
     """
     tops = {name: min(highest, max(levels)) for name, levels in losses.items()}
-    least = {name: math.ceil(lowest * size - 1e-9) for name, size in sizes.items()}
-    most = {name: max(least[name], math.floor(tops[name] * size + 1e-9)) for name, size in sizes.items()}
-    _check_budget(budget, sizes, dict.fromkeys(sizes, lowest), tops)
+    least, most = _limits(budget, sizes, lowest, tops)
     counts = dict(least)
     left = budget - sum(counts.values())
     hulls = {name: _hull(losses[name], lowest, most[name] / size) for name, size in sizes.items()}
@@ -223,18 +223,20 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
     return found
 
 
-def _check_budget(
-    budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
-) -> None:
-    least = sum(math.ceil(lowest[name] * size - 1e-9) for name, size in sizes.items())
-    most = sum(math.floor(highest[name] * size + 1e-9) for name, size in sizes.items())
-    if not least <= budget <= max(least, most):
+def _limits(
+    budget: int, sizes: Mapping[str, int], lowest: float, highest: Mapping[str, float]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The least and the most weights of each layer, between whose sums the budget has to be."""
+    least = {name: math.ceil(lowest * size - 1e-9) for name, size in sizes.items()}
+    most = {name: max(least[name], math.floor(highest[name] * size + 1e-9)) for name, size in sizes.items()}
+    if not sum(least.values()) <= budget <= sum(most.values()):
         total = sum(sizes.values())
-        closest = (least if budget < least else max(least, most)) / total
+        closest = sum((least if budget < sum(least.values()) else most).values()) / total
         raise ValueError(
-            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {min(lowest.values())} and "
+            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {lowest} and "
             f"{max(highest.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
         )
+    return least, most
 
 
 def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -173,8 +173,7 @@ def allocate(
     else:
         ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, _densest(pattern).sparsity)
         counts = by_outliers(ratios, sizes, budget, allocation.deviation, allocation.lowest, highest)
-    units = {name: _units(pattern, layer) for name, layer in shared.items()}
-    wanted = in_units(counts, units)
+    wanted = in_units(counts, {name: _units(pattern, layer) for name, layer in shared.items()})
     allocated = {}
     for name, its in final.items():
         one = its if name not in shared else _with_units(its, wanted[name], layers[name])
