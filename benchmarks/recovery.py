@@ -542,7 +542,9 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
     lines = []
     for row in rows:
         best = row.runs[0]
-        events = best.get("event_seconds")  # not measured in early runs, nor, like seconds, in one that was interrupted
+        # no time is kept of a run that was interrupted, nor that of the events of early ones
+        timed = next((run for run in row.runs if run.get("event_seconds") is not None), best)
+        seconds, events = timed["seconds"], timed.get("event_seconds")
         gap = None if dense is None else row.log_perplexity - dense
         relative = None
         if gap is not None and dense is not None and reference is not None:
@@ -555,8 +557,8 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
             f"{best['sparsity']:.2%}",
             "" if gap is None else f"{gap:.3f}",
             "" if relative is None else f"{relative:.3f}",
-            "" if best["seconds"] is None else f"{best['seconds']:.0f}",
-            "" if events is None else f"{events:.1f} ({events / best['seconds']:.1%})",
+            "" if seconds is None else f"{seconds:.0f}",
+            "" if events is None else f"{events:.1f} ({events / seconds:.1%})",
         )
         lines.append(
             {
