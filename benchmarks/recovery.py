@@ -47,6 +47,7 @@ from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.permutation import permute_channels
+from thanos_lightning.schedule import Shape
 from thanos_lightning.solver import Pattern, parse_pattern
 from thanos_lightning.targets import find_targets
 
@@ -71,6 +72,7 @@ class Recipe:
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
         permuted: Whether the model's channels are put into another order before, on what the one-shot methods
             calibrate on, and with which output_weights; None leaves them.
+        shape: Of the schedule.
     """
 
     schedule: tuple[float, ...]
@@ -78,6 +80,12 @@ class Recipe:
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
     permuted: str | None = None
+    shape: Shape = "cubic"
+
+    @property
+    def times(self) -> SparsitySchedule:
+        """When the callback prunes."""
+        return SparsitySchedule(*self.schedule, shape=self.shape)
 
 
 _BEFORE = (0.0, 0.0, 1.0)  # the first step
@@ -117,6 +125,13 @@ OWN: dict[str, Recipe] = {
     "gradual, four events": Recipe(_FOUR_TIMES),
     "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
     "gradual, four later events": Recipe((0.1, 0.5, 0.1)),
+    "gradual, four events, linear": Recipe(_FOUR_TIMES, shape="linear"),
+    **{
+        f"first step, a fifth of the rows dense{name}": Recipe(
+            _BEFORE, {**_FIRST_STEP, "outlier_fraction": 0.2, "allocation": allocation}
+        )
+        for name, allocation in {"": "uniform", ", allocated": {"by": "loss"}}.items()
+    },
     "first step, deviation 0.3": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss", "deviation": 0.3}}),
     "levels": Recipe(_FOUR_TIMES, {"progression": "levels"}),
     "front to back": Recipe(_FOUR_TIMES, {"progression": "front-to-back"}),
@@ -148,6 +163,7 @@ OWN: dict[str, Recipe] = {
         for name, weights in {
             "": {},
             ", logits x 4": {"logits": 4.0},
+            ", logits x 0.5": {"logits": 0.5},
             ", logits alone": {"cross_entropy": 0.0},
             ", temperature 2": {"temperature": 2.0},
             ", squarehead": {"hidden_states": 1.0},
@@ -437,7 +453,7 @@ def train(
         if (calibration := options.get("calibration_dataloader")) is not None:
             number = task.calibration // task.batch if calibration == _FIRST_BATCHES else calibration
             options["calibration_dataloader"] = batches(task, 1, number)
-        pruning = ThanosPruningCallback(**of_pattern, schedule=SparsitySchedule(*recipe.schedule), **options)
+        pruning = ThanosPruningCallback(**of_pattern, schedule=recipe.times, **options)
     per_epoch = task.steps
     if contender == LIGHTNING:
         per_epoch = task.steps // 20
@@ -511,6 +527,8 @@ def settings(contender: str) -> Any:
     made = asdict(recipe)
     if not recipe.permuted:
         del made["permuted"]  # which kept runs don't say
+    if recipe.shape == "cubic":
+        del made["shape"]
     solver = None if recipe.pruned is None else METHODS[recipe.pruned]
     return json.loads(json.dumps({**made, "solver": solver}))
 
@@ -528,11 +546,22 @@ class Row:
         """Mean over seeds."""
         return sum(math.log(run["perplexity"]) for run in self.runs) / len(self.runs)
 
+    def gap(self, other: "Row", seeds: Iterable[int]) -> float:
+        """By how much the log perplexity is larger, the mean over these seeds, of which both have runs."""
+        own, others = ({run["seed"]: math.log(run["perplexity"]) for run in row.runs} for row in (self, other))
+        gaps = [own[seed] - others[seed] for seed in seeds]
+        return sum(gaps) / len(gaps)
+
+    @property
+    def seeds(self) -> set[int]:
+        """Those that are there."""
+        return {run["seed"] for run in self.runs}
+
 
 def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[dict[str, Any]]:
     """Print a pattern's table; what is in it, for the file."""
     by_name = {row.contender: row for row in rows}
-    dense = by_name[DENSE].log_perplexity if DENSE in by_name else None
+    dense = by_name.get(DENSE)
     reference = by_name.get("one-shot sparsegpt")
     table = Table(title=f"{pattern}, {task.tokens:,} tokens of {Path(task.text).name}")
     columns = ("perplexity", "seeds", "learning rate", "sparsity", "gap", "gap / SparseGPT's", "s", "events, s")
@@ -545,10 +574,11 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
         # no time is kept of a run that was interrupted, nor that of the events of early ones
         timed = next((run for run in row.runs if run.get("event_seconds") is not None), best)
         seconds, events = timed["seconds"], timed.get("event_seconds")
-        gap = None if dense is None else row.log_perplexity - dense
+        gap = None if dense is None else row.gap(dense, row.seeds & dense.seeds)
         relative = None
-        if gap is not None and dense is not None and reference is not None:
-            relative = gap / (reference.log_perplexity - dense)
+        if dense is not None and reference is not None:
+            all_have = row.seeds & dense.seeds & reference.seeds
+            relative = row.gap(dense, all_have) / reference.gap(dense, all_have)
         table.add_row(
             row.contender,
             f"{math.exp(row.log_perplexity):.2f}",
