@@ -53,7 +53,8 @@ class TextData(LightningDataModule):
             documents to hold one back.
         max_train_blocks: Train on so many blocks at most. None takes all.
         max_val_blocks: Validate on so many at most. None takes all.
-        calibration_batches: Batches that `calibration_dataloader` gives, at most.
+        calibration_batches: Batches that `calibration_dataloader` gives, at most; 131,072 tokens by default
+            (docs/recipes.md).
         seed: Of the choice of what is held back, and of the order of the training batches.
         num_workers: Worker processes of each dataloader.
         num_proc: Processes that tokenise. None does it in this one.
@@ -85,7 +86,7 @@ class TextData(LightningDataModule):
         validation_fraction: float = 0.1,
         max_train_blocks: int | None = None,
         max_val_blocks: int | None = None,
-        calibration_batches: int = 16,
+        calibration_batches: int = 128,
         seed: int = 0,
         num_workers: int = 0,
         num_proc: int | None = None,
