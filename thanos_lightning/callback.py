@@ -189,6 +189,8 @@ class ThanosPruningCallback(Callback):
         if progression not in get_args(Progression):
             known = ", ".join(map(repr, get_args(Progression)))
             raise ValueError(f"progression is {progression!r}: choose one of {known}")
+        if not self.overrides:  # else known when layers are
+            check_progression(progression, {"": self.pattern})
         self.progression: Progression = progression
         if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
             raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")

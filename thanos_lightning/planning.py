@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from thanos_lightning.allocation import Allocation, loss_at
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.solver import NM, Pattern, Unstructured
-from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, levels
+from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, levels, sparsest
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
 
@@ -30,6 +30,11 @@ def check_allocation(allocation: Allocation, pattern: Pattern, schedule: Sparsit
         raise ValueError(
             f"{pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction of the "
             "rows of all layers together that are to stay dense"
+        )
+    if pattern.sparsity >= (most := sparsest(pattern).sparsity):
+        raise ValueError(
+            f"a sparsity of {pattern.sparsity} leaves nothing to allocate, since no layer is looked at beyond "
+            f"{most:g}: leave the allocation out, or ask for less"
         )
     lowest, highest = allocation.limits(pattern.sparsity)
     if schedule.initial >= lowest and schedule.initial > 0:
@@ -273,8 +278,9 @@ def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
             "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
         )
     if inside[-1].step >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        which = "the schedule's last event" if len(inside) == len(events) else "the last event of the training"
         rank_zero_warn(
-            f"the schedule's last event is at optimizer step {inside[-1].step}, the last of the training: no step is "
+            f"{which} is at optimizer step {inside[-1].step}, the last of the training: no step is "
             "left in which the model could recover. End the schedule earlier (end_step) or raise max_steps"
         )
     if len(inside) < len(events):

@@ -65,9 +65,9 @@ def levels(pattern: Pattern, lowest: float, highest: float) -> list[Pattern]:
         >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.25), 0.0, 1.0)]
         [0.1875, 0.5]
     """
-    densest = _densest(pattern)
+    most = sparsest(pattern)
     first = pattern.with_sparsity(lowest or pattern.sparsity / 2)
-    last = densest.with_sparsity(min(highest, densest.sparsity))
+    last = most.with_sparsity(min(highest, most.sparsity))
     between = [pattern] if last.sparsity - first.sparsity > _WIDE else []
     return list({level.sparsity: level for level in (first, *between, last)}.values())
 
@@ -171,7 +171,7 @@ def allocate(
             losses = {name: surveys[name].losses for name in shared}
         counts = by_loss(losses, sizes, budget, *allocation.limits(pattern.sparsity))
     else:
-        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, _densest(pattern).sparsity)
+        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, sparsest(pattern).sparsity)
         counts = by_outliers(ratios, sizes, budget, allocation.deviation, allocation.lowest, highest)
     wanted = in_units(counts, {name: _units(pattern, layer) for name, layer in shared.items()})
     allocated = {}
@@ -195,16 +195,15 @@ def _of_decoder_layers(surveys: Mapping[str, LayerSurvey], sizes: Mapping[str, i
     return {name: ratios[name] for name in sizes}
 
 
-def _densest(pattern: Pattern) -> Pattern:
+def sparsest(pattern: Pattern) -> Pattern:
     """The pattern of the same kind with the most zeros that a layer is given."""
     match pattern:
         case NM():
             return replace(pattern, outlier_fraction=0.0)
         case Unstructured():
-            return Unstructured(max(pattern.sparsity, MOST_SURVEYED))
+            return Unstructured(MOST_SURVEYED)
         case Structured():
-            most = MOST_SURVEYED * (1 - pattern.outlier_fraction)
-            return replace(pattern, sparsity=max(pattern.sparsity, most))
+            return replace(pattern, sparsity=MOST_SURVEYED * (1 - pattern.outlier_fraction))
 
 
 def _units(pattern: Pattern, layer: PrunableLayer) -> tuple[int, int]:

@@ -21,6 +21,10 @@ _ROUNDING = 1e-9
 def check_progression(progression: Progression, final: Mapping[str, Pattern]) -> None:
     """Refuse a progression that some layer can't take.
 
+    Args:
+        progression: Of the model.
+        final: Layer -> its pattern; the pattern of all layers has no name.
+
     Raises:
         ValueError: Naming the layer, where its pattern has no levels.
     """
@@ -28,8 +32,9 @@ def check_progression(progression: Progression, final: Mapping[str, Pattern]) ->
         for name, pattern in final.items():
             if not isinstance(pattern, NM) or pattern.m - pattern.n < 2:
                 example = " (3:4 would be one, on the way to 2:4)" if not isinstance(pattern, NM) else ""
+                where = f" of layer {name}" if name else ""
                 raise ValueError(
-                    f"progression is 'levels', but the pattern {pattern.name} of layer {name} has no levels before it"
+                    f"progression is 'levels', but the pattern {pattern.name}{where} has no levels before it"
                     f"{example}: choose 'within-layers', or another pattern"
                 )
 

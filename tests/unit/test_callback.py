@@ -1269,6 +1269,18 @@ def test_a_survey_survives_a_resume(tmp_path: Path, stop: int) -> None:
         ),
         ({"allocation": Allocation()}, "2:4 in all rows of all layers leaves nothing to allocate"),
         (
+            {"pattern": "unstructured", "sparsity": 0.97, "allocation": Allocation()},
+            "a sparsity of 0.97 leaves nothing to allocate, since no layer is looked at beyond 0.95: leave the allocat",
+        ),
+        (
+            {"pattern": "structured", "sparsity": 0.88, "outlier_fraction": 0.1, "allocation": Allocation()},
+            "a sparsity of 0.88 leaves nothing to allocate, since no layer is looked at beyond 0.855",
+        ),
+        (
+            {"pattern": "unstructured", "sparsity": 0.6, "progression": "levels"},
+            "progression is 'levels', but the pattern unstructured has no levels before it",
+        ),
+        (
             {"pattern": "unstructured", "sparsity": 0.6, "allocation": Allocation(highest=0.5)},
             "a sparsity of 0.6 can't be met where each layer's is between 0.45 and 0.5: the closest is 0.5",
         ),

@@ -361,6 +361,11 @@ def test_a_schedule_without_a_step_to_recover_is_said(tmp_path: Path) -> None:
         UserWarning, match="last event is at optimizer step 8, the last of the training: no step is left"
     ):
         fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3)), max_steps=8)
+    with (
+        pytest.warns(UserWarning, match="the last event of the training is at optimizer step 8, the last of the"),
+        pytest.warns(UserWarning, match="last event is at optimizer step 11, but the training has 8 steps: the final"),
+    ):
+        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 11, 3)), max_steps=8)
 
 
 def test_the_report_says_what_pruning_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,6 @@ def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
         (Unstructured(0.6), Allocation("loss", deviation=0.3), [0.3, 0.6, 0.9]),
         (Unstructured(0.1), Allocation("loss"), [0.05, 0.25]),
         (Unstructured(0.9), Allocation("loss"), [0.75, 0.95]),
-        (Unstructured(0.97), Allocation("loss"), [0.82, 0.97]),
         (Unstructured(0.6), Allocation("loss", lowest=0.6, highest=0.6), [0.6]),
         (Unstructured(0.6), Allocation("outliers"), [0.6]),
         (Unstructured(0.6), None, [0.6]),
