@@ -118,6 +118,12 @@ OWN: dict[str, Recipe] = {
             "all that helped, in two events": (0.0, 0.1, 0.05),
         }.items()
     },
+    "all that helped, on all of the text": Recipe(
+        _BEFORE,
+        {"calibration_dataloader": 200, "damping": 0.001, **_JOINED},
+        {"teacher": _FINE_TUNED},
+        permuted=_BY_GRADIENTS,
+    ),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
