@@ -58,5 +58,5 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert min(zeros) >= 0.5
     taught: dict[str, Any] = {}
     exec(teaching, taught)
-    assert taught["lm"].distillation.hidden_states == 1.0
+    assert taught["lm"].distillation.teacher == "start"
     exec(single, {})
