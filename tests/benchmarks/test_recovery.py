@@ -1,0 +1,155 @@
+"""What the table of benchmarks/recovery.py rests on: its baselines, its arithmetic, the runs that are kept."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import recovery
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
+
+RESULTS = Path(recovery.__file__).parent / "results"
+PYDOCS = {"model": "smollm2-135m", "text": "pydocs", "validation_split": "validation"}
+
+
+def run(contender: str, seed: int, perplexity: float) -> dict:
+    return {
+        "contender": contender,
+        "seed": seed,
+        "rate": 3e-4,
+        "perplexity": perplexity,
+        "sparsity": 0.5,
+        "seconds": 100.0,
+        "event_seconds": 10.0,
+        "curve": [{"tokens": tokens, "perplexity": perplexity, "sparsity": 0.5} for tokens in (0, 8)],
+    }
+
+
+def row(contender: str, *perplexities: float) -> recovery.Row:
+    runs = [run(contender, seed, value) for seed, value in enumerate(perplexities, 1)]
+    return recovery.Row(contender, {3e-4: perplexities[0]}, runs)
+
+
+# Baselines
+
+
+def test_sr_ste_keeps_the_two_largest_of_four_and_teaches_all() -> None:
+    layer = nn.Linear(64, 32, bias=False)
+    dense = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", recovery.SrSte(decay=0.01))
+    largest = dense.abs().view(-1, 4).topk(2).indices
+    kept = torch.zeros(dense.numel() // 4, 4).scatter_(1, largest, 1).view_as(dense).bool()
+
+    weight = layer.weight
+    assert torch.equal(weight, dense * kept)
+
+    upstream = torch.randn_like(dense)
+    (weight * upstream).sum().backward()
+    expected = upstream + 0.01 * dense * ~kept  # equation (11) of arXiv 2102.04010
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, expected)
+
+
+class _Regression(LightningModule):
+    """A layer that is a target, and an lm_head that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lm_head = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.sparsities: list[float] = []
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.lm_head(self.layer(batch)).pow(2).mean()
+
+    def on_train_epoch_start(self) -> None:
+        self.sparsities.append(float((self.layer.weight == 0).float().mean()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_lightnings_schedule_is_cubic_and_spares_the_head(tmp_path: Path) -> None:
+    module = _Regression()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[recovery.lightning_pruning(module, 0.6, epochs=4)],
+    )
+    trainer.fit(module, DataLoader(torch.randn(8, 16), batch_size=4))
+
+    cubic = [0.6 * (1 - (1 - min(1.0, epoch / 4)) ** 3) for epoch in range(6)]
+    assert module.sparsities == pytest.approx(cubic, abs=4 / 256)  # in whole weights, rounded at each of four times
+    assert int((module.lm_head.weight == 0).sum()) == 0
+
+
+def test_batches_go_on_where_an_epoch_ended() -> None:
+    batches = recovery.Continued(range(7), per_epoch=3)
+
+    assert len(batches) == 3
+    assert [list(batches) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+# Arithmetic
+
+
+def test_gaps_are_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("dense", 10.0, 11.0), row("one-shot sparsegpt", 20.0), row("gradual", 15.0, 12.0)]
+    task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
+
+    lines = {line["contender"]: line for line in recovery.report("2:4", rows, task, Console(width=160))}
+
+    assert lines["one-shot sparsegpt"]["gap_over_sparsegpt"] == 1
+    assert lines["gradual"]["gap"] == pytest.approx((math.log(15 / 10) + math.log(12 / 11)) / 2, abs=1e-4)
+    assert lines["gradual"]["gap_over_sparsegpt"] == pytest.approx(math.log(15 / 10) / math.log(20 / 10), abs=1e-4)
+    assert lines["gradual"]["perplexity"] == pytest.approx(math.sqrt(15 * 12), abs=1e-4)
+    assert "10.0 (10.0%)" in capsys.readouterr().out  # the share of the events
+
+
+def test_a_picture_has_a_column_for_each_pattern(tmp_path: Path) -> None:
+    task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
+    console = Console(width=160, quiet=True)
+    lines = [
+        line
+        for pattern in recovery.PATTERNS
+        for line in recovery.report(pattern, [row("dense", 10.0), row("gradual", 12.0)], task, console)
+    ]
+
+    recovery.draw(lines, task, tmp_path / "curves.png")
+
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("recovery*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
+    kept = json.loads(path.read_text())
+
+    assert path.stem == recovery.key(kept["contender"], kept["pattern"], kept["rate"], kept["seed"])
+    assert kept["task"]["text"] == "pydocs"
+    end = kept["curve"][-1]
+    assert end["tokens"] == kept["task"]["steps"] * kept["task"]["batch"] * kept["task"]["length"]
+    assert end["perplexity"] == kept["perplexity"]
+    sparsity = {"dense": 0.0}.get(kept["contender"], recovery.PATTERNS[kept["pattern"]].sparsity)
+    assert end["sparsity"] == pytest.approx(sparsity, abs=1e-4)
+    assert kept["hardware"]
+
+
+@pytest.mark.parametrize("pattern", recovery.PATTERNS)
+def test_the_table_is_made_of_runs_that_are_kept(pattern: str) -> None:
+    names = {json.loads(path.read_text())["contender"] for path in (RESULTS / "recovery").glob("*.json")}
+
+    assert set(recovery.IN_TABLE[pattern]) <= names
+    assert set(recovery.IN_TABLE[pattern]) <= set(recovery.contenders(pattern))
