@@ -615,31 +615,40 @@ _OF_A_RUN = ("seed", "rate", "settings", "perplexity", "sparsity", "seconds", "e
 
 
 def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
-    """Perplexity and sparsity against tokens, a column for each pattern."""
+    """Perplexity and sparsity against tokens, a column for each pattern; baselines are dashed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import EngFormatter, ScalarFormatter
 
     lines = list(lines)
     patterns = list(dict.fromkeys(line["pattern"] for line in lines))
-    figure = Figure(figsize=(7 * len(patterns), 6), layout="constrained")
-    axes = figure.subplots(2, len(patterns), sharex=True, squeeze=False, height_ratios=(3, 1))
+    names = list(dict.fromkeys(line["contender"] for line in lines))
+    figure = Figure(figsize=(6 * len(patterns) + 3, 7), layout="constrained")
+    axes = figure.subplots(2, len(patterns), sharex=True, squeeze=False, height_ratios=(4, 1))
+    handles = {}
     for (upper, lower), pattern in zip(axes.T, patterns, strict=True):
         own = [line for line in lines if line["pattern"] == pattern]
-        for number, line in enumerate(own):
-            curve = line["runs"][0]["curve"]
+        for line in own:
+            name, curve = line["contender"], line["runs"][0]["curve"]
             tokens = [point["tokens"] for point in curve]
-            style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10], "marker": "."}
-            upper.plot(tokens, [point["perplexity"] for point in curve], label=line["contender"], **style)
-            lower.plot(tokens, [point["sparsity"] for point in curve], drawstyle="steps-post", **style)
-        ends = [line["runs"][0]["curve"][-1]["perplexity"] for line in own]
-        upper.set(
-            title=pattern, ylabel="perplexity", yscale="log", ylim=(0.9 * min(ends), 4 * sorted(ends)[len(ends) // 2])
-        )
+            number = names.index(name) - 1  # dense is the first
+            style = {
+                "color": "black" if name == DENSE else f"C{number % 10}",
+                "linestyle": "-" if name in OWN else "--",
+                "marker": "os^"[(number + 1) // 10],
+                "markersize": 4,
+            }
+            (handles[name],) = upper.plot(tokens, [point["perplexity"] for point in curve], label=name, **style)
+            lower.plot(tokens, [point["sparsity"] for point in curve], **style)
+        ends = sorted(line["runs"][0]["curve"][-1]["perplexity"] for line in own)
+        upper.set(title=pattern, ylabel="perplexity", yscale="log", ylim=(0.9 * ends[0], 4 * ends[len(ends) // 2]))
         for which in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
             which(ScalarFormatter())  # 30, not 3 x 10^1
-        upper.legend(fontsize=8)
-        lower.set(xlabel=f"tokens of {Path(task.text).name}", ylabel="sparsity", ylim=(0, 1))
-    figure.savefig(path)
+        lower.set(xlabel=f"tokens of {Path(task.text).name}", ylabel="sparsity", ylim=(-0.05, 0.75))
+        lower.xaxis.set_major_formatter(EngFormatter())
+        for axis in (upper, lower):
+            axis.grid(alpha=0.3, which="both")
+    figure.legend(handles=[handles[name] for name in names], loc="outside right upper")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
