@@ -154,8 +154,13 @@ class ThanosPruningCallback(Callback):
         for other in self.overrides:
             other.parsed()
         self.options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
-        if calibration_steps < 1:
-            raise ValueError(f"calibration_steps is {calibration_steps}: give at least one optimizer step")
+        for name, number, least in (
+            ("calibration_steps", calibration_steps, 1),
+            ("rewarm_steps", rewarm_steps, 0),
+            ("verify_every_n_steps", verify_every_n_steps, 0),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} is {number!r}: give a whole number of optimizer steps ≥ {least}")
         self.calibration_steps = calibration_steps
         if isinstance(calibration_dataloader, str) and calibration_dataloader != "datamodule":
             raise ValueError(f"calibration_dataloader is {calibration_dataloader!r}: give a dataloader or 'datamodule'")
@@ -203,14 +208,10 @@ class ThanosPruningCallback(Callback):
             )
         if isinstance(allocation, Allocation):
             check_allocation(allocation, self.pattern, schedule)
-        if rewarm_steps < 0:
-            raise ValueError(f"rewarm_steps is {rewarm_steps}: give a number of optimizer steps ≥ 0")
         self.rewarm_steps = rewarm_steps
         if moments not in ("keep", "clear"):
             raise ValueError(f"moments is {moments!r}: choose 'keep' or 'clear'")
         self.moments = moments
-        if verify_every_n_steps < 0:
-            raise ValueError(f"verify_every_n_steps is {verify_every_n_steps}: give a number ≥ 0 (0 never counts)")
         self.verify_every_n_steps = verify_every_n_steps
         self.monitor = monitor
 

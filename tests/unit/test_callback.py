@@ -884,6 +884,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"admm_steps": -1}, "admm_steps=-1"),
         ({"refine_steps": -1}, "refine_steps=-1"),
         ({"calibration_steps": 0}, "calibration_steps is 0"),
+        ({"calibration_steps": 0.1}, "calibration_steps is 0.1: give a whole number of optimizer steps ≥ 1"),
         ({"calibration_dataloader": "train"}, "'datamodule'"),
         ({"calibration_dataloader": iter([])}, "is an iterator"),
         ({"hessian_memory_gib": 0.0}, "hessian_memory_gib is 0.0"),

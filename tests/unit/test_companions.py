@@ -345,6 +345,7 @@ def test_directions_are_forgotten_and_scales_are_not(tmp_path: Path, moments: An
     ("arguments", "message"),
     [
         ({"rewarm_steps": -1}, "rewarm_steps is -1"),
+        ({"rewarm_steps": 2.5}, "rewarm_steps is 2.5: give a whole number of optimizer steps ≥ 0"),
         ({"moments": "drop"}, "moments is 'drop': choose 'keep' or 'clear'"),
     ],
 )

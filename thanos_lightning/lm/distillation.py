@@ -56,8 +56,8 @@ class Distillation:
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("cross_entropy", "logits", "hidden_states")}
         for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} is {weight}: give a weight ≥ 0")
+            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} is {weight!r}: give a weight ≥ 0")
         if not any(weights.values()):
             raise ValueError("all weights of the distillation are 0: give at least one of them a weight above 0")
         if not (self.logits or self.hidden_states):
@@ -65,8 +65,8 @@ class Distillation:
                 "logits and hidden_states are 0, so that nothing would be learnt from the teacher: give one of them a "
                 "weight above 0, or leave the distillation out"
             )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature is {self.temperature}: give a number > 0, such as 1.0")
+        if not (isinstance(self.temperature, int | float) and math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature is {self.temperature!r}: give a number > 0, such as 1.0")
         torch_dtype(self.dtype)
 
 

@@ -199,7 +199,9 @@ def test_distil_is_the_weighted_sum_of_what_both_models_say(weights):
         ({"cross_entropy": float("nan")}, "cross_entropy is nan"),
         ({"cross_entropy": 0, "logits": 0}, "all weights of the distillation are 0"),
         ({"logits": 0}, "nothing would be learnt from the teacher"),
+        ({"logits": "1"}, "logits is '1': give a weight"),
         ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": "2"}, "temperature is '2': give a number"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
     ],
 )
