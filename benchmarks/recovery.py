@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -50,6 +50,9 @@ from thanos_lightning.permutation import permute_channels
 from thanos_lightning.schedule import Shape
 from thanos_lightning.solver import Pattern, parse_pattern
 from thanos_lightning.targets import find_targets
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.6)}
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
@@ -577,7 +580,8 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
     lines = []
     for row in rows:
         best = row.runs[0]
-        # no time is kept of a run that was interrupted, nor that of the events of early ones
+        # no time is kept of a run that was interrupted, or whose machine had other work for a part of it, nor that of
+        # the events of early ones
         timed = next((run for run in row.runs if run.get("event_seconds") is not None), best)
         seconds, events = timed["seconds"], timed.get("event_seconds")
         gap = None if dense is None else row.gap(dense, row.seeds & dense.seeds)
@@ -614,7 +618,7 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
 _OF_A_RUN = ("seed", "rate", "settings", "perplexity", "sparsity", "seconds", "event_seconds", "curve", "hardware")
 
 
-def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
+def draw(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
     """Perplexity and sparsity against tokens, a column for each pattern; baselines are dashed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, ScalarFormatter
@@ -648,7 +652,7 @@ def draw(lines: Iterable[Mapping[str, Any]], task: Task, path: Path) -> None:
         for axis in (upper, lower):
             axis.grid(alpha=0.3, which="both")
     figure.legend(handles=[handles[name] for name in names], loc="outside right upper")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -733,7 +737,7 @@ def main() -> None:
         lines += report(pattern, rows, task, console)
     if arguments.output is not None:
         path = keep(f"recovery {Path(task.model).name}", arguments.output, {"task": task.described(), "results": lines})
-        draw(lines, task, path.with_suffix(".png"))
+        draw(lines, task).savefig(path.with_suffix(".png"), dpi=110)
         print(path)
 
 

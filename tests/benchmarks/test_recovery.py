@@ -50,7 +50,7 @@ def test_sr_ste_keeps_the_two_largest_of_four_and_teaches_all() -> None:
 
     upstream = torch.randn_like(dense)
     (weight * upstream).sum().backward()
-    expected = upstream + 0.01 * dense * ~kept  # equation (11) of arXiv 2102.04010
+    expected = upstream + 0.01 * dense * ~kept  # arXiv 2102.04010
     torch.testing.assert_close(layer.parametrizations.weight.original.grad, expected)
 
 
@@ -114,18 +114,21 @@ def test_gaps_are_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str
     assert "10.0 (10.0%)" in capsys.readouterr().out  # the share of the events
 
 
-def test_a_picture_has_a_column_for_each_pattern(tmp_path: Path) -> None:
+def test_a_picture_has_a_column_for_each_pattern_and_all_contenders() -> None:
     task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
     console = Console(width=160, quiet=True)
-    lines = [
-        line
-        for pattern in recovery.PATTERNS
-        for line in recovery.report(pattern, [row("dense", 10.0), row("gradual", 12.0)], task, console)
-    ]
+    rows = {"2:4": [row("dense", 10.0), row("sr-ste", 14.0), row("gradual", 12.0)], "60%": [row("gradual", 11.0)]}
+    lines = [line for pattern in rows for line in recovery.report(pattern, rows[pattern], task, console)]
 
-    recovery.draw(lines, task, tmp_path / "curves.png")
+    figure = recovery.draw(lines, task)
 
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    first, second, below, _ = figure.axes
+    assert [first.get_title(), second.get_title()] == ["2:4", "60%"]
+    assert [list(line.get_ydata()) for line in first.lines] == [[10.0] * 2, [14.0] * 2, [12.0] * 2]
+    assert [list(line.get_ydata()) for line in below.lines] == [[0.5, 0.5]] * 3
+    assert [list(line.get_ydata()) for line in second.lines] == [[11.0] * 2]
+    assert second.lines[0].get_color() == first.lines[2].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "sr-ste", "gradual"]
 
 
 # What is kept
