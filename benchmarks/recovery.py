@@ -127,6 +127,9 @@ OWN: dict[str, Recipe] = {
         {"teacher": _FINE_TUNED},
         permuted=_BY_GRADIENTS,
     ),
+    "all that helped, without a teacher": Recipe(
+        _BEFORE, {"calibration_dataloader": 128, **_JOINED}, permuted=_BY_GRADIENTS
+    ),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
