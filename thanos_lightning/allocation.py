@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 By = Literal["loss", "outliers"]
+_DEVIATIONS: Mapping[By, float] = {"loss": 0.15, "outliers": 0.08}
 _RESOLUTION = 200  # steps of sparsity from 0 to 1 at which losses are looked up between the levels
 
 
@@ -27,12 +28,13 @@ class Allocation:
             the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
             more of the decoder layers in which more weights score five times the mean.
         deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
-            sparsest layer and the densest, of which one may be nearly all of it away from that of all.
-        lowest: Smallest sparsity of a layer.
+            sparsest layer and the densest, of which one may be nearly all of it away from that of all. None is 0.15,
+            and 0.08 for "outliers", as in its paper.
+        lowest: Smallest sparsity of a layer; to the row or column that the pattern counts in.
         highest: Largest sparsity of a layer.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or is none.
 
     Example:
         >>> Allocation("loss").limits(0.95)
@@ -40,23 +42,31 @@ class Allocation:
     """
 
     by: By = "loss"
-    deviation: float = 0.15
+    deviation: float | None = None
     lowest: float = 0.0
     highest: float = 1.0
 
     def __post_init__(self) -> None:
         if self.by not in get_args(By):
             raise ValueError(f"by is {self.by!r}: choose one of {', '.join(map(repr, get_args(By)))}")
-        if not 0 < self.deviation < 1:
-            raise ValueError(f"deviation is {self.deviation}: give a number in (0, 1), such as 0.1")
+        if self.deviation is not None and not (isinstance(self.deviation, int | float) and 0 < self.deviation < 1):
+            raise ValueError(f"deviation is {self.deviation!r}: give a number in (0, 1), such as 0.1")
+        for name in ("lowest", "highest"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise ValueError(f"{name} is {value!r}: give a number in [0, 1], such as 0.5")
         if not 0 <= self.lowest <= self.highest <= 1:
             raise ValueError(
                 f"the limits of a layer's sparsity are {self.lowest} and {self.highest}: give 0 ≤ lowest ≤ highest ≤ 1"
             )
 
+    @property
+    def distance(self) -> float:
+        """The deviation, or the default of `by`."""
+        return _DEVIATIONS[self.by] if self.deviation is None else self.deviation
+
     def limits(self, sparsity: float) -> tuple[float, float]:
         """The smallest and the largest sparsity of a layer, where all together have this one."""
-        away = self.deviation if self.by == "loss" else 2 * self.deviation
+        away = self.distance if self.by == "loss" else 2 * self.distance
         lowest, highest = sparsity - away, sparsity + away
         return max(self.lowest, round(lowest, 12)), min(self.highest, round(highest, 12))
 
@@ -65,9 +75,9 @@ def by_outliers(
     outlier_ratios: Mapping[str, float],
     sizes: Mapping[str, int],
     budget: int,
-    deviation: float = 0.08,
-    lowest: float = 0.0,
-    highest: float = 1.0,
+    deviation: float = _DEVIATIONS["outliers"],
+    lowest: float | Mapping[str, float] = 0.0,
+    highest: float | Mapping[str, float] = 1.0,
 ) -> dict[str, int]:
     """How many weights of each layer are pruned, fewer where there are more outliers.
 
@@ -79,8 +89,8 @@ def by_outliers(
         sizes: Layer -> number of its weights.
         budget: Number of weights to prune, of all layers together.
         deviation: λ of the paper.
-        lowest: Smallest sparsity that a layer may have.
-        highest: Largest sparsity that a layer may have.
+        lowest: Smallest sparsity that a layer may have, one for all or that of each.
+        highest: Largest sparsity that a layer may have, likewise.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
@@ -97,10 +107,11 @@ def by_outliers(
     kept = {
         name: 2 * deviation * (ratio - fewest) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()
     }
-    _limits(budget, sizes, lowest, dict.fromkeys(sizes, highest))
+    lows, tops = _of_each(lowest, sizes), _of_each(highest, sizes)
+    _limits(budget, sizes, lows, tops)
 
     def moved(shift: float) -> dict[str, float]:
-        return {name: min(max(1 - shift - kept[name], lowest), highest) * size for name, size in sizes.items()}
+        return {name: min(max(1 - shift - kept[name], lows[name]), tops[name]) * size for name, size in sizes.items()}
 
     # the more is kept of all, the fewer weights are pruned
     less, more = -2.0, 1.0
@@ -114,8 +125,8 @@ def by_loss(
     losses: Mapping[str, Mapping[float, float]],
     sizes: Mapping[str, int],
     budget: int,
-    lowest: float = 0.0,
-    highest: float = 1.0,
+    lowest: float | Mapping[str, float] = 0.0,
+    highest: float | Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """How many weights of each layer are pruned, so that the sum of the predicted losses is least.
 
@@ -127,8 +138,8 @@ def by_loss(
         losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
         sizes: Layer -> number of its weights.
         budget: Number of weights to prune, of all layers together.
-        lowest: Smallest sparsity of a layer.
-        highest: Largest sparsity of a layer; none goes beyond its last level.
+        lowest: Smallest sparsity of a layer, one for all or that of each.
+        highest: Largest sparsity of a layer, likewise; None is its last level.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
@@ -141,11 +152,12 @@ def by_loss(
         >>> by_loss(losses, {"cheap": 100, "dear": 100}, 100)
         {'cheap': 75, 'dear': 25}
     """
-    tops = {name: min(highest, max(levels)) for name, levels in losses.items()}
-    least, most = _limits(budget, sizes, lowest, tops)
+    lows = _of_each(lowest, sizes)
+    tops = {name: max(losses[name]) for name in sizes} if highest is None else _of_each(highest, sizes)
+    least, most = _limits(budget, sizes, lows, tops)
     counts = dict(least)
     left = budget - sum(counts.values())
-    hulls = {name: _hull(losses[name], lowest, most[name] / size) for name, size in sizes.items()}
+    hulls = {name: _hull(losses[name], lows[name], most[name] / size) for name, size in sizes.items()}
     # (loss per weight, layer, number of the segment)
     queue = [(hull[0][1] / sizes[name], name, 0) for name, hull in hulls.items() if hull]
     heapq.heapify(queue)
@@ -223,17 +235,21 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
     return found
 
 
+def _of_each(limit: float | Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
+    return limit if isinstance(limit, Mapping) else dict.fromkeys(sizes, limit)
+
+
 def _limits(
-    budget: int, sizes: Mapping[str, int], lowest: float, highest: Mapping[str, float]
+    budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The least and the most weights of each layer, between whose sums the budget has to be."""
-    least = {name: math.ceil(lowest * size - 1e-9) for name, size in sizes.items()}
+    least = {name: math.ceil(lowest[name] * size - 1e-9) for name, size in sizes.items()}
     most = {name: max(least[name], math.floor(highest[name] * size + 1e-9)) for name, size in sizes.items()}
     if not sum(least.values()) <= budget <= sum(most.values()):
         total = sum(sizes.values())
         closest = sum((least if budget < sum(least.values()) else most).values()) / total
         raise ValueError(
-            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {lowest} and "
+            f"a sparsity of {budget / total:.4f} can't be met where each layer's is between {min(lowest.values())} and "
             f"{max(highest.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
         )
     return least, most

@@ -42,11 +42,16 @@ def check_allocation(allocation: Allocation, pattern: Pattern, schedule: Sparsit
             f"the schedule starts at sparsity {schedule.initial}, but the allocation may give a layer as little as "
             f"{lowest}: give a smaller initial, or a larger lowest"
         )
-    if not lowest <= pattern.sparsity <= highest:
-        closest = lowest if pattern.sparsity < lowest else highest
+    if allocation.lowest >= most:
         raise ValueError(
-            f"a sparsity of {pattern.sparsity} can't be met where each layer's is between {lowest} and {highest}: the "
-            f"closest is {closest}. Widen the allocation's limits, or ask for that"
+            f"the allocation's lowest is {allocation.lowest}, but no layer is looked at beyond {most:g}: give a "
+            "smaller one, or leave the allocation out"
+        )
+    if not lowest <= pattern.sparsity <= highest:
+        closest = allocation.lowest if pattern.sparsity < lowest else allocation.highest
+        raise ValueError(
+            f"a sparsity of {pattern.sparsity} can't be met where each layer's is between {allocation.lowest} and "
+            f"{allocation.highest}: the closest is {closest}. Widen the allocation's limits, or ask for that"
         )
 
 
@@ -69,7 +74,7 @@ def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocati
 
     Example:
         >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
-        Allocation(by='loss', deviation=0.15, lowest=0.0, highest=1.0)
+        Allocation(by='loss', deviation=None, lowest=0.0, highest=1.0)
         >>> default_allocation(NM(2, 4), SparsitySchedule(10, 30, 10)) is None
         True
     """

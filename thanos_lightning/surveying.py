@@ -158,21 +158,26 @@ def allocate(
 
     Returns:
         As `final`; layers that stay dense are missing.
-
-    Raises:
-        ValueError: If the budget can't be met within the limits, naming the closest that can.
     """
     shared = {name: layers[name] for name, its in final.items() if its == pattern}
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
-    budget = sum(pattern.num_pruned(layer.rows, layer.cols) for layer in shared.values())
+    alike = {name: pattern.num_pruned(layer.rows, layer.cols) for name, layer in shared.items()}
+    budget = sum(alike.values())
+    lowest, highest = allocation.limits(pattern.sparsity)
+    if allocation.by == "outliers":
+        lowest, highest = allocation.lowest, allocation.highest
+    highest = min(highest, sparsest(pattern).sparsity)
+    # whole weights, rows and columns go beyond a limit that is the pattern's own sparsity by a fraction of one
+    lows = {name: min(lowest, alike[name] / size) for name, size in sizes.items()}
+    tops = {name: max(highest, alike[name] / size) for name, size in sizes.items()}
     if allocation.by == "loss":
         losses = {name: surveys[name].weighted_losses or {} for name in shared}
         if not all(losses.values()):
             losses = {name: surveys[name].losses for name in shared}
-        counts = by_loss(losses, sizes, budget, *allocation.limits(pattern.sparsity))
+        counts = by_loss(losses, sizes, budget, lows, tops)
     else:
-        ratios, highest = _of_decoder_layers(surveys, sizes), min(allocation.highest, sparsest(pattern).sparsity)
-        counts = by_outliers(ratios, sizes, budget, allocation.deviation, allocation.lowest, highest)
+        ratios = _of_decoder_layers(surveys, sizes)
+        counts = by_outliers(ratios, sizes, budget, allocation.distance, lows, tops)
     wanted = in_units(counts, {name: _units(pattern, layer) for name, layer in shared.items()})
     allocated = {}
     for name, its in final.items():

@@ -73,6 +73,10 @@ def test_limits_hold() -> None:
     assert by_loss(losses, sizes, 1000) == {"cheap": 800, "dear": 200}
     assert by_loss(losses, sizes, 1000, lowest=0.4, highest=0.7) == {"cheap": 600, "dear": 400}
     assert by_loss(losses, sizes, 800, lowest=0.4) == {"cheap": 400, "dear": 400}
+    assert by_loss(losses, sizes, 800, {"cheap": 0.0, "dear": 0.3}, {"cheap": 0.5, "dear": 1.0}) == {
+        "cheap": 500,
+        "dear": 300,
+    }
 
 
 @pytest.mark.parametrize(("budget", "closest"), [(700, "0.4000"), (1300, "0.6000")])
@@ -97,6 +101,7 @@ def test_what_outliers_take_beyond_a_limit_stays_at_it() -> None:
     one = {str(index): float(index == 0) for index in range(30)}
     assert by_outliers(one, dict.fromkeys(one, 1000), 18000, 0.15)["0"] == 310
     assert Allocation("outliers", deviation=0.15).limits(0.6) == (0.3, 0.9)
+    assert Allocation("outliers").limits(0.6) == (0.44, 0.76)  # the paper's 0.08
     for budget, closest in ((1000, "0.4000"), (2000, "0.6000")):
         with pytest.raises(ValueError, match=rf"between 0.4 and 0.6: the closest is {closest}"):
             by_outliers(ratios, sizes, budget, 0.1, lowest=0.4, highest=0.6)
@@ -119,6 +124,9 @@ def test_whole_units_have_the_sum_to_half_a_unit(layers: list[tuple[int, int]]) 
     [
         ({"by": "size"}, "by is 'size': choose one of 'loss', 'outliers'"),
         ({"deviation": 0}, "deviation is 0"),
+        ({"deviation": "0.1"}, "deviation is '0.1': give a number"),
+        ({"lowest": "0.1"}, "lowest is '0.1': give a number"),
+        ({"highest": None}, "highest is None: give a number"),
         ({"lowest": 0.6, "highest": 0.5}, "limits of a layer's sparsity are 0.6 and 0.5"),
         ({"highest": 1.2}, "limits of a layer's sparsity are 0.0 and 1.2"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,51 @@ def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Patte
     assert len({pruning.patterns[name].sparsity for name in LAYERS}) > 2
     units = [cols // 2 if isinstance(pattern, NM) else rows for rows, cols in shapes.values()]
     assert abs(sum(found.values()) - sum(pattern.num_pruned(*shape) for shape in shapes.values())) <= max(units) / 2
+
+
+@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("limit", ["lowest", "highest"])
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(0.55), Unstructured(0.6), Unstructured(0.7), NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)],
+    ids=str,
+)
+def test_a_limit_may_be_the_sparsity_itself(by: Any, limit: str, pattern: Pattern) -> None:
+    allocation = Allocation(by, **{limit: pattern.sparsity})
+    check_allocation(allocation, pattern, SparsitySchedule(20, 20, 1))
+    its = {
+        name: replace(survey, outliers=number * 0.01) for number, (name, survey) in enumerate(surveys(False).items())
+    }
+    _, pruning = plan(planner(pattern=pattern, allocation=allocation, gives_way=False), its)
+    shapes = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
+    units = {
+        name: {Unstructured: 1, NM: cols // 2, Structured: rows}[type(pattern)] for name, (rows, cols) in shapes.items()
+    }
+    for name, (rows, cols) in shapes.items():
+        found, alike = pruning.patterns[name].num_pruned(rows, cols), pattern.num_pruned(rows, cols)
+        at_limit = (min if limit == "lowest" else max)(pattern.sparsity * rows * cols, alike)
+        beyond = at_limit - found if limit == "lowest" else found - at_limit
+        assert beyond <= (units[name] + max(units.values())) / 2  # what rounding leaves to the next layer
+    assert sum(its.num_pruned(*shapes[name]) for name, its in pruning.patterns.items()) == pytest.approx(
+        sum(pattern.num_pruned(*shape) for shape in shapes.values()), abs=max(units.values()) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        (Allocation(lowest=0.7), "between 0.7 and 1.0: the closest is 0.7"),
+        (Allocation(lowest=0.8, highest=0.9), "between 0.8 and 0.9: the closest is 0.8"),  # further than the deviation
+        (Allocation(highest=0.3), "between 0.0 and 0.3: the closest is 0.3"),
+        (Allocation("outliers", highest=0.5), "between 0.0 and 0.5: the closest is 0.5"),
+        (Allocation(lowest=0.96), "lowest is 0.96, but no layer is looked at beyond 0.95"),
+    ],
+)
+def test_the_closest_sparsity_that_is_named_can_be_met(allocation: Allocation, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_allocation(allocation, Unstructured(0.6), SparsitySchedule(20, 20, 1))
+    if named := re.search("closest is (.*)", message):
+        check_allocation(allocation, Unstructured(float(named[1])), SparsitySchedule(20, 20, 1))
 
 
 def test_layers_of_which_it_is_not_known_what_they_lose_keep_out_of_an_allocation() -> None:
