@@ -76,6 +76,7 @@ class Recipe:
         permuted: Whether the model's channels are put into another order before, on what the one-shot methods
             calibrate on, and with which output_weights; None leaves them.
         shape: Of the schedule.
+        training: Other arguments of `CausalLM`.
     """
 
     schedule: tuple[float, ...]
@@ -84,6 +85,7 @@ class Recipe:
     pruned: str | None = None
     permuted: str | None = None
     shape: Shape = "cubic"
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def times(self) -> SparsitySchedule:
@@ -145,6 +147,14 @@ OWN: dict[str, Recipe] = {
         for name, allocation in {"": "uniform", ", allocated": {"by": "loss"}}.items()
     },
     "first step, deviation 0.3": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss", "deviation": 0.3}}),
+    **{
+        f"first step, {name}": Recipe(_BEFORE, _FIRST_STEP, training=training)
+        for name, training in {
+            "falling linearly": {"lr_schedule": "linear"},
+            "without warm-up": {"warmup": 0},
+            "decayed": {"weight_decay": 0.1},
+        }.items()
+    },
     "levels": Recipe(_FOUR_TIMES, {"progression": "levels"}),
     "front to back": Recipe(_FOUR_TIMES, {"progression": "front-to-back"}),
     "back to front": Recipe(_FOUR_TIMES, {"progression": "back-to-front"}),
@@ -484,7 +494,8 @@ def train(
             arguments["teacher"] = str(fine_tuned_folder(task, pruned, seed))
         distillation = Distillation(**arguments)
     seed_everything(seed, verbose=False)
-    module = CausalLM(model, learning_rate=rate, warmup=task.warmup, lr_schedule="cosine", distillation=distillation)
+    training = {"warmup": task.warmup, "lr_schedule": "cosine", **({} if recipe is None else recipe.training)}
+    module = CausalLM(model, learning_rate=rate, distillation=distillation, **training)
     trainer = Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
@@ -541,6 +552,8 @@ def settings(contender: str) -> Any:
         del made["permuted"]  # which kept runs don't say
     if recipe.shape == "cubic":
         del made["shape"]
+    if not recipe.training:
+        del made["training"]
     solver = None if recipe.pruned is None else METHODS[recipe.pruned]
     return json.loads(json.dumps({**made, "solver": solver}))
 
