@@ -25,7 +25,15 @@ from typing_extensions import override
 
 from thanos_lightning.checkpoints import CALLBACK_KEY
 from thanos_lightning.folders import new_folder
-from thanos_lightning.lm.distillation import BEFORE_PRUNING, START, Distillation, check_teacher, distil, num_chunks
+from thanos_lightning.lm.distillation import (
+    BEFORE_PRUNING,
+    START,
+    Distillation,
+    check_teacher,
+    check_vocabulary,
+    distil,
+    num_chunks,
+)
 from thanos_lightning.lm.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.sharding.frozen import (
@@ -233,6 +241,8 @@ class CausalLM(LightningModule):
         self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
         require_own_gathering(self.model, self.model.base_model)
         check_teacher(self.model, self._teacher.model, self.distillation)
+        if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):
+            check_vocabulary(self.tokenizer_name, name)
 
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None

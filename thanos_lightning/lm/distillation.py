@@ -16,11 +16,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from thanos_lightning.lm.pretrained import torch_dtype
+from thanos_lightning.lm.pretrained import load_tokenizer, torch_dtype
 
 # Of logits that exist at one time: 512 MiB in float32 for a vocabulary of 128,000, and as much for the teacher's.
 TOKENS_PER_CHUNK = 1024
 _IGNORED_LABEL = -100  # transformers' own: such a token is no target
+_RENAMED = 0.01  # of the tokens: more make it another vocabulary
 
 START, BEFORE_PRUNING = "start", "before-pruning"
 
@@ -98,7 +99,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
     if own.vocab_size != its.vocab_size:
         raise ValueError(
             f"{named} has a vocabulary of {its.vocab_size:,} tokens and the model one of {own.vocab_size:,}: take "
-            "a teacher with the model's tokenizer"
+            "a teacher with the model's tokenizer (where only their padding differs, resize_token_embeddings of one)"
         )
     if distillation.hidden_states:
         for name, what in (("num_hidden_layers", "decoder layers"), ("hidden_size", "hidden units")):
@@ -109,6 +110,34 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
                 )
     for model in (student, teacher):
         _check_head(model)
+
+
+def check_vocabulary(model: str, teacher: str) -> None:
+    """Refuse a teacher whose tokens are others than the model's, which as many of them would hide.
+
+    Nothing is said where either has no tokenizer to be found, and some renamed tokens, as in models for chats, are let
+    through.
+
+    Args:
+        model: A name for `load_tokenizer`.
+        teacher: Likewise.
+
+    Raises:
+        ValueError: With an example of what a token is to the one and to the other.
+    """
+    try:
+        own, its = (load_tokenizer(name).get_vocab() for name in (model, teacher))
+    except (OSError, ValueError):
+        return
+    words = {index: word for word, index in its.items()}
+    other = {word: index for word, index in own.items() if words.get(index) != word}
+    if len(other) > _RENAMED * len(own):
+        word, index = min(other.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"the teacher {teacher!r} has another vocabulary than the model: {len(other):,} of {len(own):,} tokens are "
+            f"others, such as {index}, which is {word!r} to the model and {words.get(index)!r} to the teacher: take a "
+            "teacher with the model's tokenizer"
+        )
 
 
 def _check_head(model: PreTrainedModel) -> None:

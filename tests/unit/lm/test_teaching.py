@@ -1,16 +1,21 @@
 """CausalLM with a teacher, in real trainings."""
 
+import json
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation
-from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.lm.distillation import check_vocabulary
+from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
 
 
 def batches(number=6):
@@ -223,6 +228,37 @@ def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path):
     nothing.mkdir()
     with pytest.raises(MisconfigurationException, match=r"the teacher '.*nothing' can't be loaded .*: give 'start'"):
         trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(nothing))), batches())
+
+
+def test_a_teacher_to_which_tokens_mean_something_else_is_refused(tiny, tmp_path):
+    other, fit = tmp_path / "other", trainer(tmp_path, max_steps=1)
+    lm = CausalLM(tiny, distillation=Distillation(str(other)))
+    load_pretrained(tiny).save_pretrained(other)
+    fit.fit(lm, batches())  # has no tokenizer: its tokens are taken for the model's
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.save_pretrained(other)
+    trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+    file = other / "tokenizer.json"
+    words = json.loads(file.read_text())
+    own = words["model"]["vocab"]
+    own["cat"], own["dog"] = own["dog"], own["cat"]
+    file.write_text(json.dumps(words))
+    message = r"the teacher '.*other' has another vocabulary than the model: 2 of 12 .* 3, which is 'cat' to the model"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+
+
+def test_some_renamed_tokens_are_no_other_vocabulary(tmp_path):
+    folders = [str(tmp_path / name) for name in ("base", "chat", "other")]
+    for folder, renamed in zip(folders, (0, 2, 3), strict=True):
+        names = [f"<chat {index}>" if index < renamed else f"<{index}>" for index in range(200)]
+        vocabulary = {name: index for index, name in enumerate(names)}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token=names[-1]))
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    base, chat, other = folders
+    check_vocabulary(base, chat)
+    with pytest.raises(ValueError, match="3 of 200 tokens are others, such as 0, which is '<0>' to the model"):
+        check_vocabulary(base, other)
 
 
 def test_validation_loads_no_teacher(tiny, tmp_path):
