@@ -408,7 +408,14 @@ class ThanosPruningCallback(Callback):
                 "gradient scaler skips, and those of other optimizers, do not count)"
             )
         elif self._windows:
-            self._scores.warn_of_none(trainer, self._windows[-1].end_step)
+            last = self._windows[-1].end_step
+            self._scores.warn_of_none(trainer, last)
+            # else it was said at the beginning, or is a fast_dev_run
+            if self._optimizer_steps == last and trainer.estimated_stepping_batches != last:
+                rank_zero_warn(
+                    f"the training ended with its last event, at optimizer step {last}: no step was left in which the "
+                    "model could recover. Train for longer, or end the schedule earlier (end_step)"
+                )
         self._clock.tick()
         if trainer.is_global_zero:
             self._write_report(trainer)

@@ -369,6 +369,24 @@ def test_a_schedule_without_a_step_to_recover_is_said(tmp_path: Path) -> None:
         fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 11, 3)), max_steps=8)
 
 
+class _StopsAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize(("stop", "is_said"), [(8, True), (9, False)])
+def test_a_training_that_ends_with_its_last_event_is_said(tmp_path: Path, stop: int, is_said: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3)), _StopsAt(stop), max_steps=20)
+    said = [str(warning.message) for warning in caught if "no step was left" in str(warning.message)]
+    assert len(said) == is_said
+    assert all("with its last event, at optimizer step 8" in message for message in said)
+
+
 def test_the_report_says_what_pruning_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback = pruning()
     fit(ToyLM(), tmp_path, callback, max_steps=8)
