@@ -35,6 +35,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
 SPARSITIES = {
     "smollm2-135m-2of4-distilled": 0.5,
+    "smollm2-135m-2of4-adapted": 0.5,
     "smollm2-135m-unstructured60": 0.6,
     "smollm2-135m-structured30": 0.3,
     "llama-3.2-1b-2of4-distilled": 0.5,
@@ -42,6 +43,7 @@ SPARSITIES = {
     "llama-3.2-1b-unstructured60-squarehead": 0.6,
     "qwen3-0.6b-unstructured70-squarehead": 0.7,
 }
+TAUGHT = ("distilled", "adapted", "squarehead")
 SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64)}
 
 
@@ -59,7 +61,7 @@ def test_a_recipe_says_what_it_is(recipe: Path) -> None:
     assert all(word in text.lower() for word in ("for whom", "cost", "expect", "measured"))
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSITIES if "distilled" in name or "squarehead" in name])
+@pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith(TAUGHT)])
 def test_a_recipe_with_a_teacher_has_losses_for_it(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     cli = build(next(recipe for recipe in RECIPES if recipe.stem == name))

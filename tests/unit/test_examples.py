@@ -60,3 +60,10 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     exec(teaching, taught)
     assert taught["lm"].distillation.teacher == "start"
     exec(single, {})
+
+
+def test_the_code_of_choosing_a_recipe_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["loss"] > 0
