@@ -1202,6 +1202,24 @@ def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None
     assert abs(sum(int((~mask.keep).sum()) for mask in found.values()) - wanted) <= of_a_row / 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "allocation"),
+    [
+        ({"pattern": "unstructured", "sparsity": 0.55}, Allocation(lowest=0.55)),
+        ({"pattern": "2:4", "outlier_fraction": 0.3}, Allocation(highest=0.35)),
+    ],
+)
+def test_a_limit_that_is_the_sparsity_lasts_to_the_event(
+    tmp_path: Path, arguments: dict[str, Any], allocation: Allocation
+) -> None:
+    callback = pruning(**arguments, allocation=allocation)
+    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    found = masks(callback)
+    assert sum(int((~mask.keep).sum()) for mask in found.values()) == pytest.approx(
+        sum(callback.pattern.num_pruned(*mask.keep.shape) for mask in found.values()), abs=24
+    )
+
+
 def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
     callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers", deviation=0.2))
     trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
