@@ -30,8 +30,9 @@ class Allocation:
         deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
             sparsest layer and the densest, of which one may be nearly all of it away from that of all. None is 0.15,
             and 0.08 for "outliers", as in its paper.
-        lowest: Smallest sparsity of a layer; to the row or column that the pattern counts in.
-        highest: Largest sparsity of a layer.
+        lowest: Smallest sparsity of a layer. N:M and structured layers have whole rows and columns, by one of which
+            they may be beyond it.
+        highest: Largest sparsity of a layer, likewise.
 
     Raises:
         ValueError: If a number is out of range, or is none.
@@ -243,8 +244,10 @@ def _limits(
     budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The least and the most weights of each layer, between whose sums the budget has to be."""
-    least = {name: math.ceil(lowest[name] * size - 1e-9) for name, size in sizes.items()}
-    most = {name: max(least[name], math.floor(highest[name] * size + 1e-9)) for name, size in sizes.items()}
+    # a limit that is a number of weights over a layer's size has to be that number again
+    slack = {name: 1e-9 + 1e-12 * size for name, size in sizes.items()}
+    least = {name: math.ceil(lowest[name] * size - slack[name]) for name, size in sizes.items()}
+    most = {name: max(least[name], math.floor(highest[name] * size + slack[name])) for name, size in sizes.items()}
     if not sum(least.values()) <= budget <= sum(most.values()):
         total = sum(sizes.values())
         closest = sum((least if budget < sum(least.values()) else most).values()) / total

@@ -49,9 +49,12 @@ def check_allocation(allocation: Allocation, pattern: Pattern, schedule: Sparsit
         )
     if not lowest <= pattern.sparsity <= highest:
         closest = allocation.lowest if pattern.sparsity < lowest else allocation.highest
+        asked = "ask for that"
+        if isinstance(pattern, NM):
+            asked += f", by outlier_fraction {1 - closest / most:g}"
         raise ValueError(
-            f"a sparsity of {pattern.sparsity} can't be met where each layer's is between {allocation.lowest} and "
-            f"{allocation.highest}: the closest is {closest}. Widen the allocation's limits, or ask for that"
+            f"a sparsity of {pattern.sparsity:g} can't be met where each layer's is between {allocation.lowest} and "
+            f"{allocation.highest}: the closest is {closest}. Widen the allocation's limits, or {asked}"
         )
 
 

@@ -128,6 +128,11 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert events[-1].sparsity(pruning.pattern.sparsity) == pruning.pattern.sparsity
     assert math.isclose(pruning.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
     assert cli.datamodule.tokenizer == cli.model.model_name
+    saving = only(ModelCheckpoint, cli)
+    if saving.monitor is None:
+        assert saving._every_n_train_steps <= total
+    else:
+        assert cli.trainer.val_check_interval <= total * cli.trainer.accumulate_grad_batches, "nothing is ever saved"
 
 
 @pytest.mark.parametrize("name", ZERO3)

@@ -13,7 +13,7 @@ from thanos_lightning.allocation import Allocation
 from thanos_lightning.planning import Planner, check_allocation, check_initial, default_allocation, events_in
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
-from thanos_lightning.surveying import LayerSurvey
+from thanos_lightning.surveying import LayerSurvey, allocate
 from thanos_lightning.targets import find_targets
 from thanos_lightning.windows import Window
 
@@ -121,6 +121,36 @@ def test_a_limit_may_be_the_sparsity_itself(by: Any, limit: str, pattern: Patter
     assert sum(its.num_pruned(*shapes[name]) for name, its in pruning.patterns.items()) == pytest.approx(
         sum(pattern.num_pruned(*shape) for shape in shapes.values()), abs=max(units.values()) / 2
     )
+
+
+@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize(
+    ("pattern", "allocation"),
+    [
+        (Unstructured(0.6), {"lowest": 0.6}),
+        (Unstructured(0.51), {"highest": 0.51}),
+        (NM(2, 4, 0.43), {"highest": NM(2, 4, 0.43).sparsity}),
+        (Structured(0.56), {"highest": 0.56}),
+        (Structured(0.53, 0.1), {"highest": 0.53}),
+    ],
+    ids=str,
+)
+def test_a_limit_may_be_the_sparsity_of_large_layers(by: Any, pattern: Pattern, allocation: dict[str, float]) -> None:
+    shapes = [(11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (1024, 4096)]
+    layers: Any = {str(number): SimpleNamespace(rows=rows, cols=cols) for number, (rows, cols) in enumerate(shapes)}
+    its = {
+        name: LayerSurvey({0.25: number + 1.0, 0.5: number + 2.0, 0.8: number + 4.0}, 0.01 * number)
+        for number, name in enumerate(layers)
+    }
+    found = allocate(Allocation(by, **allocation), its, layers, dict.fromkeys(layers, pattern), pattern)
+    wanted = sum(pattern.num_pruned(*shape) for shape in shapes)
+    total = sum(found[name].num_pruned(*shape) for name, shape in zip(layers, shapes, strict=True))
+    assert total == pytest.approx(wanted, abs=0 if isinstance(pattern, Unstructured) else 28672 / 2)
+
+
+def test_the_closest_n_m_is_named_by_its_dense_rows() -> None:
+    with pytest.raises(ValueError, match=r"the closest is 0.3.*ask for that, by outlier_fraction 0.4"):
+        check_allocation(Allocation(highest=0.3), NM(2, 4, 0.3), SparsitySchedule(20, 20, 1))
 
 
 @pytest.mark.parametrize(

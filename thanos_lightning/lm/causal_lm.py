@@ -242,7 +242,19 @@ class CausalLM(LightningModule):
         require_own_gathering(self.model, self.model.base_model)
         check_teacher(self.model, self._teacher.model, self.distillation)
         if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):
-            check_vocabulary(self.tokenizer_name, name)
+            self._check_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
+
+    def _check_vocabulary(self, model: str, teacher: str, vocab_size: int) -> None:
+        """On one rank, for all: files may be there for one alone."""
+        refused = None
+        if self.trainer.is_global_zero:
+            try:
+                check_vocabulary(model, teacher, vocab_size)
+            except ValueError as error:
+                refused = str(error)
+        refused = self.trainer.strategy.broadcast(refused)
+        if refused is not None:
+            raise ValueError(refused)
 
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None

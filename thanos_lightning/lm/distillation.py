@@ -112,22 +112,26 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
         _check_head(model)
 
 
-def check_vocabulary(model: str, teacher: str) -> None:
+def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
     """Refuse a teacher whose tokens are others than the model's, which as many of them would hide.
 
-    Nothing is said where either has no tokenizer to be found, and some renamed tokens, as in models for chats, are let
-    through.
+    Nothing is said where either has no tokenizer that can be found and read, and some renamed tokens, as in models for
+    chats, are let through.
 
     Args:
         model: A name for `load_tokenizer`.
         teacher: Likewise.
+        vocab_size: Of both models.
 
     Raises:
         ValueError: With an example of what a token is to the one and to the other.
     """
     try:
-        own, its = (load_tokenizer(name).get_vocab() for name in (model, teacher))
-    except (OSError, ValueError):
+        own, its = (load_tokenizer(name, trust_remote_code=False).get_vocab() for name in (model, teacher))
+    except Exception:  # whatever a reader of one of many formats raises: this is no reason not to train
+        return
+    # without the files of one, transformers makes up a tokenizer of some special tokens for most kinds of models
+    if min(len(own), len(its)) < vocab_size / 2:
         return
     words = {index: word for word, index in its.items()}
     other = {word: index for word, index in own.items() if words.get(index) != word}

@@ -70,11 +70,12 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         name: As for `load_pretrained`.
+        trust_remote_code: Whether code that comes with the tokenizer may run; None asks.
 
     Raises:
         ImportError: As `load_pretrained`.
@@ -84,7 +85,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
         [19556, 905]
     """
-    return AutoTokenizer.from_pretrained(_resolve(name))
+    return AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code)
 
 
 def _resolve(name: str) -> str:

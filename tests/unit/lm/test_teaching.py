@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
@@ -248,6 +248,16 @@ def test_a_teacher_to_which_tokens_mean_something_else_is_refused(tiny, tmp_path
         trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
 
 
+def test_a_tokenizer_that_transformers_makes_up_says_nothing(tiny, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=12, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "qwen")
+    assert len(load_tokenizer(str(tmp_path / "qwen"))) < 6  # without any file of one
+    check_vocabulary(tiny, str(tmp_path / "qwen"), 12)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    check_vocabulary(tiny, str(tmp_path / "broken"), 12)
+
+
 def test_some_renamed_tokens_are_no_other_vocabulary(tmp_path):
     folders = [str(tmp_path / name) for name in ("base", "chat", "other")]
     for folder, renamed in zip(folders, (0, 2, 3), strict=True):
@@ -256,9 +266,9 @@ def test_some_renamed_tokens_are_no_other_vocabulary(tmp_path):
         words = Tokenizer(models.WordLevel(vocabulary, unk_token=names[-1]))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     base, chat, other = folders
-    check_vocabulary(base, chat)
+    check_vocabulary(base, chat, 200)
     with pytest.raises(ValueError, match="3 of 200 tokens are others, such as 0, which is '<0>' to the model"):
-        check_vocabulary(base, other)
+        check_vocabulary(base, other, 200)
 
 
 def test_validation_loads_no_teacher(tiny, tmp_path):
