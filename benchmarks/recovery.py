@@ -209,7 +209,7 @@ _BASELINES = (DENSE, *ONE_SHOT, LIGHTNING)
 _GRADUAL = ("gradual", "gradual, distilled")
 IN_TABLE = {
     "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step", "all that helped, at the first step"),
-    "60%": (*_BASELINES, *_GRADUAL, "gradual, joined, on the first batches"),
+    "60%": (*_BASELINES, *_GRADUAL, "first step", "gradual, joined, on the first batches"),
 }
 
 

@@ -151,8 +151,14 @@ def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", recovery.PATTERNS)
-def test_the_table_is_made_of_runs_that_are_kept(pattern: str) -> None:
-    names = {json.loads(path.read_text())["contender"] for path in (RESULTS / "recovery").glob("*.json")}
-
-    assert set(recovery.IN_TABLE[pattern]) <= names
+def test_the_table_has_three_rates_and_two_orders_of_each(pattern: str) -> None:
+    kept = [json.loads(path.read_text()) for path in (RESULTS / "recovery").glob("*.json")]
     assert set(recovery.IN_TABLE[pattern]) <= set(recovery.contenders(pattern))
+    for contender in recovery.IN_TABLE[pattern]:
+        runs = [run for run in kept if run["contender"] == contender]
+        if contender != recovery.DENSE:
+            runs = [run for run in runs if run["pattern"] == pattern]
+        rates = {run["rate"]: run["perplexity"] for run in runs if run["seed"] == 1}
+        assert len(rates) >= 3, contender
+        best = min(rates, key=lambda rate: rates[rate])
+        assert 2 in {run["seed"] for run in runs if run["rate"] == best}, contender
