@@ -169,10 +169,7 @@ def _permute(
         batch_size=1,
         calibration_batches=blocks,
     )
-    try:
-        loaded = load_pretrained(model, dtype)
-    except OSError as error:  # of transformers, whose first line says what
-        raise ValueError(f"{str(error).splitlines()[0]} (model {model!r}): give a folder or a hub name") from error
+    loaded = load_pretrained(model, dtype)
     try:
         loaded = loaded.to(device)
     except (AssertionError, RuntimeError) as error:  # of torch, where it has no such device

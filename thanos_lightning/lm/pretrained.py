@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,7 +57,7 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     Raises:
         ValueError: If the dtype is unknown.
         ImportError: If the package with the weights is there, and what reads it is not.
-        OSError: If transformers finds no such model.
+        FileNotFoundError: If transformers finds no such model.
 
     Example:
         >>> model = load_pretrained("smollm2-135m")  # doctest: +SKIP
@@ -63,11 +65,13 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         (torch.float32, 134515008)
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        _resolve(name),
-        dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
-        attn_implementation=attn_implementation,
-    )
+    found = _resolve(name)
+    with _naming("model", name):
+        return AutoModelForCausalLM.from_pretrained(
+            found,
+            dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
+            attn_implementation=attn_implementation,
+        )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
@@ -79,13 +83,25 @@ def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrain
 
     Raises:
         ImportError: As `load_pretrained`.
-        OSError: If transformers finds no such tokenizer.
+        FileNotFoundError: If transformers finds no such tokenizer.
 
     Example:
         >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
         [19556, 905]
     """
-    return AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code)
+    found = _resolve(name)
+    with _naming("tokenizer", name):
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _naming(what: str, name: str) -> Iterator[None]:
+    """Say of what it is that transformers finds no file, which it leaves out where no hub can be reached."""
+    try:
+        yield
+    except OSError as error:
+        why = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no {what} {name!r} can be loaded ({why}): give a folder or a hub name") from error
 
 
 def _resolve(name: str) -> str:

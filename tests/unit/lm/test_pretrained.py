@@ -99,6 +99,14 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch, fake_package):
     assert os.listdir(fake_package) == []
 
 
+@pytest.mark.parametrize(("load", "what"), [(load_pretrained, "model"), (load_tokenizer, "tokenizer")])
+def test_what_can_not_be_loaded_is_named(tmp_path, load, what):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no {what} '.*reordered' can be loaded \(.+\): give a folder or a hub name"
+    ):
+        load(str(tmp_path / "reordered"))
+
+
 def test_a_faster_process_wins(monkeypatch, fake_package):
     def convert(file: Path, folder: Path) -> None:
         (folder / "mine").touch()
