@@ -146,9 +146,9 @@ def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
     assert end["tokens"] == kept["task"]["steps"] * kept["task"]["batch"] * kept["task"]["length"]
     assert end["perplexity"] == kept["perplexity"]
     sparsity = {"dense": 0.0}.get(kept["contender"], recovery.PATTERNS[kept["pattern"]].sparsity)
-    if kept["settings"] is not None:
-        sparsity *= 1 - kept["settings"]["options"].get("outlier_fraction", 0.0)
-    assert end["sparsity"] == pytest.approx(sparsity, abs=1e-4)
+    dense_rows = 0.0 if kept["settings"] is None else kept["settings"]["options"].get("outlier_fraction", 0.0)
+    # of which there are whole ones
+    assert end["sparsity"] == pytest.approx(sparsity * (1 - dense_rows), abs=1e-3 if dense_rows else 1e-4)
     assert kept["hardware"]
 
 
