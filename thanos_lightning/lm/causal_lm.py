@@ -262,8 +262,9 @@ class CausalLM(LightningModule):
             try:
                 return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
             except (OSError, ValueError) as error:
+                why = error.__cause__ or error  # what load_pretrained says names it, and a mend, again
                 raise MisconfigurationException(
-                    f"the teacher {name!r} can't be loaded ({error}): give {START!r}, {BEFORE_PRUNING!r}, or the hub "
+                    f"the teacher {name!r} can't be loaded ({why}): give {START!r}, {BEFORE_PRUNING!r}, or the hub "
                     "name or the folder of a model"
                 ) from error
 

@@ -223,10 +223,13 @@ def test_before_pruning_needs_the_callback(tiny, tmp_path):
         trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation()), batches())
 
 
-def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path):
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path, empty):
     nothing = tmp_path / "nothing"
-    nothing.mkdir()
-    with pytest.raises(MisconfigurationException, match=r"the teacher '.*nothing' can't be loaded .*: give 'start'"):
+    if empty:
+        nothing.mkdir()
+    message = r"the teacher '.*nothing' can't be loaded \((?!no model).*: give 'start'"
+    with pytest.raises(MisconfigurationException, match=message):
         trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(nothing))), batches())
 
 
