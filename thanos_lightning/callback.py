@@ -94,8 +94,8 @@ class ThanosPruningCallback(Callback):
             is on the way to 2:4. "front-to-back", "back-to-front" and "least-loss-first": layers take turns, each
             pruned at once to its end.
         allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
-            None is `Allocation("loss")` for "unstructured" with output weights, where the layers can be looked at
-            before the first event and the schedule begins below what a layer may get; else "uniform". (It leaves out
+            None is `Allocation("loss")` with output weights, where the layers can be looked at before the first event
+            and the schedule begins below what a layer may get; else, and for N:M in all rows, "uniform". (It leaves out
             layers that no gradient reaches, with a warning: they get the pattern's own sparsity.) An allocation and
             "least-loss-first" look at all layers before that event prunes any, on the batches that it prunes on. Under
             hessian_memory_gib that takes calibration steps of their own; where there are too few for both, half of

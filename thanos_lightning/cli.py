@@ -203,21 +203,24 @@ def _verify(
     outlier_fraction: float | None = None,
     **layers: Any,
 ) -> int:
-    from thanos_lightning.solver import parse_pattern
+    from thanos_lightning.solver import NM, Unstructured, parse_pattern
     from thanos_lightning.verification import verify_checkpoint
 
     if pattern is None and (layers or sparsity is not None or outlier_fraction is not None):
         raise ValueError("--sparsity, --outlier-fraction, --targets and --ignore go with a pattern: give --pattern")
+    wanted = None if pattern is None else parse_pattern(pattern, sparsity, outlier_fraction)
     with warnings.catch_warnings(record=True) as caught:
-        reports = verify_checkpoint(
-            checkpoint, None if pattern is None else parse_pattern(pattern, sparsity, outlier_fraction), **layers
-        )
+        reports = verify_checkpoint(checkpoint, wanted, **layers)
     _write_warnings(caught)
     status = _conclude(checkpoint, reports)
+    if isinstance(wanted, Unstructured):
+        lacking = [max(0, int(report.sparsity * report.numel) - report.zeros) for report in reports]
+        has_shares, missed = all(r.violations == lacks for r, lacks in zip(reports, lacking, strict=True)), 0
+    else:
+        has_shares = wanted is not None and not (isinstance(wanted, NM) and not wanted.outlier_fraction)
+        missed = max((max(report.shape, default=0) for report in reports), default=0)  # a budget is met to the row
     budget = sum(int(report.sparsity * report.numel) for report in reports)
-    lacking = [max(0, int(report.sparsity * report.numel) - report.zeros) for report in reports]
-    only_lacks = all(report.violations == lacks for report, lacks in zip(reports, lacking, strict=True))
-    if status and pattern == "unstructured" and only_lacks and sum(report.zeros for report in reports) >= budget:
+    if status and has_shares and sum(report.zeros for report in reports) >= budget - missed:
         sys.stderr.write(
             f"{_PROGRAM}: together the tensors have zeros enough. An allocation gives each layer a share of its own: "
             "where they were recorded, they are checked without --pattern\n"

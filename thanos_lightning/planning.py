@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thanos_lightning.allocation import Allocation, loss_at
 from thanos_lightning.schedule import Event, SparsitySchedule
-from thanos_lightning.solver import NM, Pattern, Unstructured
-from thanos_lightning.surveying import MOST_SURVEYED, LayerSurvey, allocate, levels, sparsest
+from thanos_lightning.solver import NM, Pattern
+from thanos_lightning.surveying import LayerSurvey, allocate, levels, sparsest
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
 
@@ -73,7 +73,7 @@ def check_initial(schedule: SparsitySchedule, final: Mapping[str, Pattern]) -> N
 
 
 def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocation | None:
-    """By loss, None where that is not for a pattern, or a schedule begins above what it may give to a layer.
+    """By loss, None where there is nothing to allocate, or a schedule begins above what it may give to a layer.
 
     Example:
         >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
@@ -82,10 +82,11 @@ def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocati
         True
     """
     default = Allocation("loss")
-    if not isinstance(pattern, Unstructured) or pattern.sparsity >= MOST_SURVEYED:
+    try:
+        check_allocation(default, pattern, schedule)
+    except ValueError:
         return None
-    lowest, _ = default.limits(pattern.sparsity)
-    return default if schedule.initial < lowest or not schedule.initial else None
+    return default
 
 
 @dataclass(frozen=True)

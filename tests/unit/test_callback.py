@@ -1203,6 +1203,24 @@ def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [{"pattern": "2:4", "outlier_fraction": 0.25}, {"pattern": "structured", "sparsity": 0.25}],
+    ids=["dense rows", "columns"],
+)
+def test_rows_and_columns_are_allocated_unless_layers_are_to_be_alike(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    found = []
+    for allocation in (None, Allocation("loss"), "uniform"):
+        callback = pruning(**arguments, allocation=allocation)
+        trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+        found.append({name: mask.pattern for name, mask in masks(callback).items()})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > 1
+    assert set(found[2].values()) == {callback.pattern}
+
+
+@pytest.mark.parametrize(
     ("arguments", "allocation"),
     [
         ({"pattern": "unstructured", "sparsity": 0.55}, Allocation(lowest=0.55)),

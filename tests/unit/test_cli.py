@@ -224,6 +224,19 @@ def test_verify_says_what_an_allocation_is(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_verify_says_what_an_allocation_of_rows_is(folder, capsys):
+    (folder / "sparsity.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:12] = 1.0  # half of the rows; down_proj has no dense one
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layers = ["--pattern", "2:4", "--targets", "*.up_proj", "*.down_proj"]
+    assert main(["verify", str(folder), *layers, "--outlier-fraction", "0.25"]) == 1
+    assert "where they were recorded, they are checked without --pattern" in capsys.readouterr().err
+    for fewer_are_dense in ([], ["--outlier-fraction", "0.05"]):
+        assert main(["verify", str(folder), *layers, *fewer_are_dense]) == 1
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
 def test_verify_checkpoint(fitted, tmp_path, capsys, part):
     content = torch.load(fitted, weights_only=True)

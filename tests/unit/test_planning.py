@@ -271,11 +271,16 @@ def test_least_loss_first_is_in_the_order_of_losses() -> None:
         (Unstructured(0.1), 0.0, True),
         (Unstructured(0.95), 0.0, False),
         (NM(2, 4), 0.0, False),
-        (NM(2, 4, 0.2), 0.0, False),
-        (Structured(0.3), 0.0, False),
+        (NM(2, 4, 0.2), 0.0, True),
+        (NM(2, 4, 0.2), 0.2, True),
+        (NM(2, 4, 0.2), 0.25, False),
+        (Structured(0.3), 0.0, True),
+        (Structured(0.3, 0.1), 0.1, True),
+        (Structured(0.3, 0.1), 0.15, False),
+        (Structured(0.855, 0.1), 0.0, False),
     ],
 )
-def test_the_default_is_for_unstructured_layers(pattern: Pattern, initial: float, is_for_it: bool) -> None:
+def test_the_default_is_for_what_can_be_shared(pattern: Pattern, initial: float, is_for_it: bool) -> None:
     found = default_allocation(pattern, SparsitySchedule(2, 8, 2, initial=initial))
     assert found == (Allocation("loss") if is_for_it else None)
     if found is not None:
