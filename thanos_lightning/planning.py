@@ -76,6 +76,7 @@ def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocati
     """By loss, None where there is nothing to allocate, or a schedule begins above what it may give to a layer.
 
     Example:
+        >>> from thanos_lightning.solver import Unstructured
         >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
         Allocation(by='loss', deviation=None, lowest=0.0, highest=1.0)
         >>> default_allocation(NM(2, 4), SparsitySchedule(10, 30, 10)) is None
