@@ -190,6 +190,12 @@ def test_console_script(folder):
     assert "7 tensors conform (4:8), 50.00% of their entries are 0" in done.stdout
 
 
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "thanos_lightning", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("thanos-lightning 0.")
+
+
 # verify
 
 

@@ -1,72 +1,33 @@
-"""thanos-lightning: train with a YAML file, verify the zeros of a checkpoint, export it, and what goes with these.
-
-Training is LightningCLI and imports Lightning; verify and export don't, so that they start at once.
-"""
+"""The commands that aren't LightningCLI's: verify, export, reshard, permute, plot."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thanos_lightning.cli.mistakes import DEBUG, PROGRAM
+from thanos_lightning.cli.training import TRAINER_COMMANDS
+
 if TYPE_CHECKING:
     from thanos_lightning.permutation import Reordered
     from thanos_lightning.verification import TensorReport
 
-_PROGRAM = "thanos-lightning"
-_DEBUG = "THANOS_LIGHTNING_DEBUG"
-_TRAINER_COMMANDS = {
-    "fit": "train, and prune on the callback's schedule",
-    "validate": "run the validation loop",
-    "test": "run the test loop",
-    "predict": "run the prediction loop",
-}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
-
-    Returns:
-        The exit status: 0, 1 where tensors do not conform, 2 for a user's mistake.
-
-    Raises:
-        SystemExit: For --help and --version, and where the arguments can't be parsed.
-    """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
-        # LightningCLI takes configuration files of several commands before the command
-        if arguments and (arguments[0] in _TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
-            return _train(None if argv is None else arguments)
-        parsed = vars(_parser().parse_args(arguments))
-        command = parsed.pop("run")
-        status: int = command(**parsed)
-        return status
-    except Exception as error:
-        mistake = _users_mistake(error)
-        if mistake is None or os.environ.get(_DEBUG):
-            raise
-        sys.stderr.write(f"{_PROGRAM}: error: {' '.join(str(mistake).split())}\n")
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """A parser that leaves the function of the command in `run`, and its arguments beside."""
     parser = argparse.ArgumentParser(
-        prog=_PROGRAM,
+        prog=PROGRAM,
         description="Prune language models while they are fine-tuned, and prove the zeros on disk.",
-        epilog=f"{_PROGRAM} COMMAND --help tells more. {_DEBUG}=1 shows the traceback of an error.",
+        epilog=f"{PROGRAM} COMMAND --help tells more. {DEBUG}=1 shows the traceback of an error.",
     )
-    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {importlib.metadata.version(_PROGRAM)}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, text in _TRAINER_COMMANDS.items():  # for the help: main() sends them to LightningCLI
+    for name, text in TRAINER_COMMANDS.items():  # for the help: main() sends them to LightningCLI
         commands.add_parser(name, help=text, add_help=False)
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
@@ -222,7 +183,7 @@ def _verify(
     budget = sum(int(report.sparsity * report.numel) for report in reports)
     if status and has_shares and sum(report.zeros for report in reports) >= budget - missed:
         sys.stderr.write(
-            f"{_PROGRAM}: together the tensors have zeros enough. An allocation gives each layer a share of its own: "
+            f"{PROGRAM}: together the tensors have zeros enough. An allocation gives each layer a share of its own: "
             "where they were recorded, they are checked without --pattern\n"
         )
     return status
@@ -242,7 +203,7 @@ def _export(checkpoint: str, output: str, **options: Any) -> int:
 
 def _write_warnings(caught: Sequence[warnings.WarningMessage]) -> None:
     for warning in caught:
-        sys.stderr.write(f"{_PROGRAM}: warning: {warning.message}\n")
+        sys.stderr.write(f"{PROGRAM}: warning: {warning.message}\n")
 
 
 def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
@@ -274,102 +235,3 @@ def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
         summary = f"{len(reports)} tensors conform ({patterns}), {share:.2%} of their entries are 0"
     console.print(f"{what}: {summary}", markup=False, soft_wrap=True)
     return 1 if failed else 0
-
-
-def _train(argv: list[str] | None) -> int:
-    # of calls that LightningCLI makes; the user can't mend them
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-    from jsonargparse import set_loader
-    from lightning.pytorch.cli import LightningCLI
-
-    # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
-    import thanos_lightning.callback
-    import thanos_lightning.lm  # noqa: F401
-
-    loader, error = _yaml_loader()
-    set_loader("yaml_without_sexagesimals", loader, exceptions=(error,))
-    mode = {"parser_mode": "yaml_without_sexagesimals"}
-    LightningCLI(
-        save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
-        parser_kwargs={**mode, **{name: dict(mode) for name in _TRAINER_COMMANDS}},
-        args=argv,
-    )
-    _leave_ranks()
-    return 0
-
-
-def _leave_ranks() -> None:
-    """End this process's part in the process group, which torch leaves to whoever runs the training.
-
-    Otherwise a thread of Gloo may still hold a tensor while Python ends, and aborts a process that had done its work.
-    Not called after an error: other ranks may be inside a collective, and this would wait for them.
-    """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # rank 0 keeps the store by which the others leave
-        dist.destroy_process_group()
-
-
-def _yaml_loader() -> tuple[Any, type[Exception]]:
-    """A loader to which 2:4 is text, and the exception that it raises.
-
-    YAML 1.1 reads an unquoted 2:4 as 124, a number to the base of 60, and 1e-4 as text. This one reads numbers as
-    YAML 1.2 does.
-    """
-    import yaml  # type: ignore[import-untyped]
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Numbers as in YAML 1.2; no dates."""
-
-        yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's
-            first: [
-                (tag, expression)
-                for tag, expression in resolvers
-                if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
-            ]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    integer = r"[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"
-    floating = (
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
-    )
-    # ints come second, as "12" is none of the floats
-    for tag, expression in (("float", floating), ("int", integer)):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{expression})$"), list("-+0123456789.")
-        )
-
-    def load(text: str) -> Any:
-        return yaml.load(text, Loader)  # a SafeLoader
-
-    return load, yaml.YAMLError
-
-
-def _users_mistake(error: BaseException) -> BaseException | None:
-    """The error to show in one line: one of ours or a misconfiguration, also where another one was raised from it."""
-    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError, ModuleNotFoundError)
-    misconfiguration: tuple[type[BaseException], ...] = ()
-    if "lightning" in sys.modules:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        misconfiguration = (MisconfigurationException,)
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, misconfiguration) or (isinstance(current, kinds) and _is_raised_by_us(current)):
-            return current
-        current = current.__cause__ or current.__context__
-    return None
-
-
-def _is_raised_by_us(error: BaseException) -> bool:
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module: str = trace.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == __package__

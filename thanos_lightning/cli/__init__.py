@@ -1,0 +1,44 @@
+"""thanos-lightning: train with a YAML file, verify the zeros of a checkpoint, export it, and what goes with these.
+
+Training is LightningCLI and imports Lightning; verify and export don't, so that they start at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from thanos_lightning.cli.commands import command_parser
+from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
+from thanos_lightning.cli.training import TRAINER_COMMANDS, train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 where tensors do not conform, 2 for a user's mistake.
+
+    Raises:
+        SystemExit: For --help and --version, and where the arguments can't be parsed.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        # LightningCLI takes configuration files of several commands before the command
+        if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
+            return train(None if argv is None else arguments)
+        parsed = vars(command_parser().parse_args(arguments))
+        command = parsed.pop("run")
+        status: int = command(**parsed)
+        return status
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake is None or os.environ.get(DEBUG):
+            raise
+        sys.stderr.write(f"{PROGRAM}: error: {' '.join(str(mistake).split())}\n")
+        return 2
