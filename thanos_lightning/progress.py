@@ -1,0 +1,267 @@
+"""One line that shows how far a phase is and how long it will take, and phases that end when they are told to.
+
+In a terminal it is a bar; elsewhere a line of text, at most every 30 s, so that a log shows that work is going on. Of
+phases inside each other the innermost is shown. rich draws the bar together with a live display that is there already,
+such as that of Lightning's RichProgressBar; bars of tqdm are cleared while it is there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from types import FrameType
+from typing import NoReturn
+
+import rich
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+from tqdm import tqdm
+
+TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
+_FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0  # seconds
+_REFRESH = 0.25
+_LONGEST_BAR = 24
+
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+class Terminated(SystemExit):
+    """SIGTERM came in a phase: the process unwinds, and exits with status 143."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are some.
+
+    Example:
+        >>> duration(9.7), duration(130), duration(7321)
+        ('0:09', '2:10', '2:02:01')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Phase:
+    """How far a phase is.
+
+    Attributes:
+        description: What is done.
+        total: How many of them; None where it isn't known.
+        unit: What is counted.
+        completed: How many are done.
+        note: What else is worth a word: it is cut where the line is full.
+    """
+
+    def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.completed, self.note = completed, ""
+        self._begin, self._completed_before = time.monotonic(), completed
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Tell that more is done.
+
+        Args:
+            count: How many more.
+            note: A new note; None leaves the one that is there.
+        """
+        self.completed += count
+        if note is not None:
+            self.note = note
+
+    @property
+    def seconds(self) -> float:
+        """Since the phase began."""
+        return time.monotonic() - self._begin
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the mean of what is done; None where nothing is, or the total isn't known."""
+        done = self.completed - self._completed_before
+        if self.total is None or done <= 0:
+            return None
+        return self.seconds / done * max(0, self.total - self.completed)
+
+    def line(self, *, ended: bool = False) -> str:
+        """The phase as a line of a log."""
+        counted = f"{self.completed}" if self.total is None or ended else f"{self.completed} of {self.total}"
+        counted = f": {counted} {self.unit}".rstrip() if self.completed or self.total is not None else ""
+        if ended:
+            return f"{self.description}{counted or ': done'} in {duration(self.seconds)}"
+        left = self.seconds_left
+        ahead = "" if left is None else f", about {duration(left)} left"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.description}{counted or ' …'} after {duration(self.seconds)}{ahead}{note}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        left = self.seconds_left
+        count = f" {self.completed}/{self.total}" if self.total is not None else f" {self.completed or ''}".rstrip()
+        after = f"{count} {self.unit}".rstrip()
+        after += f"  {duration(self.seconds)}" if left is None else f"  {duration(left)} left"
+        text = Text(self.description, no_wrap=True, overflow="ellipsis", end="")
+        room = options.max_width - len(self.description) - len(after) - 1
+        if self.total is not None and room >= 8:
+            width = min(_LONGEST_BAR, room - min(len(self.note) + 2, room // 2) if self.note else room)
+            filled = min(width, round(width * self.completed / max(1, self.total)))
+            text.append(" ").append("━" * filled, style="bold cyan").append("━" * (width - filled), style="dim")
+        text.append(after)
+        if self.note:
+            text.append(f"  {self.note}", style="dim")
+        text.truncate(options.max_width, overflow="ellipsis")
+        yield text
+
+
+class _Display:
+    """Shows the innermost of the phases that are open in this process."""
+
+    def __init__(self) -> None:
+        self._phases: list[Phase] = []
+        self._lock = threading.RLock()
+        self._live: Live | None = None
+        self._around = ExitStack()
+        self._ends = threading.Event()
+        self._last_line = -_BETWEEN_LINES
+        # a child of this process must not inherit a lock that a thread holds, nor what is shown
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._leave_to_parent
+            )
+
+    def open(self, phase: Phase) -> None:
+        with self._lock:
+            self._phases.append(phase)
+            if len(self._phases) > 1:
+                return
+            console = rich.get_console()
+            if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
+                self._around.enter_context(tqdm.external_write_mode(nolock=True))
+                live = Live(console=console, get_renderable=self._shown, auto_refresh=False, transient=True)
+                live.start(refresh=True)
+                self._live = live
+            self._ends = threading.Event()
+            threading.Thread(target=self._go_on, args=(self._ends,), daemon=True, name="progress").start()
+
+    def close(self, phase: Phase, *, completed: bool) -> None:
+        with self._lock:
+            self._phases.remove(phase)
+            if completed and self._live is None and phase.seconds > _FIRST_LINE:
+                self._write(phase.line(ended=True))
+            if not self._phases:
+                self._ends.set()
+                live, self._live = self._live, None
+                if live is not None:
+                    live.stop()
+                self._around.close()
+
+    def _go_on(self, ends: threading.Event) -> None:
+        while not ends.wait(_REFRESH):
+            with self._lock:
+                if ends.is_set() or not self._phases:
+                    continue
+                if self._live is not None:
+                    self._live.refresh()
+                elif self._is_due(self._phases[-1]):
+                    self._write(self._phases[-1].line())
+
+    def _is_due(self, phase: Phase) -> bool:
+        return phase.seconds > _FIRST_LINE and time.monotonic() - self._last_line >= _BETWEEN_LINES
+
+    def _write(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        with suppress(OSError, ValueError):  # a log that is gone must not end the work
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    def _shown(self) -> Phase | str:
+        return self._phases[-1] if self._phases else ""
+
+    def _leave_to_parent(self) -> None:
+        self._phases.clear()
+        self._lock = threading.RLock()
+
+
+_display = _Display()
+
+
+@contextmanager
+def hidden(is_hidden: bool = True) -> Iterator[None]:
+    """Show no phase of the block.
+
+    Args:
+        is_hidden: Whether to hide them at all.
+    """
+    token = _hidden.set(is_hidden or _hidden.get())
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
+@contextmanager
+def shown(phase: Phase) -> Iterator[Phase]:
+    """Show a phase, on the first rank, while the block runs. It may be stopped by Ctrl-C alone."""
+    if _hidden.get() or getattr(rank_zero_only, "rank", None):
+        yield phase
+        return
+    _display.open(phase)
+    completed = False
+    try:
+        yield phase
+        completed = True
+    finally:
+        _display.close(phase, completed=completed)
+
+
+@contextmanager
+def open_phase(description: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+    """Show that something takes long, on the first rank, and let SIGTERM end it at once on each.
+
+    Args:
+        description: What is done, in a few words.
+        total: How many of its units there are; None where it isn't known.
+        unit: What is counted, in the plural.
+
+    Raises:
+        Terminated: If SIGTERM comes.
+
+    Example:
+        >>> with open_phase("Counting", total=3, unit="sheep") as phase:
+        ...     for _ in range(3):
+        ...         phase.advance()
+        >>> phase.completed
+        3
+    """
+    with ends_on_sigterm(), shown(Phase(description, total, unit)) as phase:
+        yield phase
+
+
+@contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise in the block, where a handler may be installed (by a Trainer) that waits for a batch's end.
+
+    Raises:
+        Terminated: If SIGTERM comes. Signals reach the main thread only; elsewhere nothing is changed.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (_end, signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
