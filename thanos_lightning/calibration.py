@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from thanos_lightning.progress import open_phase
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
@@ -429,29 +430,38 @@ def count_dataloader(
     module.eval()
     statistics.start()
     try:
-        iterator = iter(batches)
-        while one_each := list(itertools.islice(iterator, access.world_size)):
-            is_own = access.rank < len(one_each)
-            # a rank that has no batch left runs another's, uncounted: where parameters are sharded, a forward takes all
-            batch = one_each[access.rank if is_own else 0]
-            on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
-            counting = statistics.counting(find) if is_own else nullcontext()
-            numbers = range(seen, seen + len(one_each))
-            differentiated = [number for number in numbers if number % per_backward == 0]
-            differentiates = backward is not None and bool(differentiated)
-            with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
-                output = _forward(module, on_device)
-            if backward is not None and differentiates:
-                backward(output, seen + access.rank in differentiated)
-            del output
-            num_batches += is_own
-            seen += len(one_each)
+        with open_phase("Calibrating", _length(batches), "batches") as phase:
+            iterator = iter(batches)
+            while one_each := list(itertools.islice(iterator, access.world_size)):
+                is_own = access.rank < len(one_each)
+                # a rank that has no batch left runs another's, uncounted: of sharded parameters, a forward takes all
+                batch = one_each[access.rank if is_own else 0]
+                on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
+                counting = statistics.counting(find) if is_own else nullcontext()
+                numbers = range(seen, seen + len(one_each))
+                differentiated = [number for number in numbers if number % per_backward == 0]
+                differentiates = backward is not None and bool(differentiated)
+                with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
+                    output = _forward(module, on_device)
+                if backward is not None and differentiates:
+                    backward(output, seen + access.rank in differentiated)
+                del output
+                num_batches += is_own
+                seen += len(one_each)
+                phase.advance(len(one_each))
     finally:
         statistics.stop()
         for part, mode in modes:
             part.training = mode
     return num_batches
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # of an iterable data set's loader, too
+        return None
 
 
 def _forward(module: LightningModule, batch: Any) -> Any:

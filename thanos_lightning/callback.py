@@ -31,8 +31,11 @@ from thanos_lightning.companions import (
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import Planner, check_allocation, check_initial, default_allocation
-from thanos_lightning.pruning import assign_owners, prune_window
-from thanos_lightning.report import Clock, EventReport, PruningReport, event_progress, print_event, print_summary
+from thanos_lightning.progress import ends_on_sigterm, hidden
+from thanos_lightning.pruning import prune_window
+from thanos_lightning.report.data import Clock, EventReport, PruningReport
+from thanos_lightning.report.recorder import LossRecorder
+from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
@@ -240,6 +243,7 @@ class ThanosPruningCallback(Callback):
         self._held_back: list[EarlyStopping] = []
         self._scores = BestScores()
         self._clock = Clock()
+        self._recorder = LossRecorder(self.report.history)
 
     # What the Trainer calls, in its order
 
@@ -319,10 +323,13 @@ class ThanosPruningCallback(Callback):
                 )
             self._collect(self._windows[self._windows_done])
             self._collector.load(self._restored["collected"])
+        parts = self._restored["event_parts"] if self._restored is not None else {}
         self._restored = None
         if self._windows_done < len(self._windows):
             self._held_back = hold_back_stopping(trainer)
         self._clock = Clock(self.report.summary)
+        self._clock.parts = dict(parts)
+        self._recorder = LossRecorder(self.report.history)
         self._advance(trainer, pl_module)
 
     @override
@@ -359,6 +366,7 @@ class ThanosPruningCallback(Callback):
         before, now = self._optimizer_steps_seen, self._optimizer_steps
         if now != before:
             self._optimizer_steps_seen = now
+            self._recorder.add(now, outputs)
             self._advance(trainer, pl_module)
             every = self.verify_every_n_steps
             if every and now // every > before // every:  # a batch may take several steps
@@ -385,6 +393,8 @@ class ThanosPruningCallback(Callback):
                     f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
                 )
             self._measured = (self._optimizer_steps, float(value))
+            self.report.history.metrics.append(self._measured)
+            self._recorder.settle()
         if not trainer.sanity_checking:
             self._scores.renewed(trainer, "validation")
 
@@ -455,6 +465,7 @@ class ThanosPruningCallback(Callback):
         """
         if self._restored is not None:  # loaded, and not yet used
             return self._restored
+        self._recorder.settle()
         return {
             "format": CHECKPOINT_FORMAT,
             "optimizer_steps": self._optimizer_steps,
@@ -464,6 +475,7 @@ class ThanosPruningCallback(Callback):
             "collected": None if self._collector is None else self._collector.state(),
             "joins_rows": self._joins_rows,
             "report": self.report.state(),
+            "event_parts": dict(self._clock.parts),
             "measured": self._measured,
             "old_scores": self._scores.old,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
@@ -601,8 +613,13 @@ class ThanosPruningCallback(Callback):
                 is_first = not self.report.events and (not window.surveys or self.hessian_memory_gib is None)
                 if is_first and self.monitor is not None:
                     self.report.summary.dense = self._measure(trainer)
-                with self._clock.event():
+                shown = trainer.progress_bar_callback is not None  # not where the user wants no bars
+                with self._clock.event(), hidden(not shown), ends_on_sigterm():
                     (self._survey if window.surveys else self._prune)(window, trainer, pl_module)
+                if not window.surveys:
+                    self.report.events[-1].add(self._clock.take())
+                if window.is_last and not window.surveys:
+                    self._finish_event(self.report.events[-1], trainer)
                 self._windows_done += 1
                 if self._windows_done == len(self._windows):
                     self._scores.pruned(trainer)
@@ -633,7 +650,9 @@ class ThanosPruningCallback(Callback):
         collected = Collected()
         if self.options.needs_statistics:
             wanted = self._wants_gradients(window)
+            self._clock.now("calibrating")
             collected = self._require_collector().take(window, trainer, pl_module, gradients=wanted)
+            self._clock.add("calibrating", collected.seconds)
             self.report.summary.collecting_seconds += collected.seconds
         # what a calibration set or a validation has left is in the way of what is solved next
         self._require_access().release()
@@ -655,6 +674,7 @@ class ThanosPruningCallback(Callback):
     def _survey(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         collected = self._collected(window, trainer, pl_module)
         assert collected.accumulators is not None, "refused where a method has no statistics"
+        self._clock.now("scanning")
         self._surveys |= survey_window(
             window,
             self._layers,
@@ -677,24 +697,18 @@ class ThanosPruningCallback(Callback):
         if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
             tell()
         collected = self._collected(window, trainer, pl_module)
-        owners = assign_owners(
-            {name: self._layers[name] for name in window.patterns}, access.world_size, joined=self._joins_rows
+        self._clock.now("solving")
+        layers = prune_window(
+            window,
+            self._layers,
+            collected.accumulators,
+            access=access,
+            enforcer=enforcer,
+            options=self.options,
+            output_weights=collected.output_weights,
+            joins_rows=self._joins_rows,
+            on_writing=lambda: self._clock.now("writing"),
         )
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with event_progress(
-            window.event.step, sum(owner == access.rank for owner in owners.values()), enabled=shown
-        ) as on_solved:
-            layers = prune_window(
-                window,
-                self._layers,
-                collected.accumulators,
-                access=access,
-                enforcer=enforcer,
-                options=self.options,
-                output_weights=collected.output_weights,
-                joins_rows=self._joins_rows,
-                on_solved=on_solved,
-            )
         self._applied.update(window.patterns)
         self._measured = None  # of the weights before
         restart_averages(trainer, pl_module)
@@ -702,10 +716,7 @@ class ThanosPruningCallback(Callback):
             enforcer.clear_directions(window.patterns)
         if not self.report.events or self.report.events[-1].step != window.event.step:
             self.report.events.append(EventReport(window.event.step, window.event.sparsity(self.pattern.sparsity)))
-        event = self.report.events[-1]
-        event.layers.extend(layers)
-        if window.is_last:
-            self._finish_event(event, trainer)
+        self.report.events[-1].layers.extend(layers)
 
     def _finish_event(self, event: EventReport, trainer: Trainer) -> None:
         sparsity = self._require_enforcer().sparsity()
@@ -744,6 +755,7 @@ class ThanosPruningCallback(Callback):
         return self._measured[1]
 
     def _write_report(self, trainer: Trainer) -> None:
+        self._recorder.settle()
         path = Path(trainer.default_root_dir) / "pruning_report.json"
         try:
             self.report.write(path)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.report import LayerReport
+from thanos_lightning.progress import open_phase
+from thanos_lightning.report.data import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError
@@ -96,7 +97,7 @@ def prune_window(
     options: SolverOptions,
     output_weights: Mapping[str, Tensor] = MappingProxyType({}),
     joins_rows: bool = False,
-    on_solved: Callable[[str, float], None] = lambda name, loss: None,
+    on_writing: Callable[[], None] = lambda: None,
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks.
 
@@ -111,7 +112,7 @@ def prune_window(
         output_weights: Name -> how much an error of each of the layer's outputs counts, the same on all ranks; or the
             errors of each two, on its owner. Those of a layer that is missing count alike.
         joins_rows: Whether they are of each two; the same on all ranks.
-        on_solved: Called with a layer's name and relative loss when it is solved, on its owner.
+        on_writing: Called when all layers are solved, before the first one is written.
 
     Returns:
         What was done, a row per layer in the window's order; the same on all ranks.
@@ -146,8 +147,9 @@ def prune_window(
     solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
     in_turn = FactorsInTurn()
-    with access.in_teams(split) as team:
-        mine = [name for name in chosen if access.rank in teams[name]]
+    mine = [name for name in chosen if access.rank in teams[name]]
+    solving = open_phase(f"Solving at step {window.event.step}", len(mine), "layers")
+    with access.in_teams(split) as team, solving as phase:
         for name, following in itertools.zip_longest(mine, mine[1:]):
             if error is not None:
                 break
@@ -163,7 +165,7 @@ def prune_window(
                 if pruned is not None:
                     num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
                     solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-                    on_solved(name, pruned.relative_loss)
+                    phase.advance(note=f"{'.'.join(name.split('.')[-4:])} {pruned.relative_loss:.4f}")
             except TeammateError:  # whose own error is raised below
                 pass
             except Exception as failure:  # out of memory too: the other ranks would wait for this one
@@ -173,24 +175,27 @@ def prune_window(
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: own.facts for name, own in solved.items()}):
         facts.update(part)
+    on_writing()
     reports = []
-    for name, layer in chosen.items():
-        own = solved.pop(name, None)
-        weight, keep = (None, None) if own is None else (own.pruned.weight, own.pruned.mask)
-        drop = access.write(layer, weight, keep, owners[name])
-        num_pruned, loss, relative_loss, seconds = facts[name]
-        enforcer.hold(name, drop, num_pruned)
-        reports.append(
-            LayerReport(
-                name=name,
-                shape=(layer.rows, layer.cols),
-                pattern=window.patterns[name].name,
-                sparsity=num_pruned / (layer.rows * layer.cols),
-                loss=loss,
-                relative_loss=relative_loss,
-                seconds=seconds,
+    with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
+        for name, layer in chosen.items():
+            own = solved.pop(name, None)
+            weight, keep = (None, None) if own is None else (own.pruned.weight, own.pruned.mask)
+            drop = access.write(layer, weight, keep, owners[name])
+            num_pruned, loss, relative_loss, seconds = facts[name]
+            enforcer.hold(name, drop, num_pruned)
+            reports.append(
+                LayerReport(
+                    name=name,
+                    shape=(layer.rows, layer.cols),
+                    pattern=window.patterns[name].name,
+                    sparsity=num_pruned / (layer.rows * layer.cols),
+                    loss=loss,
+                    relative_loss=relative_loss,
+                    seconds=seconds,
+                )
             )
-        )
+            phase.advance()
     return reports
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thanos_lightning.allocation import Allocation, by_loss, by_outliers, in_units
+from thanos_lightning.progress import open_phase
 from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured
@@ -110,15 +111,17 @@ def survey_window(
     own: dict[str, LayerSurvey] = {}
     error: tuple[str, Exception] | None = None
     mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
-    for name, following in itertools.zip_longest(mine, mine[1:]):
-        weight = weights.pop(name)
-        assert weight is not None
-        try:
-            inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
-            own[name] = _survey(weight, inputs, tried[name], options, output_weights.get(name))
-        except Exception as failure:  # out of memory too: the other ranks would wait for this one
-            error = (name, failure)
-            break
+    with open_phase("Finding out what each layer would lose", len(mine), "layers") as phase:
+        for name, following in itertools.zip_longest(mine, mine[1:]):
+            weight = weights.pop(name)
+            assert weight is not None
+            try:
+                inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
+                own[name] = _survey(weight, inputs, tried[name], options, output_weights.get(name))
+                phase.advance(note=name)
+            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+                error = (name, failure)
+                break
     raise_everywhere(error, access)
     return {name: survey for found in access.gather(own) for name, survey in found.items()}
 

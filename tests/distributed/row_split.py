@@ -19,7 +19,7 @@ from torch import nn
 
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.pruning import PruningError, assign_teams, prune_window
-from thanos_lightning.report import LayerReport
+from thanos_lightning.report.data import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.sharding.replicated import ReplicatedAccess

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window, sum_on_owners
-from thanos_lightning.report import LayerReport
+from thanos_lightning.report.data import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune

@@ -82,7 +82,8 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _plot(report: str, output: str) -> int:
-    from thanos_lightning.report import PruningReport, plot_report
+    from thanos_lightning.report.data import PruningReport
+    from thanos_lightning.report.plots import plot_report
 
     plot_report(PruningReport.read(Path(report)), Path(output))
     return 0

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
-from thanos_lightning.report import EventReport, LayerReport, PruningReport
+from thanos_lightning.report.data import EventReport, LayerReport, PruningReport
 from thanos_lightning.solver import NM
 
 

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from thanos_lightning.report.data import Clock, EventReport, History, LayerReport, PruningReport, Summary
+
+ZEROS = {
+    **dict.fromkeys(("training_seconds", "event_seconds", "collecting_seconds"), 0.0),
+    "target_weights": 0,
+    "model_weights": 0,
+}
+
+
+def report() -> PruningReport:
+    layers = [
+        LayerReport("model.layers.0.up_proj", (8, 4), "2:4", 0.5, 2.0, 0.04, 0.5),
+        LayerReport("model.layers.1.up_proj", (8, 4), "2:4", 0.5, 3.0, 0.08, 0.25),
+        LayerReport("model.layers.1.down_proj", (4, 16), "2:4", 0.25, math.nan, 0.03, 0.25),
+    ]
+    history = History([(1, 3.0), (2, math.nan)], [(0, 10.0), (20, 20.0)])
+    return PruningReport(
+        [EventReport(20, 0.5, layers, 4.0, 3.0, 2.0, 1.0)], Summary("val/perplexity", 10.0, 20.0, None), history
+    )
+
+
+def test_an_event_weighs_layers_by_size() -> None:
+    event = report().events[0]
+    assert event.sparsity == pytest.approx((0.5 * 64 + 0.25 * 64) / 128)
+    assert event.seconds == 10.0
+    assert event.relative_loss == pytest.approx(0.05)
+
+
+def test_the_state_makes_the_same_report_again() -> None:
+    state = json.loads(json.dumps(PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0)).state()))
+    assert PruningReport.from_state(state) == PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0))
+    again = PruningReport.from_state(report().state())
+    assert again.events[0].layers[0] == report().events[0].layers[0]
+
+
+def test_the_file_is_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "pruning_report.json"
+    report().write(path)
+    read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read["events"][0]["layers"][2]["loss"] is None
+    assert read["history"]["losses"] == [[1, 3.0], [2, None]]
+    measured = {"metric": "val/perplexity", "dense": 10.0, "pruned": 20.0, "recovered": None}
+    assert read["summary"] == {**measured, **ZEROS}
+    assert [entry.name for entry in path.parent.iterdir()] == ["pruning_report.json"]
+    again = PruningReport.read(path)
+    assert math.isnan(again.events[0].layers[2].loss)
+    assert math.isnan(again.history.losses[1][1])
+    assert again.history.metrics == report().history.metrics
+    assert again.events[0].parts == report().events[0].parts
+    assert again.events[0].layers[:2] == report().events[0].layers[:2]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no pruning report"):
+        PruningReport.read(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        PruningReport.read(tmp_path / "none.json")
+
+
+def test_the_parts_of_an_event_add_up() -> None:
+    summary = Summary()
+    clock = Clock(summary)
+    clock.add("calibrating", 5.0)  # before the event
+    with clock.event():
+        clock.now("scanning")
+    with clock.event():
+        clock.now("solving")
+        clock.now("writing")
+    event = EventReport(20, 0.5)
+    event.add(clock.take())
+    assert set(event.parts) == {"calibrating", "scanning", "solving", "writing"}
+    assert event.seconds == pytest.approx(5.0 + summary.event_seconds)
+    assert all(event.parts.values())
+    assert not clock.take()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from thanos_lightning.report.data import EventReport, LayerReport, PruningReport, Summary
+from thanos_lightning.report.tables import kinds_of, print_event, print_summary
+
+
+def layer(name: str, shape: tuple[int, int] = (14336, 14336)) -> LayerReport:
+    return LayerReport(name, shape, "unstructured", 0.5, 2.0, 0.04, 1234.5)
+
+
+def printed(function: Callable[..., None], *args: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    function(*args, console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["h.0.attn.proj", "h.0.mlp.proj", "h.1.mlp.up"], ["attn.proj", "mlp.proj", "up"]),
+        (["model.0", "model.2"], ["0", "2"]),
+        (["a.b.c.fc", "x.b.c.fc"], ["a.b.c.fc", "x.b.c.fc"]),
+        (["fc", "head.fc"], ["fc", "head.fc"]),
+        (["layers.0.experts.3.up", "layers.1.experts.7.up"], ["up", "up"]),
+    ],
+)
+def test_kinds_have_the_shortest_names_that_tell_them_apart(names: list[str], kinds: list[str]) -> None:
+    assert list(kinds_of(names).values()) == kinds
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
+    layers = [
+        layer("layers.0.up_proj"),
+        layer("layers.1.up_proj"),
+        layer("layers.0.self_attn.proj"),
+        layer("l.0.mlp.proj"),
+    ]
+    text = printed(print_event, EventReport(20, 0.5, layers, 100.0, 0.0, 4938.0, 2.5), width=width)
+    assert "optimizer step 20 to 50.0%" in text
+    (up,) = [line for line in text.splitlines() if "up_proj" in line]
+    row = ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
+    assert up.split() == row
+    assert "calibrating 100.0 s, solving 4938.0 s, writing 2.5 s: 5040.5 s in all" in text
+    assert {"self_attn.proj", "mlp.proj"} <= {word for line in text.splitlines() for word in line.split()[:1]}
+
+
+def test_the_summary_has_both_shares_and_what_was_measured() -> None:
+    events = [
+        EventReport(20, 0.5, [layer("a")], 4.0, 0.0, 2.0, 1.0),
+        EventReport(30, 0.5, [layer("a")], 4.0, 3.0, 2.0, 1.0),
+    ]
+    summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000)
+    text = printed(print_summary, PruningReport(events, summary), 0.5)
+    assert "Pruned to 50.00% of the targets, 39.5% of the whole model, in 2 events" in text
+    assert "not measured" in text
+    assert "val/perplexity" in text
+    assert "Pruning took 17.0% of 100.0 s of training, 17.0 s:" in text
+    assert "calibrating 8.0 s, scanning 3.0 s, solving 4.0 s, writing 2.0 s" in text
+
+
+def test_the_summary_has_no_table_where_nothing_was_asked() -> None:
+    text = printed(print_summary, PruningReport([EventReport(20, 0.5, [layer("a")])], Summary()), 0.5)
+    assert text.splitlines() == ["Pruned to 50.00% in 1 event"]

@@ -1,0 +1,1 @@
+"""What a training did: as data, as tables, and as a picture."""

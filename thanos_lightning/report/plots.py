@@ -1,0 +1,231 @@
+"""A run at a glance, as a picture. The only file that imports matplotlib."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thanos_lightning.report.data import LayerReport, PruningReport
+from thanos_lightning.report.tables import kinds_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which the colour-blind tell apart; kinds beyond them differ by their markers
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#6b6b6b"
+_MOST_KINDS = 14
+_MOST_NAMES = 24  # that are legible below an axis
+
+
+def plot_report(report: PruningReport, path: Path) -> None:
+    """Draw how the training went, how sparse each layer is, and what each layer lost.
+
+    Args:
+        report: With at least one event.
+        path: The picture; its ending chooses the format.
+
+    Raises:
+        ModuleNotFoundError: Where matplotlib isn't installed.
+        ValueError: If the report has no event.
+    """
+    if not report.events:
+        raise ValueError("the report has no event: nothing to plot")
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'thanos-lightning[plots]'") from error
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
+             "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid": False}  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=(12, 8.5), layout="constrained", dpi=120)
+        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=13)
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        over_time, by_layer = halves
+        _draw_history(report, over_time)
+        layers = {layer.name: layer for event in report.events for layer in event.layers}  # each as it was left last
+        sparsity, losses = by_layer.subplots(1, 2, width_ratios=(1, 1.15))
+        groups = _by_kind(list(layers.values()))
+        if len(groups) > _MOST_KINDS or all(len(group) == 1 for group in groups.values()):
+            _draw_layers(list(layers.values()), sparsity, losses)
+        else:
+            _draw_sparsities(groups, sparsity)
+            _draw_losses(groups, losses)
+        figure.savefig(path)
+
+
+def _title(report: PruningReport) -> str:
+    layers = {layer.name: layer for event in report.events for layer in event.layers}
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    pruned = sum(layer.sparsity * sizes[name] for name, layer in layers.items())
+    summary = report.summary
+    patterns = ", ".join(sorted({layer.pattern for layer in layers.values()}))
+    title = f"{len(layers)} layers pruned ({patterns}): {pruned / sum(sizes.values()):.1%} zeros"
+    if summary.model_weights:
+        title += f", {pruned / summary.model_weights:.1%} of the whole model"
+    if summary.metric is not None:
+        values = [("dense", summary.dense), ("pruned", summary.pruned), ("recovered", summary.recovered)]
+        told = ", ".join(f"{what} {value:.4g}" for what, value in values if value is not None)
+        title += f"\n{summary.metric}: {told}" if told else ""
+    return title
+
+
+# The training
+
+
+def _draw_history(report: PruningReport, figure: Any) -> None:
+    history, metric = report.history, report.summary.metric
+    panels = [(metric, history.metrics)] if history.metrics and metric else []
+    if history.losses or not panels:
+        panels.append(("training loss", history.losses))
+    axes: Sequence[Axes] = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    last = max([step for _, points in panels for step, _ in points] + [event.step for event in report.events] + [1])
+    for axis, (name, points), colour in zip(axes, panels, _COLOURS, strict=False):
+        axis.set(xlabel="optimizer step", xlim=(-0.03 * last, 1.03 * last))
+        axis.set_title(f"{name} over steps", pad=18)  # over the events' sparsities
+        is_metric = name == metric
+        if points:
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, color=colour, linewidth=1.6, marker="o" if is_metric or len(steps) < 40 else "",
+                      markersize=5 if is_metric else 3)  # fmt: skip
+            finite = [value for value in values if math.isfinite(value)]
+            if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
+                axis.set_yscale("log")
+        else:
+            axis.text(0.5, 0.5, "no losses were recorded", transform=axis.transAxes, ha="center", color=_GREY)
+            axis.set_yticks([])
+        if is_metric:
+            _name_extremes(axis, points)
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        _mark_events(report, axis)
+    axes[0].legend(loc="best", frameon=False, fontsize=9)
+
+
+def _name_extremes(axis: Axes, points: Sequence[tuple[int, float]]) -> None:
+    """Write the first, the highest and the last value beside their points."""
+    highest = max(range(len(points)), key=lambda index: points[index][1])
+    for index in sorted({0, highest, len(points) - 1}):
+        step, value = points[index]
+        if math.isfinite(value):
+            axis.annotate(f"{value:.4g}", (step, value), xytext=(6, 5), textcoords="offset points", fontsize=9)
+    axis.margins(y=0.15)
+
+
+def _mark_events(report: PruningReport, axis: Axes) -> None:
+    for number, event in enumerate(report.events):
+        axis.axvline(
+            event.step, color=_GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=0,
+            label="pruning event, and the sparsity that it asks for" if not number else None,
+        )  # fmt: skip
+        if len(report.events) <= 8:
+            axis.annotate(
+                f"{event.target:.0%}", (event.step, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                textcoords="offset points", ha="center", fontsize=8, color=_GREY,
+            )  # fmt: skip
+
+
+# The layers
+
+
+def _depth(name: str) -> int:
+    """The number of the block that a layer is in: the first one in its name."""
+    found = re.search(r"(?:^|\.)(\d+)(?=\.)", name)
+    return int(found[1]) if found else 0
+
+
+def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+    kinds = kinds_of(layer.name for layer in layers)
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(kinds[layer.name], []).append(layer)
+    return groups
+
+
+def _mean_by_depth(layers: Sequence[LayerReport], what: str) -> dict[int, float]:
+    at: dict[int, list[float]] = {}
+    for layer in layers:
+        at.setdefault(_depth(layer.name), []).append(getattr(layer, what))
+    return {depth: sum(values) / len(values) for depth, values in sorted(at.items())}
+
+
+def _draw_sparsities(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> None:
+    found = {kind: _mean_by_depth(layers, "sparsity") for kind, layers in groups.items()}
+    depths = sorted({depth for by_depth in found.values() for depth in by_depth})
+    cells = [[found[kind].get(depth, math.nan) for depth in depths] for kind in found]
+    values = [value for row in cells for value in row if math.isfinite(value)]
+    image = axis.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
+    axis.set_yticks(range(len(found)), list(found))
+    some = range(0, len(depths), max(1, -(-len(depths) // 12)))
+    axis.set_xticks(list(some), [str(depths[index]) for index in some])
+    axis.set(xlabel="block, front to back", title="sparsity by layer and kind")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks([index - 0.5 for index in range(1, len(depths))], minor=True)
+    axis.set_yticks([index - 0.5 for index in range(1, len(found))], minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.2)
+    axis.tick_params(which="minor", length=0)
+    if min(values) == max(values) or len(cells) * len(depths) <= 60:
+        for (row, kind), (column, depth) in itertools.product(enumerate(found), enumerate(depths)):
+            alike = min(values) == max(values)
+            if math.isfinite(cells[row][column]) and (not alike or column == len(depths) // 2):
+                axis.text(column, row, f"{found[kind][depth]:.0%}", ha="center", va="center", fontsize=8,
+                          color="white" if cells[row][column] > 0.55 else "black")  # fmt: skip
+    bar = axis.figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02, format=lambda value, _: f"{value:.0%}")
+    bar.outline.set_visible(False)
+
+
+def _draw_losses(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> None:
+    looks = itertools.cycle(zip(_COLOURS * len(_MARKERS), _markers(), strict=False))
+    for (kind, layers), (colour, marker) in zip(groups.items(), looks, strict=False):
+        means = _mean_by_depth(layers, "relative_loss")
+        axis.plot(
+            list(means), list(means.values()), color=colour, marker=marker, markersize=4, linewidth=1.2, label=kind
+        )
+    _finish_losses([layer for group in groups.values() for layer in group], axis)
+    axis.set(xlabel="block, front to back")
+    axis.locator_params(axis="x", integer=True)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+
+
+def _markers() -> list[str]:
+    """One a colour, and others in the next round."""
+    rounds = range(len(_MARKERS))
+    return [_MARKERS[(index + shift) % len(_MARKERS)] for shift in rounds for index in range(len(_COLOURS))]
+
+
+def _finish_losses(layers: Sequence[LayerReport], axis: Axes) -> None:
+    axis.set(title="what each layer lost", ylabel="relative loss")
+    known = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
+    if not known:
+        axis.text(0.5, 0.5, "this method measures no loss", transform=axis.transAxes, ha="center", color=_GREY)
+        axis.set_yticks([])
+    elif min(known) > 0 and max(known) / min(known) > 5:
+        axis.set_yscale("log")
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _draw_layers(layers: Sequence[LayerReport], sparsity: Axes, losses: Axes) -> None:
+    """Layers of which no two are of a kind, or too many kinds: one after the other."""
+    places = list(range(len(layers)))
+    sparsity.bar(places, [layer.sparsity for layer in layers], color=_COLOURS[0], width=0.7)
+    sparsity.set(title="sparsity by layer", ylim=(0, 1))
+    sparsity.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    losses.plot(places, [layer.relative_loss for layer in layers], color=_COLOURS[1], marker="o", linewidth=1.2)
+    _finish_losses(layers, losses)
+    names = kinds_of(layer.name for layer in layers)
+    for axis in (sparsity, losses):
+        if len(layers) <= _MOST_NAMES:
+            turned = any(len(name) > 4 for name in names.values()) and len(layers) > 4
+            axis.set_xticks(places, [names[layer.name] for layer in layers], rotation=35 if turned else 0,
+                            ha="right" if turned else "center")  # fmt: skip
+            axis.set_xlabel("layer, front to back")
+        else:
+            axis.set_xlabel(f"layer, front to back ({layers[0].name} … {layers[-1].name})")

@@ -1,0 +1,111 @@
+"""What one reads in a terminal: a table after each event, and what the training came to at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import rich
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport
+
+_WIDTH = 80
+
+
+def kinds_of(names: Iterable[str]) -> dict[str, str]:
+    """Name of a layer -> name of its kind, the shortest that tells the kinds apart.
+
+    Layers are of one kind if their names differ by the numbers of the blocks that they are in.
+
+    Example:
+        >>> kinds_of(["h.0.attn.proj", "h.0.mlp.proj", "h.1.attn.proj", "h.1.mlp.up"])
+        {'h.0.attn.proj': 'attn.proj', 'h.0.mlp.proj': 'mlp.proj', 'h.1.attn.proj': 'attn.proj', 'h.1.mlp.up': 'up'}
+    """
+    paths: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        *blocks, last = name.split(".")
+        paths[name] = (*("*" if part.isdecimal() else part for part in blocks), last)
+    labels: dict[tuple[str, ...], str] = {}
+    for path in set(paths.values()):
+        lengths = range(1, len(path) + 1)
+        others = [other for other in set(paths.values()) if other != path]
+        length = next((n for n in lengths if all(other[-n:] != path[-n:] for other in others)), len(path))
+        labels[path] = ".".join(path[-length:])
+    return {name: labels[path] for name, path in paths.items()}
+
+
+def print_event(event: EventReport, console: Console | None = None) -> None:
+    """One table after an event: a row per kind of layer, since a model has hundreds of alike ones."""
+    # eight columns in the 80 of a plain terminal
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("layers", no_wrap=True, overflow="ellipsis")
+    for column in ("n", "shape", "pattern", "zeros", "rel. loss", "worst", "solving"):
+        table.add_column(column, justify="right", no_wrap=True)
+    names = kinds_of(layer.name for layer in event.layers)
+    kinds: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = {}
+    for layer in event.layers:
+        kinds.setdefault((names[layer.name], layer.shape, layer.pattern), []).append(layer)
+    for (kind, shape, pattern), layers in kinds.items():
+        table.add_row(
+            kind,
+            str(len(layers)),
+            f"{shape[0]}×{shape[1]}",
+            pattern,
+            f"{sum(layer.sparsity for layer in layers) / len(layers):.2%}",
+            f"{sum(layer.relative_loss for layer in layers) / len(layers):.4f}",
+            f"{max(layer.relative_loss for layer in layers):.4f}",
+            f"{sum(layer.seconds for layer in layers):.1f} s",
+        )
+    table.add_section()
+    table.add_row(
+        "all", str(len(event.layers)), "", "", f"{event.sparsity:.2%}", f"{event.relative_loss:.4f}", "",
+        f"{sum(layer.seconds for layer in event.layers):.1f} s",
+    )  # fmt: skip
+    console = console or rich.get_console()
+    console.print(f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)", highlight=False)
+    console.print(table, width=min(_WIDTH, console.width))
+    console.print(f"{_listed(event.parts)}: {event.seconds:.1f} s in all", highlight=False)
+
+
+def _listed(parts: Mapping[Part, float]) -> str:
+    return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds or part != "scanning")
+
+
+def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
+    """What the training came to: how sparse, the metric dense, pruned and recovered, and what pruning took.
+
+    Args:
+        report: Of the training.
+        sparsity: Of all layers to prune.
+        console: Where to print.
+    """
+    summary, console = report.summary, console or rich.get_console()
+    events = f"{len(report.events)} event{'s' if len(report.events) != 1 else ''}"
+    of_model = ""
+    if summary.model_weights:
+        of_model = (
+            f" of the targets, {sparsity * summary.target_weights / summary.model_weights:.1%} of the whole model,"
+        )
+    title = f"Pruned to {sparsity:.2%}{of_model} in {events}"
+    console.print(title, highlight=False)
+    if summary.metric is not None:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column(summary.metric)
+        table.add_column("value", justify="right")
+        for label, value in (
+            ("dense, before the first event", summary.dense),
+            ("pruned, after the last event", summary.pruned),
+            ("recovered, at the end", summary.recovered),
+        ):
+            table.add_row(label, "not measured" if value is None else f"{value:.4g}")
+        console.print(table)
+    if summary.training_seconds:
+        parts = {part: sum(event.parts[part] for event in report.events) for part in EventReport(0, 0.0).parts}
+        pruning = summary.event_seconds + summary.collecting_seconds
+        console.print(
+            f"Pruning took {pruning / summary.training_seconds:.1%} of {summary.training_seconds:.1f} s of training, "
+            f"{pruning:.1f} s:\n{_listed(parts)}",
+            highlight=False,
+        )
