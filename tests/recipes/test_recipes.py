@@ -27,6 +27,7 @@ from toy import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning import ThanosPruningCallback
+from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 from thanos_lightning.windows import Window, changes, plan_windows
@@ -50,14 +51,14 @@ SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1
 def build(recipe: Path) -> LightningCLI:
     # the machine that runs this test may have no GPU; everything else is the recipe's
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
-    return LightningCLI(args=["--config", str(recipe), *here], run=False, save_config_callback=None)
+    return CLI(["--config", str(recipe), *here], run=False, save_config_callback=None)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_says_what_it_is(recipe: Path) -> None:
     head = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
     text = "\n".join(head)
-    assert recipe.name in text
+    assert recipe.stem in text
     assert all(word in text.lower() for word in ("for whom", "cost", "expect", "measured"))
 
 

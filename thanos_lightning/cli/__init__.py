@@ -10,9 +10,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from thanos_lightning.cli.commands import command_parser
+from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
-from thanos_lightning.cli.training import TRAINER_COMMANDS, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # LightningCLI takes configuration files of several commands before the command
         if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
-            return train(None if argv is None else arguments)
+            from thanos_lightning.cli.training import train  # and Lightning with it
+
+            return train(arguments)
         parsed = vars(command_parser().parse_args(arguments))
         command = parsed.pop("run")
         status: int = command(**parsed)
         return status
+    except BrokenPipeError:  # of `thanos-lightning recipes | head`
+        sys.stdout = open(os.devnull, "w")  # for the flush when Python ends  # noqa: SIM115
+        return 141
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None or os.environ.get(DEBUG):

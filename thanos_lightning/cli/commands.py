@@ -1,4 +1,4 @@
-"""The commands that aren't LightningCLI's: verify, export, reshard, permute, plot."""
+"""The commands that aren't LightningCLI's: recipes, verify, export, reshard, permute, plot."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thanos_lightning.cli import shipped
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM
-from thanos_lightning.cli.training import TRAINER_COMMANDS
 
 if TYPE_CHECKING:
     from thanos_lightning.permutation import Reordered
     from thanos_lightning.verification import TensorReport
+
+
+TRAINER_COMMANDS = {
+    "fit": "train, and prune on the callback's schedule",
+    "validate": "run the validation loop",
+    "test": "run the test loop",
+    "predict": "run the prediction loop",
+}
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -29,6 +37,11 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in TRAINER_COMMANDS.items():  # for the help: main() sends them to LightningCLI
         commands.add_parser(name, help=text, add_help=False)
+
+    text = "list the recipes and launch files that come with the package, or print one"
+    listing = commands.add_parser("recipes", help=text, description=text)
+    listing.set_defaults(run=_recipes)
+    listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
     # what isn't given stays away, so that the defaults are the ones of verify_checkpoint
@@ -79,6 +92,19 @@ def command_parser() -> argparse.ArgumentParser:
     plot.add_argument("report", help="the pruning_report.json of a training")
     plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
     return parser
+
+
+def _recipes(name: str | None) -> int:
+    known = shipped.recipes(), shipped.launch_files()
+    if name is not None:
+        sys.stdout.write(shipped.find(name, known[0] | known[1]).read_text(encoding="utf-8"))
+        return 0
+    heads = f"{PROGRAM} fit --config NAME", f"to start it on several machines: {PROGRAM} recipes NAME > NAME"
+    for head, files in zip(heads, known, strict=True):
+        width = max(map(len, files))
+        lines = [f"  {name:{width}}  {shipped.headline(file)}" for name, file in files.items()]
+        sys.stdout.write("\n".join([head, *lines, ""]))
+    return 0
 
 
 def _plot(report: str, output: str) -> int:

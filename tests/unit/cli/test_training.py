@@ -1,0 +1,44 @@
+import sys
+
+import pytest
+import yaml
+
+from thanos_lightning.cli import main
+from thanos_lightning.cli.training import CLI
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
+
+
+def printed(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *arguments, "--print_config"])
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "quickstart"], ["-c=quickstart"]])
+def test_a_recipe_by_its_name(capsys, arguments):
+    assert printed(capsys, *arguments)["data"]["init_args"]["dataset"] == "python-reference"
+
+
+def test_a_file_of_a_recipes_name(capsys, tmp_path):
+    (tmp_path / "quickstart").write_text("trainer: {max_steps: 7}\nmodel: CausalLM\n")
+    assert printed(capsys, "--config", "quickstart", "--model.model=a")["trainer"]["max_steps"] == 7
+
+
+def test_precision_is_resolved_and_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("thanos_lightning.cli.training.fast_precision", lambda device: ("64-true", f"it is {device}"))
+    with caplog.at_level("INFO"):
+        cli = CLI(["--config", "quickstart"], run=False)
+    assert cli.trainer.precision == "64-true"
+    assert cli.config.trainer.precision == "64-true"  # what is saved
+    assert [line for line in caplog.messages if "precision" in line] == ["precision: 64-true, since it is cpu"]
+
+
+def test_a_precision_that_is_given(monkeypatch):
+    cli = CLI(["--config", "quickstart", "--trainer.precision", "bf16-mixed"], run=False)
+    assert cli.trainer.precision == "bf16-mixed"

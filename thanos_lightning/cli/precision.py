@@ -1,0 +1,44 @@
+"""precision: auto: the precision in which a device trains fast, by what it can do."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+AUTO: Final = "auto"
+# of torch's own test of a CPU, which works where /proc doesn't exist; names differ between its versions
+_CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
+
+
+def fast_precision(accelerator: Any) -> tuple[str, str]:
+    """The Trainer's `precision` for a device.
+
+    It goes by what the device can do and not by a measurement, so that the ranks of machines of one kind agree.
+
+    Args:
+        accelerator: The Trainer's argument: "cpu", "gpu", "cuda", "auto" or another one.
+
+    Returns:
+        The precision, and why, as the end of a sentence.
+
+    Example:
+        >>> fast_precision("cpu")[0] in ("bf16-mixed", "32-true")
+        True
+    """
+    if accelerator in ("gpu", "cuda", AUTO) and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if all(_multiplies_bf16(device) for device in range(torch.cuda.device_count())):
+            return "bf16-mixed", f"this GPU multiplies bf16 ({name})"
+        return "16-mixed", f"this GPU multiplies fp16, but not bf16 ({name})"
+    if accelerator == "cpu" or (accelerator == AUTO and not torch.backends.mps.is_available()):
+        known = [name for test, name in _CPU_INSTRUCTIONS.items() if getattr(torch.cpu, test, bool)()]
+        if known:
+            return "bf16-mixed", f"this CPU multiplies bf16 ({known[0]})"
+        return "32-true", f"this CPU has no instructions for bf16 ({' or '.join(_CPU_INSTRUCTIONS.values())})"
+    return "32-true", "nothing faster is known to work on this device"
+
+
+def _multiplies_bf16(device: int) -> bool:
+    """Whether a GPU has units for bf16; torch emulates it on older ones."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,45 @@
+"""The recipes and launch files that come with the package, by name."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def recipes() -> dict[str, Path]:
+    """Name, as `fit --config` takes it -> file."""
+    return {file.stem: file for file in sorted(_folder("recipes").glob("*.yaml"))}
+
+
+def launch_files() -> dict[str, Path]:
+    """File name -> file that starts a training on several machines."""
+    return {file.name: file for file in sorted(_folder("launch").iterdir())}
+
+
+def _folder(name: str) -> Path:
+    """Inside the package where a wheel was installed, beside it in a clone."""
+    package = Path(__file__).parents[1]
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def headline(file: Path) -> str:
+    """The first sentence of the comment at the head of a file."""
+    lines = (line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
+    head = itertools.takewhile(lambda line: line.startswith("# "), lines)
+    sentence, *_ = " ".join(line.removeprefix("# ") for line in head).split(". ")
+    return sentence.rstrip(".:")
+
+
+def find(name: str, among: Mapping[str, Path]) -> Path:
+    """The file of a name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in among:
+        close = difflib.get_close_matches(name, among, n=1)
+        known = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{name!r} is no recipe or launch file: {known}`thanos-lightning recipes` lists all")
+    return among[name]
