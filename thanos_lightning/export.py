@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, build_model, parameter_aliases, some_of
 from thanos_lightning.folders import require_free, whole_folder
+from thanos_lightning.progress import open_phase
 from thanos_lightning.verification import TensorReport, check_mask, write_record
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
@@ -60,7 +61,8 @@ def export_checkpoint(
     output = Path(output).resolve()
     require_free(output)
     path = Path(checkpoint)
-    trained = TrainerCheckpoint.read(path)
+    with open_phase(f"Reading {path.name}"):
+        trained = TrainerCheckpoint.read(path)
     masks = trained.require_masks()
     note = trained.require_note()
     prefix: str = note["model_prefix"]
@@ -80,12 +82,17 @@ def export_checkpoint(
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
     model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
     with whole_folder(output) as folder:
-        model.save_pretrained(folder)
+        with open_phase(f"Writing {output.name}", adopts_bars=True):
+            model.save_pretrained(folder)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         tensors = SafetensorsFiles(folder)
         aliases = parameter_aliases(model)
-        reports = [check_mask(tensors.stored_name(aliases[name]), tensors, mask) for name, mask in inside.items()]
+        reports = []
+        with open_phase("Counting zeros", len(inside), "tensors") as phase:
+            for name, mask in inside.items():
+                reports.append(check_mask(tensors.stored_name(aliases[name]), tensors, mask))
+                phase.advance(note=name)
         failed = [report for report in reports if not report.ok]
         if failed:
             raise NonconformingError(

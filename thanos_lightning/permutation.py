@@ -22,6 +22,7 @@ from thanos_lightning.calibration import BATCHES_PER_BACKWARD, InputStatistics, 
 from thanos_lightning.gradients import OutputGradients
 from thanos_lightning.gradients import output_weights as weights_of
 from thanos_lightning.lm.fisher import counted_predictions, sampled_loss
+from thanos_lightning.progress import open_phase
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.linalg import (
@@ -270,7 +271,11 @@ def permute_channels(
         for window in split_by_memory(list(layers.values()), hessian_memory_gib):
             costs |= _costs(model, batches, {layer.name: layer for layer in window})
         # All are searched for before any is changed: the scores are of the order in which the inputs were measured
-        reordered = [_search(channels, layers, costs, weights, parsed, rounds, generator) for channels in fitting]
+        reordered = []
+        with open_phase("Searching for orders", len(fitting), "sets of channels") as phase:
+            for channels in fitting:
+                reordered.append(_search(channels, layers, costs, weights, parsed, rounds, generator))
+                phase.advance(note=channels.name)
         for found in reordered:
             _apply(parameters, found.channels, found.order)
             applied.append(found)
@@ -348,10 +353,12 @@ def _costs(
     statistics = InputStatistics(layers)
     statistics.start()
     try:
-        for batch in batches:
-            counted = token_mask(batch)
-            with statistics.counting(None if counted is None else counted.to(model.device)):
-                _logits(model, batch)
+        with open_phase("Measuring inputs", len(batches), "batches") as phase:
+            for batch in batches:
+                counted = token_mask(batch)
+                with statistics.counting(None if counted is None else counted.to(model.device)):
+                    _logits(model, batch)
+                phase.advance()
     finally:
         statistics.stop()
     accumulators = statistics.accumulators
@@ -376,13 +383,15 @@ def _output_weights(
     by_name = {layer.name: layer for layer in layers}
     gradients = OutputGradients(by_name)
     gradients.start(of_training=False)
+    chosen = list(enumerate(batches))[:: BATCHES_PER_BACKWARD["alone"]]
     try:
-        for number, batch in enumerate(batches):
-            if number % BATCHES_PER_BACKWARD["alone"] == 0:
+        with open_phase("Measuring what outputs count", len(chosen), "batches") as phase:
+            for number, batch in chosen:
                 logits = _logits(model, batch, differentiable=True)
                 with torch.enable_grad():
                     loss = sampled_loss(logits, counted_predictions(batch, logits), seed=number)
                 gradients.backward(loss, counts=True)
+                phase.advance()
     finally:
         gradients.stop()
     # of one layer the squares of small gradients may be no numbers of float32

@@ -7,6 +7,7 @@ such as that of Lightning's RichProgressBar; bars of tqdm are cleared while it i
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 import rich
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -64,9 +66,23 @@ class Phase:
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.completed, self.note = completed, ""
-        self._begin, self._completed_before = time.monotonic(), completed
+        self._first = (description, total, unit)
+        self.note = ""
+        self._begin = time.monotonic()
+        self.become(description, total, unit, completed)
+
+    def become(self, description: str, total: int | None, unit: str, completed: int = 0) -> None:
+        """Count something else from now on."""
+        self.description, self.total, self.unit, self.completed = description, total, unit, completed
+        self._completed_before, self._counts_since = completed, time.monotonic()
+
+    def reset(self) -> None:
+        """Be as at the beginning."""
+        self.become(*self._first)
+
+    def wait(self, seconds: float) -> None:
+        """Tell that for so long something else was done."""
+        self._counts_since += seconds
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Tell that more is done.
@@ -90,7 +106,7 @@ class Phase:
         done = self.completed - self._completed_before
         if self.total is None or done <= 0:
             return None
-        return self.seconds / done * max(0, self.total - self.completed)
+        return (time.monotonic() - self._counts_since) / done * max(0, self.total - self.completed)
 
     def line(self, *, ended: bool = False) -> str:
         """The phase as a line of a log."""
@@ -128,6 +144,7 @@ class _Display:
         self._phases: list[Phase] = []
         self._lock = threading.RLock()
         self._live: Live | None = None
+        self._log = sys.stderr
         self._around = ExitStack()
         self._ends = threading.Event()
         self._last_line = -_BETWEEN_LINES
@@ -142,10 +159,13 @@ class _Display:
             self._phases.append(phase)
             if len(self._phases) > 1:
                 return
+            self._log = sys.stderr  # which a library's output may be redirected from, and stdout, too
             console = rich.get_console()
             if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
                 self._around.enter_context(tqdm.external_write_mode(nolock=True))
                 live = Live(console=console, get_renderable=self._shown, auto_refresh=False, transient=True)
+                self._around.callback(setattr, console, "file", console._file)
+                console.file = console.file
                 live.start(refresh=True)
                 self._live = live
             self._ends = threading.Event()
@@ -154,6 +174,8 @@ class _Display:
     def close(self, phase: Phase, *, completed: bool) -> None:
         with self._lock:
             self._phases.remove(phase)
+            for other in self._phases:
+                other.wait(phase.seconds)
             if completed and self._live is None and phase.seconds > _FIRST_LINE:
                 self._write(phase.line(ended=True))
             if not self._phases:
@@ -179,8 +201,8 @@ class _Display:
     def _write(self, line: str) -> None:
         self._last_line = time.monotonic()
         with suppress(OSError, ValueError):  # a log that is gone must not end the work
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+            self._log.write(f"{line}\n")
+            self._log.flush()
 
     def _shown(self) -> Phase | str:
         return self._phases[-1] if self._phases else ""
@@ -223,13 +245,16 @@ def shown(phase: Phase) -> Iterator[Phase]:
 
 
 @contextmanager
-def open_phase(description: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+def open_phase(
+    description: str, total: int | None = None, unit: str = "", *, adopts_bars: bool = False
+) -> Iterator[Phase]:
     """Show that something takes long, on the first rank, and let SIGTERM end it at once on each.
 
     Args:
         description: What is done, in a few words.
         total: How many of its units there are; None where it isn't known.
         unit: What is counted, in the plural.
+        adopts_bars: Whether libraries that are called draw bars with tqdm: what these would show, the phase does.
 
     Raises:
         Terminated: If SIGTERM comes.
@@ -242,7 +267,34 @@ def open_phase(description: str, total: int | None = None, unit: str = "") -> It
         3
     """
     with ends_on_sigterm(), shown(Phase(description, total, unit)) as phase:
-        yield phase
+        if not adopts_bars:
+            yield phase
+            return
+        with _adopted_bars(phase):
+            yield phase
+
+
+@contextmanager
+def _adopted_bars(phase: Phase) -> Iterator[None]:
+    display, bars = tqdm.display, WeakSet[tqdm]()
+
+    def tell(bar: tqdm, *args: Any, **kwargs: Any) -> bool:  # instead of drawing; tqdm means it to be replaced
+        bar.fp = io.StringIO()  # a line break at its end
+        if bar.total is not None or bar.desc:
+            scale, unit = (10**6, "MB") if bar.unit == "B" else (1, "" if bar.unit == "it" else bar.unit.strip())
+            if bar not in bars:
+                bars.add(bar)
+                description = (bar.desc or phase.description).rstrip(": .…")
+                phase.become(description, None if bar.total is None else int(bar.total / scale), unit)
+            phase.completed = int(bar.n / scale)
+        return True
+
+    tqdm.display = tell
+    try:
+        yield
+    finally:
+        tqdm.display = display
+        phase.reset()
 
 
 @contextmanager

