@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
+from thanos_lightning.cli.noise import silence
+from thanos_lightning.progress import TERMINATED
+
+INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 where tensors do not conform, 2 for a user's mistake.
+        The exit status: 0, 1 where tensors do not conform, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         SystemExit: For --help and --version, and where the arguments can't be parsed.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    silence()
     try:
         # LightningCLI takes configuration files of several commands before the command
         if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
@@ -37,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parsed.pop("run")
         status: int = command(**parsed)
         return status
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning's, after it has shut down what it runs
+            return _interrupted()
+        if type(ended).__name__ == "SIGTERMException":  # Lightning's, at a batch's end: its status would be 0
+            return TERMINATED
+        raise
     except BrokenPipeError:  # of `thanos-lightning recipes | head`
         sys.stdout = open(os.devnull, "w")  # for the flush when Python ends  # noqa: SIM115
         return 141
@@ -46,3 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"{PROGRAM}: error: {' '.join(str(mistake).split())}\n")
         return 2
+
+
+def _interrupted() -> int:
+    sys.stderr.write(f"{PROGRAM}: interrupted\n")
+    return INTERRUPTED

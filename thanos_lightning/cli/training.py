@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jsonargparse import set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -19,6 +20,7 @@ import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.yaml_loader import yaml_loader
+from thanos_lightning.training_bar import TrainingBar
 
 _MODE = "yaml_without_sexagesimals"
 
@@ -32,6 +34,11 @@ class _Trainer(Trainer):
 
     def __init__(self, *args: Any, precision: _PRECISION_INPUT | Literal["auto"] | None = None, **kwargs: Any) -> None:
         assert precision != AUTO  # CLI has resolved it
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        # Lightning's own wraps at 80 columns, and counts epochs where max_epochs is -1
+        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
 
 
