@@ -129,7 +129,7 @@ class Phase:
         if self.total is not None and room >= 8:
             width = min(_LONGEST_BAR, room - min(len(self.note) + 2, room // 2) if self.note else room)
             filled = min(width, round(width * self.completed / max(1, self.total)))
-            text.append(" ").append("━" * filled, style="bold cyan").append("━" * (width - filled), style="dim")
+            text.append(" ").append("━" * filled, style="bold cyan").append("─" * (width - filled), style="dim")
         text.append(after)
         if self.note:
             text.append(f"  {self.note}", style="dim")
