@@ -79,13 +79,37 @@ class SolverOptions:
         for name, known in (("method", METHODS), ("saliency", SALIENCIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(known)}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size!r} is not positive: give the number of columns, such as 128")
-        if not 0 <= self.damping < math.inf:
+        for name, least, mend in (
+            ("block_size", 1, "give the number of columns, such as 128"),
+            ("admm_steps", 0, "give the number of steps, or 0 for none"),
+            ("refine_steps", 0, "give the number of steps, or 0 for none"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is not a whole number >= {least}: {mend}")
+        is_number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
+        if not (is_number and 0 <= self.damping < math.inf):
             raise ValueError(f"damping={self.damping!r} is not a finite number >= 0: try 0.01")
-        for name in ("admm_steps", "refine_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} is negative: give a number, or 0 for none")
+
+    def unused(self, pattern: Pattern) -> dict[str, str]:
+        """The arguments that change nothing for layers of a pattern, each with the reason.
+
+        Example:
+            >>> from thanos_lightning.solver import NM
+            >>> SolverOptions("wanda").unused(NM(2, 4))["saliency"]
+            "method 'wanda' has its own"
+        """
+        unused = {}
+        if self.method not in ("thanos", "sparsegpt"):
+            unused["block_size"] = f"method {self.method!r} prunes no blocks of columns"
+            if self.admm_steps == self.refine_steps == 0:
+                unused["damping"] = f"method {self.method!r} without admm_steps and refine_steps inverts no Hessian"
+        elif self.method == "thanos" and isinstance(pattern, Structured):
+            unused["block_size"] = "method 'thanos' prunes all columns of a structured pattern at once"
+            unused["saliency"] = "a structured pattern is chosen by whole columns"
+        if self.method != "thanos":
+            unused["saliency"] = f"method {self.method!r} has its own"
+        return unused
 
     @property
     def needs_statistics(self) -> bool:

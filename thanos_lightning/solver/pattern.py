@@ -6,6 +6,7 @@ Words used here: a keep mask is bool of shape (rows, cols), True = kept; a row i
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -14,18 +15,19 @@ from torch import Tensor
 _SAME = 1e-6
 
 
-def _check_sparsity(value: float) -> None:
+def _check_sparsity(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
         raise ValueError(
-            f"sparsity={value!r} is not between 0 and 1 (both excluded): give the fraction of weights to remove, "
-            "such as 0.5"
+            f"sparsity={value!r} is not a number between 0 and 1 (both excluded): give the fraction of weights to "
+            "remove, such as 0.5"
         )
 
 
-def _check_outlier_fraction(value: float) -> None:
+def _check_outlier_fraction(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(
-            f"outlier_fraction={value!r} is not in [0, 1): give the fraction of rows to keep dense, such as 0.1"
+            f"outlier_fraction={value!r} is not a number in [0, 1): give the fraction of rows to keep dense, such as "
+            "0.1"
         )
 
 
@@ -256,13 +258,13 @@ Pattern = Unstructured | NM | Structured
 
 
 def parse_pattern(
-    pattern: str | int | Pattern, sparsity: float | int | None = None, outlier_fraction: float | int | None = None
+    pattern: str | Pattern | Any, sparsity: float | Any | None = None, outlier_fraction: float | Any | None = None
 ) -> Pattern:
     """Turn what a user writes in a YAML file into a pattern.
 
     Args:
         pattern: ``"unstructured"``, ``"structured"`` or n:m such as ``"2:4"``; a pattern object is passed through.
-            A number is an error, which says what YAML makes of an unquoted 2:4.
+            All else is an error; that of 124 says what YAML makes of an unquoted 2:4.
         sparsity: Fraction of weights to remove. Required for the two names; n:m implies it, so that it may be left
             out, or has to agree.
         outlier_fraction: Fraction of the rows kept dense; None means 0.0, or what the pattern object says.
@@ -280,12 +282,23 @@ def parse_pattern(
         >>> parse_pattern("unstructured", sparsity=0.6)
         Unstructured(sparsity=0.6)
     """
+    if sparsity is not None:
+        _check_sparsity(sparsity)
+    if outlier_fraction is not None:
+        _check_outlier_fraction(outlier_fraction)
     if isinstance(pattern, Pattern):
         _check_agreement(pattern, sparsity, outlier_fraction)
         return pattern
     if not isinstance(pattern, str):
+        n, m = divmod(pattern, 60) if isinstance(pattern, int) else (0, 0)
+        if 1 <= n < m:
+            raise ValueError(
+                f"pattern={pattern!r} is not text. YAML reads an unquoted {n}:{m} as the number {pattern}: quote it as "
+                f'"{n}:{m}"'
+            )
         raise ValueError(
-            f'pattern={pattern!r} is not text. YAML reads an unquoted 2:4 as the number 124: quote it as "2:4"'
+            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured" or "structured" with a '
+            "sparsity"
         )
     text = pattern.strip().lower()
     if groups := re.fullmatch(r"(\d+):(\d+)", text):
@@ -297,8 +310,8 @@ def parse_pattern(
     if sparsity is None:
         raise ValueError(f"pattern={text!r} needs a sparsity: give the fraction of weights to remove, such as 0.5")
     if text == "structured":
-        return Structured(float(sparsity), outlier_fraction or 0.0)
-    unstructured = Unstructured(float(sparsity))
+        return Structured(sparsity, outlier_fraction or 0.0)
+    unstructured = Unstructured(sparsity)
     _check_agreement(unstructured, None, outlier_fraction)
     return unstructured
 

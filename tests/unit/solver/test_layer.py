@@ -257,8 +257,9 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
     [
         ({"method": "obs"}, "method='obs' is not known: choose one of thanos"),
         ({"saliency": "magnitude"}, "saliency='magnitude' is not known: choose one of wanda, obs, balanced"),
-        ({"admm_steps": -1}, "admm_steps=-1 is negative"),
+        ({"admm_steps": -1}, "admm_steps=-1 is not a whole number >= 0"),
         ({"block_size": 0}, "block_size=0"),
+        ({"block_size": True}, "block_size=True is not a whole number >= 1"),
         ({"damping": -0.1}, "damping=-0.1"),
         ({"damping": math.nan}, "damping=nan"),
         ({"damping": math.inf}, "damping=inf"),
