@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from thanos_lightning.solver import Pattern, parse_pattern
 
 PrunableModule: TypeAlias = nn.Linear | Conv1D
 _PRUNABLE = (nn.Linear, Conv1D)
+IGNORED = ("lm_head",)  # unless the user says what; not every model has one
 
 
 @dataclass(frozen=True)
@@ -110,16 +112,34 @@ def matches(name: str, expression: str) -> bool:
         try:
             return re.fullmatch(expression.removeprefix("re:"), name) is not None
         except re.error as error:
-            raise ValueError(f"target {expression!r} is not a regular expression ({error}): correct it") from error
+            raise ValueError(f"{expression!r} is not a regular expression ({error}): correct it") from error
     return fnmatchcase(name, expression) or fnmatchcase(name, f"*.{expression}")
 
 
-def _as_tuple(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
+def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
+    """The expressions as a tuple, also where one alone was given.
+
+    Args:
+        argument: What to call them in an error.
+        expressions: Globs or `re:` expressions of module names.
+
+    Raises:
+        ValueError: If they are anything else.
+
+    Example:
+        >>> check_expressions("targets", "*.mlp.*")
+        ('*.mlp.*',)
+    """
     if isinstance(expressions, str):  # a lone string would be read letter by letter
-        return (expressions,)
-    wrong = [expression for expression in expressions if not isinstance(expression, str) or not expression]
-    if wrong:
-        raise ValueError(f"{argument} holds {wrong[0]!r}: give globs or 're:' expressions as strings")
+        expressions = [expressions]
+    if not isinstance(expressions, Sequence):
+        raise ValueError(
+            f"{argument} is {expressions!r}: give a list of globs or 're:' expressions, such as ['*.mlp.*']"
+        )
+    for expression in expressions:
+        if not isinstance(expression, str) or not expression:
+            raise ValueError(f"{argument} holds {expression!r}: give globs or 're:' expressions as strings")
+        matches("", expression)  # whether it is one
     return tuple(expressions)
 
 
@@ -129,8 +149,34 @@ def _examples(names: Iterable[str]) -> str:
     return f"{shown}, … ({len(names)} in all)" if len(names) > 5 else shown or "none"
 
 
+def _did_you_mean(expression: str, names: Iterable[str]) -> str:
+    """The nearest part of a name, where one is near."""
+    parts = {part for name in names for part in name.split(".")}
+    found = get_close_matches(expression.removeprefix("re:").strip("*.").rpartition(".")[2], parts, n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Iterable[str]) -> None:
+    """Refuse an expression that leaves nothing out, which is most likely misspelt: what it meant would be pruned."""
+    for expression in expressions:
+        if expression in IGNORED or any(matches(name, expression) for name in prunable):
+            continue
+        meant = [name for name, _ in model.named_modules() if matches(name, expression)]
+        if not meant:
+            near = _did_you_mean(expression, prunable)
+            raise ValueError(
+                f"ignore {expression!r} matches no layer{near}: correct it or leave it out. The model has: "
+                f"{_examples(prunable)}"
+            )
+        if any(layer.startswith(f"{name}.") for name in meant for layer in prunable):
+            raise ValueError(
+                f"ignore {expression!r} matches {meant[0]}, but none of the layers inside of it, which would be "
+                f"pruned: write '{expression}.*'"
+            )
+
+
 def find_targets(
-    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ("lm_head",)
+    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = IGNORED
 ) -> dict[str, PrunableLayer]:
     """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
 
@@ -139,14 +185,14 @@ def find_targets(
     Args:
         model: Any module. Names are as `model.named_modules()` gives them.
         targets: Globs or `re:` expressions; each must match at least one prunable layer.
-        ignore: Layers to leave out, in the same words.
+        ignore: Layers to leave out, in the same words. All but "lm_head" must match a module.
 
     Returns:
         Name -> layer.
 
     Raises:
-        ValueError: If an expression or all of them together match nothing; if a layer is compiled, quantised or
-            reparametrised; if its weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
+        ValueError: If an expression or all of them together match nothing; if layers are compiled, quantised or
+            reparametrised; if a weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
             means a frozen teacher or LoRA's adapters.
 
     Example:
@@ -154,15 +200,16 @@ def find_targets(
         >>> list(find_targets(model, targets=["0"]))
         ['0']
     """
-    targets, ignore = _as_tuple("targets", targets), _as_tuple("ignore", ignore)
+    targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
     refuse_compiled(model)
     prunable = {name: module for name, module in model.named_modules() if isinstance(module, _PRUNABLE)}
     for expression in targets:
         if not any(matches(name, expression) for name in prunable):
             raise ValueError(
-                f"target {expression!r} matches no prunable layer (Linear, Conv1D). The model has: "
-                f"{_examples(prunable)}"
+                f"target {expression!r} matches no prunable layer (Linear, Conv1D)"
+                f"{_did_you_mean(expression, prunable)}. The model has: {_examples(prunable)}"
             )
+    _check_ignored(model, ignore, prunable)
     chosen = {
         name: module
         for name, module in prunable.items()
@@ -179,24 +226,29 @@ def find_targets(
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
+    _check_weights(chosen)
     layers: dict[str, PrunableLayer] = {}
     seen: set[int] = set()
+    shared: dict[str, str] = {}  # with a module that is no target
     for name, module in chosen.items():
-        _check_weight(name, module)
         if id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
         names = holders[id(module.weight)]
         outside = [other for other in names if other not in chosen]
         if outside:
-            raise ValueError(
-                f"layer {name} shares its weight with {', '.join(outside)}, which is not a target: pruning one would "
-                f"prune the other. Add {name!r} to ignore"
-            )
+            shared[name] = outside[0]
         transposed = isinstance(module, Conv1D)
         shape = whole_shape(module.weight)
         rows, cols = reversed(shape) if transposed else shape
-        layers[name] = PrunableLayer(name, tuple(chosen[other] for other in names), rows, cols, transposed)
+        modules = tuple(chosen[other] for other in names if other in chosen)
+        layers[name] = PrunableLayer(name, modules, rows, cols, transposed)
+    if shared:
+        pairs = [f"layer {name} shares its weight with {outside}" for name, outside in shared.items()]
+        raise ValueError(
+            f"{_examples(pairs)}, which {'are no targets' if len(pairs) > 1 else 'is no target'}: pruning one would "
+            f"prune the other. Add {_to_add(shared)} to ignore"
+        )
     return layers
 
 
@@ -223,16 +275,26 @@ def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], t
             )
 
 
-def _check_weight(name: str, module: PrunableModule) -> None:
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+def _check_weights(layers: Mapping[str, PrunableModule]) -> None:
+    computed = [
+        name for name, module in layers.items() if not isinstance(module._parameters.get("weight"), nn.Parameter)
+    ]
+    if computed:
         raise ValueError(
-            f"the weight of layer {name} is computed, not stored (a parametrisation): remove it first, or ignore {name}"
+            f"{len(computed)} target(s) have a weight that is computed, not stored (a parametrisation): "
+            f"{_examples(computed)}. Remove it first, or add {_to_add(computed)} to ignore"
         )
-    if not module.weight.is_floating_point():
+    quantised = [name for name, module in layers.items() if not module.weight.is_floating_point()]
+    if quantised:
         raise ValueError(
-            f"layer {name} is quantised (its weight is {module.weight.dtype}): load the model in bf16 or fp32, "
-            f"or ignore {name}"
+            f"{len(quantised)} target(s) are quantised, as {quantised[0]} to {layers[quantised[0]].weight.dtype}: load "
+            f"the model in bf16 or fp32, or add {_to_add(quantised)} to ignore"
         )
+
+
+def _to_add(names: Iterable[str]) -> str:
+    names = list(names)
+    return " and ".join(map(repr, names)) if len(names) < 3 else "them, or a glob that matches them,"
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -255,20 +317,29 @@ def assign_patterns(
     """The final pattern of each layer; of several overrides that match a layer, the last one counts.
 
     Raises:
-        ValueError: If an override matches no target, or a pattern doesn't fit a layer's shape (naming the layer).
+        ValueError: If an override matches no target, or a pattern doesn't fit a layer's shape (naming the layers).
     """
     patterns = dict.fromkeys(layers, pattern)
     for override in overrides:
-        for expression in _as_tuple("an override's targets", override.targets):
+        for expression in check_expressions("an override's targets", override.targets):
             matched = [name for name in layers if matches(name, expression)]
             if not matched:
                 raise ValueError(
-                    f"override target {expression!r} matches none of the layers to prune: {_examples(layers)}"
+                    f"override target {expression!r} matches none of the layers to prune"
+                    f"{_did_you_mean(expression, layers)}: {_examples(layers)}"
                 )
             patterns.update(dict.fromkeys(matched, override.parsed()))
+    misfits: dict[str, ValueError] = {}
     for name, layer in layers.items():
         try:
             patterns[name].check_shape(layer.rows, layer.cols)
         except ValueError as error:
-            raise ValueError(f"layer {name}: {error}. Or add {name!r} to ignore, or override its pattern") from error
+            misfits[name] = error
+    if misfits:
+        first, *others = misfits
+        of_all = f"{len(misfits)} layers can't take their pattern ({_examples(misfits)}). Layer" if others else "layer"
+        raise ValueError(
+            f"{of_all} {first}: {misfits[first]}. Or add {_to_add(misfits)} to ignore, or override "
+            f"{'their patterns' if others else 'its pattern'}"
+        )
     return patterns

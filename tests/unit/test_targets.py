@@ -80,6 +80,40 @@ def test_bad_expressions() -> None:
         find_targets(tiny_llama(), [3])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("lm_haed", r"ignore 'lm_haed' matches no layer \(did you mean 'lm_head'\?\)"),
+        ("*.qproj", r"did you mean 'q_proj'\?"),
+        ("xyz", r"ignore 'xyz' matches no layer: correct it or leave it out. The model has: model\.layers"),
+        ("model.layers.0", r"none of the layers inside of it, which would be pruned: write 'model\.layers\.0\.\*'"),
+    ],
+)
+def test_what_is_to_be_ignored_must_be_there(expression: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find_targets(tiny_llama(), ignore=["lm_head", expression])
+    find_targets(tiny_llama(), ignore=["lm_head", "*norm", "embed_tokens"])  # dense in any case
+    find_targets(nn.Sequential(nn.Linear(4, 4)), ignore=["lm_head"])  # the default, which not all models have
+
+
+def test_all_layers_that_can_not_be_pruned_are_said_at_once() -> None:
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6)))
+    with pytest.raises(
+        ValueError, match=r"6 layers can't take their pattern \(0, 1, 2, 3, 4, … \(6 in all\)\). Layer 0:"
+    ):
+        assign_patterns(find_targets(model), NM(2, 4))
+    for layer in model[3:]:
+        nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match=r"3 target\(s\) have a weight that is computed.*: 3, 4, 5. Remove it"):
+        find_targets(model)
+    twins = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    twins[2].weight, twins[3].weight = twins[0].weight, twins[1].weight
+    with pytest.raises(
+        ValueError, match="layer 0 shares its weight with 2, layer 1 shares its weight with 3, which are"
+    ):
+        find_targets(twins, ["0", "1"])
+
+
 def test_a_tied_head_is_not_pruned_by_accident() -> None:
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model.embed_tokens.*Add 'lm_head' to ignore"):
         find_targets(tiny_llama(), ignore=[])
