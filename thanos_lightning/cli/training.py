@@ -51,7 +51,7 @@ class CLI(LightningCLI):
 
     Example:
         >>> CLI(["--config", "quickstart"], run=False).trainer.max_steps  # doctest: +SKIP
-        40
+        32
     """
 
     def __init__(self, args: list[str], **options: Any) -> None:
