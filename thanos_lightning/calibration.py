@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
@@ -59,6 +60,11 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
             "to count every token"
         )
     return mask.bool()
+
+
+def has_text(batch: Any) -> bool:
+    """Whether a batch is a language model's, of which some tokens may be padding."""
+    return next(_find(batch, "input_ids"), None) is not None
 
 
 def _find(batch: Any, key: str) -> Iterator[Any]:
@@ -413,7 +419,8 @@ def count_dataloader(
         statistics: What counts; its hooks are added and removed here.
         batches: The calibration batches. Rank r takes batches r, r + world_size, …
         trainer: Its strategy moves the batches, its precision is that of the forward.
-        module: Called as `calibration_step(batch)` where it has one, else as `module(**batch)`.
+        module: Called as `calibration_step(batch)` where it has one; else a mapping goes through `module(**batch)`, and
+            any other batch through `training_step(batch, 0)`, whose logging is dropped.
         access: Tells the ranks.
         attention_mask_key: Where the mask of real tokens is in a batch.
         backward: Called with what the module returned for a batch, and whether it counts: one batch in four, whatever
@@ -423,6 +430,9 @@ def count_dataloader(
 
     Returns:
         The number of batches that this rank counted.
+
+    Raises:
+        MisconfigurationException: If the module can't be called with a batch, naming `calibration_step`, the mend.
     """
     num_batches = seen = 0
     per_backward = BATCHES_PER_BACKWARD["joined" if joins_outputs else "alone"]
@@ -430,7 +440,7 @@ def count_dataloader(
     module.eval()
     statistics.start()
     try:
-        with open_phase("Calibrating", _length(batches), "batches") as phase:
+        with open_phase("Calibrating", _length(batches), "batches") as phase, _all_called():
             iterator = iter(batches)
             while one_each := list(itertools.islice(iterator, access.world_size)):
                 is_own = access.rank < len(one_each)
@@ -464,15 +474,68 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
+@contextmanager
+def _all_called() -> Iterator[None]:
+    """Let torch's attention call its layers: in evaluation mode it may read their weights in one fused kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _forward(module: LightningModule, batch: Any) -> Any:
     step = getattr(module, "calibration_step", None)
     if step is not None:
         return step(batch)
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    if isinstance(batch, (list, tuple)):
-        return module(*batch)
-    return module(batch)
+    runs, call = (
+        (partial(module, **batch), "forward(**batch)")
+        if isinstance(batch, Mapping)
+        else (partial(_training_step, module, batch), "training_step(batch, 0)")
+    )
+    kind, of = type(batch).__name__, type(module).__name__
+    add = f"add a method calibration_step(self, batch) to {of}, which runs the model on a batch and returns the loss"
+    if not isinstance(batch, Mapping) and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"a calibration batch is a {kind}, which goes through training_step, but under manual optimization that "
+            f"would train: {add}"
+        )
+    try:
+        return runs()
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "unpack" not in str(error):  # of a hook, or of the model itself
+            raise
+        raise MisconfigurationException(
+            f"a calibration batch is a {kind}, on which {call} of {of} fails ({type(error).__name__}: {error}): {add}"
+        ) from error
+
+
+def _training_step(module: LightningModule, batch: Any) -> Any:
+    """What a training step returns for a batch, without its logging."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    replaced = {name: module.__dict__[name] for name in ("forward", "log", "log_dict") if name in module.__dict__}
+
+    def first_forward(*args: Any) -> Any:
+        put_back("forward")
+        return module.training_step(*args)
+
+    def put_back(name: str) -> None:
+        module.__dict__.pop(name, None)
+        if name in replaced:
+            module.__dict__[name] = replaced[name]
+
+    # through __call__, whose hooks gather the module's own parameters where these are sharded
+    module.__dict__.update(forward=first_forward, log=_ignore, log_dict=_ignore)
+    try:
+        return module(batch, 0) if takes_index else module(batch)
+    finally:
+        for name in ("forward", "log", "log_dict"):
+            put_back(name)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
 
 
 def loss_of(output: Any) -> Tensor | None:

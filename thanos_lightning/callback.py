@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -22,7 +22,8 @@ from thanos_lightning.collecting import Collected, Collector
 from thanos_lightning.companions import (
     BestScores,
     callbacks_of,
-    check_averaging,
+    check_companions,
+    check_trainer,
     hold_back_stopping,
     release_stopping,
     replace_callbacks,
@@ -30,7 +31,7 @@ from thanos_lightning.companions import (
 )
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.masks import LayerMask
-from thanos_lightning.planning import Planner, check_allocation, check_initial, default_allocation
+from thanos_lightning.planning import CALIBRATION_STEPS, Planner, check_allocation, check_initial, default_allocation
 from thanos_lightning.progress import ends_on_sigterm, hidden
 from thanos_lightning.pruning import prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
@@ -42,7 +43,7 @@ from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_ac
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.surveying import LayerSurvey, survey_window
-from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets
+from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets, uncalled_layers
 from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression
 
 _AT_ONCE, _GRADUALLY = SparsitySchedule(0, 0, 1), SparsitySchedule(0.0, 0.4, 0.1)
@@ -84,7 +85,9 @@ class ThanosPruningCallback(Callback):
             reaches back past the event before.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
-            `pl_module(**batch)`, or `calibration_step(batch)` where the module has one. Where output weights are
+            `calibration_step(batch)` where the module has one; else mappings go through `pl_module(**batch)`, and
+            tuples, tensors and the like through `training_step(batch, 0)`, in evaluation mode and with its `self.log`
+            dropped (not under manual optimization, where it would train). Where output weights are
             wanted, that has to return the loss (`CausalLM` returns that of labels which it draws itself, whose
             gradients say more), and a backward is run that leaves parameters' gradients alone; not under ZeRO-3 where
             DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count alike then.
@@ -139,7 +142,7 @@ class ThanosPruningCallback(Callback):
         admm_steps: int = 8,
         refine_steps: int = 2,
         output_weights: Literal["gradients", "joined", "uniform"] | None = None,
-        calibration_steps: int = 32,
+        calibration_steps: int = CALIBRATION_STEPS,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
@@ -249,6 +252,7 @@ class ThanosPruningCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(trainer)
         if stage == "fit":
             if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
@@ -258,7 +262,7 @@ class ThanosPruningCallback(Callback):
                 has_pruned = bool(self._applied)
                 self._reset()
                 self._forgets_masks = has_pruned
-            check_averaging(trainer)
+            check_companions(trainer)
             check_strategy(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
@@ -271,6 +275,11 @@ class ThanosPruningCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = find_targets(pl_module, self.targets, self.ignore)
+        if uncalled := uncalled_layers(pl_module):
+            rank_zero_info(
+                f"{len(uncalled)} layer(s) of torch's MultiheadAttention stay dense, such as {uncalled[0]}: it reads "
+                "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"
+            )
         self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
         check_progression(self.progression, self._final_patterns)
         check_initial(self.schedule, self._final_patterns)

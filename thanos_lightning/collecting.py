@@ -16,6 +16,7 @@ from thanos_lightning.calibration import (
     InputStatistics,
     count_dataloader,
     gather_states,
+    has_text,
     load_own_states,
     loss_of,
     token_mask,
@@ -155,7 +156,7 @@ class Collector:
         if self._attention_mask_key is None:
             return None
         counted = token_mask(batch, self._attention_mask_key)
-        if counted is None:
+        if counted is None and has_text(batch):
             self._warn_once(
                 f"the batches have no {self._attention_mask_key!r}, so every token counts, padding too. Name the mask "
                 "in attention_mask_key, or set it to None to say that there is no padding"

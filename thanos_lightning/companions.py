@@ -1,11 +1,11 @@
-"""What Lightning's own callbacks must know of pruning: which average the weights, stop early, or keep the best."""
+"""What the Trainer and its other callbacks must know of pruning: which average, stop early, or keep the best."""
 
 from __future__ import annotations
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -26,13 +26,32 @@ def _is_kind(callback: Callback, name: str) -> bool:
     return name in {kind.__name__ for kind in type(callback).__mro__}
 
 
-def check_averaging(trainer: Trainer) -> None:
-    """Refuse callbacks that average weights in a way that would bring zeros back.
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the other package that Lightning is released as, whose classes are not those of this one.
+
+    Raises:
+        MisconfigurationException: Naming the import.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"ThanosPruningCallback is a callback of lightning.pytorch, and the Trainer is one of "
+            f"{type(trainer).__module__.partition('.')[0]}: import Trainer and LightningModule from lightning.pytorch "
+            "(pip install lightning), where they have the same arguments"
+        )
+
+
+def check_companions(trainer: Trainer) -> None:
+    """Refuse callbacks that prune too, or average weights in a way that would bring zeros back.
 
     Raises:
         MisconfigurationException: Naming the callback and the mend.
     """
     for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} puts masks of its own on the weights that ThanosPruningCallback prunes: "
+                "remove one of the two"
+            )
         if _is_kind(callback, "StochasticWeightAveraging"):
             raise MisconfigurationException(
                 f"{type(callback).__name__} writes averages of dense and pruned weights at the end of the training, "

@@ -17,6 +17,7 @@ from thanos_lightning.surveying import LayerSurvey, allocate, levels, sparsest
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
 
+CALIBRATION_STEPS = 32  # unless the user says more or less
 _ORDERED: dict[Progression, Progression] = {"least-loss-first": "front-to-back"}
 
 
@@ -247,7 +248,7 @@ class Planner:
             since=since,
         )
         steps = min((window.end_step - window.start_step for window in windows), default=0)
-        if steps < self.calibration_steps:
+        if steps < self.calibration_steps != CALIBRATION_STEPS:
             rank_zero_info(
                 f"calibration_steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
                 "since the event before"

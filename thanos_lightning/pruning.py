@@ -349,13 +349,16 @@ def sum_on_owners(
     unused = [name for name in layers if not any(counts.get(name) for counts in tokens)]
     if unused:
         total = max((count for counts in tokens for count in counts.values()), default=0)
+        some = ", ".join(unused[:5]) + (", …" if len(unused) > 5 else "")
         reason = (
-            "it was not called (attention modules may read a weight without calling its layer, experts may get no "
-            "token): collect more steps, or add it to ignore"
+            f"{len(unused)} of {len(layers)} layers have no statistics, since they were not called (attention may read "
+            f"a weight without calling its layer, experts may get no token): {some}. Collect more steps, or add them "
+            "to ignore"
             if total
-            else "no token was counted at all: every batch was empty or all padding. Check the batches' attention_mask"
+            else "no token was counted at all: every batch was empty or all padding. Check the batches, and their "
+            "attention mask"
         )
-        raise PruningError(f"layer {unused[0]} has no statistics, {reason}. No layer of this window was changed")
+        raise PruningError(f"{reason}. No layer of this window was changed")
     if access.world_size == 1:
         complete: dict[str, HessianAccumulator] = dict(accumulators)
         accumulators.clear()

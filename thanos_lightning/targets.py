@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -175,12 +176,27 @@ def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Itera
             )
 
 
+def uncalled_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of which no inputs can be collected: torch's attention reads their weights itself.
+
+    Example:
+        >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
+        ['self_attn.out_proj']
+    """
+    return [
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    ]
+
+
 def find_targets(
     model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = IGNORED
 ) -> dict[str, PrunableLayer]:
     """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
 
-    Prunable are `torch.nn.Linear` and transformers' `Conv1D`. Layers that share one weight are one target.
+    Prunable are `torch.nn.Linear` and transformers' `Conv1D`, but for those of `uncalled_layers`. Layers that share one
+    weight are one target.
 
     Args:
         model: Any module. Names are as `model.named_modules()` gives them.
@@ -193,7 +209,7 @@ def find_targets(
     Raises:
         ValueError: If an expression or all of them together match nothing; if layers are compiled, quantised or
             reparametrised; if a weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
-            means a frozen teacher or LoRA's adapters.
+            means a frozen teacher, LoRA's adapters or the layers that they adapt.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -203,8 +219,15 @@ def find_targets(
     targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
     refuse_compiled(model)
     prunable = {name: module for name, module in model.named_modules() if isinstance(module, _PRUNABLE)}
+    uncalled = {name: prunable.pop(name) for name in uncalled_layers(model)}
     for expression in targets:
         if not any(matches(name, expression) for name in prunable):
+            if any(matches(name, expression) for name in uncalled):
+                raise ValueError(
+                    f"target {expression!r} means only what torch's MultiheadAttention reads without calling it "
+                    f"({_examples(uncalled)}), of which no inputs can be collected: leave it out, or take an attention "
+                    "made of Linear layers"
+                )
             raise ValueError(
                 f"target {expression!r} matches no prunable layer (Linear, Conv1D)"
                 f"{_did_you_mean(expression, prunable)}. The model has: {_examples(prunable)}"
@@ -253,7 +276,7 @@ def find_targets(
 
 
 def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
-    """Refuse what a mere "*" should not mean: a teacher beside the trained model, and LoRA's adapters."""
+    """Refuse what a mere "*" should not mean: a teacher beside the trained model, and what LoRA adapts."""
     caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
     roots: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
@@ -267,12 +290,24 @@ def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], t
                     f"target '*' means the layers of {root!r} too, a model of which nothing is trained (a teacher?), "
                     f"beside one that is: add '{root}.*' to ignore, or to targets if you mean it"
                 )
-    for name in chosen:
-        if name in caught and any(part.startswith("lora_") for part in name.split(".")):
-            raise ValueError(
-                f"target '*' means the adapter {name} too, whose zeros a merge would not keep: add '*lora_*' to "
-                "ignore, or merge the adapters first"
-            )
+    adapted = [name for name in chosen if _is_adapted(model, name)]
+    adapters = [name for name in caught if any(part.startswith("lora_") for part in name.split("."))]
+    if adapters or any(name in caught for name in adapted):
+        raise ValueError(
+            f"target '*' means LoRA's adapters too, or layers that have one ({_examples([*adapters, *adapted])}), and "
+            "merging an adapter writes over its layer's zeros: merge before the training (merge_and_unload) and prune "
+            "the merged model, or add '*lora_*' and '*.base_layer' to ignore and prune only the layers without one"
+        )
+    if adapted:
+        rank_zero_warn(
+            f"{len(adapted)} target(s) have LoRA adapters ({_examples(adapted)}): their zeros last only until an "
+            "adapter is merged. To merge, do it before the training, and prune the merged model"
+        )
+
+
+def _is_adapted(model: nn.Module, name: str) -> bool:
+    beside = model.get_submodule(name.rpartition(".")[0])
+    return any(child.startswith("lora_") for child, _ in beside.named_children())
 
 
 def _check_weights(layers: Mapping[str, PrunableModule]) -> None:

@@ -368,5 +368,5 @@ def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> N
 
 def test_no_token_at_all_is_an_error_on_both(tmp_path: Path) -> None:
     for rank in train(tmp_path, strategy="zero3", uncounted=[0, 1]):
-        assert "has no statistics, no token was counted at all" in rank["error"]
+        assert "no token was counted at all" in rank["error"]
         assert rank["events"] == []

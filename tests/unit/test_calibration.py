@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
 
+from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import find_targets
@@ -409,6 +414,99 @@ def test_products_of_outputs_are_of_all_batches(
             joins_outputs=joins_outputs,
         )
     assert sorted(counted) == counting
+
+
+class Classifier(LightningModule):
+    """A user's own, on pairs; torch's own encoder, of which evaluation mode calls no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(8, 4)
+        self.modes: list[bool] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(inputs).mean(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        self.modes.append(self.training)
+        loss = nn.functional.cross_entropy(self(inputs), labels)
+        self.log("train/loss", loss)
+        self.log_dict({"train/twice": 2 * loss})
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def pairs(number: int = 6) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(4, 5, 8), torch.randint(4, (4,))) for _ in range(number)]
+
+
+def test_batches_that_are_no_mappings_go_through_the_training_step(tmp_path: Path) -> None:
+    module, batches = Classifier(), pairs()
+    callback = ThanosPruningCallback("2:4", calibration_dataloader=batches)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no gradient has reached")
+        warnings.filterwarnings("error", message=".*every token counts")
+        trainer(tmp_path, callback, max_steps=2).fit(module, DataLoader(batches, batch_size=None))
+    assert module.modes == [False] * 6 + [True] * 2
+    assert not {"forward", "log", "log_dict"} & module.__dict__.keys()
+    assert torch.backends.mha.get_fastpath_enabled()
+    (event,) = callback.report.events
+    assert [layer.name for layer in event.layers] == ["encoder.layers.0.linear1", "encoder.layers.0.linear2", "head"]
+
+
+def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
+    module, fitted = Classifier(), trainer(tmp_path, max_steps=1)
+    logged: list[Any] = []
+    module.log = lambda *one, **_: logged.append(one)
+    statistics, losses = InputStatistics(find_targets(module)), []
+    count_dataloader(
+        statistics,
+        pairs(),
+        fitted,
+        module,
+        ReplicatedAccess(),
+        attention_mask_key=None,
+        backward=lambda output, counts: losses.append(output),
+    )
+    assert logged == []
+    assert [loss.requires_grad for loss in losses] == [True, True]
+    assert statistics.accumulators["encoder.layers.0.linear1"].num_tokens == 6 * 4 * 5
+    module.log("train/loss", losses[0])  # what it had is back
+    assert len(logged) == 1
+
+
+def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
+    manual, three = Classifier(), [(*pair, 0) for pair in pairs(1)]
+    manual.automatic_optimization = False
+    for module, batches, words in (
+        (
+            Classifier(),
+            three,
+            r"is a tuple, on which training_step\(batch, 0\) of Classifier fails \(ValueError: too many",
+        ),
+        (
+            Classifier(),
+            [{"x": pairs(1)[0]}],
+            r"is a dict, on which forward\(\*\*batch\) of Classifier fails \(TypeError",
+        ),
+        (manual, pairs(1), "under manual optimization that would train"),
+    ):
+        statistics = InputStatistics(find_targets(module))
+        with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
+            count_dataloader(
+                statistics,
+                batches,
+                trainer(tmp_path, max_steps=1),
+                module,
+                ReplicatedAccess(),
+                attention_mask_key=None,
+            )
 
 
 def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:

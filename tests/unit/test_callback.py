@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from toy import ResumableBatches, Sequences, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
@@ -404,11 +404,9 @@ def test_what_others_run_after_the_training_step_does_not_count(
 
 
 def test_batches_without_a_mask_are_said(tmp_path: Path) -> None:
-    module = ToyLM()
-    module.training_step = lambda batch, batch_idx: module(input_ids=batch[0], labels=batch[0]).loss
-    batches = DataLoader(TensorDataset(Sequences(64).tokens), batch_size=4)
+    batches = [{"input_ids": tokens, "labels": tokens} for tokens in Sequences(64).tokens.split(4)]
     with pytest.warns(UserWarning, match="no 'attention_mask', so every token counts") as caught:
-        trainer(tmp_path, pruning(), max_steps=8).fit(module, batches)
+        trainer(tmp_path, pruning(), max_steps=8).fit(ToyLM(), DataLoader(batches, batch_size=None))
     assert sum("every token counts" in str(warning.message) for warning in caught) == 1
 
 
@@ -984,10 +982,11 @@ def test_empty_and_padded_and_broken_statistics(tmp_path: Path) -> None:
     )
 
 
-def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
+def test_layers_that_are_never_called_are_named(tmp_path: Path) -> None:
     module = ToyLM()
-    module.extra = nn.Linear(8, 8)
-    with pytest.raises(PruningError, match="layer extra has no statistics, it was not called"):
+    module.extra = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+    words = r"6 of 20 layers have no statistics.*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, …\."
+    with pytest.raises(PruningError, match=words):
         trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from torch import Tensor
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.companions import check_averaging
+from thanos_lightning.companions import check_companions
 from thanos_lightning.solver import NM
 from thanos_lightning.verification import verify_checkpoint
 
@@ -104,7 +104,7 @@ def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -
 def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: Path) -> None:
     sharded = trainer(tmp_path, averaging.EMAWeightAveraging(), strategy=CPUDeepSpeed(stage=2))
     with pytest.raises(MisconfigurationException, match="EMAWeightAveraging needs all weights on each rank"):
-        check_averaging(sharded)
+        check_companions(sharded)
     for order in (0, 1):
         callbacks = [pruning(), StochasticWeightAveraging(1e-3)]
         with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
@@ -112,6 +112,21 @@ def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: P
 
 
 # The best, and when to stop
+
+
+def test_another_pruning_callback_is_refused(tmp_path: Path) -> None:
+    other = ModelPruning("l1_unstructured", amount=0.5)
+    with pytest.raises(MisconfigurationException, match="ModelPruning puts masks of its own on the weights"):
+        fit(ToyLM(), tmp_path, pruning(), other, max_steps=8)
+
+
+def test_a_trainer_of_the_other_package_is_refused() -> None:
+    class Other:
+        """Of a package that need not be installed."""
+
+    Other.__module__ = "pytorch_lightning.trainer.trainer"
+    with pytest.raises(MisconfigurationException, match=r"Trainer is one of pytorch_lightning: import Trainer and"):
+        pruning().setup(Other(), ToyLM(), "fit")  # type: ignore[arg-type]
 
 
 def test_the_best_checkpoint_is_never_a_dense_one(tmp_path: Path) -> None:

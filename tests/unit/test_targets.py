@@ -150,12 +150,31 @@ def test_a_frozen_teacher_is_not_pruned_by_accident() -> None:
     assert len(find_targets(tiny_llama().requires_grad_(False))) == 14  # nothing beside it is trained
 
 
-def test_adapters_are_not_pruned_by_accident() -> None:
+class Adapted(nn.Module):
+    """A layer as peft replaces it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 4)})
+
+
+def test_adapters_and_what_they_adapt_are_not_pruned_by_accident() -> None:
     model = tiny_llama()
-    model.model.layers[0].mlp.up_proj.lora_A = nn.Linear(32, 4)
-    with pytest.raises(ValueError, match=r"adapter model\.layers\.0\.mlp\.up_proj\.lora_A too"):
-        find_targets(model)
-    assert len(find_targets(model, ignore=["lm_head", "*lora_*"])) == 14
+    model.model.layers[0].mlp.up_proj = Adapted(model.model.layers[0].mlp.up_proj)
+    for ignore in (["lm_head"], ["lm_head", "*lora_*"]):
+        with pytest.raises(ValueError, match=r"up_proj\.base_layer\), and merging.*merge before the training"):
+            find_targets(model, ignore=ignore)
+    assert len(find_targets(model, ignore=["lm_head", "*lora_*", "*.base_layer"])) == 13
+    with pytest.warns(UserWarning, match=r"1 target\(s\) have LoRA adapters \(model\.layers\.0\.mlp\.up_proj\.base"):
+        assert len(find_targets(model, ["*.up_proj.*"], ignore=["*lora_*"])) == 1
+
+
+def test_what_attention_reads_without_a_call_is_left_out() -> None:
+    model = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
+    assert list(find_targets(model)) == ["linear1", "linear2"]
+    with pytest.raises(ValueError, match=r"target '\*\.out_proj' means only what torch's MultiheadAttention reads"):
+        find_targets(model, ["linear1", "*.out_proj"])
 
 
 def test_compiled_modules_are_refused() -> None:
