@@ -1,23 +1,31 @@
-"""Starts the ranks of a training as processes of their own, and reads what they saw."""
+"""Lets real ranks train, and reads what they saw.
+
+Starting a process costs ten seconds of imports. So the ranks are started once for each number of them, and take the
+trainings of all tests, one after the other; `start` is for those that need processes of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from thanos_lightning.masks import LayerMask
 
 SCRIPT = Path(__file__).with_name("training.py")
+WAITING = Path(__file__).with_name("waiting.py")
 # in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long
 PATIENCE = 1200
 PRUNABLE = [
@@ -33,7 +41,6 @@ class Ended:
 
     codes: list[int]
     outputs: list[str]
-    seconds: float
 
 
 def free_port() -> int:
@@ -54,60 +61,144 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        # where memory is aligned otherwise, MKL rounds otherwise on some CPUs: runs that are equal would not seem so
+        "MKL_CBWR": "AVX2,STRICT",
         **more,
     }
 
 
-def start(
-    out: Path,
-    cases: Sequence[dict[str, Any]],
-    ranks: int = 2,
-    timeout: float = PATIENCE,
-    script: Path = SCRIPT,
-    **variables: str,
-) -> Ended:
-    """Train the cases one after the other on so many ranks, and wait for all of them to end.
+def _started(
+    script: Path, ranks: int, logs: Sequence[Path], *arguments: str, stdin: int | None = None
+) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, str(script), *arguments],
+                env=environment(rank, ranks, port),
+                stdin=stdin,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        processes.append(process)
+    return processes
 
-    `variables` are of the environment, beside those of `environment`. Ranks that have not ended after `timeout` seconds
-    are killed, and the test fails with what they said last.
+
+def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = PATIENCE) -> Ended:
+    """Train the cases one after the other on ranks of their own, and wait for all of them to end.
+
+    Ranks that have not ended after `timeout` seconds are killed, and the test fails with what they said last.
     """
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "cases.json"
+    file, logs = out / "cases.json", [out / f"log{rank}.txt" for rank in range(ranks)]
     file.write_text(json.dumps(cases))
-    port = free_port()
-    logs = [(out / f"log{rank}.txt").open("w+") for rank in range(ranks)]
-    begin = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(file)],
-            env=environment(rank, ranks, port, **variables),
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
+    end = time.monotonic() + timeout
+    processes = _started(SCRIPT, ranks, logs, str(file))
     late = False
     try:
-        codes = [process.wait(max(1, timeout - (time.monotonic() - begin))) for process in processes]
+        codes = [process.wait(max(1, end - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired:
         late = True
     finally:
         for process in processes:
             process.kill()
-    outputs = []
-    for log in logs:
-        log.seek(0)
-        outputs.append(log.read())
-        log.close()
+    outputs = [log.read_text() for log in logs]
     assert not late, "\n".join([f"not ended after {timeout:.0f} s", *(text[-3000:] for text in outputs)])
-    return Ended(codes, outputs, time.monotonic() - begin)
+    return Ended(codes, outputs)
+
+
+class Pool:
+    """So many ranks that wait for trainings."""
+
+    def __init__(self, ranks: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=f"thanos-{ranks}-ranks-"))
+        self.logs = [self.folder / f"log{rank}.txt" for rank in range(ranks)]
+        self.processes = _started(WAITING, ranks, self.logs, stdin=subprocess.PIPE)
+        self.tasks = 0
+
+    def train(self, module: str, cases: Sequence[dict[str, Any]]) -> None:
+        """Train, on all ranks; where one fails the pool ends, and the test with what its ranks said last."""
+        self.tasks += 1
+        begin = [log.stat().st_size for log in self.logs]
+        done = [self.folder / f"{self.tasks} on {rank}" for rank in range(len(self.processes))]
+        for process, file in zip(self.processes, done, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"module": module, "cases": cases, "done": str(file)}) + "\n")
+            process.stdin.flush()
+        end = time.monotonic() + PATIENCE
+        while not all(file.exists() for file in done):
+            codes = [process.poll() for process in self.processes]
+            if codes != [None] * len(codes) or time.monotonic() > end:
+                self.end()
+                said = [log.read_bytes()[start:] for log, start in zip(self.logs, begin, strict=True)]
+                tails = [text[-3000:].decode(errors="replace") for text in said]
+                raise AssertionError("\n".join([f"ended by {codes}: {cases}", *tails]))
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        for ranks, pool in list(_pools.items()):
+            if pool is self:
+                del _pools[ranks]
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+_pools: dict[int, Pool] = {}
+
+
+def end_pools() -> None:
+    for pool in list(_pools.values()):
+        pool.end()
+        shutil.rmtree(pool.folder)
+
+
+def train_all(cases: Sequence[dict[str, Any]], ranks: int = 2, module: str = "training") -> None:
+    """Train the cases one after the other, on ranks that other tests use, too."""
+    if ranks not in _pools:
+        _pools[ranks] = Pool(ranks)
+    _pools[ranks].train(module, cases)
 
 
 def train(out: Path, ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
     """Train one case; what each rank saw."""
-    ended = start(out, [{"out": str(out), **case}], ranks)
-    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    train_all([{"out": str(out), **case}], ranks)
     return results(out, ranks)
+
+
+def only(chosen: Collection[str], names: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test, of which all but the chosen ones are left to --rest."""
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.rest) for name in names]
+
+
+class Trainings:
+    """Trainings by name, each of which is done when it is asked for first.
+
+    Args:
+        root: Each has a folder of its own there.
+        cases: Name -> the case. `"resume": (name, step)` stands for a checkpoint of another one of them.
+        ranks: Their number.
+        module: "training" or "teaching".
+    """
+
+    def __init__(self, root: Path, cases: dict[str, dict[str, Any]], ranks: int = 2, module: str = "training") -> None:
+        self.root, self.cases, self.ranks, self.module = root, cases, ranks, module
+        self.done: set[str] = set()
+
+    def __call__(self, name: str) -> Path:
+        """The folder of one, when it has ended."""
+        case, out = self.cases[name], self.root / name
+        if name not in self.done:
+            if isinstance(case.get("resume"), tuple):
+                other, step = case["resume"]
+                case = {**case, "resume": str(self(other) / f"step={step}.ckpt")}
+            train_all([{"out": str(out), **case}], self.ranks, self.module)
+            self.done.add(name)
+        return out
 
 
 def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Trains CausalLM with a teacher on one of several ranks: python teaching.py CASES.json, as training.py does.
+"""Trains CausalLM with a teacher on one of several ranks, as training.py does.
 
 Each case leaves a rank<r>.json and, unless it was refused, a state<r>.pt with what this rank saw in its folder.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,6 @@ from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.sharding import frozen_state
 
-thanos_lightning.lm.distillation.TOKENS_PER_CHUNK = 24  # of the 64 in a batch
 FIRST_EVENT = 3
 
 
@@ -173,6 +171,7 @@ def train(case: Case) -> None:
         schedule=SparsitySchedule(FIRST_EVENT, FIRST_EVENT, 1),
         monitor="val/loss" if case.measured else None,
     )
+    thanos_lightning.lm.distillation.TOKENS_PER_CHUNK = 24  # of the 64 in a batch
     watch = Watch()
     callbacks: list[Callback] = [watch, pruning]
     if case.save:
@@ -201,14 +200,7 @@ def train(case: Case) -> None:
         torch.save(watch.state, out / f"state{rank}.pt")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+def train_all(cases: list[dict[str, Any]]) -> None:
+    for case in cases:
         train(Case(**case))
         gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -17,6 +17,7 @@ ALLOCATED = {
 }
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_ranks_allocate_as_one_does(tmp_path: Path, strategy: str) -> None:
     two = train(tmp_path / "two", strategy=strategy, batch_size=4, save=True, **ALLOCATED)

@@ -17,8 +17,12 @@ JOINED: dict[str, Any] = {"output_weights": "joined"}  # at 2:4
     ("case", "events"),
     [
         ({"optimizer": "adamw", "precision": "bf16-mixed"}, [3, 6, 7]),
-        ({"optimizer": "sgd", "precision": "bf16-true"}, [3, 6, 7]),
-        ({"pattern": "unstructured", "sparsity": 0.6, "accumulate": 3, "batch_size": 2, "max_steps": 4}, [3]),
+        pytest.param({"optimizer": "sgd", "precision": "bf16-true"}, [3, 6, 7], marks=pytest.mark.rest),
+        pytest.param(
+            {"pattern": "unstructured", "sparsity": 0.6, "accumulate": 3, "batch_size": 2, "max_steps": 4},
+            [3],
+            marks=pytest.mark.rest,
+        ),
     ],
 )
 def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: list[int]) -> None:
@@ -42,9 +46,10 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
     [
         {},
         UNSTRUCTURED,
-        {**UNSTRUCTURED, "calibration_batches": 4},
-        JOINED,
-        {**JOINED, "targets": ["*layers.0.mlp.up_proj"]},  # one layer, whose rows are not split
+        pytest.param({**UNSTRUCTURED, "calibration_batches": 4}, marks=pytest.mark.rest),
+        pytest.param(JOINED, marks=pytest.mark.rest),
+        # one layer, whose rows are not split
+        pytest.param({**JOINED, "targets": ["*layers.0.mlp.up_proj"]}, marks=pytest.mark.rest),
     ],
 )
 def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> None:
@@ -56,7 +61,7 @@ def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> No
     check_sparsity(masks(tmp_path / "two"), case)
 
 
-@pytest.mark.parametrize("case", [{}, UNSTRUCTURED, JOINED])
+@pytest.mark.parametrize("case", [{}, *(pytest.param(case, marks=pytest.mark.rest) for case in (UNSTRUCTURED, JOINED))])
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     whole = train(tmp_path / "whole", save=True, **case)
     # windows are 1-3, 4-6, 6-7; with an allocation the first one is that of its survey, too
@@ -74,7 +79,7 @@ def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str,
     [
         ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
         ("refill exp_avg", "rank 1: 768 of 768 pruned entries of model.model.layers.1.mlp.up_proj.weight (exp_avg)"),
-        ("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)"),
+        pytest.param("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)", marks=pytest.mark.rest),
     ],
 )
 def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
@@ -85,6 +90,7 @@ def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str,
             assert rank["events"] == []
 
 
+@pytest.mark.rest
 def test_a_layer_that_one_rank_never_calls_is_pruned_alike(tmp_path: Path) -> None:
     """As an expert that gets no token on some rank."""
     first, second = train(tmp_path, strategy="ddp_find_unused_parameters_true", routed=True)

@@ -54,6 +54,7 @@ def by_slurm(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(
     ("script", "prepare_launcher", "environment"),
     [

@@ -64,9 +64,7 @@ class Hosts:
                 time.sleep(0.1)
         finally:
             self.kill()
-        return Ended(
-            [process.wait() for process in processes], [log.read_text() for log in logs], time.monotonic() - begin
-        )
+        return Ended([process.wait() for process in processes], [log.read_text() for log in logs])
 
     def kill(self) -> None:
         """End all processes on the hosts, also those that launchers have started."""
@@ -135,7 +133,7 @@ def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[st
     return results(out, ranks)
 
 
-@pytest.mark.parametrize("ranks_each", [1, 2])
+@pytest.mark.parametrize("ranks_each", [1, pytest.param(2, marks=pytest.mark.rest)])
 def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_each: int) -> None:
     ranks = train(hosts, tmp_path, ranks_each, strategy="zero3", precision="bf16-mixed", batch_size=4 // ranks_each)
     assert len(ranks) == 2 * ranks_each
@@ -161,6 +159,7 @@ def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_ea
         assert all(torch.equal(other[name], keep) for name, keep in first.items())
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(
     ("script", "environment"), [("torchrun.sh", "TorchElasticEnvironment"), ("deepspeed.sh", "LightningEnvironment")]
 )
@@ -205,6 +204,7 @@ def meet(hosts: Hosts, out: Path, interfaces: Sequence[str]) -> Ended:
     return hosts.wait(processes, logs, timeout=60)
 
 
+@pytest.mark.rest
 def test_gloo_on_the_loopback_fails_as_documented(hosts: Hosts, tmp_path: Path) -> None:
     """The symptom by which docs/multinode.md tells that GLOO_SOCKET_IFNAME is missing."""
     right = meet(hosts, tmp_path / "right", hosts.interfaces)

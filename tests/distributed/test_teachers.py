@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from ranks import results, start
+from ranks import Trainings, only, results
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toy import Sequences, tiny_llama, trainer
@@ -19,7 +19,6 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.targets import find_targets
 
-SCRIPT = Path(__file__).with_name("teaching.py")
 BEFORE: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero2": {"strategy": "zero2"},
@@ -53,13 +52,13 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     f"{strategy}, calibrated": {"strategy": strategy, "calibrated": True} for strategy in ("ddp", "zero3", "fsdp")
 }
 RESUMED = {f"{kind}, resumed after {stop}": (kind, stop) for kind, stop in (("zero3", 4), ("zero3", 2), ("fsdp", 4))}
+DEFAULT = ["ddp", "zero3"]
 STEPS, FIRST_EVENT = 6, 3
 ROUNDING = 1e-6  # of a divergence, which is what is left of entropies near 4
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trainings, one after the other in the same processes: each start costs ten seconds."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     root = tmp_path_factory.mktemp("distillation")
     for name, seed in (("model", 0), ("other", 1)):
         tiny_llama(seed).save_pretrained(root / name)
@@ -69,19 +68,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **START,
         **UNEVEN,
         **CALIBRATED,
-        **{
-            name: {**BEFORE[kind], "resume": str(root / kind / f"step={stop}.ckpt")}
-            for name, (kind, stop) in RESUMED.items()
-        },
+        **{name: {**BEFORE[kind], "resume": (kind, stop)} for name, (kind, stop) in RESUMED.items()},
         "fsdp as a whole": {"strategy": "fsdp", "parts": False},
     }
+    cases = {name: {"model": str(root / "model"), **case} for name, case in cases.items()}
     for case in cases.values():
         if case.get("teacher") == "other":
             case["teacher"] = str(root / "other")
-    started = [{"out": str(root / name), "model": str(root / "model"), **case} for name, case in cases.items()]
-    ended = start(root, started, script=SCRIPT)
-    assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
-    return root
+    return Trainings(root, cases, module="teaching")
 
 
 def states(out: Path) -> list[dict[str, dict[str, Tensor]]]:
@@ -100,25 +94,26 @@ def parameters(seed: int) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in tiny_llama(seed).named_parameters()}
 
 
-@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16])
-def test_the_teacher_is_what_the_model_was_right_before_the_first_event(trained: Path, name: str) -> None:
+@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16]))
+def test_the_teacher_is_what_the_model_was_right_before_the_first_event(trained: Trainings, name: str) -> None:
     dtype = {**BEFORE, **IN_BF16}[name].get("dtype", "float32")
-    for state in states(trained / name):
+    for state in states(trained(name)):
         assert same(state["teacher"], rounded(state["before"], dtype))
         assert not same(state["teacher"], rounded(parameters(0), dtype))
         assert not same(state["teacher"], rounded(state["weights"], dtype))
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", START)
-def test_a_teacher_that_is_there_from_the_start_stays_what_it_was(trained: Path, name: str) -> None:
+def test_a_teacher_that_is_there_from_the_start_stays_what_it_was(trained: Trainings, name: str) -> None:
     expected = parameters(1 if START[name]["teacher"] != "start" else 0)
-    for state in states(trained / name):
+    for state in states(trained(name)):
         assert same(state["teacher"], rounded(expected, START[name].get("dtype", "float32")))
 
 
-@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16, *START])
-def test_the_model_is_taught_once_there_is_a_teacher(trained: Path, name: str) -> None:
-    for rank in results(trained / name):
+@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16, *START]))
+def test_the_model_is_taught_once_there_is_a_teacher(trained: Trainings, name: str) -> None:
+    for rank in results(trained(name)):
         assert rank["error"] is None
         assert len(rank["steps"]) == STEPS
         for number, logged in enumerate(rank["steps"]):
@@ -135,22 +130,23 @@ def test_the_model_is_taught_once_there_is_a_teacher(trained: Path, name: str) -
             )
 
 
-@pytest.mark.parametrize("name", [kind for kind in BEFORE if kind != "ddp"])
-def test_all_strategies_agree(trained: Path, name: str) -> None:
-    for expected, found in zip(results(trained / "ddp"), results(trained / name), strict=True):
+@pytest.mark.parametrize("name", only(DEFAULT, [kind for kind in BEFORE if kind != "ddp"]))
+def test_all_strategies_agree(trained: Trainings, name: str) -> None:
+    for expected, found in zip(results(trained("ddp")), results(trained(name)), strict=True):
         for one, other in zip(expected["steps"], found["steps"], strict=True):
             assert other == pytest.approx(one, rel=1e-4, abs=ROUNDING)
-    for expected, found in zip(states(trained / "ddp"), states(trained / name), strict=True):
+    for expected, found in zip(states(trained("ddp")), states(trained(name)), strict=True):
         for kind in ("teacher", "weights"):
             assert expected[kind].keys() == found[kind].keys()
             for parameter, values in expected[kind].items():
                 torch.testing.assert_close(found[kind][parameter], values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", list(CALIBRATED))
-def test_labels_that_the_model_draws_weight_outputs_alike_everywhere(trained: Path, name: str) -> None:
+def test_labels_that_the_model_draws_weight_outputs_alike_everywhere(trained: Trainings, name: str) -> None:
     layers = find_targets(tiny_llama())
-    (expected, _), found = states(trained / "ddp, calibrated"), states(trained / name)
+    (expected, _), found = states(trained("ddp, calibrated")), states(trained(name))
     sparsities = set()
     for own in found:
         for layer in layers:
@@ -160,17 +156,18 @@ def test_labels_that_the_model_draws_weight_outputs_alike_everywhere(trained: Pa
     assert len(sparsities) > 2  # which layers are alike without output weights
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
-def test_ranks_with_unequal_numbers_of_tokens_do_not_wait_for_each_other(trained: Path, strategy: str) -> None:
-    for expected, found in zip(results(trained / "ddp, uneven"), results(trained / f"{strategy}, uneven"), strict=True):
+def test_ranks_with_unequal_numbers_of_tokens_do_not_wait_for_each_other(trained: Trainings, strategy: str) -> None:
+    for expected, found in zip(results(trained("ddp, uneven")), results(trained(f"{strategy}, uneven")), strict=True):
         for one, other in zip(expected["steps"], found["steps"], strict=True):
             assert other == pytest.approx(one, rel=1e-4, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("name", [*BEFORE, *IN_BF16, *START])
-def test_only_zero3_shards_the_teacher(trained: Path, name: str) -> None:
-    teacher = states(trained / name)[0]["teacher"]
-    for rank in results(trained / name):
+@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16, *START]))
+def test_only_zero3_shards_the_teacher(trained: Trainings, name: str) -> None:
+    teacher = states(trained(name))[0]["teacher"]
+    for rank in results(trained(name)):
         if not name.startswith("zero3"):
             assert rank["shards"] == {}
             continue
@@ -184,11 +181,11 @@ def test_only_zero3_shards_the_teacher(trained: Path, name: str) -> None:
         assert rank["traces"] == [True]
 
 
-@pytest.mark.parametrize("name", [*BEFORE, *START])
-def test_nothing_of_the_teacher_is_trained_or_saved(trained: Path, name: str) -> None:
+@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *START]))
+def test_nothing_of_the_teacher_is_trained_or_saved(trained: Trainings, name: str) -> None:
     total = sum(parameter.numel() for parameter in parameters(0).values())
     strategy = {**BEFORE, **START}[name]["strategy"]
-    for rank in results(trained / name):
+    for rank in results(trained(name)):
         assert rank["shared"] == 0
         assert rank["trained"] == []
         if strategy == "zero3":
@@ -197,42 +194,44 @@ def test_nothing_of_the_teacher_is_trained_or_saved(trained: Path, name: str) ->
             assert rank["moments"] == pytest.approx(total / 2 if strategy == "zero2" else total, abs=20)
 
 
-def test_a_checkpoint_of_zero3_holds_nothing_of_the_teacher(trained: Path) -> None:
-    folder = trained / "zero3" / "step=6.ckpt" / "checkpoint"
+def test_a_checkpoint_of_zero3_holds_nothing_of_the_teacher(trained: Trainings) -> None:
+    folder = trained("zero3") / "step=6.ckpt" / "checkpoint"
     expected = {f"model.{name}" for name in tiny_llama().state_dict()}
     for rank in range(2):
         saved = torch.load(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False)
         assert saved["module"].keys() == expected
-        assert saved["thanos_lightning_teacher"] == str(trained / "zero3" / "teacher")
+        assert saved["thanos_lightning_teacher"] == str(trained("zero3") / "teacher")
 
 
-def test_the_whole_teacher_is_written_once(trained: Path) -> None:
+@pytest.mark.rest
+def test_the_whole_teacher_is_written_once(trained: Trainings) -> None:
     for name in ("ddp", "zero2", "zero3", "zero3, given as an object", "fsdp"):
-        first, second = states(trained / name)
+        first, second = states(trained(name))
         for parameter, values in first["teacher"].items():
             assert torch.equal(first["written"][parameter], values)
         assert (second["written"] == {}) == name.startswith("zero3")
-    marked = states(trained / "zero3, given as an object")[0]["written"]
+    marked = states(trained("zero3, given as an object"))[0]["written"]
     assert marked.keys() == {*tiny_llama().state_dict(), "mark"}
     assert torch.equal(marked["mark"], torch.arange(3.0))
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Path, name: str) -> None:
+@pytest.mark.parametrize("name", only(["zero3, resumed after 4"], RESUMED))
+def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Trainings, name: str) -> None:
     kind, stop = RESUMED[name]
-    for whole, resumed in zip(results(trained / kind), results(trained / name), strict=True):
+    for whole, resumed in zip(results(trained(kind)), results(trained(name)), strict=True):
         assert resumed["error"] is None
         assert len(resumed["steps"]) == STEPS - stop
         for expected, found in zip(whole["steps"][stop:], resumed["steps"], strict=True):
             assert found == pytest.approx(expected, rel=1e-5)
-    for whole, resumed in zip(states(trained / kind), states(trained / name), strict=True):
+    for whole, resumed in zip(states(trained(kind)), states(trained(name)), strict=True):
         assert same(resumed["teacher"], whole["teacher"])
         for parameter, values in whole["weights"].items():
             torch.testing.assert_close(resumed["weights"][parameter], values, rtol=1e-5, atol=1e-5)
 
 
-def test_fsdp_that_gathers_the_model_only_as_a_whole_is_refused(trained: Path) -> None:
-    for rank in results(trained / "fsdp as a whole"):
+@pytest.mark.rest
+def test_fsdp_that_gathers_the_model_only_as_a_whole_is_refused(trained: Trainings) -> None:
+    for rank in results(trained("fsdp as a whole")):
         assert "is gathered only where the whole model is called" in rank["error"]
         assert "list of the embeddings, the last norm and the head" in rank["error"]
         assert rank["steps"] == []

@@ -671,12 +671,28 @@ def train(case: Case) -> None:
     (out / f"rank{fitted.global_rank}.json").write_text(json.dumps(report))
 
 
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Afterwards, what callbacks have replaced for one training is again what it was."""
+    replaced = [(thanos_lightning.callback, "prune_window"), (thanos_lightning.pruning, "prune"), (Ranks, "reserve")]
+    before = [getattr(place, name) for place, name in replaced]
+    try:
+        yield
+    finally:
+        for (place, name), value in zip(replaced, before, strict=True):
+            setattr(place, name, value)
+
+
+def train_all(cases: list[dict[str, Any]]) -> None:
+    for case in cases:
+        with put_back():
+            train(Case(**case))
+        gc.collect()
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    cases = [Case(**case) for case in json.loads(Path(sys.argv[1]).read_text())]
-    for case in cases:
-        train(case)
-        gc.collect()
+    train_all(json.loads(Path(sys.argv[1]).read_text()))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
