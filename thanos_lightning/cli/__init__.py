@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
@@ -25,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 where tensors do not conform, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0; 1 where tensors do not conform, or for an error of the program, after its traceback; 2 for a
+        user's mistake, after one line; 130 after Ctrl-C; 141 where nobody reads the output; 143 after SIGTERM.
 
     Raises:
-        SystemExit: For --help and --version, and where the arguments can't be parsed.
+        SystemExit: For --help and --version, and where the arguments of a command other than the Trainer's are wrong.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     silence()
@@ -54,13 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # for the flush when Python ends  # noqa: SIM115
         return 141
     except Exception as error:
-        mistake = users_mistake(error)
-        if mistake is None or os.environ.get(DEBUG):
+        if os.environ.get(DEBUG):
             raise
-        sys.stderr.write(f"{PROGRAM}: error: {' '.join(str(mistake).split())}\n")
-        return 2
+        mistake = users_mistake(error)
+        if mistake is None:
+            traceback.print_exc()
+        said = "error: " + (mistake or "this may be a fault of the program: report it with the lines above")
+        sys.stderr.write(f"{PROGRAM}: {_rank()}{said}\n")
+        return 1 if mistake is None else 2
 
 
 def _interrupted() -> int:
     sys.stderr.write(f"{PROGRAM}: interrupted\n")
     return INTERRUPTED
+
+
+def _rank() -> str:
+    """Which process speaks, where it isn't the first of several."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    rank = next((rank for rank in ranks if rank is not None), "0")
+    return "" if rank == "0" else f"rank {rank}: "

@@ -8,7 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from typing_extensions import override
 
 from thanos_lightning.cli import shipped
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM
@@ -26,9 +28,17 @@ TRAINER_COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says in one line what it can't parse."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (`{self.prog} --help` tells more)\n")
+
+
 def command_parser() -> argparse.ArgumentParser:
     """A parser that leaves the function of the command in `run`, and its arguments beside."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description="Prune language models while they are fine-tuned, and prove the zeros on disk.",
         epilog=f"{PROGRAM} COMMAND --help tells more. {DEBUG}=1 shows the traceback of an error.",

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from argparse import ArgumentError
 
 PROGRAM = "thanos-lightning"
 DEBUG = "THANOS_LIGHTNING_DEBUG"
+# What the machine refuses, and what helps; whoever meets it, the cause isn't in the code
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "make room on that disk, or give a folder on another",
+    errno.EDQUOT: "make room in that quota, or give a folder on another disk",
+    errno.EFBIG: "make room for it, or give a folder on another disk",
+    errno.EROFS: "give a folder that can be written to",
+    errno.EACCES: "give a path that you may use",
+    errno.EPERM: "give a path that you may use",
+    errno.ENOTDIR: "give a path whose parents are folders",
+    errno.EISDIR: "give a file",
+    errno.ENOENT: "give a path that exists",
+    errno.EEXIST: "give another path, or remove what is there",
+}
 
 
-def users_mistake(error: BaseException) -> BaseException | None:
-    """The error to show in one line: one of ours or a misconfiguration, also where another one was raised from it."""
-    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError, ModuleNotFoundError)
-    misconfiguration: tuple[type[BaseException], ...] = ()
+class Mistake(Exception):  # noqa: N818  # the user's, not an error of ours
+    """A user's mistake, whose text is the line to show."""
+
+
+def users_mistake(error: BaseException) -> str | None:
+    """The line to show for an error, or None where it isn't a user's mistake, as far as one can tell.
+
+    It's the first to be told of the error, what it was raised from, and so on.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        if _is_said_by_us(current):
+            return " ".join(str(current).split())
+        if isinstance(current, OSError) and current.errno in _OF_THE_MACHINE:
+            where = "" if current.filename is None else f"{os.fspath(current.filename)}: "
+            return f"{where}{os.strerror(current.errno).lower()}: {_OF_THE_MACHINE[current.errno]}"
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return None
+
+
+def _is_said_by_us(error: BaseException) -> bool:
+    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError, ImportError)
+    if isinstance(error, (Mistake, ArgumentError)) or _is_of_the_package(type(error).__module__):
+        return True
     if "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        misconfiguration = (MisconfigurationException,)
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, misconfiguration) or (isinstance(current, kinds) and _is_raised_by_us(current)):
-            return current
-        current = current.__cause__ or current.__context__
-    return None
+        if isinstance(error, MisconfigurationException):
+            return True
+    return isinstance(error, kinds) and _is_raised_by_us(error)
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
@@ -30,5 +62,8 @@ def _is_raised_by_us(error: BaseException) -> bool:
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    module: str = trace.tb_frame.f_globals.get("__name__", "")
+    return _is_of_the_package(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _is_of_the_package(module: str) -> bool:
     return module.partition(".")[0] == "thanos_lightning"

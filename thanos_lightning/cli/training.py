@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import set_loader
+from jsonargparse import ArgumentError, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,6 +20,8 @@ from typing_extensions import override
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
+from thanos_lightning.cli.mistakes import Mistake
+from thanos_lightning.cli.parsing import one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.yaml_loader import yaml_loader
@@ -57,7 +62,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str], **options: Any) -> None:
         loader, error = yaml_loader()
         set_loader(_MODE, loader, exceptions=(error,))
-        mode = {"parser_mode": _MODE}
+        mode = {"parser_mode": _MODE, "exit_on_error": False}
         super().__init__(
             trainer_class=_Trainer,
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
@@ -67,9 +72,50 @@ class CLI(LightningCLI):
         )
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.epilog = (
+            "What a class takes: --trainer.callbacks.help=ThanosPruningCallback, --model.help=CausalLM, "
+            "--data.help=TextData. --trainer.callbacks.0.pattern 2:4 sets an argument of the first callback."
+        )
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        self.config = parser.parse_args(_with_recipes(args))
+        args, of_callbacks = _callbacks_by_number(_with_recipes(args))
+        try:
+            self.config = parser.parse_args(args)
+            if of_callbacks:
+                self._override_callbacks(of_callbacks)
+        except ArgumentError as error:
+            command = args[0] if args and args[0] in self.subcommands() else "fit"
+            known = getattr(self, "_subcommand_parsers", {"fit": parser})[command]._actions
+            options = [option.removeprefix("--") for action in known for option in action.option_strings]
+            raise Mistake(one_line(str(error), options, command)) from error
+
+    def _override_callbacks(self, values: dict[tuple[int, str], str]) -> None:
+        """Set single arguments of callbacks in the list, which jsonargparse has no way to."""
+        root = f"{self.config.subcommand}." if "subcommand" in self.config else ""
+        callbacks = self.config[f"{root}trainer.callbacks"]
+        given = callbacks if isinstance(callbacks, list) else []
+        listed = [{"init_args": {}, **one.as_dict()} for one in given]
+        for (number, key), value in values.items():
+            if number >= len(listed):
+                raise Mistake(
+                    f"--trainer.callbacks.{number}.{key}: there are {len(listed)} callbacks, and the first is 0"
+                )
+            inner = listed[number]["init_args"]
+            *parents, last = (part for part in key.split(".") if part != "init_args")
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+                if "class_path" in inner:  # a dataclass has lost its own
+                    inner = inner.setdefault("init_args", {})
+            inner[last] = yaml_loader()[0](value)
+        nested: Any = listed
+        for part in reversed(f"{root}trainer.callbacks".split(".")):
+            nested = {part: nested}
+        self.config = self.parser.parse_object(nested, self.config)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -96,12 +142,37 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, str], str]]:
+    """The arguments without those like --trainer.callbacks.0.pattern, and these: number and key -> value."""
+    rest: list[str] = []
+    found: dict[tuple[int, str], str] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if numbered := re.fullmatch(r"--trainer\.callbacks\.(\d+)\.(.+)", option):
+            if not equals:
+                value = next(arguments, "")
+                if not value:
+                    raise Mistake(f"{option} has no value: give one, such as {option} 2:4")
+            found[int(numbered[1]), numbered[2]] = value
+        else:
+            rest.append(argument)
+    return rest, found
+
+
 def _with_recipes(argv: list[str]) -> list[str]:
-    """The arguments, with a recipe's file where --config has its name and no file is called so."""
+    """The arguments, with a recipe's file where --config has its name and no file is called so.
+
+    Raises:
+        Mistake: For a file that isn't there, or holds no configuration.
+    """
     known = recipes()
 
     def file_of(name: str) -> str:
-        return str(known[name]) if name in known and not Path(name).exists() else name
+        if name in known and not Path(name).exists():
+            return str(known[name])
+        _require_configuration(name, known)
+        return name
 
     expanded = []
     for before, argument in zip(["", *argv], argv, strict=False):
@@ -113,6 +184,31 @@ def _with_recipes(argv: list[str]) -> list[str]:
         else:
             expanded.append(argument)
     return expanded
+
+
+def _require_configuration(name: str, known: Iterable[str]) -> None:
+    """Refuse a --config that jsonargparse couldn't read."""
+    path, load_error = Path(name), yaml_loader()[1]
+    if "://" in name or name.lstrip().startswith("{"):  # what fsspec opens, and configurations on the command line
+        return
+    if path.is_dir():
+        raise Mistake(f"--config {name} is a folder: give a YAML file, or a recipe's name")
+    if not path.exists():
+        close = difflib.get_close_matches(path.stem, list(known), n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise Mistake(
+            f"--config {name}: there is no such file (in {Path.cwd()}), and no recipe is called so: {meant}"
+            "`thanos-lightning recipes` lists them"
+        )
+    try:
+        content = yaml_loader()[0](path.read_text(encoding="utf-8"))
+    except (load_error, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where, why = ("", error) if mark is None else (f" in line {mark.line + 1}", getattr(error, "problem", error))
+        raise Mistake(f"--config {name} is no YAML: {why}{where}") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else "holds no keys"
+        raise Mistake(f"--config {name} {what}: give a YAML file as `thanos-lightning recipes quickstart` prints one")
 
 
 def _leave_ranks() -> None:

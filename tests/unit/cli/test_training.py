@@ -3,8 +3,10 @@ import sys
 import pytest
 import yaml
 
+from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli import main
 from thanos_lightning.cli.training import CLI
+from thanos_lightning.solver import NM
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +44,14 @@ def test_precision_is_resolved_and_said(tmp_path, monkeypatch, caplog):
 def test_a_precision_that_is_given(monkeypatch):
     cli = CLI(["--config", "quickstart", "--trainer.precision", "bf16-mixed"], run=False)
     assert cli.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize("argument", ["--trainer.callbacks.0.pattern", "--trainer.callbacks.0.init_args.pattern"])
+def test_an_argument_of_one_callback(argument):
+    cli = CLI(
+        ["--config", "quickstart", argument, "1:4", "--trainer.callbacks.0.schedule.init_args.end_step=8"], run=False
+    )
+    (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
+    saving = cli.trainer.checkpoint_callback
+    assert (pruning.pattern, pruning.schedule.end_step, pruning.monitor) == (NM(1, 4), 8, "val/perplexity")
+    assert saving.filename == "quickstart"

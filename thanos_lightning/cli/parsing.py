@@ -1,0 +1,198 @@
+"""What jsonargparse says of a configuration, in some forty lines, as the one that helps."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from thanos_lightning.cli.mistakes import PROGRAM
+
+_HINTS = {  # for a value of the wrong type
+    "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
+    "calibration_dataloader": "give datamodule, or null to collect from the training batches",
+}
+# beginnings of what tells most, among what was tried
+_TELLING = (
+    "- Problem with given",
+    "- Parser key",
+    "- Expected a dot import path",
+    "- Import path",
+    "- Not a valid subclass of Callback. Got value",
+)
+_NESTED = re.compile(r"NestedArg\(key='(.+?)', val=(.*)\)")  # of --model.learning_rate fast, say
+_PACKAGES = ("thanos_lightning", "thanos_lightning.lm", "lightning.pytorch.callbacks")  # whose names need no path
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "text",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+    "dict": "keys and values",
+}
+
+
+def one_line(message: str, options: Sequence[str], command: str) -> str:
+    r"""Reduce a message to what is wrong, where, and what would be right.
+
+    Args:
+        message: jsonargparse's.
+        options: Of the command, such as "trainer.max_steps".
+        command: Such as "fit".
+
+    Example:
+        >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
+        "trainer.max_steps is 'many': give a whole number"
+    """
+    return _explain(message.splitlines(), (), options, command)
+
+
+def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
+    """Go down to the innermost part that says something.
+
+    Args:
+        lines: A part of the message, indented as it was.
+        path: The keys and classes that lead to it.
+        options: As above.
+        command: As above.
+    """
+    text, rest = lines[0].strip().removeprefix("- "), lines[1:]
+    if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
+        return _explain([found[2], *rest] if found[2] else rest, (*path, found[1]), options, command)
+    if (found := re.match(r"Problem with given class_path '(.+)':$", text)) and rest:
+        return _explain(rest, (*path, found[1]), options, command)
+    if text.startswith("Does not validate against any of the Union subtypes"):
+        causes = _bullets(rest)
+        value = next((line.partition(": ")[2] for line in rest if line.strip().startswith("Given value:")), "")
+        inner = next((cause for cause in causes if cause[0].startswith(_TELLING)), None)
+        if inner is None:
+            return _wrong_type(path, value, [cause[0].partition("Expected a ")[2] for cause in causes])
+        nested = _NESTED.fullmatch(value)
+        if nested and path[-1] == "trainer.callbacks" and "is not accepted" in inner[-1]:
+            return (
+                f"--trainer.callbacks.{nested[1]} is an option of the last callback, which has none of this name: "
+                f"give the number of one, from 0, such as --trainer.callbacks.0.{nested[1]}"
+            )
+        return _explain(inner, path, options, command)
+    if found := re.match("Expected a dot import path string: (.+)", text):
+        return _no_such_short_name(found[1])
+    if found := re.match("Import path (.+) does not correspond to a subclass of (.+)", text):
+        return f"{path[-1]}: {found[1]} is no {found[2]}: give a class that is one"
+    if found := re.match("Not a valid subclass of (.+?). Got value: (.+)", text):
+        return f"{path[-1]}: {_shown(found[2])} is no {found[1]}: give class_path and init_args, as the recipes do"
+    if found := re.match(r"Expected a (.+?)(?:\. Got value: (.*))?$", text):
+        return _wrong_type(path, found[2] or "", [found[1]])
+    if found := re.match(
+        r"(?:Option|Subcommand '.*' does not accept option|Group '.*' does not accept option) '(.+?)'", text
+    ):
+        return _unknown(found[1], path, options, command)
+    if found := re.match(r"unrecognized arguments: --?([^ =]+)", text):
+        return _unknown(found[1], path, options, command)
+    if found := re.match(r"module '(.+)' has no attribute '(.+)'", text):
+        return _no_such_class(path[-1], found[1], found[2])
+    if text.startswith("No module named"):
+        return f"class_path is '{path[-1]}': {text[0].lower()}{text[1:]}: install it, or mend the path"
+    if found := re.match(r"the following arguments are required: (?:\w+\.)?model", text):
+        return f"no model is given: {PROGRAM} {command} --config RECIPE.yaml (`{PROGRAM} recipes` lists some)"
+    where = f"{_where(path)}: " if path else ""
+    return where + " ".join(line.strip() for line in [text, *rest])
+
+
+def _bullets(lines: Sequence[str]) -> list[list[str]]:
+    """The parts of a list of errors."""
+    start = next((number for number, line in enumerate(lines) if line.strip() == "Errors:"), len(lines)) + 1
+    indent = len(lines[start]) - len(lines[start].lstrip()) if start < len(lines) else 0
+    parts: list[list[str]] = []
+    for line in lines[start:]:
+        if len(line) - len(line.lstrip()) < indent:
+            break
+        if line[indent:].startswith("- "):
+            parts.append([line.strip()])
+        elif parts:
+            parts[-1].append(line)
+    return parts
+
+
+def _where(path: tuple[str, ...]) -> str:
+    """The last key, and whose it is."""
+    classes = [name for name in path[:-1] if name[name.rfind(".") + 1].isupper()]
+    return f"{path[-1]} of {classes[-1].rpartition('.')[2]}" if classes else path[-1]
+
+
+def _wrong_type(path: tuple[str, ...], value: str, types: Iterable[str]) -> str:
+    known = [type_ for type_ in types if type_]
+    choices: list[Any] = []
+    for type_ in known:
+        if found := re.search(r"Literal(\[.+\])", type_):
+            choices += ast.literal_eval(found[1])
+    if hint := _HINTS.get(path[-1]) if len(path) > 1 else None:
+        mend = hint
+    elif choices:
+        mend = f"choose one of {', '.join(dict.fromkeys(map(str, choices)))}"
+    else:
+        mend = f"give {' or '.join(dict.fromkeys(map(_type_in_words, known))) or 'another value'}"
+    if nested := _NESTED.fullmatch(value):
+        return f"{path[-1]}.{nested[1]} is {nested[2]}: {mend}"
+    return f"{_where(path)} is {_shown(value)}: {mend}"
+
+
+def _type_in_words(type_: str) -> str:
+    name = re.sub(r"<class '(.+)'>", r"\1", type_).partition("[")[0].rpartition(".")[2]
+    return _TYPES.get(name, name)
+
+
+def _shown(value: str) -> str:
+    """Text in quotes, everything else as it is."""
+    try:
+        ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value if value in ("true", "false", "null") else repr(value)
+    return value
+
+
+def _unknown(option: str, path: tuple[str, ...], options: Sequence[str], command: str) -> str:
+    """An option that nothing has, and what it may have been meant to be."""
+    if len(path) < 2:
+        whole = option.removeprefix(f"{command}.")
+        head, dot, tail = whole.partition(".")
+        heads = difflib.get_close_matches(head, {known.partition(".")[0] for known in options}, n=1)
+        close = difflib.get_close_matches(whole, options, n=1)
+        mended = close or ([f"{heads[0]}{dot}{tail}"] if heads and heads[0] != head else [])
+        return f"{command} has no option {whole}: {_did_you_mean(mended)}`{PROGRAM} {command} --help` lists all"
+    owner = path[-1]
+    close = difflib.get_close_matches(option, _arguments(owner), n=1)
+    name = owner.rpartition(".")[2]
+    # of a class inside of a class nothing is listed
+    listed = f"`{PROGRAM} {command} --{path[0]}.help={name}` lists all" if len(path) == 2 else ""
+    return f"{name} has no option {option}: {_did_you_mean(close)}{listed}".rstrip(": ")
+
+
+def _did_you_mean(close: Sequence[str]) -> str:
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _arguments(class_path: str) -> list[str]:
+    """Names of the arguments of a class."""
+    module, _, name = class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return list(inspect.signature(kind).parameters)
+
+
+def _no_such_class(class_path: str, module: str, name: str) -> str:
+    close = [f"{module}.{other}" for other in _close(name, [module])]
+    return f"class_path is '{class_path}': {_did_you_mean(close) or f'{module} has no {name}'}".rstrip()
+
+
+def _no_such_short_name(name: str) -> str:
+    mend = _did_you_mean(_close(name, _PACKAGES))
+    return f"class_path is '{name}': {mend}A class of your own is given with its module, such as package.module.{name}"
+
+
+def _close(name: str, modules: Iterable[str]) -> list[str]:
+    known = [other for module in modules for other in dir(importlib.import_module(module)) if other[0].isupper()]
+    return difflib.get_close_matches(name, known, n=1)
