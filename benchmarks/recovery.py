@@ -469,7 +469,9 @@ def train(
         once = SparsitySchedule(0, 0, 1)
         pruning = ThanosPruningCallback(**of_pattern, schedule=once, method="magnitude", admm_steps=0, refine_steps=0)
     elif recipe is not None:
-        options = {"calibration_steps": _CALIBRATION_STEPS, **recipe.options}
+        options = dict(recipe.options)
+        if "calibration_dataloader" not in options:
+            options = {"calibration_steps": _CALIBRATION_STEPS, **options}
         if isinstance(options.get("allocation"), dict):
             options["allocation"] = Allocation(**options["allocation"])
         if (calibration := options.get("calibration_dataloader")) is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from thanos_lightning.arguments import number_of_batches
 from thanos_lightning.progress import open_phase
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
@@ -440,7 +441,7 @@ def count_dataloader(
     module.eval()
     statistics.start()
     try:
-        with open_phase("Calibrating", _length(batches), "batches") as phase, _all_called():
+        with open_phase("Calibrating", number_of_batches(batches), "batches") as phase, _all_called():
             iterator = iter(batches)
             while one_each := list(itertools.islice(iterator, access.world_size)):
                 is_own = access.rank < len(one_each)
@@ -465,13 +466,6 @@ def count_dataloader(
         for part, mode in modes:
             part.training = mode
     return num_batches
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # of an iterable data set's loader, too
-        return None
 
 
 @contextmanager

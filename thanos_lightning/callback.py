@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from thanos_lightning.allocation import Allocation
+from thanos_lightning.arguments import (
+    check_batches,
+    check_choice,
+    check_memory,
+    check_name,
+    check_whole,
+    refuse_unused,
+)
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
 from thanos_lightning.collecting import Collected, Collector
 from thanos_lightning.companions import (
@@ -43,7 +52,16 @@ from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_ac
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.surveying import LayerSurvey, survey_window
-from thanos_lightning.targets import PrunableLayer, TargetOverride, assign_patterns, find_targets, uncalled_layers
+from thanos_lightning.targets import (
+    IGNORED,
+    PrunableLayer,
+    TargetOverride,
+    assign_patterns,
+    check_expressions,
+    check_overrides,
+    find_targets,
+    uncalled_layers,
+)
 from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression
 
 _AT_ONCE, _GRADUALLY = SparsitySchedule(0, 0, 1), SparsitySchedule(0.0, 0.4, 0.1)
@@ -65,7 +83,7 @@ class ThanosPruningCallback(Callback):
             `calibration_dataloader` and the progression is "within-layers", which was measured best; else at 10, 20, 30
             and 40 % of the training (docs/recipes.md).
         targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
-        ignore: Layers to leave out, in the same words.
+        ignore: Layers to leave out, in the same words; each but "lm_head" must match something.
         overrides: Other patterns for some of the targets.
         method: "thanos", "sparsegpt", "wanda" or "magnitude".
         block_size: Columns pruned jointly.
@@ -82,7 +100,7 @@ class ThanosPruningCallback(Callback):
             out_features) more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is
             "gradients" for "thanos", else "uniform".
         calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
-            reaches back past the event before.
+            reaches back past the event before. None is 32.
         calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
             the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
             `calibration_step(batch)` where the module has one; else mappings go through `pl_module(**batch)`, and
@@ -131,7 +149,7 @@ class ThanosPruningCallback(Callback):
         sparsity: float | None = None,
         schedule: SparsitySchedule | None = None,
         targets: str | Sequence[str] = ("*",),
-        ignore: str | Sequence[str] = ("lm_head",),
+        ignore: str | Sequence[str] = IGNORED,
         *,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
@@ -142,7 +160,7 @@ class ThanosPruningCallback(Callback):
         admm_steps: int = 8,
         refine_steps: int = 2,
         output_weights: Literal["gradients", "joined", "uniform"] | None = None,
-        calibration_steps: int = CALIBRATION_STEPS,
+        calibration_steps: int | None = None,
         calibration_dataloader: str | Iterable[Any] | None = None,
         attention_mask_key: str | None = "attention_mask",
         hessian_memory_gib: float | None = None,
@@ -153,56 +171,42 @@ class ThanosPruningCallback(Callback):
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
+        # the arguments by name, to be held against their defaults
+        given = locals()
         self.pattern: Pattern = parse_pattern(pattern, sparsity, outlier_fraction)
-        self.targets = targets
-        self.ignore = ignore
-        self.overrides = tuple(overrides)
-        for other in self.overrides:
-            other.parsed()
+        self.targets = check_expressions("targets", targets)
+        if not self.targets:
+            raise ValueError("targets is []: give at least one glob, such as '*', or leave it out")
+        self.ignore = check_expressions("ignore", ignore)
+        self.overrides = check_overrides(overrides)
         self.options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
-        for name, number, least in (
-            ("calibration_steps", calibration_steps, 1),
-            ("rewarm_steps", rewarm_steps, 0),
-            ("verify_every_n_steps", verify_every_n_steps, 0),
-        ):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"{name} is {number!r}: give a whole number of optimizer steps ≥ {least}")
-        self.calibration_steps = calibration_steps
-        if isinstance(calibration_dataloader, str) and calibration_dataloader != "datamodule":
-            raise ValueError(f"calibration_dataloader is {calibration_dataloader!r}: give a dataloader or 'datamodule'")
-        if isinstance(calibration_dataloader, Iterator):
-            raise ValueError(
-                "calibration_dataloader is an iterator, which the first event would use up: give a list or a DataLoader"
-            )
+        check_whole("calibration_steps", CALIBRATION_STEPS if calibration_steps is None else calibration_steps, 1)
+        self.calibration_steps = CALIBRATION_STEPS if calibration_steps is None else calibration_steps
+        check_batches("calibration_dataloader", calibration_dataloader)
         self.calibration_dataloader = calibration_dataloader
+        check_choice("progression", progression, get_args(Progression))
+        self.progression: Progression = progression
         if schedule is None:
             at_once = calibration_dataloader is not None and progression == "within-layers"
             schedule = _AT_ONCE if at_once else _GRADUALLY
-        self.schedule = schedule
-        if output_weights not in (None, "gradients", "joined", "uniform"):
-            raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients', 'joined', 'uniform' or None")
-        if output_weights in ("gradients", "joined") and not self.options.needs_statistics:
+        if not isinstance(schedule, SparsitySchedule):
             raise ValueError(
-                f"output_weights is {output_weights!r}, but method {method!r} looks at no batches: leave it out"
+                f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), or None"
             )
-        if output_weights == "joined" and admm_steps == refine_steps == 0:
+        self.schedule = schedule
+        check_choice("output_weights", output_weights, ("gradients", "joined", "uniform", None))
+        if output_weights == "joined" and admm_steps == refine_steps == 0 and self.options.needs_statistics:
             raise ValueError(
                 "output_weights is 'joined', but admm_steps and refine_steps are 0, and only these steps join rows: "
                 "give some, or take 'gradients'"
             )
         self.output_weights = output_weights
+        check_name("attention_mask_key", attention_mask_key, "attention_mask")
         self.attention_mask_key = attention_mask_key
-        if hessian_memory_gib is not None and not hessian_memory_gib > 0:
-            raise ValueError(
-                f"hessian_memory_gib is {hessian_memory_gib}: give a size > 0, or None to hold all at once"
-            )
+        check_memory("hessian_memory_gib", hessian_memory_gib)
         self.hessian_memory_gib = hessian_memory_gib
-        if progression not in get_args(Progression):
-            known = ", ".join(map(repr, get_args(Progression)))
-            raise ValueError(f"progression is {progression!r}: choose one of {known}")
         if not self.overrides:  # else known when layers are
             check_progression(progression, {"": self.pattern})
-        self.progression: Progression = progression
         if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
             raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
         self.allocation = allocation
@@ -214,12 +218,17 @@ class ThanosPruningCallback(Callback):
             )
         if isinstance(allocation, Allocation):
             check_allocation(allocation, self.pattern, schedule)
+        check_whole("rewarm_steps", rewarm_steps, 0)
         self.rewarm_steps = rewarm_steps
-        if moments not in ("keep", "clear"):
-            raise ValueError(f"moments is {moments!r}: choose 'keep' or 'clear'")
+        check_choice("moments", moments, ("keep", "clear"))
         self.moments = moments
+        check_whole("verify_every_n_steps", verify_every_n_steps, 0)
         self.verify_every_n_steps = verify_every_n_steps
+        check_name("monitor", monitor, "val/loss")
         self.monitor = monitor
+        defaults = {name: of.default for name, of in inspect.signature(ThanosPruningCallback).parameters.items()}
+        patterns = [self.pattern, *(other.parsed() for other in self.overrides)]
+        refuse_unused(given, defaults, self.options, patterns)
 
         self._reset()
 

@@ -144,6 +144,23 @@ def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[
     return tuple(expressions)
 
 
+def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride, ...]:
+    """The overrides, of which all that doesn't depend on the model is right.
+
+    Raises:
+        ValueError: If they are anything else.
+    """
+    mend = "give a list of TargetOverride(targets, pattern)"
+    if not isinstance(overrides, Sequence) or isinstance(overrides, str):
+        raise ValueError(f"overrides is {overrides!r}: {mend}")
+    for override in overrides:
+        if not isinstance(override, TargetOverride):
+            raise ValueError(f"overrides holds {override!r}: {mend}")
+        check_expressions("an override's targets", override.targets)
+        override.parsed()
+    return tuple(overrides)
+
+
 def _examples(names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(names[:5])

@@ -599,7 +599,7 @@ def train(case: Case) -> None:
         case.pattern,
         case.sparsity,
         schedule=SparsitySchedule(*case.schedule),
-        calibration_steps=case.calibration_steps,
+        calibration_steps=case.calibration_steps if calibration is None else None,
         targets=case.targets,
         calibration_dataloader=calibration,
         attention_mask_key="attention_mask" if case.uncounted is None else COUNTED,
