@@ -163,8 +163,8 @@ def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride
 
 def _examples(names: Iterable[str]) -> str:
     names = list(names)
-    shown = ", ".join(names[:5])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > 5 else shown or "none"
+    shown = ", ".join(names[:3])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 3 else shown or "none"
 
 
 def _did_you_mean(expression: str, names: Iterable[str]) -> str:
@@ -389,7 +389,8 @@ def assign_patterns(
             misfits[name] = error
     if misfits:
         first, *others = misfits
-        of_all = f"{len(misfits)} layers can't take their pattern ({_examples(misfits)}). Layer" if others else "layer"
+        which = f"{len(misfits)} of {len(layers)} layers can't take their pattern"
+        of_all = f"{which} ({_examples(misfits)}). Layer" if others else "layer"
         raise ValueError(
             f"{of_all} {first}: {misfits[first]}. Or add {_to_add(misfits)} to ignore, or override "
             f"{'their patterns' if others else 'its pattern'}"

@@ -866,7 +866,11 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
     ("arguments", "settings", "words"),
     [
         ({"targets": ["*.query"]}, {}, "'\\*.query' matches no prunable layer"),
-        ({"pattern": "4:9"}, {}, "layer model.model.layers.0.self_attn.q_proj: .*9"),
+        (
+            {"pattern": "4:9"},
+            {},
+            "14 of 14 layers can't take their pattern .* Layer model.model.layers.0.self_attn.q_proj: .*9",
+        ),
         ({"schedule": SparsitySchedule(50, 60, 10)}, {}, "first event is at optimizer step 60, but the training has 8"),
         ({"schedule": SparsitySchedule(0.1, 0.5, 0.1)}, {"max_steps": -1}, "set the Trainer's max_steps"),
         ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "before the first optimizer step has no training batches"),

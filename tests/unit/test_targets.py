@@ -99,7 +99,7 @@ def test_what_is_to_be_ignored_must_be_there(expression: str, words: str) -> Non
 def test_all_layers_that_can_not_be_pruned_are_said_at_once() -> None:
     model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(6)))
     with pytest.raises(
-        ValueError, match=r"6 layers can't take their pattern \(0, 1, 2, 3, 4, … \(6 in all\)\). Layer 0:"
+        ValueError, match=r"6 of 6 layers can't take their pattern \(0, 1, 2, … \(6 in all\)\). Layer 0:"
     ):
         assign_patterns(find_targets(model), NM(2, 4))
     for layer in model[3:]:
