@@ -123,6 +123,13 @@ def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> trans
             name = full_name.removeprefix(prefix)
             value = checkpoint.state_dict[full_name]
             weights[name] = value.to(dtype) if name in cast else value
+    adapted = [name for name in weights if ".lora_" in name]
+    if adapted:
+        raise ValueError(
+            f"{path} has LoRA adapters, such as {prefix}{adapted[0]}, for which {note['architecture']} has no place: "
+            "in Python load its state_dict, merge_and_unload() and save_pretrained(). That writes over the zeros of "
+            "layers that have an adapter; to keep those, merge before the training and prune the merged model"
+        )
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
     try:
         unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys

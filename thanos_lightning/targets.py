@@ -308,12 +308,13 @@ def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], t
                     f"beside one that is: add '{root}.*' to ignore, or to targets if you mean it"
                 )
     adapted = [name for name in chosen if _is_adapted(model, name)]
-    adapters = [name for name in caught if any(part.startswith("lora_") for part in name.split("."))]
-    if adapters or any(name in caught for name in adapted):
+    adapters = [name for name in chosen if any(part.startswith("lora_") for part in name.split("."))]
+    meant = [name for name in [*adapted, *adapters] if name in caught]
+    if meant:
         raise ValueError(
-            f"target '*' means LoRA's adapters too, or layers that have one ({_examples([*adapters, *adapted])}), and "
-            "merging an adapter writes over its layer's zeros: merge before the training (merge_and_unload) and prune "
-            "the merged model, or add '*lora_*' and '*.base_layer' to ignore and prune only the layers without one"
+            f"target '*' means {len(meant)} layer(s) of LoRA, such as {meant[0]}, and merging an adapter writes over "
+            "the zeros of its layer: merge before the training (merge_and_unload) and prune the merged model, or add "
+            "'*lora_*' and '*.base_layer' to ignore and prune only the layers without an adapter"
         )
     if adapted:
         rank_zero_warn(

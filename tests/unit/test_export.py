@@ -242,6 +242,10 @@ def add_weight(content):
     content["state_dict"]["model.model.adapter"] = torch.zeros(1)
 
 
+def adapt_weight(content):
+    content["state_dict"]["model.model.layers.0.mlp.up_proj.lora_A.default.weight"] = torch.zeros(1)
+
+
 def reshape_weight(content):
     content["state_dict"]["model.model.norm.weight"] = torch.zeros(3)
 
@@ -263,6 +267,7 @@ def raise_format(content):
     [
         (remove_weight, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected nothing"),
         (add_weight, r"do not fit LlamaForCausalLM: missing nothing, unexpected model\.adapter"),
+        (adapt_weight, r"has LoRA adapters, such as model\..*lora_A.*merge before the training"),
         (reshape_weight, r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
         (rename_class, "class OfTheirOwn, which transformers .* does not have"),
         (remove_note, "does not say which Hugging Face model it holds"),

@@ -163,7 +163,9 @@ def test_adapters_and_what_they_adapt_are_not_pruned_by_accident() -> None:
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj = Adapted(model.model.layers[0].mlp.up_proj)
     for ignore in (["lm_head"], ["lm_head", "*lora_*"]):
-        with pytest.raises(ValueError, match=r"up_proj\.base_layer\), and merging.*merge before the training"):
+        with pytest.raises(
+            ValueError, match=r"such as model.*up_proj\.base_layer, and merging.*merge before the training"
+        ):
             find_targets(model, ignore=ignore)
     assert len(find_targets(model, ignore=["lm_head", "*lora_*", "*.base_layer"])) == 13
     with pytest.warns(UserWarning, match=r"1 target\(s\) have LoRA adapters \(model\.layers\.0\.mlp\.up_proj\.base"):
