@@ -230,6 +230,7 @@ class ThanosPruningCallback(Callback):
         patterns = [self.pattern, *(other.parsed() for other in self.overrides)]
         refuse_unused(given, defaults, self.options, patterns)
 
+        self._is_set_up = False
         self._reset()
 
     def _reset(self) -> None:
@@ -246,6 +247,7 @@ class ThanosPruningCallback(Callback):
         self._layers: dict[str, PrunableLayer] = {}
         self._final_patterns: dict[str, Pattern] = {}
         self._windows: list[Window] = []
+        self._schedule_in_steps: SparsitySchedule | None = None  # of the first fit of a Trainer, where it had fractions
         self._surveys: dict[str, LayerSurvey] = {}
         self._planner: Planner | None = None
         self._collector: Collector | None = None
@@ -262,6 +264,7 @@ class ThanosPruningCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_trainer(trainer)
+        self._is_set_up = True
         if stage == "fit":
             if trainer.global_step > 0:  # the same Trainer goes on
                 self._restored = self.state_dict()
@@ -271,7 +274,7 @@ class ThanosPruningCallback(Callback):
                 has_pruned = bool(self._applied)
                 self._reset()
                 self._forgets_masks = has_pruned
-            check_companions(trainer)
+            check_companions(trainer, self)
             check_strategy(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
@@ -316,6 +319,8 @@ class ThanosPruningCallback(Callback):
         elif trainer.global_step > 0:  # a checkpoint from before the callback was added
             self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
+        if self.schedule.has_fractions and self._schedule_in_steps is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._schedule_in_steps = self.schedule.resolve(int(trainer.estimated_stepping_batches))
         begun = self._windows_done
         if self._restored is not None:
             begun += self._restored["collected"] is not None
@@ -471,7 +476,8 @@ class ThanosPruningCallback(Callback):
     @override
     def state_key(self) -> str:
         """Where a checkpoint keeps the state; the same for subclasses, so that export and verification find it."""
-        return CALLBACK_KEY
+        # Lightning compares keys when a Trainer is made: two of us must get as far as being refused in our words
+        return CALLBACK_KEY if self._is_set_up else f"{CALLBACK_KEY} {id(self)}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -570,7 +576,7 @@ class ThanosPruningCallback(Callback):
             allocation = None
         return Planner(
             self.pattern,
-            self.schedule,
+            self._schedule_in_steps or self.schedule,
             self.progression,
             allocation,
             gives_way=self.allocation is None,

@@ -40,13 +40,22 @@ def check_trainer(trainer: object) -> None:
         )
 
 
-def check_companions(trainer: Trainer) -> None:
+def check_companions(trainer: Trainer, own: Callback) -> None:
     """Refuse callbacks that prune too, or average weights in a way that would bring zeros back.
+
+    Args:
+        trainer: Has the callbacks.
+        own: The one that asks.
 
     Raises:
         MisconfigurationException: Naming the callback and the mend.
     """
     for callback in callbacks_of(trainer):
+        if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
+            raise MisconfigurationException(
+                "the Trainer has more than one ThanosPruningCallback: keep one, and give layers patterns of their own "
+                "by its overrides"
+            )
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(
                 f"{type(callback).__name__} puts masks of its own on the weights that ThanosPruningCallback prunes: "

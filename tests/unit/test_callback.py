@@ -767,6 +767,18 @@ def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
     assert [event.step for event in callback.report.events] == [3, 7]
 
 
+def test_a_longer_second_fit_leaves_fractions_where_they_were(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(0.0, 0.4, 0.2))
+    fitted, module, probe = trainer(tmp_path, callback, max_steps=10), ToyLM(), ZeroProbe(callback)
+    fitted.callbacks.append(probe)
+    fitted.fit(module, ResumableBatches(128))
+    fitted.fit_loop.epoch_loop.max_steps = 20
+    fitted.fit(module, ResumableBatches(128))
+    assert len(module.losses) == 20
+    assert [event.step for event in callback.report.events] == [2, 4]
+    assert probe.checked >= 16
+
+
 def test_a_callback_does_not_lose_its_masks_to_a_new_trainer(tmp_path: Path) -> None:
     callback, module = pruning(), ToyLM()
     first = trainer(tmp_path, callback, max_steps=8)

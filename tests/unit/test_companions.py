@@ -104,7 +104,7 @@ def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -
 def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: Path) -> None:
     sharded = trainer(tmp_path, averaging.EMAWeightAveraging(), strategy=CPUDeepSpeed(stage=2))
     with pytest.raises(MisconfigurationException, match="EMAWeightAveraging needs all weights on each rank"):
-        check_companions(sharded)
+        check_companions(sharded, pruning())
     for order in (0, 1):
         callbacks = [pruning(), StochasticWeightAveraging(1e-3)]
         with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
@@ -118,6 +118,8 @@ def test_another_pruning_callback_is_refused(tmp_path: Path) -> None:
     other = ModelPruning("l1_unstructured", amount=0.5)
     with pytest.raises(MisconfigurationException, match="ModelPruning puts masks of its own on the weights"):
         fit(ToyLM(), tmp_path, pruning(), other, max_steps=8)
+    with pytest.raises(MisconfigurationException, match="more than one ThanosPruningCallback: keep one"):
+        fit(ToyLM(), tmp_path, pruning(), pruning(), max_steps=8)
 
 
 def test_a_trainer_of_the_other_package_is_refused() -> None:
