@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import rich
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,6 +27,7 @@ from thanos_lightning.arguments import (
     check_whole,
     refuse_unused,
 )
+from thanos_lightning.census import take_census
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
 from thanos_lightning.collecting import Collected, Collector
 from thanos_lightning.companions import (
@@ -37,18 +39,29 @@ from thanos_lightning.companions import (
     release_stopping,
     replace_callbacks,
     restart_averages,
+    saved_checkpoint,
 )
 from thanos_lightning.enforcement import MaskEnforcer, share_masks
+from thanos_lightning.forecast import Calibration, describe, forecast, tokens_per_batch
 from thanos_lightning.masks import LayerMask
-from thanos_lightning.planning import CALIBRATION_STEPS, Planner, check_allocation, check_initial, default_allocation
+from thanos_lightning.planning import (
+    CALIBRATION_STEPS,
+    Planner,
+    check_allocation,
+    check_initial,
+    default_allocation,
+    scheduled_events,
+    steps_of,
+)
 from thanos_lightning.progress import ends_on_sigterm, hidden
 from thanos_lightning.pruning import prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
-from thanos_lightning.report.tables import print_event, print_summary
+from thanos_lightning.report.tables import print_event, print_outcome, print_summary
 from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
+from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.surveying import LayerSurvey, survey_window
@@ -353,6 +366,7 @@ class ThanosPruningCallback(Callback):
         self._clock = Clock(self.report.summary)
         self._clock.parts = dict(parts)
         self._recorder = LossRecorder(self.report.history)
+        self._announce(trainer, pl_module)
         self._advance(trainer, pl_module)
 
     @override
@@ -459,6 +473,9 @@ class ThanosPruningCallback(Callback):
         # again, after every callback's on_train_end has had its last write
         if self._enforcer is not None:  # there was something left to train
             self._enforcer.verify()
+            if trainer.is_global_zero:
+                is_exportable = "architecture" in training_note(pl_module, [], self._layers)
+                print_outcome(saved_checkpoint(trainer), self._report_path(trainer), is_exportable=is_exportable)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -617,6 +634,54 @@ class ThanosPruningCallback(Callback):
             if access.stepped_by(optimizer, self._layers):
                 return optimizer
         return access.optimizers[0]
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will be pruned, when, and what it will take."""
+        census, planner, access = take_census(pl_module, self._layers), self._require_planner(), self._require_access()
+        summary = self.report.summary
+        summary.target_weights, summary.model_weights = census.target_weights, census.model_weights
+        if census.share < 0.5:
+            rank_zero_warn(
+                f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear and "
+                f"Conv1D; left out are {census.shares()}"
+            )
+        joined, needs = self._joins_rows, self.options.needs_statistics
+        with torch.random.fork_rng(devices=[]):  # which a training goes on with
+            found = (
+                self._require_collector().batches(trainer, pl_module)
+                if self.calibration_dataloader is not None
+                else None
+            )
+        if not trainer.is_global_zero:
+            return
+        number, tokens = tokens_per_batch(trainer.train_dataloader if found is None else found) if needs else (0, 0)
+        if needs and found is None:
+            steps = max((window.end_step - window.start_step for window in self._windows), default=0)
+            number = steps * trainer.accumulate_grad_batches
+        weighs = not self._lacks_gradients and any(map(self._wants_gradients, self._windows[:1]))
+        calibration = Calibration(number, tokens, found is None, weighs, joined)
+        surveyed = planner.to_survey(self._final_patterns) if any(w.surveys for w in self._windows) else {}
+        outlook = forecast(
+            self._layers,
+            census,
+            self.options,
+            calibration,
+            trainer,
+            memory_gib=self.hessian_memory_gib if needs else None,
+            is_sharded=not isinstance(access, ReplicatedAccess),
+            levels=max(map(len, surveyed.values()), default=0),
+        )
+        text = describe(
+            census,
+            self._final_patterns.values(),
+            scheduled_events(self.schedule, trainer),
+            self.pattern,
+            calibration,
+            outlook,
+            steps=steps_of(trainer),
+            steps_taken=self._optimizer_steps,
+        )
+        rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)
 
     # Steps
 
@@ -778,9 +843,12 @@ class ThanosPruningCallback(Callback):
             )
         return self._measured[1]
 
+    def _report_path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "pruning_report.json"
+
     def _write_report(self, trainer: Trainer) -> None:
         self._recorder.settle()
-        path = Path(trainer.default_root_dir) / "pruning_report.json"
+        path = self._report_path(trainer)
         try:
             self.report.write(path)
         except OSError as error:  # one rank's full disk must not end a training of days

@@ -261,7 +261,7 @@ class Collector:
         try:
             counted = count_dataloader(
                 statistics,
-                self._batches(trainer, module),
+                self.batches(trainer, module),
                 trainer,
                 module,
                 self._access,
@@ -287,7 +287,12 @@ class Collector:
                 f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
             )
 
-    def _batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+    def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+        """Those of the calibration set.
+
+        Raises:
+            MisconfigurationException: If nobody has the ones that were announced.
+        """
         if not isinstance(self._calibration, str):
             assert self._calibration is not None
             return self._calibration

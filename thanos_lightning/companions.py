@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -109,6 +111,14 @@ def release_stopping(trainer: Trainer, held: list[EarlyStopping]) -> None:
         first = next((index for index, one in enumerate(callbacks) if isinstance(one, ModelCheckpoint)), len(callbacks))
         replace_callbacks(trainer, [*callbacks[:first], *held, *callbacks[first:]])
         held.clear()
+
+
+def saved_checkpoint(trainer: Trainer) -> Path | None:
+    """The checkpoint to go on with: the best one by a metric where there is one, else the last one."""
+    checkpoints = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+    best = [checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.monitor is not None]
+    others = [path for one in checkpoints for path in (one.last_model_path, one.best_model_path)]
+    return next((Path(path) for path in [*best, *others] if path and Path(path).exists()), None)
 
 
 class BestScores:

@@ -262,30 +262,15 @@ def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
     Raises:
         MisconfigurationException: If nothing would be pruned, or fractions of the training can't be told.
     """
-    total = trainer.estimated_stepping_batches
-    known = math.isfinite(total) and total > 0
+    events, total = scheduled_events(schedule, trainer), steps_of(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-        rank_zero_info(f"fast_dev_run: everything is pruned at once, at optimizer step {int(total)}")
-        schedule = SparsitySchedule(int(total), int(total), 1)
-    if schedule.has_fractions:
-        if not known:
-            raise MisconfigurationException(
-                "the schedule has fractions of the training, but the number of optimizer steps is not known: set the "
-                "Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
-            )
-        if not trainer.lightning_module.automatic_optimization:
-            raise MisconfigurationException(
-                "the schedule has fractions of the training, but under manual optimization the number of optimizer "
-                "steps is not known: give the schedule in optimizer steps (whole numbers)"
-            )
-        schedule = schedule.resolve(int(total))
-    events = schedule.events()
-    if not known:
+        rank_zero_info(f"fast_dev_run: everything is pruned at once, at optimizer step {total}")
+    if total is None:
         return events
     inside = [event for event in events if event.step <= total]
     if not inside:
         raise MisconfigurationException(
-            f"the schedule's first event is at optimizer step {events[0].step}, but the training has {int(total)} "
+            f"the schedule's first event is at optimizer step {events[0].step}, but the training has {total} "
             "steps: nothing would be pruned. Start the schedule earlier (start_step) or raise max_steps"
         )
     if inside[-1].step >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -296,7 +281,38 @@ def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
         )
     if len(inside) < len(events):
         rank_zero_warn(
-            f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {int(total)} "
+            f"the schedule's last event is at optimizer step {events[-1].step}, but the training has {total} "
             "steps: the final sparsity will not be reached"
         )
     return events
+
+
+def steps_of(trainer: Trainer) -> int | None:
+    """Optimizer steps of a Trainer's training; None where they can't be told."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def scheduled_events(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
+    """The events of a schedule, which may lie beyond a Trainer's training.
+
+    Raises:
+        MisconfigurationException: If fractions of the training can't be told.
+    """
+    total = steps_of(trainer)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        assert total is not None, "it is short"
+        schedule = SparsitySchedule(total, total, 1)
+    if schedule.has_fractions:
+        if total is None:
+            raise MisconfigurationException(
+                "the schedule has fractions of the training, but the number of optimizer steps is not known: set the "
+                "Trainer's max_steps, or give the schedule in optimizer steps (whole numbers)"
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                "the schedule has fractions of the training, but under manual optimization the number of optimizer "
+                "steps is not known: give the schedule in optimizer steps (whole numbers)"
+            )
+        schedule = schedule.resolve(total)
+    return schedule.events()

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from thanos_lightning.solver import Pattern, parse_pattern
 
 PrunableModule: TypeAlias = nn.Linear | Conv1D
-_PRUNABLE = (nn.Linear, Conv1D)
+PRUNABLE = (nn.Linear, Conv1D)
 IGNORED = ("lm_head",)  # unless the user says what; not every model has one
 
 
@@ -235,7 +235,7 @@ def find_targets(
     """
     targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
     refuse_compiled(model)
-    prunable = {name: module for name, module in model.named_modules() if isinstance(module, _PRUNABLE)}
+    prunable = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
     uncalled = {name: prunable.pop(name) for name in uncalled_layers(model)}
     for expression in targets:
         if not any(matches(name, expression) for name in prunable):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import rich
 from rich.box import SIMPLE_HEAD
@@ -109,3 +111,30 @@ def print_summary(report: PruningReport, sparsity: float, console: Console | Non
             f"{pruning:.1f} s:\n{_listed(parts)}",
             highlight=False,
         )
+
+
+def print_outcome(
+    checkpoint: Path | None, report: Path, *, is_exportable: bool, console: Console | None = None
+) -> None:
+    """Where to find what the training left, and what to do with it.
+
+    Args:
+        checkpoint: Of the pruned model; None where none was saved.
+        report: Of the pruning.
+        is_exportable: Whether the model is one of Hugging Face's, which the checkpoint can be exported to.
+        console: Where to print.
+    """
+    console = console or rich.get_console()
+    lines = [f"  report      {_shown(report)}"] if report.is_file() else []
+    if checkpoint is not None:
+        lines.insert(0, f"  checkpoint  {_shown(checkpoint)}")
+        if is_exportable:
+            lines.append(f"  next        thanos-lightning export {shlex.quote(_shown(checkpoint))} exported")
+    for line in lines:  # whole, however long: they are to be copied
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    """As seen from the working directory, where it is inside."""
+    here = Path.cwd()
+    return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)

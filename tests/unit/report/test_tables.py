@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from thanos_lightning.report.data import EventReport, LayerReport, PruningReport, Summary
-from thanos_lightning.report.tables import kinds_of, print_event, print_summary
+from thanos_lightning.report.tables import kinds_of, print_event, print_outcome, print_summary
 
 
 def layer(name: str, shape: tuple[int, int] = (14336, 14336)) -> LayerReport:
@@ -71,3 +72,24 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
 def test_the_summary_has_no_table_where_nothing_was_asked() -> None:
     text = printed(print_summary, PruningReport([EventReport(20, 0.5, [layer("a")])], Summary()), 0.5)
     assert text.splitlines() == ["Pruned to 50.00% in 1 event"]
+
+
+def test_the_end_names_what_was_left_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("last.ckpt", "pruning_report.json"):
+        (tmp_path / "run" / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    def outcome(checkpoint: Path | None, *, is_exportable: bool) -> list[str]:
+        console = Console(file=io.StringIO(), width=20)
+        report = tmp_path / "run" / "pruning_report.json"
+        print_outcome(checkpoint, report, is_exportable=is_exportable, console=console)
+        return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    assert outcome(tmp_path / "run" / "last.ckpt", is_exportable=True) == [
+        "  checkpoint  run/last.ckpt",
+        "  report      run/pruning_report.json",
+        "  next        thanos-lightning export run/last.ckpt exported",
+    ]
+    assert len(outcome(tmp_path / "run" / "last.ckpt", is_exportable=False)) == 2
+    assert outcome(None, is_exportable=True) == ["  report      run/pruning_report.json"]
