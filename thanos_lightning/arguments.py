@@ -101,6 +101,24 @@ def refuse_unused(
             raise ValueError(f"{name} is {described(given[name])}, but {reason}: leave it out")
 
 
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """The arguments that are not as they were, each as a sentence.
+
+    Args:
+        before: Name -> description.
+        now: Likewise. One that has no counterpart is not compared.
+
+    Example:
+        >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})
+        {'damping': 'damping was 0.01 and is 0.1'}
+    """
+    return {
+        name: f"{name} was {before[name]} and is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    }
+
+
 def described(value: Any) -> str:
     """One line that says what an argument is, the same in another process.
 
@@ -113,7 +131,7 @@ def described(value: Any) -> str:
             return repr(list(value))
         length = number_of_batches(value)
         return type(value).__name__ + ("" if length is None else f" of {length} batch(es)")
-    return repr(value)
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
 
 
 def number_of_batches(batches: Iterable[Any]) -> int | None:

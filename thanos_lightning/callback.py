@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,8 @@ from thanos_lightning.arguments import (
     check_memory,
     check_name,
     check_whole,
+    described,
+    differences,
     refuse_unused,
 )
 from thanos_lightning.census import take_census
@@ -75,7 +78,7 @@ from thanos_lightning.targets import (
     find_targets,
     uncalled_layers,
 )
-from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression
+from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression, reasons
 
 _AT_ONCE, _GRADUALLY = SparsitySchedule(0, 0, 1), SparsitySchedule(0.0, 0.4, 0.1)
 
@@ -254,6 +257,7 @@ class ThanosPruningCallback(Callback):
         self._windows_done = 0
         self._applied: dict[str, Pattern] = {}
         self._forgets_masks = False  # of a training before, unless a checkpoint is loaded
+        self._total_steps: int | None = None  # of which the schedule has fractions
         self._measured: tuple[int, float] | None = None  # optimizer steps, value of the monitored metric
         self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
         # below: made at the start of each fit
@@ -327,8 +331,12 @@ class ThanosPruningCallback(Callback):
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "
                 "go on, pass ckpt_path to fit or use the same Trainer; for another model, make a new callback"
             )
+        total = trainer.estimated_stepping_batches
+        self._total_steps = int(total) if self.schedule.has_fractions and math.isfinite(total) else None
+        changed: dict[str, str] = {}
         if self._restored is not None:
-            self._restore_masks(share_masks(self._restored["masks"], self._access))
+            changed = differences(self._restored["arguments"], self._arguments())
+            self._restore_masks(share_masks(self._restored["masks"], self._access), changed)
         elif trainer.global_step > 0:  # a checkpoint from before the callback was added
             self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
@@ -337,7 +345,7 @@ class ThanosPruningCallback(Callback):
         begun = self._windows_done
         if self._restored is not None:
             begun += self._restored["collected"] is not None
-            check_begun(self._windows[:begun], self._restored["windows"][:begun])
+            check_begun(self._windows[:begun], self._restored["windows"][:begun], changed)
         check_ahead(self._windows[begun:], self._optimizer_steps)
         if self.monitor is not None:
             self.report.summary.metric = self.monitor
@@ -354,11 +362,14 @@ class ThanosPruningCallback(Callback):
         if self._restored is not None and self._restored["collected"] is not None:
             if self._restored.get("joins_rows", False) != self._joins_rows:
                 raise MisconfigurationException(
-                    "the checkpoint was saved while statistics were collected, with another output_weights than "
-                    f"{self.output_weights!r}: resume with the one that it was trained with"
+                    f"the checkpoint was saved while statistics were collected, and {changed['output_weights']}: "
+                    "resume with what it was trained with"
                 )
             self._collect(self._windows[self._windows_done])
             self._collector.load(self._restored["collected"])
+        if changed:
+            said = "; ".join(changed.values())
+            rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
         parts = self._restored["event_parts"] if self._restored is not None else {}
         self._restored = None
         if self._windows_done < len(self._windows):
@@ -509,6 +520,7 @@ class ThanosPruningCallback(Callback):
         self._recorder.settle()
         return {
             "format": CHECKPOINT_FORMAT,
+            "arguments": self._arguments(),
             "optimizer_steps": self._optimizer_steps,
             "windows": [window.state() for window in self._windows],
             "windows_done": self._windows_done,
@@ -534,7 +546,7 @@ class ThanosPruningCallback(Callback):
         self._windows_done = state_dict["windows_done"]
         self.report = PruningReport.from_state(state_dict["report"])
         self._measured = state_dict["measured"] and tuple(state_dict["measured"])
-        self._scores.old.update(state_dict.get("old_scores", {}))  # earlier checkpoints have none
+        self._scores.old.update(state_dict["old_scores"])
         self._surveys = {name: LayerSurvey(**state) for name, state in state_dict["surveys"].items()}
 
     @override
@@ -542,6 +554,13 @@ class ThanosPruningCallback(Callback):
         """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
         stepped = [] if self._access is None else self._access.numbered_parameters()  # none before a training
         checkpoint[NOTE_KEY] = training_note(pl_module, stepped, self._layers)
+
+    def _arguments(self) -> dict[str, str]:
+        """What is asked of the callback, in words that a resumed training compares with its own."""
+        values = {**vars(self), **vars(self.options), "overrides": list(map(repr, self.overrides))}
+        names = [name for name in inspect.signature(ThanosPruningCallback).parameters if name in values]
+        arguments = {name: described(values[name]) for name in names}
+        return arguments | ({} if self._total_steps is None else {"max_steps": described(self._total_steps)})
 
     def _masks_state(self, enforcer: MaskEnforcer, access: ParameterAccess) -> dict[str, Any]:
         masks = {}
@@ -555,14 +574,14 @@ class ThanosPruningCallback(Callback):
                 masks[layer.parameter_name] = LayerMask(keep, self._applied[name], layer.transposed).state()
         return masks
 
-    def _restore_masks(self, masks: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    def _restore_masks(self, masks: Iterable[tuple[str, dict[str, Any]]], changed: Mapping[str, str]) -> None:
         by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
         for parameter_name, state in masks:
             name = by_parameter.get(parameter_name)
             if name is None:
                 raise MisconfigurationException(
-                    f"the checkpoint has a mask for {parameter_name}, which is no target in this model: resume with "
-                    "the model, targets and ignore that it was trained with"
+                    f"the checkpoint has a mask for {parameter_name}, which is no target now{reasons(changed)}: resume "
+                    "with the model, targets and ignore that it was trained with"
                 )
             mask, layer = LayerMask.from_state(state), self._layers[name]
             if mask.keep.shape != (layer.rows, layer.cols):

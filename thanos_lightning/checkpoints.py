@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from thanos_lightning.zero_checkpoints import is_zero_folder, read_zero_folder
 
 # What the callback writes into a trainer checkpoint
-CHECKPOINT_FORMAT = 3  # of both parts
+CHECKPOINT_FORMAT = 4  # of both parts
 CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
 NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging Face model
 

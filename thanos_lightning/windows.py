@@ -16,6 +16,13 @@ from thanos_lightning.targets import PrunableLayer
 # How the sparsity of a model rises from event to event
 Progression = Literal["within-layers", "levels", "front-to-back", "back-to-front", "least-loss-first"]
 _ROUNDING = 1e-9
+# Arguments of the callback on which no window depends
+_BESIDE_THE_PLAN = frozenset(
+    (
+        *("block_size", "damping", "saliency", "attention_mask_key"),
+        *("rewarm_steps", "moments", "monitor", "verify_every_n_steps"),
+    )
+)
 
 
 def check_progression(progression: Progression, final: Mapping[str, Pattern]) -> None:
@@ -270,22 +277,34 @@ def plan_windows(
     return windows
 
 
-def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]]) -> None:
+def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], changed: Mapping[str, str]) -> None:
     """Hold the windows that a checkpoint has behind it, and the open one, against those of this run.
 
     Args:
         windows: The first ones of this run's plan.
         recorded: `Window.state` of those that the checkpoint has begun.
+        changed: The callback's arguments that are not as they were, each with a sentence that says so.
 
     Raises:
         MisconfigurationException: If they differ: masks or sums would be taken for those of other events.
     """
     if [window.state() for window in windows] != list(recorded):
         raise MisconfigurationException(
-            f"the {len(recorded)} pruning window(s) that the checkpoint has begun are not the first ones of this run: "
-            "resume with the schedule, patterns, targets, allocation, output_weights, progression, calibration_steps "
-            "and hessian_memory_gib that it was trained with, and the same max_steps where the schedule has fractions"
+            f"the {len(recorded)} pruning window(s) that have begun are not the first ones of this run"
+            f"{reasons(changed) or ', though no argument has changed: the model must have'}. Go on as it was begun, or "
+            "fit without ckpt_path"
         )
+
+
+def reasons(changed: Mapping[str, str]) -> str:
+    """Of the arguments that are not as they were those that can change a window, to be added to an error.
+
+    Example:
+        >>> reasons({"damping": "damping was 0.01 and is 0.1", "pattern": "pattern was NM(2, 4) and is NM(1, 4)"})
+        ': pattern was NM(2, 4) and is NM(1, 4)'
+    """
+    sentences = [sentence for name, sentence in changed.items() if name not in _BESIDE_THE_PLAN]
+    return f": {'; '.join(sentences)}" if sentences else ""
 
 
 def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -718,7 +719,7 @@ def test_resume_inside_a_window_with_other_output_weights(tmp_path: Path, before
     first = trainer(tmp_path, build(before), every_step, max_steps=12, enable_checkpointing=True)
     first.fit(ToyLM(), ResumableBatches())
     inside, without = tmp_path / "step=7.ckpt", tmp_path / "step=3.ckpt"
-    with pytest.raises(MisconfigurationException, match=f"another output_weights than '{after}'"):
+    with pytest.raises(MisconfigurationException, match=f"output_weights was '{before}' and is '{after}'"):
         trainer(tmp_path, build(after), max_steps=12).fit(ToyLM(), ResumableBatches(), ckpt_path=inside)
     for output_weights, checkpoint in ((before, inside), (after, without)):
         resumed = build(output_weights)
@@ -818,25 +819,60 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("schedule", "max_steps", "fits"),
+    ("arguments", "max_steps", "words"),
     [
-        (SparsitySchedule(0.1, 0.5, 0.2), 40, False),
-        (SparsitySchedule(2, 10, 4), 40, True),
-        (SparsitySchedule(2, 14, 4), 40, False),
+        ({}, 40, "not the first ones of this run: max_steps was 20 and is 40. Go on"),
+        ({"schedule": SparsitySchedule(2, 10, 4)}, 40, None),
+        (
+            {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
+            40,
+            r"run: schedule was .*\(start_step=0.1, .*\) and is SparsitySchedule\(start_step=2.*\). Go on",
+        ),
+        ({"pattern": "1:4"}, 20, r"run: pattern was NM\(n=2, m=4.*\) and is NM\(n=1, m=4.*\). Go on"),
+        ({"targets": ["*.mlp.*"]}, 20, r"q_proj.weight, which is no target now: targets was .* and is \['\*.mlp.\*'\]"),
     ],
 )
 def test_a_plan_may_change_ahead_but_not_behind(
-    tmp_path: Path, schedule: SparsitySchedule, max_steps: int, fits: bool
+    tmp_path: Path, arguments: dict[str, Any], max_steps: int, words: str | None
 ) -> None:
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     first = pruning(schedule=SparsitySchedule(0.1, 0.5, 0.2))
     trainer(tmp_path, first, saved, max_steps=20, enable_checkpointing=True).fit(ToyLM(), ResumableBatches(128))
-    second = trainer(tmp_path, pruning(schedule=schedule), max_steps=max_steps)
-    if fits:
-        second.fit(ToyLM(), ResumableBatches(256), ckpt_path=tmp_path / "step=8.ckpt")
+    again = pruning(**{"schedule": SparsitySchedule(0.1, 0.5, 0.2), **arguments})
+    second = trainer(tmp_path, again, max_steps=max_steps)
+    if words is None:
+        with pytest.warns(UserWarning, match="other arguments of the callback count than before: schedule"):
+            second.fit(ToyLM(), ResumableBatches(256), ckpt_path=tmp_path / "step=8.ckpt")
         return
-    with pytest.raises(MisconfigurationException, match="not the first ones of this run"):
+    with pytest.raises(MisconfigurationException, match=words):
         second.fit(ToyLM(), ResumableBatches(256), ckpt_path=tmp_path / "step=8.ckpt")
+
+
+def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Subclass(ThanosPruningCallback):
+        """With a signature of its own."""
+
+        def __init__(self, damping: float = 0.01, **kwargs: Any) -> None:
+            super().__init__(schedule=SparsitySchedule(4, 4, 1), damping=damping, calibration_steps=2, **kwargs)
+
+    first = trainer(tmp_path, Subclass(), max_steps=6)
+    first.fit(ToyLM(), ResumableBatches())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    arguments = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["ThanosPruningCallback"]["arguments"]
+    every = set(inspect.signature(ThanosPruningCallback).parameters)
+    assert set(arguments) == every - {"sparsity", "outlier_fraction"}  # which the pattern has
+
+    def said(callback: ThanosPruningCallback) -> list[str]:
+        recwarn.clear()
+        trainer(tmp_path, callback, max_steps=8).fit(ToyLM(), ResumableBatches(), ckpt_path=tmp_path / "a.ckpt")
+        return [str(warning.message) for warning in recwarn if "other arguments" in str(warning.message)]
+
+    assert said(Subclass()) == []
+    (message,) = said(Subclass(damping=0.1, verify_every_n_steps=0, method="sparsegpt"))
+    assert message.endswith(
+        "count than before: method was 'thanos' and is 'sparsegpt'; damping was 0.01 and is 0.1; verify_every_n_steps "
+        "was 100 and is 0"
+    )
 
 
 def test_the_export_note_is_of_the_pruned_model(tmp_path: Path) -> None:
