@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -52,12 +51,13 @@ from thanos_lightning.planning import (
     Planner,
     check_allocation,
     check_initial,
+    check_trained,
     default_allocation,
     scheduled_events,
     steps_of,
 )
 from thanos_lightning.progress import ends_on_sigterm, hidden
-from thanos_lightning.pruning import prune_window
+from thanos_lightning.pruning import check_weights, prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_outcome, print_summary
@@ -323,16 +323,17 @@ class ThanosPruningCallback(Callback):
                 "(leaf_module in its configuration): leave the dataloader out to have those of the training batches, "
                 "or take output_weights='uniform'"
             )
+        check_weights(self._layers, self._access)
         self._enforcer = MaskEnforcer(self._layers, self._access)
         self._collector = self._new_collector(self._access)
+        self._collector.check(trainer, pl_module)
         self._planner = self._new_planner()
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "
                 "go on, pass ckpt_path to fit or use the same Trainer; for another model, make a new callback"
             )
-        total = trainer.estimated_stepping_batches
-        self._total_steps = int(total) if self.schedule.has_fractions and math.isfinite(total) else None
+        self._total_steps = steps_of(trainer) if self.schedule.has_fractions else None
         changed: dict[str, str] = {}
         if self._restored is not None:
             changed = differences(self._restored["arguments"], self._arguments())
@@ -481,6 +482,8 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enforcer is None:
+            check_trained(trainer)
         # again, after every callback's on_train_end has had its last write
         if self._enforcer is not None:  # there was something left to train
             self._enforcer.verify()

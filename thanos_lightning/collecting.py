@@ -104,6 +104,15 @@ class Collector:
         """Of the window that is open."""
         return None if self._open is None else self._open.statistics
 
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse a calibration set that nobody has, before the training.
+
+        Raises:
+            MisconfigurationException: If there is none where one was announced.
+        """
+        if isinstance(self._calibration, str):
+            self._holder(trainer, module)
+
     # In the training
 
     def open(self, window: Window, *, gradients: bool) -> None:
@@ -296,10 +305,14 @@ class Collector:
         if not isinstance(self._calibration, str):
             assert self._calibration is not None
             return self._calibration
+        batches: Iterable[Any] = self._holder(trainer, module).calibration_dataloader()
+        return batches
+
+    def _holder(self, trainer: Trainer, module: LightningModule) -> Any:
+        """The first of datamodule and module that has a calibration set."""
         for holder in (getattr(trainer, "datamodule", None), module):
-            if (make := getattr(holder, "calibration_dataloader", None)) is not None:
-                batches: Iterable[Any] = make()
-                return batches
+            if callable(getattr(holder, "calibration_dataloader", None)):
+                return holder
         raise MisconfigurationException(
             "calibration_dataloader is 'datamodule', but neither the datamodule nor the LightningModule has a method "
             "calibration_dataloader(): add one, pass a dataloader, or None to use the training batches"

@@ -256,6 +256,23 @@ class Planner:
         return windows
 
 
+def check_trained(trainer: Trainer) -> None:
+    """Refuse a fit that ended before its first step, which Lightning ends without a word.
+
+    Raises:
+        MisconfigurationException: Naming what left nothing to train.
+    """
+    if trainer.global_step > 0:  # a finished training was resumed
+        return
+    if trainer.fit_loop.max_batches == 0:
+        raise MisconfigurationException(
+            "the training dataloader has no batch, so nothing was trained or pruned: give one that isn't empty"
+        )
+    for name in ("limit_train_batches", "max_steps", "max_epochs"):
+        if getattr(trainer, name) == 0:
+            raise MisconfigurationException(f"{name} is 0, so nothing was trained or pruned: raise it")
+
+
 def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
     """The events of a schedule in a Trainer's training, which may be shorter than the schedule: warns where it is.
 

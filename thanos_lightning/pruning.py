@@ -87,6 +87,33 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, joine
     return {name: team[0] for name, team in assign_teams(layers, world_size, joined=joined).items()}
 
 
+def check_weights(layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
+    """Refuse weights that can't be pruned, before a training waits for that. All ranks call it.
+
+    Args:
+        layers: Name -> layer; this rank's pieces are looked at.
+        access: Reads them, and tells the other ranks.
+
+    Raises:
+        PruningError: On all ranks, naming layers whose weights hold NaN or Inf.
+    """
+    extremes = {}
+    for name, layer in layers.items():
+        piece = next(access.local_tensors(layer), None)
+        if piece is not None and piece.tensor.numel():
+            # both are NaN where one entry is; in one tensor, so that a device is asked once
+            extremes[name] = torch.stack(torch.aminmax(piece.tensor)).float()
+    finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist() if extremes else []
+    own = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
+    broken = list(dict.fromkeys(itertools.chain.from_iterable(access.gather(own))))
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise PruningError(
+            f"the weight of layer {broken[0]}{more} holds NaN or Inf before the training: load a checkpoint that is "
+            "whole, or add such layers to ignore"
+        )
+
+
 def prune_window(
     window: Window,
     layers: Mapping[str, PrunableLayer],

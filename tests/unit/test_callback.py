@@ -579,8 +579,26 @@ def test_a_calibration_set_from_the_module(tmp_path: Path) -> None:
     callback = pruning(calibration_dataloader="datamodule")
     trainer(tmp_path, callback, max_steps=8).fit(WithSet(), loader(64))
     assert len(callback.report.events) == 2
+    module = ToyLM()
     with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule"):
-        trainer(tmp_path, pruning(calibration_dataloader="datamodule"), max_steps=8).fit(ToyLM(), loader(64))
+        trainer(tmp_path, pruning(calibration_dataloader="datamodule"), max_steps=8).fit(module, loader(64))
+    assert module.losses == []  # said before the training
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "the training dataloader has no batch, so nothing was trained or pruned: give one that isn't empty"),
+        ({"limit_train_batches": 0}, "limit_train_batches is 0, so nothing was trained or pruned"),
+        ({"max_steps": 0}, "max_steps is 0, so nothing"),
+        ({"max_steps": -1, "max_epochs": 0}, "max_epochs is 0, so nothing"),
+    ],
+)
+def test_a_training_without_a_step_is_no_success(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    batches: DataLoader[Any] = loader(8) if settings else DataLoader([])  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer(tmp_path, pruning(), **{"max_steps": 8, **settings}).fit(ToyLM(), batches)
 
 
 # What is left behind

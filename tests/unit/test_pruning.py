@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from thanos_lightning.calibration import InputStatistics
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.pruning import PruningError, assign_owners, assign_teams, prune_window, sum_on_owners
+from thanos_lightning.pruning import (
+    PruningError,
+    assign_owners,
+    assign_teams,
+    check_weights,
+    prune_window,
+    sum_on_owners,
+)
 from thanos_lightning.report.data import LayerReport
 from thanos_lightning.schedule import Event
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -91,6 +98,15 @@ def test_nothing_is_written_when_one_layer_fails() -> None:
     with pytest.raises(PruningError, match=r"layer 2: .*No layer of this window was changed"):
         run(model, torch.randn(50, 8))
     assert torch.equal(model[0].weight, before)
+
+
+def test_broken_weights_are_named_before_the_training() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    check_weights(find_targets(model), ReplicatedAccess())
+    with torch.no_grad():
+        model[1].weight[3, 4], model[2].weight[0, 0] = float("nan"), float("inf")
+    with pytest.raises(PruningError, match=r"the weight of layer 1 \(and 1 more\) holds NaN or Inf before"):
+        check_weights(find_targets(model), ReplicatedAccess())
 
 
 def seconds(layer: PrunableLayer, members: int = 1) -> int:

@@ -417,6 +417,11 @@ class CausalLM(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == 0:
+            raise ValueError(
+                "the training has no optimizer step: raise the Trainer's max_steps, or give a training dataloader that "
+                "isn't empty"
+            )
         known = math.isfinite(total_steps) and total_steps > 0
         is_fraction = 0 < self.warmup < 1
         if not known and (is_fraction or self.lr_schedule != "constant"):

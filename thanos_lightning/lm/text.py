@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from thanos_lightning.lm.resumable import ResumableDataLoader
 from thanos_lightning.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
+CALIBRATION_BATCHES = 128  # unless the user says more or less
 _PYTHON_REFERENCE_MODULE = "pydoc_data.topics"
 _TOKENS = "input_ids"  # this name lets `datasets` keep them as int32
 
@@ -87,7 +89,7 @@ class TextData(LightningDataModule):
         validation_fraction: float = 0.1,
         max_train_blocks: int | None = None,
         max_val_blocks: int | None = None,
-        calibration_batches: int = 128,
+        calibration_batches: int = CALIBRATION_BATCHES,
         seed: int = 0,
         num_workers: int = 0,
         num_proc: int | None = None,
@@ -103,8 +105,9 @@ class TextData(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("num_proc", num_proc, 1),
         ):
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}: give at least {smallest}")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_whole and value >= smallest):
+                raise ValueError(f"{name} is {value!r}: give a whole number, at least {smallest}")
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction is {validation_fraction}: give a fraction in (0, 1), such as 0.1")
         if not dataset:
@@ -189,6 +192,12 @@ class TextData(LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[Any]:
         """The first `calibration_batches` batches of the training blocks in order, the same at every call and rank."""
         blocks = self._ready(self._train_blocks)
+        available = -(-len(blocks) // self.batch_size)
+        if available < self.calibration_batches != CALIBRATION_BATCHES:
+            rank_zero_warn(
+                f"calibration_batches is {self.calibration_batches}, but the text to train on fills only {available} "
+                f"batch(es) of {self.batch_size} blocks: all of them are taken"
+            )
         return self._in_order(_first(blocks, self.calibration_batches * self.batch_size), self.batch_size)
 
     # Lightning restores a dataloader's own state only while it makes the dataloader, and where `configure_optimizers`

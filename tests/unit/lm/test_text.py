@@ -100,6 +100,9 @@ def test_limits(text_files, tiny):
     assert len(calibration) == 8
     assert calibration == _rows(data.calibration_dataloader())
     assert all(row in _rows(data.train_dataloader()) for row in calibration)
+    few = _ready(text_files, tiny, max_train_blocks=10, calibration_batches=20)
+    with pytest.warns(UserWarning, match=r"calibration_batches is 20, but .*only 3 batch\(es\) of 4 blocks"):
+        assert len(_rows(few.calibration_dataloader())) == 10
 
 
 def test_hub_splits_and_columns(tiny, monkeypatch):
