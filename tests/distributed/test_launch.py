@@ -110,5 +110,5 @@ def test_files_that_are_named_are_there(file: Path) -> None:
     text = file.read_text()
     named = [ROOT / name for name in re.findall(r"(?:recipes|launch|docs|tests)/[\w./-]*\w", text)]
     named += [file.parent / link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
-    assert named
+    assert named or file in RECIPES  # which may name none
     assert [path for path in named if not path.exists()] == []

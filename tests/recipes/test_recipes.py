@@ -213,6 +213,7 @@ def rehearsal(recipe: Path, folder: Path) -> Path:
     return rehearsed
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", ZERO3)
 def test_a_zero3_recipe_is_rehearsed_on_cpus(name: str, tmp_path: Path) -> None:
     recipe = rehearsal(next(recipe for recipe in RECIPES if recipe.stem == name), tmp_path)
