@@ -57,7 +57,7 @@ from thanos_lightning.planning import (
     steps_of,
 )
 from thanos_lightning.progress import ends_on_sigterm, hidden
-from thanos_lightning.pruning import check_weights, prune_window
+from thanos_lightning.pruning import check_weights, hold_zeros, prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_outcome, print_summary
@@ -89,7 +89,7 @@ class ThanosPruningCallback(Callback):
     Before each event of the schedule the second moments of the layers' inputs are accumulated from the training
     batches; at the event each layer is pruned by the block-wise second-order solver of Thanos (arXiv 2504.05346);
     after every later optimizer step the pruned weights and their moments are exactly 0. Masks are nested: what was
-    pruned stays pruned.
+    pruned stays pruned, the zeros of a model that comes pruned included.
 
     Args:
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
@@ -338,8 +338,10 @@ class ThanosPruningCallback(Callback):
         if self._restored is not None:
             changed = differences(self._restored["arguments"], self._arguments())
             self._restore_masks(share_masks(self._restored["masks"], self._access), changed)
-        elif trainer.global_step > 0:  # a checkpoint from before the callback was added
-            self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
+        else:
+            self._hold_zeros()
+            if trainer.global_step > 0:  # a checkpoint from before the callback was added
+                self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
         if self.schedule.has_fractions and self._schedule_in_steps is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._schedule_in_steps = self.schedule.resolve(int(trainer.estimated_stepping_batches))
@@ -595,6 +597,17 @@ class ThanosPruningCallback(Callback):
             self._applied[name] = mask.pattern
             self._require_enforcer().set_mask(name, mask.keep)
 
+    def _hold_zeros(self) -> None:
+        found = hold_zeros(self._layers, self._require_access(), self._require_enforcer())
+        self._applied.update(found)
+        if found:
+            first, pattern = next(iter(found.items()))
+            rank_zero_warn(
+                f"{len(found)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros: these "
+                "are kept from the first step on, and count towards the pattern. What the report calls dense is this "
+                "model. (To train such a layer's zeros, add it to ignore)"
+            )
+
     def _steps_without_state(self, trainer: Trainer) -> int:
         """The optimizer steps behind a checkpoint that has no state of this callback."""
         if len(trainer.optimizers) > 1:
@@ -805,7 +818,7 @@ class ThanosPruningCallback(Callback):
 
     def _prune(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> None:
         access, enforcer = self._require_access(), self._require_enforcer()
-        if not self._applied and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
+        if not self.report.events and (tell := getattr(pl_module, "on_before_pruning", None)) is not None:
             tell()
         collected = self._collected(window, trainer, pl_module)
         self._clock.now("solving")

@@ -20,7 +20,7 @@ from thanos_lightning.progress import open_phase
 from thanos_lightning.report.data import LayerReport
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.sharding.ranks import RankTeam
-from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, SolverError, Unstructured
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
@@ -31,6 +31,10 @@ from thanos_lightning.windows import Window
 _ROWS_PER_FACTOR = 4
 # In the same unit: the eigenvectors of both factors, and the steps on all rows together.
 _EIGENVECTORS, _JOINED_STEPS = 3, 20
+
+
+# Of a layer's weights: fewer zeros come from elsewhere, as the rows of tokens that a vocabulary is padded with do.
+_PRUNED_BEFORE = 0.1
 
 
 class PruningError(RuntimeError):
@@ -224,6 +228,46 @@ def prune_window(
             )
             phase.advance()
     return reports
+
+
+def hold_zeros(
+    layers: Mapping[str, PrunableLayer], access: ParameterAccess, enforcer: MaskEnforcer
+) -> dict[str, Unstructured]:
+    """Hold the zeros of layers that were pruned before this training. All ranks must call it.
+
+    More than a tenth of such a layer is 0, but not all of it: so are layers that begin at 0 to be trained.
+
+    Args:
+        layers: Name -> layer.
+        access: How the strategy's parameters are reached.
+        enforcer: Takes the masks.
+
+    Returns:
+        Name -> the share that is held, of layers that were pruned; the same on all ranks.
+    """
+    counts = access.gather({name: _count_zeros(layer, access) for name, layer in layers.items()})
+    found: dict[str, Unstructured] = {}
+    for name, layer in layers.items():
+        zeros, total = (sum(numbers) for numbers in zip(*(counted[name] for counted in counts), strict=True))
+        if not _PRUNED_BEFORE * total < zeros < total:
+            continue
+        size = layer.rows * layer.cols
+        raise_everywhere(reserved({name: 5 * size}, access), access)
+        weight = access.collect_weight(layer, owner=0)
+        keep = None if weight is None else weight != 0
+        num_pruned = access.gather(0 if keep is None else size - int(keep.count_nonzero()))[0]
+        drop = access.write(layer, None if weight is None or keep is None else weight.where(keep, 0), keep, owner=0)
+        enforcer.hold(name, drop, num_pruned)
+        found[name] = Unstructured(num_pruned / size)
+    return found
+
+
+def _count_zeros(layer: PrunableLayer, access: ParameterAccess) -> tuple[int, int]:
+    """Of the entries that this rank holds: how many are 0, and how many there are."""
+    piece = next(iter(access.local_tensors(layer)), None)
+    if piece is None or piece.what != "weight":  # offloaded to a disk
+        return 0, 0
+    return piece.tensor.numel() - int(piece.tensor.count_nonzero()), piece.tensor.numel()
 
 
 @dataclass(frozen=True)

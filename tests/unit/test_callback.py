@@ -786,6 +786,21 @@ def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
     assert [event.step for event in callback.report.events] == [3, 7]
 
 
+def test_a_new_callback_keeps_the_zeros_that_it_finds(tmp_path: Path) -> None:
+    module = ToyLM()
+    trainer(tmp_path, pruning(schedule=SparsitySchedule(1, 1, 1)), max_steps=1).fit(module, loader(64))
+    before = {name: parameter == 0 for name, parameter in module.named_parameters()}
+    callback = pruning(schedule=SparsitySchedule(3, 6, 3, initial=0.2))  # which asks for fewer zeros at first
+    fitted = trainer(tmp_path, callback, max_steps=8)
+    fitted.callbacks.append(probe := ZeroProbe(callback))
+    with pytest.warns(UserWarning, match=r"14 target\(s\) are pruned already, such as model.*q_proj with 50\.0% zeros"):
+        fitted.fit(module, loader(64))
+    assert len(before) > 14
+    assert all((parameter == 0)[before[name]].all() for name, parameter in module.named_parameters())
+    assert probe.checked >= 8 * 14
+    assert {mask.sparsity for mask in masks(callback).values()} == {0.5}
+
+
 def test_a_longer_second_fit_leaves_fractions_where_they_were(tmp_path: Path) -> None:
     callback = pruning(schedule=SparsitySchedule(0.0, 0.4, 0.2))
     fitted, module, probe = trainer(tmp_path, callback, max_steps=10), ToyLM(), ZeroProbe(callback)

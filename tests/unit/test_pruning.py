@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thanos_lightning.calibration import InputStatistics
-from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.enforcement import MaskEnforcer, ZeroViolationError
 from thanos_lightning.pruning import (
     PruningError,
     assign_owners,
     assign_teams,
     check_weights,
+    hold_zeros,
     prune_window,
     sum_on_owners,
 )
@@ -184,6 +185,25 @@ def test_earlier_masks_are_kept() -> None:
     assert keep is not None
     assert not (keep & ~before).any()
     assert int((~keep).sum()) == int(0.6 * 128)
+
+
+def test_zeros_of_before_are_held() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = torch.tensor(-0.0)  # a zero, too
+        model[1].weight[0] = 0
+        model[1].weight[1, 0] = 0
+        model[2].weight.zero_()  # to be trained from 0
+    layers, access = find_targets(model), ReplicatedAccess()
+    enforcer = MaskEnforcer(layers, access)
+    assert hold_zeros(layers, access, enforcer) == {"0": Unstructured(64 / 128), "1": Unstructured(17 / 128)}
+    assert torch.equal(enforcer.keep_mask("0"), model[0].weight != 0)
+    enforcer.verify()
+    with torch.no_grad():
+        model[1].weight[1] = 0.5
+    with pytest.raises(ZeroViolationError, match=r"1 of 17 pruned entries of 1\.weight"):
+        enforcer.verify()
 
 
 class SecondSeesTheSame(ReplicatedAccess):

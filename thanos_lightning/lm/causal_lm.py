@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -181,6 +182,7 @@ class CausalLM(LightningModule):
         self._teacher: _Teacher | None = None
         self._teaches = False
         self._resumed_teacher: str | None = None  # folder of one from "before-pruning"
+        self._is_pruned = False
         self.val_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self.test_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         if isinstance(model, str):
@@ -223,8 +225,7 @@ class CausalLM(LightningModule):
             return
         assert self.model is not None
         name, strategy = self.distillation.teacher, self.trainer.strategy
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if name == BEFORE_PRUNING and not any(callback.state_key == CALLBACK_KEY for callback in callbacks):
+        if name == BEFORE_PRUNING and not self._has_callback:
             raise MisconfigurationException(
                 f"the teacher is {BEFORE_PRUNING!r}, but the Trainer has no ThanosPruningCallback: add one, or take "
                 f"{START!r} or another model as the teacher"
@@ -243,6 +244,22 @@ class CausalLM(LightningModule):
         check_teacher(self.model, self._teacher.model, self.distillation)
         if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):
             self._check_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
+
+    @override
+    def on_train_start(self) -> None:
+        """Say so where zeros will be lost. Every strategy has loaded its checkpoint by now."""
+        if self._is_pruned and not self._has_callback:
+            self._is_pruned = False
+            rank_zero_warn(
+                "this model is pruned, but the Trainer has no ThanosPruningCallback: its zeros will be lost with the "
+                "first optimizer step. To keep them, give the Trainer the callback that the model was pruned with (and "
+                "ckpt_path), or a new one, which keeps the zeros that it finds"
+            )
+
+    @property
+    def _has_callback(self) -> bool:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return any(callback.state_key == CALLBACK_KEY for callback in callbacks)
 
     def _check_vocabulary(self, model: str, teacher: str, vocab_size: int) -> None:
         """On one rank, for all: files may be there for one alone."""
@@ -270,6 +287,7 @@ class CausalLM(LightningModule):
 
     def on_before_pruning(self) -> None:
         """Called by ThanosPruningCallback right before it prunes for the first time, on all ranks."""
+        self._is_pruned = True
         if self.distillation is not None and self.distillation.teacher == BEFORE_PRUNING:
             assert self.model is not None
             assert self._teacher is not None
@@ -293,14 +311,15 @@ class CausalLM(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the teacher of a training that goes on."""
+        """Find the teacher of a training that goes on, and note whether its model is pruned."""
+        pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
+        self._is_pruned = pruning is not None and bool(pruning["report"]["events"])
         if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING:
             return
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         folder = checkpoint.get(_TEACHER_KEY)
-        pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
-        if folder is None and pruning is not None and pruning["report"]["events"]:
+        if folder is None and self._is_pruned:
             raise MisconfigurationException(
                 f"the checkpoint is pruned and has no teacher from {BEFORE_PRUNING!r}: resume with the distillation "
                 f"that it was trained with, or take {START!r} or another model as the teacher"

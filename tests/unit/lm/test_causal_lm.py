@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.causal_lm import lr_factor
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -290,3 +292,20 @@ def test_a_calibration_step_without_gradients_draws_nothing(tiny, monkeypatch):
         output = module.calibration_step(batch)
     assert output.logits.shape == (2, 9, 12)
     assert output.loss is None  # nor is it computed of the labels
+
+
+def test_a_pruned_model_is_not_trained_without_the_callback_in_silence(tiny, tmp_path):
+    module, lost = CausalLM(tiny, lr_schedule="constant"), "its zeros will be lost with the first optimizer step"
+    pruned = _trainer(max_steps=2, callbacks=[ThanosPruningCallback(schedule=SparsitySchedule(1, 1, 1))])
+    pruned.fit(module, _batches())
+    pruned.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=lost):  # in the same process
+        _trainer(max_steps=1).fit(module, _batches())
+    resumed = CausalLM(tiny, lr_schedule="constant")
+    with pytest.warns(UserWarning, match=lost):
+        _trainer(max_steps=3).fit(resumed, _batches(), ckpt_path=tmp_path / "a.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{lost}")
+        _trainer(max_steps=4, callbacks=[ThanosPruningCallback(schedule=SparsitySchedule(1, 1, 1))]).fit(
+            CausalLM(tiny, lr_schedule="constant"), _batches(), ckpt_path=tmp_path / "a.ckpt"
+        )
