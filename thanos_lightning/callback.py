@@ -257,14 +257,14 @@ class ThanosPruningCallback(Callback):
         self._windows_done = 0
         self._applied: dict[str, Pattern] = {}
         self._forgets_masks = False  # of a training before, unless a checkpoint is loaded
-        self._total_steps: int | None = None  # of which the schedule has fractions
+        self._total_steps: int | None = None  # of a Trainer's first fit, of which the schedule has fractions
         self._measured: tuple[int, float] | None = None  # optimizer steps, value of the monitored metric
         self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
         # below: made at the start of each fit
         self._layers: dict[str, PrunableLayer] = {}
         self._final_patterns: dict[str, Pattern] = {}
         self._windows: list[Window] = []
-        self._schedule_in_steps: SparsitySchedule | None = None  # of the first fit of a Trainer, where it had fractions
+        self._schedule_in_steps: SparsitySchedule | None = None  # for a second fit, where it has fractions of the first
         self._surveys: dict[str, LayerSurvey] = {}
         self._planner: Planner | None = None
         self._collector: Collector | None = None
@@ -333,7 +333,8 @@ class ThanosPruningCallback(Callback):
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "
                 "go on, pass ckpt_path to fit or use the same Trainer; for another model, make a new callback"
             )
-        self._total_steps = steps_of(trainer) if self.schedule.has_fractions else None
+        if self.schedule.has_fractions and self._total_steps is None:
+            self._total_steps = steps_of(trainer)
         changed: dict[str, str] = {}
         if self._restored is not None:
             changed = differences(self._restored["arguments"], self._arguments())
@@ -343,8 +344,8 @@ class ThanosPruningCallback(Callback):
             if trainer.global_step > 0:  # a checkpoint from before the callback was added
                 self._optimizer_steps = self._optimizer_steps_seen = self._steps_without_state(trainer)
         self._windows = self._plan(trainer)
-        if self.schedule.has_fractions and self._schedule_in_steps is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._schedule_in_steps = self.schedule.resolve(int(trainer.estimated_stepping_batches))
+        if self._total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._schedule_in_steps = self.schedule.resolve(self._total_steps)
         begun = self._windows_done
         if self._restored is not None:
             begun += self._restored["collected"] is not None
@@ -709,7 +710,7 @@ class ThanosPruningCallback(Callback):
         text = describe(
             census,
             self._final_patterns.values(),
-            scheduled_events(self.schedule, trainer),
+            scheduled_events(self._schedule_in_steps or self.schedule, trainer),
             self.pattern,
             calibration,
             outlook,

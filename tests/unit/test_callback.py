@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -807,7 +808,9 @@ def test_a_longer_second_fit_leaves_fractions_where_they_were(tmp_path: Path) ->
     fitted.callbacks.append(probe)
     fitted.fit(module, ResumableBatches(128))
     fitted.fit_loop.epoch_loop.max_steps = 20
-    fitted.fit(module, ResumableBatches(128))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*max_steps was")
+        fitted.fit(module, ResumableBatches(128))
     assert len(module.losses) == 20
     assert [event.step for event in callback.report.events] == [2, 4]
     assert probe.checked >= 16
