@@ -264,7 +264,7 @@ def hold_zeros(
 
 def _count_zeros(layer: PrunableLayer, access: ParameterAccess) -> tuple[int, int]:
     """Of the entries that this rank holds: how many are 0, and how many there are."""
-    piece = next(iter(access.local_tensors(layer)), None)
+    piece = next(access.local_tensors(layer), None)
     if piece is None or piece.what != "weight":  # offloaded to a disk
         return 0, 0
     return piece.tensor.numel() - int(piece.tensor.count_nonzero()), piece.tensor.numel()
