@@ -304,7 +304,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = find_targets(pl_module, self.targets, self.ignore)
-        if uncalled := uncalled_layers(pl_module):
+        if uncalled := uncalled_layers(pl_module, self.targets, self.ignore):
             rank_zero_info(
                 f"{len(uncalled)} layer(s) of torch's MultiheadAttention stay dense, such as {uncalled[0]}: it reads "
                 "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"

@@ -193,17 +193,31 @@ def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Itera
             )
 
 
-def uncalled_layers(model: nn.Module) -> list[str]:
-    """Names of the layers of which no inputs can be collected: torch's attention reads their weights itself.
+def uncalled_layers(
+    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ()
+) -> list[str]:
+    """Names of the targets of which no inputs can be collected: torch's attention reads their weights itself.
+
+    Args:
+        model: Any module.
+        targets: As for `find_targets`.
+        ignore: Likewise.
 
     Example:
         >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
         ['self_attn.out_proj']
     """
-    return [
+    names = [
         f"{name}.out_proj" if name else "out_proj"
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    ]
+    meant, not_meant = check_expressions("targets", targets), check_expressions("ignore", ignore)
+    return [
+        name
+        for name in names
+        if any(matches(name, expression) for expression in meant)
+        and not any(matches(name, expression) for expression in not_meant)
     ]
 
 

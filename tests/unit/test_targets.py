@@ -6,7 +6,7 @@ from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
 from thanos_lightning.solver import NM, Unstructured
-from thanos_lightning.targets import TargetOverride, assign_patterns, find_targets, matches
+from thanos_lightning.targets import TargetOverride, assign_patterns, find_targets, matches, uncalled_layers
 
 
 def test_llama_layers_in_order_without_the_head() -> None:
@@ -175,6 +175,8 @@ def test_adapters_and_what_they_adapt_are_not_pruned_by_accident() -> None:
 def test_what_attention_reads_without_a_call_is_left_out() -> None:
     model = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
     assert list(find_targets(model)) == ["linear1", "linear2"]
+    assert uncalled_layers(model) == ["self_attn.out_proj"]
+    assert uncalled_layers(model, ["linear*"]) == uncalled_layers(model, ignore=["self_attn.*"]) == []
     with pytest.raises(ValueError, match=r"target '\*\.out_proj' means only what torch's MultiheadAttention reads"):
         find_targets(model, ["linear1", "*.out_proj"])
 
