@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,7 +57,7 @@ from thanos_lightning.planning import (
     scheduled_events,
     steps_of,
 )
-from thanos_lightning.progress import ends_on_sigterm, hidden
+from thanos_lightning.progress import Terminated, ends_on_sigterm, hidden
 from thanos_lightning.pruning import check_weights, hold_zeros, prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
@@ -496,6 +497,9 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Terminated) and trainer.strategy.launcher is not None:
+            # as Lightning does for the ranks that it has started; others may work for long before they miss this one
+            trainer.strategy.launcher.kill(signal.SIGTERM)
         release_stopping(trainer, self._held_back)
         self._remove_hooks()
 
