@@ -191,21 +191,25 @@ def split_by_memory(
         joined: Whether there are second moments of outputs, too.
 
     Raises:
-        ValueError: If one layer alone is over the budget, naming it and what it takes.
+        ValueError: If layers alone are over the budget, naming the largest and what it takes.
     """
     if budget_gib is None:
         return [list(layers)]
     budget = budget_gib * 2**30
+    largest = max(layers, key=lambda layer: hessian_bytes(layer, joined=joined))
+    if (most := hessian_bytes(largest, joined=joined)) > budget:
+        what = "second moments of inputs and outputs" if joined else "Hessian"
+        number = sum(hessian_bytes(layer, joined=joined) > budget for layer in layers)
+        others = f" (and of {number - 1} more)" if number > 1 else ""
+        raise ValueError(
+            f"the {what} of layer {largest.name}{others}: {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
+            f"hessian_memory_gib = {budget_gib}. Raise it to that, or add "
+            f"{'such layers' if others else repr(largest.name)} to ignore"
+        )
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
     for layer in layers:
         needed = hessian_bytes(layer, joined=joined)
-        if needed > budget:
-            what = "second moments of inputs and outputs" if joined else "Hessian"
-            raise ValueError(
-                f"the {what} of layer {layer.name}: {needed / 2**30:.3g} GiB, more than hessian_memory_gib = "
-                f"{budget_gib}. Raise it, or add {layer.name!r} to ignore"
-            )
         if held + needed > budget and groups[-1]:
             groups.append([])
             held = 0
