@@ -61,7 +61,6 @@ class Phase:
         description: What is done.
         total: How many of them; None where it isn't known.
         unit: What is counted.
-        completed: How many are done.
         note: What else is worth a word: it is cut where the line is full.
     """
 
@@ -73,8 +72,9 @@ class Phase:
 
     def become(self, description: str, total: int | None, unit: str, completed: int = 0) -> None:
         """Count something else from now on."""
-        self.description, self.total, self.unit, self.completed = description, total, unit, completed
-        self._completed_before, self._counts_since = completed, time.monotonic()
+        self.description, self.total, self.unit = description, total, unit
+        self._completed = self._completed_before = completed
+        self._counts_since = self._advanced_at = time.monotonic()
 
     def reset(self) -> None:
         """Be as at the beginning."""
@@ -83,6 +83,17 @@ class Phase:
     def wait(self, seconds: float) -> None:
         """Tell that for so long something else was done."""
         self._counts_since += seconds
+        self._advanced_at += seconds
+
+    @property
+    def completed(self) -> int:
+        """How many are done."""
+        return self._completed
+
+    @completed.setter
+    def completed(self, number: int) -> None:
+        if number != self._completed:
+            self._completed, self._advanced_at = number, time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Tell that more is done.
@@ -106,7 +117,9 @@ class Phase:
         done = self.completed - self._completed_before
         if self.total is None or done <= 0:
             return None
-        return (time.monotonic() - self._counts_since) / done * max(0, self.total - self.completed)
+        each = (self._advanced_at - self._counts_since) / done
+        # it falls while the next one is on its way, but not below what those after it need
+        return each * max(0, self.total - self.completed) - min(each, time.monotonic() - self._advanced_at)
 
     def line(self, *, ended: bool = False) -> str:
         """The phase as a line of a log."""

@@ -196,7 +196,7 @@ def prune_window(
                 if pruned is not None:
                     num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
                     solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-                    phase.advance(note=f"{'.'.join(name.split('.')[-4:])} {pruned.relative_loss:.4f}")
+                    phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
             except TeammateError:  # whose own error is raised below
                 pass
             except Exception as failure:  # out of memory too: the other ranks would wait for this one

@@ -62,7 +62,12 @@ def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
     assert phase.seconds_left is None
     time.sleep(0.05)
     phase.advance()
-    assert phase.seconds_left == pytest.approx(phase.seconds, rel=0.2)  # one step like the one that was taken
+    first = phase.seconds_left
+    assert first == pytest.approx(phase.seconds, rel=0.2)  # one step like the one that was taken
+    time.sleep(0.02)
+    assert 0 < phase.seconds_left < first - 0.01
+    time.sleep(0.05)  # longer than it should
+    assert phase.seconds_left == 0
 
 
 @pytest.mark.usefixtures("impatient")
@@ -153,7 +158,7 @@ def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[
             bar.refresh()
             assert (phase.description, phase.completed, phase.total, phase.unit) == ("model.safetensors", 2, 3, "MB")
     text = capsys.readouterr().err
-    assert "Tokenising: 1 of 3 examples after" in text
+    assert "Tokenising: " in text
     assert text.splitlines()[-1].startswith("Preparing the text: done in")
     assert "\r" not in text
     assert "it/s" not in text
