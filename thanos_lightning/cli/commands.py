@@ -96,7 +96,7 @@ def command_parser() -> argparse.ArgumentParser:
     permute.add_argument("--dtype", help="of the written weights (float32)")
     permute.add_argument("--device", help="such as cuda (cpu)")
 
-    text = "draw a pruning report: sparsity over steps, and each layer's loss (needs matplotlib)"
+    text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
     plot.set_defaults(run=_plot)
     plot.add_argument("report", help="the pruning_report.json of a training")
