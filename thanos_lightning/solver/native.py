@@ -4,10 +4,12 @@ Only CPUs use it, and none needs it: where there is no compiler, the same is don
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,9 +37,12 @@ def compiled() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
+        of_the_folder = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
+        unwritable = isinstance(error, OSError) and error.errno in of_the_folder
+        mend = "Set XDG_CACHE_HOME to another folder" if unwritable else "Install a C compiler (gcc or clang)"
         warnings.warn(
             f"the solver's C code can't be built ({' '.join(str(error).split())}): pruning on the CPU will take "
-            f"several times as long. Install a C compiler (gcc or clang), or set {SWITCH}=0 to do without it",
+            f"several times as long. {mend}, or set {SWITCH}=0 to do without it",
             stacklevel=2,
         )
         return None
@@ -176,8 +181,17 @@ def _built() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "native.so"
+        compiler = shlex.split(os.environ.get("CC", "cc"))  # it may be "ccache gcc"
         for flags in _FLAGS:
-            command = [os.environ.get("CC", "cc"), *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE)]
+            command = [
+                *compiler,
+                *flags,
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(built),
+                str(_SOURCE),
+            ]
             made = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
             if made.returncode == 0:
                 built.replace(library)  # at once: other processes may be looking for it

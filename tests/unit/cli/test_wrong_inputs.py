@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
 import sys
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning.cli import main
 from thanos_lightning.cli.shipped import recipes
@@ -159,3 +166,198 @@ def test_a_rank_says_which_it_is(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setitem(os.environ, "RANK", "3")
     assert main(["recipes", "nothing"]) == 2
     assert capsys.readouterr().err.startswith("thanos-lightning: rank 3: error: 'nothing' is no recipe")
+
+
+# What is found when the parts are made, in files, or on the disk: a tiny model, trained for two steps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml, the model tiny, the text text.txt, and run/checkpoints/tiny.ckpt."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, width, known in (("tiny", 16, 8), ("wide", 32, 8), ("few", 16, 4)):
+        words = Tokenizer(WordLevel({word: number for number, word in enumerate("abcdefgh")}, unk_token="a"))
+        words.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a").save_pretrained(folder / name)
+        settings = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 0}
+        LlamaForCausalLM(LlamaConfig(vocab_size=known, hidden_size=width, **settings)).save_pretrained(folder / name)
+    shutil.copytree(folder / "tiny", folder / "cut")
+    os.truncate(folder / "cut" / "model.safetensors", 900)
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("b c d e f g h " * 40)
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 99)
+    (folder / "tiny.yaml").write_text(
+        """\
+seed_everything: 1
+model: {class_path: CausalLM, init_args: {model: tiny, lr_schedule: constant}}
+data: {class_path: TextData, init_args: {dataset: text.txt, tokenizer: tiny, block_size: 8, batch_size: 2}}
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  num_sanity_val_steps: 0
+  limit_val_batches: 0
+  logger: false
+  default_root_dir: run
+  callbacks:
+    - class_path: ThanosPruningCallback
+      init_args: {method: magnitude, schedule: {start_step: 1, end_step: 1, every_n_steps: 1}}
+    - class_path: ModelCheckpoint
+      init_args: {filename: tiny, every_n_train_steps: 2, enable_version_counter: false}
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["thanos-lightning"])
+        assert main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "2"]) == 0
+    checkpoint = folder / "run" / "checkpoints" / "tiny.ckpt"
+    (folder / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:9000])
+    (folder / "garbage.ckpt").write_bytes(b"\x80garbage" * 99)
+    torch.save({"weights": 1}, folder / "other.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    del content["hyper_parameters"]  # as a module of one's own may keep none
+    content["state_dict"] = {name: value[:1] for name, value in content["state_dict"].items()}
+    torch.save(content, folder / "shapes.ckpt")
+    return folder
+
+
+CHECKPOINT = "run/checkpoints/tiny.ckpt"
+TINY = ("fit", "--config", "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((*TINY, "--trainer.max_steps", "0"), "trainer.max_steps is 0, and nothing would be trained: give at least 1"),
+        ((*TINY, "--data", "null"), "no data is given to train on: add a data section"),
+        ((*TINY, "--trainer.strategy", "fsdp"), "trainer.strategy is 'fsdp', which needs GPUs: on CPUs give ddp"),
+        ((*TINY, "--trainer.strategy", "dpp"), "trainer.strategy is 'dpp': did you mean ddp? Give auto, ddp, "),
+        (
+            (*TINY, "--trainer.strategy", "deepspeed_stage_3"),
+            "trainer.strategy is 'deepspeed_stage_3', which needs GPUs: on CPUs give thanos_lightning.CPUDeepSpeed",
+        ),
+        ((*TINY, "--trainer.default_root_dir", "text.txt"), "{folder}/text.txt: file exists: give another path"),
+        (
+            (*TINY, "--trainer.default_root_dir", "text.txt/a"),
+            "{folder}/text.txt/a: not a directory: give a path",
+        ),
+        (
+            (*TINY, "--trainer.callbacks.0.calibration_dataloader", "[]"),
+            "calibration_dataloader has no batch ([]): give a DataLoader",
+        ),
+        ((*TINY, "--model.model", "empty"), "the model 'empty' can't be loaded (Unrecognized model in empty."),
+        ((*TINY, "--model.model", "cut"), "the model 'cut' can't be loaded (Error while deserializing header: "),
+        (
+            (*TINY, "--model.model", "few"),
+            "the tokenizer 'tiny' has 8 tokens and the model 4, and the text holds token 7: give the model's own",
+        ),
+        (
+            (*TINY, "--data.dataset", "binary.txt"),
+            "dataset 'binary.txt' is no text ('utf-8' codec can't decode byte",
+        ),
+        ((*TINY, "--ckpt_path", "none.ckpt"), "--ckpt_path none.ckpt does not exist (in {folder}): give a .ckpt that"),
+        (
+            (*TINY, "--ckpt_path", "run"),
+            "--ckpt_path run is a folder, and no checkpoint: give what is in it, such as run",
+        ),
+        ((*TINY, "--ckpt_path", "cut.ckpt"), "cut.ckpt is damaged or no trainer checkpoint: give a .ckpt file that "),
+        ((*TINY, "--ckpt_path", "garbage.ckpt"), "garbage.ckpt is damaged or no trainer checkpoint: give a .ckpt file"),
+        (
+            (*TINY, "--ckpt_path", "other.ckpt"),
+            "other.ckpt is damaged or no trainer checkpoint: give a .ckpt file",
+        ),
+        (
+            (*TINY, "--ckpt_path", "shapes.ckpt"),
+            "shapes.ckpt is of another model than the configuration's (CausalLM: ",
+        ),
+        (
+            (*TINY, "--ckpt_path", CHECKPOINT, "--model.model", "wide"),
+            f"model of CausalLM is 'wide', 'tiny' in {CHECKPOINT}, whose weights would replace it: give --model.model ",
+        ),
+        (
+            ("export", "tiny", "out"),
+            "tiny is a Hugging Face folder, not a trainer's: give a .ckpt, which the ",
+        ),
+        (("export", "run", "out"), "run is damaged or no trainer checkpoint: give a .ckpt file"),
+        (
+            ("export", CHECKPOINT, "text.txt/out"),
+            "{folder}/text.txt/out: not a directory: give a path whose",
+        ),
+        (
+            ("plot", "run/pruning_report.json", "a.xyz"),
+            "a.xyz has an ending that is no format of pictures: give .png",
+        ),
+        (
+            ("plot", "run/pruning_report.json", "text.txt/a.png"),
+            "text.txt/a.png: not a directory: give a path whose",
+        ),
+    ],
+)
+def test_files_and_parts(
+    arguments: tuple[str, ...],
+    line: str,
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", trained / "datasets")
+    assert line_of(capsys, *arguments).startswith(line.replace("{folder}", str(trained)))
+
+
+def test_a_data_set_of_a_hub_that_cannot_be_reached(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = line_of(capsys, *TINY, "--data.dataset", "some/where")
+    assert said.startswith("dataset 'some/where' can't be loaded (")
+    assert said.endswith("give a hub name that can be reached from here, a local folder or text files")
+
+
+def test_a_full_disk(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the largest size that a file of this process may have, which needs no root."""
+    monkeypatch.chdir(trained)
+    before = (trained / CHECKPOINT).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+    try:
+        saved = line_of(capsys, *TINY)
+        exported = line_of(capsys, "export", CHECKPOINT, "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.startswith(f"{CHECKPOINT} can't be written (File too large), and nothing was left under that name: ")
+    assert exported.startswith(f"{trained}/full can't be written (")
+    assert (trained / CHECKPOINT).read_bytes() == before
+    assert [file.name for file in (trained / CHECKPOINT).parent.iterdir()] == ["tiny.ckpt"]
+    assert not (trained / "full").exists()
+
+
+def test_going_on_with_other_values(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(trained)
+    changed = ["--model.learning_rate=1e-6", "--model.weight_decay=0.5", "--trainer.max_steps=3", "--data.batch_size=4"]
+    saving = ["--trainer.callbacks.1.filename=further", "--trainer.callbacks.1.every_n_train_steps=3"]
+    with caplog.at_level("INFO"):
+        assert main([*TINY, "--ckpt_path", CHECKPOINT, *changed, *saving]) == 0
+    assert [line.partition(": ")[2] for line in caplog.messages if line.startswith("going on")] == [
+        f"learning_rate of CausalLM is 1e-06, 5e-05 in {CHECKPOINT}; 1e-06 is taken",
+        f"weight_decay of CausalLM is 0.5, 0.0 in {CHECKPOINT}; 0.5 is taken",
+        f"batch_size of TextData is 4, 2 in {CHECKPOINT}; 4 is taken",
+    ]
+    content = torch.load(trained / "run" / "checkpoints" / "further.ckpt", weights_only=True)
+    (optimizer,) = content["optimizer_states"]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer["param_groups"]] == [(1e-6, 0.5), (1e-6, 0.0)]
+    assert content["lr_schedulers"][0]["base_lrs"] == [1e-6, 1e-6]
+    assert content["global_step"] == 3
+
+
+def test_an_exported_model_can_be_read_by_whom_the_umask_lets(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    before = os.umask(0o027)
+    try:
+        assert main(["export", CHECKPOINT, "exported"]) == 0
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (trained / "exported").iterdir()} == {0o640}

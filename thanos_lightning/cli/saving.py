@@ -1,0 +1,57 @@
+"""Checkpoint files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from typing_extensions import override
+
+from thanos_lightning.cli.mistakes import Mistake
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the file and renames: Lightning's own leaves a part of it where the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     WholeFiles().save_checkpoint({"a": 1}, f"{folder}/a.ckpt")
+        ...     os.listdir(folder)
+        ['a.ckpt']
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as opened:
+                torch.save(checkpoint, opened)
+            partial.replace(file)
+        except (OSError, RuntimeError) as error:  # torch's, of a write that failed
+            cause = error if isinstance(error, OSError) else error.__context__
+            why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+            raise Mistake(
+                f"{file} can't be written ({why}), and nothing was left under that name: make room, or give another "
+                "trainer.default_root_dir, and go on from the last checkpoint with --ckpt_path"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save_whole(strategy: Strategy) -> None:
+    """Let a strategy that writes one file by Lightning's own means write it whole."""
+    writes_a_file = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+        strategy, DeepSpeedStrategy
+    )
+    if writes_a_file and type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = WholeFiles()
