@@ -475,13 +475,16 @@ class CausalLM(LightningModule):
         """Train by this module's learning rate and weight decay, where a checkpoint has brought back others."""
         if getattr(self.configure_optimizers, "__func__", None) is not CausalLM.configure_optimizers:
             return
-        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            scheduler = config.scheduler
-            assert isinstance(scheduler, LambdaLR)
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
+            scheduler, groups = config.scheduler, optimizer.param_groups
+            own = [
+                {"initial_lr": self.learning_rate, "weight_decay": g["weight_decay"]} for g in self._parameter_groups()
+            ]
+            if not isinstance(scheduler, LambdaLR) or [{name: g.get(name) for name in own[0]} for g in groups] == own:
+                continue
             scheduler.base_lrs = [self.learning_rate] * len(scheduler.base_lrs)
-            rates = [self.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            for group, own, rate in zip(optimizer.param_groups, self._parameter_groups(), rates, strict=True):
-                group |= {"lr": rate, "initial_lr": self.learning_rate, "weight_decay": own["weight_decay"]}
+            for group, values, factor in zip(groups, own, scheduler.lr_lambdas, strict=True):
+                group |= {"lr": self.learning_rate * factor(scheduler.last_epoch), **values}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]
