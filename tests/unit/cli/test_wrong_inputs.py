@@ -91,7 +91,7 @@ WRONG_VALUES = [
         "data: thanos_lightning.lm.CausalLM is no LightningDataModule: give a class",
     ),
     ("  callbacks:\n", "  callbacks:\n    - 3\n", "trainer.callbacks: 3 is no Callback: give class_path and init_args"),
-    ("batch_size: .*", "batch_size: 0", "batch_size is 0: give at least 1"),
+    ("batch_size: .*", "batch_size: 0", "batch_size is 0: give a whole number, at least 1"),
 ]
 
 
