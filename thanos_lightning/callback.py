@@ -63,6 +63,7 @@ from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_outcome, print_summary
 from thanos_lightning.rewarming import Rewarming
+from thanos_lightning.saving import save_whole
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -294,6 +295,7 @@ class ThanosPruningCallback(Callback):
                 self._forgets_masks = has_pruned
             check_companions(trainer, self)
             check_strategy(trainer.strategy)
+            save_whole(trainer.strategy)
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 guard_resume(trainer.strategy)
             if getattr(pl_module, "_compiler_ctx", None) is not None:

@@ -27,7 +27,6 @@ from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.parsing import one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
-from thanos_lightning.cli.saving import save_whole
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.yaml_loader import yaml_loader
 from thanos_lightning.training_bar import TrainingBar
@@ -52,7 +51,6 @@ class _Trainer(Trainer):
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
-        save_whole(self.strategy)
 
 
 class CLI(LightningCLI):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from typing_extensions import override
 
-from thanos_lightning.cli.mistakes import Mistake
+
+class UnwrittenError(OSError):
+    """A checkpoint could not be written, and nothing of it is left."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -40,16 +43,17 @@ class WholeFiles(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's, of a write that failed
             cause = error if isinstance(error, OSError) else error.__context__
             why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-            raise Mistake(
+            raise UnwrittenError(
                 f"{file} can't be written ({why}), and nothing was left under that name: make room, or give another "
-                "trainer.default_root_dir, and go on from the last checkpoint with --ckpt_path"
+                "default_root_dir, and go on from the last checkpoint (ckpt_path)"
             ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # it has its name by now, or never was
+                partial.unlink()
 
 
 def save_whole(strategy: Strategy) -> None:
-    """Let a strategy that writes one file by Lightning's own means write it whole."""
+    """Let a strategy that writes one file by Lightning's own means write it whole; others stay as they are."""
     writes_a_file = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
         strategy, DeepSpeedStrategy
     )
