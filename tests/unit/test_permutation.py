@@ -319,7 +319,7 @@ def test_wrong_inputs():
         permute_channels(model, batches(), targets="nothing")
     with pytest.raises(ValueError, match=r"no token of the batches reached layer model\.layers\.0"):
         permute_channels(model, [{**batches(1)[0], "attention_mask": torch.zeros(4, 12, dtype=torch.long)}])
-    with pytest.raises(ValueError, match="Raise it, or add"):
+    with pytest.raises(ValueError, match=r"more than hessian_memory_gib = 1e-06\. Raise it to that"):
         permute_channels(model, batches(), hessian_memory_gib=1e-6)
     model.model.layers[0].compile()
     with pytest.raises(ValueError, match="compiled"):

@@ -77,6 +77,7 @@ def test_a_signal_ends_a_calibration_at_once(number: signal.Signals, ends: type[
     dense = lm.model.state_dict()
     before = {name: value.clone() for name, value in dense.items()}
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     try:
         with pytest.raises(ends):
             trainer(tmp_path, at_once(batches), TrainingBar(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
