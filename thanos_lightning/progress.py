@@ -8,6 +8,7 @@ such as that of Lightning's RichProgressBar; bars of tqdm are cleared while it i
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -118,8 +119,9 @@ class Phase:
         if self.total is None or done <= 0:
             return None
         each = (self._advanced_at - self._counts_since) / done
+        to_do = self.total - self.completed
         # it falls while the next one is on its way, but not below what those after it need
-        return each * max(0, self.total - self.completed) - min(each, time.monotonic() - self._advanced_at)
+        return each * to_do - min(each, time.monotonic() - self._advanced_at) if to_do > 0 else 0.0
 
     def line(self, *, ended: bool = False) -> str:
         """The phase as a line of a log."""
@@ -179,8 +181,11 @@ class _Display:
                 live = Live(console=console, get_renderable=self._shown, auto_refresh=False, transient=True)
                 self._around.callback(setattr, console, "file", console._file)
                 console.file = console.file
+                direct = sys.stderr
                 live.start(refresh=True)
                 self._live = live
+                self._around.callback(_set_streams, sys.stderr, direct)
+                _set_streams(direct, sys.stderr)
             self._ends = threading.Event()
             threading.Thread(target=self._go_on, args=(self._ends,), daemon=True, name="progress").start()
 
@@ -223,6 +228,14 @@ class _Display:
     def _leave_to_parent(self) -> None:
         self._phases.clear()
         self._lock = threading.RLock()
+
+
+def _set_streams(before: Any, now: Any) -> None:
+    """Let what is logged to one stream go to another: a live display replaces sys.stderr, but not who has kept it."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):  # placeholders have none
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(now)
 
 
 _display = _Display()

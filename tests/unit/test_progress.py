@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import time
@@ -68,6 +69,9 @@ def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
     assert 0 < phase.seconds_left < first - 0.01
     time.sleep(0.05)  # longer than it should
     assert phase.seconds_left == 0
+    phase.advance()
+    time.sleep(0.01)
+    assert phase.seconds_left == 0
 
 
 @pytest.mark.usefixtures("impatient")
@@ -121,6 +125,19 @@ def test_in_a_terminal_a_bar_is_shown_and_taken_away(terminal: io.StringIO) -> N
     assert "Calibrating" in text
     assert "1/4 batches" in text
     assert text.endswith("\x1b[2K")  # the line is erased
+
+
+def test_what_is_logged_stands_above_the_line(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = io.StringIO()
+    monkeypatch.setattr("sys.stderr", direct)
+    handler, log = logging.StreamHandler(), logging.getLogger("of a library")
+    log.addHandler(handler)
+    with open_phase("Training"):
+        log.warning("stopped: max_steps reached")
+    log.warning("after it")
+    log.removeHandler(handler)
+    assert "stopped: max_steps reached\n" in terminal.getvalue()
+    assert direct.getvalue() == "after it\n"
 
 
 @pytest.mark.usefixtures("impatient")
