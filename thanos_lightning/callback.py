@@ -328,6 +328,7 @@ class ThanosPruningCallback(Callback):
             )
         check_weights(self._layers, self._access)
         self._enforcer = MaskEnforcer(self._layers, self._access)
+        self._enforcer.begin()
         self._collector = self._new_collector(self._access)
         self._collector.check(trainer, pl_module)
         self._planner = self._new_planner()
@@ -924,5 +925,7 @@ class ThanosPruningCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._enforcer is not None:
+            self._enforcer.end()
         if self._collector is not None:
             self._collector.stop()

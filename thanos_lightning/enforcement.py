@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.sharding import ParameterAccess
@@ -37,6 +39,19 @@ class MaskEnforcer:
         self._access = access
         self._drops: dict[str, Tensor] = {}
         self._num_pruned: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """A training begins, in which the masks are applied."""
+        _at_work.add(self)
+
+    def end(self) -> None:
+        """It has ended. Who trains what is pruned from now on, without another one of this class, is warned once."""
+        if self in _at_work:
+            _at_work.discard(self)
+            trained = (layer for name, layer in self._layers.items() if name in self._drops)
+            layer = next((layer for layer in trained if layer.parameter.requires_grad), None)
+            if layer is not None:
+                _warn_when_trained(layer.name, layer.parameter)
 
     @property
     def masked(self) -> list[str]:
@@ -156,3 +171,19 @@ def share_masks(masks: Mapping[str, Any], access: ParameterAccess) -> Iterator[t
             bits.copy_(masks[name]["bits"])
         access.broadcast(bits, owner=holder)
         yield name, {**outlines[holder][name], "bits": bits}
+
+
+_at_work: WeakSet[MaskEnforcer] = WeakSet()
+
+
+def _warn_when_trained(name: str, weight: nn.Parameter) -> None:
+    def look(_: Tensor) -> None:
+        handle.remove()
+        if not _at_work:
+            rank_zero_warn(
+                f"layer {name} and others were pruned, and are trained now without a ThanosPruningCallback: their "
+                "zeros will be lost with the first optimizer step. To keep them, give the Trainer the callback that "
+                "the model was pruned with (and ckpt_path), or a new one, which keeps the zeros that it finds"
+            )
+
+    handle = weight.register_post_accumulate_grad_hook(look)  # type: ignore[no-untyped-call]

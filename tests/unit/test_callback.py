@@ -828,6 +828,19 @@ def test_a_callback_does_not_lose_its_masks_to_a_new_trainer(tmp_path: Path) -> 
     assert probe.checked
 
 
+def test_a_pruned_module_is_not_trained_without_the_callback_in_silence(tmp_path: Path) -> None:
+    module, lost = ToyLM(), "without a ThanosPruningCallback: their zeros will be lost"
+    for go_on in (pruning(), pruning(schedule=SparsitySchedule(2, 2, 1))):  # another one keeps them
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=f".*{lost}")
+            trainer(tmp_path, go_on, max_steps=8).fit(module, loader(64))
+    with pytest.warns(UserWarning, match=lost):
+        trainer(tmp_path, max_steps=1).fit(module, loader(64))
+    with warnings.catch_warnings():  # it is said once
+        warnings.filterwarnings("error", message=f".*{lost}")
+        trainer(tmp_path, max_steps=1).fit(module, loader(64))
+
+
 def test_a_finished_training_can_be_resumed_with_nothing_left(tmp_path: Path) -> None:
     first = trainer(tmp_path, pruning(), max_steps=8)
     first.fit(ToyLM(), ResumableBatches())

@@ -301,7 +301,6 @@ class CausalLM(LightningModule):
 
     def on_before_pruning(self) -> None:
         """Called by ThanosPruningCallback right before it prunes for the first time, on all ranks."""
-        self._is_pruned = True
         if self.distillation is not None and self.distillation.teacher == BEFORE_PRUNING:
             assert self.model is not None
             assert self._teacher is not None

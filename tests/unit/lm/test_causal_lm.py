@@ -295,7 +295,7 @@ def test_a_calibration_step_without_gradients_draws_nothing(tiny, monkeypatch):
 
 
 def test_a_pruned_model_is_not_trained_without_the_callback_in_silence(tiny, tmp_path):
-    module, lost = CausalLM(tiny, lr_schedule="constant"), "its zeros will be lost with the first optimizer step"
+    module, lost = CausalLM(tiny, lr_schedule="constant"), "zeros will be lost with the first optimizer step"
     pruned = _trainer(max_steps=2, callbacks=[ThanosPruningCallback(schedule=SparsitySchedule(1, 1, 1))])
     pruned.fit(module, _batches())
     pruned.save_checkpoint(tmp_path / "a.ckpt")
