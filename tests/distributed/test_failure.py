@@ -20,7 +20,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp": {"strategy": "fsdp", "configure_model": True},
     "ddp": {"strategy": "ddp"},
 }
-REST = pytest.mark.rest
 PROMPT = 150  # seconds in which all processes have to end
 SEED = int(os.environ.get("THANOS_SEED", "0"))
 
@@ -31,9 +30,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     return Trainings(tmp_path_factory.mktemp("whole"), STRATEGIES)
 
 
-def resume(whole: Trainings, names: list[str], checkpoints: list[Path]) -> None:
+def killed(root: Path, name: str, *, codes: tuple[int, int], **how: Any) -> Path:
+    """Train until a rank is killed; the folder of the training. The other rank ends by itself, with an error."""
+    out = root / name
+    ended = start(out, [{"out": str(out), "save": True, **how, **STRATEGIES[name]}], timeout=PROMPT)
+    for code, expected in zip(ended.codes, codes, strict=True):
+        assert code == expected if expected else code not in (0, -9)
+    if "fault" in how:
+        assert "onnection" in ended.outputs[0]  # reset, or closed, by the peer
+    return out
+
+
+def killed_at_random(root: Path, names: list[str]) -> list[Path]:
+    """Kill each at a point of its own; the checkpoints of the step before."""
+    chance = random.Random(f"{SEED} {names}")
+    where = ["start", "forward", "backward", "end"]
+    points = [(chance.randint(2, 12), chance.choice(where), chance.randint(0, 1)) for _ in names]
+    print(f"THANOS_SEED={SEED}: killed at {points}")  # noqa: T201
+    return [
+        killed(root, name, codes=(-9, 0) if point[2] == 0 else (0, -9), kill_at=point) / f"step={point[0] - 1}.ckpt"
+        for name, point in zip(names, points, strict=True)
+    ]
+
+
+def resume(whole: Trainings, checkpoints: list[Path]) -> None:
     """Go on in new processes, and end as the training that was never killed."""
     root = checkpoints[0].parents[1]
+    names = [checkpoint.parent.name for checkpoint in checkpoints]
     cases = [
         {"out": str(root / f"{name} resumed"), "resume": str(checkpoint), **STRATEGIES[name]}
         for name, checkpoint in zip(names, checkpoints, strict=True)
@@ -48,33 +71,12 @@ def resume(whole: Trainings, names: list[str], checkpoints: list[Path]) -> None:
             assert after["losses"] == before["losses"][-len(after["losses"]) :]
 
 
-@pytest.mark.parametrize(
-    "names", [["zero3 in bf16", "ddp"], pytest.param(["zero3", "zero2", "fsdp"], marks=REST)], ids=str
-)
-def test_killed_at_random_points(whole: Trainings, tmp_path: Path, names: list[str]) -> None:
-    chance = random.Random(f"{SEED} {names}")
-    where = ["start", "forward", "backward", "end"]
-    points = [(chance.randint(2, 12), chance.choice(where), chance.randint(0, 1)) for _ in names]
-    print(f"THANOS_SEED={SEED}: killed at {points}")  # noqa: T201
-    for name, point in zip(names, points, strict=True):
-        out = tmp_path / name
-        case = {"out": str(out), "save": True, "kill_at": point, **STRATEGIES[name]}
-        ended = start(out, [case], timeout=PROMPT)
-        assert ended.codes[point[2]] == -9
-        assert ended.codes[1 - point[2]] not in (0, -9)  # by itself, with an error
-    resume(
-        whole,
-        names,
-        [tmp_path / name / f"step={batch - 1}.ckpt" for name, (batch, _, _) in zip(names, points, strict=True)],
-    )
+def test_killed_at_random_points(whole: Trainings, tmp_path: Path) -> None:
+    resume(whole, killed_at_random(tmp_path, ["zero3 in bf16", "ddp"]))
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("name", ["zero3 in bf16", "ddp"])
-def test_killed_inside_an_event(whole: Trainings, tmp_path: Path, name: str) -> None:
-    out = tmp_path / name
-    ended = start(out, [{"out": str(out), "save": True, "fault": "killed_inside", **STRATEGIES[name]}], timeout=PROMPT)
-    assert ended.codes[1] == -9
-    assert ended.codes[0] not in (0, -9)
-    assert "onnection" in ended.outputs[0]  # reset, or closed, by the peer
-    resume(whole, [name], [out / "step=2.ckpt"])
+def test_killed_at_more_points_and_inside_an_event(whole: Trainings, tmp_path: Path) -> None:
+    inside = [killed(tmp_path, name, codes=(0, -9), fault="killed_inside") for name in ("zero3 in bf16", "ddp")]
+    at_random = killed_at_random(tmp_path, ["zero3", "zero2", "fsdp"])
+    resume(whole, [*(out / "step=2.ckpt" for out in inside), *at_random])

@@ -271,13 +271,14 @@ def test_zeros_hold_where_masters_are_on_disk(tmp_path: Path, with_parameters: b
         "optimizer": "cpu_adam",
         "deepspeed": offload,
         **ACCUMULATING,
-        "max_steps": 10,
+        "schedule": (2, 2, 1),
+        "max_steps": 5,
     }
     (tmp_path / "disk").mkdir()
     for rank in alone(tmp_path / "out", **case, save=with_parameters):
         assert rank["error"] is None
         assert rank["violations"] == []
-        assert rank["checked"] == dict.fromkeys(("weight", "master", "exp_avg", "exp_avg_sq"), 7 * 8)
+        assert rank["checked"] == dict.fromkeys(("weight", "master", "exp_avg", "exp_avg_sq"), 7 * 4)
         assert rank["collectives"] == []
         for sparse, clipped_by in rank["norms"]:
             assert clipped_by == pytest.approx(sparse, rel=1e-4)
@@ -286,13 +287,13 @@ def test_zeros_hold_where_masters_are_on_disk(tmp_path: Path, with_parameters: b
     assert bool([name for name in swapped if "param" in name]) == with_parameters
     if not with_parameters:
         return
-    checkpoint = tmp_path / "out" / "step=8.ckpt"
+    checkpoint = tmp_path / "out" / "step=4.ckpt"
     for command in (["verify", str(checkpoint)], ["reshard", str(checkpoint)]):
         assert main(command) == 2
     for rank in alone(tmp_path / "resumed", **case, resume=str(checkpoint)):
         assert rank["error"] is None
         assert rank["violations"] == []
-        assert rank["steps"] == 10
+        assert rank["steps"] == 5
     assert "DeepSpeed does not load moments there" in (tmp_path / "resumed" / "log0.txt").read_text()
 
 

@@ -103,8 +103,8 @@ def narrow_llama() -> Any:
 
 
 def wide_llama() -> Any:
-    """Has weights of more than the MiB a rank from which DeepSpeed swaps to disk, also in bf16."""
-    return tiny_llama(hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)
+    """Has weights of the MiB a rank from which DeepSpeed swaps to disk, also in bf16: those of its MLP."""
+    return tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=1)
 
 
 def shard(
