@@ -1,14 +1,16 @@
 """Lets real ranks train, and reads what they saw.
 
-Starting a process costs ten seconds of imports. So the ranks are started once for each number of them, and take the
-trainings of all tests, one after the other; `start` is for those that need processes of their own.
+Starting a process costs ten seconds of imports. So ranks are forked off one process (nursery.py), once for each number
+of them, and take the trainings of all tests, one after the other. Tests that need ranks of their own `start` them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import torch
 from thanos_lightning.masks import LayerMask
 
 SCRIPT = Path(__file__).with_name("training.py")
-WAITING = Path(__file__).with_name("waiting.py")
+NURSERY = Path(__file__).with_name("nursery.py")
 # in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long
 PATIENCE = 1200
 PRUNABLE = [
@@ -67,27 +69,71 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
     }
 
 
-def _started(
-    script: Path, ranks: int, logs: Sequence[Path], *arguments: str, stdin: int | None = None
-) -> list[subprocess.Popen[str]]:
-    port = free_port()
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env=environment(rank, ranks, port),
-                stdin=stdin,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        processes.append(process)
-    return processes
+class Nursery:
+    """The process off which ranks are forked: nursery.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(NURSERY)],
+            env=environment(0, 1, 0),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **told: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(told) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = PATIENCE) -> Ended:
-    """Train the cases one after the other on ranks of their own, and wait for all of them to end.
+_nurseries: list[Nursery] = []
+
+
+def _nursery() -> Nursery:
+    if not _nurseries:
+        _nurseries.append(Nursery())
+    return _nurseries[0]
+
+
+class Processes:
+    """Ranks that have been forked.
+
+    Args:
+        run: The module whose `main` they run.
+        logs: Their standard output and errors, by rank.
+        arguments: What each is given, by rank.
+    """
+
+    def __init__(self, run: str, logs: Sequence[Path], arguments: Sequence[str]) -> None:
+        port, number = free_port(), len(logs)
+        self.pids: list[int] = [
+            _nursery().ask(fork=environment(rank, number, port), run=run, argument=argument, log=str(log))
+            for rank, (log, argument) in enumerate(zip(logs, arguments, strict=True))
+        ]
+
+    def codes(self) -> list[int | None]:
+        codes: list[int | None] = _nursery().ask(poll=self.pids)
+        return codes
+
+    def kill(self) -> None:
+        for pid, code in zip(self.pids, self.codes(), strict=True):
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+        while None in self.codes():
+            time.sleep(0.01)
+
+
+def start(
+    out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = PATIENCE, run: str = "training"
+) -> Ended:
+    """Train the cases one after the other on ranks of their own (or run another module), and wait for all to end.
 
     Ranks that have not ended after `timeout` seconds are killed, and the test fails with what they said last.
     """
@@ -95,18 +141,13 @@ def start(out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: f
     file, logs = out / "cases.json", [out / f"log{rank}.txt" for rank in range(ranks)]
     file.write_text(json.dumps(cases))
     end = time.monotonic() + timeout
-    processes = _started(SCRIPT, ranks, logs, str(file))
-    late = False
-    try:
-        codes = [process.wait(max(1, end - time.monotonic())) for process in processes]
-    except subprocess.TimeoutExpired:
-        late = True
-    finally:
-        for process in processes:
-            process.kill()
-    outputs = [log.read_text() for log in logs]
-    assert not late, "\n".join([f"not ended after {timeout:.0f} s", *(text[-3000:] for text in outputs)])
-    return Ended(codes, outputs)
+    processes = Processes(run, logs, [str(file)] * ranks)
+    while None in (codes := processes.codes()) and time.monotonic() < end:
+        time.sleep(0.05)
+    processes.kill()
+    outputs = [log.read_text(errors="replace") for log in logs]
+    assert None not in codes, "\n".join([f"not ended after {timeout:.0f} s", *(text[-3000:] for text in outputs)])
+    return Ended([code for code in codes if code is not None], outputs)
 
 
 class Pool:
@@ -115,21 +156,24 @@ class Pool:
     def __init__(self, ranks: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"thanos-{ranks}-ranks-"))
         self.logs = [self.folder / f"log{rank}.txt" for rank in range(ranks)]
-        self.processes = _started(WAITING, ranks, self.logs, stdin=subprocess.PIPE)
+        pipes = [self.folder / f"tasks{rank}" for rank in range(ranks)]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        self.processes = Processes("waiting", self.logs, [str(pipe) for pipe in pipes])
+        self.pipes = [pipe.open("w") for pipe in pipes]
         self.tasks = 0
 
     def train(self, module: str, cases: Sequence[dict[str, Any]]) -> None:
         """Train, on all ranks; where one fails the pool ends, and the test with what its ranks said last."""
         self.tasks += 1
         begin = [log.stat().st_size for log in self.logs]
-        done = [self.folder / f"{self.tasks} on {rank}" for rank in range(len(self.processes))]
-        for process, file in zip(self.processes, done, strict=True):
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"module": module, "cases": cases, "done": str(file)}) + "\n")
-            process.stdin.flush()
+        done = [self.folder / f"{self.tasks} on {rank}" for rank in range(len(self.logs))]
+        for pipe, file in zip(self.pipes, done, strict=True):
+            pipe.write(json.dumps({"module": module, "cases": cases, "done": str(file)}) + "\n")
+            pipe.flush()
         end = time.monotonic() + PATIENCE
         while not all(file.exists() for file in done):
-            codes = [process.poll() for process in self.processes]
+            codes = self.processes.codes()
             if codes != [None] * len(codes) or time.monotonic() > end:
                 self.end()
                 said = [log.read_bytes()[start:] for log, start in zip(self.logs, begin, strict=True)]
@@ -141,11 +185,10 @@ class Pool:
         for ranks, pool in list(_pools.items()):
             if pool is self:
                 del _pools[ranks]
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
+        self.processes.kill()
+        for pipe in self.pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 _pools: dict[int, Pool] = {}
@@ -155,6 +198,9 @@ def end_pools() -> None:
     for pool in list(_pools.values()):
         pool.end()
         shutil.rmtree(pool.folder)
+    for nursery in _nurseries:
+        nursery.end()
+    _nurseries.clear()
 
 
 def train_all(cases: Sequence[dict[str, Any]], ranks: int = 2, module: str = "training") -> None:

@@ -1,6 +1,6 @@
-"""Prunes windows with fewer layers than ranks, without a training: python row_split.py, on three ranks.
+"""Prunes windows with fewer layers than ranks, without a training, on three ranks.
 
-The ranks are started from outside, with RANK and WORLD_SIZE set. Each ends with an error where something is not as it
+RANK and WORLD_SIZE are set when this is imported. Each rank ends with an error where something is not as it
 should be; then the others may wait for it forever.
 """
 
@@ -156,7 +156,7 @@ def check_faults() -> None:
     assert sum("0.1 was used" in str(warning.message) for warning in caught) == (1 if RANK == 0 else 0)
 
 
-if __name__ == "__main__":
+def main(_: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     check_results()

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from toy import ResumableBatches, trainer
-from training import WORLD_SIZE, Share, make_strategy, whole_parameters
+from training import Share, make_strategy, whole_parameters
 
 import thanos_lightning.lm.distillation
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -180,7 +180,7 @@ def train(case: Case) -> None:
         out,
         *callbacks,
         max_steps=6,
-        devices=WORLD_SIZE,
+        devices=training.WORLD_SIZE,
         strategy=make_strategy(
             training.Case(case.out, case.strategy, case.precision, deepspeed=case.deepspeed, zero=case.zero)
         ),

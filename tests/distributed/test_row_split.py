@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import PATIENCE, agreement, environment, free_port, masks, results, train_all
+from ranks import agreement, masks, results, start, train_all
 
 ONE_LAYER = ["*layers.0.self_attn.k_proj"]
 TWO_LAYERS = ["*layers.0.self_attn.k_proj", "*layers.0.mlp.down_proj"]
@@ -48,25 +46,10 @@ def cases(root: Path, ranks: int, strategy: str, like: int) -> list[dict[str, An
 
 
 @pytest.mark.rest
-def test_windows_without_a_training() -> None:
+def test_windows_without_a_training(tmp_path: Path) -> None:
     """All methods and patterns on three ranks, and members that fail at all places: see the script."""
-    script, port = Path(__file__).with_name("row_split.py"), free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=environment(rank, 3, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        ended = [(process.communicate(timeout=PATIENCE)[0], process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [code for _, code in ended] == [0] * 3, "\n".join(text[-3000:] for text, _ in ended)
+    ended = start(tmp_path, [], ranks=3, run="row_split")
+    assert ended.codes == [0] * 3, "\n".join(text[-3000:] for text in ended.outputs)
 
 
 @pytest.fixture(scope="module")

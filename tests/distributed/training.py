@@ -39,6 +39,7 @@ from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallba
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.solver import HessianAccumulator
 
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
@@ -83,15 +84,30 @@ class Case:
     rewarm_steps: int = 0
     unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
+    fewer: int = 0  # batches on rank 1: of its calibration set, or of its training where there is none
+    epochs: int = -1  # in place of steps
+    overwrites: bool = False  # save under one name
+
+
+class Stream:
+    """Batches whose number only shows at their end."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class Share(ResumableBatches):
     """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
 
-    def __init__(self, batch_size: int, uncounted: list[int] | None) -> None:
+    def __init__(self, batch_size: int, uncounted: list[int] | None = None, fewer: int = 0) -> None:
         super().__init__(216, batch_size=batch_size)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batches = self.batches[rank::ranks]
+        if rank == 1:
+            self.batches = self.batches[: len(self.batches) - fewer]
         if uncounted is not None:
             for batch in self.batches:
                 batch[COUNTED] = torch.full_like(batch["input_ids"], int(rank not in uncounted))
@@ -195,7 +211,8 @@ class Module(ToyLM):
         )
 
     def train_dataloader(self) -> Share:
-        return Share(self.case.batch_size, self.case.uncounted)
+        fewer = self.case.fewer if self.case.calibration_batches is None else 0
+        return Share(self.case.batch_size, self.case.uncounted, fewer)
 
 
 def matches(name: str, globs: list[str]) -> bool:
@@ -435,6 +452,18 @@ class Exhausted(Callback):
             thanos_lightning.pruning.prune = prune
 
 
+class ExhaustedInside(Callback):
+    """Lets one rank run out of memory inside a forward: in the hook that counts inputs."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+
+            def update(*args: Any) -> None:
+                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+            HessianAccumulator.update = update  # type: ignore[method-assign]
+
+
 class Starved(Callback):
     """Lets one rank lack the memory for what others send."""
 
@@ -532,13 +561,24 @@ class KilledInside(Callback):
             thanos_lightning.pruning.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KilledInASave(Callback):
+    """Kills the last rank in the save at step 6, when it has written what Lightning keeps, and the others more."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == 6 and trainer.global_rank == trainer.world_size - 1:
+            engine = trainer.strategy.deepspeed_engine
+            engine._save_zero_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+
 FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": Poison,
     "memory": Exhausted,
     "memory for messages": Starved,
+    "memory inside a forward": ExhaustedInside,
     "mask": Additive,
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
     "killed_inside": KilledInside,
+    "killed in a save": KilledInASave,
 }
 
 
@@ -595,6 +635,8 @@ def train(case: Case) -> None:
     for batch in case.unlabelled:
         assert calibration is not None
         del calibration[batch]["labels"]
+    if calibration is not None and os.environ.get("RANK") == "1":
+        calibration = Stream(calibration[: len(calibration) - case.fewer])  # whose length nobody knows before
     pruning = ThanosPruningCallback(
         case.pattern,
         case.sparsity,
@@ -621,12 +663,15 @@ def train(case: Case) -> None:
     if case.kill_at is not None:
         callbacks.insert(0, Killed(*case.kill_at))
     if case.save:
-        callbacks.append(ModelCheckpoint(out, filename="{step}", save_top_k=-1, every_n_train_steps=1))
+        every = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1}
+        over = {"filename": "last-one", "enable_version_counter": False, "every_n_train_steps": 2}
+        callbacks.append(ModelCheckpoint(out, **(over if case.overwrites else every)))
     module = Module(case)
     fitted = trainer(
         out,
         *callbacks,
-        max_steps=case.max_steps,
+        max_steps=case.max_steps if case.epochs == -1 else -1,
+        max_epochs=case.epochs,
         devices=WORLD_SIZE // int(os.environ.get("TEST_NODES", "1")),
         num_nodes=int(os.environ.get("TEST_NODES", "1")),
         strategy=make_strategy(case),
@@ -638,7 +683,7 @@ def train(case: Case) -> None:
     )
     error = None
     try:
-        validation = Share(case.batch_size, None) if case.monitor is not None else None
+        validation = Share(case.batch_size) if case.monitor is not None else None
         fitted.fit(module, val_dataloaders=validation, ckpt_path=case.resume)
     except RuntimeError as failure:
         error = f"{type(failure).__name__}: {failure}"
@@ -674,7 +719,12 @@ def train(case: Case) -> None:
 @contextmanager
 def put_back() -> Iterator[None]:
     """Afterwards, what callbacks have replaced for one training is again what it was."""
-    replaced = [(thanos_lightning.callback, "prune_window"), (thanos_lightning.pruning, "prune"), (Ranks, "reserve")]
+    replaced = [
+        (thanos_lightning.callback, "prune_window"),
+        (thanos_lightning.pruning, "prune"),
+        (Ranks, "reserve"),
+        (HessianAccumulator, "update"),
+    ]
     before = [getattr(place, name) for place, name in replaced]
     try:
         yield
@@ -690,13 +740,13 @@ def train_all(cases: list[dict[str, Any]]) -> None:
         gc.collect()
 
 
-def main() -> None:
+def main(cases: str) -> None:
     torch.set_num_threads(1)
-    train_all(json.loads(Path(sys.argv[1]).read_text()))
+    train_all(json.loads(Path(cases).read_text()))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
