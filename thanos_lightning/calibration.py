@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,12 +16,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.arguments import number_of_batches
 from thanos_lightning.progress import open_phase
 from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
 from thanos_lightning.solver import HessianAccumulator
+from thanos_lightning.stopwatch import Stopwatch
 from thanos_lightning.targets import PrunableLayer
 
 # How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
@@ -33,6 +35,8 @@ BATCHES_PER_BACKWARD = {"alone": 4, "joined": 1}
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     """The mask of the tokens that count, from anywhere in a batch: bool (batch, length), or None where it has none.
+
+    It lies on the CPU: from a device it is copied, once, since what follows from it is asked on the host.
 
     Args:
         batch: Mappings, lists and tuples, nested as a dataloader gives them.
@@ -53,7 +57,7 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
             f"the batch has {len(masks)} masks named {key!r}, which does not show which tokens a layer sees: give the "
             "callback a calibration_dataloader with one, or attention_mask_key=None to count every token"
         )
-    mask = torch.as_tensor(masks[0])
+    mask = torch.as_tensor(masks[0]).cpu()
     if mask.dim() != 2 or bool((mask < 0).any()):
         raise ValueError(
             f"the batch's {key!r} has shape {tuple(mask.shape)} and dtype {mask.dtype}: to tell padding from tokens it "
@@ -115,6 +119,28 @@ class _Seen:
         )
 
 
+class _Counted:
+    """Which tokens of a batch count, as numbers of rows: to select by them, a device is not waited for.
+
+    Args:
+        mask: Bool (batch, length), on the CPU.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self._mask = mask
+        self._rows: dict[tuple[torch.device, bool], Tensor] = {}
+        self.all = bool(mask.all())
+
+    def rows(self, device: torch.device, *, sequence_first: bool = False) -> Tensor:
+        """The numbers of the rows that count, of inputs whose leading dimensions are flat: int64, on the device."""
+        key = (device, sequence_first)
+        if key not in self._rows:
+            rows = (self._mask.T if sequence_first else self._mask).flatten().nonzero().squeeze(1)
+            self._rows[key] = rows.to(device, non_blocking=True)
+        return self._rows[key]
+
+
 @dataclass
 class _Statistics:
     """One accumulator and what is needed to tell whether another layer sees the same inputs."""
@@ -127,7 +153,10 @@ class _Statistics:
         return self.last is not None and self.last.is_of(inputs)
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
-        self.accumulator.update(inputs, counted)
+        """Count the rows of these numbers, or all."""
+        if counted is not None:
+            inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
+        self.accumulator.update(inputs)
         self.updates += 1
         self.last = _Seen(inputs)
 
@@ -148,9 +177,9 @@ class InputStatistics:
 
     Args:
         layers: Name -> layer of the window.
-        keeps_errors: With more than one rank, an error in a rank's own batch must not end its forward, in which the
-            others wait for it. It is kept in `error`, nothing is counted any more, and `raise_kept` tells all ranks.
-        seconds: What the hooks have taken, on the CPU.
+        kept: With more than one rank, an error in a rank's own batch must not end its forward, in which the others
+            wait for it. It is kept here, and nothing is counted any more.
+        stopwatch: What the hooks have taken.
 
     Example:
         >>> from thanos_lightning.targets import find_targets
@@ -165,14 +194,13 @@ class InputStatistics:
     """
 
     layers: Mapping[str, PrunableLayer]
-    keeps_errors: bool = False
-    error: ValueError | None = None
-    seconds: float = 0.0
+    kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _is_counting: bool = False
-    _counted: Tensor | None = None
+    _counted: _Counted | None = None
 
     def start(self) -> None:
         """Add the hooks."""
@@ -191,30 +219,12 @@ class InputStatistics:
 
         Args:
             counted: Bool (batch, length), True = the token counts; None counts all. Or what finds it in the batch, of
-                which a ValueError is kept like those of the hooks.
+                which an error is kept like those of the hooks.
         """
-        with self._kept():
-            self._counted = counted() if callable(counted) else counted
-            self._is_counting = self.error is None
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            if not self.keeps_errors:
-                raise
-            self.error, self._is_counting = error, False
-
-    def raise_kept(self, access: ParameterAccess) -> None:
-        """Raise on all ranks if one has kept an error. Talks to all ranks.
-
-        Raises:
-            ValueError: With the first rank's error.
-        """
-        for rank, message in enumerate(access.gather(None if self.error is None else str(self.error))):
-            if message is not None:
-                raise ValueError(f"{message} (on rank {rank})") from self.error
+        with self.kept.keeping():
+            mask = counted() if callable(counted) else counted
+            self._counted = None if mask is None else _Counted(mask.cpu())
+        self._is_counting = self.kept.error is None
 
     def end(self) -> None:
         """Stop counting."""
@@ -245,13 +255,12 @@ class InputStatistics:
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
-        begin = time.perf_counter()
-        with self._kept():
-            self._count(name, args, kwargs)
-        self.seconds += time.perf_counter() - begin
-
-    def _count(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        with self.kept.keeping(), self.stopwatch.running(inputs.device):
+            self._count(name, inputs)
+        self._is_counting = self.kept.error is None
+
+    def _count(self, name: str, inputs: Tensor) -> None:
         own = self._by_layer.get(name)
         if own is None:
             # a leader that has counted more than this input has tokens that this layer never saw
@@ -269,20 +278,21 @@ class InputStatistics:
         self._seen[name] = own.updates
 
     def _rows_that_count(self, name: str, inputs: Tensor) -> Tensor | None:
+        """Their numbers, on the device of the inputs; None for all."""
         counted, leading = self._counted, inputs.shape[:-1]
-        if counted is None or leading == counted.shape:
-            return counted
-        if leading == counted.T.shape:  # sequence first
-            return counted.T
-        if len(leading) == 1 and len(inputs) == counted.numel():
-            return counted.flatten()
-        if len(leading) > 2 and leading[0] == len(counted) and leading.numel() == counted.numel():
-            return counted.reshape(leading)
-        if leading == counted.shape[:1] or bool(counted.all()):
-            return None  # one vector a sequence (a pooled layer), or nothing to leave out
+        if counted is None or counted.all:
+            return None
+        shape = counted.shape
+        alike = leading == shape or (len(leading) == 1 and len(inputs) == shape.numel())
+        if alike or (len(leading) > 2 and leading[0] == shape[0] and leading.numel() == shape.numel()):
+            return counted.rows(inputs.device)
+        if leading == shape[::-1]:
+            return counted.rows(inputs.device, sequence_first=True)
+        if leading == shape[:1]:
+            return None  # one vector a sequence (a pooled layer)
         raise ValueError(
             f"the inputs of layer {name} have shape {tuple(inputs.shape)}, which does not show which of the "
-            f"{tuple(counted.shape)} tokens of the attention mask they are, so padding would count. Pack sequences "
+            f"{tuple(shape)} tokens of the attention mask they are, so padding would count. Pack sequences "
             f"without padding, set attention_mask_key to None to count every token, or add {name!r} to ignore"
         )
 
@@ -418,7 +428,7 @@ def count_dataloader(
 
     Args:
         statistics: What counts; its hooks are added and removed here.
-        batches: The calibration batches. Rank r takes batches r, r + world_size, …
+        batches: The calibration batches. Rank r takes batches r, r + world_size, … of those that it is given.
         trainer: Its strategy moves the batches, its precision is that of the forward.
         module: Called as `calibration_step(batch)` where it has one; else a mapping goes through `module(**batch)`, and
             any other batch through `training_step(batch, 0)`, whose logging is dropped.
@@ -441,31 +451,96 @@ def count_dataloader(
     module.eval()
     statistics.start()
     try:
-        with open_phase("Calibrating", number_of_batches(batches), "batches") as phase, _all_called():
-            iterator = iter(batches)
-            while one_each := list(itertools.islice(iterator, access.world_size)):
-                is_own = access.rank < len(one_each)
-                # a rank that has no batch left runs another's, uncounted: of sharded parameters, a forward takes all
-                batch = one_each[access.rank if is_own else 0]
+        phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
+        with phase_of as phase, _all_called(), _checkpointing(module):
+            for batch, is_own, in_round in _rounds(batches, access):
                 on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
                 counting = statistics.counting(find) if is_own else nullcontext()
-                numbers = range(seen, seen + len(one_each))
+                numbers = range(seen, seen + in_round)
                 differentiated = [number for number in numbers if number % per_backward == 0]
                 differentiates = backward is not None and bool(differentiated)
                 with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
                     output = _forward(module, on_device)
                 if backward is not None and differentiates:
-                    backward(output, seen + access.rank in differentiated)
+                    backward(output, is_own and seen + access.rank in differentiated)
                 del output
                 num_batches += is_own
-                seen += len(one_each)
-                phase.advance(len(one_each))
+                seen += in_round
+                phase.advance(in_round)
     finally:
         statistics.stop()
         for part, mode in modes:
             part.training = mode
     return num_batches
+
+
+def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
+    """Rounds in which every rank runs a batch: this rank's, whether it counts, and how many do, on any rank.
+
+    Rank r takes batches r, r + world_size, … of its dataloader. Where it has none left and others have, which may be
+    since theirs are longer, it is given another one, uncounted: of sharded parameters, a forward takes all ranks. All
+    ranks must go through it.
+
+    Raises:
+        ValueError: On all ranks, if the dataloader of one has nothing, and others have.
+        RuntimeError: On all ranks, if the dataloader of one fails.
+    """
+    kept = KeptError(keeps=access.world_size > 1)
+    iterator = iter(batches)
+    spare: Any = None
+    while True:
+        one_each: list[Any] = []
+        with kept.keeping():
+            one_each = list(itertools.islice(iterator, access.world_size))
+        kept.raise_everywhere(access)
+        spare = one_each[0] if one_each else spare
+        told = access.gather((len(one_each), spare is not None))
+        in_round = max(number for number, _ in told)
+        if not in_round:
+            return
+        if poor := [rank for rank, (_, has_one) in enumerate(told) if not has_one]:
+            raise ValueError(
+                f"the calibration_dataloader has no batch on rank {poor[0]}, and {in_round} or more on another: give "
+                "all ranks the same one"
+            )
+        is_own = access.rank < len(one_each)
+        yield one_each[access.rank] if is_own else spare, is_own, in_round
+
+
+@contextmanager
+def _checkpointing(module: nn.Module) -> Iterator[None]:
+    """Let what checkpoints its activations in training do so now, too, although it is in evaluation mode.
+
+    transformers does in training mode alone, and a backward over a calibration batch would keep all activations: more
+    than the training has memory for. Not reentrant, since a backward that stops at outputs can't be otherwise.
+    """
+    parts = [
+        part
+        for part in module.modules()
+        if getattr(part, "gradient_checkpointing", False) and hasattr(part, "_gradient_checkpointing_func")
+    ]
+    before = [part._gradient_checkpointing_func for part in parts]
+
+    def evaluating(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        part.training = False  # else its own dropout would be at work
+        try:
+            return run(*args)
+        finally:
+            part.training = True
+
+    def checkpointed(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(partial(evaluating, part, run), *args, use_reentrant=False)
+
+    for part in parts:
+        part.training = True
+        part._gradient_checkpointing_func = partial(checkpointed, part)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, func in zip(parts, before, strict=True):
+            part._gradient_checkpointing_func = func
+            part.training = False
 
 
 @contextmanager

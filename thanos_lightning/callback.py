@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import signal
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,7 +34,7 @@ from thanos_lightning.arguments import (
 )
 from thanos_lightning.census import take_census
 from thanos_lightning.checkpoints import CALLBACK_KEY, CHECKPOINT_FORMAT, NOTE_KEY, training_note
-from thanos_lightning.collecting import Collected, Collector
+from thanos_lightning.collecting import Collected, Collector, loss_scale
 from thanos_lightning.companions import (
     BestScores,
     callbacks_of,
@@ -52,6 +54,7 @@ from thanos_lightning.planning import (
     Planner,
     check_allocation,
     check_initial,
+    check_steps,
     check_trained,
     default_allocation,
     scheduled_events,
@@ -277,6 +280,7 @@ class ThanosPruningCallback(Callback):
         self._scores = BestScores()
         self._clock = Clock()
         self._recorder = LossRecorder(self.report.history)
+        self._sparsity: torch.Tensor | None = None  # as it is logged
 
     # What the Trainer calls, in its order
 
@@ -319,6 +323,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._access = choose_access(trainer.strategy, self._layers)
+        check_steps(trainer, self._access)
         if self.output_weights in ("gradients", "joined") and self._lacks_gradients:
             raise MisconfigurationException(
                 f"output_weights is {self.output_weights!r}, but under ZeRO-3 there are none on a "
@@ -382,9 +387,10 @@ class ThanosPruningCallback(Callback):
         self._restored = None
         if self._windows_done < len(self._windows):
             self._held_back = hold_back_stopping(trainer)
-        self._clock = Clock(self.report.summary)
+        self._clock = Clock(self.report.summary, pl_module.device)
         self._clock.parts = dict(parts)
         self._recorder = LossRecorder(self.report.history)
+        self._sparsity = None
         self._announce(trainer, pl_module)
         self._advance(trainer, pl_module)
 
@@ -392,7 +398,7 @@ class ThanosPruningCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._scores.renewed(trainer, "step")
         if self._collector is not None:
-            self._collector.begin(batch)
+            self._collector.begin(batch, partial(loss_scale, trainer))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -427,7 +433,9 @@ class ThanosPruningCallback(Callback):
             every = self.verify_every_n_steps
             if every and now // every > before // every:  # a batch may take several steps
                 enforcer.verify()
-        pl_module.log("sparsity/total", enforcer.sparsity())
+        if self._sparsity is None:  # a number would be copied to the device at each batch
+            self._sparsity = torch.tensor(enforcer.sparsity(), device=pl_module.device)
+        pl_module.log("sparsity/total", self._sparsity)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -545,6 +553,8 @@ class ThanosPruningCallback(Callback):
             "measured": self._measured,
             "old_scores": self._scores.old,
             "surveys": {name: survey.state() for name, survey in self._surveys.items()},
+            # where each rank writes a file, they tell by it whether they were written together
+            "save": self._access.gather(uuid.uuid4().hex)[0] if self._access and self._access.saves_every_rank else "",
         }
 
     @override
@@ -839,9 +849,11 @@ class ThanosPruningCallback(Callback):
             options=self.options,
             output_weights=collected.output_weights,
             joins_rows=self._joins_rows,
+            later={name for other in self._windows[self._windows_done + 1 :] for name in other.patterns},
             on_writing=lambda: self._clock.now("writing"),
         )
-        self._applied.update(window.patterns)
+        self._applied.update({layer.name: window.patterns[layer.name] for layer in layers})
+        self._sparsity = None
         self._measured = None  # of the weights before
         restart_averages(trainer, pl_module)
         if self.moments == "clear":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,6 +25,7 @@ from thanos_lightning.calibration import (
 from thanos_lightning.gradients import OutputGradients, output_weights
 from thanos_lightning.pruning import PruningError, assign_owners, raise_everywhere, reserved
 from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
 from thanos_lightning.solver import HessianAccumulator
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import Window
@@ -56,7 +58,8 @@ class _Open:
 
     @property
     def seconds(self) -> float:
-        return self.statistics.seconds + (0.0 if self.gradients is None else self.gradients.seconds)
+        counted = [self.statistics.stopwatch, *([] if self.gradients is None else [self.gradients.stopwatch])]
+        return sum(stopwatch.seconds() for stopwatch in counted)
 
     def stop(self) -> None:
         self.statistics.stop()
@@ -128,10 +131,17 @@ class Collector:
         if self._open.gradients is not None:
             self._open.gradients.start()
 
-    def begin(self, batch: Any) -> None:
-        """Count the forwards from now on, which are those of a batch."""
+    def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
+        """Count the forwards from now on.
+
+        Args:
+            batch: Of the training, whose forwards they are.
+            loss_scale: What its loss is multiplied by before the backward.
+        """
         if self._open is not None:
             self._open.statistics.begin(partial(self._counted, batch))
+            if self._open.gradients is not None:
+                self._open.gradients.begin(loss_scale())
 
     def end(self) -> None:
         """Stop counting forwards."""
@@ -218,18 +228,18 @@ class Collector:
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
         opened.stop()
-        opened.statistics.raise_kept(self._access)
+        opened.statistics.kept.raise_everywhere(self._access)
         if opened.gradients is not None:
             # windows of one survey are held against each other
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
     def _new_statistics(self, window: Window) -> InputStatistics:
-        several = self._access.world_size > 1
-        return InputStatistics({name: self._layers[name] for name in window.patterns}, keeps_errors=several)
+        kept = KeptError(keeps=self._access.world_size > 1)
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept)
 
     def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
-        return OutputGradients(statistics.layers, joined=self._joins_outputs)
+        return OutputGradients(statistics.layers, statistics.kept, joined=self._joins_outputs)
 
     def _output_weights(self, window: Window, gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
@@ -282,7 +292,7 @@ class Collector:
             found.stop()
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
-        statistics.raise_kept(self._access)
+        statistics.kept.raise_everywhere(self._access)
         return found
 
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
@@ -322,3 +332,13 @@ class Collector:
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
+
+
+def loss_scale(trainer: Trainer) -> float | Tensor:
+    """What a training in fp16 multiplies its loss by before the backward."""
+    if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
+        # its public way to the number that doesn't make the host wait for a device
+        scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+        return scale
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return float(getattr(getattr(engine, "optimizer", None), "loss_scale", None) or 1.0)

@@ -6,7 +6,7 @@ accumulation and manual optimization pass through, and that knows when the optim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.sharding import ParameterAccess
-from thanos_lightning.solver.zeros import clear_bits, kept_bits
+from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits
 from thanos_lightning.targets import PrunableLayer
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")  # what Adam and its kin, and SGD, call their first moments
@@ -133,14 +133,19 @@ class MaskEnforcer:
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
         """
-        found: list[str] = []
+        looked: list[tuple[str, Tensor]] = []
+        counts: list[Tensor] = []
         for name, drop in self._drops.items():
             layer = self._layers[name]
             for what, tensor, place in self._access.local_tensors(layer):
-                values = tensor[drop[place].to(tensor.device)]  # at its end, a fit moves the model to the CPU
-                count = int((values.ne(0) | values.signbit()).count_nonzero())
-                if count:
-                    found.append(f"{count} of {values.numel()} pruned entries of {layer.parameter_name} ({what})")
+                pruned = drop[place].to(tensor.device)  # at its end, a fit moves the model to the CPU
+                looked.append((f"pruned entries of {layer.parameter_name} ({what})", pruned))
+                counts.append(count_unless_zero(tensor, pruned))
+        found = [
+            f"{count} of {int(pruned.count_nonzero())} {where}"
+            for (where, pruned), count in zip(looked, _numbers(counts), strict=True)
+            if count
+        ]
         everywhere = [f"rank {rank}: {text}" for rank, texts in enumerate(self._access.gather(found)) for text in texts]
         if everywhere:
             raise ZeroViolationError(
@@ -171,6 +176,16 @@ def share_masks(masks: Mapping[str, Any], access: ParameterAccess) -> Iterator[t
             bits.copy_(masks[name]["bits"])
         access.broadcast(bits, owner=holder)
         yield name, {**outlines[holder][name], "bits": bits}
+
+
+def _numbers(counts: Sequence[Tensor]) -> list[int]:
+    """Those of several devices, each of which is waited for once."""
+    numbers = [0] * len(counts)
+    for device in {one.device for one in counts}:
+        there = [index for index, one in enumerate(counts) if one.device == device]
+        for index, number in zip(there, torch.stack([counts[index] for index in there]).tolist(), strict=True):
+            numbers[index] = number
+    return numbers
 
 
 _at_work: WeakSet[MaskEnforcer] = WeakSet()

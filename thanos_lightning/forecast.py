@@ -21,6 +21,7 @@ from thanos_lightning.schedule import Event
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
+from thanos_lightning.stopwatch import finish
 from thanos_lightning.targets import PrunableLayer
 from thanos_lightning.windows import hessian_bytes, split_by_memory
 
@@ -162,8 +163,7 @@ def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
         begin = time.perf_counter()
         for _ in range(times):
             torch.nn.functional.linear(one, one)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(device)
         return time.perf_counter() - begin
 
     def measure() -> float:

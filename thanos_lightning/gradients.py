@@ -12,7 +12,6 @@ short batch count for more, here as there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.sharding import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
 from thanos_lightning.solver.linalg import exact_arithmetic
+from thanos_lightning.stopwatch import Stopwatch
 from thanos_lightning.targets import PrunableLayer
 
 # Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
@@ -54,11 +55,12 @@ class OutputGradients:
 
     Args:
         layers: Name -> layer.
+        kept: Keeps what fails in a hook, where other ranks would wait; then nothing is counted any more.
         joined: Sum the products of each two outputs, (rows, rows), and not the squares of each, (rows,).
 
     Attributes:
         sums: Name -> sums.
-        seconds: What summing has taken, on the CPU.
+        stopwatch: What summing has taken.
 
     Example:
         >>> from thanos_lightning.targets import find_targets
@@ -72,14 +74,18 @@ class OutputGradients:
         tensor([40., 80.])
     """
 
-    def __init__(self, layers: Mapping[str, PrunableLayer], *, joined: bool = False) -> None:
+    def __init__(
+        self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None, *, joined: bool = False
+    ) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch()
+        self._kept = kept or KeptError(keeps=False)
         self._joined = joined
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._leaf: Tensor | None = None
         self._is_counting = True
+        self._unscale: float | Tensor = 1.0  # what a gradient is multiplied by, to be that of the loss
 
     def start(self, *, of_training: bool = True) -> None:
         """Add the hooks.
@@ -93,6 +99,10 @@ class OutputGradients:
         for name, layer in self._layers.items():
             for module in layer.modules:
                 self._handles.append(module.register_forward_hook(partial(self._watch, name)))
+
+    def begin(self, loss_scale: float | Tensor = 1.0) -> None:
+        """A batch of the training begins, whose loss is multiplied by so much before its backward."""
+        self._unscale = 1 / loss_scale
 
     def stop(self) -> None:
         """Remove them."""
@@ -109,7 +119,7 @@ class OutputGradients:
             counts: False leaves its gradients out.
         """
         assert self._leaf is not None
-        self._is_counting = counts
+        self._is_counting, self._unscale = counts, 1 / _LOSS_SCALE
         (_LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -123,26 +133,25 @@ class OutputGradients:
 
     @torch.no_grad()
     def _add(self, name: str, gradient: Tensor) -> None:
-        if self._is_counting:
-            begin = time.perf_counter()
-            self._sum(name, gradient)
-            self.seconds += time.perf_counter() - begin
+        if self._is_counting and self._kept.error is None:
+            with self._kept.keeping(), self.stopwatch.running(gradient.device):
+                self._sum(name, gradient)
 
     def _sum(self, name: str, gradient: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=rows.device)
+        sums = self.sums[name] = self.sums[name].to(rows.device)
+        # in a float32 copy: a norm along the tokens reads memory against its order, ten times as slowly
+        scaled = rows.to(torch.float32, copy=True).mul_(self._unscale)
         if self._joined:
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            with exact_arithmetic(rows.device):
-                squares = rows.mT @ rows
-            if not torch.isfinite(squares).all():
-                return
+            # left out by a product, since to ask would make the host wait
+            scaled = torch.where(scaled.isfinite().all(), scaled, 0)
+            with exact_arithmetic(rows.device, operands=rows.dtype):
+                sums.addmm_(scaled.mT, scaled)
         else:
-            # squared in a float32 copy: a norm along the tokens reads memory against its order, ten times as slowly
-            rows = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32, copy=True)
-            squares = rows.square_().sum(0)
-            squares = torch.where(torch.isfinite(squares), squares, 0)
-        if self._leaf is not None:
-            squares /= _LOSS_SCALE**2
-        self.sums[name] = squares if name not in self.sums else self.sums[name].to(squares.device) + squares
+            squares = scaled.square_().sum(0)
+            sums += torch.where(squares.isfinite(), squares, 0)
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from sums of a checkpoint.

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thanos_lightning.allocation import Allocation, loss_at
 from thanos_lightning.schedule import Event, SparsitySchedule
+from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, Pattern
 from thanos_lightning.surveying import LayerSurvey, allocate, levels, sparsest
 from thanos_lightning.targets import PrunableLayer
@@ -209,13 +210,14 @@ class Planner:
         unknown = [
             name
             for name, pattern in final.items()
-            if self.gives_way and pattern == self.pattern and surveys[name].weighted_losses is None
+            if pattern == self.pattern
+            and (not surveys[name].losses or (self.gives_way and surveys[name].weighted_losses is None))
         ]
         if unknown:
             rank_zero_warn(
-                f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no gradient "
-                f"has reached their outputs: each is pruned to {self.pattern.sparsity:.2%}, and only layers of which "
-                "it is known share their zeros. allocation='uniform' is without this warning"
+                f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no token, or "
+                f"no gradient, has reached them: each is pruned to {self.pattern.sparsity:.2%}, and only layers of "
+                "which it is known share their zeros. allocation='uniform' is without this warning"
             )
         known = {name: pattern for name, pattern in final.items() if name not in unknown}
         allocated = allocate(self.allocation, surveys, layers, known, self.pattern)
@@ -235,7 +237,9 @@ class Planner:
     ) -> list[Window]:
         sizes = {name: layer.rows * layer.cols for name, layer in layers.items()}
         losses = {
-            name: loss_at(survey.losses, final[name].sparsity) for name, survey in surveys.items() if name in final
+            name: loss_at(survey.losses, final[name].sparsity) if survey.losses else math.inf
+            for name, survey in surveys.items()
+            if name in final
         }
         # before the layers were looked at, any order does to see that all events fit
         progression = self.progression if surveys else _ORDERED.get(self.progression, self.progression)
@@ -308,6 +312,21 @@ def steps_of(trainer: Trainer) -> int | None:
     """Optimizer steps of a Trainer's training; None where they can't be told."""
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def check_steps(trainer: Trainer, access: ParameterAccess) -> None:
+    """Refuse ranks whose trainings differ in length, of which the longer would wait for the others. All must call it.
+
+    Raises:
+        MisconfigurationException: On all ranks, with the numbers.
+    """
+    steps = access.gather(steps_of(trainer))
+    other = next((rank for rank, number in enumerate(steps) if number != steps[0]), None)
+    if other is not None:
+        raise MisconfigurationException(
+            f"rank 0 has {steps[0]} optimizer steps to train and rank {other} has {steps[other]}: give all ranks as "
+            "many training batches (a DistributedSampler, drop_last), or set the Trainer's max_steps and max_epochs=-1"
+        )
 
 
 def scheduled_events(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:

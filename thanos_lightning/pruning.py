@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from thanos_lightning.enforcement import MaskEnforcer
@@ -128,6 +129,7 @@ def prune_window(
     options: SolverOptions,
     output_weights: Mapping[str, Tensor] = MappingProxyType({}),
     joins_rows: bool = False,
+    later: Collection[str] = (),
     on_writing: Callable[[], None] = lambda: None,
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks.
@@ -143,19 +145,27 @@ def prune_window(
         output_weights: Name -> how much an error of each of the layer's outputs counts, the same on all ranks; or the
             errors of each two, on its owner. Those of a layer that is missing count alike.
         joins_rows: Whether they are of each two; the same on all ranks.
+        later: The layers that have another window. If no token has reached one of them in this window, it is left as
+            it is; another such layer is pruned by its weights alone. Either is warned of.
         on_writing: Called when all layers are solved, before the first one is written.
 
     Returns:
         What was done, a row per layer in the window's order; the same on all ranks.
 
     Raises:
-        PruningError: On all ranks alike, if a layer saw no token, the solver fails or a rank lacks memory. Nothing has
+        PruningError: On all ranks alike, if no layer saw a token, the solver fails or a rank lacks memory. Nothing has
             been written.
     """
     chosen = {name: layers[name] for name in window.patterns}
+    blind: list[str] = []
+    if accumulators is not None:
+        unseen = unseen_layers(chosen, accumulators, access)
+        postponed, blind = _divide(unseen, later)
+        chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
+    seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams = assign_teams(chosen, access.world_size, joined=joins_rows)
     owners = {name: team[0] for name, team in teams.items()}
-    sums = None if accumulators is None else sum_on_owners(chosen, accumulators, owners, access)
+    sums = None if accumulators is None else sum_on_owners(seen, accumulators, owners, access)
     # in fp32, and their masks
     whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
     raise_everywhere(reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
@@ -297,7 +307,7 @@ def prune(
 
     Args:
         weight: (rows, in_features) that this rank has.
-        inputs: Of its Hessian, or None where the options don't need one.
+        inputs: Of its Hessian; without one it is pruned by magnitude.
         keep: The keep mask of earlier events, of the weight's shape, or None where there was none.
         pattern: For the whole layer.
         options: For the solver.
@@ -305,6 +315,9 @@ def prune(
         output_weights: Of all rows of the layer, or None.
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
+    if inputs is None and options.needs_statistics:
+        options = SolverOptions("magnitude")
+        own = None if own is None or own.ndim == 2 else own
     return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
 
 
@@ -399,6 +412,39 @@ def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcces
             raise PruningError(f"{message}{where}. No layer of this window was changed") from cause
 
 
+def unseen_layers(
+    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+) -> list[str]:
+    """The layers that no token has reached on any rank, the same on all. All must call it.
+
+    Raises:
+        PruningError: If these are all.
+    """
+    seen = access.gather([name for name, accumulator in accumulators.items() if accumulator.num_tokens])
+    reached = set(itertools.chain.from_iterable(seen))
+    if not reached:
+        raise PruningError(
+            "no token was counted at all: every batch was empty or all padding. Check the batches, and their attention "
+            "mask. No layer of this window was changed"
+        )
+    return [name for name in layers if name not in reached]
+
+
+def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], list[str]]:
+    """Those that are left for another window, and those that are pruned by their weights alone."""
+    postponed = [name for name in unseen if name in later]
+    blind = [name for name in unseen if name not in later]
+    why = "no token has reached (an expert may get none; attention may read a weight without calling its layer)"
+    for names, what in (
+        (postponed, "left as they are until the next event"),
+        (blind, "pruned by magnitude, since no later event has them: collect more batches, or add them to ignore"),
+    ):
+        if names:
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            rank_zero_warn(f"{len(names)} layer(s) that {why} are {what}: {some}")
+    return postponed, blind
+
+
 def sum_on_owners(
     layers: Mapping[str, PrunableLayer],
     accumulators: dict[str, HessianAccumulator],
@@ -417,19 +463,6 @@ def sum_on_owners(
         stay: Whether someone else holds the accumulators, so that emptying them gives no memory back.
     """
     tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
-    unused = [name for name in layers if not any(counts.get(name) for counts in tokens)]
-    if unused:
-        total = max((count for counts in tokens for count in counts.values()), default=0)
-        some = ", ".join(unused[:5]) + (", …" if len(unused) > 5 else "")
-        reason = (
-            f"{len(unused)} of {len(layers)} layers have no statistics, since they were not called (attention may read "
-            f"a weight without calling its layer, experts may get no token): {some}. Collect more steps, or add them "
-            "to ignore"
-            if total
-            else "no token was counted at all: every batch was empty or all padding. Check the batches, and their "
-            "attention mask"
-        )
-        raise PruningError(f"{reason}. No layer of this window was changed")
     if access.world_size == 1:
         complete: dict[str, HessianAccumulator] = dict(accumulators)
         accumulators.clear()

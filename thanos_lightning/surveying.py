@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thanos_lightning.allocation import Allocation, by_loss, by_outliers, in_units
 from thanos_lightning.progress import open_phase
-from thanos_lightning.pruning import assign_owners, raise_everywhere, sum_on_owners
+from thanos_lightning.pruning import assign_owners, raise_everywhere, reserved, sum_on_owners, unseen_layers
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Structured, Unstructured
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
@@ -37,7 +37,7 @@ class LayerSurvey:
     """What was found out about a layer.
 
     Attributes:
-        losses: Sparsity -> relative loss of the layer if it were pruned to that.
+        losses: Sparsity -> relative loss of the layer if it were pruned to that; empty where no token has reached it.
         outliers: Fraction of its scores |W|·‖X‖ that are five times their mean.
         weighted_losses: Sparsity -> its loss with the output weights, which of several layers can be added up. None
             where it has no output weights.
@@ -102,11 +102,15 @@ def survey_window(
         Name -> what was found out, the same on all ranks.
 
     Raises:
-        PruningError: On all ranks alike, if a layer saw no token or the solver fails.
+        PruningError: On all ranks alike, if no layer saw a token or the solver fails.
     """
     chosen = {name: layers[name] for name in window.patterns}
+    unseen = unseen_layers(chosen, accumulators, access)
+    chosen = {name: layer for name, layer in chosen.items() if name not in unseen}
     owners = assign_owners(chosen, access.world_size, joined=joins_rows)
     sums = sum_on_owners(chosen, accumulators, owners, access, stay=sums_stay)
+    in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
+    raise_everywhere(reserved(in_fp32, access), access)
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     own: dict[str, LayerSurvey] = {}
     error: tuple[str, Exception] | None = None
@@ -123,7 +127,8 @@ def survey_window(
                 error = (name, failure)
                 break
     raise_everywhere(error, access)
-    return {name: survey for found in access.gather(own) for name, survey in found.items()}
+    unknown = {name: LayerSurvey({}, 0.0) for name in unseen}
+    return unknown | {name: survey for found in access.gather(own) for name, survey in found.items()}
 
 
 def _survey(

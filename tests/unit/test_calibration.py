@@ -18,6 +18,7 @@ from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
+from thanos_lightning.sharding.kept import KeptError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.targets import find_targets
 
@@ -95,7 +96,7 @@ def test_memory_that_is_used_again_is_another_input() -> None:
 def test_an_error_is_kept_for_all_ranks() -> None:
     layers = find_targets(nn.ModuleList([nn.Linear(8, 4)]))
     inputs, mask = torch.randn(7, 8), torch.tensor([[True, False]])
-    statistics = InputStatistics(layers, keeps_errors=True)
+    statistics = InputStatistics(layers, KeptError(keeps=True))
     statistics.start()
     with statistics.counting(mask):
         layers["0"].modules[0](inputs)
@@ -103,12 +104,12 @@ def test_an_error_is_kept_for_all_ranks() -> None:
         layers["0"].modules[0](inputs)
     assert not statistics.accumulators or not statistics.accumulators["0"].num_tokens
     with pytest.raises(ValueError, match=r"inputs of layer 0 have shape \(7, 8\).* \(on rank 0\)"):
-        statistics.raise_kept(ReplicatedAccess())
-    alone = InputStatistics(layers, keeps_errors=True)
+        statistics.kept.raise_everywhere(ReplicatedAccess())
+    alone = InputStatistics(layers, KeptError(keeps=True))
     alone.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
     with pytest.raises(ValueError, match="must be \\(batch, length\\)"):
-        alone.raise_kept(ReplicatedAccess())
-    InputStatistics(layers, keeps_errors=True).raise_kept(ReplicatedAccess())
+        alone.kept.raise_everywhere(ReplicatedAccess())
+    InputStatistics(layers).kept.raise_everywhere(ReplicatedAccess())
 
 
 def test_sharing_is_left_when_the_inputs_part() -> None:
@@ -371,6 +372,13 @@ def test_state_goes_on_where_it_was() -> None:
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
 
 
+class Alike(ReplicatedAccess):
+    """One of several ranks, of which the others say what it says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+
 def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     module = ToyLM().train()
     module.model.model.layers[0].eval()
@@ -379,7 +387,7 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     counts = []
     for rank in range(2):
         statistics = InputStatistics(find_targets(module))
-        access = ReplicatedAccess(rank, world_size=2)
+        access = Alike(rank, world_size=2)
         assert count_dataloader(statistics, batches, fitted, module, access, attention_mask_key="attention_mask") == 2
         counts.append({a.num_tokens for a in statistics.accumulators.values()})
     assert counts == [{8 * 4}, {8 * 6}]
@@ -408,7 +416,7 @@ def test_products_of_outputs_are_of_all_batches(
             batches,
             fitted,
             module,
-            ReplicatedAccess(rank, world_size=world_size),
+            Alike(rank, world_size=world_size),
             attention_mask_key="attention_mask",
             backward=backward,
             joins_outputs=joins_outputs,
@@ -519,3 +527,53 @@ def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
             copy.deepcopy(model)(inputs)
             gc.collect()
     assert statistics.accumulators["0"].num_tokens == 3
+
+
+class Saving(ToyLM):
+    """Counts the bytes that a training step and a calibration step keep for their backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved = {"training": 0, "calibration": 0}
+
+    def _run(self, kind: str, batch: dict[str, Tensor]) -> Any:
+        total = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self(**batch)
+        self.saved[kind] = max(self.saved[kind], total)
+        return output
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._run("training", batch).loss
+
+    def calibration_step(self, batch: dict[str, Tensor]) -> Any:
+        assert not any(part.training for part in self.modules() if isinstance(part, nn.Dropout))
+        return self._run("calibration", batch)
+
+
+def test_a_calibration_keeps_no_more_activations_than_a_training_step(tmp_path: Path) -> None:
+    saved = {}
+    for checkpoints in (True, False):
+        module = Saving()
+        model = module.model
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        modes = [part.training for part in model.modules()]
+        funcs = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
+        callback = ThanosPruningCallback("unstructured", 0.5, calibration_dataloader=[batch(), batch()])
+        trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(Sequences(8), batch_size=3))
+        assert [part.training for part in model.modules()] == modes
+        assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == funcs
+        saved[checkpoints] = (module.saved["training"], module.saved["calibration"], callback.report)
+    (trained, calibrated, report), (_, whole, other) = saved[True], saved[False]
+    assert 0 < calibrated <= 1.01 * trained
+    assert whole > 1.5 * calibrated
+    for one, same in zip(report.events[0].layers, other.events[0].layers, strict=True):
+        assert one.sparsity == same.sparsity
+        assert one.relative_loss == pytest.approx(same.relative_loss, rel=1e-4)

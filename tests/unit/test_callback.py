@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1046,12 +1047,35 @@ def test_empty_and_padded_and_broken_statistics(tmp_path: Path) -> None:
     )
 
 
-def test_layers_that_are_never_called_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", [("2:4", None), ("unstructured", 0.5)], ids=str)
+def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magnitude(
+    pattern: tuple[str, float | None], tmp_path: Path
+) -> None:
     module = ToyLM()
     module.extra = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
-    words = r"6 of 20 layers have no statistics.*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, …\."
-    with pytest.raises(PruningError, match=words):
-        trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
+    before = [layer.weight.detach().clone() for layer in module.extra]
+    callback = pruning(*pattern)
+    with pytest.warns(UserWarning, match="that no token has reached") as warned:
+        trainer(tmp_path, callback, max_steps=8).fit(module, loader(64))
+    said = [str(one.message) for one in warned if "that no token has reached" in str(one.message)]
+    assert [re.findall(r"calling its layer\) are (.*?)[,:]", text)[0] for text in said] == [
+        "left as they are until the next event",
+        "pruned by magnitude",
+    ]
+    assert all("6 layer(s)" in text and "extra.0, extra.1, extra.2, extra.3, extra.4, …" in text for text in said)
+    first, last = callback.report.events
+    assert not [layer for layer in first.layers if layer.name.startswith("extra")]
+    assert [math.isnan(layer.relative_loss) for layer in last.layers].count(True) == 6
+    assert math.isfinite(last.relative_loss)
+    for weight, layer in zip(before, module.extra, strict=True):
+        kept = layer.weight != 0
+        assert torch.equal(layer.weight[kept], weight[kept])
+        assert kept.float().mean() == 0.5
+        groups = (
+            (weight.abs().view(-1, 4), kept.view(-1, 4)) if pattern[0] == "2:4" else (weight.abs()[None], kept[None])
+        )
+        for values, chosen in zip(*groups, strict=True):
+            assert values[chosen].min() >= values[~chosen].max()
 
 
 def test_compiled_modules_are_refused(tmp_path: Path) -> None:

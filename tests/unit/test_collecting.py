@@ -159,7 +159,7 @@ def test_an_event_takes_what_its_survey_was_told_by_the_training(module: ToyLM, 
     collecting = collector(module, keeps_survey=keeps)
     collecting.open(window(module, surveys=True), gradients=True)
     train_on(module, collecting, BATCHES)
-    of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.seconds
+    of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
     looked = collecting.take(window(module, surveys=True), fitted, module, gradients=True)
     assert looked.seconds > of_inputs > 0
     if keeps:

@@ -40,10 +40,10 @@ def test_sums_are_those_of_autograd_over_all_batches() -> None:
     for batch in batches:
         model(batch).square().sum().backward()
     gradients.stop()
-    seconds = gradients.seconds
+    seconds = gradients.stopwatch.seconds()
     assert seconds > 0
     model(batches[0]).square().sum().backward()  # after the window
-    assert gradients.seconds == seconds
+    assert gradients.stopwatch.seconds() == seconds
     for name, wanted in expected(model, batches).items():
         torch.testing.assert_close(gradients.sums[name], wanted)
 
@@ -190,3 +190,19 @@ def test_a_backward_of_its_own_touches_no_parameter() -> None:
     model[0].requires_grad_(True)
     for name, wanted in expected(model, batches).items():  # of the frozen layer, too
         torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_scaled_loss_counts_as_the_loss_that_it_is(joined: bool) -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8)]
+    plain, scaled = (OutputGradients(find_targets(model), joined=joined) for _ in range(2))
+    for gradients, scales in ((plain, (1.0, 1.0)), (scaled, (2.0**16, torch.tensor(2.0**15)))):
+        gradients.start()
+        for batch, scale in zip(batches, scales, strict=True):
+            gradients.begin(scale)
+            (scale * model(batch).square().sum()).backward()
+        gradients.stop()
+    for name, sums in plain.sums.items():
+        torch.testing.assert_close(scaled.sums[name], sums)
+        if joined:
+            torch.testing.assert_close(sums.diagonal(), expected(model, batches)[name])

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
@@ -49,6 +50,7 @@ from thanos_lightning.targets import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch steps AdamW in one kernel
 _TEACHER_KEY = "thanos_lightning_teacher"
 _TOKENS_PER_CHUNK = 2048  # of logits that are fp32 at one time: 1 GiB for a vocabulary of 128,000
 
@@ -315,11 +317,17 @@ class CausalLM(LightningModule):
         assert self._teacher is not None
         if self._resumed_teacher is None:
             state = frozen_state(self._teacher.model, self.trainer.strategy)
-            folder = ""
+            folder, failed = "", None
             if self.trainer.is_global_zero:
-                folder = str(new_folder(Path(self.trainer.default_root_dir), "teacher"))
-                self._teacher.model.save_pretrained(folder, state_dict=state)
-            self._resumed_teacher = self.trainer.strategy.broadcast(folder)
+                try:
+                    folder = str(new_folder(Path(self.trainer.default_root_dir), "teacher"))
+                    self._teacher.model.save_pretrained(folder, state_dict=state)
+                except (OSError, SafetensorError) as error:  # a full disk, for which the others would wait
+                    failed = f"the teacher can't be written to {folder or self.trainer.default_root_dir} ({error})"
+            folder, failed = self.trainer.strategy.broadcast((folder, failed))
+            if failed is not None:
+                raise RuntimeError(f"{failed}: make room, or give the Trainer another default_root_dir, and resume")
+            self._resumed_teacher = folder
         checkpoint[_TEACHER_KEY] = self._resumed_teacher
 
     @override
@@ -462,8 +470,8 @@ class CausalLM(LightningModule):
                 "which is not known: set the Trainer's max_steps, or lr_schedule 'constant' and warmup in steps"
             )
         warmup_steps = round(self.warmup * total_steps) if is_fraction else int(self.warmup)
-        # on CPUs torch's default takes seven times as long
-        fused = True if self.device.type == "cpu" else None
+        # in one pass over memory: on CPUs torch's default takes seven times as long
+        fused = True if self.device.type in _FUSED else None
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate, fused=fused)
         # else Lightning couldn't clip gradients, since a fused optimizer would unscale them itself
         optimizer._step_supports_amp_scaling = False

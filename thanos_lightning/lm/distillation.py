@@ -365,9 +365,7 @@ def head_losses(
             its_logits = teacher_head(its_hidden)
         logits = student_head(hidden)
         _check_logits(logits, its_logits)
-        return _entropies(logits, some_targets), _divergences(
-            logits[some_weights], its_logits[some_weights], temperature
-        )
+        return _entropies(logits, some_targets), _divergences(logits, its_logits, temperature, some_weights)
 
     entropies, divergences = zip(
         *(
@@ -431,6 +429,10 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def _divergences(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
     own, other = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
-    return temperature**2 * functional.kl_div(own, other, log_target=True, reduction="sum")
+    if counted is None:
+        return temperature**2 * functional.kl_div(own, other, log_target=True, reduction="sum")
+    # not selected by the mask, for which the host would wait at each chunk
+    each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * torch.where(counted, each, 0).sum()

@@ -6,12 +6,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
+from thanos_lightning.stopwatch import finish
+
+_CPU = torch.device("cpu")
 Part = Literal["calibrating", "scanning", "solving", "writing"]
 
 
@@ -36,6 +41,12 @@ class LayerReport:
     loss: float
     relative_loss: float
     seconds: float
+
+
+def mean_loss(layers: Sequence[LayerReport]) -> float:
+    """Of the relative losses that are known; NaN where none is."""
+    known = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
+    return sum(known) / len(known) if known else math.nan
 
 
 @dataclass
@@ -68,8 +79,8 @@ class EventReport:
 
     @property
     def relative_loss(self) -> float:
-        """Mean over the layers."""
-        return sum(layer.relative_loss for layer in self.layers) / len(self.layers)
+        """Mean over the layers of which it is known."""
+        return mean_loss(self.layers)
 
     @property
     def seconds(self) -> float:
@@ -134,6 +145,10 @@ class History:
 class Clock:
     """Tells a summary how long the training and its events take, and keeps what each part of an event takes.
 
+    Args:
+        summary: Is told.
+        device: Where the work is done, which each part of an event waits for.
+
     Example:
         >>> summary = Summary()
         >>> clock = Clock(summary)
@@ -147,8 +162,9 @@ class Clock:
         True
     """
 
-    def __init__(self, summary: Summary | None = None) -> None:
+    def __init__(self, summary: Summary | None = None, device: torch.device = _CPU) -> None:
         self._summary = summary or Summary()
+        self._device = device
         self._since: float | None = time.perf_counter()
         self._part: Part = "writing"
         self._part_since = 0.0
@@ -173,12 +189,14 @@ class Clock:
     @contextmanager
     def event(self) -> Iterator[None]:
         """Count the block as part of an event: as writing, until `now` says something else."""
+        finish(self._device)
         self._part, self._part_since = "writing", time.perf_counter()
         yield
         self.now("writing")
 
     def now(self, part: Part) -> None:
         """Count what comes as this part of the event that is going on."""
+        finish(self._device)
         time_now = time.perf_counter()
         self.add(self._part, time_now - self._part_since)
         self._summary.event_seconds += time_now - self._part_since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport
+from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport, mean_loss
 
 _WIDTH = 80
 
@@ -56,8 +57,8 @@ def print_event(event: EventReport, console: Console | None = None) -> None:
             f"{shape[0]}×{shape[1]}",
             pattern,
             f"{sum(layer.sparsity for layer in layers) / len(layers):.2%}",
-            f"{sum(layer.relative_loss for layer in layers) / len(layers):.4f}",
-            f"{max(layer.relative_loss for layer in layers):.4f}",
+            f"{mean_loss(layers):.4f}",
+            f"{max((one.relative_loss for one in layers if math.isfinite(one.relative_loss)), default=math.nan):.4f}",
             f"{sum(layer.seconds for layer in layers):.1f} s",
         )
     table.add_section()

@@ -12,6 +12,7 @@ Scores, energies and frozen weights are those of the rows of one member of a tea
 of the whole layer.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -42,11 +43,11 @@ def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tup
     if saliency == "wanda":
         yield from ((start, norms[start:]) for start in starts)
         return
-    # [H[start:, start:]⁻¹]_jj = ‖U[start:, j]‖²: sums over the strips of U from the last to each
-    strips = torch.stack([U[start : start + block_size].square().sum(0) for start in starts])
-    roots = strips.flip(0).cumsum(0).flip(0).sqrt()
-    for start, root in zip(starts, roots, strict=True):
-        obs = torch.where(curvature.dead, 0, 1 / root)[start:]
+    # [H[start:, start:]⁻¹]_jj = ‖U[start:, j]‖²: sums over the strips of U from the last to each. (torch refuses the
+    # cumsum of floats on CUDA under Trainer(deterministic=True).)
+    below = list(itertools.accumulate(U[start : start + block_size].square().sum(0) for start in reversed(starts)))
+    for start, squares in zip(starts, reversed(below), strict=True):
+        obs = torch.where(curvature.dead, 0, 1 / squares.sqrt())[start:]
         yield start, obs if saliency == "obs" else (obs * norms[start:]).sqrt()
 
 
@@ -131,7 +132,10 @@ def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Fl
         below, within = team.total(torch.stack([(values < low).count_nonzero(), inside.count_nonzero()])).tolist()
         if below < k <= below + within:
             values, k = values[inside], k - below
-    return values.kthvalue(k).values if len(team.rows) == 1 else _kth_lowest_by_digits(values, k, team)
+    if len(team.rows) > 1:
+        return _kth_lowest_by_digits(values, k, team)
+    # torch refuses kthvalue on CUDA under Trainer(deterministic=True)
+    return values.kthvalue(k).values if values.device.type == "cpu" else values.sort().values[k - 1]
 
 
 def _brackets(sample: Float[Tensor, " n"], share: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

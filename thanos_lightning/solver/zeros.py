@@ -1,7 +1,7 @@
 """Zeros that are exact."""
 
 import torch
-from jaxtyping import Bool, Int8, Shaped
+from jaxtyping import Bool, Int8, Int64, Shaped
 from torch import Tensor
 
 # By size of an entry in bytes.
@@ -38,3 +38,15 @@ def clear_bits(tensor: Shaped[Tensor, "*shape"], kept: Int8[Tensor, "*shape"]) -
     # This runs in every training step and in the solver's innermost loops, and masked_fill_ branches at each entry on
     # CPUs: there it takes 12 times as long.
     return tensor.view(_INTEGERS[tensor.element_size()]).bitwise_and_(kept).view(tensor.dtype)
+
+
+@torch.no_grad()
+def count_unless_zero(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Int64[Tensor, ""]:
+    """How many pruned entries are not exactly +0, a negative zero and NaN among them, on the tensor's device.
+
+    Example:
+        >>> from thanos_lightning.solver.zeros import count_unless_zero
+        >>> count_unless_zero(torch.tensor([-0.0, 2.0, 0.0]), torch.tensor([True, False, True]))
+        tensor(1)
+    """
+    return ((tensor.view(_INTEGERS[tensor.element_size()]) != 0) & pruned).count_nonzero()

@@ -1,0 +1,79 @@
+"""Ranks that differ, in data or in memory: they work, or all end with one error; none waits for another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import Trainings, masks, only, results
+
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
+CALIBRATED: dict[str, Any] = {
+    "calibration_batches": 7,
+    "pattern": "unstructured",
+    "sparsity": 0.6,
+    "schedule": (3, 3, 1),
+    "max_steps": 5,
+}
+FEWER: dict[str, dict[str, Any]] = {
+    f"{strategy}, {fewer} batches fewer": {"strategy": strategy, "fewer": fewer, **CALIBRATED}
+    for strategy in STRATEGIES
+    for fewer in (1, 2)
+}
+MEMORY = {
+    "memory inside a forward": "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)",
+    "memory for messages": "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)",
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        f"{strategy}, {what}": (case, words)
+        for strategy in STRATEGIES
+        for what, (case, words) in {
+            "no calibration batch": (
+                {"strategy": strategy, **CALIBRATED, "fewer": 7},
+                "ValueError: the calibration_dataloader has no batch on rank 1",
+            ),
+            "fewer training batches": (
+                {"strategy": strategy, "fewer": 2, "epochs": 1},
+                "rank 0 has 27 optimizer steps to train and rank 1 has 25",
+            ),
+        }.items()
+    },
+    **{
+        f"{strategy}, {fault}, {data}": ({"strategy": strategy, "fault": fault, **more}, words)
+        for strategy in STRATEGIES
+        for fault, words in MEMORY.items()
+        for data, more in {"a calibration set": CALIBRATED, "training batches": {"max_steps": 5}}.items()
+    },
+}
+DEFAULT = ["ddp, no calibration batch", "zero3, memory inside a forward, a calibration set"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    cases = {**FEWER, **{name: case for name, (case, _) in REFUSED.items()}}
+    return Trainings(tmp_path_factory.mktemp("unequal"), cases)
+
+
+@pytest.mark.parametrize("name", only(["zero3, 1 batches fewer"], FEWER))
+def test_a_calibration_set_that_ends_early_on_one_rank_is_counted_to_the_end(trained: Trainings, name: str) -> None:
+    first, second = results(trained(name))
+    for rank in (first, second):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["events"] == [3]
+    # of 7 batches rank 0 counts 0, 2, 4 and 6, and rank 1 those of 1, 3 and 5 that it has; each layer, once
+    per_batch = 14 * 4 * 16
+    assert sum(first["tokens"]) == 4 * per_batch
+    assert sum(second["tokens"]) == {1: 3, 2: 2}[FEWER[name]["fewer"]] * per_batch
+    for mask_name, keep in masks(trained(name)).items():
+        assert torch.equal(keep, masks(trained(name), 1)[mask_name])
+
+
+@pytest.mark.parametrize("name", only(DEFAULT, REFUSED))
+def test_all_ranks_end_with_one_error(trained: Trainings, name: str) -> None:
+    first, second = results(trained(name))
+    assert first["error"] is not None
+    assert REFUSED[name][1] in first["error"]
+    assert second["error"] == first["error"]

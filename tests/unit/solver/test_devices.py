@@ -1,0 +1,105 @@
+"""The solver on an accelerator: no tensor is left on the CPU, and the results are those of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import METHODS, PATTERNS, layer
+from pretend import DEVICE, waits
+from torch import Tensor
+
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, native, prune
+from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_rows
+from thanos_lightning.solver.team import Alone
+
+ROWS, COLS = 24, 40
+
+
+@pytest.fixture(autouse=True)
+def _without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which only CPUs have: the same kernels run on both."""
+    monkeypatch.setattr(native, "usable", lambda tensor: False)
+
+
+def solve(
+    device: torch.device | str,
+    pattern: Pattern,
+    options: SolverOptions,
+    frozen: Tensor | None,
+    output_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> PrunedLayer:
+    weight, hessian = layer(ROWS, COLS)
+    there = [
+        None if one is None else one.to(device) for one in (weight.to(dtype), hessian.float(), frozen, output_weights)
+    ]
+    inputs = Factors(there[1]) if options.needs_statistics else None
+    return prune_rows(there[0], inputs, pattern, options, there[2], Alone(ROWS), there[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("weights", [None, "alone", "joined"])
+@pytest.mark.parametrize("with_frozen", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_is_pruned_as_on_the_cpu(
+    method: str, pattern: Pattern, with_frozen: bool, weights: str | None, steps: int, dtype: torch.dtype
+) -> None:
+    if method == "magnitude" and (steps or weights == "joined"):
+        steps, weights = 0, None if weights == "joined" else weights  # it takes neither
+    options = SolverOptions(method, block_size=16, admm_steps=steps, refine_steps=steps)
+    generator = torch.Generator().manual_seed(5)
+    frozen = torch.rand(ROWS, COLS, generator=generator) < 0.1 if with_frozen else None
+    factor = torch.randn(ROWS, ROWS, generator=generator)
+    output_weights = {None: None, "alone": factor.square().sum(1), "joined": factor @ factor.T}[weights]
+    cpu = solve("cpu", pattern, options, frozen, output_weights, dtype)
+    there = solve(DEVICE, pattern, options, frozen, output_weights, dtype)
+    assert there.weight.device == there.mask.device == DEVICE
+    assert torch.equal(there.mask.cpu(), cpu.mask)
+    # steps of conjugate gradients grow what two orders of summing round
+    torch.testing.assert_close(there.weight.cpu(), cpu.weight, rtol=1e-3, atol=3e-4)
+    assert there.loss == pytest.approx(cpu.loss, rel=1e-4, nan_ok=True)
+    assert there.relative_loss == pytest.approx(cpu.relative_loss, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("saliency", ["wanda", "obs", "balanced"])
+def test_every_saliency(saliency: str) -> None:
+    options = SolverOptions("thanos", block_size=16, saliency=saliency)
+    cpu, there = (solve(device, Unstructured(0.5), options, None, None, torch.float32) for device in ("cpu", DEVICE))
+    assert torch.equal(there.mask.cpu(), cpu.mask)
+
+
+def test_losses_at_several_sparsities() -> None:
+    weight, hessian = layer(ROWS, COLS)
+    tried = [Unstructured(0.3), Unstructured(0.6)]
+    (cpu, dense), (there, dense_there) = (
+        losses_at(weight.to(device), Factors(hessian.float().to(device)), tried, SolverOptions("thanos"), None)
+        for device in ("cpu", DEVICE)
+    )
+    torch.testing.assert_close(dense_there.cpu(), dense)
+    for one, other in zip(cpu, there, strict=True):
+        torch.testing.assert_close(other.cpu(), one)
+
+
+def test_inputs_are_counted_without_waiting() -> None:
+    inputs = torch.randn(5, 7, COLS)
+    cpu, there = HessianAccumulator(COLS), HessianAccumulator(COLS, device=DEVICE)
+    on_device = inputs.to(DEVICE)
+    cpu.update(inputs)
+    with waits() as waited:
+        there.update(on_device)
+    assert not waited
+    torch.testing.assert_close(there.compute().cpu(), cpu.compute())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_trainer_may_ask_for_deterministic_kernels(pattern: Pattern) -> None:
+    weight, hessian = layer(ROWS, COLS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        pruned = prune(weight.to(DEVICE), hessian.float().to(DEVICE), pattern, admm_steps=2, refine_steps=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 < pruned.mask.cpu().float().mean() < 1

@@ -1,0 +1,143 @@
+"""Whole trainings on an accelerator: none mixes devices, they end as on the CPU, the host waits as seldom as told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from pretend import pretend_trainer, waits
+from toy import ResumableBatches, ToyLM, loader, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback, forecast
+
+LAYERS = 14
+PADDED = {"number": 64, "padding": 3}
+
+
+@pytest.fixture(autouse=True)
+def _little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_MEASURED_SIZE", 8)
+
+
+def fit(make: Any, root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:
+    torch.manual_seed(0)
+    module = ToyLM()
+    make(root, callback, *more, **{"max_steps": 8, **settings}).fit(module, loader(**PADDED))
+    return module
+
+
+def pruning(pattern: str = "2:4", sparsity: float | None = None, **options: Any) -> ThanosPruningCallback:
+    settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2), "verify_every_n_steps": 1}
+    return ThanosPruningCallback(pattern, sparsity, **{**settings, **options})
+
+
+def calibrated(**options: Any) -> dict[str, Any]:
+    return {"calibration_dataloader": list(loader(12, padding=3)), "schedule": SparsitySchedule(2, 2, 1), **options}
+
+
+FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gradual": ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
+    "a calibration set, allocated": (calibrated(pattern="unstructured", sparsity=0.6), {}),
+    "in windows, allocated": (
+        {"pattern": "unstructured", "sparsity": 0.6, "hessian_memory_gib": 3e-5, "schedule": SparsitySchedule(6, 6, 1)},
+        {},
+    ),
+    "joined rows": ({"pattern": "unstructured", "sparsity": 0.5, "output_weights": "joined"}, {}),
+    "a calibration set, joined rows": (calibrated(pattern="2:4", output_weights="joined"), {}),
+    "columns": ({"pattern": "structured", "sparsity": 0.3, "outlier_fraction": 0.1}, {}),
+    "bf16": ({}, {"precision": "bf16-true"}),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_training_ends_as_on_the_cpu(name: str, tmp_path: Path) -> None:
+    options, settings = FITS[name]
+    ended = {}
+    for make in (trainer, pretend_trainer):
+        callback = pruning(**options)
+        module = fit(make, tmp_path, callback, **settings)
+        ended[make] = (module, callback)
+    (on_cpu, expected), (there, callback) = ended[trainer], ended[pretend_trainer]
+    is_low = settings.get("precision") == "bf16-true"
+    assert there.losses == pytest.approx(on_cpu.losses, rel=3e-2 if is_low else 1e-3)
+    alike = total = 0
+    for (name, one), other in zip(on_cpu.named_parameters(), there.parameters(), strict=True):
+        if "proj" in name:
+            alike += int(((one == 0) == (other.cpu() == 0)).sum())
+            total += one.numel()
+    assert alike >= (0.97 if is_low else 0.99) * total
+    for one, other in zip(expected.report.events, callback.report.events, strict=True):
+        assert other.sparsity == pytest.approx(one.sparsity, abs=1e-3)
+        assert other.relative_loss == pytest.approx(one.relative_loss, rel=0.2 if is_low else 2e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision(precision: str, tmp_path: Path) -> None:
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler("pretend", init_scale=2.0**20)  # the first steps overflow
+        settings: dict[str, Any] = {"plugins": [MixedPrecision("16-mixed", "pretend", scaler)]}
+    else:
+        settings = {"plugins": [MixedPrecision("bf16-mixed", "pretend")]}
+    callback = pruning("unstructured", 0.5)
+    module = fit(pretend_trainer, tmp_path, callback, max_steps=12 if precision == "16-mixed" else 8, **settings)
+    assert callback.report.events[-1].sparsity == pytest.approx(0.5, abs=1e-3)
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) -> None:
+    ended = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        module, callback = ToyLM(), pruning("unstructured", 0.5)
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fitted = pretend_trainer(tmp_path, callback, saving, max_steps=8, enable_checkpointing=True)
+        path = tmp_path / "step=5.ckpt" if resumed else None  # inside a window
+        fitted.fit(module, ResumableBatches(64), ckpt_path=path)
+        ended.append([parameter.detach().cpu() for parameter in module.parameters()])
+    for one, other in zip(*ended, strict=True):
+        assert torch.equal(one, other)
+
+
+class Waits(Callback):
+    """Of each batch, what the package waited for."""
+
+    def __init__(self, counted: Counter[str]) -> None:
+        self.counted, self.before = counted, Counter[str]()
+        self.each: list[Counter[str]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        new = self.counted - self.before
+        self.before = self.counted.copy()
+        self.each.append(Counter({line: number for line, number in new.items() if line != "elsewhere"}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pattern": "unstructured", "sparsity": 0.5}, {"output_weights": "joined"}], ids=str
+)
+def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    callback = pruning(**options, schedule=SparsitySchedule(5, 5, 1), calibration_steps=2, verify_every_n_steps=0)
+    with waits() as counted:
+        waiting = Waits(counted)
+        fit(pretend_trainer, tmp_path, callback, waiting, max_steps=9)
+    by_step = waiting.each[1:]  # the first has what came before
+    # counted in the steps to 4 and 5, of which the last prunes
+    assert [sum(one.values()) for one in by_step[:2]] == [0, 0]
+    assert sum(by_step[2].values()) <= 1
+    assert [sum(one.values()) for one in by_step[4:]] == [0, 0, 0, 0]
+
+
+def test_verification_waits_once(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 2, 1))
+    with waits() as counted:
+        waiting = Waits(counted)
+        fit(pretend_trainer, tmp_path, callback, waiting)
+    for one in waiting.each[4:]:
+        assert sum(one.values()) == 1, one
