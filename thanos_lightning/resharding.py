@@ -13,6 +13,8 @@ from thanos_lightning.checkpoints import pruning_state
 from thanos_lightning.folders import require_free, whole_folder
 from thanos_lightning.progress import open_phase
 from thanos_lightning.zero_checkpoints import (
+    check_files,
+    check_one_save,
     is_zero_folder,
     load_contents,
     load_file,
@@ -22,7 +24,9 @@ from thanos_lightning.zero_checkpoints import (
 )
 
 
-def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1) -> Path:
+def reshard_checkpoint(
+    checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1, trusted: bool = False
+) -> Path:
     """Convert a checkpoint of ZeRO 1, 2 or 3 so that it resumes on any number of ranks.
 
     DeepSpeed converts it to its universal format: per parameter one file each for the fp32 master and the moments. The
@@ -32,6 +36,8 @@ def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None,
         checkpoint: The folder that a Trainer with DeepSpeed's strategy wrote.
         output: Folder to write; it must not exist, or be empty. The checkpoint's name with `-resharded` by default.
         processes: How many convert at a time. Each holds one rank's part in memory.
+        trusted: Whether DeepSpeed may read files that hold other objects than plain values and its own, for which it
+            may run any code.
 
     Returns:
         The folder, for `fit(ckpt_path=…)`.
@@ -53,6 +59,9 @@ def reshard_checkpoint(checkpoint: str | Path, output: str | Path | None = None,
         )
     plan = read_plan(path)
     _check(path, plan.stage, plan.is_universal, processes)
+    if not trusted:
+        check_files(path)
+        check_one_save(path)
     with whole_folder(output) as folder:
         with open_phase(f"Converting {path.name}", adopts_bars=True):
             _convert(path / "checkpoint", folder / "checkpoint", processes)

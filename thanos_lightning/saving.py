@@ -1,8 +1,9 @@
-"""Checkpoint files that appear whole or not at all."""
+"""Checkpoints that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,51 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def save_whole(strategy: Strategy) -> None:
-    """Let a strategy that writes one file by Lightning's own means write it whole; others stay as they are."""
+    """Let a strategy that writes a file by Lightning's own means, or a folder, write it whole."""
+    if isinstance(strategy, DeepSpeedStrategy) or getattr(strategy, "_save_distributed_checkpoint", False):
+        _write_beside(strategy)
+        return
     writes_a_file = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
         strategy, DeepSpeedStrategy
     )
     if writes_a_file and type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeFiles()
+
+
+def _write_beside(strategy: Any) -> None:
+    """Let a strategy whose ranks write one folder do so beside it, and rename it when all have written."""
+    if hasattr(strategy.save_checkpoint, "writes_beside"):
+        return
+    save = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(filepath):
+            save(checkpoint, filepath, storage_options)
+            return
+        path = Path(strategy.broadcast(filepath))
+        partial = path.with_name(f".{path.name}.partial")
+        if strategy.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)  # of a rank that was killed
+        strategy.barrier()
+        save(checkpoint, partial, storage_options)
+        strategy.barrier()
+        if strategy.is_global_zero:
+            _put_in_place(partial, path)
+        strategy.barrier()
+        if strategy.local_rank == 0 and partial.exists():  # of a node with a disk of its own
+            _put_in_place(partial, path)
+
+    save_checkpoint.writes_beside = True  # type: ignore[attr-defined]
+    strategy.save_checkpoint = save_checkpoint
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ Tensors are mapped from disk and put together when they are asked for, one at a 
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,10 +173,11 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     """Open a checkpoint folder of DeepSpeed's.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the folder is of a kind that isn't known.
+        ValueError: If a file is missing or damaged or of another save, or the folder is of a kind that isn't known.
     """
     require_masters(path)
     contents = load_contents(path)
+    check_one_save(path)
     content, *of_others = contents
     world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
@@ -232,9 +234,67 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged, or holds objects that are not plain values ({error})") from error
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        raise ValueError(
+            f"{path} holds objects that are not plain values{what}, and reading these could run any code: if you trust "
+            "who wrote it, say so (reshard --trusted, fit --weights_only false), else don't use it"
+        ) from error
+    except Exception as error:  # whatever a file that was cut short makes torch say
+        raise ValueError(f"{path} is damaged, or was cut short: take another checkpoint, or copy it again") from error
     return content
+
+
+def check_files(path: Path) -> None:
+    """Read each file as `load_file` does, before DeepSpeed reads it in a way that runs what it is told to.
+
+    Raises:
+        ValueError: Naming the first file that is damaged, or holds objects that are not plain values.
+    """
+    for file in sorted((path / "checkpoint").rglob("*.pt")):
+        load_file(file)
+
+
+def check_one_save(path: Path) -> None:
+    """Refuse a folder whose files were not written together: a rank was killed while it was written over another.
+
+    All that each file says of itself is held against the others: Lightning's and DeepSpeed's steps, those of the
+    callback and its mark of the save, and Adam's.
+
+    Raises:
+        ValueError: Naming the two files, and the steps that they are of.
+    """
+    if is_universal(path):
+        return  # made anew, out of a folder that was checked
+    by_file: dict[str, dict[str, Any]] = {}
+    for file in model_files(path):
+        content = load_file(file)
+        steps: dict[str, Any] = {"global step": content.get("global_step")}
+        if "global_steps" in content:
+            steps["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
+        for state in (content.get("callbacks") or {}).values():
+            if isinstance(state, Mapping) and "optimizer_steps" in state:
+                steps |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
+        by_file[file.name] = steps
+    for file in _optimizer_files(path / "checkpoint"):
+        counts = _steps_of_optimizer(load_file(file)["optimizer_state_dict"])
+        by_file[file.name] = {"step of the optimizer": max(counts)} if counts else {}
+    first: dict[str, tuple[str, Any]] = {}
+    for name, steps in by_file.items():
+        for what, value in steps.items():
+            known = first.setdefault(what, (name, value))
+            if known[1] != value:
+                raise ValueError(
+                    f"{path} was not written as a whole: {known[0]} is of {what} {known[1]}, and {name} of {value}. "
+                    "Take another checkpoint: a rank ended while this one was written over an older one"
+                )
+
+
+def _steps_of_optimizer(state: Mapping[str, Any]) -> set[int]:
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    entries = base if isinstance(base, list) else (base or {}).get("state", {}).values()
+    return {int(entry["step"]) for entry in entries if "step" in entry}
 
 
 def model_files(path: Path) -> list[Path]:

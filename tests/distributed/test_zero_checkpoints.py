@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ranks import PRUNABLE, Trainings, masks, only, results, train
+from ranks import PRUNABLE, Trainings, masks, only, results, start, train
 
 from thanos_lightning.checkpoints import TrainerCheckpoint, pruning_state
 from thanos_lightning.cli import main
@@ -264,3 +264,150 @@ def test_what_can_not_be_resharded_is_refused(
     assert main(["reshard", str(saved("zero3") / "step=9.ckpt"), str(tmp_path / "out"), "--processes", "2"]) == 0
     assert "resume from it on any number of ranks" in capsys.readouterr().out
     assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))
+
+
+# Folders that lie
+
+
+def torn(saved: Trainings, kind: str, folder: Path, files: str) -> Path:
+    """A folder of step 8 of which these files are of step 5, as where a rank was killed amid an overwriting."""
+    newer, older = (saved(kind) / f"step={step}.ckpt" for step in (AFTER, 5))
+    shutil.copytree(newer, folder)
+    replaced = sorted((older / "checkpoint").glob(files))
+    assert replaced
+    for file in replaced:
+        shutil.copy(file, folder / "checkpoint" / file.name)
+    return folder
+
+
+TORN = {
+    "zero3, all of one rank": ("zero3", "*rank_0_*"),
+    "zero3, what Lightning keeps": ("zero3", "*rank_1_*model_states.pt"),
+    "zero3, masters and moments": ("zero3", "*optim_states.pt"),
+    "zero2, of one rank": ("zero2", "*rank_1_*"),
+    "zero2, the model": ("zero2", "*model_states.pt"),
+    "zero1, masters and moments": ("zero1", "*optim_states.pt"),
+}
+
+
+@pytest.mark.parametrize("name", only(["zero3, all of one rank"], TORN))
+def test_files_of_two_saves_are_refused_by_all(
+    saved: Trainings, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, files = TORN[name]
+    checkpoint = torn(saved, kind, tmp_path / "torn.ckpt", files)
+    capsys.readouterr()
+    for command in ("verify", "export", "reshard"):
+        more = [str(tmp_path / "out")] if command == "export" else []
+        assert main([command, str(checkpoint), *more]) == 2
+        assert "torn.ckpt was not written as a whole: " in capsys.readouterr().err
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS[kind]):
+        assert "torn.ckpt was not written as a whole: " in rank["error"]
+        assert rank["losses"] == []
+
+
+class Stranger:
+    """What a pickle that means harm has in it: a call."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.made,)
+
+
+@pytest.mark.parametrize(
+    "file",
+    only(
+        ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+        [
+            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+            "zero_pp_rank_1_mp_rank_00_model_states.pt",
+        ],
+    ),
+)
+def test_no_code_of_a_file_is_run(
+    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    path = checkpoint / "checkpoint" / file
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "more": Stranger(made)}, path)
+    capsys.readouterr()
+    for command in ("verify", "reshard"):
+        assert main([command, str(checkpoint)]) == 2
+        assert f"{file} holds objects that are not plain values" in capsys.readouterr().err
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
+        assert f"{file} holds objects that are not plain values" in rank["error"]
+    assert not made.exists()
+
+
+@pytest.mark.rest
+def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    checkpoint = reshard_checkpoint(saved("zero3") / "step=7.ckpt", tmp_path / "universal")
+    path = checkpoint / "checkpoint" / "zero" / "optimizer_state.pt"
+    torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
+        assert "optimizer_state.pt holds objects that are not plain values" in rank["error"]
+    assert not made.exists()
+
+
+@pytest.mark.rest
+def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path) -> None:
+    checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    path = next((checkpoint / "checkpoint").glob("*rank_1_*optim_states.pt"))
+    torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
+    assert main(["reshard", str(checkpoint), str(tmp_path / "out"), "--trusted"]) == 0
+    assert made.exists()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize(
+    "file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+)
+def test_a_file_that_was_cut_short_is_named(
+    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    path = checkpoint / "checkpoint" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    words = f"{file} is damaged, or was cut short: take another checkpoint"
+    capsys.readouterr()
+    for command in ("verify", "reshard"):
+        assert main([command, str(checkpoint)]) == 2
+        assert words in capsys.readouterr().err
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
+        assert words in rank["error"]
+
+
+@pytest.mark.rest
+def test_one_file_is_no_checkpoint_of_deepspeeds(tmp_path: Path) -> None:
+    train(tmp_path / "ddp", save=True, max_steps=8)
+    for rank in train(tmp_path / "zero3", strategy="zero3", resume=str(tmp_path / "ddp" / "step=8.ckpt")):
+        assert (
+            "step=8.ckpt is one file, which another strategy wrote, and DeepSpeed resumes from a folder"
+            in rank["error"]
+        )
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("kind", ["zero3", "zero1"])
+def test_a_folder_that_is_overwritten_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    """A rank is killed in its second save under one name: what is there is the first."""
+    case = {"save": True, "overwrites": True, "max_steps": 6, **KINDS[kind]}
+    ended = start(tmp_path / "out", [{"out": str(tmp_path / "out"), **case, "fault": "killed in a save"}], timeout=150)
+    assert ended.codes[1] == -9
+    assert ended.codes[0] not in (0, -9)
+    checkpoint = tmp_path / "out" / "last-one.ckpt"
+    assert {report.ok for report in verify_checkpoint(checkpoint)} <= {True}
+    assert int(TrainerCheckpoint.read(checkpoint).content["global_step"]) == 4
+    for rank in train(tmp_path / "out", resume=str(checkpoint), **{**case, "max_steps": 8}):
+        assert rank["error"] is None
+        assert rank["steps"] == 8
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+    assert int(TrainerCheckpoint.read(checkpoint).content["global_step"]) == 8

@@ -78,6 +78,9 @@ def command_parser() -> argparse.ArgumentParser:
     reshard.add_argument("checkpoint", help="folder that DeepSpeed's strategy wrote, at ZeRO stage 1, 2 or 3")
     reshard.add_argument("output", metavar="OUT", nargs="?", help="folder to write; CHECKPOINT-resharded by default")
     reshard.add_argument("--processes", type=int, metavar="N", help="how many convert at a time (1)")
+    reshard.add_argument(
+        "--trusted", action="store_true", help="read other objects than plain values, which may run code"
+    )
 
     text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less (needs scipy)"
     permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from thanos_lightning.targets import whole_shape
 from thanos_lightning.zero_checkpoints import (
+    check_files,
+    check_one_save,
     is_universal,
     is_zero_folder,
     load_file,
@@ -27,6 +29,8 @@ _GUARDED = "_thanos_lightning_guards_resume"
 def guard_resume(strategy: DeepSpeedStrategy) -> None:
     """Check the checkpoints that this strategy will load from now on, and complete what is loaded.
 
+    - A folder whose files are damaged, of several saves, or hold more than plain values is refused before DeepSpeed,
+      which would run what they say, reads it.
     - Another number of ranks, another ZeRO stage or another model are refused with the mend, before DeepSpeed fails
       in its own words, or loads what does not belong there.
     - A folder that was resharded is recognised; without this, it takes an entry in DeepSpeed's configuration.
@@ -47,8 +51,13 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
         path = Path(checkpoint_path)
         trainer = strategy.lightning_module.trainer if strategy.lightning_module is not None else None
         fits = trainer is not None and trainer.state.fn == "fit"
+        if fits and path.is_file() and not strategy.load_full_weights:
+            raise MisconfigurationException(
+                f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
+                "that strategy, or export the checkpoint and start from the exported model"
+            )
         if fits and is_zero_folder(path):
-            _check(path, strategy)
+            _check(path, strategy, trusted=kwargs.get("weights_only") is False)
             strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
         loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
         if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
@@ -72,8 +81,14 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
     strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
 
 
-def _check(path: Path, strategy: DeepSpeedStrategy) -> None:
-    plan = read_plan(path)
+def _check(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> None:
+    try:
+        plan = read_plan(path)
+        if not trusted:
+            check_files(path)
+            check_one_save(path)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
     stage = int(strategy.deepspeed_engine.zero_optimization_stage())
     if stage != plan.stage and (stage in (0, 3) or plan.stage in (0, 3)):  # 1 and 2 write the same
         raise MisconfigurationException(
