@@ -59,7 +59,8 @@ def test_a_layer_is_pruned_as_on_the_cpu(
     assert there.weight.device == there.mask.device == DEVICE
     assert torch.equal(there.mask.cpu(), cpu.mask)
     # steps of conjugate gradients grow what two orders of summing round
-    torch.testing.assert_close(there.weight.cpu(), cpu.weight, rtol=1e-3, atol=3e-4)
+    rounding = 1e-3 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(there.weight.cpu(), cpu.weight, rtol=rounding, atol=rounding / 3)
     assert there.loss == pytest.approx(cpu.loss, rel=1e-4, nan_ok=True)
     assert there.relative_loss == pytest.approx(cpu.relative_loss, rel=1e-4, nan_ok=True)
 
