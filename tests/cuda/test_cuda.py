@@ -1,0 +1,277 @@
+"""What only a real GPU tells: kernels, precisions, memory, strategies. `pytest -m cuda`; skipped where there is none.
+
+THANOS_CUDA=dry runs them on the CPU, where what they say of a GPU is not asserted: to see that they run at all.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from toy import ResumableBatches, ToyLM, loader, tiny_llama, trainer
+
+from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.lm import CausalLM, Distillation
+from thanos_lightning.permutation import permute_channels
+from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
+from thanos_lightning.verification import verify_checkpoint
+
+DRY = os.environ.get("THANOS_CUDA") == "dry"
+ON_GPU = torch.cuda.is_available() and not DRY
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+WIDTH = 4096 if ON_GPU else 64
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not (ON_GPU or DRY), reason="needs a GPU, and runs by: pytest -m cuda"),
+]
+PATTERNS = {"unstructured": 0.5, "2:4": None, "structured": 0.25}
+
+
+def pruning(pattern: str = "2:4", **options: Any) -> ThanosPruningCallback:
+    settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2), "verify_every_n_steps": 1}
+    return ThanosPruningCallback(pattern, PATTERNS[pattern], **{**settings, **options})
+
+
+def fit(root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:
+    torch.manual_seed(0)
+    module = ToyLM()
+    fitted = trainer(root, callback, *more, **{"accelerator": "gpu" if ON_GPU else "cpu", "max_steps": 8, **settings})
+    fitted.fit(module, loader(64, padding=3))
+    return module
+
+
+def zeros(module: ToyLM) -> float:
+    weights = [parameter for name, parameter in module.named_parameters() if "proj" in name]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+@pytest.fixture
+def _as_before() -> Any:
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_as_before")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_deterministic_kernels(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    one, other = (fit(tmp_path, pruning(pattern), deterministic=True) for _ in range(2))
+    for first, second in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_what_others_allow_changes_no_result() -> None:
+    pruned = []
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        pruned.append(of_layer(parse_pattern("2:4"), DEVICE))
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert torch.equal(pruned[0].mask, pruned[1].mask)
+    torch.testing.assert_close(pruned[0].weight, pruned[1].weight, rtol=0, atol=0)
+
+
+def of_layer(pattern: Pattern, device: torch.device) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * WIDTH, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator)
+    weight = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+    accumulator = HessianAccumulator(WIDTH, device=device)
+    accumulator.update((inputs / WIDTH**0.5).to(device))
+    return prune(weight.to(device), accumulator.compute(), pattern, admm_steps=4, refine_steps=4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_wide_layer_is_pruned_as_on_the_cpu(pattern: str) -> None:
+    parsed = parse_pattern(pattern, PATTERNS[pattern])
+    there, here = of_layer(parsed, DEVICE), of_layer(parsed, torch.device("cpu"))
+    assert (there.mask.cpu() == here.mask).float().mean() > 0.999
+    assert there.relative_loss == pytest.approx(here.relative_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision(precision: str, tmp_path: Path) -> None:
+    module = fit(tmp_path, pruning(), precision=precision)
+    assert zeros(module) == 0.5
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_half_precision_with_steps_that_overflow(tmp_path: Path) -> None:
+    callback = pruning("unstructured")
+    module = fit(tmp_path, callback, precision="16-mixed" if ON_GPU else "bf16-mixed", max_steps=16)
+    assert zeros(module) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_gradients_are_those_of_the_loss_under_a_scaler(tmp_path: Path) -> None:
+    sparsities = []
+    for precision in ("16-mixed" if ON_GPU else "bf16-mixed", "32-true"):
+        callback = pruning("unstructured", schedule=SparsitySchedule(3, 3, 1))
+        fit(tmp_path, callback, precision=precision)
+        sparsities.append({layer.name: layer.sparsity for layer in callback.report.events[0].layers})
+    for name, sparsity in sparsities[0].items():
+        assert sparsity == pytest.approx(sparsities[1][name], abs=0.05)
+
+
+def test_the_fused_optimizer_is_masked(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    lm = CausalLM(str(tmp_path / "model"), lr_schedule="constant", distillation=Distillation())
+    callback = pruning()
+    fitted = trainer(tmp_path, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=8)
+    fitted.fit(lm, loader(64))
+    assert fitted.optimizers[0].defaults["fused"] is True
+    assert callback.report.events[-1].sparsity == 0.5
+
+
+def sharded(kind: str) -> Strategy:
+    if kind == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    strategy = DeepSpeedStrategy(stage=3) if ON_GPU else CPUDeepSpeed(stage=3)
+    strategy.config |= {"zero_force_ds_cpu_optimizer": False}
+    return strategy
+
+
+class Sharded(ToyLM):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for block in (*self.model.model.layers, self.model):
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_a_sharding_strategy(kind: str, tmp_path: Path) -> None:
+    callback = pruning()
+    saving = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=8)
+    fitted = trainer(
+        tmp_path,
+        callback,
+        saving,
+        accelerator="gpu" if ON_GPU else "cpu",
+        devices=1,
+        strategy=sharded(kind),
+        max_steps=8,
+        enable_checkpointing=True,
+    )
+    fitted.fit(Sharded(), loader(64))
+    reports = verify_checkpoint(tmp_path / "end.ckpt")
+    assert len(reports) == 14
+    assert all(report.ok and report.sparsity == 0.5 for report in reports)
+
+
+def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) -> None:
+    ended = []
+    for path in (None, tmp_path / "step=5.ckpt"):
+        torch.manual_seed(0)
+        module = ToyLM()
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fitted = trainer(
+            tmp_path,
+            pruning("unstructured"),
+            saving,
+            accelerator="gpu" if ON_GPU else "cpu",
+            max_steps=8,
+            enable_checkpointing=True,
+        )
+        fitted.fit(module, ResumableBatches(64), ckpt_path=path)
+        ended.append(list(module.parameters()))
+    for one, other in zip(*ended, strict=True):
+        assert torch.equal(one, other)
+
+
+class SyncsAreErrors(Callback):
+    """Lets torch warn of each wait for the GPU from the third step after the last event on."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if ON_GPU and trainer.global_step >= 4:
+            torch.cuda.set_sync_debug_mode("warn")
+
+
+def test_no_step_outside_of_windows_waits_for_the_gpu(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 2, 1), verify_every_n_steps=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit(tmp_path, callback, SyncsAreErrors(), max_steps=7)
+        finally:
+            if ON_GPU:
+                torch.cuda.set_sync_debug_mode("default")
+    ours = {
+        f"{warning.filename}:{warning.lineno}"
+        for warning in caught
+        if "synchronizing" in str(warning.message) and "thanos_lightning" in warning.filename
+    }
+    # the end of the training verifies
+    assert {place for place in ours if "enforcement.py" not in place} == set()
+
+
+class Peaks(Callback):
+    """The most memory that training steps take, and calibrations."""
+
+    def __init__(self) -> None:
+        self.trained = self.calibrated = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if ON_GPU:
+            self.trained = max(self.trained, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Measured(ToyLM):
+    calibrated = 0
+
+    def __init__(self) -> None:
+        super().__init__(
+            tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=8) if ON_GPU else tiny_llama()
+        )
+        self.model.gradient_checkpointing_enable()
+
+    def calibration_step(self, batch: Any) -> Any:
+        if ON_GPU:
+            self.calibrated = max(self.calibrated, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        return self(**batch)
+
+
+def test_a_calibration_takes_no_more_memory_than_a_training_step_and_its_sums(tmp_path: Path) -> None:
+    module, peaks = Measured(), Peaks()
+    batches = list(loader(16, batch_size=16, length=64))
+    callback = pruning("unstructured", calibration_dataloader=batches * 8, schedule=SparsitySchedule(3, 3, 1))
+    fitted = trainer(tmp_path, peaks, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=5)
+    fitted.fit(module, loader(256, batch_size=16, length=64))
+    if ON_GPU:
+        sums = sum(4 * layer.shape[1] ** 2 + 4 * layer.shape[0] for layer in callback.report.events[0].layers)
+        assert 0 < module.calibrated <= 1.2 * (peaks.trained + sums)
+
+
+def test_seconds_are_those_of_finished_work(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1))
+    fit(tmp_path, callback)
+    event = callback.report.events[0]
+    assert sum(layer.seconds for layer in event.layers) <= 1.05 * event.solving_seconds
+    assert event.seconds <= callback.report.summary.training_seconds
+
+
+def test_a_model_whose_channels_are_permuted_computes_what_it_did() -> None:
+    batches = list(loader(8))
+    losses = []
+    for device in (DEVICE, torch.device("cpu")):
+        model = tiny_llama().to(device)
+        before = model(batches[0]["input_ids"].to(device)).logits
+        permute_channels(model, [{key: value.to(device) for key, value in batch.items()} for batch in batches], "2:4")
+        torch.testing.assert_close(model(batches[0]["input_ids"].to(device)).logits, before, rtol=1e-3, atol=1e-3)
+        losses.append(before)
+    torch.testing.assert_close(losses[0].cpu(), losses[1], rtol=1e-3, atol=1e-3)
