@@ -500,8 +500,8 @@ def _improve(
         W, its_keep = alternate(start, W0, R, keep, frozen, pattern, shared)
         if steps > 0:
             R, reached = residual_of(W, W0, H)
-            worse = ~(reached < losses)
-            if worse.any():  # these rows are refined from where the method left them
+            worse = (~(reached < losses)).nonzero().squeeze(1)  # a device is waited for here, and not below
+            if len(worse):  # these rows are refined from where the method left them
                 W[worse], its_keep[worse] = start[worse], keep[worse]
                 R[worse], _ = residual_of(W[worse], W0[worse], H)
     if steps > 0:
@@ -521,8 +521,8 @@ def _improve(
 
 def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | Int[Tensor, " some"]]:
     """The chosen rows, so many at a time that what improves them takes bounded memory; equally many, up to one."""
-    every = bool(chosen.all())
     which = chosen.nonzero().squeeze(1)
+    every = len(which) == len(chosen)
     chunks = -(-len(which) * cols // _IMPROVED_AT_A_TIME)
     for chunk in range(chunks):
         some = slice(len(which) * chunk // chunks, len(which) * (chunk + 1) // chunks)
