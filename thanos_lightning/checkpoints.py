@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from thanos_lightning.zero_checkpoints import is_zero_folder, read_zero_folder
+from thanos_lightning.zero_checkpoints import is_zero_folder, read_zero_folder, require_end
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 4  # of both parts
@@ -109,6 +109,7 @@ class TrainerCheckpoint:
         """
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
+        require_end(path)
         if path.is_dir() and is_zero_folder(path):
             folder = read_zero_folder(path)
             return cls(path, folder.content, folder.others, folder.weights, folder.beside)
@@ -317,7 +318,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        if (folder / "latest").is_file() or (folder / "checkpoint").is_dir() or (folder / ".metadata").is_file():
+        require_end(folder)
+        if (folder / ".metadata").is_file():
             raise _sharded(folder)
         raise ValueError(f"{folder} holds no .safetensors file: give a Hugging Face folder, or a .ckpt file")
     return files

@@ -20,6 +20,7 @@ from thanos_lightning.zero_checkpoints import (
     load_file,
     model_files,
     read_plan,
+    require_end,
     require_masters,
 )
 
@@ -52,6 +53,7 @@ def reshard_checkpoint(
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a checkpoint folder that DeepSpeed's strategy wrote")
     require_free(output)
+    require_end(path)
     if not is_zero_folder(path):
         raise ValueError(
             f"{path} is no checkpoint folder of DeepSpeed's: other checkpoints resume on any number of ranks as they "

@@ -109,6 +109,19 @@ def is_zero_folder(path: Path) -> bool:
     return (path / "checkpoint").is_dir() and ((path / "latest").is_file() or (path / _UNIVERSAL).is_file())
 
 
+def require_end(path: Path) -> None:
+    """Refuse a folder that DeepSpeed has begun to write, and not ended: it names its inside at the very end.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if (path / "checkpoint").is_dir() and not is_zero_folder(path):
+        raise ValueError(
+            f"{path} is a checkpoint folder of DeepSpeed's that was not written to its end (it has no file `latest`): "
+            "take another checkpoint, or copy the whole folder"
+        )
+
+
 def is_universal(path: Path) -> bool:
     """Whether a checkpoint folder of DeepSpeed's was resharded."""
     return (path / _UNIVERSAL).is_file()

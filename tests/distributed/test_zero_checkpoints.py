@@ -386,6 +386,23 @@ def test_a_file_that_was_cut_short_is_named(
 
 
 @pytest.mark.rest
+def test_a_folder_that_was_not_written_to_its_end_is_named(
+    saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    (checkpoint / "latest").unlink()
+    words = "copy.ckpt is a checkpoint folder of DeepSpeed's that was not written to its end"
+    capsys.readouterr()
+    for command in ("verify", "export", "reshard"):
+        more = [str(tmp_path / "out")] if command == "export" else []
+        assert main([command, str(checkpoint), *more]) == 2
+        assert words in capsys.readouterr().err
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
+        assert words in rank["error"]
+
+
+@pytest.mark.rest
 def test_one_file_is_no_checkpoint_of_deepspeeds(tmp_path: Path) -> None:
     train(tmp_path / "ddp", save=True, max_steps=8)
     for rank in train(tmp_path / "zero3", strategy="zero3", resume=str(tmp_path / "ddp" / "step=8.ckpt")):

@@ -21,6 +21,7 @@ from thanos_lightning.zero_checkpoints import (
     model_files,
     read_parameter_groups,
     read_plan,
+    require_end,
 )
 
 _GUARDED = "_thanos_lightning_guards_resume"
@@ -56,6 +57,8 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
                 f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
                 "that strategy, or export the checkpoint and start from the exported model"
             )
+        if fits:
+            _require_end(path)
         if fits and is_zero_folder(path):
             _check(path, strategy, trusted=kwargs.get("weights_only") is False)
             strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
@@ -79,6 +82,13 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
 
     strategy.load_checkpoint = guarded_load_checkpoint  # type: ignore[method-assign]
     strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
+
+
+def _require_end(path: Path) -> None:
+    try:
+        require_end(path)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def _check(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> None:
