@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils import backend_registration
 from toy import trainer
 
@@ -110,48 +111,6 @@ def _count(func: Any, args: Any, kwargs: Any, result_device: torch.device | None
         _wait(name)
 
 
-# Memory
-
-_held: collections.Counter[int] = collections.Counter()  # storage -> tensors that have it
-
-
-class _Memory:
-    allocated = 0
-    peak = 0
-
-
-@contextmanager
-def peak_memory() -> Iterator[Any]:
-    """Afterwards `added` is the most that was allocated inside the block, in bytes, beyond what there was before."""
-
-    class Peak:
-        added = 0
-
-    peak, before = Peak(), _Memory.allocated
-    _Memory.peak = before
-    try:
-        yield peak
-    finally:
-        peak.added = _Memory.peak - before
-
-
-class _Share:
-    """Of a tensor in a storage, which is free when no tensor has one any more."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.key, self.size = storage._cdata, storage.nbytes()
-        if not _held[self.key]:
-            _Memory.allocated += self.size
-            _Memory.peak = max(_Memory.peak, _Memory.allocated)
-        _held[self.key] += 1
-
-    def __del__(self) -> None:
-        _held[self.key] -= 1
-        if not _held[self.key]:
-            del _held[self.key]
-            _Memory.allocated -= self.size
-
-
 # Tensors
 
 
@@ -163,7 +122,6 @@ class PretendTensor(Tensor):
     """
 
     numbers: Tensor
-    _share: _Share
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -177,7 +135,6 @@ class PretendTensor(Tensor):
             device=DEVICE,
         )
         made.numbers = numbers
-        made._share = _Share(numbers.untyped_storage())
         return made
 
     def __repr__(self) -> str:
@@ -253,17 +210,16 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return _mapped(wrapped, result)
 
 
-_library = torch.library.Library("aten", "IMPL")
-_fallbacks = torch.library.Library("_", "IMPL")
+_kernels, _fallbacks = Library("aten", "IMPL"), Library("_", "IMPL")
 
 
 def _register() -> None:
     for func in _factories():
-        _library.impl(func, partial(_run_keyword, func), "PrivateUse1")
-    _library.impl("_copy_from", _copy_from, "PrivateUse1")
-    _fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        _kernels.impl(func, partial(_run_keyword, func), "PrivateUse1")
+    _kernels.impl("_copy_from", _copy_from, "PrivateUse1")
+    _fallbacks.fallback(fallthrough_kernel, "AutocastPrivateUse1")
     for name in ("linear", "mm", "bmm", "addmm", "matmul", "baddbmm", "scaled_dot_product_attention"):
-        _library.impl(name, _in_low_precision(getattr(_aten, name).default), "AutocastPrivateUse1")
+        _kernels.impl(name, _in_low_precision(getattr(_aten, name).default), "AutocastPrivateUse1")
 
 
 def _factories() -> Iterator[Any]:
