@@ -2,11 +2,13 @@
 
 To import takes ten seconds of a core, for each process that is started. Each line of the standard input is a JSON
 object, and so is each answer: {"fork": the environment, "run": module, "argument": for its main, "log": file} is
-answered by the process id, {"poll": ids} by the exit codes, null for a process that has not ended.
+answered by the process id, {"poll": ids} by the exit codes, null for a process that has not ended. A rank whose
+environment names a network namespace (TEST_NETWORK) moves there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -15,7 +17,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ("deepspeed", "training", "teaching", "waiting")
+IMPORTED = ("deepspeed", "training", "teaching", "talking", "waiting")
+ANY_KIND = 0
+
+
+def join(network: str) -> None:
+    """Move this process, and what it starts from now on, into the network namespace of that name."""
+    with open(f"/run/netns/{network}") as file:
+        failed = ctypes.CDLL(None, use_errno=True).setns(file.fileno(), ANY_KIND)  # os.setns is Python 3.12's
+    if failed:
+        raise OSError(ctypes.get_errno(), f"setns into {network}")
 
 
 def fork(told: dict[str, Any]) -> int:
@@ -29,6 +40,8 @@ def fork(told: dict[str, Any]) -> int:
         os.dup2(log.fileno(), 2)
     os.environ.clear()
     os.environ.update(told["fork"])
+    if "TEST_NETWORK" in os.environ:
+        join(os.environ["TEST_NETWORK"])
     sys.modules["training"].WORLD_SIZE = int(os.environ["WORLD_SIZE"])  # type: ignore[attr-defined]
     importlib.import_module(told["run"]).main(told["argument"])
     sys.exit()

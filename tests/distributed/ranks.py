@@ -26,7 +26,6 @@ import torch
 
 from thanos_lightning.masks import LayerMask
 
-SCRIPT = Path(__file__).with_name("training.py")
 NURSERY = Path(__file__).with_name("nursery.py")
 # in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long
 PATIENCE = 1200
@@ -109,13 +108,22 @@ class Processes:
         run: The module whose `main` they run.
         logs: Their standard output and errors, by rank.
         arguments: What each is given, by rank.
+        environments: By rank; None for those of ranks on one host.
     """
 
-    def __init__(self, run: str, logs: Sequence[Path], arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: str,
+        logs: Sequence[Path],
+        arguments: Sequence[str],
+        environments: Sequence[dict[str, str]] | None = None,
+    ) -> None:
         port, number = free_port(), len(logs)
+        if environments is None:
+            environments = [environment(rank, number, port) for rank in range(number)]
         self.pids: list[int] = [
-            _nursery().ask(fork=environment(rank, number, port), run=run, argument=argument, log=str(log))
-            for rank, (log, argument) in enumerate(zip(logs, arguments, strict=True))
+            _nursery().ask(fork=own, run=run, argument=argument, log=str(log))
+            for own, argument, log in zip(environments, arguments, logs, strict=True)
         ]
 
     def codes(self) -> list[int | None]:
@@ -131,7 +139,12 @@ class Processes:
 
 
 def start(
-    out: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, timeout: float = PATIENCE, run: str = "training"
+    out: Path,
+    cases: Sequence[dict[str, Any]],
+    ranks: int = 2,
+    timeout: float = PATIENCE,
+    run: str = "training",
+    environments: Sequence[dict[str, str]] | None = None,
 ) -> Ended:
     """Train the cases one after the other on ranks of their own (or run another module), and wait for all to end.
 
@@ -141,7 +154,7 @@ def start(
     file, logs = out / "cases.json", [out / f"log{rank}.txt" for rank in range(ranks)]
     file.write_text(json.dumps(cases))
     end = time.monotonic() + timeout
-    processes = Processes(run, logs, [str(file)] * ranks)
+    processes = Processes(run, logs, [str(file)] * ranks, environments)
     while None in (codes := processes.codes()) and time.monotonic() < end:
         time.sleep(0.05)
     processes.kill()

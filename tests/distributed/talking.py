@@ -1,23 +1,14 @@
-"""Trains with a rank that fails at the k-th call in which the package talks to others: python talking.py PLAN.json.
-
-PLAN.json has the case, the rank that fails, the k's, and the seconds in which all ranks have to end. For each k the
-ranks are forked off this process, which has imported everything: so a k takes two seconds and not ten. What became of
-them is written to the plan's folder: for each k the exit codes, None for a rank that had to be killed; and where none
-fails, as at k = 0, the lines that talk.
-"""
+"""Trains with a rank that fails at the k-th call in which the package talks to others."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import ranks
 import torch
 import torch.distributed as dist
 import training
@@ -82,17 +73,19 @@ class Talks:
         return None
 
 
-def run(out: Path, case: dict[str, Any], rank: int, number: int, port: int, fails_at: int) -> None:
-    """One rank, in a process of its own, which ends here."""
-    log = os.open(out / f"log{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(ranks.environment(rank, number, port))
-    training.WORLD_SIZE = number
-    talks = Talks(fails_at)
+def main(told: str) -> None:
+    """Train the only case, {"out", "case", "fails": rank, "at": the call, from 1}; ends the process.
+
+    Its exit code is 0 for a training that ends well, 2 for one that ends with an error that it tells. What talked is
+    written to talks<rank>.json.
+    """
+    torch.set_num_threads(1)
+    (plan,) = json.loads(Path(told).read_text())
+    out, rank = Path(plan["out"]), int(os.environ["RANK"])
+    talks = Talks(plan["at"] if rank == plan["fails"] else 0)
     code = 1
     try:
-        training.train(training.Case(out=str(out), **case))
+        training.train(training.Case(out=str(out), **plan["case"]))
         report = json.loads((out / f"rank{rank}.json").read_text())
         (out / f"talks{rank}.json").write_text(json.dumps(talks.lines))
         code = 0 if report["error"] is None else 2
@@ -102,40 +95,4 @@ def run(out: Path, case: dict[str, Any], rank: int, number: int, port: int, fail
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-
-
-def outcome(plan: dict[str, Any], k: int) -> list[int | None]:
-    """The ranks' exit codes."""
-    out = Path(plan["out"]) / str(k)
-    out.mkdir(parents=True, exist_ok=True)
-    port = ranks.free_port()
-    children = []
-    for rank in range(plan["ranks"]):
-        pid = os.fork()
-        if pid == 0:
-            run(out, plan["case"], rank, plan["ranks"], port, k if rank == plan["fails"] else 0)
-        children.append(pid)
-    codes: dict[int, int | None] = {}
-    end = time.monotonic() + plan["seconds"]
-    while len(codes) < len(children):
-        for pid in set(children) - codes.keys():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                codes[pid] = None
-        time.sleep(0.02)
-    return [codes[pid] for pid in children]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    Path(plan["out"]).joinpath("outcomes.json").write_text(json.dumps({k: outcome(plan, k) for k in plan["ks"]}))
-
-
-if __name__ == "__main__":
-    main()
+        os._exit(code)  # at once, as a process that fails: nothing is left to say to the others

@@ -8,7 +8,6 @@ skipped, or fail if THANOS_REQUIRE_ALL=1 is set, as it is in CI.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from launched import LAUNCH, noted, prepare
-from ranks import PATIENCE, PRUNABLE, SCRIPT, Ended, environment, masks, results
+from ranks import PATIENCE, PRUNABLE, Ended, environment, masks, results, start
 from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
@@ -110,15 +109,10 @@ def hosts() -> Iterator[Hosts]:
 
 def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[str, Any]]:
     """Train one case with so many ranks on each host; what each rank saw."""
-    out.mkdir(parents=True, exist_ok=True)
-    cases = out / "cases.json"
-    cases.write_text(json.dumps([{"out": str(out), **case}]))
     ranks = 2 * ranks_each
-    processes, logs = [], [out / f"log{rank}.txt" for rank in range(ranks)]
-    for rank, log in enumerate(logs):
-        host, local_rank = divmod(rank, ranks_each)
-        env = environment(
-            rank,
+    environments = [
+        environment(
+            host * ranks_each + local_rank,
             ranks,
             PORT,
             MASTER_ADDR=hosts.address(0),
@@ -126,9 +120,12 @@ def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[st
             LOCAL_RANK=str(local_rank),
             GLOO_SOCKET_IFNAME=hosts.interfaces[host],
             TEST_NODES="2",
+            TEST_NETWORK=hosts.names[host],
         )
-        processes.append(hosts.start(host, [sys.executable, str(SCRIPT), str(cases)], env, log))
-    ended = hosts.wait(processes, logs)
+        for host in range(2)
+        for local_rank in range(ranks_each)
+    ]
+    ended = start(out, [{"out": str(out), **case}], ranks, environments=environments)
     assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
     return results(out, ranks)
 

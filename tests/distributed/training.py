@@ -261,6 +261,15 @@ class Watch(Callback):
         self.sums: list[int] = []  # how many different ones a window had on this rank
         self.tokens: list[int] = []  # of all layers of a window on this rank
         self._sparse_norm = 0.0
+        self._masks: dict[str, LayerMask] = {}
+        self._events = -1
+
+    def masks(self) -> dict[str, LayerMask]:
+        """The masks of the last event."""
+        events = len(self.pruning.report.events)
+        if events != self._events:
+            self._masks, self._events = masks_of(self.pruning), events
+        return self._masks
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         enforcer = self.pruning._enforcer
@@ -300,7 +309,7 @@ class Watch(Callback):
             return
         from deepspeed.utils import safe_get_full_grad
 
-        masks = masks_of(self.pruning)
+        masks = self.masks()
         total = 0.0
         for name, parameter in pl_module.named_parameters():
             if not parameter.requires_grad:
@@ -332,7 +341,7 @@ class Watch(Callback):
                 dist.broadcast(torch.ones(1), src=0)
                 dist.all_gather_object([None] * dist.get_world_size(), "")
             self.control += len(mode.calls) >= 3
-        for name, mask in masks_of(self.pruning).items():
+        for name, mask in self.masks().items():
             drop = ~mask.keep.T if mask.transposed else ~mask.keep
             for what, full in full_tensors(trainer, parameters[name]):
                 self.checked[what] = self.checked.get(what, 0) + 1
@@ -746,7 +755,3 @@ def main(cases: str) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
