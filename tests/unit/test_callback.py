@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jaxtyping
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,6 +30,13 @@ from thanos_lightning.masks import LayerMask
 from thanos_lightning.pruning import PruningError
 from thanos_lightning.solver import NM, Unstructured
 from thanos_lightning.windows import Progression
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver's own tests check shapes; here that would take a third of the time."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
 
 UNLABELLED = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader(8)]
 
