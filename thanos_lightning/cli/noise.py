@@ -8,6 +8,7 @@ import warnings
 
 _WARNINGS = (
     r".*LeafSpec.* is deprecated",  # torch, of a call that Lightning makes
+    r".torch\.distributed\.\w+. is deprecated",  # torch, of calls that DeepSpeed makes
     r"Precision .* is not supported by the model summary",  # which is of sizes in MB
     r".*does not have many workers",  # packed blocks come from memory
 )

@@ -31,6 +31,7 @@ def test_only_what_is_not_ours_to_say_is_left_out(caplog: pytest.LogCaptureFixtu
     with warnings.catch_warnings(record=True) as caught:
         silence()
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use another", FutureWarning, stacklevel=1)
+        warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use", FutureWarning, stacklevel=1)
         warnings.warn("The 'val_dataloader' does not have many workers which may be a bottleneck", stacklevel=1)
         warnings.warn("Precision bf16-mixed is not supported by the model summary.", stacklevel=1)
         warnings.warn("the schedule's last event is the last step", stacklevel=1)
