@@ -3,11 +3,11 @@
     python benchmarks/enforcement.py
     python benchmarks/enforcement.py --stages 3 --layers 10 --output benchmarks/results
 
-Two ranks with one thread each train a Llama with SmolLM2-135M's shapes in bf16, by default 512 tokens a rank and step:
-few, since enforcement does not take longer where there are more, and the rest of the step does. First come steps in
-which nothing is collected or masked, then steps that collect, then one event, then steps that enforce. Collection is
-what a collecting step takes longer than the mean of the steps before and after it, less enforcement; enforcement is
-timed in the step (masking gradients, masters and moments). All are medians within one run.
+Two ranks with one thread each (on a GPU one) train a Llama with SmolLM2-135M's shapes in bf16, by default 512 tokens a
+rank and step: few, since enforcement does not take longer where there are more, and the rest of the step does. First
+come steps in which nothing is collected or masked, then steps that collect, then one event, then steps that enforce.
+Collection is what a collecting step takes longer than the mean of the steps before and after it, less enforcement;
+enforcement is timed in the step (masking gradients, masters and moments). All are medians within one run.
 """
 
 import argparse
@@ -27,15 +27,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from machine import keep
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from machine import add_device, hardware, keep
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.stopwatch import finish
 
-RANKS, SEQUENCES = 2, 4
+RANKS = {"cpu": 2, "cuda": 1}
+SEQUENCES = 4
 VOCABULARY = 49152
 
 
@@ -69,8 +72,8 @@ class Model(LightningModule):
 class Clock(Callback):
     """Times each step, and what of it is enforcement."""
 
-    def __init__(self, pruning: ThanosPruningCallback) -> None:
-        self.pruning = pruning
+    def __init__(self, pruning: ThanosPruningCallback, device: str) -> None:
+        self.pruning, self.device = pruning, torch.device(device)
         self.steps: list[float] = []
         self.enforcing: list[float] = []
         self._inside = 0.0
@@ -78,8 +81,10 @@ class Clock(Callback):
 
     def _timed(self, method: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: Any) -> None:
+            finish(self.device)
             begin = time.perf_counter()
             method(*args)
+            finish(self.device)
             self._inside += time.perf_counter() - begin
 
         return timed
@@ -91,15 +96,17 @@ class Clock(Callback):
             enforcer.enforce = self._timed(enforcer.enforce)
             enforcer.mask_gradients = self._timed(enforcer.mask_gradients)
         dist.barrier()
+        finish(self.device)
         self._inside, self._begin = 0.0, time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End a step; this callback comes before the one that prunes."""
+        finish(self.device)
         self.steps.append(time.perf_counter() - self._begin)
         self.enforcing.append(self._inside)
 
 
-def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> None:
+def run_rank(stage: int, layers: int, steps: int, length: int, device: str, out: Path) -> None:
     """Train on this rank, and write what was measured."""
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
@@ -116,11 +123,11 @@ def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> Non
         verify_every_n_steps=0,
         attention_mask_key=None,
     )
-    clock = Clock(pruning)
+    clock, ranks = Clock(pruning, device), RANKS[device]
     trainer = Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=CPUDeepSpeed(stage=stage),
+        accelerator=device,
+        devices=ranks,
+        strategy=CPUDeepSpeed(stage=stage) if device == "cpu" else DeepSpeedStrategy(stage=stage),
         precision="bf16-mixed",
         max_steps=3 + 3 * steps,
         max_epochs=-1,
@@ -132,7 +139,7 @@ def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> Non
         gradient_clip_val=1.0,
         default_root_dir=out,
     )
-    sequences = torch.randint(VOCABULARY, (RANKS * SEQUENCES * (3 + 3 * steps), length))
+    sequences = torch.randint(VOCABULARY, (ranks * SEQUENCES * (3 + 3 * steps), length))
     trainer.fit(Model(layers), torch.utils.data.DataLoader(sequences, batch_size=SEQUENCES))
     median = statistics.median
     results = {
@@ -146,14 +153,14 @@ def run_rank(stage: int, layers: int, steps: int, length: int, out: Path) -> Non
     dist.destroy_process_group()
 
 
-def measure(stage: int, layers: int, steps: int, length: int) -> dict[str, float]:
-    """The slower rank's seconds."""
+def measure(stage: int, layers: int, steps: int, length: int, device: str) -> dict[str, float]:
+    """The slowest rank's seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in range(RANKS):
+        for rank in range(RANKS[device]):
             environment = {
                 **os.environ,
                 "MASTER_ADDR": "127.0.0.1",
@@ -164,12 +171,12 @@ def measure(stage: int, layers: int, steps: int, length: int) -> dict[str, float
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             command = [sys.executable, __file__, "--out", folder, "--stages", str(stage)]
-            command += ["--layers", str(layers), "--steps", str(steps), "--length", str(length)]
+            command += ["--layers", str(layers), "--steps", str(steps), "--length", str(length), "--device", device]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.wait() for process in processes]
         if any(codes):
             raise SystemExit("a rank failed")
-        ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+        ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(RANKS[device])]
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
 
 
@@ -190,13 +197,15 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add_device(parser)
     arguments = parser.parse_args()
+    device = arguments.device
     if arguments.out is not None:
-        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.length[0], arguments.out)
+        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.length[0], device, arguments.out)
         return
     rows = []
     for stage, length in itertools.product(arguments.stages, arguments.length):
-        seconds = measure(stage, arguments.layers, arguments.steps, length)
+        seconds = measure(stage, arguments.layers, arguments.steps, length, device)
         rows.append(
             {
                 "stage": stage,
@@ -206,7 +215,9 @@ def main() -> None:
                 "collection_overhead": round(_overhead(seconds), 4),
             }
         )
-    table = Table(title=f"{RANKS} ranks, one thread each, {arguments.layers} layers, bf16, median of {arguments.steps}")
+    torch.set_num_threads(1)  # of each rank
+    title = f"{RANKS[device]} ranks, {hardware(device)}, {arguments.layers} layers, bf16, median of {arguments.steps}"
+    table = Table(title=title)
     for column in (
         "ZeRO stage",
         "tokens a rank",
@@ -231,8 +242,7 @@ def main() -> None:
         )
     Console(width=120).print(table)
     if arguments.output is not None:
-        torch.set_num_threads(1)  # of each rank
-        print(keep("enforcement", arguments.output, {"layers": arguments.layers, "results": rows}))
+        print(keep("enforcement", arguments.output, {"layers": arguments.layers, "results": rows}, device))
 
 
 if __name__ == "__main__":

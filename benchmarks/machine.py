@@ -1,8 +1,13 @@
-"""What the benchmarks run on, and where their results are kept."""
+"""What the benchmarks run on, and where their results are kept.
 
+python benchmarks/machine.py cuda    # the name of this hardware, as the files have it
+"""
+
+import argparse
 import json
 import platform
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,8 +66,15 @@ def multiply_bf16_in_fp32() -> bool:
     return True
 
 
-def hardware() -> dict[str, Any]:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Let the user choose what to measure on."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
     """What the timings depend on."""
+    if device == "cuda":
+        return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
@@ -71,11 +83,20 @@ def hardware() -> dict[str, Any]:
     return machine | {"bf16": "by fp32"} if _overridden else machine
 
 
-def keep(name: str, folder: Path, document: dict[str, Any]) -> Path:
+def named(device: str = "cpu") -> str:
+    """The hardware's name in files."""
+    machine = hardware(device)
+    what = machine["gpu"] if device == "cuda" else f"{machine['cpu']} {machine['threads']} threads"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{what} torch {machine['torch']}").strip("-").lower()
+
+
+def keep(name: str, folder: Path, document: dict[str, Any], device: str = "cpu") -> Path:
     """Write results to a JSON file that is named after the benchmark and the hardware. Returns the file."""
-    machine = hardware()
-    text = f"{name} {machine['cpu']} {machine['threads']} threads torch {machine['torch']}"
-    path = folder / (re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower() + ".json")
+    path = folder / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower() + f"-{named(device)}.json")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"hardware": machine, **document}, indent=2) + "\n")
+    path.write_text(json.dumps({"hardware": hardware(device), **document}, indent=2) + "\n")
     return path
+
+
+if __name__ == "__main__":
+    print(named(*sys.argv[1:]))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import hardware, keep
+from machine import add_device, hardware, keep
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +36,7 @@ from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
 from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.stopwatch import finish
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
 RECOMMENDED: dict[str, Any] = {"method": "thanos", "saliency": "balanced", "admm_steps": 8, "refine_steps": 2}
@@ -79,10 +80,12 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
-    def timing(self, stage: str) -> Iterator[None]:
-        """Count the block's time to a stage."""
+    def timing(self, stage: str, device: torch.device) -> Iterator[None]:
+        """Count to a stage what a block takes the device."""
+        finish(device)
         begin = time.perf_counter()
         yield
+        finish(device)
         self.seconds[stage] += time.perf_counter() - begin
 
 
@@ -299,13 +302,13 @@ def prune_model(
     """
     settings, outcome = METHODS[name], Outcome()
     needs_hessian = SolverOptions(**settings).needs_statistics
-    hidden = list(embedded)
+    hidden, device = list(embedded), embedded[0].device
     for index, layer in enumerate(track(layers, description=name, console=console)):
         accumulators: Mapping[str, HessianAccumulator] = {}
         if needs_hessian:
-            with outcome.timing("calibrating"):
+            with outcome.timing("calibrating", device):
                 accumulators = calibrate(layer, hidden)
-        with outcome.timing("solving"):
+        with outcome.timing("solving", device):
             masks = {}
             for target, linear in layer.targets.items():
                 hessian = accumulators[target].compute() if needs_hessian else None
@@ -317,7 +320,7 @@ def prune_model(
             outcome.pruned += pattern.num_pruned(linear.rows, linear.cols)
             outcome.other_zeros += int(masks[target][linear.oriented(linear.parameter) == 0].sum())
         if needs_hessian and index + 1 < len(layers):
-            with outcome.timing("propagating"):
+            with outcome.timing("propagating", device):
                 hidden = [layer(states) for states in hidden]
     return outcome
 
@@ -432,6 +435,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of weights and forward: float32, bfloat16 or float16")
     parser.add_argument("--threads", type=_positive, default=2, help="torch threads")
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
+    add_device(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # not after all the work
@@ -440,7 +444,7 @@ def main() -> None:
     sparsity = 0.5 if arguments.sparsity is None and arguments.pattern == "unstructured" else arguments.sparsity
     pattern = parse_pattern(arguments.pattern, sparsity)
 
-    model = load_pretrained(arguments.model, arguments.dtype)
+    model = load_pretrained(arguments.model, arguments.dtype).to(arguments.device)
     calibration, validation = read_text(
         arguments.text,
         arguments.model,
@@ -451,11 +455,12 @@ def main() -> None:
         validation_split=arguments.validation_split,
     )
     console = Console(width=120)
-    results = measure(model, calibration, validation, pattern, arguments.methods, console)
+    sequences = (tokens.to(arguments.device) for tokens in (calibration, validation))
+    results = measure(model, *sequences, pattern, arguments.methods, console)
 
     title = f"{_title(arguments.model)} {pattern.name} {pattern.sparsity:g}"
     text = f"{arguments.sequences}x{arguments.length} tokens of {_title(arguments.text)}, {arguments.dtype}"
-    table = Table(title=f"{title}, {text}, {hardware()}")
+    table = Table(title=f"{title}, {text}, {hardware(arguments.device)}")
     table.add_column("method")
     for column in ("perplexity", "pruned", "other zeros", "sparsity", *(f"{stage}, s" for stage in STAGES)):
         table.add_column(column, justify="right")
@@ -478,7 +483,7 @@ def main() -> None:
             "dtype": arguments.dtype,
             "results": results,
         }
-        print(keep(f"one shot {title}", arguments.output, document))
+        print(keep(f"one shot {title}", arguments.output, document, arguments.device))
 
 
 if __name__ == "__main__":

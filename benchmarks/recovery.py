@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelPruning
-from machine import hardware, keep, multiply_bf16_in_fp32
+from machine import add_device, hardware, keep, multiply_bf16_in_fp32
 from one_shot import METHODS, capture, prune_model
 from rich.console import Console
 from rich.table import Table
@@ -290,8 +290,10 @@ def perplexity(model: PreTrainedModel, held_back: Iterable[Mapping[str, Tensor]]
     """The exponential of the mean loss, under bf16 autocast as in the training."""
     was_training = model.training
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = [model(**batch, use_cache=False).loss.double() for batch in held_back]
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16):
+        on_it = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in held_back)
+        losses = [model(**batch, use_cache=False).loss.double() for batch in on_it]
     model.train(was_training)
     return float(torch.stack(losses).mean().exp())
 
@@ -408,14 +410,14 @@ def permuted_folder(task: Task, pruned: Path, pattern: str, output_weights: Any)
     return folder
 
 
-def fine_tuned_folder(task: Task, pruned: Path, seed: int) -> Path:
+def fine_tuned_folder(task: Task, pruned: Path, seed: int, device: str) -> Path:
     """The dense contender after its training, in a folder that is written at the first call."""
     described = json.dumps([task.described(), TEACHER_RATE, seed], sort_keys=True)
     folder = pruned / f"fine-tuned-{seed}"
     note = folder / "task.json"
     if not (note.exists() and note.read_text() == described):
         any_pattern = next(iter(PATTERNS))
-        train(task, DENSE, any_pattern, TEACHER_RATE, seed, pruned, task.steps, folder)
+        train(task, DENSE, any_pattern, TEACHER_RATE, seed, pruned, task.steps, folder, device)
         note.write_text(described)
     return folder
 
@@ -446,6 +448,7 @@ def train(
     pruned: Path,
     every: int,
     save_to: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """One run; the trained model is written to a folder if one is given."""
     console = Console(width=120)
@@ -493,13 +496,14 @@ def train(
     if recipe is not None and recipe.distillation is not None:
         arguments = dict(recipe.distillation)
         if arguments["teacher"] == _FINE_TUNED:
-            arguments["teacher"] = str(fine_tuned_folder(task, pruned, seed))
+            arguments["teacher"] = str(fine_tuned_folder(task, pruned, seed, device))
         distillation = Distillation(**arguments)
     seed_everything(seed, verbose=False)
     training = {"warmup": task.warmup, "lr_schedule": "cosine", **({} if recipe is None else recipe.training)}
     module = CausalLM(model, learning_rate=rate, distillation=distillation, **training)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         precision="bf16-mixed",
         max_steps=task.steps,
         max_epochs=-1,
@@ -701,9 +705,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--only-report", action="store_true", help="train nothing, show the runs that are kept")
     parser.add_argument("--output", type=Path, help="folder for a JSON file and a picture, named after the hardware")
+    add_device(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if multiply_bf16_in_fp32():
+    if arguments.device == "cpu" and multiply_bf16_in_fp32():
         print("This CPU has no instructions for bf16: products of bf16 are computed in fp32, and rounded")
     for contender in arguments.contenders or ():
         if not any(contender in contenders(pattern) for pattern in arguments.patterns):
@@ -719,7 +724,9 @@ def main() -> None:
         found = finished(arguments.runs, task, contender, pattern, rate, seed)
         if found is None and not arguments.only_report:
             print(f"{contender}, {pattern}, learning rate {rate:g}, seed {seed}", flush=True)
-            result = train(task, contender, pattern, rate, seed, arguments.pruned, arguments.every)
+            result = train(
+                task, contender, pattern, rate, seed, arguments.pruned, arguments.every, device=arguments.device
+            )
             found = {
                 "task": task.described(),
                 "contender": contender,
@@ -728,7 +735,7 @@ def main() -> None:
                 "seed": seed,
                 "settings": settings(contender),
                 **result,
-                "hardware": hardware(),
+                "hardware": hardware(arguments.device),
             }
             path = arguments.runs / f"{key(contender, pattern, rate, seed)}.json"
             path.write_text(json.dumps(found, indent=1) + "\n")
@@ -754,7 +761,8 @@ def main() -> None:
                 )
         lines += report(pattern, rows, task, console)
     if arguments.output is not None:
-        path = keep(f"recovery {Path(task.model).name}", arguments.output, {"task": task.described(), "results": lines})
+        document = {"task": task.described(), "results": lines}
+        path = keep(f"recovery {Path(task.model).name}", arguments.output, document, arguments.device)
         draw(lines, task).savefig(path.with_suffix(".png"), dpi=110)
         print(path)
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import hardware, keep
+from machine import add_device, hardware, keep
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Unstructured, prune
+from thanos_lightning.stopwatch import finish
 
 DAMPING, BLOCK = 0.01, 128
 GATHER_BYTES = 512 * 2**20
@@ -135,6 +136,7 @@ def median_seconds(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tens
     for _ in range(repeats):
         started = time.perf_counter()
         result = run()
+        finish(result.device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds), result
 
@@ -192,10 +194,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--repeats", type=int, default=5, help="median of so many runs (the naive one runs once)")
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
+    add_device(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
 
-    machine, rate, results = hardware(), product_rate(), []
+    machine, rate, results = hardware(arguments.device), product_rate(), []
     for shape in arguments.shapes:
         rows, cols = map(int, shape.split("x"))
         measured = measure(rows, cols, arguments.repeats, rate)
@@ -208,7 +212,7 @@ def main() -> None:
         Console(width=160).print(table)
     if arguments.output is not None:
         document = {"block_size": BLOCK, "product_gflops": round(rate / 1e9, 1), "results": results}
-        print(keep("solver", arguments.output, document))
+        print(keep("solver", arguments.output, document, arguments.device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""benchmarks/gpu.sh at its smallest sizes, on the CPU: that all of it runs, and goes on where it ended."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import machine
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from toy import tiny_llama
+from transformers import PreTrainedTokenizerFast
+
+SCRIPT = Path(machine.__file__).with_name("gpu.sh")
+STEPS = ("tests", "solver", "enforcement", "one_shot", "recovery")
+LETTERS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([str(SCRIPT), str(folder / "results")], env=env, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.rest
+def test_all_of_it_runs_once(tmp_path: Path) -> None:
+    letters = Tokenizer(models.WordLevel({one: index for index, one in enumerate(LETTERS)}, unk_token="<unknown>"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny = str(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(tiny)
+    tiny_llama(vocab_size=len(LETTERS), tie_word_embeddings=False).save_pretrained(tiny)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(LETTERS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
+
+    ended = run(tmp_path, MODEL=tiny, TEXT=str(text))
+
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
+    (results,) = (tmp_path / "results").iterdir()
+    assert {file.stem for file in results.glob("*.done")} == set(STEPS)
+    assert " passed" in (results / "tests.log").read_text()
+    assert "failed" not in (results / "tests.log").read_text()
+    kept = [json.loads(file.read_text()) for file in results.glob("*.json")]
+    assert len(kept) == len(STEPS) - 1
+    assert all(document["results"] for document in kept)
+
+    (results / "one_shot.done").unlink()
+    again = run(tmp_path, MODEL=str(tmp_path / "nowhere"), TEXT=str(text))
+
+    assert again.returncode == 1
+    assert "failed: one_shot; " in again.stdout
+    assert again.stdout.count("finished before") == len(STEPS) - 1
+
+
+@pytest.mark.rest
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    ended = run(tmp_path, DEVICE="cuda", CUDA_VISIBLE_DEVICES="")
+
+    assert ended.returncode != 0
+    assert "benchmarks/gpu.sh: no GPU is found by torch" in ended.stderr
