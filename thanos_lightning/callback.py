@@ -69,6 +69,7 @@ from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.saving import save_whole
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
+from thanos_lightning.sharding.loading import explain_loading
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
@@ -511,6 +512,8 @@ class ThanosPruningCallback(Callback):
         if isinstance(exception, Terminated) and trainer.strategy.launcher is not None:
             # as Lightning does for the ranks that it has started; others may work for long before they miss this one
             trainer.strategy.launcher.kill(signal.SIGTERM)
+        if (mend := explain_loading(trainer.strategy, exception)) is not None:
+            rank_zero_warn(mend)
         release_stopping(trainer, self._held_back)
         self._remove_hooks()
 

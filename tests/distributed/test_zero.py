@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import PRUNABLE, Trainings, agreement, check_sparsity, masks, only, results, start, train
 from require import without
+from toy import tiny_llama
 
 from thanos_lightning.cli import main
 
@@ -295,6 +296,20 @@ def test_zeros_hold_where_masters_are_on_disk(tmp_path: Path, with_parameters: b
         assert rank["violations"] == []
         assert rank["steps"] == 5
     assert "DeepSpeed does not load moments there" in (tmp_path / "resumed" / "log0.txt").read_text()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("padding", [None, 0])
+def test_a_pretrained_model_is_loaded_where_transformers_knows(tmp_path: Path, padding: int | None) -> None:
+    """What helps is said where it doesn't, which shows itself in two ways."""
+    tiny_llama(pad_token_id=padding).save_pretrained(tmp_path / "model")
+    case = {"strategy": "zero3", "configure_model": True, "pretrained": str(tmp_path / "model"), "max_steps": 8}
+    untold = start(tmp_path / "without", [{"out": str(tmp_path / "without"), **case, "watch": False}], ranks=1)
+    assert "in configure_model, keep HfDeepSpeedConfig(self.trainer.strategy.config)" in untold.outputs[0]
+    for rank in train(tmp_path / "told", tells_transformers=True, **case):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["events"] == [3, 6, 7]
 
 
 def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Trainings) -> None:

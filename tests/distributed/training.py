@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from transformers import LlamaForCausalLM
 
 import thanos_lightning.callback
 import thanos_lightning.pruning
@@ -63,6 +64,8 @@ class Case:
     targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     model: str = "llama"
     configure_model: bool = False  # build the model there, and not before
+    pretrained: str | None = None  # a folder, out of which from_pretrained loads it there
+    tells_transformers: bool = False  # of ZeRO-3, when it does
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the strategy
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)  # entries of its zero_optimization
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # other entries of its configuration
@@ -120,7 +123,7 @@ def narrow_llama() -> Any:
 
 def wide_llama() -> Any:
     """Has weights of the MiB a rank from which DeepSpeed swaps to disk, also in bf16: those of its MLP."""
-    return tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=1)
+    return tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
 
 
 def shard(
@@ -189,6 +192,12 @@ class Module(ToyLM):
         return loss
 
     def configure_model(self) -> None:
+        if self.model is None and self.case.pretrained is not None:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            known = HfDeepSpeedConfig(self.trainer.strategy.config) if self.case.tells_transformers else None
+            self.model = LlamaForCausalLM.from_pretrained(self.case.pretrained)
+            del known
         if self.model is None:
             self.model = self.build()
         for name, parameter in self.named_parameters():

@@ -1,0 +1,32 @@
+"""Why a pretrained model is not loaded under ZeRO-3."""
+
+from __future__ import annotations
+
+import traceback
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+
+
+def explain_loading(strategy: Strategy, failure: BaseException) -> str | None:
+    """What helps where a module's own `from_pretrained` has failed under ZeRO-3; None for another failure.
+
+    Parameters are made empty there, and transformers fills them only if it knows: else it says that an index is out of
+    bounds, or that sizes differ.
+    """
+    if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+        return None
+    calls = {
+        (frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(failure.__traceback__)
+    }
+    if ("transformers", "from_pretrained") not in calls or ("thanos_lightning", "load_pretrained") in calls:
+        return None
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        return None
+    return (
+        "from_pretrained failed under ZeRO-3, of which transformers does not know: in configure_model, keep "
+        "HfDeepSpeedConfig(self.trainer.strategy.config) of transformers.integrations in a variable while it loads, or "
+        "load the model in __init__"
+    )
