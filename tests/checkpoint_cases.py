@@ -65,6 +65,13 @@ def change_checkpoint(source: Path, target: Path, change: Callable[[dict[str, An
     return target
 
 
+def change_a_byte(file: Path, at: float) -> None:
+    """At this fraction of the file."""
+    content = bytearray(file.read_bytes())
+    content[int(at * len(content))] ^= 1
+    file.write_bytes(content)
+
+
 def fill(tensor: Tensor, value: float) -> None:
     """Write to the first entry that is 0."""
     flat = tensor.view(-1)

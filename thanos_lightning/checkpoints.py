@@ -15,7 +15,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from thanos_lightning.zero_checkpoints import is_zero_folder, read_zero_folder, require_end
+from thanos_lightning.checksums import require_intact
+from thanos_lightning.zero_checkpoints import files_of, is_zero_folder, read_zero_folder, require_end
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 4  # of both parts
@@ -135,6 +136,15 @@ class TrainerCheckpoint:
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
         return cls(path, content, (), content["state_dict"], _moments(content))
+
+    def require_intact(self) -> None:
+        """Hold all its files against their checksums; reads them whole.
+
+        Raises:
+            ValueError: Naming a file of which bytes have changed.
+        """
+        for file in [self.path] if self.path.is_file() else files_of(self.path):
+            require_intact(file)
 
     @property
     def masks(self) -> dict[str, dict[str, Any]] | None:

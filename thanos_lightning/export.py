@@ -64,6 +64,7 @@ def export_checkpoint(
     path = Path(checkpoint)
     with open_phase(f"Reading {path.name}"):
         trained = TrainerCheckpoint.read(path)
+        trained.require_intact()
     masks = trained.require_masks()
     note = trained.require_note()
     prefix: str = note["model_prefix"]

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from thanos_lightning.checkpoints import pruning_state
+from thanos_lightning.checksums import require_intact
 from thanos_lightning.folders import require_free, whole_folder
 from thanos_lightning.progress import open_phase
 from thanos_lightning.zero_checkpoints import (
     check_files,
     check_one_save,
+    files_of,
     is_zero_folder,
     load_contents,
     load_file,
@@ -64,6 +66,8 @@ def reshard_checkpoint(
     if not trusted:
         check_files(path)
         check_one_save(path)
+    for file in files_of(path):
+        require_intact(file)
     with whole_folder(output) as folder:
         with open_phase(f"Converting {path.name}", adopts_bars=True):
             _convert(path / "checkpoint", folder / "checkpoint", processes)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from typing_extensions import override
+
+from thanos_lightning.checksums import require_intact
 
 
 class UnwrittenError(OSError):
@@ -20,6 +23,8 @@ class UnwrittenError(OSError):
 
 class WholeFiles(TorchCheckpointIO):
     """Writes beside the file and renames: Lightning's own leaves a part of it where the disk is full.
+
+    A file of which bytes have changed is refused when it is loaded.
 
     Example:
         >>> import tempfile
@@ -51,6 +56,15 @@ class WholeFiles(TorchCheckpointIO):
         finally:
             with suppress(OSError):  # it has its name by now, or never was
                 partial.unlink()
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_file():
+            try:
+                require_intact(Path(path))
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def save_whole(strategy: Strategy) -> None:

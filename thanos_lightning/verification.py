@@ -171,6 +171,7 @@ def _expect_of_trainer_checkpoint(
     path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
     checkpoint = TrainerCheckpoint.read(path)
+    checkpoint.require_intact()
     masks = checkpoint.require_masks() if pattern is None else checkpoint.masks or {}
     moments = checkpoint.beside
     if moments is None and masks:

@@ -259,13 +259,18 @@ def load_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def files_of(path: Path) -> list[Path]:
+    """All files with tensors of a checkpoint folder of DeepSpeed's."""
+    return sorted((path / "checkpoint").rglob("*.pt"))
+
+
 def check_files(path: Path) -> None:
     """Read each file as `load_file` does, before DeepSpeed reads it in a way that runs what it is told to.
 
     Raises:
         ValueError: Naming the first file that is damaged, or holds objects that are not plain values.
     """
-    for file in sorted((path / "checkpoint").rglob("*.pt")):
+    for file in files_of(path):
         load_file(file)
 
 

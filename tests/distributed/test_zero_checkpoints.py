@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoint_cases import change_a_byte
 from ranks import PRUNABLE, Trainings, masks, only, results, start, train
 
 from thanos_lightning.checkpoints import TrainerCheckpoint, pruning_state
@@ -383,6 +384,30 @@ def test_a_file_that_was_cut_short_is_named(
         assert words in capsys.readouterr().err
     for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
         assert words in rank["error"]
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize(
+    "file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+)
+def test_a_changed_byte_ends_all_ranks(
+    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tensor's bytes, which each reads without noticing it; each rank checks other files."""
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    path = checkpoint / "checkpoint" / file
+    change_a_byte(path, 0.5)
+    torch.load(path, weights_only=False)
+    words = f"{file} is damaged: some of its bytes are not those that were written"
+    capsys.readouterr()
+    for command in ("verify", "export", "reshard"):
+        more = [str(tmp_path / "out")] if command == "export" else []
+        assert main([command, str(checkpoint), *more]) == 2
+        assert words in capsys.readouterr().err
+    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
+        assert words in rank["error"]
+        assert rank["losses"] == []
 
 
 @pytest.mark.rest

@@ -11,10 +11,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from thanos_lightning.checksums import require_intact
+from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.targets import whole_shape
 from thanos_lightning.zero_checkpoints import (
+    Plan,
     check_files,
     check_one_save,
+    files_of,
     is_universal,
     is_zero_folder,
     load_file,
@@ -30,8 +34,8 @@ _GUARDED = "_thanos_lightning_guards_resume"
 def guard_resume(strategy: DeepSpeedStrategy) -> None:
     """Check the checkpoints that this strategy will load from now on, and complete what is loaded.
 
-    - A folder whose files are damaged, of several saves, or hold more than plain values is refused before DeepSpeed,
-      which would run what they say, reads it.
+    - A folder whose files are damaged, of several saves, or hold more than plain values is refused, on all ranks,
+      before DeepSpeed, which would run what they say, reads it. Of the checksums each rank checks its share.
     - Another number of ranks, another ZeRO stage or another model are refused with the mend, before DeepSpeed fails
       in its own words, or loads what does not belong there.
     - A folder that was resharded is recognised; without this, it takes an entry in DeepSpeed's configuration.
@@ -57,10 +61,8 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
                 f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
                 "that strategy, or export the checkpoint and start from the exported model"
             )
-        if fits:
-            _require_end(path)
-        if fits and is_zero_folder(path):
-            _check(path, strategy, trusted=kwargs.get("weights_only") is False)
+        if fits and (plan := _read(path, strategy, trusted=kwargs.get("weights_only") is False)) is not None:
+            _check(path, plan, strategy)
             strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
         loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
         if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
@@ -84,21 +86,27 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
     strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
 
 
-def _require_end(path: Path) -> None:
+def _read(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> Plan | None:
+    """What a folder of DeepSpeed's is made for, None for another one. What one rank refuses ends all of them."""
+    plan, refused = None, None
     try:
         require_end(path)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
+        if is_zero_folder(path):
+            plan = read_plan(path)
+            if not trusted:
+                check_files(path)
+                check_one_save(path)
+            for file in files_of(path)[strategy.global_rank :: strategy.world_size]:
+                require_intact(file)
+    except (ValueError, OSError) as error:
+        refused = str(error)
+    for why in Ranks(strategy.global_rank, strategy.world_size).gather(refused):
+        if why is not None:
+            raise MisconfigurationException(why)
+    return plan
 
 
-def _check(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> None:
-    try:
-        plan = read_plan(path)
-        if not trusted:
-            check_files(path)
-            check_one_save(path)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
+def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
     stage = int(strategy.deepspeed_engine.zero_optimization_stage())
     if stage != plan.stage and (stage in (0, 3) or plan.stage in (0, 3)):  # 1 and 2 write the same
         raise MisconfigurationException(
