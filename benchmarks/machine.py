@@ -1,7 +1,4 @@
-"""What the benchmarks run on, and where their results are kept.
-
-python benchmarks/machine.py cuda    # the name of this hardware, as the files have it
-"""
+"""What the benchmarks run on, and where their results are kept. Run with a device, it prints the hardware's name."""
 
 import argparse
 import json

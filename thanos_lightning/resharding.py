@@ -66,8 +66,11 @@ def reshard_checkpoint(
     if not trusted:
         check_files(path)
         check_one_save(path)
-    for file in files_of(path):
-        require_intact(file)
+    files = files_of(path)
+    with open_phase(f"Reading {path.name}", len(files), "files") as phase:
+        for file in files:
+            require_intact(file)
+            phase.advance(note=file.name)
     with whole_folder(output) as folder:
         with open_phase(f"Converting {path.name}", adopts_bars=True):
             _convert(path / "checkpoint", folder / "checkpoint", processes)

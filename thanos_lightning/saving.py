@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from typing_extensions import override
 
 from thanos_lightning.checksums import require_intact
+from thanos_lightning.progress import open_phase
 
 
 class UnwrittenError(OSError):
@@ -61,7 +62,8 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_file():
             try:
-                require_intact(Path(path))
+                with open_phase(f"Reading {Path(path).name}"):
+                    require_intact(Path(path))
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
         return super().load_checkpoint(path, *args, **kwargs)

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from thanos_lightning.checksums import require_intact
+from thanos_lightning.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.targets import whole_shape
 from thanos_lightning.zero_checkpoints import (
@@ -96,8 +97,11 @@ def _read(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> Plan | N
             if not trusted:
                 check_files(path)
                 check_one_save(path)
-            for file in files_of(path)[strategy.global_rank :: strategy.world_size]:
-                require_intact(file)
+            share = files_of(path)[strategy.global_rank :: strategy.world_size]
+            with open_phase(f"Reading {path.name}", len(share), "files") as phase:
+                for file in share:
+                    require_intact(file)
+                    phase.advance(note=file.name)
     except (ValueError, OSError) as error:
         refused = str(error)
     for why in Ranks(strategy.global_rank, strategy.world_size).gather(refused):
