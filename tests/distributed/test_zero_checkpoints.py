@@ -47,13 +47,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "zero3 with SGD": {"strategy": "zero3", "optimizer": "sgd"},
 }
 SHARDED_ADAM = ["zero3", "zero3 in sub-groups", "zero3 offloaded", "zero3 in fp16", "zero2", "zero2 in bf16", "zero1"]
-INSIDE, AFTER = 2, 8  # windows are 1-3, 4-6, 6-7
+INSIDE, BETWEEN, AFTER, END = 2, 5, 8, 12  # windows are 1-3, 4-6, 6-7
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    """Trainings of two ranks that save after each step."""
-    return Trainings(tmp_path_factory.mktemp("saved"), {name: {"save": True, **case} for name, case in KINDS.items()})
+    """Trainings of two ranks that save."""
+    cases = {name: {"save": [INSIDE, BETWEEN, AFTER, END], **case} for name, case in KINDS.items()}
+    return Trainings(tmp_path_factory.mktemp("saved"), cases)
 
 
 def resharded(saved: Trainings, kind: str, step: int) -> Path:
@@ -66,7 +67,7 @@ def resharded(saved: Trainings, kind: str, step: int) -> Path:
 
 @pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3"], KINDS))
 def test_resuming_is_bit_identical(saved: Trainings, tmp_path: Path, kind: str) -> None:
-    for step in (INSIDE, 5, AFTER):
+    for step in (INSIDE, BETWEEN, AFTER):
         checkpoint = saved(kind) / f"step={step}.ckpt"
         resumed = train(tmp_path / str(step), resume=str(checkpoint), **KINDS[kind])
         for before, after in zip(results(saved(kind)), resumed, strict=True):
@@ -153,7 +154,7 @@ def test_what_can_not_be_resumed_is_refused_with_the_mend(saved: Trainings, tmp_
 @pytest.mark.rest
 def test_full_weights_reach_the_master(tmp_path: Path) -> None:
     """Lightning's load_full_weights fills the model's copy; without the master the first step would undo it."""
-    train(tmp_path / "ddp", save=True)
+    train(tmp_path / "ddp", save=[AFTER])
     file = tmp_path / "ddp" / f"step={AFTER}.ckpt"
     resumed = train(
         tmp_path / "zero3",
@@ -178,7 +179,7 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", only(["zero1", "zero2", "zero3"], KINDS))
 def test_the_folder_is_read_as_it_was_trained(saved: Trainings, kind: str) -> None:
     trained = torch.load(saved(kind) / "state0.pt", weights_only=True)["weights"]
-    folder = read_zero_folder(saved(kind) / "step=12.ckpt")
+    folder = read_zero_folder(saved(kind) / f"step={END}.ckpt")
     precision = KINDS[kind].get("precision", "32-true").split("-")[0]
     dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision]
     for name, weight in trained.items():
@@ -262,7 +263,9 @@ def test_what_can_not_be_resharded_is_refused(
     assert not list(tmp_path.iterdir())
     assert main(["reshard", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert main(["reshard", str(saved("zero3") / "step=9.ckpt"), str(tmp_path / "out"), "--processes", "2"]) == 0
+    assert (
+        main(["reshard", str(saved("zero3") / f"step={BETWEEN}.ckpt"), str(tmp_path / "out"), "--processes", "2"]) == 0
+    )
     assert "resume from it on any number of ranks" in capsys.readouterr().out
     assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))
 
@@ -272,7 +275,7 @@ def test_what_can_not_be_resharded_is_refused(
 
 def torn(saved: Trainings, kind: str, folder: Path, files: str) -> Path:
     """A folder of step 8 of which these files are of step 5, as where a rank was killed amid an overwriting."""
-    newer, older = (saved(kind) / f"step={step}.ckpt" for step in (AFTER, 5))
+    newer, older = (saved(kind) / f"step={step}.ckpt" for step in (AFTER, BETWEEN))
     shutil.copytree(newer, folder)
     replaced = sorted((older / "checkpoint").glob(files))
     assert replaced
@@ -348,7 +351,7 @@ def test_no_code_of_a_file_is_run(
 @pytest.mark.rest
 def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    checkpoint = reshard_checkpoint(saved("zero3") / "step=7.ckpt", tmp_path / "universal")
+    checkpoint = reshard_checkpoint(saved("zero3") / f"step={BETWEEN}.ckpt", tmp_path / "universal")
     path = checkpoint / "checkpoint" / "zero" / "optimizer_state.pt"
     torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
     for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
@@ -429,7 +432,7 @@ def test_a_folder_that_was_not_written_to_its_end_is_named(
 
 @pytest.mark.rest
 def test_one_file_is_no_checkpoint_of_deepspeeds(tmp_path: Path) -> None:
-    train(tmp_path / "ddp", save=True, max_steps=8)
+    train(tmp_path / "ddp", save=[8], max_steps=8)
     for rank in train(tmp_path / "zero3", strategy="zero3", resume=str(tmp_path / "ddp" / "step=8.ckpt")):
         assert (
             "step=8.ckpt is one file, which another strategy wrote, and DeepSpeed resumes from a folder"

@@ -42,6 +42,7 @@ from thanos_lightning.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import HessianAccumulator
 
+NORMS = 6  # that are compared in a training
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
 
@@ -72,7 +73,7 @@ class Case:
     distributed: bool = True  # a folder of shards as checkpoint of FSDP, not one file
     fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `shard`
     monitor: str | None = None
-    save: bool = False
+    save: bool | list[int] = False  # after each step, or after these
     resume: str | None = None
     fault: str | None = None
     kill_at: tuple[int, str, int] | None = None  # the batch in which a rank kills itself, where in it, and which rank
@@ -319,6 +320,9 @@ class Watch(Callback):
         from deepspeed.utils import safe_get_full_grad
 
         masks = self.masks()
+        self._sparse_norm = 0.0
+        if not masks or len(self.norms) >= NORMS:
+            return
         total = 0.0
         for name, parameter in pl_module.named_parameters():
             if not parameter.requires_grad:
@@ -329,7 +333,7 @@ class Watch(Callback):
                 gradient = gradient * (keep.T if masks[name].transposed else keep)
             total += float(gradient.double().square().sum())
         # gradients in fp16 are scaled; in others some of DeepSpeed's optimizers have None there
-        self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0) if masks else 0.0
+        self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -344,17 +348,21 @@ class Watch(Callback):
 
     def look(self, trainer: Trainer, pl_module: Any) -> None:
         parameters = dict(pl_module.named_parameters())
-        if dist.is_initialized():
+        if dist.is_initialized() and not self.control:
             with CountCollectives() as mode:
                 dist.all_reduce(torch.ones(1))
                 dist.broadcast(torch.ones(1), src=0)
                 dist.all_gather_object([None] * dist.get_world_size(), "")
             self.control += len(mode.calls) >= 3
-        for name, mask in self.masks().items():
-            drop = ~mask.keep.T if mask.transposed else ~mask.keep
-            for what, full in full_tensors(trainer, parameters[name]):
+        masks = self.masks()
+        weights = held_weights([parameters[name] for name in masks])
+        with together():
+            states = {name: list(held_states(trainer, parameters[name])) for name in masks}
+        for (name, mask), weight in zip(masks.items(), weights, strict=True):
+            drop = held_like(parameters[name], ~mask.keep.T if mask.transposed else ~mask.keep)
+            for what, held in [("weight", weight), *states[name]]:
                 self.checked[what] = self.checked.get(what, 0) + 1
-                values = full.reshape(drop.shape)[drop]
+                values = held.reshape(drop.shape)[drop]
                 count = int((values.ne(0) | values.signbit()).sum())
                 if count:
                     self.violations.append(f"step {trainer.global_step}: {count} of {name} ({what})")
@@ -371,6 +379,8 @@ class ClippedNorm(Callback):
         self.clip = clip = torch.nn.utils.clip_grad_norm_
 
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            if not self.pruning.report.events or len(self.norms) >= NORMS:
+                return clip(*args, **kwargs)
             masks = masks_of(self.pruning)
             total = 0.0
             for name, parameter in pl_module.named_parameters():
@@ -380,9 +390,7 @@ class ClippedNorm(Callback):
                     gradient = gradient * (keep.T if masks[name].transposed else keep)
                 total += float(gradient.double().square().sum())
             norm: Any = clip(*args, **kwargs)
-            clipped_by = float(norm.full_tensor())
-            if masks:
-                self.norms.append((total**0.5, clipped_by))
+            self.norms.append((total**0.5, float(norm.full_tensor())))
             return norm
 
         torch.nn.utils.clip_grad_norm_ = recorded
@@ -394,21 +402,67 @@ class ClippedNorm(Callback):
         torch.nn.utils.clip_grad_norm_ = self.clip
 
 
-def full_tensors(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def together() -> Iterator[None]:
+    """Sends in one message what DeepSpeed sends for each tensor: gloo takes about a millisecond for any.
+
+    What it gives inside the block are views of buffers that are filled at its end.
+    """
+    from deepspeed import comm
+
+    reduced: list[Tensor] = []
+    gathered: list[tuple[Tensor, Tensor]] = []
+    before = comm.all_reduce, comm.all_gather_into_tensor
+    comm.all_reduce = lambda buffer, **_: reduced.append(buffer)
+    comm.all_gather_into_tensor = lambda whole, part, **_: gathered.append((whole, part))
+    try:
+        yield
+    finally:
+        comm.all_reduce, comm.all_gather_into_tensor = before
+    if reduced:
+        sums = torch.cat(reduced)
+        dist.all_reduce(sums)
+        for buffer, total in zip(reduced, sums.split([len(buffer) for buffer in reduced]), strict=True):
+            buffer.copy_(total)
+    if gathered:
+        sizes = [len(part) for _, part in gathered]
+        parts = torch.empty(dist.get_world_size(), sum(sizes))
+        dist.all_gather_single(parts.flatten(), torch.cat([part for _, part in gathered]))
+        for (whole, _), part in zip(gathered, parts.split(sizes, dim=1), strict=True):
+            whole.copy_(part.flatten())
+
+
+def held_like(parameter: Any, whole: Tensor) -> Tensor:
+    """Of a whole tensor what FSDP has put on this rank of the parameter."""
+    if not hasattr(parameter, "to_local"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return part.to_local()
+
+
+def held_weights(parameters: list[Any]) -> list[Tensor]:
+    """The weights: under FSDP this rank's part, which torch names, elsewhere the whole."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(parameters):
+            return [parameter.detach().clone() for parameter in parameters]
+    return [(p.to_local() if hasattr(p, "to_local") else p).detach() for p in parameters]
+
+
+def held_states(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer has for a parameter: its master, if there is one, and its moments."""
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is None or not hasattr(engine, "optimizer"):
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        yield "weight", whole.detach()
         # a parameter that is gathered at the moment has none
         for name, moment in trainer.optimizers[0].state.get(parameter, {}).items():
-            if moment.shape == whole.shape:
-                yield name, moment.full_tensor() if hasattr(moment, "full_tensor") else moment
+            if moment.shape == parameter.shape:
+                yield name, moment.to_local() if hasattr(moment, "to_local") else moment
         return
-    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    with GatheredParameters([parameter]):
-        yield "weight", parameter.detach().clone()
     if not parameter.requires_grad:
         return
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -546,6 +600,18 @@ class Disabled(Callback):
             setattr(self.pruning._enforcer, method, lambda *args: None)
 
 
+class SavedAt(ModelCheckpoint):
+    """Saves after these steps."""
+
+    def __init__(self, out: Path, steps: list[int]) -> None:
+        super().__init__(out, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step in self.steps:
+            super().on_train_batch_end(trainer, *args)
+
+
 class Killed(Callback):
     """Kills a rank, as a machine that fails does."""
 
@@ -680,10 +746,11 @@ def train(case: Case) -> None:
         callbacks.insert(0, FAULTS[case.fault]())
     if case.kill_at is not None:
         callbacks.insert(0, Killed(*case.kill_at))
-    if case.save:
-        every = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1}
+    if case.overwrites:
         over = {"filename": "last-one", "enable_version_counter": False, "every_n_train_steps": 2}
-        callbacks.append(ModelCheckpoint(out, **(over if case.overwrites else every)))
+        callbacks.append(ModelCheckpoint(out, **over))
+    elif case.save:
+        callbacks.append(SavedAt(out, list(range(1, case.max_steps + 1)) if case.save is True else case.save))
     module = Module(case)
     fitted = trainer(
         out,
@@ -697,7 +764,7 @@ def train(case: Case) -> None:
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
-        enable_checkpointing=case.save,
+        enable_checkpointing=bool(case.save),
     )
     error = None
     try:
