@@ -726,6 +726,8 @@ class ThanosPruningCallback(Callback):
             memory_gib=self.hessian_memory_gib if needs else None,
             is_sharded=not isinstance(access, ReplicatedAccess),
             levels=max(map(len, surveyed.values()), default=0),
+            events=len({window.event.step for window in self._windows}),
+            pattern=self.pattern,
         )
         text = describe(
             census,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from thanos_lightning.calibration import BATCHES_PER_BACKWARD
 from thanos_lightning.census import Census
+from thanos_lightning.footprint import event_bytes, moments_bytes, sharing
 from thanos_lightning.progress import duration
 from thanos_lightning.schedule import Event
 from thanos_lightning.solver import Pattern
@@ -23,7 +25,7 @@ from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.stopwatch import finish
 from thanos_lightning.targets import PrunableLayer
-from thanos_lightning.windows import hessian_bytes, split_by_memory
+from thanos_lightning.windows import split_by_memory
 
 _WIDTH = 80
 _MOST_EVENTS = 6  # that are listed one by one
@@ -37,20 +39,20 @@ _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one event will take, at most in bytes and about in seconds.
+    """What one event will take, about, in bytes and in seconds.
 
     Attributes:
-        hessians: Bytes for second moments, on each rank.
+        moments: Bytes for second moments, on each rank.
+        event: Bytes at the peak of an event, these included, on the rank that needs most.
         masks: Bytes for all masks, on each rank.
-        solving: Bytes for weights in float32 while a window is solved, on each rank.
         calibrating_seconds: Of a calibration set, or of counting training batches. None where it can't be told.
         scanning_seconds: Of finding out what each layer would lose, before the first event.
         solving_seconds: Of all solves.
     """
 
-    hessians: int
+    moments: int
+    event: int
     masks: int
-    solving: int
     calibrating_seconds: float | None
     scanning_seconds: float
     solving_seconds: float
@@ -85,6 +87,8 @@ def forecast(
     memory_gib: float | None,
     is_sharded: bool,
     levels: int,
+    events: int = 1,
+    pattern: Pattern | None = None,
 ) -> Forecast:
     """By formulas, and by the rate of a matrix product that is measured for a twentieth of a second.
 
@@ -97,6 +101,8 @@ def forecast(
         memory_gib: For the second moments; None holds all at once.
         is_sharded: Whether each rank has a piece of the masks.
         levels: At how many sparsities a survey looks at each layer; 0 without one.
+        events: Their number.
+        pattern: The main pattern.
     """
     ranks, targets = trainer.world_size, list(layers.values())
     windows = split_by_memory(targets, memory_gib, joined=calibration.joined)
@@ -104,14 +110,20 @@ def forecast(
     exact, forward = _rate(device), _rate(device, trainer)
     solves = [_operations(layer, options, calibration.joined) / exact for layer in targets]
     scans = [_operations(layer, SolverOptions(options.method), False) / exact for layer in targets]
-    largest = max(layer.rows * layer.cols for layer in targets)
-    of_window = max(sum(layer.rows * layer.cols for layer in window) for window in windows)
+    joined = calibration.joined
+    at_peak = partial(
+        event_bytes,
+        options=options,
+        ranks=ranks,
+        joined=joined,
+        pattern=pattern,
+        gathers=is_sharded,
+        again=events > 1,
+    )
     return Forecast(
-        hessians=max(sum(hessian_bytes(layer, joined=calibration.joined) for layer in window) for window in windows)
-        if options.needs_statistics
-        else 0,
+        moments=max(moments_bytes(window, joined=joined) for window in windows) if options.needs_statistics else 0,
+        event=max(map(at_peak, windows)),
         masks=census.target_weights // (ranks if is_sharded else 1),
-        solving=5 * max(largest, of_window // ranks),
         calibrating_seconds=_calibrating(targets, census, calibration, ranks, exact, forward, len(windows))
         if options.needs_statistics
         else 0.0,
@@ -138,9 +150,7 @@ def _calibrating(
 ) -> float | None:
     if calibration.batches is None or calibration.tokens is None:
         return None
-    # neighbours with one parent and as many inputs have the same ones, as a rule
-    inputs = {(layer.name.rpartition(".")[0], layer.cols) for layer in layers}
-    moments = sum(2 * cols**2 for _, cols in inputs)
+    moments = sum(2 * group[0].cols ** 2 for group in sharing(layers))
     if calibration.joined:
         moments += sum(2 * layer.rows**2 for layer in layers)
     tokens = calibration.batches * calibration.tokens
@@ -247,9 +257,13 @@ def describe(
         lines.append(_wrapped("dense", census.shares()))
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))
     if to_come:
-        sizes = [("second moments", outlook.hessians), ("masks", outlook.masks), ("solving", outlook.solving)]
-        told = ", ".join(f"{what} {_bytes(size)}" for what, size in sizes if size)
-        lines.append(_wrapped("memory", f"at most: {told}"))
+        sizes = [
+            (f"second moments {_bytes(outlook.moments)}", outlook.moments),
+            (f"an event {_bytes(outlook.event)} in all", outlook.event),
+            (f"masks {_bytes(outlook.masks)}", outlook.masks),
+        ]
+        told = ", ".join(text for text, size in sizes if size)
+        lines.append(_wrapped("memory", f"about: {told}"))
         lines.append(_wrapped("time", _how_long(outlook, calibration, len(to_come))))
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from thanos_lightning.schedule import Event
 from thanos_lightning.solver import NM, Unstructured
 
 SMOLLM = Census(210, 211, "Linear", 106_168_320, 134_515_008, {"embeddings": 28_311_552, "lm_head": 0, "norms": 35_136})
-OUTLOOK = Forecast(522 * 2**20, 101 * 2**20, 506 * 2**20, 183.0, 0.0, 113.0)
+OUTLOOK = Forecast(384 * 2**20, 901 * 2**20, 101 * 2**20, 183.0, 0.0, 113.0)
 SET = Calibration(128, 1024, of_training=False, differentiates=False)
 
 
@@ -34,7 +34,7 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
         "  weights 106.2 of 134.5 M, 79% of the model",
         "  dense   embeddings (21%), norms, lm_head",
         "  events  once, before the first of 40 steps, on 128 calibration batches",
-        "  memory  at most: second moments 522 MiB, masks 101 MiB, solving 506 MiB",
+        "  memory  about: second moments 384 MiB, an event 901 MiB in all, masks 101 MiB",
         "  time    about 4:56 (calibrating 3:03, solving 1:53)",
     ]
 
@@ -60,12 +60,12 @@ def test_what_is_behind_or_beyond_the_training_is_left_out() -> None:
 
 def test_several_patterns_and_unknown_batches() -> None:
     unknown = Calibration(None, None, of_training=False, differentiates=False)
-    outlook = Forecast(2**31, 0, 2**20, None, 60.0, 113.0)
+    outlook = Forecast(2**31, 2**32, 0, None, 60.0, 113.0)
     text = " ".join(
         described(patterns=[NM(2, 4), NM(2, 4), Unstructured(0.6)], calibration=unknown, outlook=outlook).split()
     )
     assert "to 2:4 (2), unstructured 0.6 (1)" in text
-    assert "at most: second moments 2.0 GiB, solving 1 MiB" in text
+    assert "about: second moments 2.0 GiB, an event 4.0 GiB in all" in text
     assert "about solving 1:53, and what running the batches takes; before the first, about 1:00 to find out" in text
 
 

@@ -37,7 +37,7 @@ _LEAF = 256
 _STRIPS, _LEAST_STRIP = 8, 128
 # Systems gathered at a time: on a CPU they should stay in its cache, elsewhere launches are what costs.
 _CHUNK_BYTES = {"cpu": 4 * 2**20}
-_CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+SYSTEMS_AT_A_TIME = 64 * 2**20
 
 
 class SolverError(ValueError):
@@ -349,7 +349,7 @@ def solve_subsets(
     column = torch.where(beyond < 0, column, n + beyond)
     values = torch.cat([rhs, rhs.new_zeros(len(rhs), padding)], dim=1)[order].gather(1, column)
     solution = torch.zeros_like(values)
-    budget = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES_ELSEWHERE) // matrix.element_size()
+    budget = _CHUNK_BYTES.get(matrix.device.type, SYSTEMS_AT_A_TIME) // matrix.element_size()
     start = 0
     while start < len(counts) and counts[start] > 0:
         size = counts[start]
