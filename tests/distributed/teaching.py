@@ -6,12 +6,16 @@ Each case leaves a rank<r>.json and, unless it was refused, a state<r>.pt with w
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -23,6 +27,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from toy import ResumableBatches, trainer
 from training import Share, make_strategy, whole_parameters
+from transformers import PreTrainedModel
 
 import thanos_lightning.lm.distillation
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -48,6 +53,7 @@ class Case:
     stays_gathered: bool = False  # under FSDP gather in bf16, and leave that after a forward
     measured: bool = False  # validate before the first event
     uneven: bool = False  # give rank 1 a third of the tokens
+    full_disk: bool = False  # where rank 0 writes the teacher
     calibrated: bool = False  # prune half of the weights anywhere, on a calibration set
     save: bool = False
     resume: str | None = None
@@ -189,10 +195,13 @@ def train(case: Case) -> None:
         enable_checkpointing=case.save,
     )
     error = None
+    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full = patch.object(PreTrainedModel, "save_pretrained", side_effect=no_room) if case.full_disk else nullcontext()
     try:
         validation = Share(4, None) if case.measured else None
-        fitted.fit(make_module(case), val_dataloaders=validation, ckpt_path=case.resume)
-    except MisconfigurationException as failure:
+        with full:
+            fitted.fit(make_module(case), val_dataloaders=validation, ckpt_path=case.resume)
+    except (MisconfigurationException, RuntimeError) as failure:
         error = str(failure)
     rank = fitted.global_rank
     (out / f"rank{rank}.json").write_text(json.dumps({"error": error, "steps": watch.steps, **watch.found}))

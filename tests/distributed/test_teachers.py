@@ -52,6 +52,7 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     f"{strategy}, calibrated": {"strategy": strategy, "calibrated": True} for strategy in ("ddp", "zero3", "fsdp")
 }
 RESUMED = {f"{kind}, resumed after {stop}": (kind, stop) for kind, stop in (("zero3", 4), ("zero3", 2), ("fsdp", 4))}
+FULL = ("ddp", "zero3", "fsdp")
 DEFAULT = ["ddp", "zero3"]
 STEPS, FIRST_EVENT = 6, 3
 ROUNDING = 1e-6  # of a divergence, which is what is left of entropies near 4
@@ -69,6 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         **UNEVEN,
         **CALIBRATED,
         **{name: {**BEFORE[kind], "resume": (kind, stop)} for name, (kind, stop) in RESUMED.items()},
+        **{f"{name}, a full disk": {"strategy": name, "save": True, "full_disk": True} for name in FULL},
         "fsdp as a whole": {"strategy": "fsdp", "parts": False},
     }
     cases = {name: {"model": str(root / "model"), **case} for name, case in cases.items()}
@@ -227,6 +229,16 @@ def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Trainin
         assert same(resumed["teacher"], whole["teacher"])
         for parameter, values in whole["weights"].items():
             torch.testing.assert_close(resumed["weights"][parameter], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("strategy", FULL)
+def test_where_there_is_no_room_for_the_teacher_all_ranks_end(trained: Trainings, strategy: str) -> None:
+    first, second = results(trained(f"{strategy}, a full disk"))
+    assert "the teacher can't be written to" in first["error"]
+    assert "No space left on device" in first["error"]
+    assert second["error"] == first["error"]
+    assert len(first["steps"]) == len(second["steps"]) == FIRST_EVENT + 1  # none is lost but what came after a save
 
 
 @pytest.mark.rest

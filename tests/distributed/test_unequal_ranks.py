@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import Trainings, masks, only, results
 
+LEFT = "step=3.ckpt"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 CALIBRATED: dict[str, Any] = {
     "calibration_batches": 7,
@@ -21,9 +22,12 @@ FEWER: dict[str, dict[str, Any]] = {
     for strategy in STRATEGIES
     for fewer in (1, 2)
 }
+DATA: dict[str, dict[str, Any]] = {"a calibration set": CALIBRATED, "training batches": {"max_steps": 5}}
 MEMORY = {
-    "memory inside a forward": "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)",
-    "memory for messages": "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)",
+    "memory inside a forward": DATA,
+    "memory for messages": DATA,
+    "memory for weights": ["a calibration set"],  # of the survey
+    "memory": ["training batches"],  # in solving
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     **{
@@ -38,14 +42,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 {"strategy": strategy, "fewer": 2, "epochs": 1},
                 "rank 0 has 27 optimizer steps to train and rank 1 has 25",
             ),
+            "a full disk": (
+                {"strategy": strategy, "fault": "disk", "save": [3], "max_steps": 5},
+                f"{LEFT} can't be written (No space left on device, on rank {int(strategy != 'ddp')})",
+            ),
         }.items()
     },
     **{
-        f"{strategy}, {fault}, {data}": ({"strategy": strategy, "fault": fault, **more}, words)
+        f"{strategy}, {fault}, {data}": (
+            {"strategy": strategy, "fault": fault, **DATA[data]},
+            "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)",
+        )
         for strategy in STRATEGIES
-        for fault, words in MEMORY.items()
-        for data, more in {"a calibration set": CALIBRATED, "training batches": {"max_steps": 5}}.items()
+        for fault, where in MEMORY.items()
+        for data in where
     },
+}
+ON_THREE: dict[str, dict[str, Any]] = {
+    strategy: {"strategy": strategy, "fewer": 3, **CALIBRATED} for strategy in STRATEGIES
+}
+REFUSED_ON_THREE: dict[str, dict[str, Any]] = {
+    f"{strategy}, fewer training batches": {"strategy": strategy, "fewer": 2, "epochs": 1} for strategy in STRATEGIES
 }
 DEFAULT = ["ddp, no calibration batch", "zero3, memory inside a forward, a calibration set"]
 
@@ -54,6 +71,11 @@ DEFAULT = ["ddp, no calibration batch", "zero3, memory inside a forward, a calib
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     cases = {**FEWER, **{name: case for name, (case, _) in REFUSED.items()}}
     return Trainings(tmp_path_factory.mktemp("unequal"), cases)
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("three"), {**ON_THREE, **REFUSED_ON_THREE}, ranks=3)
 
 
 @pytest.mark.parametrize("name", only(["zero3, 1 batches fewer"], FEWER))
@@ -77,3 +99,27 @@ def test_all_ranks_end_with_one_error(trained: Trainings, name: str) -> None:
     assert first["error"] is not None
     assert REFUSED[name][1] in first["error"]
     assert second["error"] == first["error"]
+    if name.endswith("a full disk"):  # nor is there a part of it
+        assert [path for path in trained(name).iterdir() if LEFT in path.name] == []
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("strategy", ON_THREE)
+def test_three_ranks_count_what_they_have(of_three: Trainings, strategy: str) -> None:
+    ranks = results(of_three(strategy), 3)
+    for rank in ranks:
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["events"] == [3]
+    # of 7 batches rank 0 counts 0, 3 and 6, rank 1, which has four, that of 1, and rank 2 those of 2 and 5
+    assert [sum(rank["tokens"]) / (14 * 4 * 16) for rank in ranks] == [3, 1, 2]
+    for mask_name, keep in masks(of_three(strategy)).items():
+        assert torch.equal(keep, masks(of_three(strategy), 2)[mask_name])
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("name", REFUSED_ON_THREE)
+def test_three_ranks_end_with_one_error(of_three: Trainings, name: str) -> None:
+    errors = [rank["error"] for rank in results(of_three(name), 3)]
+    assert "optimizer steps to train and rank 1 has" in errors[0]
+    assert errors == errors[:1] * 3

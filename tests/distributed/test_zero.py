@@ -383,8 +383,9 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.rest
-def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path) -> None:
-    for rank in train(tmp_path, strategy="zero3", uncounted=[1]):
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
+def test_a_rank_without_tokens_changes_nothing_but_the_sums(tmp_path: Path, strategy: str) -> None:
+    for rank in train(tmp_path, strategy=strategy, uncounted=[1]):
         assert rank["error"] is None
         assert rank["violations"] == []
         assert rank["events"] == [3, 6, 7]

@@ -7,6 +7,7 @@ the other in this process; each leaves a rank<r>.json with what this rank saw in
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fnmatch
 import gc
 import hashlib
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +76,7 @@ class Case:
     fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `shard`
     monitor: str | None = None
     save: bool | list[int] = False  # after each step, or after these
-    resume: str | None = None
+    resume: str | None = None  # where it has {rank}, another folder for each
     fault: str | None = None
     kill_at: tuple[int, str, int] | None = None  # the batch in which a rank kills itself, where in it, and which rank
     off: list[str] = dataclasses.field(default_factory=list)  # methods of the enforcer that do nothing
@@ -537,15 +539,33 @@ class ExhaustedInside(Callback):
 
 
 class Starved(Callback):
-    """Lets one rank lack the memory for what others send."""
+    """Lets one rank lack the memory for what others send, when it has had it so often."""
+
+    def __init__(self, before: int = 0) -> None:
+        self.before = before
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_rank == 1:
 
             def reserve(*args: Any) -> None:
-                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+                self.before -= 1
+                if self.before < 0:
+                    raise torch.OutOfMemoryError("tried to allocate 1 PiB")
 
             Ranks.reserve = reserve  # type: ignore[method-assign]
+
+
+class FullDisk(Callback):
+    """Leaves no room for what the last rank writes, or the first, where it writes for all."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        writes_alone = isinstance(trainer.strategy, DDPStrategy) and not hasattr(trainer.strategy, "deepspeed_engine")
+        if trainer.global_rank == (0 if writes_alone else trainer.world_size - 1):
+
+            def save(*args: Any, **kwargs: Any) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            torch.save = save
 
 
 class Additive(Callback):
@@ -658,7 +678,9 @@ FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": Poison,
     "memory": Exhausted,
     "memory for messages": Starved,
+    "memory for weights": partial(Starved, before=1),
     "memory inside a forward": ExhaustedInside,
+    "disk": FullDisk,
     "mask": Additive,
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
     "killed_inside": KilledInside,
@@ -769,10 +791,11 @@ def train(case: Case) -> None:
     error = None
     try:
         validation = Share(case.batch_size) if case.monitor is not None else None
-        fitted.fit(module, val_dataloaders=validation, ckpt_path=case.resume)
+        resume = None if case.resume is None else case.resume.replace("{rank}", os.environ.get("RANK", "0"))
+        fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
     except RuntimeError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    except (ValueError, MisconfigurationException) as failure:
+    except (ValueError, OSError, MisconfigurationException) as failure:
         error = f"{type(failure).__name__}: {failure}"
     weights = getattr(results, "weights", {})
     report = {
@@ -809,6 +832,7 @@ def put_back() -> Iterator[None]:
         (thanos_lightning.pruning, "prune"),
         (Ranks, "reserve"),
         (HessianAccumulator, "update"),
+        (torch, "save"),
     ]
     before = [getattr(place, name) for place, name in replaced]
     try:

@@ -650,6 +650,14 @@ def test_report_metrics_and_summary(tmp_path: Path) -> None:
     assert total[-1] == 0.5
 
 
+def test_a_report_that_can_not_be_written_ends_no_training(tmp_path: Path) -> None:
+    (tmp_path / "pruning_report.json").mkdir()
+    module = ToyLM()
+    with pytest.warns(UserWarning, match="the report could not be written to"):
+        trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
+    assert len(module.losses) == 8
+
+
 def test_the_measured_values_are_those_of_the_weights(tmp_path: Path) -> None:
     """Dense is measured before the first write, pruned after the last one: by an independent evaluation."""
     module = ToyLM()
