@@ -199,12 +199,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     if is_universal(path):
         states = _of_universal(path / "checkpoint" / "zero", content)
     else:
-        files = _optimizer_files(path / "checkpoint")
-        if files and len(files) != world_size:
-            raise ValueError(
-                f"{path} holds the optimizer states of {len(files)} ranks, and {world_size} wrote it: copy the whole "
-                "folder, from all nodes"
-            )
+        files = _optimizer_files(path, content)
         if not files:
             states = _of_stage_0(content)
         else:
@@ -275,19 +270,19 @@ def check_files(path: Path) -> None:
 
 
 def check_one_save(path: Path) -> None:
-    """Refuse a folder whose files were not written together: a rank was killed while it was written over another.
+    """Refuse a folder that lacks files, or whose files were not written together, since a rank was killed meanwhile.
 
     All that each file says of itself is held against the others: Lightning's and DeepSpeed's steps, those of the
     callback and its mark of the save, and Adam's.
 
     Raises:
-        ValueError: Naming the two files, and the steps that they are of.
+        ValueError: Naming the rank whose files are missing, or the two files, and the steps that they are of.
     """
     if is_universal(path):
         return  # made anew, out of a folder that was checked
     by_file: dict[str, dict[str, Any]] = {}
-    for file in model_files(path):
-        content = load_file(file)
+    contents = load_contents(path)
+    for file, content in zip(model_files(path), contents, strict=True):
         steps: dict[str, Any] = {"global step": content.get("global_step")}
         if "global_steps" in content:
             steps["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
@@ -295,7 +290,7 @@ def check_one_save(path: Path) -> None:
             if isinstance(state, Mapping) and "optimizer_steps" in state:
                 steps |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
         by_file[file.name] = steps
-    for file in _optimizer_files(path / "checkpoint"):
+    for file in _optimizer_files(path, contents[0]):
         counts = _steps_of_optimizer(load_file(file)["optimizer_state_dict"])
         by_file[file.name] = {"step of the optimizer": max(counts)} if counts else {}
     first: dict[str, tuple[str, Any]] = {}
@@ -350,12 +345,15 @@ def _rank_of(file: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _optimizer_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob(_OPTIMIZER_FILES), key=_rank_of)
-    missing = set(range(len(files))) - {_rank_of(file) for file in files}
+def _optimizer_files(path: Path, content: Mapping[str, Any]) -> list[Path]:
+    """Of all ranks, in their order; at stage 0 there is none."""
+    files = sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
+    stage = int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
+    missing = set(range(int(content["dp_world_size"]) if stage else 0)) - {_rank_of(file) for file in files}
     if missing:
         raise ValueError(
-            f"{folder} lacks the optimizer states of rank {min(missing)}: copy the whole folder, from all nodes"
+            f"{path / 'checkpoint'} lacks the optimizer states of rank {min(missing)}: copy the whole folder, from all "
+            "nodes"
         )
     return files
 

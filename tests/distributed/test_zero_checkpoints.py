@@ -273,6 +273,25 @@ def test_what_can_not_be_resharded_is_refused(
 # Folders that lie
 
 
+def check_refused(
+    checkpoint: Path,
+    words: str,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    commands: tuple[str, ...] = ("verify", "export", "reshard"),
+    kind: str = "zero3",
+) -> None:
+    """By the commands, and by all ranks of a training."""
+    capsys.readouterr()
+    for command in commands:
+        more = [str(out / "out")] if command == "export" else []
+        assert main([command, str(checkpoint), *more]) == 2
+        assert words in capsys.readouterr().err
+    for rank in train(out / "resumed", resume=str(checkpoint), **KINDS[kind]):
+        assert words in rank["error"]
+        assert rank["losses"] == []
+
+
 def torn(saved: Trainings, kind: str, folder: Path, files: str) -> Path:
     """A folder of step 8 of which these files are of step 5, as where a rank was killed amid an overwriting."""
     newer, older = (saved(kind) / f"step={step}.ckpt" for step in (AFTER, BETWEEN))
@@ -300,14 +319,7 @@ def test_files_of_two_saves_are_refused_by_all(
 ) -> None:
     kind, files = TORN[name]
     checkpoint = torn(saved, kind, tmp_path / "torn.ckpt", files)
-    capsys.readouterr()
-    for command in ("verify", "export", "reshard"):
-        more = [str(tmp_path / "out")] if command == "export" else []
-        assert main([command, str(checkpoint), *more]) == 2
-        assert "torn.ckpt was not written as a whole: " in capsys.readouterr().err
-    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS[kind]):
-        assert "torn.ckpt was not written as a whole: " in rank["error"]
-        assert rank["losses"] == []
+    check_refused(checkpoint, "torn.ckpt was not written as a whole: ", tmp_path, capsys, kind=kind)
 
 
 class Stranger:
@@ -339,12 +351,8 @@ def test_no_code_of_a_file_is_run(
     path = checkpoint / "checkpoint" / file
     content = torch.load(path, weights_only=False)
     torch.save({**content, "more": Stranger(made)}, path)
-    capsys.readouterr()
-    for command in ("verify", "reshard"):
-        assert main([command, str(checkpoint)]) == 2
-        assert f"{file} holds objects that are not plain values" in capsys.readouterr().err
-    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
-        assert f"{file} holds objects that are not plain values" in rank["error"]
+    words = f"{file} holds objects that are not plain values"
+    check_refused(checkpoint, words, tmp_path, capsys, commands=("verify", "reshard"))
     assert not made.exists()
 
 
@@ -381,12 +389,7 @@ def test_a_file_that_was_cut_short_is_named(
     path = checkpoint / "checkpoint" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     words = f"{file} is damaged, or was cut short: take another checkpoint"
-    capsys.readouterr()
-    for command in ("verify", "reshard"):
-        assert main([command, str(checkpoint)]) == 2
-        assert words in capsys.readouterr().err
-    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
-        assert words in rank["error"]
+    check_refused(checkpoint, words, tmp_path, capsys, commands=("verify", "reshard"))
 
 
 @pytest.mark.rest
@@ -403,13 +406,18 @@ def test_a_changed_byte_ends_all_ranks(
     change_a_byte(path)
     torch.load(path, weights_only=False)
     words = f"{file} is damaged: some of its bytes are not those that were written"
-    capsys.readouterr()
-    for command in ("verify", "export", "reshard"):
-        more = [str(tmp_path / "out")] if command == "export" else []
-        assert main([command, str(checkpoint), *more]) == 2
-        assert words in capsys.readouterr().err
-    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
-        assert words in rank["error"]
+    check_refused(checkpoint, words, tmp_path, capsys)
+
+
+@pytest.mark.rest
+def test_a_file_that_one_node_lacks_ends_all_ranks(saved: Trainings, tmp_path: Path) -> None:
+    """Nodes with disks of their own have the folder at one place, and not all of it is on each."""
+    for rank in range(2):
+        shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", tmp_path / str(rank) / "copy.ckpt")
+    file = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (tmp_path / "1" / "copy.ckpt" / "checkpoint" / file).unlink()
+    for rank in train(tmp_path / "resumed", resume=f"{tmp_path}/{{rank}}/copy.ckpt", **KINDS["zero3"]):
+        assert "1/copy.ckpt/checkpoint lacks the optimizer states of rank 1: copy the whole" in rank["error"]
         assert rank["losses"] == []
 
 
@@ -421,13 +429,7 @@ def test_a_folder_that_was_not_written_to_its_end_is_named(
     shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
     (checkpoint / "latest").unlink()
     words = "copy.ckpt is a checkpoint folder of DeepSpeed's that was not written to its end"
-    capsys.readouterr()
-    for command in ("verify", "export", "reshard"):
-        more = [str(tmp_path / "out")] if command == "export" else []
-        assert main([command, str(checkpoint), *more]) == 2
-        assert words in capsys.readouterr().err
-    for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
-        assert words in rank["error"]
+    check_refused(checkpoint, words, tmp_path, capsys)
 
 
 @pytest.mark.rest
