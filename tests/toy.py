@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 64
 
@@ -44,6 +52,22 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
             attn_pdrop=0.0,
         )
     )
+
+
+LETTERS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def tiny_files(folder: Path) -> tuple[str, Path]:
+    """A model with its tokenizer, as a folder, and a text, as a file, for programs that read such."""
+    letters = Tokenizer(
+        models.WordLevel({letter: index for index, letter in enumerate(LETTERS)}, unk_token="<unknown>")
+    )
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    model, text = str(folder / "tiny"), folder / "text.txt"
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(model)
+    tiny_llama(vocab_size=len(LETTERS), tie_word_embeddings=False).save_pretrained(model)
+    text.write_text(" ".join(LETTERS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
+    return model, text
 
 
 class Sequences(Dataset[dict[str, Tensor]]):

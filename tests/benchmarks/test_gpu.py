@@ -8,13 +8,10 @@ from pathlib import Path
 
 import machine
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import tiny_llama
-from transformers import PreTrainedTokenizerFast
+from toy import tiny_files
 
 SCRIPT = Path(machine.__file__).with_name("gpu.sh")
 STEPS = ("tests", "solver", "enforcement", "one_shot", "recovery")
-LETTERS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
 
 
 def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,13 +22,7 @@ def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.rest
 def test_all_of_it_runs_once(tmp_path: Path) -> None:
-    letters = Tokenizer(models.WordLevel({one: index for index, one in enumerate(LETTERS)}, unk_token="<unknown>"))
-    letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny = str(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(tiny)
-    tiny_llama(vocab_size=len(LETTERS), tie_word_embeddings=False).save_pretrained(tiny)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(LETTERS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
+    tiny, text = tiny_files(tmp_path)
 
     ended = run(tmp_path, MODEL=tiny, TEXT=str(text))
 

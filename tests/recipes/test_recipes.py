@@ -22,9 +22,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import tiny_llama
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from toy import tiny_files
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli.training import CLI
@@ -182,19 +181,9 @@ def test_windows_are_as_a_recipe_says_and_closed_when_it_saves(
     assert not [step for step in saved for window in planned if window.start_step < step < window.end_step]
 
 
-WORDS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
-
-
 def rehearsal(recipe: Path, folder: Path) -> Path:
     """The recipe on two CPU processes: its model a tiny one, its text short, its steps few, and all else as it is."""
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unknown>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny = str(folder / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tiny)
-    tiny_llama(vocab_size=len(WORDS), tie_word_embeddings=False).save_pretrained(tiny)
-    text = folder / "text.txt"
-    text.write_text(" ".join(WORDS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
-
+    tiny, text = tiny_files(folder)
     config = yaml.safe_load(recipe.read_text())
     config["model"]["init_args"] |= {"model": tiny}
     config["data"]["init_args"] |= {"dataset": str(text), "tokenizer": tiny, "block_size": 16, "max_val_blocks": 4}
