@@ -18,6 +18,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from toy import ResumableBatches, ToyLM, loader, tiny_llama, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import callback as callback_module
+from thanos_lightning.forecast import Forecast
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.permutation import permute_channels
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
@@ -255,6 +257,40 @@ def test_a_calibration_takes_no_more_memory_than_a_training_step_and_its_sums(tm
     if ON_GPU:
         sums = sum(4 * layer.shape[1] ** 2 + 4 * layer.shape[0] for layer in callback.report.events[0].layers)
         assert 0 < module.calibrated <= 1.2 * (peaks.trained + sums)
+
+
+def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Forecast] = []
+    held, peaks = [], []
+    forecast, prune_window = callback_module.forecast, callback_module.prune_window
+
+    def kept(*args: Any, **kwargs: Any) -> Forecast:
+        told.append(forecast(*args, **kwargs))
+        return told[-1]
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        reports = prune_window(*args, **kwargs)
+        if ON_GPU:
+            peaks.append(torch.cuda.max_memory_allocated())
+        return reports
+
+    class Beside(Callback):
+        """Notes what is held where no window is open, and lets the peak begin anew before the event."""
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if ON_GPU and trainer.global_step == 1:
+                held.append(torch.cuda.memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
+
+    monkeypatch.setattr(callback_module, "forecast", kept)
+    monkeypatch.setattr(callback_module, "prune_window", measured)
+    module = ToyLM(tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16) if ON_GPU else None)
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=1)
+    fitted = trainer(tmp_path, Beside(), callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=4)
+    fitted.fit(module, loader(64))
+    assert told[0].event > told[0].moments > 0
+    if ON_GPU:
+        assert peaks[0] - held[0] == pytest.approx(told[0].event, rel=0.2)
 
 
 def test_seconds_are_those_of_finished_work(tmp_path: Path) -> None:
