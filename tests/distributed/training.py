@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,8 +268,8 @@ class Watch(Callback):
         self.control = 0
         self.enforced = 0
         self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that DeepSpeed clips by
-        self.event_calls: set[str] = set()  # collectives of events
-        self.gathered_at_once = 0  # weights of layers that DeepSpeed had gathered at the same time in an event
+        self.event_calls: set[str] = set()  # collectives of the last event
+        self.gathered_at_once = 0  # weights of layers that DeepSpeed had gathered at the same time in it
         self.sums: list[int] = []  # how many different ones a window had on this rank
         self.tokens: list[int] = []  # of all layers of a window on this rank
         self._sparse_norm = 0.0
@@ -302,9 +302,11 @@ class Watch(Callback):
     def _watched_event(self, window: Any, layers: Any, accumulators: Any, **arguments: Any) -> Any:
         self.sums.append(len({id(accumulator) for accumulator in accumulators.values()}))
         self.tokens.append(sum(accumulator.num_tokens for accumulator in accumulators.values()))
-        with CountCollectives(self._count_gathered(layers)) as mode:
+        # of the last event, which has the masks of others to tell, too: to look at each operation takes a while
+        is_last = window is self.pruning._windows[-1]
+        with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
             reports = thanos_lightning.pruning.prune_window(window, layers, accumulators, **arguments)
-        self.event_calls |= set(mode.calls)
+        self.event_calls |= set(mode.calls if mode is not None else ())
         return reports
 
     def _count_gathered(self, layers: Any) -> Callable[[], None]:
