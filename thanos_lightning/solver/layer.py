@@ -136,9 +136,8 @@ class SolverOptions:
         bytes. Where some rows stay as they are, up to 2.5 d are taken beside these. Output weights add a scaled copy to
         what pruning takes, cb; where they join the rows, 2 b² + 2 c² + 14 cb are taken, without ADMM 9 cb. Elsewhere
         than on a CPU "thanos" solves more of the rows' systems at a time, which takes up to 240 MiB more. Structured
-        patterns have no ADMM. A layer of
-        28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3. In training layers with the same
-        inputs share what is made of H, of which up to 4 b² stay from one to the next.
+        patterns have no ADMM. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
+        In training layers with the same inputs share what is made of H, of which up to 4 b² stay from one to the next.
 
         Args:
             rows: out_features.
