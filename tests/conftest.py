@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
-torch.set_num_threads(1)
 # Has to come before the first import of the solver; without the hook its annotations cost nothing.
 install_import_hook("thanos_lightning.solver", "beartype.beartype")
 
 LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") == "no":  # the process that hands out tests to others need not import it
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -35,6 +35,7 @@ _MOST_EVENTS = 6  # that are listed one by one
 _METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
 _JOINED = 8.0  # times as long, with rows that are joined
 _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
+_rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision, each measured once a process
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,17 @@ def _calibrating(
 
 def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
     """Operations a second of a matrix product in float32, or in the precision of a Trainer's forward."""
+    precision = None if trainer is None else str(trainer.precision_plugin.precision)
+    if (device, precision) not in _rates:
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        context = exact_arithmetic(device) if trainer is None else trainer.precision_plugin.forward_context()
+        with torch.no_grad(), context:
+            _rates[device, precision] = _measure(device, dtype)
+    return _rates[device, precision]
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = _MEASURED_SIZE if device.type == "cpu" else 8 * _MEASURED_SIZE
-    dtype = torch.float32 if trainer is None or trainer.precision_plugin.precision != "bf16-true" else torch.bfloat16
     one = torch.ones(size, size, device=device, dtype=dtype)
 
     def multiply(times: int) -> float:
@@ -176,18 +186,10 @@ def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
         finish(device)
         return time.perf_counter() - begin
 
-    def measure() -> float:
-        multiply(1)  # what a first call sets up
-        times = max(1, int(_MEASURING_SECONDS / _MEASUREMENTS / max(multiply(1), 1e-6)))
-        # the best one: others on the machine may disturb the rest
-        return 2 * size**3 * times / min(multiply(times) for _ in range(_MEASUREMENTS))
-
-    with torch.no_grad():
-        if trainer is None:
-            with exact_arithmetic(device):
-                return measure()
-        with trainer.precision_plugin.forward_context():
-            return measure()
+    multiply(1)  # what a first call sets up
+    times = max(1, int(_MEASURING_SECONDS / _MEASUREMENTS / max(multiply(1), 1e-6)))
+    # the best one: others on the machine may disturb the rest
+    return 2 * size**3 * times / min(multiply(times) for _ in range(_MEASUREMENTS))
 
 
 # What a batch holds

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import ranks
 
 
 @pytest.fixture(scope="session", autouse=True)
 def pools() -> Iterator[None]:
     yield
+    import ranks  # here, since pytest-xdist's own process reads this file, too
+
     ranks.end_pools()

@@ -33,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 def killed(root: Path, name: str, *, codes: tuple[int, int], **how: Any) -> Path:
     """Train until a rank is killed; the folder of the training. The other rank ends by itself, with an error."""
     out = root / name
-    ended = start(out, [{"out": str(out), "save": True, **how, **STRATEGIES[name]}], timeout=PROMPT)
+    ended = start(out, [{"out": str(out), **how, **STRATEGIES[name]}], timeout=PROMPT)
     for code, expected in zip(ended.codes, codes, strict=True):
         assert code == expected if expected else code not in (0, -9)
     if "fault" in how:
@@ -45,12 +45,14 @@ def killed_at_random(root: Path, names: list[str]) -> list[Path]:
     """Kill each at a point of its own; the checkpoints of the step before."""
     chance = random.Random(f"{SEED} {names}")
     where = ["start", "forward", "backward", "end"]
-    points = [(chance.randint(2, 12), chance.choice(where), chance.randint(0, 1)) for _ in names]
+    points = [(chance.randint(2, 10), chance.choice(where), chance.randint(0, 1)) for _ in names]
     print(f"THANOS_SEED={SEED}: killed at {points}")  # noqa: T201
-    return [
-        killed(root, name, codes=(-9, 0) if point[2] == 0 else (0, -9), kill_at=point) / f"step={point[0] - 1}.ckpt"
-        for name, point in zip(names, points, strict=True)
-    ]
+    checkpoints = []
+    for name, (batch, place, rank) in zip(names, points, strict=True):
+        how = {"kill_at": (batch, place, rank), "save": [batch - 1]}
+        out = killed(root, name, codes=(-9, 0) if rank == 0 else (0, -9), **how)
+        checkpoints.append(out / f"step={batch - 1}.ckpt")
+    return checkpoints
 
 
 def resume(whole: Trainings, checkpoints: list[Path]) -> None:
@@ -77,6 +79,8 @@ def test_killed_at_random_points(whole: Trainings, tmp_path: Path) -> None:
 
 @pytest.mark.rest
 def test_killed_at_more_points_and_inside_an_event(whole: Trainings, tmp_path: Path) -> None:
-    inside = [killed(tmp_path, name, codes=(0, -9), fault="killed_inside") for name in ("zero3 in bf16", "ddp")]
+    inside = [
+        killed(tmp_path, name, codes=(0, -9), fault="killed_inside", save=[2]) for name in ("zero3 in bf16", "ddp")
+    ]
     at_random = killed_at_random(tmp_path, ["zero3", "zero2", "fsdp"])
     resume(whole, [*(out / "step=2.ckpt" for out in inside), *at_random])

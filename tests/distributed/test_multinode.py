@@ -138,11 +138,11 @@ def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_ea
         assert rank["error"] is None
         assert rank["violations"] == []
         assert rank["checked"].keys() == {"weight", "master", "exp_avg", "exp_avg_sq"}
-        assert min(rank["checked"].values()) >= len(PRUNABLE) * 5  # after each step from the last event on
+        assert min(rank["checked"].values()) >= len(PRUNABLE) * 3  # after each step from the last event on
         assert rank["collectives"] == []
         assert rank["control"] > 0
         assert rank["enforced"] > 0
-        assert rank["steps"] == 12
+        assert rank["steps"] == 10
         assert rank["events"] == [3, 6, 7]
         assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
         assert rank["digest"] == ranks[0]["digest"]

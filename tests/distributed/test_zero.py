@@ -203,7 +203,7 @@ def test_zeros_hold_everywhere(trained: Trainings, name: str) -> None:
         if case.get("precision") == "16-mixed":  # steps that are skipped do not count
             assert 12 <= rank["steps"] < len(rank["losses"])
         else:
-            assert rank["steps"] == case.get("max_steps", 12)
+            assert rank["steps"] == case.get("max_steps", 10)
         assert rank["violations"] == []
         assert rank["checked"].keys() == places
         assert rank["checked"]["weight"] >= num_layers * (rank["steps"] - 7)

@@ -61,7 +61,7 @@ class Case:
     sparsity: float | None = None
     accumulate: int = 1
     batch_size: int = 4
-    max_steps: int = 12
+    max_steps: int = 10
     schedule: tuple[int, int, int] = (0, 7, 3)
     calibration_steps: int = 2
     targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])

@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run")
 END = "<end>"
@@ -14,6 +11,11 @@ END = "<end>"
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
     """A folder with a random two-layer Llama and a word tokenizer: one word, one token."""
+    # here, since pytest-xdist's own process reads this file, too
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     vocabulary = {word: index for index, word in enumerate((END, "<unknown>", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -26,6 +26,7 @@ PADDED = {"number": 64, "padding": 3}
 @pytest.fixture(autouse=True)
 def _little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_MEASURED_SIZE", 8)
+    monkeypatch.setattr(forecast, "_rates", {})
 
 
 def fit(make: Any, root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -364,13 +365,20 @@ def losses_at(
         original = weight.detach()
         competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
-
-        def losses(weight: Tensor, keep: Tensor) -> Tensor:
-            _check_result(weight, options)
-            return row_losses(weight, original, H)
-
+        losses = partial(_finite_losses, original=original, H=H, options=options)
         found, _ = _by_method(original, inputs, frozen, patterns, options, Alone(len(weight)), competing, losses)
         return found, losses(torch.zeros_like(original), frozen)
+
+
+def _finite_losses(
+    weight: Float[Tensor, "rows cols"],
+    keep: Bool[Tensor, "rows cols"],
+    original: Float[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    options: SolverOptions,
+) -> Float[Tensor, " rows"]:
+    _check_result(weight, options)
+    return row_losses(weight, original, H)
 
 
 def _solve(
@@ -452,33 +460,56 @@ def _by_method(
 ) -> tuple[list[T], Curvature | None]:
     """What is made of the weights and the keep mask of each pattern, by the method alone; and the factor, if any."""
     H = inputs.hessian
-    # Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
-    # it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins
-    # no rows.
     W, scale = original.to(H.dtype), _scale(output_weights, H)
-    if scale is not None:
-        W = W * scale
-
-    def prune_to(pattern: Pattern, curvature: Curvature | None) -> T:
-        if curvature is None:
-            if options.method == "magnitude":
-                pruned = magnitude(W, frozen, pattern, team)
-            else:
-                pruned = wanda(W, input_norms(H), frozen, pattern, team)
-            return then(zero_where(original.clone(), pruned), ~pruned)
-        if options.method == "sparsegpt":
-            updated, pruned = sparsegpt(W, curvature, frozen, pattern, options.block_size, team)
-        else:
-            updated, pruned = thanos(W, curvature, frozen, pattern, options.block_size, team, options.saliency)
-        if scale is not None:
-            updated.div_(scale)
-        return then(zero_where(updated.to(original.dtype), pruned), ~pruned)
-
+    rows = _ScaledRows(original, W if scale is None else W * scale, scale, frozen, options, team)
     if options.method in ("magnitude", "wanda"):
-        return [prune_to(pattern, None) for pattern in patterns], None
+        return [then(*rows.without_updates(pattern, H)) for pattern in patterns], None
     return _with_enough_damping(
-        lambda curvature: [prune_to(pattern, curvature) for pattern in patterns], inputs, options.damping, team
+        lambda curvature: [then(*rows.with_updates(pattern, curvature)) for pattern in patterns],
+        inputs,
+        options.damping,
+        team,
     )
+
+
+@dataclass(frozen=True)
+class _ScaledRows:
+    """The rows that a method prunes.
+
+    Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
+    it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins no
+    rows.
+    """
+
+    original: Float[Tensor, "rows cols"]
+    scaled: Float[Tensor, "rows cols"]
+    scale: Float[Tensor, "rows 1"] | None
+    frozen: Bool[Tensor, "rows cols"]
+    options: SolverOptions
+    team: RowTeam
+
+    def without_updates(
+        self, pattern: Pattern, H: Float[Tensor, "cols cols"]
+    ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+        """The weights and the keep mask by a method that only chooses."""
+        if self.options.method == "magnitude":
+            pruned = magnitude(self.scaled, self.frozen, pattern, self.team)
+        else:
+            pruned = wanda(self.scaled, input_norms(H), self.frozen, pattern, self.team)
+        return zero_where(self.original.clone(), pruned), ~pruned
+
+    def with_updates(
+        self, pattern: Pattern, curvature: Curvature
+    ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+        """The weights and the keep mask by a method that makes up for what it prunes."""
+        W, frozen, block_size = self.scaled, self.frozen, self.options.block_size
+        if self.options.method == "sparsegpt":
+            updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size, self.team)
+        else:
+            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, self.options.saliency)
+        if self.scale is not None:
+            updated.div_(self.scale)
+        return zero_where(updated.to(self.original.dtype), pruned), ~pruned
 
 
 def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
