@@ -38,7 +38,7 @@ from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import find_targets
 from thanos_lightning.windows import Window
 
-OPTIONS = SolverOptions(refine_steps=10)
+OPTIONS = SolverOptions(saliency="wanda", admm_steps=0, refine_steps=10)
 HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192
 TOKENS = 4096
 

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SolverOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.stopwatch import finish
 
 RANKS = {"cpu": 2, "cuda": 1}
@@ -116,12 +116,10 @@ def run_rank(stage: int, layers: int, steps: int, length: int, device: str, out:
     pruning = ThanosPruningCallback(
         "2:4",
         schedule=SparsitySchedule(collecting, collecting, 1),
-        calibration_steps=steps,
-        method="magnitude",  # the event is not what is timed; refinement still needs the statistics
-        admm_steps=0,
-        refine_steps=1,
+        # the event is not what is timed; refinement still needs the statistics
+        solver=SolverOptions.as_published("magnitude", refine_steps=1),
+        calibration=CalibrationOptions(steps=steps, attention_mask_key=None),
         verify_every_n_steps=0,
-        attention_mask_key=None,
     )
     clock, ranks = Clock(pruning, device), RANKS[device]
     trainer = Trainer(

@@ -87,7 +87,7 @@ def main() -> None:
                 measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
                 options = {option: value for option, value in CASES[name].items() if option != "joined"}
                 joined = "joined" in CASES[name]
-                documented = SolverOptions(**options).peak_bytes(rows, cols, joined=joined) / 2**20
+                documented = SolverOptions.as_published(**options).peak_bytes(rows, cols, joined=joined) / 2**20
                 results.append(
                     {
                         "layer": shape,

@@ -301,7 +301,7 @@ def prune_model(
         RuntimeError: As `check_zeros`.
     """
     settings, outcome = METHODS[name], Outcome()
-    needs_hessian = SolverOptions(**settings).needs_statistics
+    needs_hessian = SolverOptions.as_published(**settings).needs_statistics
     hidden, device = list(embedded), embedded[0].device
     for index, layer in enumerate(track(layers, description=name, console=console)):
         accumulators: Mapping[str, HessianAccumulator] = {}

@@ -27,7 +27,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -54,7 +54,11 @@ from thanos_lightning.targets import find_targets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PATTERNS = {"2:4": parse_pattern("2:4"), "60%": parse_pattern("unstructured", 0.6)}
+PATTERNS = {
+    "2:4": parse_pattern("2:4"),
+    "60%": parse_pattern("unstructured", 0.6),
+    "70%": parse_pattern("unstructured", 0.7),
+}
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
 ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
 _CALIBRATION_STEPS = 32  # as many tokens as the one-shot methods have, where there are so many steps before an event
@@ -67,14 +71,14 @@ class Recipe:
     """A training with ThanosPruningCallback.
 
     Attributes:
-        schedule: (start, end, every), fractions of the training, and the sparsity at the start.
-        options: Other arguments of the callback; a calibration_dataloader is so many of the first batches, "first
-            batches" as many as the one-shot methods calibrate on.
+        schedule: When the callback prunes: fractions of the training, or 0 for before the first step.
+        options: Other arguments of the callback, those in its groups by their own names; batches are so many of the
+            first ones of the text, "first batches" as many as the one-shot methods calibrate on.
         distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
             contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
         permuted: Whether the model's channels are put into another order before, on what the one-shot methods
-            calibrate on, and with which output_weights; None leaves them.
+            calibrate on.
         shape: Of the schedule.
         training: Other arguments of `CausalLM`.
     """
@@ -83,25 +87,23 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
-    permuted: str | None = None
+    permuted: bool = False
     shape: Shape = "cubic"
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def times(self) -> SparsitySchedule:
         """When the callback prunes."""
-        return SparsitySchedule(*self.schedule, shape=self.shape)
+        return SparsitySchedule(at=self.schedule, shape=self.shape)
 
 
-_BEFORE = (0.0, 0.0, 1.0)  # the first step
-_TWICE, _FOUR_TIMES = (0.0, 0.2, 0.1), (0.0, 0.4, 0.1)  # the first of which prunes nothing
-_EARLY, _ONCE, _LATE = (0.05, 0.05, 0.05), (0.1, 0.1, 0.1), (0.3, 0.3, 0.1)
+_BEFORE, _EARLY, _ONCE, _LATE = (0,), (0.05,), (0.1,), (0.3,)
+_TWICE, _FOUR_TIMES = (0.1, 0.2), (0.1, 0.2, 0.3, 0.4)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
-_FIRST_STEP = {"calibration_dataloader": _FIRST_BATCHES}
-_JOINED = {"output_weights": "joined"}
+_FIRST_STEP = {"batches": _FIRST_BATCHES}
+_JOINED = {"output_weights": "full"}
 _ALIKE = {"allocation": "uniform"}
-_BY_GRADIENTS = "gradients"
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
@@ -110,35 +112,33 @@ OWN: dict[str, Recipe] = {
     "gradual, joined, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_JOINED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
     "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
-    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=_BY_GRADIENTS),
+    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     # each quarter of the layers on what the quarters before it have become
-    "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "hessian_memory_gib": 0.125}),
-    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=_BY_GRADIENTS),
+    "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "memory_gib": 0.125}),
+    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     **{
-        name: Recipe(when, {"calibration_dataloader": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=_BY_GRADIENTS)
+        name: Recipe(when, {"batches": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True)
         for name, when in {
             "all that helped": _EARLY,
             "all that helped, at the first step": _BEFORE,
-            "all that helped, in two events": (0.0, 0.1, 0.05),
+            "all that helped, in two events": (0.05, 0.1),
         }.items()
     },
     "all that helped, on all of the text": Recipe(
         _BEFORE,
-        {"calibration_dataloader": 200, "damping": 0.001, **_JOINED},
+        {"batches": 200, "damping": 0.001, **_JOINED},
         {"teacher": _FINE_TUNED},
-        permuted=_BY_GRADIENTS,
+        permuted=True,
     ),
-    "all that helped, without a teacher": Recipe(
-        _BEFORE, {"calibration_dataloader": 128, **_JOINED}, permuted=_BY_GRADIENTS
-    ),
+    "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_JOINED}, permuted=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
     "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
     "gradual, four events": Recipe(_FOUR_TIMES),
     "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
-    "gradual, four later events": Recipe((0.1, 0.5, 0.1)),
+    "gradual, four later events": Recipe((0.2, 0.3, 0.4, 0.5)),
     "gradual, four events, linear": Recipe(_FOUR_TIMES, shape="linear"),
     **{
         f"first step, a fifth of the rows dense{name}": Recipe(
@@ -146,7 +146,6 @@ OWN: dict[str, Recipe] = {
         )
         for name, allocation in {"": "uniform", ", allocated": {"by": "loss"}}.items()
     },
-    "first step, deviation 0.3": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "loss", "deviation": 0.3}}),
     **{
         f"first step, {name}": Recipe(_BEFORE, _FIRST_STEP, training=training)
         for name, training in {
@@ -155,31 +154,21 @@ OWN: dict[str, Recipe] = {
             "decayed": {"weight_decay": 0.1},
         }.items()
     },
-    "levels": Recipe(_FOUR_TIMES, {"progression": "levels"}),
-    "front to back": Recipe(_FOUR_TIMES, {"progression": "front-to-back"}),
-    "back to front": Recipe(_FOUR_TIMES, {"progression": "back-to-front"}),
-    "least loss first": Recipe(_FOUR_TIMES, {"progression": "least-loss-first"}),
-    "moments cleared": Recipe(_FOUR_TIMES, {"moments": "clear"}),
-    "rewarmed": Recipe(_FOUR_TIMES, {"rewarm_steps": 4}),
     "late": Recipe(_LATE),
     "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
     "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
     **{
-        f"first step, {amount} the calibration": Recipe(_BEFORE, {"calibration_dataloader": number})
+        f"first step, {amount} the calibration": Recipe(_BEFORE, {"batches": number})
         for amount, number in (("half", 16), ("four times", 128))
     },
-    "from the first step": Recipe((0.0, 0.2, 0.1, 0.25), _FIRST_STEP),
-    "from the first step, levels": Recipe((0.0, 0.1, 0.1, 0.25), {**_FIRST_STEP, "progression": "levels"}),
     "first step, alike": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}),
     "first step, alike, distilled": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}, _BEFORE_PRUNING),
     "first step, outputs alike, distilled": Recipe(
         _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
     ),
-    "first step, allocated by outliers": Recipe(
-        _BEFORE, {**_FIRST_STEP, "allocation": {"by": "outliers", "deviation": 0.08}}
-    ),
+    "first step, allocated by outliers": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "outliers"}}),
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {
@@ -187,7 +176,6 @@ OWN: dict[str, Recipe] = {
             ", logits x 4": {"logits": 4.0},
             ", logits x 0.5": {"logits": 0.5},
             ", logits alone": {"cross_entropy": 0.0},
-            ", temperature 2": {"temperature": 2.0},
             ", squarehead": {"hidden_states": 1.0},
             ", a thirtieth of squarehead": {"hidden_states": 1 / 30},  # the mean over layers
         }.items()
@@ -197,7 +185,6 @@ OWN: dict[str, Recipe] = {
         for name, weights in {
             "logits x 4": {"logits": 4.0},
             "logits alone": {"cross_entropy": 0.0},
-            "temperature 2": {"temperature": 2.0},
             "squarehead": {"logits": 0.0, "hidden_states": 1.0},
             "logits and squarehead": {"hidden_states": 1.0},
         }.items()
@@ -210,6 +197,7 @@ _GRADUAL = ("gradual", "gradual, distilled")
 IN_TABLE = {
     "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step", "all that helped, at the first step"),
     "60%": (*_BASELINES, *_GRADUAL, "first step", "gradual, joined, on the first batches"),
+    "70%": (),  # for comparisons that are asked for
 }
 
 
@@ -393,17 +381,17 @@ def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console
     return folder
 
 
-def permuted_folder(task: Task, pruned: Path, pattern: str, output_weights: Any) -> Path:
+def permuted_folder(task: Task, pruned: Path, pattern: str) -> Path:
     """The model with its channels in another order, in a folder that is written at the first call."""
     read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
-    described = json.dumps([*read, pattern, "permuted", output_weights])
+    described = json.dumps([*read, pattern, "permuted"])
     folder = pruned / f"{pattern.replace(':', '-')}-permuted"
     note = folder / "task.json"
     if not (note.exists() and note.read_text() == described):
         model = load_pretrained(task.model, "float32")
         begin = time.perf_counter()
         calibration = batches(task, 1, task.calibration // task.batch)
-        permute_channels(model, calibration, pattern, output_weights=output_weights)
+        permute_channels(model, calibration, pattern)
         print(f"permuted in {time.perf_counter() - begin:.0f} s", flush=True)
         model.save_pretrained(folder)
         note.write_text(described)
@@ -458,7 +446,7 @@ def train(
     if recipe is not None and recipe.pruned is not None:
         source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console))
     elif recipe is not None and recipe.permuted:
-        source = str(permuted_folder(task, pruned, pattern, recipe.permuted))
+        source = str(permuted_folder(task, pruned, pattern))
     model = load_pretrained(source, "float32")
     model.set_attn_implementation("eager")  # of short sequences on CPUs: a tenth of a step less than by sdpa
     layers = prunable(model)
@@ -469,17 +457,20 @@ def train(
     }  # fmt: skip
     if recipe is not None and recipe.pruned is not None:
         # of these weights magnitude chooses the zeros that are there
-        once = SparsitySchedule(0, 0, 1)
-        pruning = ThanosPruningCallback(**of_pattern, schedule=once, method="magnitude", admm_steps=0, refine_steps=0)
+        once = SparsitySchedule(at=[0])
+        pruning = ThanosPruningCallback(**of_pattern, schedule=once, solver=SolverOptions.as_published("magnitude"))
     elif recipe is not None:
         options = dict(recipe.options)
-        if "calibration_dataloader" not in options:
-            options = {"calibration_steps": _CALIBRATION_STEPS, **options}
+        if "batches" not in options:
+            options = {"steps": _CALIBRATION_STEPS, **options}
         if isinstance(options.get("allocation"), dict):
             options["allocation"] = Allocation(**options["allocation"])
-        if (calibration := options.get("calibration_dataloader")) is not None:
+        if (calibration := options.get("batches")) is not None:
             number = task.calibration // task.batch if calibration == _FIRST_BATCHES else calibration
-            options["calibration_dataloader"] = batches(task, 1, number)
+            options["batches"] = batches(task, 1, number)
+        for group, kind in (("solver", SolverOptions), ("calibration", CalibrationOptions)):
+            own = {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}
+            options[group] = kind(**own)
         pruning = ThanosPruningCallback(**of_pattern, schedule=recipe.times, **options)
     per_epoch = task.steps
     if contender == LIGHTNING:
@@ -683,7 +674,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="hub name, local folder or smollm2-135m")
     parser.add_argument("--text", default="python-reference", help="as TextData takes it")
     parser.add_argument("--validation-split", help="of a data set; a tenth is held back where it is left out")
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["2:4", "60%"])
     parser.add_argument("--contenders", nargs="+", help="by default those of the table")
     parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-4, 3e-4, 6e-4], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="the first one tries all learning rates")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import ToyLM, loader, tiny_gpt2, tiny_llama, trainer
+from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -30,7 +30,7 @@ def untied_llama(**config: Any) -> LlamaForCausalLM:
 def train(folder: Path, module: ToyLM, *, steps: int = 3, precision: Any = "32-true", **arguments: Any) -> Path:
     """A checkpoint of a real training, pruned after the first step."""
     pruning = ThanosPruningCallback(
-        **{"pattern": "2:4", "method": "magnitude", "admm_steps": 0, "refine_steps": 0} | arguments,
+        **grouped(**{"pattern": "2:4", "method": "magnitude", "admm_steps": 0, "refine_steps": 0} | arguments),
         schedule=SparsitySchedule(1, 1, 1),
     )
     fitting = trainer(folder, pruning, max_steps=steps, precision=precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from thanos_lightning import CalibrationOptions, SolverOptions
 
 VOCABULARY = 64
 
@@ -68,6 +71,15 @@ def tiny_files(folder: Path) -> tuple[str, Path]:
     tiny_llama(vocab_size=len(LETTERS), tie_word_embeddings=False).save_pretrained(model)
     text.write_text(" ".join(LETTERS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
     return model, text
+
+
+def grouped(**options: Any) -> dict[str, Any]:
+    """Arguments of the callback, of which those in its groups are given by their own names."""
+    for group, kind in (("solver", SolverOptions), ("calibration", CalibrationOptions)):
+        own = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+        if own:
+            options[group] = kind(**own)
+    return options
 
 
 class Sequences(Dataset[dict[str, Tensor]]):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 By = Literal["loss", "outliers"]
+# How far a layer's sparsity may be from that of all. For "outliers" it is λ of the paper, half the distance between the
+# sparsest layer and the densest, of which one may be nearly all of it away from that of all.
 _DEVIATIONS: Mapping[By, float] = {"loss": 0.15, "outliers": 0.08}
 _RESOLUTION = 200  # steps of sparsity from 0 to 1 at which losses are looked up between the levels
 
@@ -26,16 +28,11 @@ class Allocation:
     Args:
         by: "loss" minimises the sum of the layers' losses, as the solver predicts them at a few sparsities right before
             the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
-            more of the decoder layers in which more weights score five times the mean.
-        deviation: How far a layer's sparsity may be from that of all; for "outliers" half the distance between the
-            sparsest layer and the densest, of which one may be nearly all of it away from that of all. None is 0.15,
-            and 0.08 for "outliers", as in its paper.
-        lowest: Smallest sparsity of a layer. N:M and structured layers have whole rows and columns, by one of which
-            they may be beyond it.
-        highest: Largest sparsity of a layer, likewise.
+            more of the decoder layers in which more weights score five times the mean. A layer is at most 15 % sparser
+            or denser than all, and 16 % with "outliers", but for a row or a column of N:M and structured layers.
 
     Raises:
-        ValueError: If a number is out of range, or is none.
+        ValueError: If it is by neither.
 
     Example:
         >>> Allocation("loss").limits(0.95)
@@ -43,33 +40,15 @@ class Allocation:
     """
 
     by: By = "loss"
-    deviation: float | None = None
-    lowest: float = 0.0
-    highest: float = 1.0
 
     def __post_init__(self) -> None:
         if self.by not in get_args(By):
             raise ValueError(f"by is {self.by!r}: choose one of {', '.join(map(repr, get_args(By)))}")
-        if self.deviation is not None and not (isinstance(self.deviation, int | float) and 0 < self.deviation < 1):
-            raise ValueError(f"deviation is {self.deviation!r}: give a number in (0, 1), such as 0.1")
-        for name in ("lowest", "highest"):
-            if not isinstance(value := getattr(self, name), int | float):
-                raise ValueError(f"{name} is {value!r}: give a number in [0, 1], such as 0.5")
-        if not 0 <= self.lowest <= self.highest <= 1:
-            raise ValueError(
-                f"the limits of a layer's sparsity are {self.lowest} and {self.highest}: give 0 ≤ lowest ≤ highest ≤ 1"
-            )
-
-    @property
-    def distance(self) -> float:
-        """The deviation, or the default of `by`."""
-        return _DEVIATIONS[self.by] if self.deviation is None else self.deviation
 
     def limits(self, sparsity: float) -> tuple[float, float]:
         """The smallest and the largest sparsity of a layer, where all together have this one."""
-        away = self.distance if self.by == "loss" else 2 * self.distance
-        lowest, highest = sparsity - away, sparsity + away
-        return max(self.lowest, round(lowest, 12)), min(self.highest, round(highest, 12))
+        away = _DEVIATIONS["loss"] if self.by == "loss" else 2 * _DEVIATIONS["outliers"]
+        return max(0.0, round(sparsity - away, 12)), min(1.0, round(sparsity + away, 12))
 
 
 def by_outliers(

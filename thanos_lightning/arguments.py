@@ -4,10 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
+
+CALIBRATION_STEPS = 32  # unless the user says more or less
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationOptions:
+    """What layers are pruned on: the inputs of which batches, and how much an error at each output counts.
+
+    Args:
+        batches: Prune on these instead of training batches, run at the event. "datamodule" asks the datamodule, or the
+            LightningModule, for `calibration_dataloader()`. Batches go through `calibration_step(batch)` where the
+            module has one; else mappings go through `pl_module(**batch)`, and tuples, tensors and the like through
+            `training_step(batch, 0)`, in evaluation mode and with its `self.log` dropped (not under manual
+            optimization, where it would train). Where output weights are wanted, that has to return the loss
+            (`CausalLM` returns that of labels which it draws itself, whose gradients say more), and a backward is run
+            that leaves parameters' gradients alone; not under ZeRO-3 where DeepSpeed gathers modules as a whole, such
+            as mixtures of experts: all outputs count alike then.
+        steps: Optimizer steps whose training batches are accumulated before an event, at most; a window never reaches
+            back past the event before.
+        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
+        memory_gib: Memory for the second moments, of inputs and of outputs' gradients. Layers are split into windows
+            that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.
+        output_weights: How much the error of each output of a layer counts, against its other outputs and in an
+            allocation against those of other layers. "diagonal": as much as the training loss feels it, by the mean
+            square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
+            1503.05671). "full": by the whole output factor, so that rows of a layer make up for each other, which was
+            measured to lose less (docs/recipes.md); a layer takes the memory of a matrix (out_features, out_features)
+            more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is "diagonal" for
+            the method "thanos", else "uniform".
+
+    Raises:
+        ValueError: Naming the option and the mend.
+
+    Example:
+        >>> CalibrationOptions(steps=8, memory_gib=4.0).steps
+        8
+    """
+
+    batches: str | Iterable[Any] | None = None
+    steps: int = CALIBRATION_STEPS
+    attention_mask_key: str | None = "attention_mask"
+    memory_gib: float | None = None
+    output_weights: Literal["diagonal", "full", "uniform"] | None = None
+
+    def __post_init__(self) -> None:
+        check_batches("calibration.batches", self.batches)
+        check_whole("calibration.steps", self.steps, 1)
+        check_name("calibration.attention_mask_key", self.attention_mask_key, "attention_mask")
+        check_memory("calibration.memory_gib", self.memory_gib)
+        check_choice("calibration.output_weights", self.output_weights, ("diagonal", "full", "uniform", None))
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether the rows of a layer make up for each other's errors."""
+        return self.output_weights == "full"
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
@@ -71,34 +127,31 @@ def check_batches(name: str, value: Any) -> None:
         raise ValueError(f"{name} holds text ({_shortened(value[0])}), not batches: {mend}")
 
 
-def refuse_unused(
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    options: SolverOptions,
-    patterns: Sequence[Pattern],
-) -> None:
-    """Refuse arguments that change nothing beside the others: who gives one expects that it does.
+def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patterns: Sequence[Pattern]) -> None:
+    """Refuse options that change nothing beside the others: who gives one expects that it does.
 
     Args:
-        given: Of the callback, by name.
-        defaults: What they are where the user says nothing.
-        options: What the method is.
+        solver: How layers are solved.
+        calibration: On what.
         patterns: All that are used.
 
     Raises:
         ValueError: Naming the first one and why.
     """
-    of_all = [options.unused(pattern) for pattern in patterns]
-    reasons = {name: reason for name, reason in of_all[0].items() if all(name in unused for unused in of_all)}
-    if given["calibration_dataloader"] is not None:
-        reasons["calibration_steps"] = "layers are pruned on a calibration_dataloader, not on training batches"
-    if not options.needs_statistics:
-        why = f"method {options.method!r} looks at no batches"
-        asked = ("output_weights", "calibration_dataloader", "calibration_steps", "attention_mask_key")
-        reasons |= dict.fromkeys((*asked, "hessian_memory_gib"), why)
-    for name, reason in reasons.items():
-        if given[name] != defaults[name] and given[name] != "uniform":
-            raise ValueError(f"{name} is {described(given[name])}, but {reason}: leave it out")
+    of_all = [solver.unused(pattern) for pattern in patterns]
+    for name, reason in of_all[0].items():
+        if all(name in unused for unused in of_all) and getattr(solver, name) != getattr(SolverOptions(), name):
+            raise ValueError(f"solver.{name} is {described(getattr(solver, name))}, but {reason}: leave it out")
+    reasons = {}
+    if calibration.batches is not None:
+        reasons["steps"] = "layers are pruned on calibration.batches, not on training batches"
+    if not solver.needs_statistics:
+        names = [one.name for one in fields(calibration)]
+        reasons = dict.fromkeys(names, f"method {solver.method!r} looks at no batches")
+    for one in fields(calibration):
+        value = getattr(calibration, one.name)
+        if one.name in reasons and value is not one.default and value != "uniform":
+            raise ValueError(f"calibration.{one.name} is {described(value)}, but {reasons[one.name]}: leave it out")
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

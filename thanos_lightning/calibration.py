@@ -55,7 +55,7 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     if len(masks) > 1:
         raise ValueError(
             f"the batch has {len(masks)} masks named {key!r}, which does not show which tokens a layer sees: give the "
-            "callback a calibration_dataloader with one, or attention_mask_key=None to count every token"
+            "callback calibration.batches with one, or calibration.attention_mask_key=None to count every token"
         )
     mask = torch.as_tensor(masks[0]).cpu()
     if mask.dim() != 2 or bool((mask < 0).any()):
@@ -501,7 +501,7 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
             return
         if poor := [rank for rank, (_, has_one) in enumerate(told) if not has_one]:
             raise ValueError(
-                f"the calibration_dataloader has no batch on rank {poor[0]}, and {in_round} or more on another: give "
+                f"calibration.batches has no batch on rank {poor[0]}, and {in_round} or more on another: give "
                 "all ranks the same one"
             )
         is_own = access.rank < len(one_each)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import rich
 import torch
@@ -23,9 +23,7 @@ from typing_extensions import override
 
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.arguments import (
-    check_batches,
-    check_choice,
-    check_memory,
+    CalibrationOptions,
     check_name,
     check_whole,
     described,
@@ -50,10 +48,8 @@ from thanos_lightning.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.forecast import Calibration, describe, forecast, tokens_per_batch
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.planning import (
-    CALIBRATION_STEPS,
     Planner,
     check_allocation,
-    check_initial,
     check_steps,
     check_trained,
     default_allocation,
@@ -65,7 +61,6 @@ from thanos_lightning.pruning import check_weights, hold_zeros, prune_window
 from thanos_lightning.report.data import Clock, EventReport, PruningReport
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_outcome, print_summary
-from thanos_lightning.rewarming import Rewarming
 from thanos_lightning.saving import save_whole
 from thanos_lightning.schedule import SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess, check_strategy, choose_access, guard_resume
@@ -84,9 +79,10 @@ from thanos_lightning.targets import (
     find_targets,
     uncalled_layers,
 )
-from thanos_lightning.windows import Progression, Window, check_ahead, check_begun, check_progression, reasons
+from thanos_lightning.windows import Window, check_ahead, check_begun, reasons
 
-_AT_ONCE, _GRADUALLY = SparsitySchedule(0, 0, 1), SparsitySchedule(0.0, 0.4, 0.1)
+_SOLVER, _CALIBRATION = SolverOptions(), CalibrationOptions()
+_AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
 class ThanosPruningCallback(Callback):
@@ -101,55 +97,23 @@ class ThanosPruningCallback(Callback):
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
         sparsity: Final fraction of zeros, for "unstructured" and "structured".
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
-        schedule: When to prune, and how much by then. None is once before the first step where there is a
-            `calibration_dataloader` and the progression is "within-layers", which was measured best; else at 10, 20, 30
-            and 40 % of the training (docs/recipes.md).
+        schedule: When to prune, and how much by then. None is once before the first step where there are
+            `calibration.batches`, which was measured best; else at 10, 20, 30 and 40 % of the training
+            (docs/recipes.md). From event to event all layers become sparser together: by single weights where they are
+            unstructured, by rows where they are N:M (the fraction of dense rows falls to its final value), by columns
+            where they are structured.
         targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
         ignore: Layers to leave out, in the same words; each but "lm_head" must match something.
         overrides: Other patterns for some of the targets.
-        method: "thanos", "sparsegpt", "wanda" or "magnitude".
-        block_size: Columns pruned jointly.
-        damping: Added to the Hessian's diagonal, relative to its mean.
-        saliency: What "thanos" chooses by: "wanda", "obs" or "balanced".
-        admm_steps: Steps after the method that improve mask and weights together. saliency="wanda", admm_steps=0 and
-            refine_steps=0 are the paper's algorithm, and the defaults of `prune`; those here differ from it on purpose.
-        refine_steps: Conjugate-gradient steps on the kept weights after that.
-        output_weights: How much the error of each output of a layer counts, against its other outputs and in an
-            allocation against those of other layers. "gradients": as much as the training loss feels it, by the mean
-            square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
-            1503.05671). "joined": by the whole output factor, so that rows of a layer make up for each other, which
-            was measured to lose less (docs/recipes.md); a layer takes the memory of a matrix (out_features,
-            out_features) more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is
-            "gradients" for "thanos", else "uniform".
-        calibration_steps: Optimizer steps whose batches are accumulated before an event, at most; a window never
-            reaches back past the event before. None is 32.
-        calibration_dataloader: Prune on these batches instead of training batches, run at the event. "datamodule" asks
-            the datamodule, or the LightningModule, for `calibration_dataloader()`. Batches go through
-            `calibration_step(batch)` where the module has one; else mappings go through `pl_module(**batch)`, and
-            tuples, tensors and the like through `training_step(batch, 0)`, in evaluation mode and with its `self.log`
-            dropped (not under manual optimization, where it would train). Where output weights are
-            wanted, that has to return the loss (`CausalLM` returns that of labels which it draws itself, whose
-            gradients say more), and a backward is run that leaves parameters' gradients alone; not under ZeRO-3 where
-            DeepSpeed gathers modules as a whole, such as mixtures of experts: all outputs count alike then.
-        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
-        hessian_memory_gib: Memory for the second moments, of inputs and of joined outputs. Layers are split into
-            windows that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.
-        progression: How the model becomes sparser over events. "within-layers": all layers together, by single weights
-            where they are unstructured, by rows where they are N:M (the fraction of dense rows falls to its final
-            value), by columns where they are structured. "levels": N:M goes through the patterns that keep more, as 3:4
-            is on the way to 2:4. "front-to-back", "back-to-front" and "least-loss-first": layers take turns, each
-            pruned at once to its end.
+        solver: How a layer is solved. saliency="wanda", admm_steps=0 and refine_steps=0 are the paper's algorithm; the
+            defaults differ from it on purpose.
+        calibration: On what: which batches, how many, and how much an error at each output counts.
         allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
-            None is `Allocation("loss")` with output weights, where the layers can be looked at before the first event
-            and the schedule begins below what a layer may get; else, and for N:M in all rows, "uniform". (It leaves out
-            layers that no gradient reaches, with a warning: they get the pattern's own sparsity.) An allocation and
-            "least-loss-first" look at all layers before that event prunes any, on the batches that it prunes on. Under
-            hessian_memory_gib that takes calibration steps of their own; where there are too few for both, half of
-            those before the event.
-        rewarm_steps: Optimizer steps after each event in which the learning rates rise from a fraction to what the
-            schedulers ask for.
-        moments: What of the optimizers' moments of the weights that are kept: "keep", or "clear", which forgets the
-            directions (first moments), but not the scales.
+            None is `Allocation("loss")` with output weights, where the layers can be looked at before the first event;
+            else, and for N:M in all rows, "uniform". (It leaves out layers that no gradient reaches, with a warning:
+            they get the pattern's own sparsity.) An allocation looks at all layers before that event prunes any, on the
+            batches that it prunes on. Under calibration.memory_gib that takes calibration steps of their own; where
+            there are too few for both, half of those before the event.
         verify_every_n_steps: Count the zeros every so many optimizer steps, and raise if one came back. 0 never counts.
         monitor: Metric of the validation loop to measure before the first event, after the last one, and at the end.
             Validation is run for it at these steps where it hasn't just been.
@@ -161,7 +125,7 @@ class ThanosPruningCallback(Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-        >>> pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(10, 30, 10), calibration_steps=5)
+        >>> pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(10, 30, 10))
         >>> trainer = Trainer(max_steps=50, callbacks=[pruning], logger=False, enable_checkpointing=False)
     """
 
@@ -175,82 +139,53 @@ class ThanosPruningCallback(Callback):
         *,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
-        method: Literal["thanos", "sparsegpt", "wanda", "magnitude"] = "thanos",
-        block_size: int = 128,
-        damping: float = 0.01,
-        saliency: Literal["wanda", "obs", "balanced"] = "balanced",
-        admm_steps: int = 8,
-        refine_steps: int = 2,
-        output_weights: Literal["gradients", "joined", "uniform"] | None = None,
-        calibration_steps: int | None = None,
-        calibration_dataloader: str | Iterable[Any] | None = None,
-        attention_mask_key: str | None = "attention_mask",
-        hessian_memory_gib: float | None = None,
-        progression: Progression = "within-layers",
+        solver: SolverOptions = _SOLVER,
+        calibration: CalibrationOptions = _CALIBRATION,
         allocation: Allocation | Literal["uniform"] | None = None,
-        rewarm_steps: int = 0,
-        moments: Literal["keep", "clear"] = "keep",
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
-        # the arguments by name, to be held against their defaults
-        given = locals()
         self.pattern: Pattern = parse_pattern(pattern, sparsity, outlier_fraction)
         self.targets = check_expressions("targets", targets)
         if not self.targets:
             raise ValueError("targets is []: give at least one glob, such as '*', or leave it out")
         self.ignore = check_expressions("ignore", ignore)
         self.overrides = check_overrides(overrides)
-        self.options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
-        check_whole("calibration_steps", CALIBRATION_STEPS if calibration_steps is None else calibration_steps, 1)
-        self.calibration_steps = CALIBRATION_STEPS if calibration_steps is None else calibration_steps
-        check_batches("calibration_dataloader", calibration_dataloader)
-        self.calibration_dataloader = calibration_dataloader
-        check_choice("progression", progression, get_args(Progression))
-        self.progression: Progression = progression
+        for name, group, kind in (
+            ("solver", solver, SolverOptions),
+            ("calibration", calibration, CalibrationOptions),
+        ):
+            if not isinstance(group, kind):
+                raise ValueError(f"{name} is {described(group)}: give {kind.__name__}(...)")
+        self.solver, self.calibration = solver, calibration
         if schedule is None:
-            at_once = calibration_dataloader is not None and progression == "within-layers"
-            schedule = _AT_ONCE if at_once else _GRADUALLY
+            schedule = _GRADUALLY if calibration.batches is None else _AT_ONCE
         if not isinstance(schedule, SparsitySchedule):
             raise ValueError(
-                f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), or None"
+                f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), one with at, "
+                "or None"
             )
         self.schedule = schedule
-        check_choice("output_weights", output_weights, ("gradients", "joined", "uniform", None))
-        if output_weights == "joined" and admm_steps == refine_steps == 0 and self.options.needs_statistics:
+        if calibration.joins_rows and solver.admm_steps == solver.refine_steps == 0 and solver.needs_statistics:
             raise ValueError(
-                "output_weights is 'joined', but admm_steps and refine_steps are 0, and only these steps join rows: "
-                "give some, or take 'gradients'"
+                "calibration.output_weights is 'full', but solver.admm_steps and refine_steps are 0, and only these "
+                "steps join rows: give some, or take 'diagonal'"
             )
-        self.output_weights = output_weights
-        check_name("attention_mask_key", attention_mask_key, "attention_mask")
-        self.attention_mask_key = attention_mask_key
-        check_memory("hessian_memory_gib", hessian_memory_gib)
-        self.hessian_memory_gib = hessian_memory_gib
-        if not self.overrides:  # else known when layers are
-            check_progression(progression, {"": self.pattern})
         if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
             raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
         self.allocation = allocation
-        asks = isinstance(allocation, Allocation) or progression == "least-loss-first"
-        if asks and not self.options.needs_statistics:
-            what = "allocation" if isinstance(allocation, Allocation) else "least-loss-first"
-            raise ValueError(
-                f"method {method!r} reports no losses, and {what} needs them: choose 'thanos', 'sparsegpt' or 'wanda'"
-            )
         if isinstance(allocation, Allocation):
-            check_allocation(allocation, self.pattern, schedule)
-        check_whole("rewarm_steps", rewarm_steps, 0)
-        self.rewarm_steps = rewarm_steps
-        check_choice("moments", moments, ("keep", "clear"))
-        self.moments = moments
+            if not solver.needs_statistics:
+                raise ValueError(
+                    f"method {solver.method!r} reports no losses, and allocation needs them: choose 'thanos', "
+                    "'sparsegpt' or 'wanda'"
+                )
+            check_allocation(self.pattern)
         check_whole("verify_every_n_steps", verify_every_n_steps, 0)
         self.verify_every_n_steps = verify_every_n_steps
         check_name("monitor", monitor, "val/loss")
         self.monitor = monitor
-        defaults = {name: of.default for name, of in inspect.signature(ThanosPruningCallback).parameters.items()}
-        patterns = [self.pattern, *(other.parsed() for other in self.overrides)]
-        refuse_unused(given, defaults, self.options, patterns)
+        refuse_unused(solver, calibration, [self.pattern, *(other.parsed() for other in self.overrides)])
 
         self._is_set_up = False
         self._reset()
@@ -318,19 +253,17 @@ class ThanosPruningCallback(Callback):
                 "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"
             )
         self._final_patterns = assign_patterns(self._layers, self.pattern, self.overrides)
-        check_progression(self.progression, self._final_patterns)
-        check_initial(self.schedule, self._final_patterns)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._access = choose_access(trainer.strategy, self._layers)
         check_steps(trainer, self._access)
-        if self.output_weights in ("gradients", "joined") and self._lacks_gradients:
+        if self.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
             raise MisconfigurationException(
-                f"output_weights is {self.output_weights!r}, but under ZeRO-3 there are none on a "
-                "calibration_dataloader where DeepSpeed gathers modules as a whole, such as mixtures of experts "
-                "(leaf_module in its configuration): leave the dataloader out to have those of the training batches, "
-                "or take output_weights='uniform'"
+                f"calibration.output_weights is {self.calibration.output_weights!r}, but under ZeRO-3 there are none "
+                "on calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
+                "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
+                "'uniform'"
             )
         check_weights(self._layers, self._access)
         self._enforcer = MaskEnforcer(self._layers, self._access)
@@ -370,14 +303,12 @@ class ThanosPruningCallback(Callback):
                 )
         counting = self._counting_optimizer(self._access)
         for optimizer in self._access.optimizers:
-            if self.rewarm_steps:
-                self._handles += Rewarming(self._rewarmed).attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         if self._restored is not None and self._restored["collected"] is not None:
-            if self._restored.get("joins_rows", False) != self._joins_rows:
+            if self._restored.get("joins_rows", False) != self.calibration.joins_rows:
                 raise MisconfigurationException(
-                    f"the checkpoint was saved while statistics were collected, and {changed['output_weights']}: "
-                    "resume with what it was trained with"
+                    "the checkpoint was saved while statistics were collected, and "
+                    f"{changed['calibration.output_weights']}: resume with what it was trained with"
                 )
             self._collect(self._windows[self._windows_done])
             self._collector.load(self._restored["collected"])
@@ -550,7 +481,7 @@ class ThanosPruningCallback(Callback):
             "windows_done": self._windows_done,
             "masks": {} if self._enforcer is None else self._masks_state(self._enforcer, self._require_access()),
             "collected": None if self._collector is None else self._collector.state(),
-            "joins_rows": self._joins_rows,
+            "joins_rows": self.calibration.joins_rows,
             "report": self.report.state(),
             "event_parts": dict(self._clock.parts),
             "measured": self._measured,
@@ -583,9 +514,13 @@ class ThanosPruningCallback(Callback):
 
     def _arguments(self) -> dict[str, str]:
         """What is asked of the callback, in words that a resumed training compares with its own."""
-        values = {**vars(self), **vars(self.options), "overrides": list(map(repr, self.overrides))}
-        names = [name for name in inspect.signature(ThanosPruningCallback).parameters if name in values]
-        arguments = {name: described(values[name]) for name in names}
+        values = {**vars(self), "overrides": list(map(repr, self.overrides))}
+        arguments: dict[str, str] = {}
+        for name in inspect.signature(ThanosPruningCallback).parameters:
+            if name in ("solver", "calibration"):
+                arguments |= {f"{name}.{option}": described(value) for option, value in vars(values[name]).items()}
+            elif name in values:
+                arguments[name] = described(values[name])
         return arguments | ({} if self._total_steps is None else {"max_steps": described(self._total_steps)})
 
     def _masks_state(self, enforcer: MaskEnforcer, access: ParameterAccess) -> dict[str, Any]:
@@ -644,18 +579,17 @@ class ThanosPruningCallback(Callback):
         if isinstance(self.allocation, Allocation):
             allocation: Allocation | None = self.allocation
         elif self.allocation is None and self._weights_outputs and not self._lacks_gradients:
-            allocation = default_allocation(self.pattern, self.schedule)
+            allocation = default_allocation(self.pattern)
         else:
             allocation = None
         return Planner(
             self.pattern,
             self._schedule_in_steps or self.schedule,
-            self.progression,
             allocation,
             gives_way=self.allocation is None,
-            calibration_steps=self.calibration_steps if self._collects_in_training else 0,
-            memory_gib=self.hessian_memory_gib if self.options.needs_statistics else None,
-            joins_rows=self._joins_rows,
+            calibration_steps=self.calibration.steps if self._collects_in_training else 0,
+            memory_gib=self.calibration.memory_gib if self.solver.needs_statistics else None,
+            joins_rows=self.calibration.joins_rows,
         )
 
     def _plan(self, trainer: Trainer) -> list[Window]:
@@ -673,16 +607,16 @@ class ThanosPruningCallback(Callback):
 
     @property
     def _weights_outputs(self) -> bool:
-        wanted = self.output_weights or ("gradients" if self.options.method == "thanos" else "uniform")
+        wanted = self.calibration.output_weights or ("diagonal" if self.solver.method == "thanos" else "uniform")
         return wanted != "uniform"
 
     @property
     def _lacks_gradients(self) -> bool:
-        return self.calibration_dataloader is not None and not self._require_access().can_differentiate
+        return self.calibration.batches is not None and not self._require_access().can_differentiate
 
     @property
     def _collects_in_training(self) -> bool:
-        return self.options.needs_statistics and self.calibration_dataloader is None
+        return self.solver.needs_statistics and self.calibration.batches is None
 
     def _counting_optimizer(self, access: ParameterAccess) -> Optimizer:
         """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
@@ -701,12 +635,10 @@ class ThanosPruningCallback(Callback):
                 f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear and "
                 f"Conv1D; left out are {census.shares()}"
             )
-        joined, needs = self._joins_rows, self.options.needs_statistics
+        joined, needs = self.calibration.joins_rows, self.solver.needs_statistics
         with torch.random.fork_rng(devices=[]):  # which a training goes on with
             found = (
-                self._require_collector().batches(trainer, pl_module)
-                if self.calibration_dataloader is not None
-                else None
+                self._require_collector().batches(trainer, pl_module) if self.calibration.batches is not None else None
             )
         if not trainer.is_global_zero:
             return
@@ -720,10 +652,10 @@ class ThanosPruningCallback(Callback):
         outlook = forecast(
             self._layers,
             census,
-            self.options,
+            self.solver,
             calibration,
             trainer,
-            memory_gib=self.hessian_memory_gib if needs else None,
+            memory_gib=self.calibration.memory_gib if needs else None,
             is_sharded=not isinstance(access, ReplicatedAccess),
             levels=max(map(len, surveyed.values()), default=0),
             events=len({window.event.step for window in self._windows}),
@@ -757,7 +689,7 @@ class ThanosPruningCallback(Callback):
             window = self._windows[self._windows_done]
             if self._optimizer_steps >= window.end_step:
                 # before a survey that the first event follows at once: a checkpoint of the validation has its sums
-                is_first = not self.report.events and (not window.surveys or self.hessian_memory_gib is None)
+                is_first = not self.report.events and (not window.surveys or self.calibration.memory_gib is None)
                 if is_first and self.monitor is not None:
                     self.report.summary.dense = self._measure(trainer)
                 shown = trainer.progress_bar_callback is not None  # not where the user wants no bars
@@ -783,11 +715,11 @@ class ThanosPruningCallback(Callback):
         return Collector(
             self._layers,
             access,
-            calibration=self.calibration_dataloader,
-            attention_mask_key=self.attention_mask_key,
-            keeps_survey=self.hessian_memory_gib is None,
-            needs_gradients=self.output_weights is not None,
-            joins_outputs=self._joins_rows,
+            calibration=self.calibration.batches,
+            attention_mask_key=self.calibration.attention_mask_key,
+            keeps_survey=self.calibration.memory_gib is None,
+            needs_gradients=self.calibration.output_weights is not None,
+            joins_outputs=self.calibration.joins_rows,
         )
 
     def _collect(self, window: Window) -> None:
@@ -795,7 +727,7 @@ class ThanosPruningCallback(Callback):
 
     def _collected(self, window: Window, trainer: Trainer, pl_module: LightningModule) -> Collected:
         collected = Collected()
-        if self.options.needs_statistics:
+        if self.solver.needs_statistics:
             wanted = self._wants_gradients(window)
             self._clock.now("calibrating")
             collected = self._require_collector().take(window, trainer, pl_module, gradients=wanted)
@@ -805,14 +737,10 @@ class ThanosPruningCallback(Callback):
         self._require_access().release()
         return collected
 
-    @property
-    def _joins_rows(self) -> bool:
-        return self.output_weights == "joined"
-
     def _wants_gradients(self, window: Window) -> bool:
         """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
         compete = (
-            self._joins_rows
+            self.calibration.joins_rows
             or (self._require_planner().allocation is not None and window.surveys)
             or any(not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values())
         )
@@ -827,10 +755,10 @@ class ThanosPruningCallback(Callback):
             self._layers,
             collected.accumulators,
             access=self._require_access(),
-            options=self.options,
+            options=self.solver,
             tried=self._require_planner().to_survey(window.patterns),
             output_weights=collected.output_weights,
-            joins_rows=self._joins_rows,
+            joins_rows=self.calibration.joins_rows,
             sums_stay=collected.stay,
         )
         if window.is_last:
@@ -851,9 +779,9 @@ class ThanosPruningCallback(Callback):
             collected.accumulators,
             access=access,
             enforcer=enforcer,
-            options=self.options,
+            options=self.solver,
             output_weights=collected.output_weights,
-            joins_rows=self._joins_rows,
+            joins_rows=self.calibration.joins_rows,
             later={name for other in self._windows[self._windows_done + 1 :] for name in other.patterns},
             on_writing=lambda: self._clock.now("writing"),
         )
@@ -861,8 +789,6 @@ class ThanosPruningCallback(Callback):
         self._sparsity = None
         self._measured = None  # of the weights before
         restart_averages(trainer, pl_module)
-        if self.moments == "clear":
-            enforcer.clear_directions(window.patterns)
         if not self.report.events or self.report.events[-1].step != window.event.step:
             self.report.events.append(EventReport(window.event.step, window.event.sparsity(self.pattern.sparsity)))
         self.report.events[-1].layers.extend(layers)
@@ -931,12 +857,6 @@ class ThanosPruningCallback(Callback):
     def _require_planner(self) -> Planner:
         assert self._planner is not None, "set in on_train_start"
         return self._planner
-
-    def _rewarmed(self) -> float:
-        """What the learning rates of the next step are multiplied by."""
-        # one whose layers are pruned in turn is reported from the first of them on
-        past = [event.step for event in self.report.events if event.step <= self._optimizer_steps]
-        return min(1.0, (self._optimizer_steps - past[-1] + 1) / (self.rewarm_steps + 1)) if past else 1.0
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

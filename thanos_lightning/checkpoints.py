@@ -19,7 +19,7 @@ from thanos_lightning.checksums import require_intact
 from thanos_lightning.zero_checkpoints import files_of, is_zero_folder, read_zero_folder, require_end
 
 # What the callback writes into a trainer checkpoint
-CHECKPOINT_FORMAT = 4  # of both parts
+CHECKPOINT_FORMAT = 5  # of both parts
 CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
 NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging Face model
 

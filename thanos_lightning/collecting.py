@@ -260,7 +260,7 @@ class Collector:
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
                 "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
                 "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
-                "return the loss. output_weights='uniform' is without this warning)"
+                "return the loss. calibration.output_weights='uniform' is without this warning)"
             )
         return found
 
@@ -268,7 +268,7 @@ class Collector:
         statistics = self._new_statistics(window)
         if gradients and not self._access.can_differentiate:
             self._warn_once(
-                "under ZeRO-3 there are no gradients on a calibration_dataloader where DeepSpeed gathers modules as a "
+                "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "
                 "whole, such as mixtures of experts (leaf_module in its configuration): errors at all outputs count "
                 "alike, and layers are pruned alike unless an allocation is given. Leave the dataloader "
                 "out to have those of the training batches"
@@ -291,7 +291,7 @@ class Collector:
         finally:
             found.stop()
         if not sum(self._access.gather(counted)):
-            raise PruningError("calibration_dataloader gave no batch: give one that isn't empty")
+            raise PruningError("calibration.batches gave no batch: give one that isn't empty")
         statistics.kept.raise_everywhere(self._access)
         return found
 
@@ -324,8 +324,8 @@ class Collector:
             if callable(getattr(holder, "calibration_dataloader", None)):
                 return holder
         raise MisconfigurationException(
-            "calibration_dataloader is 'datamodule', but neither the datamodule nor the LightningModule has a method "
-            "calibration_dataloader(): add one, pass a dataloader, or None to use the training batches"
+            "calibration.batches is 'datamodule', but neither the datamodule nor the LightningModule has a method "
+            "calibration_dataloader(): add one, give batches, or None to use the training batches"
         )
 
     def _warn_once(self, message: str) -> None:

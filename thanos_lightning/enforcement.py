@@ -19,8 +19,6 @@ from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits
 from thanos_lightning.targets import PrunableLayer
 
-_DIRECTIONS = ("exp_avg", "momentum_buffer")  # what Adam and its kin, and SGD, call their first moments
-
 
 class ZeroViolationError(RuntimeError):
     """A weight that was pruned is not zero any more, or its moments aren't."""
@@ -97,19 +95,6 @@ class MaskEnforcer:
             kept = kept_bits(self._drops[name])
             for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
                 clear_bits(tensor, kept[place])
-
-    @torch.no_grad()
-    def clear_directions(self, names: Iterable[str]) -> None:
-        """Zero the first moments of layers: where the optimizers were heading, on this rank's pieces.
-
-        Second moments stay. They are the scale of a step, and after one at 0 steps would be several times too long.
-        """
-        layers = {name: self._layers[name] for name in names}
-        for optimizer in self._access.optimizers:
-            for name in self._access.stepped_by(optimizer, layers):
-                for what, tensor, _ in self._access.stepped_tensors(layers[name], optimizer):
-                    if what in _DIRECTIONS:
-                        tensor.zero_()
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:

@@ -58,6 +58,11 @@ def export_checkpoint(
         ValueError: If the output isn't free, the checkpoint is none or holds no masks yet, its weights don't fit the
             model, or the tokenizer can't be had.
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
+
+    Example:
+        >>> reports = export_checkpoint("runs/quickstart/checkpoints/quickstart.ckpt", "exported")  # doctest: +SKIP
+        >>> min(report.sparsity for report in reports)  # doctest: +SKIP
+        0.5
     """
     output = Path(output).resolve()
     require_free(output)

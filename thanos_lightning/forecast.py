@@ -110,7 +110,7 @@ def forecast(
     device = targets[0].parameter.device
     exact, forward = _rate(device), _rate(device, trainer)
     solves = [_operations(layer, options, calibration.joined) / exact for layer in targets]
-    scans = [_operations(layer, SolverOptions(options.method), False) / exact for layer in targets]
+    scans = [_operations(layer, SolverOptions.as_published(options.method), False) / exact for layer in targets]
     joined = calibration.joined
     at_peak = partial(
         event_bytes,

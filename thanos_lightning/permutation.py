@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -196,9 +196,7 @@ def permute_channels(
     *,
     targets: str | Sequence[str] = ("*",),
     ignore: str | Sequence[str] = ("lm_head",),
-    output_weights: Literal["gradients", "uniform"] = "gradients",
-    hessian_memory_gib: float | None = None,
-    rounds: int = 60,
+    memory_gib: float | None = None,
     seed: int = 0,
 ) -> list[Reordered]:
     """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.
@@ -216,10 +214,8 @@ def permute_channels(
         pattern: N:M, the one that it will be pruned to.
         targets: The layers that will be pruned, as for the callback.
         ignore: The layers that won't.
-        output_weights: "uniform" has no gradients: W_ij² c_j counts as a part of its layer's sum then.
-        hessian_memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
+        memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
             are run more than once. None holds all at once.
-        rounds: Of each search, at most.
         seed: Of the searches.
 
     Returns:
@@ -240,8 +236,6 @@ def permute_channels(
         True
     """
     parsed = require_nm(pattern)
-    if output_weights not in ("gradients", "uniform"):
-        raise ValueError(f"output_weights is {output_weights!r}: choose 'gradients' or 'uniform'")
     require_scipy()
     batches = list(batches)
     if not batches:
@@ -266,15 +260,15 @@ def permute_channels(
     try:
         model.eval()
         before = _logits(model, batches[0])
-        weights = _output_weights(model, batches, layers.values()) if output_weights == "gradients" else None
+        weights = _output_weights(model, batches, layers.values())
         costs: dict[str, Float[Tensor, " cols"]] = {}
-        for window in split_by_memory(list(layers.values()), hessian_memory_gib):
+        for window in split_by_memory(list(layers.values()), memory_gib):
             costs |= _costs(model, batches, {layer.name: layer for layer in window})
         # All are searched for before any is changed: the scores are of the order in which the inputs were measured
         reordered = []
         with open_phase("Searching for orders", len(fitting), "sets of channels") as phase:
             for channels in fitting:
-                reordered.append(_search(channels, layers, costs, weights, parsed, rounds, generator))
+                reordered.append(_search(channels, layers, costs, weights, parsed, generator))
                 phase.advance(note=channels.name)
         for found in reordered:
             _apply(parameters, found.channels, found.order)
@@ -305,9 +299,8 @@ def _search(
     channels: Channels,
     layers: Mapping[str, PrunableLayer],
     costs: Mapping[str, Float[Tensor, " cols"]],
-    weights: Mapping[str, Float[Tensor, " rows"]] | None,
+    weights: Mapping[str, Float[Tensor, " rows"]],
     pattern: NM,
-    rounds: int,
     generator: torch.Generator,
 ) -> Reordered:
     """The best order that is found for some channels."""
@@ -320,14 +313,11 @@ def _search(
         chosen = torch.randperm(layer.rows, generator=generator)[: max(1, round(share * layer.rows))]
         weight = layer.parameter.detach()
         of_layer = weight.float().square().mul_(costs[layer.name].to(weight.device))
-        if weights is None:
-            of_layer /= of_layer.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        else:
-            of_layer *= weights[layer.name].to(weight.device).unsqueeze(1)
+        of_layer *= weights[layer.name].to(weight.device).unsqueeze(1)
         of_layer = of_layer[chosen.to(weight.device)]
         scores += [of_layer[:, start : start + channels.size] for start in place.starts]
     together = torch.cat(scores)
-    order = search_order(together, pattern, rounds=rounds, seed=int(torch.randint(2**31, (), generator=generator)))
+    order = search_order(together, pattern, seed=int(torch.randint(2**31, (), generator=generator)))
     return Reordered(
         channels, order, kept_share(together, pattern), kept_share(together[:, order.to(together.device)], pattern)
     )

@@ -10,23 +10,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from thanos_lightning.allocation import Allocation, loss_at
+from thanos_lightning.allocation import Allocation
+from thanos_lightning.arguments import CALIBRATION_STEPS
 from thanos_lightning.schedule import Event, SparsitySchedule
 from thanos_lightning.sharding import ParameterAccess
 from thanos_lightning.solver import NM, Pattern
 from thanos_lightning.surveying import LayerSurvey, allocate, levels, sparsest
 from thanos_lightning.targets import PrunableLayer
-from thanos_lightning.windows import Progression, Window, changes, plan_windows, split_by_memory, turns
-
-CALIBRATION_STEPS = 32  # unless the user says more or less
-_ORDERED: dict[Progression, Progression] = {"least-loss-first": "front-to-back"}
+from thanos_lightning.windows import Window, patterns_at, plan_windows, split_by_memory
 
 
-def check_allocation(allocation: Allocation, pattern: Pattern, schedule: SparsitySchedule) -> None:
+def check_allocation(pattern: Pattern) -> None:
     """Refuse an allocation that can't be met.
 
     Raises:
-        ValueError: Naming the closest sparsity that can, or what leaves nothing to allocate.
+        ValueError: Naming what leaves nothing to allocate.
     """
     if isinstance(pattern, NM) and not pattern.outlier_fraction:
         raise ValueError(
@@ -38,58 +36,21 @@ def check_allocation(allocation: Allocation, pattern: Pattern, schedule: Sparsit
             f"a sparsity of {pattern.sparsity} leaves nothing to allocate, since no layer is looked at beyond "
             f"{most:g}: leave the allocation out, or ask for less"
         )
-    lowest, highest = allocation.limits(pattern.sparsity)
-    if schedule.initial >= lowest and schedule.initial > 0:
-        raise ValueError(
-            f"the schedule starts at sparsity {schedule.initial}, but the allocation may give a layer as little as "
-            f"{lowest}: give a smaller initial, or a larger lowest"
-        )
-    if allocation.lowest >= most:
-        raise ValueError(
-            f"the allocation's lowest is {allocation.lowest}, but no layer is looked at beyond {most:g}: give a "
-            "smaller one, or leave the allocation out"
-        )
-    if not lowest <= pattern.sparsity <= highest:
-        closest = allocation.lowest if pattern.sparsity < lowest else allocation.highest
-        asked = "ask for that"
-        if isinstance(pattern, NM):
-            asked += f", by outlier_fraction {1 - closest / most:g}"
-        raise ValueError(
-            f"a sparsity of {pattern.sparsity:g} can't be met where each layer's is between {allocation.lowest} and "
-            f"{allocation.highest}: the closest is {closest}. Widen the allocation's limits, or {asked}"
-        )
 
 
-def check_initial(schedule: SparsitySchedule, final: Mapping[str, Pattern]) -> None:
-    """Refuse a schedule that begins where a layer should end.
-
-    Raises:
-        ValueError: Naming the layer.
-    """
-    for name, pattern in final.items():
-        if schedule.initial >= pattern.sparsity:
-            raise ValueError(
-                f"the schedule starts at sparsity {schedule.initial}, not below the final {pattern.sparsity} of layer "
-                f"{name}: give a smaller initial"
-            )
-
-
-def default_allocation(pattern: Pattern, schedule: SparsitySchedule) -> Allocation | None:
-    """By loss, None where there is nothing to allocate, or a schedule begins above what it may give to a layer.
+def default_allocation(pattern: Pattern) -> Allocation | None:
+    """By loss; None where there is nothing to allocate.
 
     Example:
         >>> from thanos_lightning.solver import Unstructured
-        >>> default_allocation(Unstructured(0.6), SparsitySchedule(10, 30, 10))
-        Allocation(by='loss', deviation=None, lowest=0.0, highest=1.0)
-        >>> default_allocation(NM(2, 4), SparsitySchedule(10, 30, 10)) is None
-        True
+        >>> default_allocation(Unstructured(0.6)), default_allocation(NM(2, 4))
+        (Allocation(by='loss'), None)
     """
-    default = Allocation("loss")
     try:
-        check_allocation(default, pattern, schedule)
+        check_allocation(pattern)
     except ValueError:
         return None
-    return default
+    return Allocation("loss")
 
 
 @dataclass(frozen=True)
@@ -99,7 +60,6 @@ class Planner:
     Attributes:
         pattern: The main pattern, whose layers share an allocation.
         schedule: When, and how sparse by then.
-        progression: How the model becomes sparser over events.
         allocation: Of unequal sparsities; None for layers that are alike.
         gives_way: Whether the allocation is the default, which nobody asked for: it leaves out layers of which it is
             not known what they lose, and all where there is no room to look at them.
@@ -110,7 +70,6 @@ class Planner:
 
     pattern: Pattern
     schedule: SparsitySchedule
-    progression: Progression
     allocation: Allocation | None
     gives_way: bool
     calibration_steps: int
@@ -120,7 +79,7 @@ class Planner:
     @property
     def needs_survey(self) -> bool:
         """Whether there is no way to go on without one."""
-        return (self.allocation is not None and not self.gives_way) or self.progression == "least-loss-first"
+        return self.allocation is not None and not self.gives_way
 
     def to_survey(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
         """What each layer is tried at before the first event.
@@ -160,15 +119,14 @@ class Planner:
             ValueError: If windows don't fit before their events.
         """
         events = events_in(self.schedule, trainer)
-        if not self.needs_survey and self.allocation is None:
-            return self._plan_pruning(events, layers, final, surveys)
+        if self.allocation is None:
+            return self._plan_pruning(events, layers, final)
         first, collects = events[0].step, self.calibration_steps > 0
         needed = len(split_by_memory(list(layers.values()), self.memory_gib, joined=self.joins_rows))
         # Where all is held at once, the first event takes what its survey was told.
         at_once = self.memory_gib is None
         step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
-        in_turns = self.progression in ("front-to-back", "back-to-front", "least-loss-first")
-        has_room = step >= needed and (at_once or first - step >= (1 if in_turns else needed))
+        has_room = step >= needed and (at_once or first - step >= needed)
         since = 0 if at_once else step
         if collects and not has_room:
             if not self.needs_survey or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
@@ -176,12 +134,12 @@ class Planner:
                     f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
                     "pruned alike"
                 )
-                return self._plan_pruning(events, layers, final, surveys)
-            at_its_step = "" if at_once or not first else "look at all with the event (no hessian_memory_gib), "
+                return self._plan_pruning(events, layers, final)
+            at_its_step = "" if at_once or not first else "look at all with the event (no calibration.memory_gib), "
             raise MisconfigurationException(
                 f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
-                f"{needed} window(s): start the schedule later (start_step), {at_its_step}give a "
-                "calibration_dataloader, or leave out allocation and least-loss-first"
+                f"{needed} window(s): start the schedule later (start_step), {at_its_step}give "
+                "calibration.batches, or leave the allocation out"
             )
         survey = plan_windows(
             [(Event(step, 0.0), final)],
@@ -194,19 +152,21 @@ class Planner:
         begins_with_it = bool(surveys) or survey[0].start_step >= optimizer_steps
         if not self.needs_survey and not (begins_with_it if begun_with_survey is None else begun_with_survey):
             rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
-            return self._plan_pruning(events, layers, final, surveys)
+            return self._plan_pruning(events, layers, final)
         if len(surveys) < len(layers):
             # refuses what can't be before the training
-            self._plan_pruning(events, layers, final, surveys, since=since)
+            self._plan_pruning(events, layers, final, since=since)
             return survey
-        final = self._allocate(layers, final, surveys)
-        return [*survey, *self._plan_pruning(events, layers, final, surveys, since=since)]
+        final = self._allocate(self.allocation, layers, final, surveys)
+        return [*survey, *self._plan_pruning(events, layers, final, since=since)]
 
     def _allocate(
-        self, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], surveys: Mapping[str, LayerSurvey]
+        self,
+        allocation: Allocation,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        surveys: Mapping[str, LayerSurvey],
     ) -> Mapping[str, Pattern]:
-        if self.allocation is None:
-            return final
         unknown = [
             name
             for name, pattern in final.items()
@@ -220,7 +180,7 @@ class Planner:
                 "which it is known share their zeros. allocation='uniform' is without this warning"
             )
         known = {name: pattern for name, pattern in final.items() if name not in unknown}
-        allocated = allocate(self.allocation, surveys, layers, known, self.pattern)
+        allocated = allocate(allocation, surveys, layers, known, self.pattern)
         return {
             name: final[name] if name in unknown else allocated[name]
             for name in final
@@ -232,19 +192,10 @@ class Planner:
         events: list[Event],
         layers: Mapping[str, PrunableLayer],
         final: Mapping[str, Pattern],
-        surveys: Mapping[str, LayerSurvey],
         since: int = 0,
     ) -> list[Window]:
-        sizes = {name: layer.rows * layer.cols for name, layer in layers.items()}
-        losses = {
-            name: loss_at(survey.losses, final[name].sparsity) if survey.losses else math.inf
-            for name, survey in surveys.items()
-            if name in final
-        }
-        # before the layers were looked at, any order does to see that all events fit
-        progression = self.progression if surveys else _ORDERED.get(self.progression, self.progression)
         windows = plan_windows(
-            changes(events, final, self.progression, sizes, turns(progression, final, losses)),
+            [(event, patterns_at(event, final)) for event in events],
             layers,
             calibration_steps=self.calibration_steps,
             budget_gib=self.memory_gib,
@@ -254,7 +205,7 @@ class Planner:
         steps = min((window.end_step - window.start_step for window in windows), default=0)
         if steps < self.calibration_steps != CALIBRATION_STEPS:
             rank_zero_info(
-                f"calibration_steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
+                f"calibration.steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
                 "since the event before"
             )
         return windows
@@ -338,7 +289,7 @@ def scheduled_events(schedule: SparsitySchedule, trainer: Trainer) -> list[Event
     total = steps_of(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         assert total is not None, "it is short"
-        schedule = SparsitySchedule(total, total, 1)
+        schedule = SparsitySchedule(at=[total])
     if schedule.has_fractions:
         if total is None:
             raise MisconfigurationException(

@@ -316,7 +316,7 @@ def prune(
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
     if inputs is None and options.needs_statistics:
-        options = SolverOptions("magnitude")
+        options = SolverOptions.as_published("magnitude")
         own = None if own is None or own.ndim == 2 else own
     return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
 

@@ -1,18 +1,20 @@
 """From optimizer steps to sparsity: pure functions of numbers.
 
-A schedule names the optimizer steps at which layers are pruned (its events) and the sparsity that each asks for.
-With x = (t - start) / (end - start), a layer whose final sparsity is s_f is pruned at step t to
+A schedule names the optimizer steps at which layers are pruned (its events) and the sparsity that each asks for. A
+layer whose final sparsity is s_f is pruned, when the fraction x of the schedule is over, to
 
-    s_t = s_f + (s_i - s_f) · (1 - p(x)),    p: 0 -> 0, 1 -> 1
+    s = s_f · p(x),    p: 0 -> 0, 1 -> 1
 
-where s_i is `initial` and p is the shape. "cubic", p = 1 - (1 - x)³, is Zhu and Gupta (arXiv 1710.01878, equation 1).
+where p is the shape. "cubic", p = 1 - (1 - x)³, is Zhu and Gupta (arXiv 1710.01878, equation 1) from a dense model on.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Shape = Literal["constant", "linear", "cubic", "cosine"]
 
@@ -39,126 +41,161 @@ class Event:
 
     Attributes:
         step: Number of optimizer steps that have been taken when the event happens.
-        progress: p(x), in [0, 1]: 0 asks for the initial sparsity, 1 for the final one.
-        initial: The schedule's initial sparsity.
+        progress: p(x), in (0, 1]: the fraction of the final sparsity.
     """
 
     step: int
     progress: float
-    initial: float = 0.0
 
     def sparsity(self, final: float) -> float:
         """The sparsity that the event asks for, of a layer whose final sparsity is `final`."""
-        # exact at the end: a rounding error here would ask an N:M layer for a fraction of a row
-        return final if self.progress >= 1.0 else self.initial + (final - self.initial) * self.progress
+        return final * self.progress
 
 
 @dataclass(frozen=True)
 class SparsitySchedule:
     """When to prune, and how much by then.
 
-    Steps are optimizer steps, never batches. An int is a number of steps; a float in [0, 1] is a fraction of the
-    training (`1` is the first step, `1.0` the last). Events lie at `start_step`, then every `every_n_steps`, and at
-    `end_step`; the ones that would not raise the sparsity (the first one when `initial` is 0, all but the first one of
-    the shape "constant") are left out.
+    Times are optimizer steps, never batches: an int is a number of steps, a float below 1 a fraction of the training.
+    They are a list, `at`; or they lie between `start_step`, where nothing is pruned yet, and `end_step`, every
+    `every_n_steps`. Where start and end are the same, that is one event.
 
     Args:
-        start_step: Step of the first event.
-        end_step: Step of the last event, at which the final sparsity is reached. Equal to `start_step` for one shot.
+        start_step: Where the sparsity begins to rise.
+        end_step: Time of the last event, at which the final sparsity is reached.
         every_n_steps: Distance between events, at least one step.
-        initial: Sparsity at `start_step`, in [0, 1).
-        shape: How the sparsity rises: "constant", "linear", "cubic" or "cosine".
+        shape: How the sparsity rises: "constant" (all at once, at `start_step` or the first of `at`), "linear", "cubic"
+            or "cosine".
+        at: The time of each event, in place of the other three. By event k of n the fraction k/n of the schedule is
+            over.
 
     Raises:
-        ValueError: For a negative or non-finite number, a fraction above 1, a schedule that ends before it starts, an
-            unknown shape.
+        ValueError: For a negative or non-finite number, a fraction of 1 or more, times that don't rise, both kinds of
+            times or neither, an unknown shape.
 
     Example:
         >>> schedule = SparsitySchedule(start_step=0, end_step=20, every_n_steps=10)
         >>> [(event.step, event.sparsity(final=0.5)) for event in schedule.events()]
         [(10, 0.4375), (20, 0.5)]
+        >>> SparsitySchedule(at=[10, 20]).events() == schedule.events()
+        True
     """
 
-    start_step: int | float
-    end_step: int | float
-    every_n_steps: int | float
-    initial: float = 0.0
+    start_step: int | float | None = None
+    end_step: int | float | None = None
+    every_n_steps: int | float | None = None
     shape: Shape = "cubic"
+    at: Sequence[int | float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("start_step", "end_step", "every_n_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} is {value!r}: give optimizer steps (int) or a fraction of training (float)")
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} is {value}: give a number of optimizer steps ≥ 0, or a fraction in [0, 1]")
-            if _is_fraction(value) and value > 1:
-                raise ValueError(
-                    f"{name} is {value}: a float is a fraction of the training, in [0, 1]; for steps write {int(value)}"
-                )
-        if self.every_n_steps == 0:
-            raise ValueError("every_n_steps is 0: give at least one optimizer step between events")
-        if _is_fraction(self.start_step) == _is_fraction(self.end_step):
-            self._check_order()
-        if not (isinstance(self.initial, (int, float)) and 0 <= self.initial < 1):
-            raise ValueError(f"initial is {self.initial}: give the sparsity at start_step, in [0, 1)")
+        three, mend = ("start_step", "end_step", "every_n_steps"), "give start_step, end_step and every_n_steps, or at"
+        given = [name for name in three if getattr(self, name) is not None]
+        if self.at is None:
+            if missing := [name for name in three if name not in given]:
+                raise ValueError(f"{missing[0]} is missing: {mend}")
+            for name in three:
+                _check_time(name, getattr(self, name))
+            if self.every_n_steps == 0:
+                raise ValueError("every_n_steps is 0: give at least one optimizer step between events")
+        else:
+            if given:
+                raise ValueError(f"at and {given[0]} are given, but one places the events: {mend} alone")
+            if isinstance(self.at, str) or not isinstance(self.at, Sequence) or not self.at:
+                raise ValueError(f"at is {self.at!r}: give a list of times, such as [0.1, 0.2]")
+            for time in self.at:
+                _check_time("a time of at", time)
+            object.__setattr__(self, "at", tuple(self.at))  # a list would be no value
+        times = self._times
+        if len({_is_fraction(time) for time in times}) == 1:  # else they are known when the training's length is
+            self._check_order(times)
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape is {self.shape!r}: choose one of {', '.join(get_args(Shape))}")
 
-    def _check_order(self) -> None:
-        if self.end_step < self.start_step:
+    @property
+    def _times(self) -> tuple[int | float, ...]:
+        """Those that rise."""
+        if self.at is not None:
+            return tuple(self.at)
+        assert self.start_step is not None
+        assert self.end_step is not None
+        return self.start_step, self.end_step
+
+    def _check_order(self, times: Sequence[int | float]) -> None:
+        if self.at is not None and any(later <= before for before, later in itertools.pairwise(times)):
+            raise ValueError(f"at is {list(self.at)}: give times that rise, such as [0.1, 0.2]")
+        if self.at is None and times[1] < times[0]:
             raise ValueError(
-                f"the schedule ends at end_step {self.end_step}, before it starts at start_step {self.start_step}: "
+                f"the schedule ends at end_step {times[1]}, before it starts at start_step {times[0]}: "
                 "give an end_step that is not smaller"
             )
 
     @property
     def has_fractions(self) -> bool:
         """Whether the length of the training must be known to place the events."""
-        return any(map(_is_fraction, (self.start_step, self.end_step, self.every_n_steps)))
+        return any(map(_is_fraction, (*self._times, self.every_n_steps or 0)))
 
     def resolve(self, total_steps: int) -> SparsitySchedule:
         """The same schedule in whole optimizer steps, for a training of `total_steps` of them.
 
-        Rounding never adds an event. Where events are two or three steps apart, it may take one: of a tenth each up to
-        0.4 of 22 steps, those at 3, 6 and 9 are left.
+        Rounding never adds an event, nor moves one to before the first step. Where events are two or three steps apart,
+        it may take one: of a tenth each from 0.0 to 0.4 of 22 steps, those at 3, 6 and 9 are left.
 
         Raises:
-            ValueError: If it ends before it starts.
+            ValueError: If the times don't rise.
 
         Example:
             >>> SparsitySchedule(0.1, 0.5, 0.2).resolve(total_steps=50)
-            SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, initial=0.0, shape='cubic')
+            SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, shape='cubic', at=None)
+            >>> SparsitySchedule(at=[0, 0.25, 0.5]).resolve(total_steps=50).at
+            (0, 12, 25)
         """
 
-        def steps(value: float) -> float:
-            return value * total_steps if _is_fraction(value) else value
+        def steps(time: float) -> float:
+            return time * total_steps if _is_fraction(time) else time
 
-        start, end, every = round(steps(self.start_step)), round(steps(self.end_step)), steps(self.every_n_steps)
+        if self.at is not None:
+            self._check_order([steps(time) for time in self.at])
+            whole = [max(1, round(steps(time))) if time else 0 for time in self.at]
+            return SparsitySchedule(shape=self.shape, at=sorted(set(whole)))
+        (first, last), every = map(steps, self._times), steps(self.every_n_steps or 0)
+        start, end = round(first), round(last)
         # each is rounded by itself, which must not leave a step or two for one more event before the end
-        number = max(1, math.ceil((steps(self.end_step) - steps(self.start_step)) / every - 1e-9))
+        number = max(1, math.ceil((last - first) / every - 1e-9))
         distance = max(1, round(every))
         if len(range(start, end, distance)) > number:
             distance = -(-(end - start) // number)
-        resolved = SparsitySchedule(start, end, distance, self.initial, self.shape)
-        resolved._check_order()
-        return resolved
+        self._check_order((start, end))
+        return SparsitySchedule(start, end, distance, self.shape)
 
     def events(self) -> list[Event]:
         """The events, in order of their steps, each raising the sparsity.
 
         Raises:
-            ValueError: If a step is a fraction: `resolve` comes first.
+            ValueError: If a time is a fraction: `resolve` comes first.
         """
         if self.has_fractions:
             raise ValueError("the schedule has fractions of the training: call resolve(total_steps) first")
-        start, end, every = int(self.start_step), int(self.end_step), int(self.every_n_steps)
-        steps = [*range(start, end, every), end]
+        if self.at is not None:
+            placed = [(int(step), number / len(self.at)) for number, step in enumerate(self.at, 1)]
+        else:
+            start, end = map(int, self._times)
+            steps = [*range(start, end, int(self.every_n_steps or 1)), end]
+            placed = [(step, 1.0 if end == start else (step - start) / (end - start)) for step in steps]
         events: list[Event] = []
-        for step in steps:
-            x = 1.0 if end == start else (step - start) / (end - start)
-            event = Event(step, _progress(self.shape, x), self.initial)
-            before = events[-1].progress if events else (0.0 if self.initial == 0 else -1.0)
-            if event.progress > before:
-                events.append(event)
+        for step, x in placed:
+            progress = _progress(self.shape, x)
+            if progress > (events[-1].progress if events else 0.0):
+                events.append(Event(step, progress))
         return events
+
+
+def _check_time(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}: give optimizer steps (int) or a fraction of training (float)")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value}: give a number of optimizer steps ≥ 0, or a fraction below 1")
+    if _is_fraction(value) and value >= 1:
+        raise ValueError(
+            f"{name} is {value}: a float is a fraction of the training, below 1, so that steps are left to recover; "
+            f"for steps write {int(value)}"
+        )

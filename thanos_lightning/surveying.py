@@ -173,7 +173,7 @@ def allocate(
     budget = sum(alike.values())
     lowest, highest = allocation.limits(pattern.sparsity)
     if allocation.by == "outliers":
-        lowest, highest = allocation.lowest, allocation.highest
+        lowest, highest = 0.0, 1.0
     highest = min(highest, sparsest(pattern).sparsity)
     # whole weights, rows and columns go beyond a limit that is the pattern's own sparsity by a fraction of one
     lows = {name: min(lowest, alike[name] / size) for name, size in sizes.items()}
@@ -185,7 +185,7 @@ def allocate(
         counts = by_loss(losses, sizes, budget, lows, tops)
     else:
         ratios = _of_decoder_layers(surveys, sizes)
-        counts = by_outliers(ratios, sizes, budget, allocation.distance, lows, tops)
+        counts = by_outliers(ratios, sizes, budget, lowest=lows, highest=tops)
     wanted = in_units(counts, {name: _units(pattern, layer) for name, layer in shared.items()})
     allocated = {}
     for name, its in final.items():

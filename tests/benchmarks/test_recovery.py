@@ -152,7 +152,7 @@ def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
     assert kept["hardware"]
 
 
-@pytest.mark.parametrize("pattern", recovery.PATTERNS)
+@pytest.mark.parametrize("pattern", ["2:4", "60%"])
 def test_the_table_has_three_rates_and_two_orders_of_each(pattern: str) -> None:
     kept = [json.loads(path.read_text()) for path in (RESULTS / "recovery").glob("*.json")]
     assert set(recovery.IN_TABLE[pattern]) <= set(recovery.contenders(pattern))

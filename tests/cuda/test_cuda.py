@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
-from toy import ResumableBatches, ToyLM, loader, tiny_llama, trainer
+from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning import callback as callback_module
@@ -39,7 +39,7 @@ PATTERNS = {"unstructured": 0.5, "2:4": None, "structured": 0.25}
 
 def pruning(pattern: str = "2:4", **options: Any) -> ThanosPruningCallback:
     settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2), "verify_every_n_steps": 1}
-    return ThanosPruningCallback(pattern, PATTERNS[pattern], **{**settings, **options})
+    return ThanosPruningCallback(pattern, PATTERNS[pattern], **grouped(**{**settings, **options}))
 
 
 def fit(root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:
@@ -251,7 +251,7 @@ class Measured(ToyLM):
 def test_a_calibration_takes_no_more_memory_than_a_training_step_and_its_sums(tmp_path: Path) -> None:
     module, peaks = Measured(), Peaks()
     batches = list(loader(16, batch_size=16, length=64))
-    callback = pruning("unstructured", calibration_dataloader=batches * 8, schedule=SparsitySchedule(3, 3, 1))
+    callback = pruning("unstructured", batches=batches * 8, schedule=SparsitySchedule(3, 3, 1))
     fitted = trainer(tmp_path, peaks, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=5)
     fitted.fit(module, loader(256, batch_size=16, length=64))
     if ON_GPU:
@@ -285,7 +285,7 @@ def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(callback_module, "forecast", kept)
     monkeypatch.setattr(callback_module, "prune_window", measured)
     module = ToyLM(tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16) if ON_GPU else None)
-    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=1)
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=1)
     fitted = trainer(tmp_path, Beside(), callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=4)
     fitted.fit(module, loader(64))
     assert told[0].event > told[0].moments > 0

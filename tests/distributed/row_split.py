@@ -107,10 +107,10 @@ def check_results() -> None:
         for pattern in PATTERNS:
             for refine_steps in (0, 2):
                 split = Split(nn.Linear(64, 47))
-                options = SolverOptions(method, block_size=16, refine_steps=refine_steps)
+                options = SolverOptions.as_published(method, block_size=16, refine_steps=refine_steps)
                 split.check(pattern.with_sparsity(pattern.sparsity * 0.6), options)
                 split.check(pattern, options)  # under the mask of the first
-    options = SolverOptions(block_size=16)
+    options = SolverOptions.as_published(block_size=16)
     Split(nn.Linear(64, 47, dtype=torch.bfloat16)).check(NM(2, 4), options)
     two_layers = Split(nn.Linear(32, 40), nn.Linear(64, 9))
     assert sorted(len(team) for team in assign_teams(two_layers.layers, 3).values()) == [1, 2]
@@ -139,7 +139,7 @@ def failing(operation: str, member: int, error: Exception, call: int) -> Iterato
 
 
 def check_faults() -> None:
-    options = SolverOptions(block_size=16)
+    options = SolverOptions.as_published(block_size=16)
     shares = [("share", call) for call in range(1, 11)]
     for operation, call in [("from_owner", 1), ("hand_out", 1), *shares, ("collect", 1), ("collect", 2)]:
         for member in range(WORLD_SIZE):

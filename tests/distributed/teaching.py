@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from toy import ResumableBatches, trainer
+from toy import ResumableBatches, grouped, trainer
 from training import Share, make_strategy, whole_parameters
 from transformers import PreTrainedModel
 
@@ -166,14 +166,14 @@ def make_module(case: Case) -> CausalLM:
 def train(case: Case) -> None:
     out = Path(case.out)
     out.mkdir(parents=True, exist_ok=True)
-    pattern: dict[str, Any] = {"pattern": "2:4", "calibration_steps": 2}
+    pattern: dict[str, Any] = {"pattern": "2:4", "steps": 2}
     if case.calibrated:
         batches = ResumableBatches(20, batch_size=4).batches
         for batch in batches:
             del batch["labels"]  # so that there are none but those that the model draws
-        pattern = {"pattern": "unstructured", "sparsity": 0.5, "calibration_dataloader": batches}
+        pattern = {"pattern": "unstructured", "sparsity": 0.5, "batches": batches}
     pruning = ThanosPruningCallback(
-        **pattern,
+        **grouped(**pattern),
         schedule=SparsitySchedule(FIRST_EVENT, FIRST_EVENT, 1),
         monitor="val/loss" if case.measured else None,
     )

@@ -1,4 +1,4 @@
-"""A budget shared among layers by two real ranks, with learning rates that rise anew after events."""
+"""A budget shared among layers by two real ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ranks import agreement, masks, train
 ALLOCATED = {
     "pattern": "unstructured",
     "sparsity": 0.5,
-    "allocation": {"by": "loss", "deviation": 0.2},
+    "allocation": {"by": "loss"},
     "schedule": (0, 8, 4),
-    "rewarm_steps": 2,
 }
 
 

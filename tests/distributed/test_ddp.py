@@ -10,7 +10,7 @@ import torch
 from ranks import PRUNABLE, agreement, check_sparsity, masks, train
 
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
-JOINED: dict[str, Any] = {"output_weights": "joined"}  # at 2:4
+JOINED: dict[str, Any] = {"output_weights": "full"}  # at 2:4
 
 
 @pytest.mark.parametrize(

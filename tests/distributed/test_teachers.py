@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from toy import Sequences, tiny_llama, trainer
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.targets import find_targets
 
@@ -256,7 +256,7 @@ def test_only_a_fit_needs_the_teacher_of_a_checkpoint(tmp_path: Path) -> None:
     def make() -> CausalLM:
         return CausalLM(str(tmp_path / "model"), lr_schedule="constant", distillation=Distillation())
 
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration_steps=1)
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration=CalibrationOptions(steps=1))
     fitted = trainer(tmp_path, pruning, max_steps=2)
     fitted.fit(make(), data)
     fitted.save_checkpoint(tmp_path / "pruned.ckpt")

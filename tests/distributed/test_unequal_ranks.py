@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         for what, (case, words) in {
             "no calibration batch": (
                 {"strategy": strategy, **CALIBRATED, "fewer": 7},
-                "ValueError: the calibration_dataloader has no batch on rank 1",
+                "ValueError: calibration.batches has no batch on rank 1",
             ),
             "fewer training batches": (
                 {"strategy": strategy, "fewer": 2, "epochs": 1},

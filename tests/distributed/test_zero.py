@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
         f"stage {stage}, joined rows": {
             "strategy": f"zero{stage}",
             "calibration_batches": 3,
-            "output_weights": "joined",
+            "output_weights": "full",
         }
         for stage in (2, 3)
     },
@@ -340,9 +340,9 @@ def test_rows_are_joined_alike_where_parameters_are_sharded(trained: Trainings) 
 
 @pytest.mark.rest
 def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
-    asked = {**CALIBRATED, "output_weights": "gradients"}
+    asked = {**CALIBRATED, "output_weights": "diagonal"}
     for rank in train(tmp_path / "whole", **asked, zero={"leaf_module": {"classes": [MLP]}}):
-        assert "under ZeRO-3 there are none on a calibration_dataloader" in rank["error"]
+        assert "under ZeRO-3 there are none on calibration.batches" in rank["error"]
         assert rank["events"] == []
     for rank in train(tmp_path / "unlabelled", **asked, unlabelled=[1]):
         assert "for a calibration batch the module returns no loss" in rank["error"]

@@ -38,7 +38,7 @@ from transformers import LlamaForCausalLM
 
 import thanos_lightning.callback
 import thanos_lightning.pruning
-from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
@@ -86,8 +86,7 @@ class Case:
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
     allocation: dict[str, Any] | None = None
-    output_weights: str | None = None
-    rewarm_steps: int = 0
+    output_weights: Any = None
     unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
     fewer: int = 0  # batches on rank 1: of its calibration set, or of its training where there is none
@@ -749,15 +748,16 @@ def train(case: Case) -> None:
         case.pattern,
         case.sparsity,
         schedule=SparsitySchedule(*case.schedule),
-        calibration_steps=case.calibration_steps if calibration is None else None,
         targets=case.targets,
-        calibration_dataloader=calibration,
-        attention_mask_key="attention_mask" if case.uncounted is None else COUNTED,
+        calibration=CalibrationOptions(
+            batches=calibration,
+            **({"steps": case.calibration_steps} if calibration is None else {}),
+            attention_mask_key="attention_mask" if case.uncounted is None else COUNTED,
+            output_weights=case.output_weights,
+        ),
         verify_every_n_steps=1,
         monitor=case.monitor,
         allocation=None if case.allocation is None else Allocation(**case.allocation),
-        output_weights=case.output_weights,
-        rewarm_steps=case.rewarm_steps,
     )
     watch, results = Watch(pruning), Results()
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]

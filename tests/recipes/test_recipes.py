@@ -29,7 +29,7 @@ from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
-from thanos_lightning.windows import Window, changes, plan_windows
+from thanos_lightning.windows import Window, patterns_at, plan_windows
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
@@ -97,9 +97,10 @@ def layers_of(name: str) -> dict[str, PrunableLayer]:
 def windows_of(cli: LightningCLI) -> list[Window]:
     pruning, layers = only(ThanosPruningCallback, cli), layers_of(cli.model.model_name)
     events = pruning.schedule.resolve(cli.trainer.max_steps).events()
-    work = changes(events, assign_patterns(layers, pruning.pattern, ()), pruning.progression)
+    final = assign_patterns(layers, pruning.pattern, ())
+    work = [(event, patterns_at(event, final)) for event in events]
     return plan_windows(
-        work, layers, calibration_steps=pruning.calibration_steps, budget_gib=pruning.hessian_memory_gib
+        work, layers, calibration_steps=pruning.calibration.steps, budget_gib=pruning.calibration.memory_gib
     )
 
 
@@ -118,12 +119,12 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     total = cli.trainer.max_steps
     assert total > 0
     events = pruning.schedule.resolve(total).events()
-    if pruning.calibration_dataloader is None:
+    if pruning.calibration.batches is None:
         assert len(events) > 1, "not gradual"
-        assert events[0].step >= pruning.calibration_steps
+        assert events[0].step >= pruning.calibration.steps
     else:
         assert [event.step for event in events] in ([0], [total // 10, total // 5]), "not what was measured best"
-        assert pruning.calibration_dataloader == "datamodule"
+        assert pruning.calibration.batches == "datamodule"
     assert events[-1].step <= 0.75 * total, "no time to recover"
     assert events[-1].sparsity(pruning.pattern.sparsity) == pruning.pattern.sparsity
     assert math.isclose(pruning.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
@@ -194,8 +195,8 @@ def rehearsal(recipe: Path, folder: Path) -> Path:
     config["trainer"]["strategy"]["class_path"] = "thanos_lightning.CPUDeepSpeed"
     config["trainer"]["strategy"]["init_args"]["sub_group_size"] = 5000
     pruning, saving = (callback["init_args"] for callback in config["trainer"]["callbacks"])
-    pruning["schedule"]["init_args"] = {"start_step": 0, "end_step": 8, "every_n_steps": 4}
-    pruning["hessian_memory_gib"] = 40 / 2**20  # a little more than a block's: two windows
+    pruning["schedule"] = {"start_step": 0, "end_step": 8, "every_n_steps": 4}
+    pruning["calibration"]["memory_gib"] = 40 / 2**20  # a little more than a block's: two windows
     saving["every_n_train_steps"] = 10
     rehearsed = folder / "rehearsal.yaml"
     rehearsed.write_text(yaml.safe_dump(config))

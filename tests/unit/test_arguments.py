@@ -8,8 +8,15 @@ from typing import Any
 import jaxtyping
 import pytest
 from torch.utils.data import DataLoader
+from toy import grouped
 
-from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning import (
+    CalibrationOptions,
+    SolverOptions,
+    SparsitySchedule,
+    TargetOverride,
+    ThanosPruningCallback,
+)
 from thanos_lightning.allocation import Allocation
 
 MAGNITUDE: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
@@ -68,31 +75,33 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         *(({"refine_steps": value}, f"refine_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, True)),
         *(
             (
-                {"calibration_steps": value},
-                f"calibration_steps is {value!r}: give a whole number of optimizer steps ≥ 1",
+                {"steps": value},
+                f"calibration.steps is {value!r}: give a whole number of optimizer steps ≥ 1",
             )
             for value in (0, 0.1, "8", NAN, True)
         ),
-        ({"calibration_dataloader": "train"}, "calibration_dataloader is 'train': give a DataLoader, a list of"),
-        ({"calibration_dataloader": 3}, "calibration_dataloader is 3: give a DataLoader"),
-        ({"calibration_dataloader": {"input_ids": [1]}}, "calibration_dataloader is {'input_ids': [1]}: give"),
-        ({"calibration_dataloader": ["a text"]}, "calibration_dataloader holds text ('a text'), not batches: give"),
-        ({"calibration_dataloader": []}, "calibration_dataloader has no batch ([]): give"),
-        ({"calibration_dataloader": DataLoader([])}, "calibration_dataloader has no batch (DataLoader of 0"),  # type: ignore[arg-type]
-        ({"calibration_dataloader": iter([])}, "calibration_dataloader is an iterator, which the first event"),
-        ({"attention_mask_key": 3}, "attention_mask_key is 3: give a name, such as 'attention_mask', or None"),
+        ({"batches": "train"}, "calibration.batches is 'train': give a DataLoader, a list of"),
+        ({"batches": 3}, "calibration.batches is 3: give a DataLoader"),
+        ({"batches": {"input_ids": [1]}}, "calibration.batches is {'input_ids': [1]}: give"),
+        ({"batches": ["a text"]}, "calibration.batches holds text ('a text'), not batches: give"),
+        ({"batches": []}, "calibration.batches has no batch ([]): give"),
+        ({"batches": DataLoader([])}, "calibration.batches has no batch (DataLoader of 0"),  # type: ignore[arg-type]
+        ({"batches": iter([])}, "calibration.batches is an iterator, which the first event"),
+        (
+            {"attention_mask_key": 3},
+            "calibration.attention_mask_key is 3: give a name, such as 'attention_mask', or None",
+        ),
         *(
-            ({"hessian_memory_gib": value}, f"hessian_memory_gib is {value!r}: give a number of GiB > 0")
+            ({"memory_gib": value}, f"calibration.memory_gib is {value!r}: give a number of GiB > 0")
             for value in (0.0, -1, NAN, INFINITY, "4GiB")
         ),
-        ({"output_weights": "fisher"}, "output_weights is 'fisher': choose 'gradients', 'joined', 'uniform' or None"),
-        ({"output_weights": "joined", "admm_steps": 0, "refine_steps": 0}, "only these steps join rows"),
-        ({"progression": "columns"}, "progression is 'columns': choose 'within-layers', 'levels', "),
-        ({"pattern": "3:4", "progression": "levels"}, "the pattern 3:4 has no levels before it"),
+        (
+            {"output_weights": "fisher"},
+            "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'",
+        ),
+        ({"output_weights": "full", "admm_steps": 0, "refine_steps": 0}, "only these steps join rows"),
         ({"allocation": "loss"}, "allocation is 'loss': give an Allocation, 'uniform' or None"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
-        ({"rewarm_steps": 1.5}, "rewarm_steps is 1.5: give a whole number of optimizer steps ≥ 0"),
-        ({"moments": None}, "moments is None: choose 'keep' or 'clear'"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
         ({"verify_every_n_steps": "often"}, "verify_every_n_steps is 'often': give a whole number"),
         ({"monitor": 3}, "monitor is 3: give a name, such as 'val/loss', or None"),
@@ -100,49 +109,64 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        ThanosPruningCallback(**arguments)
+        ThanosPruningCallback(**grouped(**arguments))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"method": "wanda", "saliency": "obs"}, "saliency is 'obs', but method 'wanda' has its own: leave it out"),
-        ({"method": "sparsegpt", "saliency": "wanda"}, "saliency is 'wanda', but method 'sparsegpt' has its own"),
-        ({"method": "wanda", "block_size": 64}, "block_size is 64, but method 'wanda' prunes no blocks of columns"),
-        ({"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1}, "damping is 0.1, but method 'wanda'"),
+        (
+            {"method": "wanda", "saliency": "obs"},
+            "solver.saliency is 'obs', but method 'wanda' has its own: leave",
+        ),
+        (
+            {"method": "sparsegpt", "saliency": "wanda"},
+            "solver.saliency is 'wanda', but method 'sparsegpt' has",
+        ),
+        (
+            {"method": "wanda", "block_size": 64},
+            "solver.block_size is 64, but method 'wanda' prunes no blocks",
+        ),
+        (
+            {"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1},
+            "solver.damping is 0.1, but",
+        ),
         (
             {"pattern": "structured", "sparsity": 0.3, "block_size": 64},
-            "block_size is 64, but method 'thanos' prunes",
+            "solver.block_size is 64, but method 'thanos' prunes",
         ),
-        ({"pattern": "structured", "sparsity": 0.3, "saliency": "obs"}, "saliency is 'obs', but a structured pattern"),
         (
-            {"calibration_steps": 32, "calibration_dataloader": BATCHES},
-            "calibration_steps is 32, but layers are",
+            {"pattern": "structured", "sparsity": 0.3, "saliency": "obs"},
+            "solver.saliency is 'obs', but a",
         ),
-        ({**MAGNITUDE, "calibration_steps": 8}, "calibration_steps is 8, but method 'magnitude' looks at no batches"),
-        ({**MAGNITUDE, "calibration_dataloader": BATCHES}, "calibration_dataloader is list of 1 batch(es), but method"),
-        ({**MAGNITUDE, "hessian_memory_gib": 4}, "hessian_memory_gib is 4, but method 'magnitude' looks at no batches"),
         (
-            {**MAGNITUDE, "output_weights": "gradients"},
-            "output_weights is 'gradients', but method 'magnitude' looks",
+            {"steps": 8, "batches": BATCHES},
+            "calibration.steps is 8, but layers are",
         ),
-        ({**MAGNITUDE, "output_weights": "joined"}, "output_weights is 'joined', but method 'magnitude' looks"),
+        ({**MAGNITUDE, "steps": 8}, "calibration.steps is 8, but method 'magnitude' looks at no batches"),
+        ({**MAGNITUDE, "batches": BATCHES}, "calibration.batches is list of 1 batch(es), but method"),
+        ({**MAGNITUDE, "memory_gib": 4}, "calibration.memory_gib is 4, but method 'magnitude' looks at no batches"),
+        (
+            {**MAGNITUDE, "output_weights": "diagonal"},
+            "calibration.output_weights is 'diagonal', but method 'magnitude' looks",
+        ),
+        ({**MAGNITUDE, "output_weights": "full"}, "calibration.output_weights is 'full', but method 'magnitude' looks"),
         (
             {**MAGNITUDE, "attention_mask_key": "mask"},
-            "attention_mask_key is 'mask', but method 'magnitude' looks",
+            "calibration.attention_mask_key is 'mask', but method 'magnitude' looks",
         ),
     ],
 )
 def test_what_changes_nothing_is_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        ThanosPruningCallback(**arguments)
+        ThanosPruningCallback(**grouped(**arguments))
 
 
 def test_what_changes_something_for_an_override_is_taken() -> None:
     others = [TargetOverride(["*.down_proj"], "2:4")]
-    ThanosPruningCallback("structured", 0.3, overrides=others, block_size=64, saliency="obs")
-    ThanosPruningCallback(method="wanda", damping=0.1)  # of the steps after the method
+    ThanosPruningCallback("structured", 0.3, overrides=others, solver=SolverOptions(block_size=64, saliency="obs"))
+    ThanosPruningCallback(solver=SolverOptions("wanda", damping=0.1))  # of the steps after the method
 
 
 def test_what_is_right_is_taken_in_any_form() -> None:
@@ -152,10 +176,7 @@ def test_what_is_right_is_taken_in_any_form() -> None:
         SparsitySchedule(0, 10, 5),
         targets="*",
         ignore=[],
-        method="sparsegpt",
-        damping=1,
-        hessian_memory_gib=4,
-        attention_mask_key=None,
-        calibration_dataloader=DataLoader(BATCHES),  # type: ignore[arg-type]
+        solver=SolverOptions("sparsegpt", damping=1),
+        calibration=CalibrationOptions(DataLoader(BATCHES), attention_mask_key=None, memory_gib=4),  # type: ignore[arg-type]
     )
-    assert callback.calibration_steps == 32
+    assert callback.calibration.steps == 32

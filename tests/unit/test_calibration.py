@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
 
-from thanos_lightning import ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration import InputStatistics, count_dataloader, token_mask
 from thanos_lightning.sharding.kept import KeptError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -456,7 +456,7 @@ def pairs(number: int = 6) -> list[tuple[Tensor, Tensor]]:
 
 def test_batches_that_are_no_mappings_go_through_the_training_step(tmp_path: Path) -> None:
     module, batches = Classifier(), pairs()
-    callback = ThanosPruningCallback("2:4", calibration_dataloader=batches)
+    callback = ThanosPruningCallback("2:4", calibration=CalibrationOptions(batches=batches))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no gradient has reached")
         warnings.filterwarnings("error", message=".*every token counts")
@@ -566,7 +566,9 @@ def test_a_calibration_keeps_no_more_activations_than_a_training_step(tmp_path: 
             model.gradient_checkpointing_enable()
         modes = [part.training for part in model.modules()]
         funcs = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
-        callback = ThanosPruningCallback("unstructured", 0.5, calibration_dataloader=[batch(), batch()])
+        callback = ThanosPruningCallback(
+            "unstructured", 0.5, calibration=CalibrationOptions(batches=[batch(), batch()])
+        )
         trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(Sequences(8), batch_size=3))
         assert [part.training for part in model.modules()] == modes
         assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == funcs

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import json
 import math
 import re
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from toy import ResumableBatches, Sequences, ToyLM, adamw, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from toy import ResumableBatches, Sequences, ToyLM, adamw, grouped, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
@@ -29,7 +28,6 @@ from thanos_lightning.enforcement import ZeroViolationError
 from thanos_lightning.masks import LayerMask
 from thanos_lightning.pruning import PruningError
 from thanos_lightning.solver import NM, Unstructured
-from thanos_lightning.windows import Progression
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +41,9 @@ UNLABELLED = [{name: value for name, value in batch.items() if name != "labels"}
 
 def pruning(pattern: str = "2:4", sparsity: float | None = None, **kwargs: Any) -> ThanosPruningCallback:
     settings: dict[str, Any] = {"schedule": SparsitySchedule(2, 6, 2)}
-    if "calibration_dataloader" not in kwargs:
-        settings["calibration_steps"] = 2
-    return ThanosPruningCallback(pattern, sparsity, **{**settings, **kwargs})
+    if "batches" not in kwargs:
+        settings["steps"] = 2
+    return ThanosPruningCallback(pattern, sparsity, **grouped(**{**settings, **kwargs}))
 
 
 def masks(callback: ThanosPruningCallback) -> dict[str, LayerMask]:
@@ -139,7 +137,7 @@ def test_masks_are_nested(tmp_path: Path) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             self.seen.append(masks(self.callback))
 
-    callback = pruning("unstructured", 0.7, schedule=SparsitySchedule(0, 8, 2), calibration_steps=1)
+    callback = pruning("unstructured", 0.7, schedule=SparsitySchedule(0, 8, 2), steps=1)
     keep = Keep(callback)
     trainer(tmp_path, callback, keep, max_steps=9).fit(ToyLM(), loader())
     events = 0
@@ -235,7 +233,7 @@ def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
 
 def test_statistics_cover_the_steps_before_the_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = spy_tokens(monkeypatch)
-    callback = pruning(schedule=SparsitySchedule(4, 4, 1), calibration_steps=2)
+    callback = pruning(schedule=SparsitySchedule(4, 4, 1), steps=2)
     module = ToyLM()
     trainer(tmp_path, callback, max_steps=5, accumulate_grad_batches=3).fit(module, loader(96, padding=4))
     assert tokens == [{2 * 3 * 4 * 12}]
@@ -295,7 +293,7 @@ class OutputGradientsOfEachBatch(Callback):
 def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_output_weights(monkeypatch)
     probe = OutputGradientsOfEachBatch()
-    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(3, 6, 3, initial=0.2), allocation="uniform")
+    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(at=[3, 6]), allocation="uniform")
     trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(), loader(64, padding=4), loader(8))
     assert len(seen) == 2
     for weights, of_steps in zip(seen, ((1, 2), (4, 5)), strict=True):
@@ -324,9 +322,7 @@ def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.Mo
     for batch in given[::4]:  # three of them, and all have inputs that count
         probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
-    callback = pruning(
-        "unstructured", 0.5, schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=given, targets="*layers*"
-    )
+    callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(0, 0, 1), batches=given, targets="*layers*")
 
     class StopBeforeStep(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -353,8 +349,8 @@ def test_rows_are_joined_by_what_the_loss_feels_of_two_errors(
     seen = spy_output_weights(monkeypatch)
     module, probe, given = ToyLM(), OutputGradientsOfEachBatch(joined=True), list(loader(36, padding=3))
     when = SparsitySchedule(0, 0, 1) if calibrated else SparsitySchedule(3, 3, 1)
-    options: dict[str, Any] = {"calibration_dataloader": given} if calibrated else {"calibration_steps": 2}
-    callback = pruning("2:4", schedule=when, output_weights="joined", **options)
+    options: dict[str, Any] = {"batches": given} if calibrated else {"steps": 2}
+    callback = pruning("2:4", schedule=when, output_weights="full", **options)
     if calibrated:
         for batch in given:
             probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
@@ -369,10 +365,10 @@ def test_rows_are_joined_by_what_the_loss_feels_of_two_errors(
 
 
 def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": UNLABELLED}
+    options: dict[str, Any] = {"schedule": SparsitySchedule(0, 0, 1), "batches": UNLABELLED}
     with pytest.warns(UserWarning, match="the module returns no loss for a calibration batch: give the batches labels"):
         trainer(tmp_path, pruning("unstructured", 0.5, **options), max_steps=1).fit(ToyLM(), loader(64))
-    asked = pruning("unstructured", 0.5, output_weights="gradients", **options)
+    asked = pruning("unstructured", 0.5, output_weights="diagonal", **options)
     with pytest.raises(
         MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\): give the batches"
     ):
@@ -395,7 +391,7 @@ def test_validation_and_checkpointing_do_not_count(tmp_path: Path, monkeypatch: 
     tokens = spy_tokens(monkeypatch)
     model = tiny_llama()
     model.gradient_checkpointing_enable()
-    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=3)
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=3)
     trainer(
         tmp_path, callback, max_steps=4, num_sanity_val_steps=2, val_check_interval=1, check_val_every_n_epoch=None
     ).fit(ToyLM(model), loader(), loader(8))
@@ -411,7 +407,7 @@ def test_what_others_run_after_the_training_step_does_not_count(
                 pl_module(input_ids=torch.zeros(1, 5, dtype=torch.long))
 
     tokens = spy_tokens(monkeypatch)
-    callback = pruning(schedule=SparsitySchedule(3, 3, 1), calibration_steps=3)
+    callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=3)
     trainer(tmp_path, Sample(), callback, max_steps=4).fit(ToyLM(), loader(padding=4))
     assert tokens == [{3 * 4 * 12}]
 
@@ -450,7 +446,7 @@ def test_hooks_exist_only_while_collecting(tmp_path: Path) -> None:
             self.seen.append(any(module._forward_pre_hooks for module in pl_module.modules()))
 
     hooks = Hooks()
-    callback = pruning(schedule=SparsitySchedule(4, 8, 4), calibration_steps=2, progression="front-to-back")
+    callback = pruning(schedule=SparsitySchedule(4, 8, 4), steps=2)
     module = ToyLM()
     fitted = trainer(tmp_path, callback, hooks, max_steps=10)
     fitted.fit(module, loader(64))
@@ -469,7 +465,7 @@ def test_windows_are_collected_after_the_ones_before_are_pruned(tmp_path: Path) 
 
     # two windows of up to 7 layers: 6 of 32 inputs and one of 48
     budget = 4 * (6 * 32**2 + 48**2) / 2**30
-    callback = pruning(schedule=SparsitySchedule(6, 6, 1), calibration_steps=2, hessian_memory_gib=budget)
+    callback = pruning(schedule=SparsitySchedule(6, 6, 1), steps=2, memory_gib=budget)
     pruned = Pruned()
     trainer(tmp_path, callback, pruned, max_steps=8).fit(ToyLM(), loader(64))
     assert pruned.seen == [0, 0, 0, 7, 7, 14, 14, 14]
@@ -537,18 +533,12 @@ def test_frozen_parameters_are_pruned_and_stay(tmp_path: Path) -> None:
     assert probe.checked
 
 
-def test_rows_and_layers_of_a_gradual_pattern(tmp_path: Path) -> None:
+def test_the_rows_of_a_gradual_pattern(tmp_path: Path) -> None:
     by_rows = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"))
     trainer(tmp_path, by_rows, max_steps=8).fit(ToyLM(), loader(64))
     first, last = by_rows.report.events
     assert {layer.sparsity for layer in first.layers} == {0.25}
     assert {layer.sparsity for layer in last.layers} == {0.5}
-    by_layers = pruning(schedule=SparsitySchedule(2, 6, 2, shape="linear"), progression="front-to-back")
-    trainer(tmp_path, by_layers, max_steps=8).fit(ToyLM(), loader(64))
-    first, last = by_layers.report.events
-    assert [layer.name.split(".")[3] for layer in first.layers] == ["0"] * 7
-    assert [layer.name.split(".")[3] for layer in last.layers] == ["1"] * 7
-    assert {layer.sparsity for layer in [*first.layers, *last.layers]} == {0.5}
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -562,7 +552,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_a_calibration_set_instead_of_training_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = spy_tokens(monkeypatch)
-    callback = pruning(schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=loader(12))
+    callback = pruning(schedule=SparsitySchedule(0, 0, 1), batches=loader(12))
     module = ToyLM()
     module.train()
     trainer(tmp_path, callback, max_steps=2).fit(module, loader())
@@ -572,7 +562,7 @@ def test_a_calibration_set_instead_of_training_batches(tmp_path: Path, monkeypat
 
 
 def test_an_event_before_the_first_step_is_measured(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=loader(12), monitor="val/loss")
+    callback = pruning(schedule=SparsitySchedule(0, 0, 1), batches=loader(12), monitor="val/loss")
     module = ToyLM()
     trainer(tmp_path, callback, max_steps=6).fit(module, loader(), loader(8))
     summary = callback.report.summary
@@ -586,12 +576,12 @@ def test_a_calibration_set_from_the_module(tmp_path: Path) -> None:
         def calibration_dataloader(self) -> Any:
             return loader(8)
 
-    callback = pruning(calibration_dataloader="datamodule")
+    callback = pruning(batches="datamodule")
     trainer(tmp_path, callback, max_steps=8).fit(WithSet(), loader(64))
     assert len(callback.report.events) == 2
     module = ToyLM()
     with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule"):
-        trainer(tmp_path, pruning(calibration_dataloader="datamodule"), max_steps=8).fit(module, loader(64))
+        trainer(tmp_path, pruning(batches="datamodule"), max_steps=8).fit(module, loader(64))
     assert module.losses == []  # said before the training
 
 
@@ -722,7 +712,7 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, stop: int) -> None:
     """Windows of three steps end at 5 and 9: 4 and 8 lie inside, 5 and 9 at, 1, 2 and 6 before an event, 10 after."""
 
     def build() -> ThanosPruningCallback:
-        return pruning("unstructured", 0.6, schedule=SparsitySchedule(1, 9, 4), calibration_steps=3)
+        return pruning("unstructured", 0.6, schedule=SparsitySchedule(1, 9, 4), steps=3)
 
     straight, resumed, one, other = straight_and_resumed(tmp_path, stop, build)
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
@@ -737,19 +727,19 @@ def test_resume_inside_windows_under_a_memory_budget(tmp_path: Path) -> None:
     budget = 4 * (6 * 32**2 + 48**2) / 2**30
 
     def build() -> ThanosPruningCallback:
-        return pruning(schedule=SparsitySchedule(9, 9, 1), calibration_steps=4, hessian_memory_gib=budget)
+        return pruning(schedule=SparsitySchedule(9, 9, 1), steps=4, memory_gib=budget)
 
     straight, resumed, _, _ = straight_and_resumed(tmp_path, 6, build)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("before", ["gradients", "joined"])
+@pytest.mark.parametrize("before", ["diagonal", "full"])
 def test_resume_inside_a_window_with_other_output_weights(tmp_path: Path, before: str) -> None:
-    after = {"gradients": "joined", "joined": "gradients"}[before]
+    after = {"diagonal": "full", "full": "diagonal"}[before]
 
     def build(output_weights: str) -> ThanosPruningCallback:
-        return pruning(schedule=SparsitySchedule(9, 9, 1), calibration_steps=4, output_weights=output_weights)
+        return pruning(schedule=SparsitySchedule(9, 9, 1), steps=4, output_weights=output_weights)
 
     every_step = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     first = trainer(tmp_path, build(before), every_step, max_steps=12, enable_checkpointing=True)
@@ -764,7 +754,7 @@ def test_resume_inside_a_window_with_other_output_weights(tmp_path: Path, before
 
 
 def test_joined_rows_of_transposed_weights(tmp_path: Path) -> None:
-    callback = pruning("2:4", method="wanda", output_weights="joined", schedule=SparsitySchedule(3, 3, 1))
+    callback = pruning("2:4", method="wanda", output_weights="full", schedule=SparsitySchedule(3, 3, 1))
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=5).fit(ToyLM(tiny_gpt2()), loader(32))
     assert probe.checked
@@ -772,7 +762,7 @@ def test_joined_rows_of_transposed_weights(tmp_path: Path) -> None:
 
 
 def test_joined_rows_with_an_allocation(tmp_path: Path) -> None:
-    callback = pruning("unstructured", 0.6, output_weights="joined", schedule=SparsitySchedule(6, 6, 1))
+    callback = pruning("unstructured", 0.6, output_weights="full", schedule=SparsitySchedule(6, 6, 1))
     trainer(tmp_path, callback, max_steps=8).fit(ToyLM(), loader(64))
     layers = callback.report.events[0].layers
     pruned = sum(round(layer.sparsity * math.prod(layer.shape)) for layer in layers)
@@ -794,7 +784,7 @@ def test_the_state_is_plain_and_small(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(3, 7, 4, initial=0.2), calibration_steps=3)
+    callback = pruning(schedule=SparsitySchedule(at=[3, 7]), steps=3)
     fitted, module = trainer(tmp_path, callback, max_steps=5), ToyLM()
     with pytest.warns(UserWarning, match="final sparsity"):
         fitted.fit(module, ResumableBatches())
@@ -808,7 +798,7 @@ def test_a_new_callback_keeps_the_zeros_that_it_finds(tmp_path: Path) -> None:
     module = ToyLM()
     trainer(tmp_path, pruning(schedule=SparsitySchedule(1, 1, 1)), max_steps=1).fit(module, loader(64))
     before = {name: parameter == 0 for name, parameter in module.named_parameters()}
-    callback = pruning(schedule=SparsitySchedule(3, 6, 3, initial=0.2))  # which asks for fewer zeros at first
+    callback = pruning(schedule=SparsitySchedule(at=[3, 6]))  # which asks for fewer zeros at first
     fitted = trainer(tmp_path, callback, max_steps=8)
     fitted.callbacks.append(probe := ZeroProbe(callback))
     with pytest.warns(UserWarning, match=r"14 target\(s\) are pruned already, such as model.*q_proj with 50\.0% zeros"):
@@ -919,14 +909,19 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
         """With a signature of its own."""
 
         def __init__(self, damping: float = 0.01, **kwargs: Any) -> None:
-            super().__init__(schedule=SparsitySchedule(4, 4, 1), damping=damping, calibration_steps=2, **kwargs)
+            options = grouped(damping=damping, steps=2, **kwargs)
+            super().__init__(schedule=SparsitySchedule(4, 4, 1), **options)
 
     first = trainer(tmp_path, Subclass(), max_steps=6)
     first.fit(ToyLM(), ResumableBatches())
     first.save_checkpoint(tmp_path / "a.ckpt")
     arguments = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["ThanosPruningCallback"]["arguments"]
     every = set(inspect.signature(ThanosPruningCallback).parameters)
-    assert set(arguments) == every - {"sparsity", "outlier_fraction"}  # which the pattern has
+    assert {name.split(".")[0] for name in arguments} == every - {
+        "sparsity",
+        "outlier_fraction",
+    }  # which the pattern has
+    assert {"solver.damping", "calibration.steps"} <= set(arguments)
 
     def said(callback: ThanosPruningCallback) -> list[str]:
         recwarn.clear()
@@ -936,8 +931,8 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
     assert said(Subclass()) == []
     (message,) = said(Subclass(damping=0.1, verify_every_n_steps=0, method="sparsegpt"))
     assert message.endswith(
-        "count than before: method was 'thanos' and is 'sparsegpt'; damping was 0.01 and is 0.1; verify_every_n_steps "
-        "was 100 and is 0"
+        "count than before: solver.method was 'thanos' and is 'sparsegpt'; solver.damping was 0.01 and is 0.1; "
+        "verify_every_n_steps was 100 and is 0"
     )
 
 
@@ -988,16 +983,15 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"schedule": SparsitySchedule(50, 60, 10)}, {}, "first event is at optimizer step 60, but the training has 8"),
         ({"schedule": SparsitySchedule(0.1, 0.5, 0.1)}, {"max_steps": -1}, "set the Trainer's max_steps"),
         ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "before the first optimizer step has no training batches"),
-        ({"schedule": SparsitySchedule(2, 6, 2, initial=0.5)}, {}, "starts at sparsity 0.5, not below the final 0.5"),
         ({"monitor": "val/loss"}, {}, "no validation"),
-        ({"hessian_memory_gib": 1e-9}, {}, "more than hessian_memory_gib"),
+        ({"memory_gib": 1e-9}, {}, "more than memory_gib"),
         # room for the inputs of a layer of 48, but not for its outputs, too
-        ({"hessian_memory_gib": 4 * 48**2 / 2**30, "output_weights": "joined"}, {}, "more than hessian_memory_gib"),
+        ({"memory_gib": 4 * 48**2 / 2**30, "output_weights": "full"}, {}, "more than memory_gib"),
         (
             {
                 "pattern": "unstructured",
                 "sparsity": 0.5,
-                "hessian_memory_gib": 2.2e-5,
+                "memory_gib": 2.2e-5,
                 "schedule": SparsitySchedule(10, 12, 1),
             },
             {"max_steps": 20},
@@ -1040,7 +1034,7 @@ def test_empty_and_padded_and_broken_statistics(tmp_path: Path) -> None:
     module = ToyLM()
     dense_after(
         module,
-        lambda: trainer(tmp_path, pruning(calibration_dataloader=Silent()), max_steps=8).fit(module, loader(64)),
+        lambda: trainer(tmp_path, pruning(batches=Silent()), max_steps=8).fit(module, loader(64)),
         PruningError,
         "gave no batch",
     )
@@ -1106,12 +1100,8 @@ def test_compiled_modules_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({"calibration_dataloader": list(loader(8))}, [0]),
+        ({"batches": list(loader(8))}, [0]),
         ({}, [2, 4, 6, 8]),
-        (
-            {"calibration_dataloader": list(loader(8)), "progression": "front-to-back"},
-            [2, 4, 6],
-        ),  # by 6 all have had a turn
     ],
 )
 def test_the_schedule_without_one(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
@@ -1146,9 +1136,9 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     callback = pruning(
         "unstructured",
         0.5,
-        allocation=Allocation(by, deviation=0.1),
+        allocation=Allocation(by),
         schedule=SparsitySchedule(0, 8, 4),
-        calibration_dataloader=list(loader(8)) if from_dataloader else None,
+        batches=list(loader(8)) if from_dataloader else None,
     )
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=10).fit(module, loader(48))
@@ -1158,7 +1148,7 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     )
     sparsities = [mask.sparsity for mask in found.values()]
     assert max(sparsities) - min(sparsities) > 0.05
-    assert max(sparsities) - min(sparsities) <= 0.2 + 1e-2
+    assert max(sparsities) - min(sparsities) <= (0.3 if by == "loss" else 0.16) + 1e-2
     assert len(callback.report.events) == 2
     surveyed = callback.state_dict()["surveys"]
     assert len(surveyed) == len(found)
@@ -1177,12 +1167,11 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
         ({"method": "sparsegpt"}, True),
         ({"schedule": SparsitySchedule(1, 1, 1)}, False),
         # no step to look at the layers before
-        ({"schedule": SparsitySchedule(1, 1, 1), "hessian_memory_gib": 1.0}, True),
-        ({"schedule": SparsitySchedule(8, 8, 1), "hessian_memory_gib": 4.5e-5}, False),  # three windows of a step
-        ({"schedule": SparsitySchedule(4, 4, 1), "hessian_memory_gib": 4.5e-5}, True),
-        ({"schedule": SparsitySchedule(4, 8, 4, initial=0.4)}, True),  # more than a layer may get
-        ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": list(loader(8))}, False),
-        ({"schedule": SparsitySchedule(0, 0, 1), "calibration_dataloader": UNLABELLED}, True),
+        ({"schedule": SparsitySchedule(1, 1, 1), "memory_gib": 1.0}, True),
+        ({"schedule": SparsitySchedule(8, 8, 1), "memory_gib": 4.5e-5}, False),  # three windows of a step
+        ({"schedule": SparsitySchedule(4, 4, 1), "memory_gib": 4.5e-5}, True),
+        ({"schedule": SparsitySchedule(0, 0, 1), "batches": list(loader(8))}, False),
+        ({"schedule": SparsitySchedule(0, 0, 1), "batches": UNLABELLED}, True),
     ],
 )
 def test_unstructured_layers_are_allocated_where_it_can_be_told(
@@ -1220,7 +1209,7 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
     ends = []
     for start in (5, 7):  # a checkpoint without a state; one inside the window that begins at 6
         callback = pruning(
-            "unstructured", 0.5, schedule=SparsitySchedule(8, 8, 1), hessian_memory_gib=1.0
+            "unstructured", 0.5, schedule=SparsitySchedule(8, 8, 1), memory_gib=1.0
         )  # would look at steps 4 to 6
         again = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         trainer(tmp_path, callback, again, max_steps=10, enable_checkpointing=True).fit(
@@ -1235,7 +1224,7 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
     ("schedule", "budget", "runs"),
     [
         (SparsitySchedule(0, 0, 1), None, 1),  # of the same weights
-        (SparsitySchedule(0, 4, 4, initial=0.2), None, 2),
+        (SparsitySchedule(at=[0, 4]), None, 2),
         (SparsitySchedule(0, 0, 1), 1.0, 2),  # what fits may not be kept beside what comes
     ],
 )
@@ -1251,10 +1240,10 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
         callback = pruning(
             "unstructured",
             0.5,
-            allocation=Allocation(deviation=0.1),
+            allocation=Allocation(),
             schedule=schedule,
-            calibration_dataloader=list(loader(8)),
-            hessian_memory_gib=budget,
+            batches=list(loader(8)),
+            memory_gib=budget,
         )
         if not shared:
             monkeypatch.setattr(room.Collector, "_kept", property(lambda _: None, lambda *_: None), raising=False)
@@ -1267,22 +1256,19 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
 
 
 @pytest.mark.parametrize("calibration", [None, list(loader(8))], ids=["training batches", "calibration set"])
-@pytest.mark.parametrize("output_weights", ["gradients", "joined"])
-@pytest.mark.parametrize("progression", ["within-layers", "front-to-back", "least-loss-first"])
-def test_an_event_of_some_layers_takes_what_the_survey_of_all_was_told(
+@pytest.mark.parametrize("output_weights", ["diagonal", "full"])
+def test_an_event_takes_what_the_survey_at_its_step_was_told(
     tmp_path: Path,
-    progression: Progression,
-    output_weights: Literal["gradients", "joined"],
+    output_weights: Literal["diagonal", "full"],
     calibration: list[Any] | None,
 ) -> None:
     callback = pruning(
         "unstructured",
         0.5,
-        allocation=Allocation(deviation=0.1),
-        schedule=SparsitySchedule(2, 6, 2, initial=0.0 if progression != "within-layers" else 0.2),
-        progression=progression,
+        allocation=Allocation(),
+        schedule=SparsitySchedule(at=[2, 4, 6]),
         output_weights=output_weights,
-        calibration_dataloader=calibration,
+        batches=calibration,
     )
     trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
     found = masks(callback)
@@ -1294,7 +1280,7 @@ def test_an_event_of_some_layers_takes_what_the_survey_of_all_was_told(
 
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:
-    callback = pruning("2:4", outlier_fraction=0.25, allocation=Allocation("loss", deviation=0.1))
+    callback = pruning("2:4", outlier_fraction=0.25, allocation=Allocation("loss"))
     trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
     found = masks(callback)
     assert all(isinstance(mask.pattern, NM) and mask.pattern.violations(mask.keep) == 0 for mask in found.values())
@@ -1323,26 +1309,8 @@ def test_rows_and_columns_are_allocated_unless_layers_are_to_be_alike(
     assert set(found[2].values()) == {callback.pattern}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "allocation"),
-    [
-        ({"pattern": "unstructured", "sparsity": 0.55}, Allocation(lowest=0.55)),
-        ({"pattern": "2:4", "outlier_fraction": 0.3}, Allocation(highest=0.35)),
-    ],
-)
-def test_a_limit_that_is_the_sparsity_lasts_to_the_event(
-    tmp_path: Path, arguments: dict[str, Any], allocation: Allocation
-) -> None:
-    callback = pruning(**arguments, allocation=allocation)
-    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
-    found = masks(callback)
-    assert sum(int((~mask.keep).sum()) for mask in found.values()) == pytest.approx(
-        sum(callback.pattern.num_pruned(*mask.keep.shape) for mask in found.values()), abs=24
-    )
-
-
 def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
-    callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers", deviation=0.2))
+    callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers"))
     trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
     sparsities = [mask.sparsity for mask in masks(callback).values()]
     assert max(sparsities) == 0.5
@@ -1357,33 +1325,14 @@ def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path)
             0.5,
             allocation=Allocation(),
             schedule=SparsitySchedule(4, 4, 1),
-            hessian_memory_gib=budget,
-            calibration_dataloader=list(loader(8)),
+            memory_gib=budget,
+            batches=list(loader(8)),
         )
         trainer(tmp_path, callback, max_steps=5).fit(_survey_test_module(), loader(48))
         found.append(callback.state_dict()["surveys"])
         windows = [window for window in callback._windows if window.surveys]
         assert len(windows) == (1 if budget is None else pytest.approx(8, abs=4))
     assert found[0] == found[1]
-
-
-def test_the_layers_of_least_loss_come_first(tmp_path: Path) -> None:
-    callback = pruning(progression="least-loss-first", schedule=SparsitySchedule(2, 8, 2, shape="linear"))
-    trainer(tmp_path, callback, max_steps=10).fit(_survey_test_module(), loader(48))
-    losses = {name: min(survey["losses"].values()) for name, survey in callback.state_dict()["surveys"].items()}
-    order = [layer.name for event in callback.report.events for layer in event.layers]
-    assert sorted(order) == sorted(losses)
-    in_turn = [[losses[layer.name] for layer in event.layers] for event in callback.report.events]
-    assert len(in_turn) == 3
-    assert all(max(earlier) <= min(later) for earlier, later in itertools.pairwise(in_turn))
-
-
-def test_levels_tighten_the_groups(tmp_path: Path) -> None:
-    callback = pruning(progression="levels", schedule=SparsitySchedule(0, 8, 4, shape="linear"))
-    probe = ZeroProbe(callback)
-    trainer(tmp_path, callback, probe, max_steps=10).fit(ToyLM(), loader(48))
-    assert [event.layers[0].pattern for event in callback.report.events] == ["3:4", "2:4"]
-    assert sorted(set(probe.sparsities)) == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 7])
@@ -1404,7 +1353,7 @@ def test_a_survey_survives_a_resume(tmp_path: Path, stop: int) -> None:
     ("arguments", "message"),
     [
         (
-            {"method": "magnitude", "admm_steps": 0, "refine_steps": 0, "progression": "least-loss-first"},
+            {"method": "magnitude", "admm_steps": 0, "refine_steps": 0, "allocation": Allocation()},
             "method 'magnitude' reports no losses",
         ),
         ({"allocation": Allocation()}, "2:4 in all rows of all layers leaves nothing to allocate"),
@@ -1415,23 +1364,6 @@ def test_a_survey_survives_a_resume(tmp_path: Path, stop: int) -> None:
         (
             {"pattern": "structured", "sparsity": 0.88, "outlier_fraction": 0.1, "allocation": Allocation()},
             "a sparsity of 0.88 leaves nothing to allocate, since no layer is looked at beyond 0.855",
-        ),
-        (
-            {"pattern": "unstructured", "sparsity": 0.6, "progression": "levels"},
-            "progression is 'levels', but the pattern unstructured has no levels before it",
-        ),
-        (
-            {"pattern": "unstructured", "sparsity": 0.6, "allocation": Allocation(highest=0.5)},
-            "a sparsity of 0.6 can't be met where each layer's is between 0.0 and 0.5: the closest is 0.5",
-        ),
-        (
-            {
-                "pattern": "unstructured",
-                "sparsity": 0.5,
-                "allocation": Allocation(),
-                "schedule": SparsitySchedule(2, 6, 2, initial=0.4),
-            },
-            "the allocation may give a layer as little as 0.35: give a smaller initial",
         ),
     ],
 )
@@ -1445,10 +1377,10 @@ def test_a_survey_needs_a_step(tmp_path: Path) -> None:
         "unstructured",
         0.5,
         allocation=Allocation(),
-        schedule=SparsitySchedule(1, 6, 2, initial=0.1),
-        hessian_memory_gib=1.0,
+        schedule=SparsitySchedule(at=[1, 3, 5]),
+        memory_gib=1.0,
     )
-    message = r"at optimizer step 1, which leaves too few to look at .* with the event \(no hessian_memory_gib\)"
+    message = r"at optimizer step 1, which leaves too few to look at .* with the event \(no calibration.memory_gib\)"
     with pytest.raises(MisconfigurationException, match=message):
         trainer(tmp_path, callback, max_steps=10).fit(ToyLM(), loader(48))
     trainer(tmp_path, callback, fast_dev_run=True).fit(ToyLM(), loader(48))

@@ -10,7 +10,7 @@ import torch
 from checkpoint_cases import change_a_byte
 from toy import ToyLM, loader, trainer
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checksums import require_intact
 from thanos_lightning.cli import main
 
@@ -34,7 +34,7 @@ def test_a_file_without_checksums_passes(tmp_path: Path) -> None:
 
 
 def pruning() -> ThanosPruningCallback:
-    return ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration_steps=1)
+    return ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration=CalibrationOptions(steps=1))
 
 
 def test_a_changed_checkpoint_is_neither_verified_nor_resumed(

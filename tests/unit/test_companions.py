@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from torch import Tensor
-from toy import ToyLM, loader, trainer
+from toy import ToyLM, grouped, loader, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.companions import check_companions
@@ -24,7 +24,7 @@ averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
 
 
 def pruning(**kwargs: Any) -> ThanosPruningCallback:
-    return ThanosPruningCallback("2:4", **{"schedule": SparsitySchedule(2, 6, 2), "calibration_steps": 2, **kwargs})
+    return ThanosPruningCallback("2:4", **grouped(**{"schedule": SparsitySchedule(2, 6, 2), "steps": 2, **kwargs}))
 
 
 class Scripted(ToyLM):
@@ -253,7 +253,7 @@ def test_all_of_them_together(tmp_path: Path) -> None:
     metrics = [0.1] * 5 + [5.0, 4.0, 3.0, 3.5, 3.6, 3.7]
     stopping, best = EarlyStopping("val/scripted", patience=2), ModelCheckpoint(tmp_path, "{step}", "val/scripted")
     average = averaging.EMAWeightAveraging(decay=0.9)
-    callback = pruning(monitor="val/scripted", rewarm_steps=2, moments="clear")
+    callback = pruning(monitor="val/scripted")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")
@@ -267,7 +267,7 @@ def test_all_of_them_together(tmp_path: Path) -> None:
     assert callback.report.summary.recovered is not None
 
 
-# Weight decay, rewarming and moments
+# Weight decay
 
 
 def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
@@ -292,83 +292,6 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
     for before, after in ((0, 1), (6, 7)):
         for name, weight in steps.weights[before].items():
             torch.testing.assert_close(steps.weights[after][name], weight * (1 - 0.1 * 0.5))
-
-
-def test_learning_rates_rise_anew_after_each_event(tmp_path: Path) -> None:
-    rates: list[float] = []
-
-    class Plain(torch.optim.SGD):
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
-            loss = closure() if closure is not None else None
-            rates.append(self.param_groups[0]["lr"])
-            return loss
-
-    def made(parameters: Any) -> torch.optim.Optimizer:
-        return Plain(parameters, lr=0.8)
-
-    module = ToyLM(make_optimizer=made)
-    logged = fit(module, tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3), rewarm_steps=3), max_steps=14)
-    # events at 5 and 8
-    expected = [1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert rates == pytest.approx([0.8 * factor for factor in expected])
-    assert logged.optimizers[0].param_groups[0]["lr"] == 0.8
-
-
-def test_learning_rates_fall_at_an_event_whose_layers_were_pruned_in_turn(tmp_path: Path) -> None:
-    rates: list[float] = []
-
-    class Rates(Callback):
-        def __init__(self, callback: ThanosPruningCallback) -> None:
-            self.callback = callback
-
-        def on_train_batch_start(self, *_: Any) -> None:
-            rates.append(self.callback._rewarmed())
-
-    # two windows of two steps each, the first of which is pruned at step 6
-    budget = 4 * (6 * 32**2 + 48**2) / 2**30
-    callback = pruning(schedule=SparsitySchedule(8, 8, 1), hessian_memory_gib=budget, rewarm_steps=3)
-    fit(ToyLM(), tmp_path, Rates(callback), callback, max_steps=12)
-    assert len(callback.report.events) == 1
-    assert rates == pytest.approx([1.0] * 8 + [0.25, 0.5, 0.75, 1.0])
-
-
-@pytest.mark.parametrize("moments", ["keep", "clear"])
-def test_directions_are_forgotten_and_scales_are_not(tmp_path: Path, moments: Any) -> None:
-    class After(Callback):
-        """Behind the callback: what is left right after the event at step 4."""
-
-        def on_train_batch_end(
-            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            if batch_idx == 3:
-                parameters = dict(pl_module.named_parameters())
-                self.states = {
-                    name: {key: value.clone() for key, value in trainer.optimizers[0].state[parameter].items()}
-                    for name, parameter in parameters.items()
-                }
-
-    after, callback = After(), pruning(moments=moments)
-    fit(ToyLM(), tmp_path, callback, after, max_steps=8)
-    pruned = callback.state_dict()["masks"]
-    for name, state in after.states.items():
-        cleared = moments == "clear" and name in pruned
-        assert bool(state["exp_avg"].any()) != cleared, name
-        assert state["exp_avg_sq"].any(), name
-        assert float(state["step"]) == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rewarm_steps": -1}, "rewarm_steps is -1"),
-        ({"rewarm_steps": 2.5}, "rewarm_steps is 2.5: give a whole number of optimizer steps ≥ 0"),
-        ({"moments": "drop"}, "moments is 'drop': choose 'keep' or 'clear'"),
-    ],
-)
-def test_options_that_can_not_be_right_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pruning(**arguments)
 
 
 # What it costs, and what is left

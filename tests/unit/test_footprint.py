@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from pretend import pretend_trainer
 from torch.profiler import ProfilerActivity, profile, record_function
-from toy import ToyLM, loader, tiny_gpt2, tiny_llama, trainer
+from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback, callback, collecting, forecast
 from thanos_lightning.footprint import event_bytes, moments_bytes, sharing
@@ -20,9 +20,9 @@ from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.targets import find_targets
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 320}
-COUNTED: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "calibration_steps": 1}
-A_SET: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "calibration_dataloader": list(loader(12))}
-JOINED: dict[str, Any] = {"output_weights": "joined"}
+COUNTED: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "steps": 1}
+A_SET: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "batches": list(loader(12))}
+JOINED: dict[str, Any] = {"output_weights": "full"}
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
 CASES: dict[str, dict[str, Any]] = {
     "training batches": {"pattern": "2:4", **COUNTED},
@@ -108,13 +108,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Forecast]:
 )
 def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: list[Forecast]) -> None:
     torch.manual_seed(0)
-    module, pruning = ToyLM(tiny_llama(**WIDTHS)), ThanosPruningCallback(**CASES[name])
+    module, pruning = ToyLM(tiny_llama(**WIDTHS)), ThanosPruningCallback(**grouped(**CASES[name]))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         TRAINERS[where](tmp_path, Marked(), pruning, max_steps=4).fit(module, loader(32))
     (outlook,), timeline = told, Timeline(profiled)
     base = timeline.after(BESIDE)
     activations = timeline.peak(BESIDE) - base
-    if "calibration_dataloader" in CASES[name]:
+    if "batches" in CASES[name]:
         held = timeline.after("count_dataloader") - timeline.before("count_dataloader")
         assert timeline.peak("survey_window") - base < 1.2 * outlook.event
         assert timeline.peak("count_dataloader") - timeline.before("count_dataloader") < 1.2 * (held + activations)
@@ -141,9 +141,9 @@ def test_what_reads_the_same_is_counted_once() -> None:
 
 def test_ranks_share_what_an_event_takes() -> None:
     layers = list(find_targets(tiny_llama(**WIDTHS)).values())
-    alone, shared = (event_bytes(layers, SolverOptions(), ranks=ranks) for ranks in (1, 2))
+    alone, shared = (event_bytes(layers, SolverOptions.as_published(), ranks=ranks) for ranks in (1, 2))
     assert shared < alone
-    gathered = event_bytes(layers, SolverOptions(), ranks=2, gathers=True)
+    gathered = event_bytes(layers, SolverOptions.as_published(), ranks=2, gathers=True)
     assert shared < gathered < shared + 4 * sum(layer.rows * layer.cols for layer in layers)
-    assert event_bytes(layers, SolverOptions(), again=True) > alone
-    assert event_bytes(layers, SolverOptions("magnitude")) < alone
+    assert event_bytes(layers, SolverOptions.as_published(), again=True) > alone
+    assert event_bytes(layers, SolverOptions.as_published("magnitude")) < alone

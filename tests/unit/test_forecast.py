@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, loader, trainer
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.census import Census
 from thanos_lightning.forecast import Calibration, Forecast, describe, tokens_per_batch
 from thanos_lightning.schedule import Event
@@ -89,7 +89,7 @@ def test_tokens_are_counted_without_a_batch() -> None:
 def test_a_training_begins_with_it_and_ends_with_what_it_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 4, 2), calibration_steps=2)
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 4, 2), calibration=CalibrationOptions(steps=2))
     saving = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
     trainer(tmp_path, pruning, saving, max_steps=6, enable_checkpointing=True).fit(ToyLM(), loader())
     told = capsys.readouterr().out
@@ -108,6 +108,6 @@ def test_a_training_begins_with_it_and_ends_with_what_it_left(
 def test_little_of_a_model_is_said(tmp_path: Path) -> None:
     lm = ToyLM()
     lm.add_module("vision", nn.Conv2d(64, 256, 3))
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 2, 1), calibration_steps=2)
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 2, 1), calibration=CalibrationOptions(steps=2))
     with pytest.warns(UserWarning, match=r"only .*% of the model's weights .* left out are Conv2d \(8"):
         trainer(tmp_path, pruning, max_steps=3).fit(lm, loader())

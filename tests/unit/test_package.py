@@ -17,10 +17,16 @@ def run(code: str) -> str:
 
 def test_public_names() -> None:
     assert sorted(thanos_lightning.__all__) == [
+        "Allocation",
         "CPUDeepSpeed",
+        "CalibrationOptions",
+        "SolverOptions",
         "SparsitySchedule",
         "TargetOverride",
         "ThanosPruningCallback",
+        "export_checkpoint",
+        "permute_channels",
+        "verify_checkpoint",
     ]
     for name in thanos_lightning.__all__:
         assert getattr(thanos_lightning, name).__name__ == name

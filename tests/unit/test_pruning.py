@@ -31,7 +31,7 @@ from thanos_lightning.solver.linalg import Curvature, curvature
 from thanos_lightning.targets import PrunableLayer, find_targets
 from thanos_lightning.windows import Window
 
-OPTIONS = SolverOptions()
+OPTIONS = SolverOptions.as_published()
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
@@ -165,7 +165,7 @@ def test_teams_are_in_proportion_to_the_cost() -> None:
     ("method", "refine", "needs"), [("magnitude", 0, False), ("magnitude", 5, True), ("wanda", 0, True)]
 )
 def test_what_needs_statistics(method: str, refine: int, needs: bool) -> None:
-    assert SolverOptions(method, refine_steps=refine).needs_statistics is needs
+    assert SolverOptions.as_published(method, refine_steps=refine).needs_statistics is needs
 
 
 def test_earlier_masks_are_kept() -> None:
@@ -173,7 +173,7 @@ def test_earlier_masks_are_kept() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     layers, access = find_targets(model), ReplicatedAccess()
     enforcer = MaskEnforcer(layers, access)
-    options = SolverOptions("magnitude")
+    options = SolverOptions.as_published("magnitude")
     for sparsity in (0.3, 0.6):
         window = Window(Event(1, 1.0), {"0": Unstructured(sparsity)}, 1, 1, is_last=True)
         before = enforcer.keep_mask("0")

@@ -12,11 +12,11 @@ SHAPES = ["constant", "linear", "cubic", "cosine"]
 
 
 def test_cubic_is_zhu_and_gupta() -> None:
-    start, every, number, initial, final = 10, 5, 6, 0.2, 0.8
-    schedule = SparsitySchedule(start, start + number * every, every, initial=initial)
-    for index, event in enumerate(schedule.events()):
+    start, every, number, final = 10, 5, 6, 0.8
+    schedule = SparsitySchedule(start, start + number * every, every)
+    for index, event in enumerate(schedule.events(), 1):
         t = start + index * every
-        expected = final + (initial - final) * (1 - (t - start) / (number * every)) ** 3
+        expected = final + (0 - final) * (1 - (t - start) / (number * every)) ** 3
         assert event.step == t
         assert event.sparsity(final) == pytest.approx(expected, abs=1e-12)
 
@@ -39,11 +39,6 @@ def test_one_shot() -> None:
 
 def test_the_last_event_is_at_the_end_whatever_the_distance() -> None:
     assert [event.step for event in SparsitySchedule(0, 25, 10).events()] == [10, 20, 25]
-
-
-def test_an_initial_sparsity_is_an_event_of_its_own() -> None:
-    events = SparsitySchedule(5, 15, 10, initial=0.3).events()
-    assert [(event.step, event.sparsity(0.6)) for event in events] == [(5, 0.3), (15, 0.6)]
 
 
 def test_fractions_resolve_to_optimizer_steps() -> None:
@@ -70,22 +65,37 @@ def test_rounding_adds_no_event(total: int) -> None:
     assert uneven == pytest.approx([0.1 * total, 0.2 * total, 0.25 * total], abs=2)
 
 
-def test_one_step_and_all_of_training_are_told_apart() -> None:
-    assert SparsitySchedule(1, 1.0, 1).resolve(50) == SparsitySchedule(1, 50, 1)
+def test_a_list_of_times_is_a_schedule() -> None:
+    assert SparsitySchedule(at=[10, 20, 30]).events() == SparsitySchedule(0, 30, 10).events()
+    assert [event.step for event in SparsitySchedule(at=[0, 3, 50]).events()] == [0, 3, 50]
+    assert SparsitySchedule(at=[0, 8]).events()[0].sparsity(0.5) == 0.4375
+    assert [event.step for event in SparsitySchedule(at=[5, 9], shape="constant").events()] == [5]
+    halves = SparsitySchedule(at=[0, 0.25, 40])
+    assert halves.has_fractions
+    assert halves.resolve(100).at == (0, 25, 40)
+    with pytest.raises(ValueError, match=r"at is \[0, 0.25, 40\]: give times that rise"):
+        halves.resolve(160)
+
+
+@given(total=st.integers(1, 5000))
+def test_fractions_of_a_list_are_never_before_the_first_step(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4]).resolve(total).events()]
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 1
+    assert steps[-1] == max(1, round(0.4 * total))
+    if total >= 10:
+        assert len(steps) == 4
 
 
 @given(
     start=st.integers(0, 50),
     length=st.integers(0, 100),
     every=st.integers(1, 40),
-    initial=st.floats(0, 0.4),
-    final=st.floats(0.41, 0.99),
+    final=st.floats(0.01, 0.99),
     shape=st.sampled_from(SHAPES),
 )
-def test_sparsity_rises_to_the_final_one(
-    start: int, length: int, every: int, initial: float, final: float, shape: str
-) -> None:
-    events = SparsitySchedule(start, start + length, every, initial, shape).events()  # type: ignore[arg-type]
+def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, final: float, shape: str) -> None:
+    events = SparsitySchedule(start, start + length, every, shape).events()  # type: ignore[arg-type]
     sparsities = [event.sparsity(final) for event in events]
     assert sparsities[-1] == final
     assert sparsities[0] > 0
@@ -105,8 +115,10 @@ def test_sparsity_rises_to_the_final_one(
         ({"end_step": 20.0}, "for steps write 20"),
         ({"end_step": "20"}, "end_step is '20'"),
         ({"every_n_steps": 0}, "every_n_steps is 0"),
-        ({"initial": 1.0}, "initial is 1.0"),
-        ({"initial": math.nan}, "initial is nan"),
+        ({"start_step": 1.0}, "start_step is 1.0: a float is a fraction .* for steps write 1"),
+        ({"end_step": 1.0}, "end_step is 1.0: a float is a fraction"),
+        ({"every_n_steps": None}, "every_n_steps is missing: give start_step, end_step and every_n_steps, or at"),
+        ({"at": [1, 2]}, "at and start_step are given, but one places the events"),
         ({"shape": "steep"}, "choose one of constant, linear, cubic, cosine"),
     ],
 )
@@ -118,3 +130,21 @@ def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> No
 def test_mixed_kinds_are_ordered_when_resolved() -> None:
     with pytest.raises(ValueError, match="before it starts"):
         SparsitySchedule(30, 0.5, 5).resolve(50)
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ([], r"at is \[\]: give a list of times, such as"),
+        ("0.1", "at is '0.1': give a list of times"),
+        (3, "at is 3: give a list of times"),
+        ([2, 2], r"at is \[2, 2\]: give times that rise"),
+        ([0.3, 0.2], r"at is \[0.3, 0.2\]: give times that rise"),
+        ([5, -1], "a time of at is -1"),
+        ([0.5, 1.0], "a time of at is 1.0: a float is a fraction"),
+        ([True], "a time of at is True"),
+    ],
+)
+def test_times_that_can_not_be_right_are_named(at: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SparsitySchedule(at=at)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import ToyLM, loader, trainer
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback, progress
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback, progress
 from thanos_lightning.progress import Terminated
 from thanos_lightning.training_bar import TrainingBar
 
@@ -22,9 +22,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_once(calibration: Any, **options: Any) -> ThanosPruningCallback:
-    return ThanosPruningCallback(
-        "2:4", schedule=SparsitySchedule(0, 0, 1), calibration_dataloader=calibration, **options
-    )
+    return ThanosPruningCallback("2:4", calibration=CalibrationOptions(calibration), **options)
 
 
 def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def command_parser() -> argparse.ArgumentParser:
     permute.add_argument("--pattern", help="the N:M that the model will be pruned to (2:4)")
     permute.add_argument("--targets", nargs="+", metavar="NAME", help="layers that will be pruned: globs or re:…")
     permute.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that won't (lm_head)")
-    permute.add_argument("--hessian-memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
+    permute.add_argument("--memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
     permute.add_argument("--dtype", help="of the written weights (float32)")
     permute.add_argument("--device", help="such as cuda (cpu)")
 

@@ -14,7 +14,7 @@ from thanos_lightning.cli.mistakes import PROGRAM
 
 _HINTS = {  # for a value of the wrong type
     "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
-    "calibration_dataloader": "give datamodule, or null to collect from the training batches",
+    "calibration.batches": "give datamodule, or null to collect from the training batches",
 }
 # beginnings of what tells most, among what was tried
 _TELLING = (

@@ -399,7 +399,7 @@ class CausalLM(LightningModule):
         return loss
 
     def calibration_step(self, batch: dict[str, Tensor]) -> CausalLMOutput | Tensor:
-        """What the callback runs on a batch of its `calibration_dataloader`.
+        """What the callback runs on a batch of its `calibration.batches`.
 
         Args:
             batch: What `forward` takes. Labels only say which tokens count; without them those do that are no padding.

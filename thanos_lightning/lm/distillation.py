@@ -36,7 +36,6 @@ class Distillation:
         cross_entropy: Weight of the loss on the text.
         logits: Weight of the divergence of the next-token distributions from the teacher's.
         hidden_states: Weight of SquareHead, the sum over decoder layers of the relative error of their hidden states.
-        temperature: Of the divergence.
         dtype: Of the teacher: "bfloat16", "float32" or "float16".
 
     Raises:
@@ -51,7 +50,6 @@ class Distillation:
     cross_entropy: float = 1.0
     logits: float = 1.0
     hidden_states: float = 0.0
-    temperature: float = 1.0
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -66,8 +64,6 @@ class Distillation:
                 "logits and hidden_states are 0, so that nothing would be learnt from the teacher: give one of them a "
                 "weight above 0, or leave the distillation out"
             )
-        if not (isinstance(self.temperature, int | float) and math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature is {self.temperature!r}: give a number > 0, such as 1.0")
         torch_dtype(self.dtype)
 
 
@@ -231,7 +227,6 @@ def distil(
             _head(student),
             _head(teacher),
             batch["labels"],
-            distillation.temperature,
             counted,
             chunks,
         )
@@ -255,22 +250,19 @@ def distil(
 def divergence(
     student: Float[Tensor, "*tokens vocabulary"],
     teacher: Float[Tensor, "*tokens vocabulary"],
-    temperature: float = 1.0,
     counted: Bool[Tensor, "*tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """The Kullback-Leibler divergence of the student's next-token distributions from the teacher's, a mean over tokens.
 
-    Times temperature², so that gradients keep their size (Hinton et al., section 2.1). Logits are turned to float32
-    ``TOKENS_PER_CHUNK`` at a time, and again in the backward.
+    Logits are turned to float32 ``TOKENS_PER_CHUNK`` at a time, and again in the backward.
 
     Args:
         student: Logits, any floating dtype.
         teacher: Logits; no gradient goes there.
-        temperature: Both logits are divided by it.
         counted: Which tokens count; None counts all.
 
     Raises:
-        ValueError: If shapes differ, or the temperature isn't positive.
+        ValueError: If shapes differ.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -278,11 +270,9 @@ def divergence(
         0.0
     """
     _check_logits(student, teacher)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: give a number > 0, such as 1.0")
     rows = _counted_rows(counted, student, teacher.detach())
     sums = [
-        checkpoint(_divergences, *some, temperature, use_reentrant=False)
+        checkpoint(_divergences, *some, use_reentrant=False)
         for some in zip(*(torch.split(one, TOKENS_PER_CHUNK) for one in rows), strict=True)
     ]
     return torch.stack(sums).sum() / max(1, len(rows[0]))
@@ -334,7 +324,6 @@ def head_losses(
     student_head: Callable[[Tensor], Tensor],
     teacher_head: Callable[[Tensor], Tensor],
     labels: Int64[Tensor, "batch tokens"],
-    temperature: float = 1.0,
     counted: Bool[Tensor, "batch tokens"] | None = None,
     chunks: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -346,7 +335,6 @@ def head_losses(
         student_head: From hidden states (tokens, hidden) to logits (tokens, vocabulary).
         teacher_head: The teacher's.
         labels: As transformers takes them: those of a token are shifted here, and -100 is no target.
-        temperature: See ``divergence``.
         counted: Which tokens count for the divergence; None counts all.
         chunks: See ``distil``.
 
@@ -365,7 +353,7 @@ def head_losses(
             its_logits = teacher_head(its_hidden)
         logits = student_head(hidden)
         _check_logits(logits, its_logits)
-        return _entropies(logits, some_targets), _divergences(logits, its_logits, temperature, some_weights)
+        return _entropies(logits, some_targets), _divergences(logits, its_logits, some_weights)
 
     entropies, divergences = zip(
         *(
@@ -429,10 +417,10 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _divergences(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
-    own, other = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
+def _divergences(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    own, other = (logits.float().log_softmax(-1) for logits in (student, teacher))
     if counted is None:
-        return temperature**2 * functional.kl_div(own, other, log_target=True, reduction="sum")
+        return functional.kl_div(own, other, log_target=True, reduction="sum")
     # not selected by the mask, for which the host would wait at each chunk
     each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
-    return temperature**2 * torch.where(counted, each, 0).sum()
+    return torch.where(counted, each, 0).sum()

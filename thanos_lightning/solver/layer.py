@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +27,7 @@ from thanos_lightning.solver.linalg import (
 from thanos_lightning.solver.magnitude import magnitude
 from thanos_lightning.solver.pattern import Pattern, Structured
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
-from thanos_lightning.solver.saliency import SALIENCIES
+from thanos_lightning.solver.saliency import SALIENCIES, Saliency
 from thanos_lightning.solver.sparsegpt import sparsegpt
 from thanos_lightning.solver.team import Alone, RowTeam
 from thanos_lightning.solver.thanos import thanos
@@ -46,12 +46,13 @@ _FLOOR, _JOINED_FLOOR = 0.01, 1.0
 _IMPROVED_AT_A_TIME = 2**22
 # What is made of the systems that are solved at a time: their places in the matrix, they, and their factors.
 _OF_SYSTEMS = 3.75
-METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
+Method = Literal["thanos", "sparsegpt", "wanda", "magnitude"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How a layer is pruned.
+    """How a layer is pruned. The defaults are what was measured best; those of `prune` are the paper's.
 
     Args:
         method: "thanos", "sparsegpt" (both update the kept weights), "wanda" or "magnitude" (both leave them).
@@ -70,14 +71,18 @@ class SolverOptions:
 
     Raises:
         ValueError: Naming the argument and what it may be.
+
+    Example:
+        >>> SolverOptions(damping=0.001).admm_steps
+        8
     """
 
-    method: str = "thanos"
+    method: Method = "thanos"
     block_size: int = 128
     damping: float = 0.01
-    saliency: str = "wanda"
-    admm_steps: int = 0
-    refine_steps: int = 0
+    saliency: Saliency = "balanced"
+    admm_steps: int = 8
+    refine_steps: int = 2
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("saliency", SALIENCIES)):
@@ -94,6 +99,21 @@ class SolverOptions:
         is_number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
         if not (is_number and 0 <= self.damping < math.inf):
             raise ValueError(f"damping={self.damping!r} is not a finite number >= 0: try 0.01")
+
+    @classmethod
+    def as_published(cls, method: Method = "thanos", **changes: Any) -> "SolverOptions":
+        """A method by its paper, to the letter, but for what is changed.
+
+        Args:
+            method: As above.
+            **changes: Other arguments.
+
+        Example:
+            >>> SolverOptions.as_published(block_size=64).saliency
+            'wanda'
+        """
+        chooses = {"saliency": "wanda"} if method == "thanos" else {}  # the others have their own
+        return cls(method, **{**chooses, "admm_steps": 0, "refine_steps": 0, **changes})
 
     def unused(self, pattern: Pattern) -> dict[str, str]:
         """The arguments that change nothing for layers of a pattern, each with the reason.
@@ -149,7 +169,7 @@ class SolverOptions:
 
         Example:
             >>> from thanos_lightning.solver.layer import SolverOptions
-            >>> SolverOptions().peak_bytes(2048, 2048) // 2**20
+            >>> SolverOptions.as_published().peak_bytes(2048, 2048) // 2**20
             83
         """
         size = rows * cols
@@ -199,10 +219,10 @@ def prune(
     hessian: Tensor | None,
     pattern: Pattern,
     *,
-    method: str = "thanos",
+    method: Method = "thanos",
     block_size: int = 128,
     damping: float = 0.01,
-    saliency: str = "wanda",
+    saliency: Saliency = "wanda",
     admm_steps: int = 0,
     refine_steps: int = 0,
     frozen: Tensor | None = None,

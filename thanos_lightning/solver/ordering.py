@@ -58,7 +58,7 @@ def require_scipy() -> None:
 
 
 def search_order(
-    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 20, seed: int = 0
+    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 60, seed: int = 0
 ) -> Int[Tensor, " cols"]:
     """An order of the columns in which an N:M pattern keeps more of the scores than in the one they have.
 

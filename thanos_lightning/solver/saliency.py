@@ -14,6 +14,7 @@ of the whole layer.
 
 import itertools
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +25,8 @@ from thanos_lightning.solver.linalg import Curvature
 from thanos_lightning.solver.pattern import NM, Structured
 from thanos_lightning.solver.team import RowTeam
 
-SALIENCIES = ("wanda", "obs", "balanced")
+Saliency = Literal["wanda", "obs", "balanced"]
+SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 # A prime, so that a sample of a row-major matrix does not run down one column.
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17

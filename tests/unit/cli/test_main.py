@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import SolverOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
 from thanos_lightning.report.data import EventReport, LayerReport, PruningReport
 from thanos_lightning.solver import NM
@@ -66,7 +66,7 @@ class SpyCallback(ThanosPruningCallback):
         schedule: SparsitySchedule = AT_ONCE,
         steps: int | float | None = None,
     ):
-        super().__init__(pattern, sparsity, schedule, method="magnitude", admm_steps=0, refine_steps=0)
+        super().__init__(pattern, sparsity, schedule, solver=SolverOptions.as_published("magnitude"))
         self.steps = steps
         self.made.append(self)
 
@@ -108,7 +108,7 @@ PRUNING = """\
 - class_path: thanos_lightning.ThanosPruningCallback
   init_args:
     pattern: 2:4
-    method: magnitude
+    solver: {method: magnitude}
     schedule: {start_step: 1, end_step: 1, every_n_steps: 1}
 """
 
@@ -374,9 +374,9 @@ def test_steps_and_fractions_stay_apart(tmp_path, text, value):
 
 
 def test_schedule_in_yaml(tmp_path):
-    schedule = "schedule: {start_step: 1, end_step: 1.0, every_n_steps: 0.5, shape: linear}"
+    schedule = "schedule: {start_step: 1, end_step: 0.5, every_n_steps: 0.25, shape: linear}"
     assert main(["fit", "--config", write_config(tmp_path, spy(schedule))]) == 0
-    assert SpyCallback.made[0].schedule == SparsitySchedule(1, 1.0, 0.5, shape="linear")
+    assert SpyCallback.made[0].schedule == SparsitySchedule(1, 0.5, 0.25, shape="linear")
 
 
 def test_callback_on_the_command_line(tmp_path, capsys):
@@ -386,7 +386,7 @@ def test_callback_on_the_command_line(tmp_path, capsys):
         "--trainer.callbacks.pattern=2:4",
         "--trainer.callbacks.targets=['*.up_proj']",
         "--trainer.callbacks.schedule.start_step=1",
-        "--trainer.callbacks.schedule.end_step=1.0",
+        "--trainer.callbacks.schedule.end_step=0.5",
         "--trainer.callbacks.schedule.every_n_steps=1",
     ]
     assert main(["fit", "--config", config, *arguments]) == 0

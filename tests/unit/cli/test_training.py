@@ -48,10 +48,8 @@ def test_a_precision_that_is_given(monkeypatch):
 
 @pytest.mark.parametrize("argument", ["--trainer.callbacks.0.pattern", "--trainer.callbacks.0.init_args.pattern"])
 def test_an_argument_of_one_callback(argument):
-    cli = CLI(
-        ["--config", "quickstart", argument, "1:4", "--trainer.callbacks.0.schedule.init_args.end_step=8"], run=False
-    )
+    cli = CLI(["--config", "quickstart", argument, "1:4", "--trainer.callbacks.0.schedule.at=[0, 8]"], run=False)
     (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
     saving = cli.trainer.checkpoint_callback
-    assert (pruning.pattern, pruning.schedule.end_step, pruning.monitor) == (NM(1, 4), 8, "val/perplexity")
+    assert (pruning.pattern, pruning.schedule.at, pruning.monitor) == (NM(1, 4), (0, 8), "val/perplexity")
     assert saving.filename == "quickstart"

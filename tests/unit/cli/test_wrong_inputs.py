@@ -52,8 +52,8 @@ WRONG_VALUES = [
     (PATTERN, "sparsity: half", "sparsity of ThanosPruningCallback is 'half': give a number or null"),
     (
         PATTERN,
-        "method: obc",
-        "method of ThanosPruningCallback is 'obc': choose one of thanos, sparsegpt, wanda, magnitude",
+        "solver: {method: obc}",
+        "solver.method of ThanosPruningCallback is 'obc': choose one of thanos, sparsegpt, wanda, magnitude",
     ),
     (
         PATTERN,
@@ -61,14 +61,14 @@ WRONG_VALUES = [
         "ThanosPruningCallback has no option sparsty: did you mean sparsity? `thanos-lightning fit "
         "--trainer.callbacks.help=ThanosPruningCallback` lists all",
     ),
-    (PATTERN, "block_size: 1.5", "block_size of ThanosPruningCallback is 1.5: give a whole number"),
+    (PATTERN, "solver: {block_size: 1.5}", "solver.block_size of ThanosPruningCallback is 1.5: give a whole number"),
     (
-        "dataloader: datamodule",
-        "dataloader: 3",
-        "calibration_dataloader of ThanosPruningCallback is 3: give data",
+        "batches: datamodule",
+        "batches: 3",
+        "calibration.batches of ThanosPruningCallback is 3: give data",
     ),
-    ("start_step: 0", "start_stp: 0", "SparsitySchedule has no option start_stp: did you mean start_step?"),
-    ("start_step: 0", "start_step: soon", "start_step of SparsitySchedule is 'soon': give a whole number or a number"),
+    ("at: .0.", "start_stp: 0", "SparsitySchedule has no option start_stp: did you mean start_step?"),
+    ("at: .0.", "start_step: soon", "start_step of SparsitySchedule is 'soon': give a whole number or a number"),
     ("learning_rate: .*", "learning_rate: fast", "learning_rate of CausalLM is 'fast': give a number"),
     ("e: cosine", "e: step", "lr_schedule of CausalLM is 'step': choose one of linear, cosine, constant"),
     ("precision: auto", "precision: bf32", "trainer.precision is 'bf32': choose one of transformer-engine, "),
@@ -200,7 +200,7 @@ trainer:
   default_root_dir: run
   callbacks:
     - class_path: ThanosPruningCallback
-      init_args: {method: magnitude, schedule: {start_step: 1, end_step: 1, every_n_steps: 1}}
+      init_args: {solver: {method: magnitude}, schedule: {start_step: 1, end_step: 1, every_n_steps: 1}}
     - class_path: ModelCheckpoint
       init_args: {filename: tiny, every_n_train_steps: 2, enable_version_counter: false}
 """
@@ -241,8 +241,8 @@ TINY = ("fit", "--config", "tiny.yaml")
             "{folder}/text.txt/a: not a directory: give a path",
         ),
         (
-            (*TINY, "--trainer.callbacks.0.calibration_dataloader", "[]"),
-            "calibration_dataloader has no batch ([]): give a DataLoader",
+            (*TINY, "--trainer.callbacks.0.calibration.batches", "[]"),
+            "calibration.batches has no batch ([]): give a DataLoader",
         ),
         ((*TINY, "--model.model", "empty"), "the model 'empty' can't be loaded (Unrecognized model in empty."),
         ((*TINY, "--model.model", "cut"), "the model 'cut' can't be loaded (Error while deserializing header: "),

@@ -29,18 +29,17 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def by_definition(student, teacher, temperature):
-    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
-    return temperature**2 * (p * (p / q).log()).sum(-1)
+def by_definition(student, teacher):
+    p, q = (logits.double().softmax(-1) for logits in (teacher, student))
+    return (p * (p / q).log()).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_divergence_is_its_definition_and_so_is_its_gradient(temperature):
+def test_divergence_is_its_definition_and_so_is_its_gradient():
     student, teacher = 3 * randn(2, 5, 7), 3 * randn(2, 5, 7, seed=1)
     student.requires_grad_(True)
     teacher.requires_grad_(True)
-    loss = divergence(student, teacher, temperature)
-    expected = by_definition(student, teacher, temperature).mean()
+    loss = divergence(student, teacher)
+    expected = by_definition(student, teacher).mean()
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-7)
@@ -59,7 +58,7 @@ def test_divergence_is_positive_but_for_equal_distributions(batch, tokens, seed)
 def test_what_does_not_count_changes_nothing():
     counted = torch.tensor([[True, True, False, False], [True, True, True, False]])
     student, teacher = randn(2, 4, 6), randn(2, 4, 6, seed=1)
-    expected = by_definition(student, teacher, 1.0)[counted].mean()
+    expected = by_definition(student, teacher)[counted].mean()
     spoilt = torch.where(counted.unsqueeze(-1), student, torch.inf)
     for mask in (counted, counted.long()):
         assert float(divergence(spoilt, teacher, counted=mask)) == pytest.approx(float(expected), rel=1e-5)
@@ -73,9 +72,7 @@ def test_what_does_not_count_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_are_computed_in_float32(dtype):
     student, teacher = (10 * randn(2, 5, 50, seed=seed, dtype=dtype) for seed in (0, 1))
-    assert float(divergence(student, teacher)) == pytest.approx(
-        float(by_definition(student, teacher, 1).mean()), rel=1e-4
-    )
+    assert float(divergence(student, teacher)) == pytest.approx(float(by_definition(student, teacher).mean()), rel=1e-4)
     assert divergence(student, teacher).dtype == squarehead([student], [teacher]).dtype == torch.float32
 
 
@@ -95,10 +92,10 @@ def test_losses_of_heads_are_those_of_all_logits():
     labels = torch.randint(11, (3, 5))
     labels[0, 3:] = -100
     counted = labels != -100
-    entropy, kl = head_losses(student, teacher, *heads, labels, temperature=2.0, counted=counted)
+    entropy, kl = head_losses(student, teacher, *heads, labels, counted=counted)
     logits, its_logits = heads[0](student), heads[1](teacher)
     expected_entropy = functional.cross_entropy(logits[:, :-1].flatten(end_dim=1), labels[:, 1:].flatten())
-    expected_kl = divergence(logits, its_logits, 2.0, counted)
+    expected_kl = divergence(logits, its_logits, counted)
     torch.testing.assert_close(entropy, expected_entropy)
     torch.testing.assert_close(kl, expected_kl)
     variables = [student, heads[0].weight]
@@ -132,8 +129,6 @@ def test_a_teacher_that_does_not_fit_is_named():
     heads = nn.Linear(4, 6), nn.Linear(4, 7)
     with pytest.raises(ValueError, match=r"\(3, 6\) and the teacher's \(3, 7\): .*vocabulary"):
         head_losses(states, states, *heads, torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="temperature is 0"):
-        divergence(states, states, temperature=0)
     with pytest.raises(ValueError, match=r"2 hidden states and the teacher 1: .*depth"):
         squarehead([states, states], [states])
     with pytest.raises(ValueError, match=r"hidden states 1 of the student .*width"):
@@ -158,7 +153,7 @@ def padded_batch():
 @pytest.mark.parametrize(
     "weights",
     [
-        {"cross_entropy": 0.5, "logits": 2.0, "hidden_states": 3.0, "temperature": 2.0},
+        {"cross_entropy": 0.5, "logits": 2.0, "hidden_states": 3.0},
         {"cross_entropy": 0.5, "logits": 0.0, "hidden_states": 3.0},
         {"cross_entropy": 0.0, "logits": 1.0},
         {"cross_entropy": 0.0, "logits": 0.0, "hidden_states": 1.0},
@@ -174,7 +169,7 @@ def test_distil_is_the_weighted_sum_of_what_both_models_say(weights):
     counted = batch["attention_mask"].bool()
     parts = {
         "cross_entropy": own.loss,
-        "logits": by_definition(own.logits, its.logits, chosen.temperature)[counted].mean(),
+        "logits": by_definition(own.logits, its.logits)[counted].mean(),
         "hidden_states": squarehead(own.hidden_states[1:], its.hidden_states[1:], counted),
     }
     expected = sum(getattr(chosen, name) * part for name, part in parts.items())
@@ -200,8 +195,6 @@ def test_distil_is_the_weighted_sum_of_what_both_models_say(weights):
         ({"cross_entropy": 0, "logits": 0}, "all weights of the distillation are 0"),
         ({"logits": 0}, "nothing would be learnt from the teacher"),
         ({"logits": "1"}, "logits is '1': give a weight"),
-        ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": "2"}, "temperature is '2': give a number"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
     ],
 )

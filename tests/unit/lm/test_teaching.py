@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.distillation import check_vocabulary
@@ -28,7 +28,7 @@ def batches(number=6):
 
 def pruning(start=2):
     schedule = SparsitySchedule(start, start + 2, 2)
-    return ThanosPruningCallback("2:4", schedule=schedule, calibration_steps=1)
+    return ThanosPruningCallback("2:4", schedule=schedule, calibration=CalibrationOptions(steps=1))
 
 
 def trainer(folder, callbacks=(), **kwargs):
@@ -102,7 +102,7 @@ def test_the_teacher_from_before_pruning_is_what_had_been_learnt_by_then(tiny, t
         return loss
 
     lm.training_step = training_step
-    callback = Weights("2:4", schedule=SparsitySchedule(2, 4, 2), calibration_steps=1)
+    callback = Weights("2:4", schedule=SparsitySchedule(2, 4, 2), calibration=CalibrationOptions(steps=1))
     trainer(tmp_path, [callback]).fit(lm, batches())
     assert same(callback.before, weights(lm._teacher.model))
     assert not same(callback.before, weights(load_pretrained(tiny)))
@@ -202,9 +202,8 @@ def test_a_survey_before_the_first_event_needs_no_teacher(tiny, tmp_path):
             "unstructured",
             0.5,
             schedule=SparsitySchedule(6, 6, 1),
-            calibration_steps=2,
+            calibration=CalibrationOptions(steps=2, memory_gib=1.0),  # the survey has steps of its own
             allocation=Allocation(),
-            hessian_memory_gib=1.0,  # the survey has steps of its own
         )
 
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)

@@ -82,7 +82,7 @@ def prune_together(
     **options: Any,
 ) -> PrunedLayer | list[Any]:
     """The layer as so many members prune it, or what each of them got if one failed."""
-    settings = SolverOptions(**options)
+    settings = SolverOptions.as_published(**options)
 
     def work(team: RowTeam) -> PrunedLayer:
         own = team.own_rows

@@ -49,7 +49,7 @@ def test_a_layer_is_pruned_as_on_the_cpu(
 ) -> None:
     if method == "magnitude" and (steps or weights == "joined"):
         steps, weights = 0, None if weights == "joined" else weights  # it takes neither
-    options = SolverOptions(method, block_size=16, admm_steps=steps, refine_steps=steps)
+    options = SolverOptions(method, 16, saliency="wanda", admm_steps=steps, refine_steps=steps)
     generator = torch.Generator().manual_seed(5)
     frozen = torch.rand(ROWS, COLS, generator=generator) < 0.1 if with_frozen else None
     factor = torch.randn(ROWS, ROWS, generator=generator)
@@ -67,7 +67,7 @@ def test_a_layer_is_pruned_as_on_the_cpu(
 
 @pytest.mark.parametrize("saliency", ["wanda", "obs", "balanced"])
 def test_every_saliency(saliency: str) -> None:
-    options = SolverOptions("thanos", block_size=16, saliency=saliency)
+    options = SolverOptions.as_published(block_size=16, saliency=saliency)
     cpu, there = (solve(device, Unstructured(0.5), options, None, None, torch.float32) for device in ("cpu", DEVICE))
     assert torch.equal(there.mask.cpu(), cpu.mask)
 
@@ -76,7 +76,7 @@ def test_losses_at_several_sparsities() -> None:
     weight, hessian = layer(ROWS, COLS)
     tried = [Unstructured(0.3), Unstructured(0.6)]
     (cpu, dense), (there, dense_there) = (
-        losses_at(weight.to(device), Factors(hessian.float().to(device)), tried, SolverOptions("thanos"), None)
+        losses_at(weight.to(device), Factors(hessian.float().to(device)), tried, SolverOptions.as_published(), None)
         for device in ("cpu", DEVICE)
     )
     torch.testing.assert_close(dense_there.cpu(), dense)

@@ -1,6 +1,7 @@
 import math
 import warnings
 
+import jaxtyping
 import pytest
 import torch
 from cases import METHODS, PATTERNS, hessian_of, layer, tokens
@@ -288,7 +289,9 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
         ({"pattern": Structured(0.9)}, "all 8 columns"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_bad_input(arguments, message, monkeypatch):
+    # without the checks of annotations that tests have, which would be first to refuse another name
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     valid = {"weight": torch.ones(3, 8), "hessian": torch.eye(8), "pattern": NM(2, 4)}
     valid |= arguments
     with pytest.raises(ValueError, match=message):
@@ -381,7 +384,7 @@ def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, se
     squares = torch.rand(20, shape[0], generator=torch.Generator().manual_seed(seed)) + 0.1
     weights = {None: None, "alone": squares.square().sum(0), "joined": squares.T @ squares}[weighted]
     tried = [pattern, pattern.with_sparsity(pattern.sparsity / 2)]
-    options = SolverOptions(method, block_size=8, admm_steps=2, refine_steps=1)
+    options = SolverOptions(method, 8, saliency="wanda", admm_steps=2, refine_steps=1)
     losses, dense = losses_at(weight, Factors(H.float()), tried, options, weights)
     for one, lost in zip(tried, losses, strict=True):
         alone = prune(weight, H.float(), one, method=method, block_size=8, output_weights=weights)

@@ -118,7 +118,7 @@ def shares_of(method: str, pattern: Pattern) -> int:
 
     def work(team: ThreadTeam) -> None:
         nonlocal number
-        options = SolverOptions(method, block_size=4, refine_steps=1)
+        options = SolverOptions.as_published(method, block_size=4, refine_steps=1)
         prune_rows(weight[team.own_rows], Factors(H), pattern, options, None, team)
         number = team.shared
 
