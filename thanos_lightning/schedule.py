@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+# int or float. Of these typing keeps one Union for all packages, whatever the order of its members, and in another
+# one's order jsonargparse would read 8 as 8.0, which is no number of steps. So a number stays what it is in YAML.
+Time = Any
 Shape = Literal["constant", "linear", "cubic", "cosine"]
 
 
@@ -81,11 +84,11 @@ class SparsitySchedule:
         True
     """
 
-    start_step: int | float | None = None
-    end_step: int | float | None = None
-    every_n_steps: int | float | None = None
+    start_step: Time = None
+    end_step: Time = None
+    every_n_steps: Time = None
     shape: Shape = "cubic"
-    at: Sequence[int | float] | None = None
+    at: Sequence[Time] | None = None
 
     def __post_init__(self) -> None:
         three, mend = ("start_step", "end_step", "every_n_steps"), "give start_step, end_step and every_n_steps, or at"

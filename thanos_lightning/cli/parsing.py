@@ -15,6 +15,7 @@ from thanos_lightning.cli.mistakes import PROGRAM
 _HINTS = {  # for a value of the wrong type
     "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
     "calibration.batches": "give datamodule, or null to collect from the training batches",
+    "at": "give a list of times, such as [0.1, 0.2]",
 }
 # beginnings of what tells most, among what was tried
 _TELLING = (

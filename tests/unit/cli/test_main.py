@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from thanos_lightning import SolverOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
+from thanos_lightning.cli.training import CLI
 from thanos_lightning.report.data import EventReport, LayerReport, PruningReport
 from thanos_lightning.solver import NM
 
@@ -63,11 +64,9 @@ class SpyCallback(ThanosPruningCallback):
         self,
         pattern: str = "2:4",
         sparsity: float | None = None,
-        schedule: SparsitySchedule = AT_ONCE,
-        steps: int | float | None = None,
+        schedule: SparsitySchedule | None = None,
     ):
-        super().__init__(pattern, sparsity, schedule, solver=SolverOptions.as_published("magnitude"))
-        self.steps = steps
+        super().__init__(pattern, sparsity, schedule or AT_ONCE, solver=SolverOptions.as_published("magnitude"))
         self.made.append(self)
 
 
@@ -365,12 +364,19 @@ def test_quotes_around_a_pattern_are_optional(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1", 1), ("1.0", 1.0), ("0.2", 0.2), ("1e-1", 0.1), (".5", 0.5), ("20", 20), ("null", None)]
+    ("text", "value"), [("1", 1), ("0.2", 0.2), ("1e-1", 0.1), (".5", 0.5), ("0", 0), ("0.0", 0.0)]
 )
 def test_steps_and_fractions_stay_apart(tmp_path, text, value):
-    assert main(["fit", "--config", write_config(tmp_path, spy(f"steps: {text}"))]) == 0
-    assert SpyCallback.made[0].steps == value
-    assert type(SpyCallback.made[0].steps) is type(value)
+    callbacks = [
+        spy(f"schedule: {{start_step: {text}, end_step: {text}, every_n_steps: 1}}"),
+        spy(f"schedule: {{at: [{text}]}}"),
+    ]
+    for callback in callbacks:
+        CLI(["--config", write_config(tmp_path, callback)], run=False)
+    three, listed = (made.schedule for made in SpyCallback.made)
+    for found in (three.start_step, three.end_step, listed.at[0]):
+        assert found == value
+        assert type(found) is type(value)
 
 
 def test_schedule_in_yaml(tmp_path):
