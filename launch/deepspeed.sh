@@ -8,7 +8,7 @@
 #
 #     NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/deepspeed.sh recipes/llama-3.1-70b-2of4-zero3-multinode.yaml
 #
-# What follows the recipe goes to `thanos-lightning fit`. More: docs/multinode.md
+# What follows the recipe goes to `thanos-lightning fit`. More: docs/scaling/multinode.md
 set -euo pipefail
 
 RECIPE=${1:?give a recipe: launch/deepspeed.sh RECIPE.yaml [arguments of thanos-lightning fit]}

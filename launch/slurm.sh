@@ -3,7 +3,7 @@
 #
 #     sbatch launch/slurm.sh recipes/llama-3.1-70b-2of4-zero3-multinode.yaml
 #
-# What follows the recipe goes to `thanos-lightning fit`. More: docs/multinode.md
+# What follows the recipe goes to `thanos-lightning fit`. More: docs/scaling/multinode.md
 #
 #SBATCH --job-name=thanos
 #SBATCH --nodes=4

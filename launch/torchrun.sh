@@ -5,7 +5,7 @@
 #     NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh recipes/llama-3.1-8b-2of4-zero3.yaml    # on 10.0.0.1
 #     NODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh recipes/llama-3.1-8b-2of4-zero3.yaml    # on another
 #
-# What follows the recipe goes to `thanos-lightning fit`. More: docs/multinode.md
+# What follows the recipe goes to `thanos-lightning fit`. More: docs/scaling/multinode.md
 set -euo pipefail
 
 RECIPE=${1:?give a recipe: launch/torchrun.sh RECIPE.yaml [arguments of thanos-lightning fit]}

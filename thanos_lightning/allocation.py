@@ -34,7 +34,7 @@ class Allocation:
     Raises:
         ValueError: If it is by neither.
 
-    Example:
+    Examples:
         >>> Allocation("loss").limits(0.95)
         (0.8, 1.0)
     """
@@ -78,7 +78,7 @@ def by_outliers(
     Raises:
         ValueError: If the budget can't be met within the limits, naming the closest that can.
 
-    Example:
+    Examples:
         >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
         {'a': 60, 'b': 40}
     """
@@ -127,7 +127,7 @@ def by_loss(
     Raises:
         ValueError: If the budget can't be met within the limits, naming the closest that can.
 
-    Example:
+    Examples:
         >>> losses = {"cheap": {0.25: 1.0, 0.5: 2.0, 0.75: 4.0}, "dear": {0.25: 10.0, 0.5: 20.0, 0.75: 40.0}}
         >>> by_loss(losses, {"cheap": 100, "dear": 100}, 100)
         {'cheap': 75, 'dear': 25}
@@ -160,7 +160,7 @@ def loss_at(levels: Mapping[float, float], sparsity: float) -> float:
         levels: Sparsity of each level in (0, 1] -> loss. With one level alone all is linear.
         sparsity: Where.
 
-    Example:
+    Examples:
         >>> round(loss_at({0.25: 1.0, 0.75: 4.0}, 0.5), 6)
         2.0
     """
@@ -203,7 +203,7 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
     Returns:
         Layer -> number of units.
 
-    Example:
+    Examples:
         >>> in_units({"a": 14, "b": 14, "c": 14}, dict.fromkeys("abc", (10, 5)))
         {'a': 1, 'b': 2, 'c': 1}
     """

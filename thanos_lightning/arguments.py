@@ -35,14 +35,14 @@ class CalibrationOptions:
             allocation against those of other layers. "diagonal": as much as the training loss feels it, by the mean
             square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
             1503.05671). "full": by the whole output factor, so that rows of a layer make up for each other, which was
-            measured to lose less (docs/recipes.md); a layer takes the memory of a matrix (out_features, out_features)
+            measured to lose less (docs/guide); a layer takes the memory of a matrix (out_features, out_features)
             more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is "diagonal" for
             the method "thanos", else "uniform".
 
     Raises:
         ValueError: Naming the option and the mend.
 
-    Example:
+    Examples:
         >>> CalibrationOptions(steps=8, memory_gib=4.0).steps
         8
     """
@@ -161,7 +161,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, 
         before: Name -> description.
         now: Likewise. One that has no counterpart is not compared.
 
-    Example:
+    Examples:
         >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})
         {'damping': 'damping was 0.01 and is 0.1'}
     """
@@ -175,7 +175,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, 
 def described(value: Any) -> str:
     """One line that says what an argument is, the same in another process.
 
-    Example:
+    Examples:
         >>> described([{"input_ids": None}]), described(("*", "lm_head")), described("2:4")
         ('list of 1 batch(es)', "['*', 'lm_head']", "'2:4'")
     """
@@ -190,7 +190,7 @@ def described(value: Any) -> str:
 def number_of_batches(batches: Iterable[Any]) -> int | None:
     """How many there are, where that is known before.
 
-    Example:
+    Examples:
         >>> number_of_batches([1, 2]), number_of_batches(iter([]))
         (2, None)
     """

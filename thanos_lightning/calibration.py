@@ -45,7 +45,7 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     Raises:
         ValueError: If there are several masks, or one that is not of the shape (batch, length), or additive.
 
-    Example:
+    Examples:
         >>> token_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
         tensor([[ True, False]])
     """
@@ -181,7 +181,7 @@ class InputStatistics:
             wait for it. It is kept here, and nothing is counted any more.
         stopwatch: What the hooks have taken.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.targets import find_targets
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> statistics = InputStatistics(find_targets(model))
@@ -610,7 +610,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 def loss_of(output: Any) -> Tensor | None:
     """A scalar that has a gradient, or such a one called loss in a model's output; None where there is none.
 
-    Example:
+    Examples:
         >>> loss_of({"loss": torch.ones((), requires_grad=True)})
         tensor(1., requires_grad=True)
     """

@@ -99,7 +99,7 @@ class ThanosPruningCallback(Callback):
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
         schedule: When to prune, and how much by then. None is once before the first step where there are
             `calibration.batches`, which was measured best; else at 10, 20, 30 and 40 % of the training
-            (docs/recipes.md). From event to event all layers become sparser together: by single weights where they are
+            (docs/guide). From event to event all layers become sparser together: by single weights where they are
             unstructured, by rows where they are N:M (the fraction of dense rows falls to its final value), by columns
             where they are structured.
         targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
@@ -122,7 +122,7 @@ class ThanosPruningCallback(Callback):
         ValueError: For an argument that can't be right, naming it and the mend. What depends on the model or the
             Trainer is checked before the first training batch.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from thanos_lightning import SparsitySchedule, ThanosPruningCallback
         >>> pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(10, 30, 10))

@@ -39,7 +39,7 @@ class Census:
     def shares(self, least: float = 0.01) -> str:
         """The kinds that stay dense, the largest first, with their shares where these are not small.
 
-        Example:
+        Examples:
             >>> Census(1, 1, "Linear", 70, 100, {"norms": 0, "Conv2d": 30}).shares()
             'Conv2d (30%), norms'
         """
@@ -55,7 +55,7 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
         model: Any.
         layers: Those of its layers that are to be pruned.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.targets import find_targets
         >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4, bias=False), nn.Linear(4, 2))
         >>> census = take_census(model, find_targets(model, ignore="2"))

@@ -39,7 +39,7 @@ def training_note(
     Returns:
         Plain values, to be kept under `NOTE_KEY`.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> training_note(layer, [layer.parameters()], targets=[""])["optimizer_parameters"]
         [['weight', 'bias']]

@@ -14,7 +14,7 @@ def require_intact(path: Path) -> None:
     Raises:
         ValueError: If bytes of it have changed.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder) / "a.pt"

@@ -59,7 +59,7 @@ def export_checkpoint(
             model, or the tokenizer can't be had.
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
 
-    Example:
+    Examples:
         >>> reports = export_checkpoint("runs/quickstart/checkpoints/quickstart.ckpt", "exported")  # doctest: +SKIP
         >>> min(report.sparsity for report in reports)  # doctest: +SKIP
         0.5

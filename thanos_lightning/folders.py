@@ -25,7 +25,7 @@ def require_free(output: Path) -> None:
 def new_folder(parent: Path, name: str) -> Path:
     """Make a folder of this name, or of this name and the first number that is free.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     [new_folder(Path(parent), "teacher").name for _ in range(3)]

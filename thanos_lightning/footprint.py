@@ -16,7 +16,7 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
     Layers of one parent that are equally wide read the same (q, k, v; gate, up), but for the last one where it leads
     back to that width (o).
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from thanos_lightning.targets import find_targets
         >>> attention = nn.ModuleDict({name: nn.Linear(8, rows) for name, rows in (("q", 8), ("k", 4), ("o", 8))})

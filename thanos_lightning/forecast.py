@@ -200,7 +200,7 @@ def tokens_per_batch(batches: Any) -> tuple[int | None, int | None]:
 
     Looks at one sample at most, and draws no random number that a training would miss.
 
-    Example:
+    Examples:
         >>> tokens_per_batch([{"input_ids": torch.zeros(8, 128, dtype=torch.long)}] * 3)
         (3, 1024)
     """

@@ -62,7 +62,7 @@ class OutputGradients:
         sums: Name -> sums.
         stopwatch: What summing has taken.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.targets import find_targets
         >>> model = nn.Linear(2, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.eye(2))
@@ -209,7 +209,7 @@ def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Floa
     Args:
         sums: Layer -> sums of squared gradients, not all zero.
 
-    Example:
+    Examples:
         >>> output_weights({"a": torch.tensor([1.0, 3.0])})
         {'a': tensor([1.0200, 3.0200])}
     """

@@ -21,7 +21,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     Returns:
         uint8 tensor of ceil(numel / 8) bytes.
 
-    Example:
+    Examples:
         >>> pack_bits(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
     """
@@ -44,7 +44,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: If the number of bytes is not that of the shape.
 
-    Example:
+    Examples:
         >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """

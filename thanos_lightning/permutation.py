@@ -105,7 +105,7 @@ def exchangeable_channels(model: PreTrainedModel) -> list[Channels]:
     Raises:
         ValueError: If the model has a parameter of which it is not known what a reordering would do to it.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
         >>> [channels.name for channels in exchangeable_channels(LlamaForCausalLM(LlamaConfig(**sizes)))]
@@ -179,7 +179,7 @@ def require_nm(pattern: Pattern | str) -> NM:
     Raises:
         ValueError: If it is none.
 
-    Example:
+    Examples:
         >>> require_nm("2:4")
         NM(n=2, m=4, outlier_fraction=0.0)
     """
@@ -227,7 +227,7 @@ def permute_channels(
         ModuleNotFoundError: If SciPy is not installed.
         RuntimeError: If the model computes something else than before; it has its old order then.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes))

@@ -41,7 +41,7 @@ def check_allocation(pattern: Pattern) -> None:
 def default_allocation(pattern: Pattern) -> Allocation | None:
     """By loss; None where there is nothing to allocate.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import Unstructured
         >>> default_allocation(Unstructured(0.6)), default_allocation(NM(2, 4))
         (Allocation(by='loss'), None)

@@ -46,7 +46,7 @@ class Terminated(SystemExit):
 def duration(seconds: float) -> str:
     """Minutes and seconds, and hours where there are some.
 
-    Example:
+    Examples:
         >>> duration(9.7), duration(130), duration(7321)
         ('0:09', '2:10', '2:02:01')
     """
@@ -285,7 +285,7 @@ def open_phase(
     Raises:
         Terminated: If SIGTERM comes.
 
-    Example:
+    Examples:
         >>> with open_phase("Counting", total=3, unit="sheep") as phase:
         ...     for _ in range(3):
         ...         phase.advance()

@@ -60,7 +60,7 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, joined
     rank is in one team, which lie side by side, and each further rank goes where the time is longest. A team has no
     more ranks than its layer has rows; only where all teams are that large, ranks are left over.
 
-    Example:
+    Examples:
         >>> assign_teams({}, world_size=2)
         {}
     """
@@ -85,7 +85,7 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, joined
 def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, joined: bool = False) -> dict[str, int]:
     """The rank that has the sums and the weight of each layer: the first of its team, see `assign_teams`.
 
-    Example:
+    Examples:
         >>> assign_owners({}, world_size=2)
         {}
     """

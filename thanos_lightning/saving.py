@@ -47,7 +47,7 @@ class WholeFiles(TorchCheckpointIO):
 
     A file of which bytes have changed is refused when it is loaded.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     WholeFiles().save_checkpoint({"a": 1}, f"{folder}/a.ckpt")

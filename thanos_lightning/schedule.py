@@ -76,7 +76,7 @@ class SparsitySchedule:
         ValueError: For a negative or non-finite number, a fraction of 1 or more, times that don't rise, both kinds of
             times or neither, an unknown shape.
 
-    Example:
+    Examples:
         >>> schedule = SparsitySchedule(start_step=0, end_step=20, every_n_steps=10)
         >>> [(event.step, event.sparsity(final=0.5)) for event in schedule.events()]
         [(10, 0.4375), (20, 0.5)]
@@ -146,7 +146,7 @@ class SparsitySchedule:
         Raises:
             ValueError: If the times don't rise.
 
-        Example:
+        Examples:
             >>> SparsitySchedule(0.1, 0.5, 0.2).resolve(total_steps=50)
             SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, shape='cubic', at=None)
             >>> SparsitySchedule(at=[0, 0.25, 0.5]).resolve(total_steps=50).at

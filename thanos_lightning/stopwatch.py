@@ -13,7 +13,7 @@ import torch
 class Stopwatch:
     """Adds up what blocks take. On a device it is told by the device's own events, for which the host doesn't wait.
 
-    Example:
+    Examples:
         >>> stopwatch = Stopwatch()
         >>> with stopwatch.running(torch.device("cpu")):
         ...     time.sleep(0.01)

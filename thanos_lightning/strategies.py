@@ -22,7 +22,7 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         stage: ZeRO 0 (nothing is sharded), 1 (optimizer state), 2 (gradients too) or 3 (parameters too).
         **kwargs: As for Lightning's `DeepSpeedStrategy`.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from thanos_lightning import CPUDeepSpeed
         >>> trainer = Trainer(accelerator="cpu", devices=2, strategy=CPUDeepSpeed(stage=3))  # doctest: +SKIP

@@ -60,7 +60,7 @@ def levels(pattern: Pattern, lowest: float, highest: float) -> list[Pattern]:
         lowest: Smallest sparsity of a layer; where it is 0, half the pattern's is looked at.
         highest: Largest sparsity of a layer.
 
-    Example:
+    Examples:
         >>> [level.sparsity for level in levels(Unstructured(0.5), 0.375, 0.625)]
         [0.375, 0.625]
         >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.25), 0.0, 1.0)]

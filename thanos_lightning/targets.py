@@ -66,7 +66,7 @@ class TargetOverride:
         sparsity: Final sparsity, for the patterns that do not imply it.
         outlier_fraction: Fraction of the rows that stay dense.
 
-    Example:
+    Examples:
         >>> TargetOverride(targets=["*.down_proj"], pattern="unstructured", sparsity=0.5).parsed()
         Unstructured(sparsity=0.5)
     """
@@ -88,7 +88,7 @@ class TargetOverride:
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of a parameter, also where this rank holds a piece of it.
 
-    Example:
+    Examples:
         >>> whole_shape(nn.Linear(8, 4).weight)
         (4, 8)
     """
@@ -105,7 +105,7 @@ def matches(name: str, expression: str) -> bool:
     Raises:
         ValueError: If the regular expression is none.
 
-    Example:
+    Examples:
         >>> matches("model.layers.0.mlp.up_proj", "mlp.*"), matches("model.layers.0.mlp.up_proj", "re:.*[.]0[.].*")
         (True, True)
     """
@@ -127,7 +127,7 @@ def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[
     Raises:
         ValueError: If they are anything else.
 
-    Example:
+    Examples:
         >>> check_expressions("targets", "*.mlp.*")
         ('*.mlp.*',)
     """
@@ -203,7 +203,7 @@ def uncalled_layers(
         targets: As for `find_targets`.
         ignore: Likewise.
 
-    Example:
+    Examples:
         >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
         ['self_attn.out_proj']
     """
@@ -242,7 +242,7 @@ def find_targets(
             reparametrised; if a weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
             means a frozen teacher, LoRA's adapters or the layers that they adapt.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> list(find_targets(model, targets=["0"]))
         ['0']

@@ -23,7 +23,7 @@ class TrainingBar(ProgressBar):
 
     Without a terminal it writes a line at most every 30 s.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(max_steps=50, callbacks=[TrainingBar()], logger=False, enable_checkpointing=False)
     """

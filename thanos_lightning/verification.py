@@ -108,7 +108,7 @@ def verify_checkpoint(
         FileNotFoundError: If there is nothing at the path.
         ValueError: If it's nothing that can be verified, or there is no tensor to check.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import NM
         >>> all(report.ok for report in verify_checkpoint("exported", NM(2, 4)))  # doctest: +SKIP
         True

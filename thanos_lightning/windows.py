@@ -31,7 +31,7 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
         event: The event.
         final: Layer name -> its pattern at the end, front to back.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import NM
         >>> patterns_at(Event(10, 0.5), {"a": NM(2, 4)})
         {'a': NM(n=2, m=4, outlier_fraction=0.5)}
@@ -196,7 +196,7 @@ def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], change
 def reasons(changed: Mapping[str, str]) -> str:
     """Of the arguments that are not as they were those that can change a window, to be added to an error.
 
-    Example:
+    Examples:
         >>> reasons({"monitor": "monitor was None and is 'a'", "pattern": "pattern was NM(2, 4) and is NM(1, 4)"})
         ': pattern was NM(2, 4) and is NM(1, 4)'
     """

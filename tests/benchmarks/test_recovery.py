@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import recovery
+import tables
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -164,3 +165,7 @@ def test_the_table_has_three_rates_and_two_orders_of_each(pattern: str) -> None:
         assert len(rates) >= 3, contender
         best = min(rates, key=lambda rate: rates[rate])
         assert 2 in {run["seed"] for run in runs if run["rate"] == best}, contender
+
+
+def test_the_results_are_those_of_the_kept_runs() -> None:
+    assert tables.PAGE.read_text() == tables.page(), "run python benchmarks/tables.py"

@@ -26,7 +26,7 @@ from ranks import PATIENCE, PRUNABLE, Ended, environment, masks, results, start
 from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
-DOCUMENT = Path(__file__).parents[2] / "docs" / "multinode.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling" / "multinode.md"
 
 
 class Hosts:
@@ -203,7 +203,7 @@ def meet(hosts: Hosts, out: Path, interfaces: Sequence[str]) -> Ended:
 
 @pytest.mark.rest
 def test_gloo_on_the_loopback_fails_as_documented(hosts: Hosts, tmp_path: Path) -> None:
-    """The symptom by which docs/multinode.md tells that GLOO_SOCKET_IFNAME is missing."""
+    """The symptom by which docs/scaling/multinode.md tells that GLOO_SOCKET_IFNAME is missing."""
     right = meet(hosts, tmp_path / "right", hosts.interfaces)
     assert right.codes == [0, 0], right.outputs
     assert all("met" in output for output in right.outputs)

@@ -818,6 +818,7 @@ def train(case: Case) -> None:
         "held": {} if pruning._enforcer is None else {n: d.numel() for n, d in pruning._enforcer._drops.items()},
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
+        "surveyed": len(pruning._surveys),
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }
     if error is None:

@@ -46,7 +46,7 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
         options: Of the command, such as "trainer.max_steps".
         command: Such as "fit".
 
-    Example:
+    Examples:
         >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
         "trainer.max_steps is 'many': give a whole number"
     """

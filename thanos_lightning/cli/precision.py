@@ -22,7 +22,7 @@ def fast_precision(accelerator: Any) -> tuple[str, str]:
     Returns:
         The precision, and why, as the end of a sentence.
 
-    Example:
+    Examples:
         >>> fast_precision("cpu")[0] in ("bf16-mixed", "32-true")
         True
     """

@@ -44,7 +44,7 @@ def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | Non
     Yields:
         Name, value now, value then.
 
-    Example:
+    Examples:
         >>> list(differences({"class_path": "a.B", "init_args": {"rate": 2}}, {"_class_path": "a.B", "rate": 1}))
         [('rate', 2, 1)]
     """

@@ -60,7 +60,7 @@ class CLI(LightningCLI):
         args: The arguments after the program's name.
         options: LightningCLI's.
 
-    Example:
+    Examples:
         >>> CLI(["--config", "quickstart"], run=False).trainer.max_steps  # doctest: +SKIP
         32
     """

@@ -66,7 +66,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
         total_steps: Steps of the training; "constant" does not read it.
         schedule: "linear", "cosine" or "constant".
 
-    Example:
+    Examples:
         >>> [lr_factor(step, 1, 5, "linear") for step in range(5)]
         [0.5, 1.0, 0.75, 0.5, 0.25]
     """
@@ -141,7 +141,7 @@ class CausalLM(LightningModule):
     Raises:
         ValueError: For arguments that can't be right.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from thanos_lightning.lm import CausalLM, TextData
         >>> lm = CausalLM("smollm2-135m", learning_rate=5e-5, warmup=0.1)

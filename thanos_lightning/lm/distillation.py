@@ -41,7 +41,7 @@ class Distillation:
     Raises:
         ValueError: For a negative weight, or where neither of the teacher's has any.
 
-    Example:
+    Examples:
         >>> Distillation(logits=1.0, hidden_states=0.5).teacher
         'before-pruning'
     """
@@ -175,7 +175,7 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 def num_chunks(tokens: int) -> int:
     """In how many parts so many tokens go through a head, so that none is larger than ``TOKENS_PER_CHUNK``.
 
-    Example:
+    Examples:
         >>> num_chunks(1024), num_chunks(1025)
         (1, 2)
     """
@@ -204,7 +204,7 @@ def distil(
         chunks: In how many parts the tokens go through the heads; None is `num_chunks` of them. Where calling a head
             gathers it (ZeRO-3, FSDP2) all ranks must give the same number: the largest of theirs.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
@@ -264,7 +264,7 @@ def divergence(
     Raises:
         ValueError: If shapes differ.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
         >>> float(divergence(logits, logits))
         0.0
@@ -296,7 +296,7 @@ def squarehead(
     Raises:
         ValueError: If the numbers of layers or the shapes differ.
 
-    Example:
+    Examples:
         >>> states = [torch.ones(1, 3, 4), 2 * torch.ones(1, 3, 4)]
         >>> float(squarehead([torch.zeros(1, 3, 4), states[1]], states))
         1.0

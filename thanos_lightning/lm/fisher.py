@@ -27,7 +27,7 @@ def counted_predictions(
             (batch, tokens).
         logits: Of the batch. Only their shape and device matter.
 
-    Example:
+    Examples:
         >>> counted_predictions({"attention_mask": torch.tensor([[1, 1, 0]])}, torch.zeros(1, 3, 2))
         tensor([[ True, False, False]])
     """
@@ -55,7 +55,7 @@ def sampled_loss(
         The sum over the counted tokens, over `LOSS_PER`, float32. So it is about as large as a mean, but squares of
         gradients of several batches add up token by token: with a mean those of a short batch would count for more.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both
         >>> sampled_loss(logits, torch.tensor([[True, True]]), seed=1)
         tensor(0., grad_fn=<DivBackward0>)

@@ -34,7 +34,7 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: If the name is unknown.
 
-    Example:
+    Examples:
         >>> torch_dtype("bfloat16")
         torch.bfloat16
     """
@@ -63,7 +63,7 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         ImportError: If the package with the weights is there, and what reads it is not.
         FileNotFoundError: If transformers finds no such model, or the cache can't be written.
 
-    Example:
+    Examples:
         >>> model = load_pretrained("smollm2-135m")  # doctest: +SKIP
         >>> model.dtype, model.num_parameters()  # doctest: +SKIP
         (torch.float32, 134515008)
@@ -89,7 +89,7 @@ def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrain
         ImportError: As `load_pretrained`.
         FileNotFoundError: If transformers finds no such tokenizer.
 
-    Example:
+    Examples:
         >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
         [19556, 905]
     """

@@ -54,7 +54,7 @@ class ResumableDataLoader(DataLoader[Any]):
     Raises:
         ValueError: For another sampler: its order can't be known.
 
-    Example:
+    Examples:
         >>> loader = ResumableDataLoader(range(6), batch_size=2, seed=0)
         >>> first, *rest = [batch.tolist() for batch in loader]
         >>> _ = next(iter(loader))

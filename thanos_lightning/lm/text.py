@@ -58,7 +58,7 @@ class TextData(LightningDataModule):
         max_train_blocks: Train on so many blocks at most. None takes all.
         max_val_blocks: Validate on so many at most. None takes all.
         calibration_batches: Batches that `calibration_dataloader` gives, at most; 131,072 tokens by default
-            (docs/recipes.md).
+            (docs/guide).
         seed: Of the choice of what is held back, and of the order of the training batches.
         num_workers: Worker processes of each dataloader.
         num_proc: Processes that tokenise. None does it in this one.
@@ -68,7 +68,7 @@ class TextData(LightningDataModule):
             block, or no such column.
         ModuleNotFoundError: At `setup`, if this Python ships without its reference.
 
-    Example:
+    Examples:
         >>> data = TextData("python-reference", "smollm2-135m", block_size=64)  # doctest: +SKIP
         >>> data.setup("fit")  # doctest: +SKIP
         >>> next(iter(data.train_dataloader()))["input_ids"].shape  # doctest: +SKIP

@@ -149,7 +149,7 @@ class Clock:
         summary: Is told.
         device: Where the work is done, which each part of an event waits for.
 
-    Example:
+    Examples:
         >>> summary = Summary()
         >>> clock = Clock(summary)
         >>> with clock.event():
@@ -225,7 +225,7 @@ def _finite(value: Any) -> Any:
 class PruningReport:
     """All events of a training, what they did to the monitored metric, and how the training went.
 
-    Example:
+    Examples:
         >>> report = PruningReport(events=[EventReport(step=10, target=0.5)])
         >>> PruningReport.from_state(report.state()) == report
         True

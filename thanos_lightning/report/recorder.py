@@ -22,7 +22,7 @@ class LossRecorder:
     Args:
         history: To which losses are added.
 
-    Example:
+    Examples:
         >>> history = History()
         >>> recorder = LossRecorder(history)
         >>> recorder.add(1, {"loss": torch.tensor(2.0)})

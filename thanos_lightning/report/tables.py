@@ -22,7 +22,7 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
 
     Layers are of one kind if their names differ by the numbers of the blocks that they are in.
 
-    Example:
+    Examples:
         >>> kinds_of(["h.0.attn.proj", "h.0.mlp.proj", "h.1.attn.proj", "h.1.mlp.up"])
         {'h.0.attn.proj': 'attn.proj', 'h.0.mlp.proj': 'mlp.proj', 'h.1.attn.proj': 'attn.proj', 'h.1.mlp.up': 'up'}
     """

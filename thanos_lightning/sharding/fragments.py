@@ -44,7 +44,7 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     Raises:
         ValueError: If some entries are held by nobody.
 
-    Example:
+    Examples:
         >>> cover([Range(0, 4), Range(2, 4)], numel=6, first=1)
         [(0, Range(start=0, numel=2)), (1, Range(start=2, numel=4))]
     """

@@ -17,7 +17,7 @@ class KeptError:
     Attributes:
         error: The one that is kept.
 
-    Example:
+    Examples:
         >>> kept = KeptError(keeps=True)
         >>> with kept.keeping():
         ...     raise ValueError("no memory")

@@ -30,7 +30,7 @@ def coupled_loss(
 ) -> float:
     """½ tr(ΔWᵀ G ΔW H).
 
-    Example:
+    Examples:
         >>> coupled_loss(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.eye(1))
         0.5
     """

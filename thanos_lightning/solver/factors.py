@@ -21,7 +21,7 @@ class Factors:
         hessian: As given, but float32 where it had fewer bits.
         kept: Whether what is made stays for another layer. Else only the caller holds it.
 
-    Example:
+    Examples:
         >>> factors = Factors(4 * torch.eye(2))
         >>> factors.kept = True
         >>> factors.curvature(0.0).factor
@@ -75,7 +75,7 @@ class Factors:
 class FactorsInTurn:
     """The factors of one layer after the other; a layer whose statistics are those of the last one has its factors.
 
-    Example:
+    Examples:
         >>> statistics = HessianAccumulator.of_sum(torch.eye(2), num_tokens=1)
         >>> in_turn = FactorsInTurn()
         >>> in_turn.take(statistics, before=statistics) is in_turn.take(statistics)

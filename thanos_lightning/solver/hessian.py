@@ -27,7 +27,7 @@ class HessianAccumulator:
     Raises:
         ValueError: If ``in_features`` is not positive.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import HessianAccumulator
         >>> accumulator = HessianAccumulator(2)
         >>> accumulator.update(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -53,7 +53,7 @@ class HessianAccumulator:
     def of_sum(cls, total: Tensor, num_tokens: int) -> "HessianAccumulator":
         """An accumulator that has seen `num_tokens` tokens, and holds `total`, the upper triangle of Σ x xᵀ.
 
-        Example:
+        Examples:
             >>> from thanos_lightning.solver import HessianAccumulator
             >>> HessianAccumulator.of_sum(torch.tensor([[4.0]]), num_tokens=2).compute()
             tensor([[4.]])

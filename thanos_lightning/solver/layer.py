@@ -72,7 +72,7 @@ class SolverOptions:
     Raises:
         ValueError: Naming the argument and what it may be.
 
-    Example:
+    Examples:
         >>> SolverOptions(damping=0.001).admm_steps
         8
     """
@@ -108,7 +108,7 @@ class SolverOptions:
             method: As above.
             **changes: Other arguments.
 
-        Example:
+        Examples:
             >>> SolverOptions.as_published(block_size=64).saliency
             'wanda'
         """
@@ -118,7 +118,7 @@ class SolverOptions:
     def unused(self, pattern: Pattern) -> dict[str, str]:
         """The arguments that change nothing for layers of a pattern, each with the reason.
 
-        Example:
+        Examples:
             >>> from thanos_lightning.solver import NM
             >>> SolverOptions("wanda").unused(NM(2, 4))["saliency"]
             "method 'wanda' has its own"
@@ -167,7 +167,7 @@ class SolverOptions:
             pattern: What it is pruned to; None for half of the weights.
             device: Where it is pruned.
 
-        Example:
+        Examples:
             >>> from thanos_lightning.solver.layer import SolverOptions
             >>> SolverOptions.as_published().peak_bytes(2048, 2048) // 2**20
             83
@@ -266,7 +266,7 @@ def prune(
         NonFiniteError: If ``weight`` or ``hessian`` holds NaN or Inf, or the result overflows the weight's dtype.
         FactorizationError: If no damping up to 1.0 makes the Hessian positive definite.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import NM, prune
         >>> weight = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
         >>> layer = prune(weight, torch.eye(4), NM(2, 4))
@@ -368,7 +368,7 @@ def losses_at(
         NonFiniteError: As `prune`.
         FactorizationError: As `prune`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from thanos_lightning.solver import NM
         >>> from thanos_lightning.solver.factors import Factors

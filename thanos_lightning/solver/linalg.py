@@ -175,7 +175,7 @@ def damped_diagonal(hessian: Float[Tensor, "cols cols"], damping: float) -> Floa
 def damping_ladder(damping: float) -> Iterator[float]:
     """The dampings to try in turn: as asked, then ten times more each while not above ``MAX_DAMPING``.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver.linalg import damping_ladder
         >>> list(damping_ladder(0.01))
         [0.01, 0.1, 1.0]

@@ -33,7 +33,7 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
         scores: (rows, cols), not negative.
         pattern: Its groups must fit into the columns.
 
-    Example:
+    Examples:
         >>> kept_share(torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]]), NM(2, 4))
         0.8
     """
@@ -48,7 +48,7 @@ def require_scipy() -> None:
     Raises:
         ModuleNotFoundError: If SciPy is not installed.
 
-    Example:
+    Examples:
         >>> require_scipy()
     """
     if importlib.util.find_spec("scipy") is None:
@@ -75,7 +75,7 @@ def search_order(
         ValueError: If the groups don't fit, or scores are negative or not finite.
         ModuleNotFoundError: If SciPy is not installed.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
         >>> kept_share(scores[:, search_order(scores, NM(2, 4))], NM(2, 4))
         1.0

@@ -48,7 +48,7 @@ class Unstructured:
     Raises:
         ValueError: If ``sparsity`` is out of range.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import Unstructured
         >>> Unstructured(0.5).num_pruned(rows=3, cols=5)
         7
@@ -100,7 +100,7 @@ class NM:
     Raises:
         ValueError: If a number is out of range.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import NM
         >>> NM(2, 4).num_pruned(rows=10, cols=8)
         40
@@ -181,7 +181,7 @@ class Structured:
     Raises:
         ValueError: If a number is out of range, or if the rows that are no outliers would lose every column.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import Structured
         >>> Structured(0.3).num_pruned(rows=10, cols=10)
         30
@@ -275,7 +275,7 @@ def parse_pattern(
     Raises:
         ValueError: If the text is no pattern, or if it contradicts ``sparsity`` or ``outlier_fraction``.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver import parse_pattern
         >>> parse_pattern("2:4")
         NM(n=2, m=4, outlier_fraction=0.0)

@@ -28,7 +28,7 @@ class TeammateError(RuntimeError):
 def split_rows(rows: int, members: int) -> list[int]:
     """How many rows each member gets: equally many, up to one.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver.team import split_rows
         >>> split_rows(8, members=3)
         [3, 3, 2]

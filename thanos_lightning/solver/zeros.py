@@ -19,7 +19,7 @@ def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"])
     Returns:
         ``tensor``, or a view of it.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver.zeros import zero_where
         >>> zero_where(torch.tensor([-1.0, 2.0, float("nan")]), torch.tensor([True, False, True]))
         tensor([0., 2., 0.])
@@ -44,7 +44,7 @@ def clear_bits(tensor: Shaped[Tensor, "*shape"], kept: Int8[Tensor, "*shape"]) -
 def count_unless_zero(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Int64[Tensor, ""]:
     """How many pruned entries are not exactly +0, a negative zero and NaN among them, on the tensor's device.
 
-    Example:
+    Examples:
         >>> from thanos_lightning.solver.zeros import count_unless_zero
         >>> count_unless_zero(torch.tensor([-0.0, 2.0, 0.0]), torch.tensor([True, False, True]))
         tensor(1)

@@ -1,0 +1,44 @@
+"""Every command of docs/tutorial.md, one after the other, with a tiny model and a short text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from toy import tiny_files
+
+from thanos_lightning.cli import main
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+
+
+def shrink(recipe: Path) -> None:
+    """Let the recipe train a tiny model on a short text; all else stays."""
+    model, text = tiny_files(recipe.parent)
+    config = yaml.safe_load(recipe.read_text())
+    config["model"]["init_args"]["model"] = model
+    config["data"]["init_args"] |= {"dataset": str(text), "tokenizer": model, "block_size": 16}
+    recipe.write_text(yaml.safe_dump(config))
+
+
+def test_every_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    thanos-lightning (.+)$", PAGE, re.MULTILINE)
+    assert len(commands) == 7
+    for command in commands:
+        arguments, _, file = command.partition(" > ")
+        monkeypatch.setattr("sys.argv", ["thanos-lightning", *shlex.split(arguments)])
+        assert main(shlex.split(arguments)) == 0, command
+        shown = capsys.readouterr().out
+        if file:
+            Path(file).write_text(shown)
+            shrink(Path(file))
+    assert Path("report.png").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(code.replace("The import statement", "b c d"), {})
+    assert capsys.readouterr().out
