@@ -81,7 +81,6 @@ from thanos_lightning.targets import (
 )
 from thanos_lightning.windows import Window, check_ahead, check_begun, reasons
 
-_SOLVER, _CALIBRATION = SolverOptions(), CalibrationOptions()
 _AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
@@ -139,8 +138,8 @@ class ThanosPruningCallback(Callback):
         *,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
-        solver: SolverOptions = _SOLVER,
-        calibration: CalibrationOptions = _CALIBRATION,
+        solver: SolverOptions = SolverOptions(),
+        calibration: CalibrationOptions = CalibrationOptions(),
         allocation: Allocation | Literal["uniform"] | None = None,
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
