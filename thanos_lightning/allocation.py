@@ -28,8 +28,9 @@ class Allocation:
     Args:
         by: "loss" minimises the sum of the layers' losses, as the solver predicts them at a few sparsities right before
             the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
-            more of the decoder layers in which more weights score five times the mean. A layer is at most 15 % sparser
-            or denser than all, and 16 % with "outliers", but for a row or a column of N:M and structured layers.
+            more of the decoder layers in which more weights score five times the mean. The sparsity of a layer is at
+            most 0.15 from that of all by loss, and 0.16 by outliers, but for a row or a column of N:M and structured
+            layers.
 
     Raises:
         ValueError: If it is by neither.

@@ -150,7 +150,7 @@ def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patter
         reasons = dict.fromkeys(names, f"method {solver.method!r} looks at no batches")
     for one in fields(calibration):
         value = getattr(calibration, one.name)
-        if one.name in reasons and value is not one.default and value != "uniform":
+        if one.name in reasons and value not in (one.default, "uniform"):
             raise ValueError(f"calibration.{one.name} is {described(value)}, but {reasons[one.name]}: leave it out")
 
 

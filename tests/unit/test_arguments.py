@@ -163,6 +163,12 @@ def test_what_changes_nothing_is_refused(arguments: dict[str, Any], words: str) 
         ThanosPruningCallback(**grouped(**arguments))
 
 
+def test_a_default_that_is_given_is_taken() -> None:
+    """As a saved configuration gives all of them: equal, and another object."""
+    given = {"attention_mask_key": "".join(("attention", "_mask")), "steps": 32, "memory_gib": None}
+    ThanosPruningCallback(**grouped(**MAGNITUDE, **given))
+
+
 def test_what_changes_something_for_an_override_is_taken() -> None:
     others = [TargetOverride(["*.down_proj"], "2:4")]
     ThanosPruningCallback("structured", 0.3, overrides=others, solver=SolverOptions(block_size=64, saliency="obs"))
