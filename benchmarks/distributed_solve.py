@@ -29,14 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.pruning import prune_window
-from thanos_lightning.schedule import Event
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.events.prune import prune_window
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.targets import find_targets
-from thanos_lightning.windows import Window
+from thanos_lightning.training.enforcement import MaskEnforcer
 
 OPTIONS = SolverOptions(saliency="wanda", admm_steps=0, refine_steps=10)
 HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192
@@ -112,7 +113,14 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
             if ranks > 1:
                 dist.barrier()
             begin = time.perf_counter()
-            prune_window(window, layers, accumulators, access=access, enforcer=enforcer, options=OPTIONS)
+            prune_window(
+                window,
+                layers,
+                Moments.of_window(layers, access.world_size, accumulators),
+                access=access,
+                enforcer=enforcer,
+                options=OPTIONS,
+            )
             if ranks > 1:
                 dist.barrier()
             seconds = time.perf_counter() - begin

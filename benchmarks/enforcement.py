@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SolverOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.stopwatch import finish
+from thanos_lightning.report.stopwatch import finish
 
 RANKS = {"cpu": 2, "cuda": 1}
 SEQUENCES = 4
@@ -92,7 +92,7 @@ class Clock(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Begin a step; before the first, put the clock around the enforcer's methods."""
         if not self.steps:
-            enforcer: Any = self.pruning._enforcer
+            enforcer: Any = self.pruning._run.enforcer
             enforcer.enforce = self._timed(enforcer.enforce)
             enforcer.mask_gradients = self._timed(enforcer.mask_gradients)
         dist.barrier()

@@ -28,10 +28,10 @@ from solver import column_loop
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration import InputStatistics
+from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.solver import Pattern, Structured, parse_pattern, prune
-from thanos_lightning.targets import PrunableLayer
 
 BALANCED = {"saliency": "balanced"}
 # name -> what `prune` is called with

@@ -31,13 +31,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration import InputStatistics
+from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.plan.patterns import assign_patterns
+from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.stopwatch import finish
-from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
 
 RECOMMENDED: dict[str, Any] = {"method": "thanos", "saliency": "balanced", "admm_steps": 8, "refine_steps": 2}
 # name -> what `prune` is called with

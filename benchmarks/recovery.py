@@ -43,13 +43,13 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.allocation import Allocation
+from thanos_lightning.events.permute import permute_channels
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.permutation import permute_channels
-from thanos_lightning.schedule import Shape
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.plan.allocation import Allocation
+from thanos_lightning.plan.schedule import Shape
 from thanos_lightning.solver import Pattern, parse_pattern
-from thanos_lightning.targets import find_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,23 +102,23 @@ _TWICE, _FOUR_TIMES = (0.1, 0.2), (0.1, 0.2, 0.3, 0.4)
 _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"batches": _FIRST_BATCHES}
-_JOINED = {"output_weights": "full"}
+_COUPLED = {"output_weights": "full"}
 _ALIKE = {"allocation": "uniform"}
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
     "gradual, on the first batches": Recipe(_TWICE, _FIRST_STEP),
-    "gradual, joined": Recipe(_TWICE, _JOINED),
-    "gradual, joined, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_JOINED}),
+    "gradual, coupled": Recipe(_TWICE, _COUPLED),
+    "gradual, coupled, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_COUPLED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
-    "first step, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}),
-    "first step, permuted, joined": Recipe(_BEFORE, {**_FIRST_STEP, **_JOINED}, permuted=True),
+    "first step, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}),
+    "first step, permuted, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, permuted=True),
     "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "memory_gib": 0.125}),
     "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
     **{
-        name: Recipe(when, {"batches": 128, **_JOINED}, {"teacher": _FINE_TUNED}, permuted=True)
+        name: Recipe(when, {"batches": 128, **_COUPLED}, {"teacher": _FINE_TUNED}, permuted=True)
         for name, when in {
             "all that helped": _EARLY,
             "all that helped, at the first step": _BEFORE,
@@ -127,11 +127,11 @@ OWN: dict[str, Recipe] = {
     },
     "all that helped, on all of the text": Recipe(
         _BEFORE,
-        {"batches": 200, "damping": 0.001, **_JOINED},
+        {"batches": 200, "damping": 0.001, **_COUPLED},
         {"teacher": _FINE_TUNED},
         permuted=True,
     ),
-    "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_JOINED}, permuted=True),
+    "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
@@ -196,7 +196,7 @@ _BASELINES = (DENSE, *ONE_SHOT, LIGHTNING)
 _GRADUAL = ("gradual", "gradual, distilled")
 IN_TABLE = {
     "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step", "all that helped, at the first step"),
-    "60%": (*_BASELINES, *_GRADUAL, "first step", "gradual, joined, on the first batches"),
+    "60%": (*_BASELINES, *_GRADUAL, "first step", "gradual, coupled, on the first batches"),
     "70%": (),  # for comparisons that are asked for
 }
 

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern, Unstructured, prune
-from thanos_lightning.stopwatch import finish
 
 DAMPING, BLOCK = 0.01, 128
 GATHER_BYTES = 512 * 2**20

@@ -16,8 +16,8 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.export import export_checkpoint
-from thanos_lightning.verification import TensorReport
+from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.checkpoints.verify import TensorReport
 
 PRUNED = {"llama": "model.layers.1.mlp.up_proj.weight", "gpt2": "transformer.h.1.mlp.c_fc.weight"}
 names = pytest.mark.parametrize("name", ["llama", "gpt2"])

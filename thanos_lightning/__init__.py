@@ -4,28 +4,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thanos_lightning.allocation import Allocation
-    from thanos_lightning.arguments import CalibrationOptions
     from thanos_lightning.callback import ThanosPruningCallback
-    from thanos_lightning.export import export_checkpoint
-    from thanos_lightning.permutation import permute_channels
-    from thanos_lightning.schedule import SparsitySchedule
+    from thanos_lightning.checkpoints.export import export_checkpoint
+    from thanos_lightning.checkpoints.verify import verify_checkpoint
+    from thanos_lightning.events.permute import permute_channels
+    from thanos_lightning.plan.allocation import Allocation
+    from thanos_lightning.plan.options import CalibrationOptions
+    from thanos_lightning.plan.patterns import TargetOverride
+    from thanos_lightning.plan.schedule import SparsitySchedule
+    from thanos_lightning.sharding.cpu_deepspeed import CPUDeepSpeed
     from thanos_lightning.solver.layer import SolverOptions
-    from thanos_lightning.strategies import CPUDeepSpeed
-    from thanos_lightning.targets import TargetOverride
-    from thanos_lightning.verification import verify_checkpoint
 
 _ROOMS = {
-    "Allocation": "allocation",
-    "CPUDeepSpeed": "strategies",
-    "CalibrationOptions": "arguments",
+    "Allocation": "plan.allocation",
+    "CPUDeepSpeed": "sharding.cpu_deepspeed",
+    "CalibrationOptions": "plan.options",
     "SolverOptions": "solver.layer",
-    "SparsitySchedule": "schedule",
-    "TargetOverride": "targets",
+    "SparsitySchedule": "plan.schedule",
+    "TargetOverride": "plan.patterns",
     "ThanosPruningCallback": "callback",
-    "export_checkpoint": "export",
-    "permute_channels": "permutation",
-    "verify_checkpoint": "verification",
+    "export_checkpoint": "checkpoints.export",
+    "permute_channels": "events.permute",
+    "verify_checkpoint": "checkpoints.verify",
 }
 
 __all__ = [

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-from thanos_lightning.masks import LayerMask
+from thanos_lightning.sharding.masks import LayerMask
 
 NURSERY = Path(__file__).with_name("nursery.py")
 # in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long

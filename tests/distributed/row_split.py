@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.pruning import PruningError, assign_teams, prune_window
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.events.prune import prune_window
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
-from thanos_lightning.schedule import Event
+from thanos_lightning.sharding.owners import PruningError, assign_teams
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import (
@@ -34,8 +37,7 @@ from thanos_lightning.solver import (
     prune,
 )
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.targets import find_targets
-from thanos_lightning.windows import Window
+from thanos_lightning.training.enforcement import MaskEnforcer
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
@@ -66,7 +68,7 @@ class Split:
         return prune_window(
             Window(Event(1, 1.0), dict.fromkeys(self.layers, pattern), 0, 1, is_last=True),
             self.layers,
-            accumulators if options.needs_statistics else None,
+            Moments.of_window(self.layers, WORLD_SIZE, accumulators if options.needs_statistics else None),
             access=self.access,
             enforcer=self.enforcer,
             options=options,

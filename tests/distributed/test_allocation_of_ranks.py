@@ -32,7 +32,7 @@ def test_two_ranks_allocate_as_one_does(tmp_path: Path, strategy: str) -> None:
     sparsities = [pruned[name] / keep.numel() for name, keep in found.items()]
     assert max(sparsities) - min(sparsities) > 0.05
     assert agreement(tmp_path / "one", tmp_path / "two") >= 0.99
-    # inside the window of the survey, from the second step to the fourth
+    # inside the window of the scan, from the second step to the fourth
     case = {**ALLOCATED, "resume": str(tmp_path / "two" / "step=3.ckpt")}
     resumed = train(tmp_path / "resumed", strategy=strategy, batch_size=4, **case)
     for before, after in zip(two, resumed, strict=True):

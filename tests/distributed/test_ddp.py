@@ -10,7 +10,7 @@ import torch
 from ranks import PRUNABLE, agreement, check_sparsity, masks, train
 
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
-JOINED: dict[str, Any] = {"output_weights": "full"}  # at 2:4
+COUPLED: dict[str, Any] = {"output_weights": "full"}  # at 2:4
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
         {},
         UNSTRUCTURED,
         pytest.param({**UNSTRUCTURED, "calibration_batches": 4}, marks=pytest.mark.rest),
-        pytest.param(JOINED, marks=pytest.mark.rest),
+        pytest.param(COUPLED, marks=pytest.mark.rest),
         # one layer, whose rows are not split
-        pytest.param({**JOINED, "targets": ["*layers.0.mlp.up_proj"]}, marks=pytest.mark.rest),
+        pytest.param({**COUPLED, "targets": ["*layers.0.mlp.up_proj"]}, marks=pytest.mark.rest),
     ],
 )
 def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> None:
@@ -61,10 +61,12 @@ def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> No
     check_sparsity(masks(tmp_path / "two"), case)
 
 
-@pytest.mark.parametrize("case", [{}, *(pytest.param(case, marks=pytest.mark.rest) for case in (UNSTRUCTURED, JOINED))])
+@pytest.mark.parametrize(
+    "case", [{}, *(pytest.param(case, marks=pytest.mark.rest) for case in (UNSTRUCTURED, COUPLED))]
+)
 def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     whole = train(tmp_path / "whole", save=[2, 5], **case)
-    # windows are 1-3, 4-6, 6-7; with an allocation the first one is that of its survey, too
+    # windows are 1-3, 4-6, 6-7; with an allocation the first one is that of its scan, too
     for stop in (2, 5):
         checkpoint = str(tmp_path / "whole" / f"step={stop}.ckpt")
         resumed = train(tmp_path / f"resumed{stop}", resume=checkpoint, **case)

@@ -10,8 +10,8 @@ import torch
 from checkpoint_cases import change_checkpoint, failed
 from ranks import Trainings, agreement, check_sparsity, masks, only, results, train
 
-from thanos_lightning.masks import LayerMask
-from thanos_lightning.verification import verify_checkpoint
+from thanos_lightning.checkpoints.verify import verify_checkpoint
+from thanos_lightning.sharding.masks import LayerMask
 
 ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
 GRID: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from toy import Sequences, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
-from thanos_lightning.targets import find_targets
+from thanos_lightning.models.targets import find_targets
 
 BEFORE: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},

@@ -26,7 +26,7 @@ DATA: dict[str, dict[str, Any]] = {"a calibration set": CALIBRATED, "training ba
 MEMORY = {
     "memory inside a forward": DATA,
     "memory for messages": DATA,
-    "memory for weights": ["a calibration set"],  # of the survey
+    "memory for weights": ["a calibration set"],  # of the scan
     "memory": ["training batches"],  # in solving
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -99,8 +99,8 @@ def test_all_ranks_end_with_one_error(trained: Trainings, name: str) -> None:
     assert first["error"] is not None
     assert REFUSED[name][1] in first["error"]
     assert second["error"] == first["error"]
-    if "memory for weights" in name:  # of the survey, and not of the event behind it
-        assert first["surveyed"] == second["surveyed"] == 0
+    if "memory for weights" in name:  # of the scan, and not of the event behind it
+        assert first["scanned"] == second["scanned"] == 0
     if name.endswith("a full disk"):  # nor is there a part of it
         assert [path for path in trained(name).iterdir() if LEFT in path.name] == []
 

@@ -79,7 +79,7 @@ KINDS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
     **{
-        f"stage {stage}, joined rows": {
+        f"stage {stage}, coupled rows": {
             "strategy": f"zero{stage}",
             "calibration_batches": 3,
             "output_weights": "full",
@@ -89,7 +89,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **{
         f"stage 3, unstructured, a calibration set, {name}": {**CALIBRATED, **more}
         for name, more in {
-            "a validation between survey and event": {"monitor": "val/loss"},
+            "a validation between scan and event": {"monitor": "val/loss"},
             "small weights stay gathered": {"zero": {"stage3_param_persistence_threshold": 1100}},
             "modules gathered as a whole": {"zero": {"leaf_module": {"classes": [MLP]}}},
             "a batch without labels": {"unlabelled": [1]},
@@ -325,7 +325,7 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Trainings) 
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("more", ["", ", a validation between survey and event", ", small weights stay gathered"])
+@pytest.mark.parametrize("more", ["", ", a validation between scan and event", ", small weights stay gathered"])
 def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Trainings, more: str) -> None:
     whole, sharded = (f"stage {stage}, unstructured, a calibration set" for stage in (2, 3))
     assert agreement(trained(whole), trained(sharded + more)) >= 0.999
@@ -333,9 +333,9 @@ def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(t
 
 @pytest.mark.rest
 def test_rows_are_joined_alike_where_parameters_are_sharded(trained: Trainings) -> None:
-    joined, alone = "stage 3, joined rows", "stage 3, a calibration set that the ranks don't divide"
-    assert agreement(trained("stage 2, joined rows"), trained(joined)) >= 0.99
-    assert agreement(trained(alone), trained(joined)) < 0.99
+    coupled, alone = "stage 3, coupled rows", "stage 3, a calibration set that the ranks don't divide"
+    assert agreement(trained("stage 2, coupled rows"), trained(coupled)) >= 0.99
+    assert agreement(trained(alone), trained(coupled)) < 0.99
 
 
 @pytest.mark.rest

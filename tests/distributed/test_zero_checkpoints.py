@@ -12,12 +12,12 @@ import transformers
 from checkpoint_cases import change_a_byte
 from ranks import PRUNABLE, Trainings, masks, only, results, start, train
 
-from thanos_lightning.checkpoints import TrainerCheckpoint, pruning_state
+from thanos_lightning.checkpoints.deepspeed_files import load_contents, read_zero_folder
+from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
+from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
+from thanos_lightning.checkpoints.reshard import reshard_checkpoint
+from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.cli import main
-from thanos_lightning.export import NonconformingError, export_checkpoint
-from thanos_lightning.resharding import reshard_checkpoint
-from thanos_lightning.verification import verify_checkpoint
-from thanos_lightning.zero_checkpoints import load_contents, read_zero_folder
 
 INSIDE, BETWEEN, AFTER, END = 2, 5, 8, 10  # windows are 1-3, 4-6, 6-7
 TRAINED: dict[str, dict[str, Any]] = {

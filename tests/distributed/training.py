@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
-import thanos_lightning.callback
-import thanos_lightning.pruning
+import thanos_lightning.events.prune
+import thanos_lightning.events.run
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.allocation import Allocation
-from thanos_lightning.masks import LayerMask
+from thanos_lightning.plan.allocation import Allocation
+from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import HessianAccumulator
 
@@ -245,13 +245,13 @@ class CountCollectives(TorchDispatchMode):
 
 def masks_of(pruning: ThanosPruningCallback) -> dict[str, LayerMask]:
     """Parameter name -> its mask, on every rank."""
-    enforcer = pruning._enforcer
-    assert enforcer is not None
+    assert pruning._run is not None
+    enforcer, patterns = pruning._run.enforcer, pruning._past.patterns
     masks = {}
     for name in enforcer.masked:
         layer, keep = pruning._layers[name], enforcer.keep_mask(name)
         assert keep is not None
-        masks[layer.parameter_name] = LayerMask(keep, pruning._applied[name], layer.transposed)
+        masks[layer.parameter_name] = LayerMask.of(keep, patterns[name], layer.transposed)
     return masks
 
 
@@ -283,9 +283,8 @@ class Watch(Callback):
         return self._masks
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        enforcer = self.pruning._enforcer
-        assert enforcer is not None
-
+        assert self.pruning._run is not None
+        enforcer = self.pruning._run.enforcer
         enforce, mask_gradients = enforcer.enforce, enforcer.mask_gradients
 
         def counted(method: Any, *args: Any) -> None:
@@ -296,15 +295,16 @@ class Watch(Callback):
 
         enforcer.enforce = partial(counted, enforce)  # type: ignore[method-assign]
         enforcer.mask_gradients = partial(counted, mask_gradients)  # type: ignore[method-assign]
-        thanos_lightning.callback.prune_window = self._watched_event
+        thanos_lightning.events.run.prune_window = self._watched_event
 
-    def _watched_event(self, window: Any, layers: Any, accumulators: Any, **arguments: Any) -> Any:
+    def _watched_event(self, window: Any, layers: Any, moments: Any, **arguments: Any) -> Any:
+        accumulators = moments.accumulators
         self.sums.append(len({id(accumulator) for accumulator in accumulators.values()}))
         self.tokens.append(sum(accumulator.num_tokens for accumulator in accumulators.values()))
         # of the last event, which has the masks of others to tell, too: to look at each operation takes a while
-        is_last = window is self.pruning._windows[-1]
+        is_last = window is self.pruning._run.windows[-1]
         with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
-            reports = thanos_lightning.pruning.prune_window(window, layers, accumulators, **arguments)
+            reports = thanos_lightning.events.prune.prune_window(window, layers, moments, **arguments)
         self.event_calls |= set(mode.calls if mode is not None else ())
         return reports
 
@@ -510,8 +510,8 @@ class Poison(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
-        collector = pruning._collector
-        if trainer.global_rank == 1 and collector is not None and collector.statistics is not None:
+        collector = pruning._run.collector
+        if trainer.global_rank == 1 and collector.statistics is not None:
             collector.statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
 
 
@@ -524,7 +524,7 @@ class Exhausted(Callback):
             def prune(*args: Any, **kwargs: Any) -> Any:
                 raise torch.OutOfMemoryError("tried to allocate 1 PiB")
 
-            thanos_lightning.pruning.prune = prune
+            thanos_lightning.events.prune.prune = prune
 
 
 class ExhaustedInside(Callback):
@@ -618,7 +618,7 @@ class Disabled(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         for method in self.methods:
-            setattr(self.pruning._enforcer, method, lambda *args: None)
+            setattr(self.pruning._run.enforcer, method, lambda *args: None)
 
 
 class SavedAt(ModelCheckpoint):
@@ -663,7 +663,7 @@ class KilledInside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_rank == trainer.world_size - 1:
-            thanos_lightning.pruning.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+            thanos_lightning.events.prune.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KilledInASave(Callback):
@@ -813,12 +813,12 @@ def train(case: Case) -> None:
         "control": watch.control,
         "norms": watch.norms + clipped.norms,
         "losses": watch.losses,
-        "steps": pruning._optimizer_steps,
+        "steps": pruning._past.optimizer_steps,
         "batches_seen": int(module.batches_seen),
-        "held": {} if pruning._enforcer is None else {n: d.numel() for n, d in pruning._enforcer._drops.items()},
+        "held": {} if pruning._run is None else {n: d.numel() for n, d in pruning._run.enforcer._drops.items()},
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
-        "surveyed": len(pruning._surveys),
+        "scanned": len(pruning._past.sensitivities),
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }
     if error is None:
@@ -831,8 +831,8 @@ def train(case: Case) -> None:
 def put_back() -> Iterator[None]:
     """Afterwards, what callbacks have replaced for one training is again what it was."""
     replaced = [
-        (thanos_lightning.callback, "prune_window"),
-        (thanos_lightning.pruning, "prune"),
+        (thanos_lightning.events.run, "prune_window"),
+        (thanos_lightning.events.prune, "prune"),
         (Ranks, "reserve"),
         (HessianAccumulator, "update"),
         (torch, "save"),

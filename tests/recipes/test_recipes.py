@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
-from thanos_lightning.targets import PrunableLayer, assign_patterns, find_targets
-from thanos_lightning.windows import Window, patterns_at, plan_windows
+from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.plan.patterns import assign_patterns
+from thanos_lightning.plan.windows import Window, patterns_at, plan_windows
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
@@ -71,7 +72,7 @@ def test_a_recipe_with_a_teacher_has_losses_for_it(name: str, monkeypatch: pytes
     assert teaching.dtype == "bfloat16"
     assert cli.model.hparams["distillation"] == asdict(teaching)
     saving = only(ModelCheckpoint, cli)
-    assert saving.monitor == only(ThanosPruningCallback, cli).monitor
+    assert saving.monitor == only(ThanosPruningCallback, cli).options.monitor
 
 
 def only(kind: type[Callback], cli: LightningCLI) -> Any:
@@ -96,11 +97,14 @@ def layers_of(name: str) -> dict[str, PrunableLayer]:
 
 def windows_of(cli: LightningCLI) -> list[Window]:
     pruning, layers = only(ThanosPruningCallback, cli), layers_of(cli.model.model_name)
-    events = pruning.schedule.resolve(cli.trainer.max_steps).events()
-    final = assign_patterns(layers, pruning.pattern, ())
+    events = pruning.options.schedule.resolve(cli.trainer.max_steps).events()
+    final = assign_patterns(layers, pruning.options.pattern, ())
     work = [(event, patterns_at(event, final)) for event in events]
     return plan_windows(
-        work, layers, calibration_steps=pruning.calibration.steps, budget_gib=pruning.calibration.memory_gib
+        work,
+        layers,
+        calibration_steps=pruning.options.calibration.steps,
+        budget_gib=pruning.options.calibration.memory_gib,
     )
 
 
@@ -118,16 +122,16 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     pruning = only(ThanosPruningCallback, cli)
     total = cli.trainer.max_steps
     assert total > 0
-    events = pruning.schedule.resolve(total).events()
-    if pruning.calibration.batches is None:
+    events = pruning.options.schedule.resolve(total).events()
+    if pruning.options.calibration.batches is None:
         assert len(events) > 1, "not gradual"
-        assert events[0].step >= pruning.calibration.steps
+        assert events[0].step >= pruning.options.calibration.steps
     else:
         assert [event.step for event in events] in ([0], [total // 10, total // 5]), "not what was measured best"
-        assert pruning.calibration.batches == "datamodule"
+        assert pruning.options.calibration.batches == "datamodule"
     assert events[-1].step <= 0.75 * total, "no time to recover"
-    assert events[-1].sparsity(pruning.pattern.sparsity) == pruning.pattern.sparsity
-    assert math.isclose(pruning.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
+    assert events[-1].sparsity(pruning.options.pattern.sparsity) == pruning.options.pattern.sparsity
+    assert math.isclose(pruning.options.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
     assert cli.datamodule.tokenizer == cli.model.model_name
     saving = only(ModelCheckpoint, cli)
     if saving.monitor is None:

@@ -14,9 +14,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from pretend import DEVICE, in_place, pretend_trainer, waits
 from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback, forecast, permutation
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.events import forecast, permute
+from thanos_lightning.events.permute import permute_channels
 from thanos_lightning.lm import CausalLM, Distillation
-from thanos_lightning.permutation import permute_channels
 
 LAYERS = 14
 WAITS_PER_LAYER = 25  # of an event to 2:4 by the default solver
@@ -52,8 +53,8 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"pattern": "unstructured", "sparsity": 0.6, "memory_gib": 3e-5, "schedule": SparsitySchedule(6, 6, 1)},
         {},
     ),
-    "joined rows": ({"pattern": "unstructured", "sparsity": 0.5, "output_weights": "full"}, {}),
-    "a calibration set, joined rows": (calibrated(pattern="2:4", output_weights="full"), {}),
+    "coupled rows": ({"pattern": "unstructured", "sparsity": 0.5, "output_weights": "full"}, {}),
+    "a calibration set, coupled rows": (calibrated(pattern="2:4", output_weights="full"), {}),
     "columns": ({"pattern": "structured", "sparsity": 0.3, "outlier_fraction": 0.1}, {}),
     "bf16": ({}, {"precision": "bf16-true"}),
 }
@@ -164,7 +165,7 @@ def test_a_teacher_on_the_accelerator(tmp_path: Path) -> None:
 
 def test_channels_are_permuted_on_the_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     # in place of labels that are drawn, by generators that this accelerator has none of
-    monkeypatch.setattr(permutation, "sampled_loss", lambda logits, *_, **__: logits.logsumexp(-1).square().sum())
+    monkeypatch.setattr(permute, "sampled_loss", lambda logits, *_, **__: logits.logsumexp(-1).square().sum())
     batches = list(loader(8, padding=3))
     kept = []
     for device in (torch.device("cpu"), DEVICE):

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from toy import ResumableBatches, Sequences, ToyLM, adamw, grouped, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
-from thanos_lightning.allocation import Allocation
-from thanos_lightning.enforcement import ZeroViolationError
-from thanos_lightning.masks import LayerMask
-from thanos_lightning.pruning import PruningError
+from thanos_lightning.plan.allocation import Allocation
+from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.sharding.owners import PruningError
 from thanos_lightning.solver import NM, Unstructured
+from thanos_lightning.training.enforcement import ZeroViolationError
 
 
 @pytest.fixture(autouse=True)
@@ -241,14 +241,14 @@ def test_statistics_cover_the_steps_before_the_event(tmp_path: Path, monkeypatch
 
 def spy_tokens(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The numbers of tokens that each window's statistics hold when it is pruned."""
-    import thanos_lightning.callback as room
+    import thanos_lightning.events.run as room
 
     seen: list[set[int]] = []
     real = room.prune_window
 
-    def prune_window(window: Any, layers: Any, accumulators: Any, **kwargs: Any) -> Any:
-        seen.append({accumulator.num_tokens for accumulator in accumulators.values()})
-        return real(window, layers, accumulators, **kwargs)
+    def prune_window(window: Any, layers: Any, moments: Any, **kwargs: Any) -> Any:
+        seen.append({accumulator.num_tokens for accumulator in moments.accumulators.values()})
+        return real(window, layers, moments, **kwargs)
 
     monkeypatch.setattr(room, "prune_window", prune_window)
     return seen
@@ -256,14 +256,14 @@ def spy_tokens(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """The output weights of each window."""
-    import thanos_lightning.callback as room
+    import thanos_lightning.events.run as room
 
     seen: list[dict[str, torch.Tensor]] = []
     real = room.prune_window
 
-    def prune_window(*args: Any, output_weights: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-        seen.append(output_weights)
-        return real(*args, output_weights=output_weights, **kwargs)
+    def prune_window(window: Any, layers: Any, moments: Any, **kwargs: Any) -> Any:
+        seen.append(moments.output_weights)
+        return real(window, layers, moments, **kwargs)
 
     monkeypatch.setattr(room, "prune_window", prune_window)
     return seen
@@ -272,8 +272,8 @@ def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.
 class OutputGradientsOfEachBatch(Callback):
     """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
 
-    def __init__(self, *, joined: bool = False) -> None:
-        self.joined = joined  # or of the products of each two
+    def __init__(self, *, coupled: bool = False) -> None:
+        self.coupled = coupled  # or of the products of each two
         self.batches: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -286,7 +286,7 @@ class OutputGradientsOfEachBatch(Callback):
         loss = model(**batch).loss
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
             rows = gradient.flatten(end_dim=-2)
-            found[name] = rows.T @ rows if self.joined else rows.square().sum(0)
+            found[name] = rows.T @ rows if self.coupled else rows.square().sum(0)
         self.batches.append(found)
 
 
@@ -347,7 +347,7 @@ def test_rows_are_joined_by_what_the_loss_feels_of_two_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
 ) -> None:
     seen = spy_output_weights(monkeypatch)
-    module, probe, given = ToyLM(), OutputGradientsOfEachBatch(joined=True), list(loader(36, padding=3))
+    module, probe, given = ToyLM(), OutputGradientsOfEachBatch(coupled=True), list(loader(36, padding=3))
     when = SparsitySchedule(0, 0, 1) if calibrated else SparsitySchedule(3, 3, 1)
     options: dict[str, Any] = {"batches": given} if calibrated else {"steps": 2}
     callback = pruning("2:4", schedule=when, output_weights="full", **options)
@@ -1119,7 +1119,7 @@ def test_events_that_are_missed_are_said(tmp_path: Path) -> None:
 # How the sparsity rises, and where it goes
 
 
-def _survey_test_module() -> ToyLM:
+def _scan_test_module() -> ToyLM:
     """A model whose layers lose unequally much: the inputs of some are nearly of rank one."""
     module = ToyLM(tiny_llama(num_hidden_layers=3))
     with torch.no_grad():
@@ -1132,7 +1132,7 @@ def _survey_test_module() -> ToyLM:
 @pytest.mark.parametrize("by", ["loss", "outliers"])
 @pytest.mark.parametrize("from_dataloader", [False, True])
 def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, from_dataloader: bool) -> None:
-    module = _survey_test_module()
+    module = _scan_test_module()
     callback = pruning(
         "unstructured",
         0.5,
@@ -1150,12 +1150,12 @@ def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, f
     assert max(sparsities) - min(sparsities) > 0.05
     assert max(sparsities) - min(sparsities) <= (0.3 if by == "loss" else 0.16) + 1e-2
     assert len(callback.report.events) == 2
-    surveyed = callback.state_dict()["surveys"]
-    assert len(surveyed) == len(found)
+    scanned = callback.state_dict()["sensitivities"]
+    assert len(scanned) == len(found)
     if by == "loss":
-        for survey in surveyed.values():
-            assert min(survey["losses"].values()) > 0
-            assert min(survey["weighted_losses"].values()) > 0
+        for scan in scanned.values():
+            assert min(scan["losses"].values()) > 0
+            assert min(scan["weighted_losses"].values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -1178,7 +1178,7 @@ def test_unstructured_layers_are_allocated_where_it_can_be_told(
     tmp_path: Path, options: dict[str, Any], alike: bool
 ) -> None:
     callback = pruning("unstructured", 0.5, **{"schedule": SparsitySchedule(4, 8, 4), **options})
-    trainer(tmp_path, callback, max_steps=10).fit(_survey_test_module(), loader(48))
+    trainer(tmp_path, callback, max_steps=10).fit(_scan_test_module(), loader(48))
     found = masks(callback)
     assert sum(int((~mask.keep).sum()) for mask in found.values()) == sum(
         int(0.5 * mask.keep.numel()) for mask in found.values()
@@ -1186,7 +1186,7 @@ def test_unstructured_layers_are_allocated_where_it_can_be_told(
     assert ({mask.sparsity for mask in found.values()} == {0.5}) is alike
 
 
-def test_a_checkpoint_of_the_validation_before_a_survey_goes_on(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_validation_before_a_scan_goes_on(tmp_path: Path) -> None:
     class Saves(Callback):
         def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             path = tmp_path / f"{trainer.global_step}.ckpt"
@@ -1228,10 +1228,10 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
         (SparsitySchedule(0, 0, 1), 1.0, 2),  # what fits may not be kept beside what comes
     ],
 )
-def test_a_survey_and_the_event_at_its_step_share_a_calibration(
+def test_a_scan_and_the_event_at_its_step_share_a_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: SparsitySchedule, budget: float | None, runs: int
 ) -> None:
-    import thanos_lightning.collecting as room
+    import thanos_lightning.calibration.collector as room
 
     ran, real = [], room.count_dataloader
     monkeypatch.setattr(room, "count_dataloader", lambda *args, **kwargs: ran.append(1) or real(*args, **kwargs))
@@ -1247,7 +1247,7 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
         )
         if not shared:
             monkeypatch.setattr(room.Collector, "_kept", property(lambda _: None, lambda *_: None), raising=False)
-        trainer(tmp_path, callback, max_steps=6).fit(_survey_test_module(), loader(48))
+        trainer(tmp_path, callback, max_steps=6).fit(_scan_test_module(), loader(48))
         found.append(masks(callback))
         if shared:
             assert len(ran) == runs
@@ -1257,7 +1257,7 @@ def test_a_survey_and_the_event_at_its_step_share_a_calibration(
 
 @pytest.mark.parametrize("calibration", [None, list(loader(8))], ids=["training batches", "calibration set"])
 @pytest.mark.parametrize("output_weights", ["diagonal", "full"])
-def test_an_event_takes_what_the_survey_at_its_step_was_told(
+def test_an_event_takes_what_the_scan_at_its_step_was_told(
     tmp_path: Path,
     output_weights: Literal["diagonal", "full"],
     calibration: list[Any] | None,
@@ -1270,7 +1270,7 @@ def test_an_event_takes_what_the_survey_at_its_step_was_told(
         output_weights=output_weights,
         batches=calibration,
     )
-    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
     found = masks(callback)
     assert len(callback.report.events) > 1
     assert len({mask.sparsity for mask in found.values()}) > 1
@@ -1281,7 +1281,7 @@ def test_an_event_takes_what_the_survey_at_its_step_was_told(
 
 def test_an_allocation_of_n_m_gives_dense_rows_to_layers(tmp_path: Path) -> None:
     callback = pruning("2:4", outlier_fraction=0.25, allocation=Allocation("loss"))
-    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
     found = masks(callback)
     assert all(isinstance(mask.pattern, NM) and mask.pattern.violations(mask.keep) == 0 for mask in found.values())
     fractions = {mask.pattern.outlier_fraction for mask in found.values()}
@@ -1302,22 +1302,22 @@ def test_rows_and_columns_are_allocated_unless_layers_are_to_be_alike(
     found = []
     for allocation in (None, Allocation("loss"), "uniform"):
         callback = pruning(**arguments, allocation=allocation)
-        trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+        trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
         found.append({name: mask.pattern for name, mask in masks(callback).items()})
     assert found[0] == found[1]
     assert len(set(found[0].values())) > 1
-    assert set(found[2].values()) == {callback.pattern}
+    assert set(found[2].values()) == {callback.options.pattern}
 
 
 def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
     callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers"))
-    trainer(tmp_path, callback, max_steps=8).fit(_survey_test_module(), loader(48))
+    trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
     sparsities = [mask.sparsity for mask in masks(callback).values()]
     assert max(sparsities) == 0.5
     assert min(sparsities) < 0.4
 
 
-def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path) -> None:
+def test_a_scan_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path) -> None:
     found = []
     for budget in (None, 2.5 * 4 * 48 * 48 / 2**30):
         callback = pruning(
@@ -1328,20 +1328,20 @@ def test_a_survey_respects_the_memory_and_is_the_same_in_windows(tmp_path: Path)
             memory_gib=budget,
             batches=list(loader(8)),
         )
-        trainer(tmp_path, callback, max_steps=5).fit(_survey_test_module(), loader(48))
-        found.append(callback.state_dict()["surveys"])
-        windows = [window for window in callback._windows if window.surveys]
+        trainer(tmp_path, callback, max_steps=5).fit(_scan_test_module(), loader(48))
+        found.append(callback.state_dict()["sensitivities"])
+        windows = [window for window in callback._run.windows if window.scans]
         assert len(windows) == (1 if budget is None else pytest.approx(8, abs=4))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 7])
-def test_a_survey_survives_a_resume(tmp_path: Path, stop: int) -> None:
+def test_a_scan_survives_a_resume(tmp_path: Path, stop: int) -> None:
     ends = []
     for start in (None, stop):
         callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(6, 8, 2))
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        module = _survey_test_module()
+        module = _scan_test_module()
         trainer(tmp_path, callback, every, max_steps=10, enable_checkpointing=True).fit(
             module, ResumableBatches(48), ckpt_path=start and tmp_path / f"step={start}.ckpt"
         )
@@ -1372,7 +1372,7 @@ def test_what_can_not_be_allocated_is_refused(arguments: dict[str, Any], message
         pruning(**arguments)
 
 
-def test_a_survey_needs_a_step(tmp_path: Path) -> None:
+def test_a_scan_needs_a_step(tmp_path: Path) -> None:
     callback = pruning(
         "unstructured",
         0.5,

@@ -43,7 +43,7 @@ def test_it_works_without_deepspeed() -> None:
     code = """
 import sys
 sys.modules["deepspeed"] = None  # import deepspeed raises
-import thanos_lightning, thanos_lightning.cli, thanos_lightning.export, thanos_lightning.lm
+import thanos_lightning, thanos_lightning.cli, thanos_lightning.checkpoints.export, thanos_lightning.lm
 thanos_lightning.ThanosPruningCallback("2:4")
 print("deepspeed" in sys.modules and sys.modules["deepspeed"] is None)
 """

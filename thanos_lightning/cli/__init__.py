@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
 from thanos_lightning.cli.noise import silence
-from thanos_lightning.progress import TERMINATED
+from thanos_lightning.report.progress import TERMINATED
 
 INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
 

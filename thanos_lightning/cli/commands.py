@@ -16,8 +16,8 @@ from thanos_lightning.cli import shipped
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
 
 if TYPE_CHECKING:
-    from thanos_lightning.permutation import Reordered
-    from thanos_lightning.verification import TensorReport
+    from thanos_lightning.checkpoints.verify import TensorReport
+    from thanos_lightning.events.permute import Reordered
 
 
 TRAINER_COMMANDS = {
@@ -134,7 +134,7 @@ def _plot(report: str, output: str) -> int:
 
 
 def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
-    from thanos_lightning.resharding import reshard_checkpoint
+    from thanos_lightning.checkpoints.reshard import reshard_checkpoint
 
     folder = reshard_checkpoint(checkpoint, output, **options)
     sys.stdout.write(f"{folder}: resume from it on any number of ranks (ckpt_path)\n")
@@ -154,10 +154,10 @@ def _permute(
     dataset_config: str | None = None,
     **options: Any,
 ) -> int:
-    from thanos_lightning.folders import require_free, whole_folder
+    from thanos_lightning.checkpoints.folders import require_free, whole_folder
+    from thanos_lightning.events.permute import permute_channels, require_nm
     from thanos_lightning.lm import TextData
     from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
-    from thanos_lightning.permutation import permute_channels, require_nm
     from thanos_lightning.solver.ordering import require_scipy
 
     wanted = require_nm(pattern)
@@ -209,8 +209,8 @@ def _verify(
     outlier_fraction: float | None = None,
     **layers: Any,
 ) -> int:
+    from thanos_lightning.checkpoints.verify import verify_checkpoint
     from thanos_lightning.solver import NM, Unstructured, parse_pattern
-    from thanos_lightning.verification import verify_checkpoint
 
     if pattern is None and (layers or sparsity is not None or outlier_fraction is not None):
         raise ValueError("--sparsity, --outlier-fraction, --targets and --ignore go with a pattern: give --pattern")
@@ -235,7 +235,7 @@ def _verify(
 
 
 def _export(checkpoint: str, output: str, **options: Any) -> int:
-    from thanos_lightning.export import NonconformingError, export_checkpoint
+    from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
 
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thanos_lightning.checkpoints import TrainerCheckpoint
+from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.cli.mistakes import Mistake
 
 _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves

@@ -28,8 +28,8 @@ from thanos_lightning.cli.parsing import one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
+from thanos_lightning.cli.training_bar import TrainingBar
 from thanos_lightning.cli.yaml_loader import yaml_loader
-from thanos_lightning.training_bar import TrainingBar
 
 # of a class that isn't ours it isn't known what its arguments are for
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"

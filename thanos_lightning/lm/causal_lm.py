@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
-from thanos_lightning.checkpoints import CALLBACK_KEY
-from thanos_lightning.folders import new_folder
+from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
+from thanos_lightning.checkpoints.folders import new_folder
+from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.lm.distillation import (
     BEFORE_PRUNING,
     START,
@@ -36,9 +37,9 @@ from thanos_lightning.lm.distillation import (
     distil,
     num_chunks,
 )
-from thanos_lightning.lm.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
+from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.sharding.frozen import (
     copy_to_frozen,
     frozen_state,
@@ -46,7 +47,6 @@ from thanos_lightning.sharding.frozen import (
     require_own_gathering,
     sharding_config,
 )
-from thanos_lightning.targets import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -86,7 +86,9 @@ def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None
         module: With the Trainer.
         config: DeepSpeed's, if it is not that of the training.
     """
-    strategy = module.trainer.strategy if module._trainer is not None else None
+    strategy = None
+    with suppress(RuntimeError):  # there is no Trainer
+        strategy = module.trainer.strategy
     if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
         yield
         return

@@ -16,11 +16,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from thanos_lightning.calibration.fisher import IGNORED_LABEL, TOKENS_PER_CHUNK
 from thanos_lightning.lm.pretrained import load_tokenizer, torch_dtype
 
-# Of logits that exist at one time: 512 MiB in float32 for a vocabulary of 128,000, and as much for the teacher's.
-TOKENS_PER_CHUNK = 1024
-_IGNORED_LABEL = -100  # transformers' own: such a token is no target
 _RENAMED = 0.01  # of the tokens: more make it another vocabulary
 
 START, BEFORE_PRUNING = "start", "before-pruning"
@@ -362,7 +360,7 @@ def head_losses(
         ),
         strict=True,
     )
-    return _mean(entropies, targets != _IGNORED_LABEL), _mean(divergences, weights)
+    return _mean(entropies, targets != IGNORED_LABEL), _mean(divergences, weights)
 
 
 def head_entropy(
@@ -382,7 +380,7 @@ def head_entropy(
         checkpoint(entropies, *some, use_reentrant=False)
         for some in zip(*(_parts(one, chunks) for one in rows), strict=True)
     ]
-    return _mean(sums, targets != _IGNORED_LABEL)
+    return _mean(sums, targets != IGNORED_LABEL)
 
 
 def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
@@ -391,11 +389,11 @@ def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
 
 def _targets(labels: Tensor) -> Tensor:
     """For each token the one after it, flat."""
-    return functional.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL).flatten()
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
 
 def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), targets, ignore_index=_IGNORED_LABEL, reduction="sum")
+    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def _mean(sums: Sequence[Tensor], counted: Tensor) -> Tensor:

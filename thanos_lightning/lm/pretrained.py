@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from thanos_lightning.progress import open_phase
+from thanos_lightning.report.progress import open_phase
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

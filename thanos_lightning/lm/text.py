@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from thanos_lightning.lm.pretrained import load_tokenizer
 from thanos_lightning.lm.resumable import ResumableDataLoader
-from thanos_lightning.progress import open_phase
+from thanos_lightning.report.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
 CALIBRATION_BATCHES = 128  # unless the user says more or less

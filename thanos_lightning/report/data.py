@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from thanos_lightning.stopwatch import finish
+from thanos_lightning.report.stopwatch import finish
 
 _CPU = torch.device("cpu")
 Part = Literal["calibrating", "scanning", "solving", "writing"]

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.ranks import RankTeam
-from thanos_lightning.targets import PrunableLayer
 
 Value = TypeVar("Value")
 

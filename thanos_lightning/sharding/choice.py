@@ -15,10 +15,10 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.fsdp import FsdpAccess
 from thanos_lightning.sharding.replicated import ReplicatedAccess
-from thanos_lightning.targets import PrunableLayer
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # though to Lightning they are some of these
@@ -49,12 +49,6 @@ def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> Pa
         MisconfigurationException: Where zeros would be lost, by name.
     """
     check_strategy(strategy)
-    access = _access(strategy, layers)
-    access.timeout = getattr(strategy, "_timeout", None)  # the user's, for the process group
-    return access
-
-
-def _access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
     if isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy to Lightning
         from thanos_lightning.sharding.zero import ZeroAccess  # deepspeed is optional, and slow to import
 

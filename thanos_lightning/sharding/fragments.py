@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from thanos_lightning.masks import pack_bits, unpack_bits
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.masks import pack_bits, unpack_bits
 from thanos_lightning.sharding.ranks import Ranks
-from thanos_lightning.targets import PrunableLayer
 
 
 class Range(NamedTuple):

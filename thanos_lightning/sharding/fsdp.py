@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
 from thanos_lightning.solver.zeros import zero_where
-from thanos_lightning.targets import PrunableLayer
 
 _TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for that dimension of its mesh
 

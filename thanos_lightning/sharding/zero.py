@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0 to 3: where the model's copy, the fp32 master and the moments of a parameter lie on this rank.
 
-With resharding.py the only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
+With checkpoints/reshard.py the only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
 
     stage 3               rank r holds the r-th of equal parts of each flattened parameter, padded at the end
     stages 1 and 2        the parameters are one flat vector, cut into equal parts by rank; the model's copy is whole
@@ -37,10 +37,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
 from thanos_lightning.solver.zeros import zero_where
-from thanos_lightning.targets import PrunableLayer
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from thanos_lightning.solver.admm import RELAXATION, project, schedule, weight_costs
 from thanos_lightning.solver.linalg import FactorizationError, damped, inverse_factor
 from thanos_lightning.solver.pattern import NM, Pattern
+from thanos_lightning.solver.refine import refine
 from thanos_lightning.solver.zeros import zero_where
 
 
@@ -85,7 +86,7 @@ def couple(
             W, its_keep = _alternate(weight, original, keep, frozen, H, G, cost, dead, pattern, admm_steps)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise FactorizationError(f"eigenvectors were not found ({error})") from error
-    W = _refine(W, original, its_keep & ~dead, H, G, refine_steps)
+    W = refine(W, G @ (original - W) @ H, H, its_keep & ~dead, refine_steps, outputs=G)
     better = coupled_loss(W - original, G, H) < coupled_loss(weight - original, G, H)
     return (W, its_keep) if better else (weight, keep)
 
@@ -123,32 +124,3 @@ def _alternate(
         project(moved, W0, U, from_original, keep, frozen, scale, width, RELAXATION, now / following)
     # The last U is zero
     return zero_where(from_original.add_(W0).div_(unit), ~keep | dead), keep
-
-
-def _refine(
-    weight: Float[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
-    H: Float[Tensor, "cols cols"],
-    G: Float[Tensor, "rows rows"],
-    steps: int,
-) -> Float[Tensor, "rows cols"]:
-    """Conjugate gradients on the kept weights, with a diagonal preconditioner."""
-    precondition = 1 / (G.diagonal().unsqueeze(1) * H.diagonal())
-    W = weight.clone()
-    R = zero_where(G @ (original - weight) @ H, ~keep)
-    P = R * precondition
-    slope = (R * P).sum()
-    for _ in range(steps):
-        curved = zero_where(G @ P @ H, ~keep)
-        curvature = (P * curved).sum()
-        if not (slope > 0 and curvature > 0):  # converged
-            break
-        step = slope / curvature
-        W.addcmul_(P, step)
-        R.addcmul_(curved, step, value=-1)
-        Z = R * precondition
-        new_slope = (R * Z).sum()
-        P.mul_(new_slope / slope).add_(Z)
-        slope = new_slope
-    return W

@@ -39,9 +39,9 @@ T = TypeVar("T")
 # a language model at 2:4, half as many ADMM steps gained five sixths.
 _COUPLED_ADMM, _COUPLED_REFINE = 3, 7
 # Of the mean of a whole output factor's diagonal, added to it: where rows compete, since few tokens say little of an
-# output that hardly matters to them; and where they are joined, where the mean itself did better than a tenth, three
+# output that hardly matters to them; and where they are coupled, where the mean itself did better than a tenth, three
 # tenths or three times as much.
-_FLOOR, _JOINED_FLOOR = 0.01, 1.0
+_FLOOR, _COUPLED_FLOOR = 0.01, 1.0
 # Weights whose mask and values are improved together: 16 MiB, of which that takes some ten times as much.
 _IMPROVED_AT_A_TIME = 2**22
 # What is made of the systems that are solved at a time: their places in the matrix, they, and their factors.
@@ -145,7 +145,7 @@ class SolverOptions:
         rows: int,
         cols: int,
         *,
-        joined: bool = False,
+        coupled: bool = False,
         pattern: Pattern | None = None,
         device: torch.device | str = "cpu",
     ) -> int:
@@ -163,7 +163,7 @@ class SolverOptions:
         Args:
             rows: out_features.
             cols: in_features.
-            joined: Whether the output weights are a matrix.
+            coupled: Whether the output weights are a matrix.
             pattern: What it is pruned to; None for half of the weights.
             device: Where it is pruned.
 
@@ -189,9 +189,9 @@ class SolverOptions:
                 numbers.append((2 if interpolated else 1) * cols**2 + 1.5 * size + 11 * chunk)
         elif self.admm_steps + self.refine_steps > 0:
             numbers.append(2 * size + 7.5 * chunk)
-        if joined and self.admm_steps > 0 and not structured:
+        if coupled and self.admm_steps > 0 and not structured:
             numbers.append(2 * cols**2 + 2 * rows**2 + 14 * size)
-        elif joined and self.admm_steps + self.refine_steps > 0:
+        elif coupled and self.admm_steps + self.refine_steps > 0:
             numbers.append(2 * cols**2 + 2 * rows**2 + 9 * size)
         return round(4 * max(numbers))
 
@@ -412,9 +412,9 @@ def _solve(
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
     """The weights of this member in their own dtype, the keep mask, and their loss."""
     H = inputs.hessian
-    joined: Tensor | None = None
+    coupled: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
-        joined, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
+        coupled, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
     [(result, keep)], curvature = _by_method(
         original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
     )
@@ -438,7 +438,7 @@ def _solve(
         if not isinstance(rows, slice):
             result[rows], keep[rows] = weight, its_keep
         loss += losses.sum()
-    if joined is None:
+    if coupled is None:
         return result, keep, loss
     cost = H.diagonal() if shared is None else shared.cost
     del shared
@@ -453,7 +453,7 @@ def _solve(
             keep,
             frozen,
             H,
-            joined + torch.diag((_JOINED_FLOOR * joined.diagonal().mean()).expand(len(joined))),
+            coupled + torch.diag((_COUPLED_FLOOR * coupled.diagonal().mean()).expand(len(coupled))),
             cost,
             pattern,
             damping=options.damping,

@@ -1,12 +1,13 @@
 """Better weights for a fixed mask: conjugate gradients on the kept weights.
 
-Legend (Hestenes and Stiefel, 1952; one system per row, all rows at once, diagonal preconditioner):
+Legend (Hestenes and Stiefel, 1952; diagonal preconditioner; one system per row, all rows at once, or one of all rows):
     W0  (rows, cols)  weights before pruning
     W   (rows, cols)  weights after pruning; minimised over the kept ones: tr((W - W0) H (W - W0)ᵀ)
     H   (cols, cols)  undamped Hessian
     R   (rows, cols)  minus half the gradient: (W0 - W) H
     Z   (rows, cols)  R, preconditioned, zero where pruned
     P   (rows, cols)  search directions, zero where pruned
+    G   (rows, rows)  where rows are coupled: what is minimised is tr((W - W0)ᵀ G (W - W0) H), and R is G (W0 - W) H
 """
 
 import torch
@@ -41,6 +42,7 @@ def refine(
     hessian: Float[Tensor, "cols cols"],
     keep: Bool[Tensor, "rows cols"],
     steps: int,
+    outputs: Float[Tensor, "rows rows"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """Take conjugate gradient steps on the kept weights.
 
@@ -53,30 +55,32 @@ def refine(
         hessian: Undamped H, positive semi-definite; may be singular.
         keep: True = kept.
         steps: Number of steps; each is one (rows, cols) by (cols, cols) product.
+        outputs: G, positive definite. With it all rows are one system, and a step is one product more.
 
     Returns:
         The new weights, zero where not kept.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal() if outputs is None else outputs.diagonal().unsqueeze(1) * hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
     eps = torch.finfo(hessian.dtype).eps
     kept = kept_bits(~keep)
     W, R = weight.clone(), residual
     P = clear_bits(R * preconditioner, kept)
-    slope = _row_dots(R, P)
+    dots = _row_dots if outputs is None else _all_dots
+    slope = dots(R, P)
     solved = slope * eps**2
     curved, Z = torch.empty_like(P), torch.empty_like(P)
     for _ in range(steps):
-        torch.mm(P, hessian, out=curved)
-        curvature = _row_dots(P, curved)
+        torch.mm(P if outputs is None else outputs @ P, hessian, out=curved)
+        curvature = dots(P, curved)
         # Where either is what rounding left of zero, a step could have any length
-        steep = (curvature > _FLAT * eps * _row_dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
+        steep = (curvature > _FLAT * eps * dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
         step = torch.where(steep, slope / curvature, 0)
         W.addcmul_(P, step)
         R.addcmul_(curved, step, value=-1)
         clear_bits(torch.mul(R, preconditioner, out=Z), kept)
-        new_slope = _row_dots(R, Z)
-        # A row that took no step begins anew, along its gradient
+        new_slope = dots(R, Z)
+        # A system that took no step begins anew, along its gradient
         P.mul_(torch.where(steep, new_slope / slope, 0)).add_(Z)
         slope = new_slope
     return W
@@ -93,3 +97,7 @@ def row_losses(
 def _row_dots(left: Float[Tensor, "rows cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows 1"]:
     products: Tensor = torch.linalg.vecdot(left, right)
     return products.unsqueeze(1)
+
+
+def _all_dots(left: Float[Tensor, "rows cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "1 1"]:
+    return _row_dots(left, right).sum(0, keepdim=True)

@@ -303,7 +303,7 @@ def test_other_errors_keep_their_traceback(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise ValueError("not ours")  # but this test's
 
-    monkeypatch.setattr("thanos_lightning.verification.verify_checkpoint", fail)
+    monkeypatch.setattr("thanos_lightning.checkpoints.verify.verify_checkpoint", fail)
     assert main(["verify", "a"]) == 1
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "Traceback (most recent call last):"
@@ -346,7 +346,7 @@ def test_fit_twice_in_one_folder(fitted, tmp_path):
         assert main(["fit", "--config", config, "--trainer.enable_checkpointing=false"]) == 0
     # the saved one replaced the given one of the same name, and says the same
     assert main(["fit", "--config", config]) == 0
-    assert [made.pattern for made in SpyCallback.made] == [NM(2, 4)] * 3
+    assert [made.options.pattern for made in SpyCallback.made] == [NM(2, 4)] * 3
 
 
 def test_test_command(fitted, capsys):
@@ -358,7 +358,7 @@ def test_test_command(fitted, capsys):
 @pytest.mark.parametrize("text", ["2:4", '"2:4"'])
 def test_quotes_around_a_pattern_are_optional(tmp_path, text):
     assert main(["fit", "--config", write_config(tmp_path, spy(f"pattern: {text}"))]) == 0
-    assert SpyCallback.made[0].pattern == NM(2, 4)
+    assert SpyCallback.made[0].options.pattern == NM(2, 4)
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["trainer"]["callbacks"][0]["init_args"]["pattern"] == "2:4"
 
@@ -373,7 +373,7 @@ def test_steps_and_fractions_stay_apart(tmp_path, text, value):
     ]
     for callback in callbacks:
         CLI(["--config", write_config(tmp_path, callback)], run=False)
-    three, listed = (made.schedule for made in SpyCallback.made)
+    three, listed = (made.options.schedule for made in SpyCallback.made)
     for found in (three.start_step, three.end_step, listed.at[0]):
         assert found == value
         assert type(found) is type(value)
@@ -382,7 +382,7 @@ def test_steps_and_fractions_stay_apart(tmp_path, text, value):
 def test_schedule_in_yaml(tmp_path):
     schedule = "schedule: {start_step: 1, end_step: 0.5, every_n_steps: 0.25, shape: linear}"
     assert main(["fit", "--config", write_config(tmp_path, spy(schedule))]) == 0
-    assert SpyCallback.made[0].schedule == SparsitySchedule(1, 0.5, 0.25, shape="linear")
+    assert SpyCallback.made[0].options.schedule == SparsitySchedule(1, 0.5, 0.25, shape="linear")
 
 
 def test_callback_on_the_command_line(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from thanos_lightning.cli import main
-from thanos_lightning.progress import Terminated
+from thanos_lightning.report.progress import Terminated
 
 
 def _interrupted_as_lightning_does() -> None:

@@ -51,5 +51,9 @@ def test_an_argument_of_one_callback(argument):
     cli = CLI(["--config", "quickstart", argument, "1:4", "--trainer.callbacks.0.schedule.at=[0, 8]"], run=False)
     (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
     saving = cli.trainer.checkpoint_callback
-    assert (pruning.pattern, pruning.schedule.at, pruning.monitor) == (NM(1, 4), (0, 8), "val/perplexity")
+    assert (pruning.options.pattern, pruning.options.schedule.at, pruning.options.monitor) == (
+        NM(1, 4),
+        (0, 8),
+        "val/perplexity",
+    )
     assert saving.filename == "quickstart"

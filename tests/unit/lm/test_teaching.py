@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.allocation import Allocation
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.distillation import check_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
+from thanos_lightning.plan.allocation import Allocation
 
 
 def batches(number=6):
@@ -59,10 +59,10 @@ def same(one, other):
 class Weights(ThanosPruningCallback):
     """Keeps what the model was right before the first event."""
 
-    def _prune(self, window, trainer, pl_module):
-        if not self._applied:
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        if not self._past.patterns:
             self.before = weights(pl_module.model)
-        super()._prune(window, trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, *rest)
 
 
 @pytest.mark.parametrize("as_object", [False, True])
@@ -196,13 +196,13 @@ def test_a_lost_teacher_is_named(tiny, tmp_path):
         more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "without.ckpt")
 
 
-def test_a_survey_before_the_first_event_needs_no_teacher(tiny, tmp_path):
+def test_a_scan_before_the_first_event_needs_no_teacher(tiny, tmp_path):
     def made():
         return ThanosPruningCallback(
             "unstructured",
             0.5,
             schedule=SparsitySchedule(6, 6, 1),
-            calibration=CalibrationOptions(steps=2, memory_gib=1.0),  # the survey has steps of its own
+            calibration=CalibrationOptions(steps=2, memory_gib=1.0),  # the scan has steps of its own
             allocation=Allocation(),
         )
 

@@ -9,9 +9,9 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from toy import tiny_gpt2
 
-from thanos_lightning.sharding import check_strategy, choose_access
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.choice import check_strategy, choose_access
 from thanos_lightning.sharding.replicated import ReplicatedAccess
-from thanos_lightning.targets import find_targets
 
 
 def test_one_device_is_replicated() -> None:

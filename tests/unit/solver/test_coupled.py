@@ -120,14 +120,16 @@ def test_joined_rows_lose_less_of_what_is_joined(pattern, dtype):
     (W0, H), G = layer(24, 32), hessian_of(tokens(24, 100, count=64)).float()
     W0, H = W0.to(dtype), H.float()
     by_diagonal = prune(W0, H, pattern, **SETTINGS, output_weights=G.diagonal())
-    joined = prune(W0, H, pattern, **SETTINGS, output_weights=G)
-    assert pattern.violations(joined.mask) == 0
-    assert not joined.weight[~joined.mask].any()
-    assert joined.weight.dtype == dtype
-    of = {name: naive_loss((p.weight - W0).float(), with_mean(G), H) for name, p in (("d", by_diagonal), ("j", joined))}
+    coupled = prune(W0, H, pattern, **SETTINGS, output_weights=G)
+    assert pattern.violations(coupled.mask) == 0
+    assert not coupled.weight[~coupled.mask].any()
+    assert coupled.weight.dtype == dtype
+    of = {
+        name: naive_loss((p.weight - W0).float(), with_mean(G), H) for name, p in (("d", by_diagonal), ("j", coupled))
+    }
     assert of["j"] < 0.98 * of["d"]
-    change = (joined.weight.float() - W0.float()).double()
-    assert joined.loss == pytest.approx(float(((change @ H.double()) * change).sum()) / 2, rel=1e-3)
+    change = (coupled.weight.float() - W0.float()).double()
+    assert coupled.loss == pytest.approx(float(((change @ H.double()) * change).sum()) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,10 +146,10 @@ def test_every_method_and_any_layout_of_the_weight(method):
 def test_structured_layers_without_refinement_are_joined_by_their_other_steps():
     (W0, H), G = layer(12, 16), output_factor(12)
     options = {**SETTINGS, "refine_steps": 0}
-    joined = prune(W0.double(), H, Structured(0.25), **options, output_weights=G)
+    coupled = prune(W0.double(), H, Structured(0.25), **options, output_weights=G)
     alone = prune(W0.double(), H, Structured(0.25), **options, output_weights=G.diagonal())
-    assert torch.equal(joined.mask, alone.mask)
-    assert naive_loss(joined.weight - W0, with_mean(G), H) < 0.99 * naive_loss(alone.weight - W0, with_mean(G), H)
+    assert torch.equal(coupled.mask, alone.mask)
+    assert naive_loss(coupled.weight - W0, with_mean(G), H) < 0.99 * naive_loss(alone.weight - W0, with_mean(G), H)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -177,15 +179,15 @@ def test_without_steps_the_diagonal_counts():
         plain = prune(
             W0, hessian, Unstructured(0.5), method=method, output_weights=G.diagonal() + 0.01 * G.diagonal().mean()
         )
-        joined = prune(W0, hessian, Unstructured(0.5), method=method, output_weights=G)
-        assert torch.equal(plain.weight, joined.weight)
+        coupled = prune(W0, hessian, Unstructured(0.5), method=method, output_weights=G)
+        assert torch.equal(plain.weight, coupled.weight)
 
 
 def test_outputs_that_the_loss_hardly_feels_are_pruned_first():
-    """The mean that joins rows safely must not hide this."""
+    """The mean that couples rows safely must not hide this."""
     (W0, H), G = layer(16, 16), torch.diag(torch.tensor([1.0] * 8 + [1e-3] * 8))
-    joined = prune(W0, H.float(), Unstructured(0.5), **SETTINGS, output_weights=G)
-    assert joined.mask[8:].float().mean() < 0.5 * joined.mask[:8].float().mean()
+    coupled = prune(W0, H.float(), Unstructured(0.5), **SETTINGS, output_weights=G)
+    assert coupled.mask[8:].float().mean() < 0.5 * coupled.mask[:8].float().mean()
 
 
 def test_a_member_of_a_team_has_not_all_rows():

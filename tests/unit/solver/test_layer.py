@@ -378,11 +378,11 @@ def test_outputs_that_count_more_err_less(pattern):
 
 
 @property_based
-@given(methods, patterns, shapes, st.integers(0, 3), st.sampled_from([None, "alone", "joined"]))
+@given(methods, patterns, shapes, st.integers(0, 3), st.sampled_from([None, "alone", "coupled"]))
 def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, seed, weighted):
     weight, H = layer(*shape, seed)
     squares = torch.rand(20, shape[0], generator=torch.Generator().manual_seed(seed)) + 0.1
-    weights = {None: None, "alone": squares.square().sum(0), "joined": squares.T @ squares}[weighted]
+    weights = {None: None, "alone": squares.square().sum(0), "coupled": squares.T @ squares}[weighted]
     tried = [pattern, pattern.with_sparsity(pattern.sparsity / 2)]
     options = SolverOptions(method, 8, saliency="wanda", admm_steps=2, refine_steps=1)
     losses, dense = losses_at(weight, Factors(H.float()), tried, options, weights)

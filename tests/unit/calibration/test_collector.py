@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor
+from toy import ToyLM, loader, trainer
+
+from thanos_lightning.calibration.collector import Collector
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.sharding.owners import PruningError
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import Unstructured
+
+BATCHES = list(loader(12))
+LAYER = "model.model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def module() -> ToyLM:
+    return ToyLM()
+
+
+@pytest.fixture
+def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
+    """A Trainer that knows how to move a batch and to call the module."""
+    made = trainer(tmp_path, max_steps=1)
+    made.fit(module, loader(4))
+    return made
+
+
+def collector(module: ToyLM, **settings: Any) -> Collector:
+    defaults = {
+        "calibration": None,
+        "attention_mask_key": None,
+        "keeps_scan": True,
+        "needs_gradients": False,
+    }
+    return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
+
+
+def window(module: ToyLM, *, start: int = 0, scans: bool = False) -> Window:
+    patterns = dict.fromkeys(find_targets(module, "*", "lm_head"), Unstructured(0.5))
+    return Window(Event(3, 1.0), patterns, start, 3, is_last=True, scans=scans)
+
+
+def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tensor]]) -> None:
+    for batch in batches:
+        collecting.begin(batch)
+        loss = module(**batch).loss
+        collecting.end()
+        module(input_ids=batch["input_ids"] * 0)  # what runs after the training step is not counted
+        loss.backward()
+
+
+def sums(state: dict[str, Any] | None) -> dict[str, float]:
+    assert state is not None
+    found = {name: float(entry["sum"].sum()) for name, entry in state["sums"].items()}
+    return found | {f"{name}, gradients": float(one.sum()) for name, one in state["gradients"].items()}
+
+
+def moments(collected: Moments) -> Tensor:
+    assert collected.accumulators is not None
+    return collected.accumulators[LAYER].compute()
+
+
+def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitted: Trainer) -> None:
+    collecting = collector(module)
+    collecting.open(window(module), gradients=False)
+    train_on(module, collecting, BATCHES)
+    trained = collecting.take(window(module), fitted, module, gradients=False)
+    assert trained.seconds > 0
+    assert trained.output_weights == {}
+    assert collecting.statistics is None
+    told = collector(module, calibration=BATCHES).take(window(module), fitted, module, gradients=False)
+    torch.testing.assert_close(moments(told), moments(trained))
+
+
+def test_output_weights_are_means_over_the_steps_of_a_window(module: ToyLM, fitted: Trainer) -> None:
+    found = []
+    for start, batches in ((2, BATCHES[:1]), (0, [BATCHES[0]] * 3)):
+        collecting = collector(module)
+        collecting.open(window(module, start=start), gradients=True)
+        train_on(module, collecting, batches)
+        found.append(collecting.take(window(module, start=start), fitted, module, gradients=True).output_weights)
+    assert len(found[0]) == 14
+    for name, one in found[0].items():
+        torch.testing.assert_close(found[1][name], one)
+
+
+def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None:
+    ends = []
+    for stop in (None, 1):
+        collecting = collector(module)
+        collecting.open(window(module), gradients=True)
+        train_on(module, collecting, BATCHES[:stop])
+        if stop is not None:
+            state = collecting.state()
+            assert state is not None
+            collecting.stop()
+            train_on(module, collecting, BATCHES[:stop])  # its hooks are gone
+            after = collecting.state()
+            assert after is not None
+            assert [sums(one) for one in after] == [sums(one) for one in state]
+            collecting = collector(module)
+            assert collecting.state() is None
+            collecting.open(window(module), gradients=True)
+            collecting.load(state)
+            train_on(module, collecting, BATCHES[stop:])
+        ends.append(collecting.take(window(module), fitted, module, gradients=True))
+    assert torch.equal(moments(ends[0]), moments(ends[1]))
+    for name, one in ends[0].output_weights.items():
+        torch.testing.assert_close(ends[1].output_weights[name], one)
+
+
+def test_an_event_takes_what_its_scan_was_told(module: ToyLM, fitted: Trainer) -> None:
+    class Counted:
+        def __init__(self) -> None:
+            self.runs = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.runs += 1
+            return iter(BATCHES)
+
+    for keeps, forgets, runs in ((True, False, 1), (True, True, 2), (False, False, 2)):
+        batches = Counted()
+        collecting = collector(module, calibration=batches, keeps_scan=keeps)
+        looked = collecting.take(window(module, scans=True), fitted, module, gradients=True)
+        if forgets:
+            collecting.forget_scan()
+        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        assert batches.runs == runs
+        assert torch.equal(moments(looked), moments(pruned))
+        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
+        assert len(looked.output_weights) == 14
+        collecting.take(window(module), fitted, module, gradients=True)  # of weights that are others by now
+        assert batches.runs == runs + 1
+
+
+def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:
+    collecting = collector(module)
+    collecting.open(window(module, scans=True), gradients=True)
+    train_on(module, collecting, BATCHES)
+    assert collecting.take(window(module, scans=True), fitted, module, gradients=True).stay
+    collecting.stop()
+    with pytest.raises(PruningError, match="its statistics were not collected"):
+        collecting.take(window(module), fitted, module, gradients=True)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
+    collecting = collector(module, keeps_scan=keeps)
+    collecting.open(window(module, scans=True), gradients=True)
+    train_on(module, collecting, BATCHES)
+    of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
+    looked = collecting.take(window(module, scans=True), fitted, module, gradients=True)
+    assert looked.seconds > of_inputs > 0
+    if keeps:
+        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        assert torch.equal(moments(looked), moments(pruned))
+        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
+        assert pruned.seconds == 0  # they are told of once
+    # of weights that are others by now
+    with pytest.raises(PruningError, match="its statistics were not collected"):
+        collecting.take(window(module), fitted, module, gradients=True)
+
+
+def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
+    with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):
+        found = collector(module, calibration=unlabelled).take(window(module), fitted, module, gradients=True)
+    assert found.output_weights == {}
+    needing = collector(module, calibration=unlabelled, needs_gradients=True)
+    with pytest.raises(MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\)"):
+        needing.take(window(module), fitted, module, gradients=True)
+
+
+def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
+    padded = list(loader(8, padding=6))
+    found = []
+    for key in ("attention_mask", None):
+        collecting = collector(module, attention_mask_key=key)
+        collecting.open(window(module), gradients=False)
+        train_on(module, collecting, padded)
+        accumulators = collecting.take(window(module), fitted, module, gradients=False).accumulators
+        assert accumulators is not None
+        found.append(accumulators[LAYER].num_tokens)
+    assert found == [8 * 10, 8 * 16]
+    masked = collector(module, attention_mask_key="mask")
+    masked.open(window(module), gradients=False)
+    with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
+        train_on(module, masked, padded)
+    assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1
+
+
+def test_what_was_not_collected_is_an_error(module: ToyLM, fitted: Trainer) -> None:
+    with pytest.raises(PruningError, match="step 3 is due, but its statistics were not collected"):
+        collector(module).take(window(module), fitted, module, gradients=False)
+    with pytest.raises(PruningError, match="gave no batch"):
+        collector(module, calibration=[]).take(window(module), fitted, module, gradients=False)
+    with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule has a method"):
+        collector(module, calibration="datamodule").take(window(module), fitted, module, gradients=False)

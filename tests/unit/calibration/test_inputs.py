@@ -1,0 +1,583 @@
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
+
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback
+from thanos_lightning.calibration.batches import count_dataloader
+from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.calibration.tokens import token_mask
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+
+def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
+    data = Sequences(number, length=8, padding=padding)
+    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
+
+
+def started(model: nn.Module, **kwargs: list[str]) -> InputStatistics:
+    statistics = InputStatistics(find_targets(model, **kwargs))
+    statistics.start()
+    return statistics
+
+
+def test_the_sum_is_that_of_the_inputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    statistics = started(model)
+    inputs = torch.randn(2, 5, 8)
+    with statistics.counting():
+        model(inputs)
+        model(2 * inputs)
+    hidden = [torch.tanh(model[0](scale * inputs)).reshape(-1, 4) for scale in (1, 2)]
+    accumulators = statistics.accumulators
+    assert accumulators["2"].num_tokens == 20
+    torch.testing.assert_close(accumulators["2"].sum, sum(h.T @ h for h in hidden))
+    torch.testing.assert_close(accumulators["0"].sum, 5 * inputs.reshape(-1, 8).T @ inputs.reshape(-1, 8))
+
+
+def test_layers_with_one_input_share_one_accumulator() -> None:
+    model = tiny_llama()
+    statistics = started(model)
+    for _ in range(3):
+        with statistics.counting():
+            model(**batch())
+    found = statistics.accumulators
+    layer = "model.layers.1."
+    q, k, v = (found[f"{layer}self_attn.{name}_proj"] for name in "qkv")
+    gate, up = found[f"{layer}mlp.gate_proj"], found[f"{layer}mlp.up_proj"]
+    assert q is k is v
+    assert gate is up
+    assert len({id(accumulator) for accumulator in found.values()}) == 8
+    assert {accumulator.num_tokens for accumulator in found.values()} == {72}
+
+
+def test_views_of_one_input_share_one_accumulator() -> None:
+    """DeepSpeed's ZeRO-3 gives each module a detached view of its input."""
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4)])
+    statistics = started(model)
+    inputs = torch.randn(5, 8)
+    with statistics.counting():
+        for layer in model[:2]:
+            layer(inputs.detach())
+        model[2](inputs[:4])  # begins at the same place
+    found = statistics.accumulators
+    assert found["0"] is found["1"]
+    assert found["2"] is not found["0"]
+    assert found["2"].num_tokens == 4
+
+
+def test_memory_that_is_used_again_is_another_input() -> None:
+    model = nn.ModuleList([nn.Linear(8, 4) for _ in range(50)])
+    statistics = started(model)
+    addresses = set()
+    with statistics.counting():
+        for layer in model:
+            inputs = torch.randn(5, 8)
+            addresses.add(inputs.data_ptr())
+            layer(inputs)
+            del inputs
+    assert len(addresses) < 50  # or nothing is shown
+    assert len({id(accumulator) for accumulator in statistics.accumulators.values()}) == 50
+
+
+def test_an_error_is_kept_for_all_ranks() -> None:
+    layers = find_targets(nn.ModuleList([nn.Linear(8, 4)]))
+    inputs, mask = torch.randn(7, 8), torch.tensor([[True, False]])
+    statistics = InputStatistics(layers, KeptError(keeps=True))
+    statistics.start()
+    with statistics.counting(mask):
+        layers["0"].modules[0](inputs)
+    with statistics.counting():
+        layers["0"].modules[0](inputs)
+    assert not statistics.accumulators or not statistics.accumulators["0"].num_tokens
+    with pytest.raises(ValueError, match=r"inputs of layer 0 have shape \(7, 8\).* \(on rank 0\)"):
+        statistics.kept.raise_everywhere(ReplicatedAccess())
+    alone = InputStatistics(layers, KeptError(keeps=True))
+    alone.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
+    with pytest.raises(ValueError, match="must be \\(batch, length\\)"):
+        alone.kept.raise_everywhere(ReplicatedAccess())
+    InputStatistics(layers).kept.raise_everywhere(ReplicatedAccess())
+
+
+def test_sharing_is_left_when_the_inputs_part() -> None:
+    class Parting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.a(one) + self.b(other)
+
+    model = Parting()
+    statistics = started(model)
+    one, other = torch.randn(2, 4), torch.randn(2, 4)
+    with statistics.counting():
+        model(one, one)
+    with statistics.counting(), pytest.warns(UserWarning, match="layer b no longer sees the inputs of another"):
+        model(one, other)
+    with statistics.counting():
+        model(other, other)
+    a, b = statistics.accumulators["a"], statistics.accumulators["b"]
+    torch.testing.assert_close(a.sum, 2 * one.T @ one + other.T @ other)
+    assert a.num_tokens == 6
+    torch.testing.assert_close(b.sum, 2 * one.T @ one + 2 * other.T @ other)  # one batch too many, as the warning says
+    assert b.num_tokens == 8
+
+
+@pytest.mark.parametrize("alone", ["a", "b"])
+def test_sharing_is_left_when_only_one_is_called(alone: str) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *names: str) -> None:
+            for name in names:
+                getattr(self, name)(x)
+
+    model = Branching()
+    statistics = started(model)
+    with statistics.counting():
+        model(torch.ones(2, 4), "a", "b")
+    other = "b" if alone == "a" else "a"
+    with pytest.warns(UserWarning, match=f"layer {other} no longer sees"), statistics.counting():
+        model(torch.ones(3, 4), alone)
+    with statistics.counting():
+        model(torch.ones(5, 4), other)
+    assert statistics.accumulators[alone].num_tokens == 5
+    assert statistics.accumulators[other].num_tokens == 2 + 3 + 5  # the 3 are the batch that the warning is about
+
+
+def test_a_tensor_changed_in_place_is_another_input() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).detach()
+            return y + self.b(x.mul_(2))
+
+    model = InPlace()
+    statistics = started(model)
+    with statistics.counting(), torch.no_grad():
+        model(torch.ones(1, 4))
+    assert statistics.accumulators["b"].sum[0, 0] == 4 * statistics.accumulators["a"].sum[0, 0]
+
+
+def test_padding_does_not_count() -> None:
+    padded = batch(padding=3)
+    model = tiny_llama().eval()
+    with_padding = started(model)
+    with with_padding.counting(token_mask(padded)):
+        model(**padded)
+    with_padding.stop()
+    without = started(model)
+    with without.counting():
+        model(input_ids=padded["input_ids"][:, :5])
+    for name, accumulator in without.accumulators.items():
+        assert with_padding.accumulators[name].num_tokens == accumulator.num_tokens == 15
+        torch.testing.assert_close(with_padding.accumulators[name].sum, accumulator.sum, rtol=1e-4, atol=1e-5)
+
+
+def test_flattened_and_pooled_inputs_find_their_tokens() -> None:
+    model = nn.Linear(4, 4)
+    mask = torch.tensor([[True, False], [True, True]])
+    inputs = torch.randn(2, 2, 4)
+    flat = started(nn.Sequential(model))
+    with flat.counting(mask):
+        model(inputs.reshape(4, 4))
+    torch.testing.assert_close(flat.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
+    pooled = started(nn.Sequential(model))
+    with pooled.counting(mask):
+        model(inputs[:, 0])
+    assert pooled.accumulators["0"].num_tokens == 2
+
+
+def test_inputs_that_hide_their_tokens_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    mask = torch.tensor([[True, False], [True, True]])
+    with statistics.counting(mask), pytest.raises(ValueError, match=r"layer 0 have shape \(3, 4\)"):
+        model(torch.randn(3, 4))
+
+
+def test_token_mask_shapes() -> None:
+    mask = torch.tensor([[1, 0]])
+    assert token_mask((torch.ones(2), None)) is None
+    assert token_mask({"input_ids": torch.ones(2)}) is None
+    for nested in (
+        {"lm": {"attention_mask": mask}},
+        [{"attention_mask": mask}],
+        ({"a": 1}, ({"attention_mask": mask},)),
+    ):
+        assert token_mask(nested).tolist() == [[True, False]]
+    with pytest.raises(ValueError, match="'attention_mask' has shape"):
+        token_mask({"attention_mask": torch.ones(2, 1, 4, 4)})
+    with pytest.raises(ValueError, match="1 for a token and 0 for padding"):
+        token_mask({"attention_mask": torch.tensor([[0.0, -1e9]])})
+    with pytest.raises(ValueError, match="2 masks named"):
+        token_mask([{"attention_mask": mask}, {"attention_mask": mask}])
+
+
+def test_sequence_first_inputs_take_the_mask_transposed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    inputs = torch.randn(2, 3, 4)
+    statistics = started(model)
+    with statistics.counting(mask):
+        model(inputs.transpose(0, 1))
+    assert statistics.accumulators["0"].num_tokens == 5
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
+
+
+def test_inference_mode_inputs_count_and_are_never_shared() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    with statistics.counting(), torch.inference_mode():
+        model(torch.ones(2, 4))
+        model(torch.ones(2, 4))
+    assert statistics.accumulators["0"].num_tokens == 4
+
+
+def test_a_state_is_a_snapshot() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    with statistics.counting():
+        model(torch.ones(2, 4))
+    state = statistics.state()
+    with statistics.counting():
+        model(torch.ones(2, 4))
+    assert state["sums"]["0"]["sum"][0, 0] == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_counts_once(reentrant: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    block = Block()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    block.linear.register_forward_pre_hook(count)
+    statistics = started(block)
+    with statistics.counting():
+        inputs = torch.randn(3, 4, requires_grad=True)
+        checkpoint(block, inputs, use_reentrant=reentrant).sum().backward()
+    assert calls == 2, "the forward was not recomputed: the test shows nothing"
+    assert statistics.accumulators["linear"].num_tokens == 3
+
+
+def test_gradient_checkpointing_of_a_real_model_counts_once() -> None:
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    model.train()
+    statistics = started(model)
+    with statistics.counting():
+        model(**batch()).loss.backward()
+    assert {accumulator.num_tokens for accumulator in statistics.accumulators.values()} == {24}
+
+
+def test_nothing_counts_outside_and_hooks_go_away() -> None:
+    model = tiny_llama()
+    statistics = started(model)
+    model(**batch())
+    assert statistics.accumulators == {}
+    statistics.stop()
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_activations_are_not_kept_alive() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    inputs = torch.randn(2, 4)
+    reference = weakref.ref(inputs)
+    with statistics.counting(), torch.no_grad():
+        model(inputs)
+    del inputs
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_weight_used_by_two_layers_sees_the_inputs_of_both() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    statistics = started(model)
+    inputs = torch.randn(3, 4)
+    with statistics.counting():
+        model(inputs)
+    hidden = torch.tanh(model[0](inputs))
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs + hidden.T @ hidden)
+    assert statistics.accumulators["0"].num_tokens == 6
+
+
+def test_bf16_autocast_does_not_round_the_sum() -> None:
+    model = nn.Sequential(nn.Linear(64, 4))
+    inputs = torch.randn(100, 64)
+    statistics = started(model)
+    with statistics.counting(), torch.autocast("cpu", torch.bfloat16):
+        model(inputs)
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
+
+
+def test_conv1d_and_keyword_inputs() -> None:
+    model = tiny_gpt2()
+    statistics = started(model)
+    with statistics.counting():
+        model(**batch())
+    assert statistics.accumulators["transformer.h.0.mlp.c_proj"].sum.shape == (128, 128)
+    linear = nn.Sequential(nn.Linear(4, 4))
+    by_keyword = started(linear)
+    with by_keyword.counting():
+        linear[0](input=torch.ones(2, 4))
+    assert by_keyword.accumulators["0"].num_tokens == 2
+
+
+def test_state_goes_on_where_it_was() -> None:
+    model = tiny_llama()
+    whole, first = started(model), started(model)
+    with whole.counting(), first.counting():
+        model(**batch())
+    first.stop()
+    second = InputStatistics(find_targets(model))
+    second.load_states([first.state()])
+    second.start()
+    with whole.counting(), second.counting():
+        model(**batch(number=5))
+    for name, accumulator in whole.accumulators.items():
+        assert torch.equal(second.accumulators[name].sum, accumulator.sum)
+        assert second.accumulators[name].num_tokens == accumulator.num_tokens
+    assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
+
+
+class Alike(ReplicatedAccess):
+    """One of several ranks, of which the others say what it says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+
+def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
+    module = ToyLM().train()
+    module.model.model.layers[0].eval()
+    batches = [batch(number=number) for number in (1, 2, 3, 4)]
+    fitted = trainer(tmp_path, max_steps=1)
+    counts = []
+    for rank in range(2):
+        statistics = InputStatistics(find_targets(module))
+        access = Alike(rank, world_size=2)
+        assert count_dataloader(statistics, batches, fitted, module, access, attention_mask_key="attention_mask") == 2
+        counts.append({a.num_tokens for a in statistics.accumulators.values()})
+    assert counts == [{8 * 4}, {8 * 6}]
+    assert all(not part._forward_pre_hooks for part in module.modules())
+    assert module.model.model.layers[1].training
+    assert not module.model.model.layers[0].training
+
+
+@pytest.mark.parametrize(("couples_rows", "counting"), [(False, [0, 4]), (True, list(range(7)))])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_products_of_outputs_are_of_all_batches(
+    tmp_path: Path, couples_rows: bool, counting: list[int], world_size: int
+) -> None:
+    module, fitted = ToyLM(), trainer(tmp_path, max_steps=1)
+    batches = [batch(number=number) for number in range(1, 8)]  # told apart by their numbers of sequences
+    counted = []
+
+    def backward(output: Any, counts: bool) -> None:
+        assert output.logits.requires_grad
+        if counts:
+            counted.append(len(output.logits) - 1)
+
+    for rank in range(world_size):
+        count_dataloader(
+            InputStatistics(find_targets(module)),
+            batches,
+            fitted,
+            module,
+            Alike(rank, world_size=world_size),
+            attention_mask_key="attention_mask",
+            backward=backward,
+            couples_rows=couples_rows,
+        )
+    assert sorted(counted) == counting
+
+
+class Classifier(LightningModule):
+    """A user's own, on pairs; torch's own encoder, of which evaluation mode calls no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(8, 4)
+        self.modes: list[bool] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(inputs).mean(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        self.modes.append(self.training)
+        loss = nn.functional.cross_entropy(self(inputs), labels)
+        self.log("train/loss", loss)
+        self.log_dict({"train/twice": 2 * loss})
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def pairs(number: int = 6) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(4, 5, 8), torch.randint(4, (4,))) for _ in range(number)]
+
+
+def test_batches_that_are_no_mappings_go_through_the_training_step(tmp_path: Path) -> None:
+    module, batches = Classifier(), pairs()
+    callback = ThanosPruningCallback("2:4", calibration=CalibrationOptions(batches=batches))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no gradient has reached")
+        warnings.filterwarnings("error", message=".*every token counts")
+        trainer(tmp_path, callback, max_steps=2).fit(module, DataLoader(batches, batch_size=None))
+    assert module.modes == [False] * 6 + [True] * 2
+    assert not {"forward", "log", "log_dict"} & module.__dict__.keys()
+    assert torch.backends.mha.get_fastpath_enabled()
+    (event,) = callback.report.events
+    assert [layer.name for layer in event.layers] == ["encoder.layers.0.linear1", "encoder.layers.0.linear2", "head"]
+
+
+def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
+    module, fitted = Classifier(), trainer(tmp_path, max_steps=1)
+    logged: list[Any] = []
+    module.log = lambda *one, **_: logged.append(one)
+    statistics, losses = InputStatistics(find_targets(module)), []
+    count_dataloader(
+        statistics,
+        pairs(),
+        fitted,
+        module,
+        ReplicatedAccess(),
+        attention_mask_key=None,
+        backward=lambda output, counts: losses.append(output),
+    )
+    assert logged == []
+    assert [loss.requires_grad for loss in losses] == [True, True]
+    assert statistics.accumulators["encoder.layers.0.linear1"].num_tokens == 6 * 4 * 5
+    module.log("train/loss", losses[0])  # what it had is back
+    assert len(logged) == 1
+
+
+def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
+    manual, three = Classifier(), [(*pair, 0) for pair in pairs(1)]
+    manual.automatic_optimization = False
+    for module, batches, words in (
+        (
+            Classifier(),
+            three,
+            r"is a tuple, on which training_step\(batch, 0\) of Classifier fails \(ValueError: too many",
+        ),
+        (
+            Classifier(),
+            [{"x": pairs(1)[0]}],
+            r"is a dict, on which forward\(\*\*batch\) of Classifier fails \(TypeError",
+        ),
+        (manual, pairs(1), "under manual optimization that would train"),
+    ):
+        statistics = InputStatistics(find_targets(module))
+        with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
+            count_dataloader(
+                statistics,
+                batches,
+                trainer(tmp_path, max_steps=1),
+                module,
+                ReplicatedAccess(),
+                attention_mask_key=None,
+            )
+
+
+def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    inputs = torch.randn(3, 4)
+    with statistics.counting():
+        model(inputs)
+        for _ in range(20):
+            copy.deepcopy(model)(inputs)
+            gc.collect()
+    assert statistics.accumulators["0"].num_tokens == 3
+
+
+class Saving(ToyLM):
+    """Counts the bytes that a training step and a calibration step keep for their backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved = {"training": 0, "calibration": 0}
+
+    def _run(self, kind: str, batch: dict[str, Tensor]) -> Any:
+        total = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self(**batch)
+        self.saved[kind] = max(self.saved[kind], total)
+        return output
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._run("training", batch).loss
+
+    def calibration_step(self, batch: dict[str, Tensor]) -> Any:
+        assert not any(part.training for part in self.modules() if isinstance(part, nn.Dropout))
+        return self._run("calibration", batch)
+
+
+def test_a_calibration_keeps_no_more_activations_than_a_training_step(tmp_path: Path) -> None:
+    saved = {}
+    for checkpoints in (True, False):
+        module = Saving()
+        model = module.model
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        modes = [part.training for part in model.modules()]
+        funcs = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
+        callback = ThanosPruningCallback(
+            "unstructured", 0.5, calibration=CalibrationOptions(batches=[batch(), batch()])
+        )
+        trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(Sequences(8), batch_size=3))
+        assert [part.training for part in model.modules()] == modes
+        assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == funcs
+        saved[checkpoints] = (module.saved["training"], module.saved["calibration"], callback.report)
+    (trained, calibrated, report), (_, whole, other) = saved[True], saved[False]
+    assert 0 < calibrated <= 1.01 * trained
+    assert whole > 1.5 * calibrated
+    for one, same in zip(report.events[0].layers, other.events[0].layers, strict=True):
+        assert one.sparsity == same.sparsity
+        assert one.relative_loss == pytest.approx(same.relative_loss, rel=1e-4)

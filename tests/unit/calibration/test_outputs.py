@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from toy import tiny_llama
+
+from thanos_lightning.calibration.outputs import OutputGradients, output_weights
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+
+def started(model: nn.Module) -> OutputGradients:
+    gradients = OutputGradients(find_targets(model))
+    gradients.start()
+    return gradients
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def expected(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        hidden = model[0](batch)
+        out = model[2](model[1](hidden))
+        for name, one in zip(("0", "2"), torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
+            sums[name] = sums.get(name, 0) + one.square().flatten(end_dim=-2).sum(0)
+    return sums
+
+
+def test_sums_are_those_of_autograd_over_all_batches() -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(1, 8)]
+    gradients = started(model)
+    for batch in batches:
+        model(batch).square().sum().backward()
+    gradients.stop()
+    seconds = gradients.stopwatch.seconds()
+    assert seconds > 0
+    model(batches[0]).square().sum().backward()  # after the window
+    assert gradients.stopwatch.seconds() == seconds
+    for name, wanted in expected(model, batches).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_one_vector_counts_as_a_token() -> None:
+    model, vector = small(), torch.randn(8)
+    gradients = started(model)
+    model(vector).square().sum().backward()
+    gradients.stop()
+    for name, wanted in expected(model, [vector.unsqueeze(0)]).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_counts_each_token_once(use_reentrant: bool) -> None:
+    model, batch = small(), torch.randn(5, 8)
+    gradients = started(model)
+    inputs = batch.clone().requires_grad_()
+    checkpoint(model, inputs, use_reentrant=use_reentrant).square().sum().backward()
+    gradients.stop()
+    for name, wanted in expected(model, [batch]).items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_checkpointed_layers_of_a_language_model_count_as_others() -> None:
+    tokens = torch.arange(12).reshape(2, 6)
+    found = []
+    for checkpointed in (False, True):
+        model = tiny_llama().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        gradients = started(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found.append(gradients.sums)
+    assert found[0].keys() == found[1].keys() == find_targets(tiny_llama()).keys()
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted)
+
+
+def test_forwards_without_a_backward_count_nothing() -> None:
+    model = small()
+    gradients = started(model)
+    with torch.no_grad():
+        model(torch.randn(3, 8))
+    model(torch.randn(3, 8))
+    assert gradients.sums == {}
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_summing_leaves_the_training_as_it_is(coupled: bool) -> None:
+    inputs = torch.randn(3, 8)
+    found = []
+    for watched in (False, True):
+        model = small()
+        if watched:
+            OutputGradients(find_targets(model), coupled=coupled).start()
+        (model(inputs) ** 2).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_gradients_that_are_not_finite_are_left_out() -> None:
+    model, batch = small(), torch.randn(4, 8)
+    gradients = started(model)
+    model(batch).square().sum().backward()
+    before = {name: one.clone() for name, one in gradients.sums.items()}
+    for scale in (math.inf, math.nan, 1e30):  # of which the last overflows when it is squared
+        (model(batch).sum() * scale).backward()
+    for name, wanted in before.items():
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    model = small().to(torch.bfloat16)
+    gradients = started(model)
+    for _ in range(300):
+        model(torch.ones(4, 8, dtype=torch.bfloat16)).sum().backward()
+    assert gradients.sums["2"].dtype == torch.float32
+    torch.testing.assert_close(gradients.sums["2"], torch.full((4,), 1200.0))
+
+
+def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    gradients = started(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    total = gradients.total(ReplicatedAccess())
+    assert list(total) == ["2"]
+    resumed = OutputGradients(find_targets(model))
+    resumed.load(total)
+    torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
+
+
+def test_joined_sums_are_those_of_the_products_of_each_two_outputs() -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
+    wanted = {"0": torch.zeros(6, 6), "2": torch.zeros(4, 4)}
+    for batch in batches:
+        hidden = model[0](batch)
+        out = model[2](model[1](hidden))
+        for name, one in zip(wanted, torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
+            rows = one.view(-1, one.shape[-1])
+            wanted[name] += sum(torch.outer(row, row) for row in rows)
+    gradients = OutputGradients(find_targets(model), coupled=True)
+    gradients.start()
+    for batch in batches:
+        model(batch).square().sum().backward()
+    (model(batches[0]).sum() * math.nan).backward()  # left out
+    gradients.stop()
+    total = gradients.total_on({"0": 0, "2": 0}, ReplicatedAccess())
+    for name, one in wanted.items():
+        torch.testing.assert_close(total[name], one)
+    alone = OutputGradients(find_targets(model), coupled=True)
+    alone.start(of_training=False)
+    for batch in batches:
+        alone.backward(model(batch).square().sum(), counts=True)
+    alone.stop()
+    for name, one in wanted.items():
+        torch.testing.assert_close(alone.sums[name], one)
+    resumed = OutputGradients(find_targets(model), coupled=True)
+    resumed.load(total)
+    assert all(torch.equal(one, total[name]) for name, one in resumed.sums.items())
+    for other, sums in ((resumed, {"0": torch.ones(6)}), (OutputGradients(find_targets(model)), total)):
+        with pytest.raises(ValueError, match="resume with the output_weights that it was trained with"):
+            other.load(sums)
+
+
+def test_no_output_is_worth_nothing() -> None:
+    weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
+    torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))
+    assert (weights["b"] > 0).all()
+
+
+def test_a_backward_of_its_own_touches_no_parameter() -> None:
+    model, batches = small(), [torch.randn(3, 8), torch.randn(5, 8)]
+    model[0].requires_grad_(False)
+    model[2].weight.grad = torch.ones(4, 6)
+    gradients = OutputGradients(find_targets(model))
+    gradients.start(of_training=False)
+    for number, batch in enumerate([*batches, torch.randn(4, 8)]):
+        gradients.backward(model(batch).square().sum(), counts=number < 2)
+    gradients.stop()
+    assert torch.equal(model[2].weight.grad, torch.ones(4, 6))
+    assert model[2].bias.grad is None
+    model[0].requires_grad_(True)
+    for name, wanted in expected(model, batches).items():  # of the frozen layer, too
+        torch.testing.assert_close(gradients.sums[name], wanted)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_scaled_loss_counts_as_the_loss_that_it_is(coupled: bool) -> None:
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8)]
+    plain, scaled = (OutputGradients(find_targets(model), coupled=coupled) for _ in range(2))
+    for gradients, scales in ((plain, (1.0, 1.0)), (scaled, (2.0**16, torch.tensor(2.0**15)))):
+        gradients.start()
+        for batch, scale in zip(batches, scales, strict=True):
+            gradients.begin(scale)
+            (scale * model(batch).square().sum()).backward()
+        gradients.stop()
+    for name, sums in plain.sums.items():
+        torch.testing.assert_close(scaled.sums[name], sums)
+        if coupled:
+            torch.testing.assert_close(sums.diagonal(), expected(model, batches)[name])

@@ -1,0 +1,330 @@
+import shutil
+import zipfile
+from pathlib import Path
+
+import checkpoint_cases
+import pytest
+import torch
+from checkpoint_cases import PRUNED, change_checkpoint, failed, fill, names, train, untied_llama
+from safetensors.torch import load_file, save_file
+from toy import ToyLM, adamw, tiny_gpt2
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.checkpoints.verify import TensorReport, verify_checkpoint
+from thanos_lightning.solver import NM, Unstructured
+
+# fixtures: pytest looks for them among this module's names
+trained, exported = checkpoint_cases.trained, checkpoint_cases.exported
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """Copies of the exported folders, to be damaged."""
+    return {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in exported.items()}
+
+
+def change_folder(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# Folders and files
+
+
+@names
+@pytest.mark.parametrize("pattern", [None, NM(2, 4), Unstructured(0.5)])
+def test_exported_folder_conforms(exported, name, pattern):
+    reports = verify_checkpoint(exported[name], pattern)
+    assert len(reports) == {"llama": 14, "gpt2": 8}[name]
+    assert not failed(reports)
+
+
+@names
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1e-8, "are not 0"), (-0.0, "1 entries are -0"), (float("nan"), "1 entries are NaN")],
+)
+def test_filled_zero_in_a_folder(copied, name, value, message, pattern):
+    change_folder(copied[name], lambda tensors: fill(tensors[PRUNED[name]], value))
+    (report,) = failed(verify_checkpoint(copied[name], pattern))
+    assert report.name == PRUNED[name]
+    assert report.violations >= 1
+    assert message in " ".join(report.problems)
+
+
+@names
+def test_filled_zero_without_a_record(copied, name):
+    (copied[name] / "sparsity.json").unlink()
+    with pytest.raises(ValueError, match=r"has no sparsity\.json beside it.*--pattern 2:4"):
+        verify_checkpoint(copied[name])
+    assert not failed(verify_checkpoint(copied[name], NM(2, 4)))
+    change_folder(copied[name], lambda tensors: fill(tensors[PRUNED[name]], 1.0))
+    (report,) = failed(verify_checkpoint(copied[name], NM(2, 4)))
+    assert report == TensorReport(
+        PRUNED[name],
+        report.shape,
+        "2:4",
+        sparsity=0.5,
+        zeros=torch.Size(report.shape).numel() // 2 - 1,
+        violations=1,
+        problems=("1 entries more than pattern 2:4 allows are not 0",),
+    )
+
+
+def test_value_where_the_count_is_the_same(copied):
+    """A zero that has moved within the tensor shows in the pattern."""
+
+    def move(tensors):
+        flat = tensors[PRUNED["llama"]].view(-1)
+        fill(flat, 1.0)
+        flat[4:8][flat[4:8].nonzero()[0]] = 0
+
+    change_folder(copied["llama"], move)
+    assert [report.name for report in failed(verify_checkpoint(copied["llama"]))] == [PRUNED["llama"]]
+
+
+def test_missing_and_reshaped_tensors(copied):
+    def change(tensors):
+        del tensors[PRUNED["llama"]]
+        key = "model.layers.0.mlp.up_proj.weight"
+        tensors[key] = tensors[key][:8].clone()
+
+    change_folder(copied["llama"], change)
+    reports = failed(verify_checkpoint(copied["llama"]))
+    assert [report.problems for report in reports] == [
+        ("the shape is (8, 32), not (48, 32)",),
+        ("the tensor is missing",),
+    ]
+    assert [report.violations for report in reports] == [8 * 32, 48 * 32]
+    assert any(report.name == PRUNED["llama"] for report in failed(verify_checkpoint(copied["llama"], NM(2, 4))))
+
+
+def test_dense_model(tmp_path):
+    untied_llama().save_pretrained(tmp_path)
+    assert len(failed(verify_checkpoint(tmp_path, NM(2, 4)))) == 14
+    assert len(failed(verify_checkpoint(tmp_path, NM(2, 4), targets=["*.up_proj"]))) == 2
+    assert len(failed(verify_checkpoint(tmp_path, NM(2, 4), ignore=()))) == 15
+
+
+def test_pattern_that_does_not_divide_a_layer(tmp_path):
+    untied_llama(intermediate_size=18).save_pretrained(tmp_path)
+    reports = failed(verify_checkpoint(tmp_path, NM(2, 4), targets=["*.down_proj"]))
+    assert "needs an input width divisible by 4" in reports[0].problems[0]
+
+
+def test_orientation_of_conv1d(tmp_path):
+    """2:4 along the rows of the file is not 2:4 along the inputs of a Conv1D."""
+    model = tiny_gpt2()
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in ("c_attn", "c_fc", "c_proj") and parameter.dim() == 2:
+            parameter.data[:, ::2] = 0
+    model.save_pretrained(tmp_path)
+    assert len(failed(verify_checkpoint(tmp_path, NM(2, 4)))) == 8
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in ("c_attn", "c_fc", "c_proj") and parameter.dim() == 2:
+            parameter.data.normal_()[::2] = 0
+    model.save_pretrained(tmp_path)
+    assert not failed(verify_checkpoint(tmp_path, NM(2, 4)))
+
+
+def test_sharded_folder(exported, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(exported["llama"])
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert len(verify_checkpoint(tmp_path, NM(2, 4))) == 14
+    assert not failed(verify_checkpoint(tmp_path, NM(2, 4)))
+    shutil.copy(exported["llama"] / "sparsity.json", tmp_path)
+    assert sum(len(verify_checkpoint(shard)) for shard in shards if holds_layers(shard)) == 14
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00001-of.*copy the whole folder"):
+        verify_checkpoint(tmp_path)
+
+
+def holds_layers(shard):
+    return any("proj" in name for name in load_file(shard))
+
+
+def test_single_file(copied, tmp_path):
+    file = copied["llama"] / "model.safetensors"
+    assert len(verify_checkpoint(file)) == 14
+    assert len(verify_checkpoint(file, NM(2, 4))) == 14
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(file, alone)
+    # without a configuration each matrix counts, the embedding too
+    reports = failed(verify_checkpoint(alone / "model.safetensors", NM(2, 4)))
+    assert [report.name for report in reports] == ["model.embed_tokens.weight"]
+    assert len(verify_checkpoint(alone / "model.safetensors", NM(2, 4), targets=["*_proj"])) == 14
+    with pytest.raises(ValueError, match="no tensor to check"):
+        verify_checkpoint(alone / "model.safetensors", NM(2, 4), targets=["nothing"])
+    (alone / "model.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        verify_checkpoint(alone / "model.safetensors", NM(2, 4))
+
+
+def test_nothing_to_verify(tmp_path, exported):
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        verify_checkpoint(tmp_path, NM(2, 4))
+    with pytest.raises(ValueError, match="matches no prunable layer"):
+        verify_checkpoint(exported["llama"], NM(2, 4), targets=["nothing"])
+
+
+def test_damaged_record(copied):
+    record = copied["llama"] / "sparsity.json"
+    record.write_text("{")
+    with pytest.raises(ValueError, match=r"sparsity\.json is damaged"):
+        verify_checkpoint(copied["llama"])
+    record.write_text('{"format": 7}')
+    with pytest.raises(ValueError, match=r"sparsity\.json is not of format 1"):
+        verify_checkpoint(copied["llama"])
+
+
+# Trainer checkpoints
+
+
+@names
+def test_checkpoint_conforms(trained, name, recwarn):
+    reports = verify_checkpoint(trained[name][1])
+    assert not failed(reports)
+    assert {report.name.split(".")[0] for report in reports} == {"model"}
+    assert not failed(verify_checkpoint(trained[name][1], NM(2, 4)))
+    assert not recwarn.list
+
+
+@names
+@pytest.mark.parametrize("value", [1e-8, -0.0, float("nan")])
+def test_filled_zero_in_a_checkpoint(trained, tmp_path, name, value):
+    key = f"model.{PRUNED[name]}"
+    checkpoint = change_checkpoint(
+        trained[name][1], tmp_path / "a.ckpt", lambda content: fill(content["state_dict"][key], value)
+    )
+    (report,) = failed(verify_checkpoint(checkpoint))
+    assert report.name == key
+    assert "1 pruned entries are not 0" in report.problems
+
+
+def fill_moments(content, shape, moment, value):
+    """Of the last matrix of that shape."""
+    states = content["optimizer_states"][0]["state"].values()
+    fill([state[moment] for state in states if tuple(state[moment].shape) == shape][-1], value)
+
+
+@names
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [1e-8, -0.0])
+def test_filled_moment_in_a_checkpoint(trained, tmp_path, name, moment, value):
+    key = f"model.{PRUNED[name]}"
+    shape = tuple(trained[name][0].state_dict()[key].shape)
+    checkpoint = change_checkpoint(
+        trained[name][1], tmp_path / "a.ckpt", lambda content: fill_moments(content, shape, moment, value)
+    )
+    (report,) = failed(verify_checkpoint(checkpoint))
+    assert report.name == key
+    assert report.problems == (f"1 pruned entries of its moment {moment} are not 0",)
+
+
+def grouped_adamw(parameters):
+    parameters = list(parameters)
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    return adamw([{"params": others, "weight_decay": 0.0}, {"params": matrices}])
+
+
+def adamw_beside_frozen_parameters(parameters):
+    return adamw(parameter for parameter in parameters if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "frozen"),
+    [(grouped_adamw, []), (adamw_beside_frozen_parameters, ["model.embed_tokens.weight"])],
+)
+def test_moments_of_groups_and_beside_frozen_parameters(tmp_path, make_optimizer, frozen):
+    module = ToyLM(untied_llama(), make_optimizer)
+    for name in frozen:
+        module.model.get_parameter(name).requires_grad_(False)
+    source = train(tmp_path, module)
+    checkpoint = change_checkpoint(
+        source, tmp_path / "a.ckpt", lambda content: fill_moments(content, (48, 32), "exp_avg", 1.0)
+    )
+    (report,) = failed(verify_checkpoint(checkpoint))
+    assert report.name == f"model.{PRUNED['llama']}"
+
+
+def test_moments_of_unknown_owners_warn(tmp_path):
+    def forget(content):
+        del content["thanos_lightning"]["optimizer_parameters"]
+
+    checkpoint = change_checkpoint(train(tmp_path, ToyLM(untied_llama())), tmp_path / "a.ckpt", forget)
+    with pytest.warns(UserWarning, match="moments in .* were not checked"):
+        assert not failed(verify_checkpoint(checkpoint))
+
+
+def test_checkpoint_of_another_training(trained, tmp_path):
+    def forget(content):
+        content["callbacks"] = {}
+        del content["thanos_lightning"]
+
+    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", forget)
+    assert len(verify_checkpoint(checkpoint, NM(2, 4), targets=["*_proj"])) == 14
+    with pytest.raises(ValueError, match="no tensor to check"):
+        verify_checkpoint(checkpoint, NM(2, 4), targets=["nothing"])
+
+
+# Trainer checkpoints that can't be read, for an export either
+
+
+def assert_unreadable(path, output, message, error=ValueError):
+    for read in (lambda: export_checkpoint(path, output), lambda: verify_checkpoint(path)):
+        with pytest.raises(error, match=message):
+            read()
+
+
+def test_missing_checkpoint(tmp_path):
+    missing = tmp_path / "nowhere.ckpt"
+    assert_unreadable(missing, tmp_path / "out", r"nowhere\.ckpt does not exist", FileNotFoundError)
+
+
+@pytest.mark.parametrize("kind", ["text", "tensor", "zip", "truncated"])
+def test_not_a_checkpoint(trained, tmp_path, kind):
+    path = tmp_path / "a.ckpt"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a", "b")
+    else:
+        path.write_bytes(trained["llama"][1].read_bytes()[:-100])
+    assert_unreadable(path, tmp_path / "out", r"a\.ckpt is damaged or no trainer checkpoint")
+
+
+def test_no_callback(trained, tmp_path):
+    checkpoint = change_checkpoint(
+        trained["llama"][1], tmp_path / "a.ckpt", lambda content: content.update(callbacks={})
+    )
+    assert_unreadable(checkpoint, tmp_path / "out", r"holds no state of a ThanosPruningCallback.*--pattern")
+    assert len(verify_checkpoint(checkpoint, NM(2, 4))) == 14
+
+
+def test_no_masks_yet(tmp_path):
+    checkpoint = train(tmp_path, ToyLM(untied_llama()), steps=1)
+    content = torch.load(checkpoint, weights_only=True)
+    next(iter(content["callbacks"].values()))["masks"] = {}
+    torch.save(content, checkpoint)
+    assert_unreadable(checkpoint, tmp_path / "out", "no masks yet: it was saved after 1 optimizer steps")
+
+
+def test_half_a_deepspeed_checkpoint(tmp_path):
+    (tmp_path / "deep.ckpt" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "deep.ckpt" / "latest").write_text("checkpoint")
+    assert_unreadable(
+        tmp_path / "deep.ckpt",
+        tmp_path / "out",
+        "holds no mp_rank_00_model_states.pt: copy the whole folder, from all nodes",
+    )

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import ToyLM, loader, trainer
+
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback
+from thanos_lightning.cli.training_bar import TrainingBar
+from thanos_lightning.report import progress
+from thanos_lightning.report.progress import Terminated
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.001)):
+        monkeypatch.setattr(progress, name, seconds)
+
+
+def at_once(calibration: Any, **options: Any) -> ThanosPruningCallback:
+    return ThanosPruningCallback("2:4", calibration=CalibrationOptions(calibration), **options)
+
+
+def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingBar()
+    fitted = trainer(tmp_path, pruning, bar, max_steps=6, enable_progress_bar=True, num_sanity_val_steps=0)
+    fitted.fit(ToyLM(), loader(), loader(8))
+    told = capsys.readouterr().err
+    lines = told.splitlines()
+    assert any(line.startswith("Training: 6 steps in ") for line in lines)
+    assert any("loss " in line and "val/loss " in line for line in lines if line.startswith("Training: "))
+    for phase in ("Validating", "Calibrating", "Solving at step 0", "Writing at step 0"):
+        assert any(line.startswith(f"{phase}: ") for line in lines), phase
+    assert "Epoch" not in told
+    assert "\r" not in told
+
+
+def test_a_trainer_without_a_bar_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, at_once(list(loader(8))), max_steps=2).fit(ToyLM(), loader())
+    assert "Calibrating" not in capsys.readouterr().err
+
+
+def test_it_tests_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Module(ToyLM):
+        def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return batch["input_ids"]
+
+    fitted = trainer(tmp_path, TrainingBar(), enable_progress_bar=True)
+    fitted.test(Module(), loader(8))
+    fitted.predict(Module(), loader(8))
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("Testing: 2 batches in") for line in lines)
+    assert any(line.startswith("Predicting: 2 batches in") for line in lines)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Terminated), (signal.SIGINT, SystemExit)])
+def test_a_signal_ends_a_calibration_at_once(number: signal.Signals, ends: type[BaseException], tmp_path: Path) -> None:
+    class Interrupted(list[Any]):
+        taken = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for batch in super().__iter__():
+                self.taken += 1
+                if self.taken == 2:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+    batches, lm = Interrupted(loader(32)), ToyLM()
+    dense = lm.model.state_dict()
+    before = {name: value.clone() for name, value in dense.items()}
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    try:
+        with pytest.raises(ends):
+            trainer(tmp_path, at_once(batches), TrainingBar(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
+    finally:
+        signal.signal(signal.SIGINT, handlers[1])  # which Lightning leaves ignored
+    assert batches.taken <= 3
+    assert all(torch.equal(value, before[name]) for name, value in dense.items())
+    assert not any(module._forward_pre_hooks for module in lm.modules())
+    assert signal.getsignal(signal.SIGTERM) == handlers[0]

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from toy import Sequences, ToyLM, loader, trainer
+
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.events.forecast import Calibration, Forecast, describe, tokens_per_batch
+from thanos_lightning.models.census import Census
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.solver import NM, Unstructured
+
+SMOLLM = Census(210, 211, "Linear", 106_168_320, 134_515_008, {"embeddings": 28_311_552, "lm_head": 0, "norms": 35_136})
+OUTLOOK = Forecast(384 * 2**20, 901 * 2**20, 101 * 2**20, 183.0, 0.0, 113.0)
+SET = Calibration(128, 1024, of_training=False, differentiates=False)
+
+
+def described(calibration: Calibration = SET, outlook: Forecast = OUTLOOK, **other: Any) -> str:
+    settings = {"patterns": [NM(2, 4)], "events": [Event(0, 1.0)], "main": NM(2, 4), "steps": 40, "steps_taken": 0}
+    text = describe(SMOLLM, calibration=calibration, outlook=outlook, **{**settings, **other})
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+def test_one_block_says_what_when_and_what_it_takes() -> None:
+    assert described().splitlines() == [
+        "Pruning 210 of 211 Linear layers to 2:4",
+        "  weights 106.2 of 134.5 M, 79% of the model",
+        "  dense   embeddings (21%), norms, lm_head",
+        "  events  once, before the first of 40 steps, on 128 calibration batches",
+        "  memory  about: second moments 384 MiB, an event 901 MiB in all, masks 101 MiB",
+        "  time    about 4:56 (calibrating 3:03, solving 1:53)",
+    ]
+
+
+def test_events_are_listed_or_summarised() -> None:
+    of_training = Calibration(32, 1024, of_training=True, differentiates=False)
+    few = [Event(step, progress) for step, progress in ((4, 0.5), (8, 0.75), (12, 1.0))]
+    text = " ".join(described(events=few, calibration=of_training).split())
+    assert "after optimizer steps 4, 8, 12 of 40, to 25%, 38%, 50%, on 32 training batches before each" in text
+    assert "about 4:56 an event (counting 3:03, solving 1:53)" in text
+    many = [Event(step, step / 10) for step in range(1, 11)]
+    text = " ".join(described(events=many, steps=None).split())
+    assert "events 10, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%" in text
+
+
+def test_what_is_behind_or_beyond_the_training_is_left_out() -> None:
+    events = [Event(4, 0.5), Event(8, 0.75), Event(80, 1.0)]
+    assert "once, after optimizer step 8 of 40" in described(events=events, steps_taken=6)
+    text = described(events=[Event(4, 1.0)], steps_taken=6)
+    assert "all are done after 6 optimizer steps" in text
+    assert "memory" not in text
+
+
+def test_several_patterns_and_unknown_batches() -> None:
+    unknown = Calibration(None, None, of_training=False, differentiates=False)
+    outlook = Forecast(2**31, 2**32, 0, None, 60.0, 113.0)
+    text = " ".join(
+        described(patterns=[NM(2, 4), NM(2, 4), Unstructured(0.6)], calibration=unknown, outlook=outlook).split()
+    )
+    assert "to 2:4 (2), unstructured 0.6 (1)" in text
+    assert "about: second moments 2.0 GiB, an event 4.0 GiB in all" in text
+    assert "about solving 1:53, and what running the batches takes; before the first, about 1:00 to find out" in text
+
+
+def test_tokens_are_counted_without_a_batch() -> None:
+    assert tokens_per_batch(loader(32, 4)) == (8, 4 * 16)
+    assert tokens_per_batch(list(loader(32, 4))) == (8, 4 * 16)
+    assert tokens_per_batch([(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long))]) == (1, None)  # features: no tokens
+    assert tokens_per_batch(iter([])) == (None, None)
+
+    class Random(Sequences):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            torch.rand(3)
+            return super().__getitem__(index)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert tokens_per_batch(DataLoader(Random(8), batch_size=2)) == (4, 32)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_training_begins_with_it_and_ends_with_what_it_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 4, 2), calibration=CalibrationOptions(steps=2))
+    saving = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
+    trainer(tmp_path, pruning, saving, max_steps=6, enable_checkpointing=True).fit(ToyLM(), loader())
+    told = capsys.readouterr().out
+    assert "Pruning 14 of 15 Linear layers to 2:4" in told
+    assert "after optimizer steps 2, 4 of 6" not in told  # the first one asks for nothing
+    assert "once, after optimizer step 4 of 6, on 2 training batches before it" in told
+    assert told.index("time    about") < told.index("Pruned at optimizer step 4")
+    assert f"next        thanos-lightning export {tmp_path / 'last.ckpt'} exported" in told
+    summary = pruning.report.summary
+    assert 0 < summary.target_weights < summary.model_weights
+    assert [step for step, _ in pruning.report.history.losses] == [1, 2, 3, 4, 5, 6]
+    event = pruning.report.events[0]
+    assert event.seconds == pytest.approx(summary.event_seconds + summary.collecting_seconds)
+
+
+def test_little_of_a_model_is_said(tmp_path: Path) -> None:
+    lm = ToyLM()
+    lm.add_module("vision", nn.Conv2d(64, 256, 3))
+    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 2, 1), calibration=CalibrationOptions(steps=2))
+    with pytest.warns(UserWarning, match=r"only .*% of the model's weights .* left out are Conv2d \(8"):
+        trainer(tmp_path, pruning, max_steps=3).fit(lm, loader())

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.events.beforehand import check_weights, hold_zeros
+from thanos_lightning.events.prune import prune_window
+from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.report.data import LayerReport
+from thanos_lightning.sharding.owners import PruningError, assign_owners, assign_teams, sum_on_owners
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import NM, Unstructured, prune
+from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.solver.linalg import Curvature, curvature
+from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
+
+OPTIONS = SolverOptions.as_published()
+
+
+def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
+    layers = find_targets(model)
+    statistics = InputStatistics(layers)
+    statistics.start()
+    with statistics.counting():
+        model(inputs)
+    statistics.stop()
+    access = ReplicatedAccess()
+    return prune_window(
+        Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True),
+        layers,
+        Moments.of_window(layers, access.world_size, statistics.accumulators),
+        access=access,
+        enforcer=MaskEnforcer(layers, access),
+        options=options,
+    )
+
+
+def test_layers_become_what_the_solver_returns() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    inputs = torch.randn(50, 8)
+    expected = prune(model[0].weight.detach(), 2 / 50 * inputs.T @ inputs, NM(2, 4), damping=0.01)
+    reports = run(model, inputs)
+    torch.testing.assert_close(model[0].weight, expected.weight, rtol=1e-4, atol=1e-6)
+    assert [report.name for report in reports] == ["0", "2"]
+    assert reports[0].relative_loss == pytest.approx(expected.relative_loss, rel=1e-3)
+    assert reports[0].sparsity == 0.5
+
+
+def test_layers_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.after = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.right(inputs) + self.after(self.left(inputs))  # type: ignore[no-any-return]
+
+    widths = []
+
+    def counted(hessian: Tensor, damping: float) -> Curvature:
+        widths.append(len(hessian))
+        return curvature(hessian, damping)
+
+    monkeypatch.setattr("thanos_lightning.solver.factors.curvature", counted)
+    torch.manual_seed(0)
+    model, inputs = Branches(), torch.randn(50, 8)
+    hessian = 2 / 50 * inputs.T @ inputs
+    expected = [prune(one.weight.detach(), hessian, NM(2, 4)).weight for one in (model.left, model.right)]
+    widths.clear()
+    run(model, inputs)
+    assert len(widths) == 2  # left and right, and after
+    for found, weight in zip((model.left, model.right), expected, strict=True):
+        torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_written_when_one_layer_fails() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("inf")
+    before = model[0].weight.detach().clone()
+    with pytest.raises(PruningError, match=r"layer 2: .*No layer of this window was changed"):
+        run(model, torch.randn(50, 8))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_broken_weights_are_named_before_the_training() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    check_weights(find_targets(model), ReplicatedAccess())
+    with torch.no_grad():
+        model[1].weight[3, 4], model[2].weight[0, 0] = float("nan"), float("inf")
+    with pytest.raises(PruningError, match=r"the weight of layer 1 \(and 1 more\) holds NaN or Inf before"):
+        check_weights(find_targets(model), ReplicatedAccess())
+
+
+def seconds(layer: PrunableLayer, members: int = 1) -> int:
+    return layer.cols**3 + 4 * math.ceil(layer.rows / members) * layer.cols**2
+
+
+def test_owners_are_balanced_by_cost() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(64, 8), *(nn.Linear(32, 8) for _ in range(8))))
+    owners = assign_owners(layers, 2)
+    loads = [0, 0]
+    for name, owner in owners.items():
+        loads[owner] += seconds(layers[name])
+    assert max(loads) / sum(loads) < 0.6
+    assert set(assign_owners(layers, 1).values()) == {0}
+    assert assign_owners(layers, 2) == owners
+    assert all(len(team) == 1 for world_size in range(1, 10) for team in assign_teams(layers, world_size).values())
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6, unique=True),
+    st.integers(1, 20),
+    st.randoms(use_true_random=False),
+)
+def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more: int, random: Random) -> None:
+    layers = find_targets(nn.Sequential(*(nn.Linear(cols, rows, device="meta") for rows, cols in shapes)))
+    world_size = len(layers) + more
+    teams = assign_teams(layers, world_size)
+    shuffled = list(layers)
+    random.shuffle(shuffled)
+    assert assign_teams({name: layers[name] for name in shuffled}, world_size) == teams
+    assert assign_owners(layers, world_size) == {name: team[0] for name, team in teams.items()}
+    assert teams.keys() == layers.keys()
+    used = [rank for team in teams.values() for rank in team]
+    assert sorted(used) == list(range(min(world_size, sum(layer.rows for layer in layers.values()))))
+    assert all(1 <= len(team) <= layers[name].rows for name, team in teams.items())
+    # No team could give a rank to the slowest one and still be faster than that.
+    times = {name: seconds(layers[name], len(team)) for name, team in teams.items()}
+    slowest = max(times, key=lambda name: times[name])
+    for name, team in teams.items():
+        if len(team) > 1 and len(teams[slowest]) < layers[slowest].rows:
+            assert seconds(layers[name], len(team) - 1) >= times[slowest]
+
+
+def test_teams_are_in_proportion_to_the_cost() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(32, 4000), nn.Linear(32, 2000), nn.Linear(32, 1000)))
+    assert {name: len(team) for name, team in assign_teams(layers, 7).items()} == {"0": 4, "1": 2, "2": 1}
+    assert {name: len(team) for name, team in assign_teams(layers, 4).items()} == {"0": 2, "1": 1, "2": 1}
+    alone = assign_teams(layers, 7, coupled=True)
+    assert sorted(len(team) for team in alone.values()) == [1, 1, 1]
+    assert len({team[0] for team in alone.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "refine", "needs"), [("magnitude", 0, False), ("magnitude", 5, True), ("wanda", 0, True)]
+)
+def test_what_needs_statistics(method: str, refine: int, needs: bool) -> None:
+    assert SolverOptions.as_published(method, refine_steps=refine).needs_statistics is needs
+
+
+def test_earlier_masks_are_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    layers, access = find_targets(model), ReplicatedAccess()
+    enforcer = MaskEnforcer(layers, access)
+    options = SolverOptions.as_published("magnitude")
+    for sparsity in (0.3, 0.6):
+        window = Window(Event(1, 1.0), {"0": Unstructured(sparsity)}, 1, 1, is_last=True)
+        before = enforcer.keep_mask("0")
+        prune_window(window, layers, Moments.of_window(layers, 1), access=access, enforcer=enforcer, options=options)
+        with torch.no_grad():  # the weights of the first event come back, large: their mask must win
+            model[0].weight += 10 * (model[0].weight == 0)
+    keep = enforcer.keep_mask("0")
+    assert before is not None
+    assert keep is not None
+    assert not (keep & ~before).any()
+    assert int((~keep).sum()) == int(0.6 * 128)
+
+
+def test_zeros_of_before_are_held() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = torch.tensor(-0.0)  # a zero, too
+        model[1].weight[0] = 0
+        model[1].weight[1, 0] = 0
+        model[2].weight.zero_()  # to be trained from 0
+    layers, access = find_targets(model), ReplicatedAccess()
+    enforcer = MaskEnforcer(layers, access)
+    assert hold_zeros(layers, access, enforcer) == {"0": Unstructured(64 / 128), "1": Unstructured(17 / 128)}
+    assert torch.equal(enforcer.keep_mask("0"), model[0].weight != 0)
+    enforcer.verify()
+    with torch.no_grad():
+        model[1].weight[1] = 0.5
+    with pytest.raises(ZeroViolationError, match=r"1 of 17 pruned entries of 1\.weight"):
+        enforcer.verify()
+
+
+class SecondSeesTheSame(ReplicatedAccess):
+    """The first of two ranks, of which the other one would say and send what this one does."""
+
+    def __init__(self) -> None:
+        super().__init__(world_size=2)
+        self.reserved: list[int] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
+        return matrix if owner == self.rank else None
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        self.reserved += sizes
+
+
+@pytest.mark.parametrize(("stay", "widths"), [(False, [16]), (True, [8, 16])])
+def test_sums_that_stay_are_all_reserved_beside_those_of_the_owner(stay: bool, widths: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 4))
+    layers = find_targets(model)
+    statistics = InputStatistics(layers)
+    statistics.start()
+    with statistics.counting():
+        model(torch.ones(3, 8))
+    access = SecondSeesTheSame()
+    sum_on_owners(layers, dict(statistics.accumulators), {"0": 0, "1": 0, "2": 1}, access, stay=stay)
+    assert sorted(access.reserved) == [4 * width**2 for width in widths]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from toy import tiny_gpt2, tiny_llama
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from thanos_lightning.models.census import take_census
+from thanos_lightning.models.targets import find_targets
+
+
+def test_a_tied_embedding_counts_once() -> None:
+    model = tiny_llama()
+    census = take_census(model, find_targets(model))
+    assert census.model_weights == model.num_parameters()
+    assert (census.num_targets, census.num_prunable, census.prunable) == (14, 15, "Linear")
+    assert census.target_weights + sum(census.dense.values()) == census.model_weights
+    assert list(census.dense) == ["embeddings", "norms", "lm_head"]
+    assert census.dense["lm_head"] == 0
+    assert census.share == pytest.approx(census.target_weights / census.model_weights)
+
+
+def test_layers_of_gpt2_have_their_own_name_and_biases_stay() -> None:
+    model = tiny_gpt2()
+    census = take_census(model, find_targets(model))
+    assert census.prunable == "Conv1D"
+    assert {"embeddings", "biases", "norms"} <= set(census.dense)
+
+
+def test_what_cannot_be_pruned_is_named() -> None:
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 8, 3),
+            "norm": nn.BatchNorm2d(8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "fc": nn.Linear(8, 4),
+        }
+    )
+    census = take_census(model, find_targets(model, targets="fc"))
+    assert census.dense["Conv2d"] == 216
+    assert census.dense["MultiheadAttention's in_proj"] == 3 * 64 + 24
+    assert census.shares().startswith("Conv2d (")
+
+
+def test_fused_experts_are_named() -> None:
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=8,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    census = take_census(model, find_targets(model))
+    assert census.share < 0.5
+    assert census.shares().startswith("fused experts (3-D parameters) (")

@@ -1,0 +1,188 @@
+"""What is asked of the callback, and can't be right: each wrong value with the words of its error."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jaxtyping
+import pytest
+from torch.utils.data import DataLoader
+from toy import grouped
+
+from thanos_lightning import (
+    CalibrationOptions,
+    SolverOptions,
+    SparsitySchedule,
+    TargetOverride,
+    ThanosPruningCallback,
+)
+from thanos_lightning.plan.allocation import Allocation
+
+MAGNITUDE: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
+NAN, INFINITY = float("nan"), float("inf")
+BATCHES = [{"input_ids": None}]
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks of annotations that tests have, which would be first to refuse another type."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pattern": "4:2"}, "n:m = 4:2 keeps n of every m weights and needs 1 <= n < m"),
+        ({"pattern": "2:0"}, "n:m = 2:0"),
+        ({"pattern": "2:x"}, "pattern='2:x' is not known: write"),
+        ({"pattern": 124}, 'reads an unquoted 2:4 as the number 124: quote it as "2:4"'),
+        ({"pattern": 0.5}, 'pattern=0.5 is not text: write n:m such as "2:4"'),
+        ({"pattern": None}, "pattern=None is not text: write"),
+        ({"pattern": (2, 4)}, "pattern=(2, 4) is not text: write"),
+        ({"pattern": "unstructured"}, "pattern='unstructured' needs a sparsity: give the fraction"),
+        *(
+            ({"pattern": "unstructured", "sparsity": value}, f"sparsity={value!r} is not a number between 0 and 1")
+            for value in (0, 1, -0.1, 1.5, NAN, "0.5", [0.5], True)
+        ),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity=0.7 contradicts pattern 2:4"),
+        ({"pattern": "2:4", "sparsity": "0.5"}, "sparsity='0.5' is not a number"),
+        ({"outlier_fraction": "0.1"}, "outlier_fraction='0.1' is not a number in [0, 1): give"),
+        ({"schedule": [1, 2, 3]}, "schedule is [1, 2, 3]: give a SparsitySchedule"),
+        ({"schedule": {"start_step": 1}}, "schedule is {'start_step': 1}: give a SparsitySchedule"),
+        ({"schedule": "gradual"}, "schedule is 'gradual': give a SparsitySchedule"),
+        ({"targets": None}, "targets is None: give a list of globs"),
+        ({"targets": 3}, "targets is 3: give a list of globs"),
+        ({"targets": [3]}, "targets holds 3: give globs"),
+        ({"targets": []}, "targets is []: give at least one"),
+        ({"targets": ["re:("]}, "'re:(' is not a regular expression"),
+        ({"ignore": None}, "ignore is None: give a list of globs"),
+        ({"ignore": [""]}, "ignore holds '': give globs"),
+        ({"overrides": ["x"]}, "overrides holds 'x': give a list of TargetOverride"),
+        ({"overrides": None}, "overrides is None: give a list of TargetOverride"),
+        ({"overrides": TargetOverride(["*"], "2:4")}, "give a list of TargetOverride"),
+        ({"overrides": [TargetOverride(["*"], "4:2")]}, "n:m = 4:2"),
+        ({"overrides": [TargetOverride(None, "2:4")]}, "an override's targets is None: give a list"),  # type: ignore[arg-type]
+        ({"method": "obs"}, "method='obs' is not known: choose one of thanos, sparsegpt, wanda, magnitude"),
+        ({"method": None}, "method=None is not known: choose one of thanos"),
+        *(({"block_size": value}, f"block_size={value!r} is not a whole number >= 1") for value in (0, 1.5, "64", NAN)),
+        *(
+            ({"damping": value}, f"damping={value!r} is not a finite number")
+            for value in (-1.0, NAN, INFINITY, "x", None)
+        ),
+        ({"saliency": "magnitude"}, "saliency='magnitude' is not known: choose one of wanda, obs, balanced"),
+        *(({"admm_steps": value}, f"admm_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, None)),
+        *(({"refine_steps": value}, f"refine_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, True)),
+        *(
+            (
+                {"steps": value},
+                f"calibration.steps is {value!r}: give a whole number of optimizer steps ≥ 1",
+            )
+            for value in (0, 0.1, "8", NAN, True)
+        ),
+        ({"batches": "train"}, "calibration.batches is 'train': give a DataLoader, a list of"),
+        ({"batches": 3}, "calibration.batches is 3: give a DataLoader"),
+        ({"batches": {"input_ids": [1]}}, "calibration.batches is {'input_ids': [1]}: give"),
+        ({"batches": ["a text"]}, "calibration.batches holds text ('a text'), not batches: give"),
+        ({"batches": []}, "calibration.batches has no batch ([]): give"),
+        ({"batches": DataLoader([])}, "calibration.batches has no batch (DataLoader of 0"),  # type: ignore[arg-type]
+        ({"batches": iter([])}, "calibration.batches is an iterator, which the first event"),
+        (
+            {"attention_mask_key": 3},
+            "calibration.attention_mask_key is 3: give a name, such as 'attention_mask', or None",
+        ),
+        *(
+            ({"memory_gib": value}, f"calibration.memory_gib is {value!r}: give a number of GiB > 0")
+            for value in (0.0, -1, NAN, INFINITY, "4GiB")
+        ),
+        (
+            {"output_weights": "fisher"},
+            "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'",
+        ),
+        ({"output_weights": "full", "admm_steps": 0, "refine_steps": 0}, "only these steps couple rows"),
+        ({"allocation": "loss"}, "allocation is 'loss': give an Allocation, 'uniform' or None"),
+        ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
+        ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
+        ({"verify_every_n_steps": "often"}, "verify_every_n_steps is 'often': give a whole number"),
+        ({"monitor": 3}, "monitor is 3: give a name, such as 'val/loss', or None"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        ThanosPruningCallback(**grouped(**arguments))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"method": "wanda", "saliency": "obs"},
+            "solver.saliency is 'obs', but method 'wanda' has its own: leave",
+        ),
+        (
+            {"method": "sparsegpt", "saliency": "wanda"},
+            "solver.saliency is 'wanda', but method 'sparsegpt' has",
+        ),
+        (
+            {"method": "wanda", "block_size": 64},
+            "solver.block_size is 64, but method 'wanda' prunes no blocks",
+        ),
+        (
+            {"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1},
+            "solver.damping is 0.1, but",
+        ),
+        (
+            {"pattern": "structured", "sparsity": 0.3, "block_size": 64},
+            "solver.block_size is 64, but method 'thanos' prunes",
+        ),
+        (
+            {"pattern": "structured", "sparsity": 0.3, "saliency": "obs"},
+            "solver.saliency is 'obs', but a",
+        ),
+        (
+            {"steps": 8, "batches": BATCHES},
+            "calibration.steps is 8, but layers are",
+        ),
+        ({**MAGNITUDE, "steps": 8}, "calibration.steps is 8, but method 'magnitude' looks at no batches"),
+        ({**MAGNITUDE, "batches": BATCHES}, "calibration.batches is list of 1 batch(es), but method"),
+        ({**MAGNITUDE, "memory_gib": 4}, "calibration.memory_gib is 4, but method 'magnitude' looks at no batches"),
+        (
+            {**MAGNITUDE, "output_weights": "diagonal"},
+            "calibration.output_weights is 'diagonal', but method 'magnitude' looks",
+        ),
+        ({**MAGNITUDE, "output_weights": "full"}, "calibration.output_weights is 'full', but method 'magnitude' looks"),
+        (
+            {**MAGNITUDE, "attention_mask_key": "mask"},
+            "calibration.attention_mask_key is 'mask', but method 'magnitude' looks",
+        ),
+    ],
+)
+def test_what_changes_nothing_is_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ThanosPruningCallback(**grouped(**arguments))
+
+
+def test_a_default_that_is_given_is_taken() -> None:
+    """As a saved configuration gives all of them: equal, and another object."""
+    given = {"attention_mask_key": "".join(("attention", "_mask")), "steps": 32, "memory_gib": None}
+    ThanosPruningCallback(**grouped(**MAGNITUDE, **given))
+
+
+def test_what_changes_something_for_an_override_is_taken() -> None:
+    others = [TargetOverride(["*.down_proj"], "2:4")]
+    ThanosPruningCallback("structured", 0.3, overrides=others, solver=SolverOptions(block_size=64, saliency="obs"))
+    ThanosPruningCallback(solver=SolverOptions("wanda", damping=0.1))  # of the steps after the method
+
+
+def test_what_is_right_is_taken_in_any_form() -> None:
+    callback = ThanosPruningCallback(
+        "unstructured",
+        0.5,
+        SparsitySchedule(0, 10, 5),
+        targets="*",
+        ignore=[],
+        solver=SolverOptions("sparsegpt", damping=1),
+        calibration=CalibrationOptions(DataLoader(BATCHES), attention_mask_key=None, memory_gib=4),  # type: ignore[arg-type]
+    )
+    assert callback.options.calibration.steps == 32

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thanos_lightning.plan.schedule import SparsitySchedule
+
+SHAPES = ["constant", "linear", "cubic", "cosine"]
+
+
+def test_cubic_is_zhu_and_gupta() -> None:
+    start, every, number, final = 10, 5, 6, 0.8
+    schedule = SparsitySchedule(start, start + number * every, every)
+    for index, event in enumerate(schedule.events(), 1):
+        t = start + index * every
+        expected = final + (0 - final) * (1 - (t - start) / (number * every)) ** 3
+        assert event.step == t
+        assert event.sparsity(final) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cubic", 0.875), ("cosine", 0.5)])
+def test_shapes_at_the_middle(shape: str, middle: float) -> None:
+    events = SparsitySchedule(0, 20, 10, shape=shape).events()  # type: ignore[arg-type]
+    assert [event.step for event in events] == [10, 20]
+    assert events[0].sparsity(1.0) == pytest.approx(middle)
+
+
+def test_constant_is_one_event_at_the_start() -> None:
+    assert [event.step for event in SparsitySchedule(3, 30, 5, shape="constant").events()] == [3]
+
+
+def test_one_shot() -> None:
+    (event,) = SparsitySchedule(7, 7, 1).events()
+    assert (event.step, event.sparsity(0.5)) == (7, 0.5)
+
+
+def test_the_last_event_is_at_the_end_whatever_the_distance() -> None:
+    assert [event.step for event in SparsitySchedule(0, 25, 10).events()] == [10, 20, 25]
+
+
+def test_fractions_resolve_to_optimizer_steps() -> None:
+    schedule = SparsitySchedule(0.1, 0.5, 0.1)
+    assert schedule.has_fractions
+    assert [event.step for event in schedule.resolve(200).events()] == [40, 60, 80, 100]
+    with pytest.raises(ValueError, match="resolve"):
+        schedule.events()
+
+
+@pytest.mark.parametrize("total", range(10, 27))
+def test_of_a_short_training_rounding_may_take_an_event(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
+    assert len(steps) in (3, 4)
+    assert steps[-1] == round(0.4 * total)
+
+
+@given(total=st.integers(27, 5000))
+def test_rounding_adds_no_event(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
+    assert len(steps) == 4
+    assert steps == pytest.approx([0.1 * total, 0.2 * total, 0.3 * total, 0.4 * total], abs=3)
+    uneven = [event.step for event in SparsitySchedule(0.0, 0.25, 0.1).resolve(total).events()]
+    assert uneven == pytest.approx([0.1 * total, 0.2 * total, 0.25 * total], abs=2)
+
+
+def test_a_list_of_times_is_a_schedule() -> None:
+    assert SparsitySchedule(at=[10, 20, 30]).events() == SparsitySchedule(0, 30, 10).events()
+    assert [event.step for event in SparsitySchedule(at=[0, 3, 50]).events()] == [0, 3, 50]
+    assert SparsitySchedule(at=[0, 8]).events()[0].sparsity(0.5) == 0.4375
+    assert [event.step for event in SparsitySchedule(at=[5, 9], shape="constant").events()] == [5]
+    halves = SparsitySchedule(at=[0, 0.25, 40])
+    assert halves.has_fractions
+    assert halves.resolve(100).at == (0, 25, 40)
+    with pytest.raises(ValueError, match=r"at is \[0, 0.25, 40\]: give times that rise"):
+        halves.resolve(160)
+
+
+@given(total=st.integers(1, 5000))
+def test_fractions_of_a_list_are_never_before_the_first_step(total: int) -> None:
+    steps = [event.step for event in SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4]).resolve(total).events()]
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 1
+    assert steps[-1] == max(1, round(0.4 * total))
+    if total >= 10:
+        assert len(steps) == 4
+
+
+@given(
+    start=st.integers(0, 50),
+    length=st.integers(0, 100),
+    every=st.integers(1, 40),
+    final=st.floats(0.01, 0.99),
+    shape=st.sampled_from(SHAPES),
+)
+def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, final: float, shape: str) -> None:
+    events = SparsitySchedule(start, start + length, every, shape).events()  # type: ignore[arg-type]
+    sparsities = [event.sparsity(final) for event in events]
+    assert sparsities[-1] == final
+    assert sparsities[0] > 0
+    assert sparsities == sorted(sparsities)
+    steps = [event.step for event in events]
+    assert steps == sorted(set(steps))
+    assert start <= steps[0] <= steps[-1] <= start + length
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"start_step": 10, "end_step": 5}, "end_step 5, before it starts at start_step 10"),
+        ({"start_step": 0.5, "end_step": 0.2}, "end_step 0.2, before"),
+        ({"start_step": -1}, "start_step is -1"),
+        ({"start_step": math.nan}, "start_step is nan"),
+        ({"end_step": 20.0}, "for steps write 20"),
+        ({"end_step": "20"}, "end_step is '20'"),
+        ({"every_n_steps": 0}, "every_n_steps is 0"),
+        ({"start_step": 1.0}, "start_step is 1.0: a float is a fraction .* for steps write 1"),
+        ({"end_step": 1.0}, "end_step is 1.0: a float is a fraction"),
+        ({"every_n_steps": None}, "every_n_steps is missing: give start_step, end_step and every_n_steps, or at"),
+        ({"at": [1, 2]}, "at and start_step are given, but one places the events"),
+        ({"shape": "steep"}, "choose one of constant, linear, cubic, cosine"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SparsitySchedule(**{"start_step": 0, "end_step": 10, "every_n_steps": 5, **arguments})  # type: ignore[arg-type]
+
+
+def test_mixed_kinds_are_ordered_when_resolved() -> None:
+    with pytest.raises(ValueError, match="before it starts"):
+        SparsitySchedule(30, 0.5, 5).resolve(50)
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ([], r"at is \[\]: give a list of times, such as"),
+        ("0.1", "at is '0.1': give a list of times"),
+        (3, "at is 3: give a list of times"),
+        ([2, 2], r"at is \[2, 2\]: give times that rise"),
+        ([0.3, 0.2], r"at is \[0.3, 0.2\]: give times that rise"),
+        ([5, -1], "a time of at is -1"),
+        ([0.5, 1.0], "a time of at is 1.0: a float is a fraction"),
+        ([True], "a time of at is True"),
+    ],
+)
+def test_times_that_can_not_be_right_are_named(at: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SparsitySchedule(at=at)  # type: ignore[arg-type]

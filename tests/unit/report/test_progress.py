@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import rich
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import Progress
+from tqdm import tqdm
+
+from thanos_lightning.report import progress
+from thanos_lightning.report.progress import Phase, Terminated, ends_on_sigterm, hidden, open_phase, shown
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a terminal of 80 columns is sent."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={})
+    monkeypatch.setattr(rich, "_console", console)
+    return console.file  # type: ignore[return-value]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines come without waiting for seconds."""
+    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.01)):
+        monkeypatch.setattr(progress, name, seconds)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+@pytest.mark.parametrize("total", [None, 128])
+def test_a_bar_is_one_line_that_fits(width: int, total: int | None) -> None:
+    phase = Phase("Calibrating at optimizer step 0", total, "batches")
+    phase.advance(37, note="model.model.layers.11.self_attn.q_proj 0.0123, and more that nobody has room for" * 2)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(phase)
+    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(line) <= width
+    if width >= 80:
+        assert ("37/128 batches  0:00 left" if total else "37 batches  0:00") in line
+        assert ("━" in line) is (total is not None)
+
+
+def test_a_line_of_a_log_says_how_far_it_is() -> None:
+    phase = Phase("Solving", 210, "layers")
+    assert phase.line() == "Solving: 0 of 210 layers after 0:00"
+    phase.advance(7, note="q_proj")
+    assert phase.line() == "Solving: 7 of 210 layers after 0:00, about 0:00 left (q_proj)"
+    assert phase.line(ended=True) == "Solving: 7 layers in 0:00"
+    assert Phase("Packing").line() == "Packing … after 0:00"
+    assert Phase("Packing").line(ended=True) == "Packing: done in 0:00"
+
+
+def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
+    phase = Phase("Training", 10, "steps", completed=8)
+    assert phase.seconds_left is None
+    time.sleep(0.05)
+    phase.advance()
+    first = phase.seconds_left
+    assert first == pytest.approx(phase.seconds, rel=0.2)  # one step like the one that was taken
+    time.sleep(0.02)
+    assert 0 < phase.seconds_left < first - 0.01
+    time.sleep(0.05)  # longer than it should
+    assert phase.seconds_left == 0
+    phase.advance()
+    time.sleep(0.01)
+    assert phase.seconds_left == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_without_a_terminal_the_innermost_phase_writes_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_phase("Outside", 2, "things"), open_phase("Inside", 3, "things") as phase:
+        phase.advance()
+        time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Inside: ")
+    assert lines[-2].startswith("Inside: 1 things in ")
+    assert lines[-1].startswith("Outside: 0 things in ")
+
+
+def test_time_left_leaves_out_what_other_phases_took() -> None:
+    with open_phase("Training", 4, "steps") as training:
+        training.advance()
+        with open_phase("Validating"):
+            time.sleep(0.3)
+    assert training.seconds_left is not None
+    assert training.seconds_left < 0.3 <= training.seconds
+
+
+def test_what_is_short_or_hidden_or_of_another_rank_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_phase("Short"):
+        pass
+    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.01)):
+        monkeypatch.setattr(progress, name, seconds)
+    with hidden(), hidden(False), open_phase("Hidden"):
+        time.sleep(0.05)
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    with open_phase("Elsewhere"):
+        time.sleep(0.05)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_fails_is_not_said_to_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="broken"), open_phase("Work"):
+        raise ValueError("broken")
+    assert " in " not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("impatient")
+def test_in_a_terminal_a_bar_is_shown_and_taken_away(terminal: io.StringIO) -> None:
+    with open_phase("Calibrating", 4, "batches") as phase:
+        phase.advance()
+        time.sleep(0.1)
+    text = terminal.getvalue()
+    assert "Calibrating" in text
+    assert "1/4 batches" in text
+    assert text.endswith("\x1b[2K")  # the line is erased
+
+
+def test_what_is_logged_stands_above_the_line(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = io.StringIO()
+    monkeypatch.setattr("sys.stderr", direct)
+    handler, log = logging.StreamHandler(), logging.getLogger("of a library")
+    log.addHandler(handler)
+    with open_phase("Training"):
+        log.warning("stopped: max_steps reached")
+    log.warning("after it")
+    log.removeHandler(handler)
+    assert "stopped: max_steps reached\n" in terminal.getvalue()
+    assert direct.getvalue() == "after it\n"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_it_is_shown_under_a_live_display_that_is_there(terminal: io.StringIO) -> None:
+    with Progress(console=rich.get_console(), auto_refresh=False) as training:
+        training.add_task("Epoch 0", total=3)
+        with open_phase("Solving", 4, "layers"), open_phase("Writing", 4, "layers"):
+            time.sleep(0.1)
+        assert "Writing" in terminal.getvalue()
+        training.refresh()
+    assert terminal.getvalue().count("Epoch 0") > 1
+
+
+def test_bars_of_tqdm_are_cleared_and_drawn_again(terminal: io.StringIO) -> None:
+    file = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", file)
+        with tqdm(total=5, desc="Epoch 0", file=file, ascii=True) as bar:
+            with open_phase("Solving", 4, "layers"):
+                assert file.getvalue().rstrip("\r ").count("Epoch") == 1
+                assert file.getvalue().endswith(" \r")  # the line is empty
+            assert file.getvalue().count("Epoch 0") == 2
+            bar.update()
+    assert "Solving" in terminal.getvalue()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_phase("Preparing the text", adopts_bars=True) as phase:
+        for _ in tqdm(range(3), desc="Tokenising", unit=" examples", mininterval=0):
+            time.sleep(0.03)
+        assert (phase.description, phase.completed, phase.total) == ("Tokenising", 3, 3)
+        with tqdm(total=3_000_000, unit="B", desc="model.safetensors") as bar:
+            bar.update(2_000_000)
+            bar.refresh()
+            assert (phase.description, phase.completed, phase.total, phase.unit) == ("model.safetensors", 2, 3, "MB")
+    text = capsys.readouterr().err
+    assert "Tokenising: " in text
+    assert text.splitlines()[-1].startswith("Preparing the text: done in")
+    assert "\r" not in text
+    assert "it/s" not in text
+    with tqdm(total=2, desc="Its own again"):
+        pass
+    assert "Its own again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("impatient")
+def test_it_is_shown_while_the_output_of_a_library_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
+    told = io.StringIO()
+    with open_phase("Converting"), redirect_stdout(told), redirect_stderr(told):
+        time.sleep(0.1)
+    assert "Converting" in capsys.readouterr().err
+    assert told.getvalue() == ""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_in_a_terminal_it_is_shown_while_output_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, terminal = io.StringIO(), io.StringIO()
+    console = Console(force_terminal=True, width=80, _environ={})
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr("sys.stdout", terminal)
+    with open_phase("Converting"), redirect_stdout(told):
+        time.sleep(0.1)
+    assert "Converting" in terminal.getvalue()
+    assert told.getvalue() == ""
+    assert console.file is terminal
+    monkeypatch.setattr("sys.stdout", told)
+    assert console.file is told  # as before
+
+
+def end_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+def test_sigterm_ends_a_phase_and_is_as_before_after_it() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with pytest.raises(Terminated) as raised, open_phase("Outside"), open_phase("Inside"):
+            end_oneself()
+        assert raised.value.code == 143
+        with shown(Phase("Training")):  # whose Trainer ends it at a batch's end
+            end_oneself()
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_stays_ignored_where_it_is() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ends_on_sigterm():
+            end_oneself()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

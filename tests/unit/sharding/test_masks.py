@@ -1,0 +1,92 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thanos_lightning.sharding.masks import LayerMask, pack_bits, unpack_bits
+from thanos_lightning.solver import NM, Structured, Unstructured
+
+shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+patterns = st.one_of(
+    st.floats(0.01, 0.99).map(Unstructured),
+    st.builds(
+        lambda n, more, fraction: NM(n, n + more, fraction), st.integers(1, 8), st.integers(1, 8), st.floats(0, 0.99)
+    ),
+    st.builds(Structured, st.floats(0.01, 0.5), st.floats(0, 0.49)),
+)
+
+
+def random_mask(shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@given(shape=shapes, seed=st.integers(0, 1000))
+def test_bits_round_trip(shape, seed):
+    mask = random_mask(shape, seed)
+    packed = pack_bits(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == ((mask.numel() + 7) // 8,)
+    unpacked = unpack_bits(packed, shape)
+    assert unpacked.dtype == torch.bool
+    assert unpacked.shape == mask.shape
+    assert torch.equal(unpacked, mask)
+
+
+@given(rows=st.integers(1, 9), cols=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_layout_in_memory_does_not_matter(rows, cols, seed):
+    mask = random_mask((rows, cols), seed)
+    assert torch.equal(pack_bits(mask.t().contiguous().t()), pack_bits(mask))
+
+
+def test_lowest_bit_is_first():
+    assert pack_bits(torch.tensor([[False, True], [True, False]])).tolist() == [0b0110]
+    assert pack_bits(torch.ones(9, dtype=torch.bool)).tolist() == [255, 1]
+
+
+@given(shape=shapes, off=st.integers(-3, 3).filter(bool))
+def test_wrong_number_of_bytes(shape, off):
+    right = (torch.Size(shape).numel() + 7) // 8
+    wrong = max(0, right + off)
+    if wrong == right:
+        wrong += 1
+    with pytest.raises(ValueError, match=rf"takes {right} bytes, but {wrong} were stored: .* damaged"):
+        unpack_bits(torch.zeros(wrong, dtype=torch.uint8), shape)
+
+
+@given(pattern=patterns, transposed=st.booleans(), rows=st.integers(1, 9), cols=st.integers(1, 9))
+def test_state_round_trip(pattern, transposed, rows, cols):
+    mask = LayerMask.of(random_mask((rows, cols), rows), pattern, transposed)
+    restored = LayerMask.from_state(mask.state())
+    assert torch.equal(restored.keep, mask.keep)
+    assert restored.pattern == pattern
+    assert restored.transposed is transposed
+
+
+@pytest.mark.parametrize("final", [NM(2, 4), NM(1, 4, 0.1), Structured(0.5, 0.2), Unstructured(0.7)])
+def test_state_of_an_intermediate_event(final):
+    pattern = final.with_sparsity(final.sparsity / 3)
+    assert LayerMask.from_state(LayerMask.of(random_mask((4, 8), 0), pattern).state()).pattern == pattern
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4, 0.1), Structured(0.25), Unstructured(0.5)])
+def test_state_is_read_as_plain_values(tmp_path, pattern):
+    mask = LayerMask.of(random_mask((5, 7), 0), pattern, transposed=True)
+    torch.save({"masks": {"a.weight": mask.state()}}, tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)["masks"]["a.weight"]
+    restored = LayerMask.from_state(state)
+    assert torch.equal(restored.keep, mask.keep)
+    assert (restored.pattern, restored.transposed) == (pattern, True)
+
+
+def test_state_that_is_damaged():
+    state = LayerMask.of(random_mask((4, 8), 0), NM(2, 4)).state()
+    with pytest.raises(ValueError, match="damaged"):
+        LayerMask.from_state(state | {"shape": [4, 9]})
+    with pytest.raises(ValueError, match="not known"):
+        LayerMask.from_state(state | {"pattern": "checkerboard"})
+
+
+def test_sparsity_counts_what_is_pruned():
+    keep = torch.ones(4, 5, dtype=torch.bool)
+    keep[0, :3] = False
+    assert LayerMask.of(keep, Unstructured(0.15)).sparsity == pytest.approx(0.15)

@@ -1,0 +1,123 @@
+"""What the installed version of Lightning must have: a name that moved is a failure here, which says which."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from thanos_lightning.training.lightning_private import (
+    average_of,
+    callbacks_of,
+    is_compiled,
+    logged_step,
+    process_group_timeout,
+    replace_callbacks,
+    saves_shards,
+    training_metrics,
+    validate,
+)
+
+
+class Logging(BoringModel):
+    """Logs a metric of the training, counts validations, and asks in the last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.validations = 0
+        self.asked = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log("mine", loss)
+        return loss
+
+    def on_validation_end(self):
+        self.validations += 1
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            before = self.validations
+            self.asked.append((logged_step(self.trainer), set(training_metrics(self.trainer))))
+            validate(self.trainer)
+            assert self.validations == before + 1
+            assert self.trainer.training
+
+
+def fitted(tmp_path: Path, module: BoringModel, **arguments) -> Trainer:
+    trainer = Trainer(
+        max_steps=3,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        **arguments,
+    )
+    trainer.fit(module)
+    return trainer
+
+
+def test_in_a_training(tmp_path):
+    module = Logging()
+    trainer = fitted(tmp_path, module)
+    assert module.asked == [(1, {"mine"})]  # this batch is counted when its hooks have run
+    assert trainer.global_step == 3
+
+
+def test_callbacks_are_replaced():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    own = callbacks_of(trainer)
+    assert own == trainer.callbacks
+    replace_callbacks(trainer, own[:-1])
+    assert callbacks_of(trainer) == own[:-1]
+
+
+def test_no_metric_before_a_training():
+    assert not training_metrics(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+
+
+def test_a_compiled_module():
+    module = BoringModel()
+    assert not is_compiled(module)
+    seen = []
+
+    class Asks(BoringModel):
+        def on_fit_start(self):
+            seen.append(is_compiled(self))
+
+    trainer = Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(torch.compile(Asks(), backend="eager"))
+    assert seen == [True]
+
+
+def test_the_average_of_weights(tmp_path):
+    averaging = WeightAveraging()
+    assert average_of(averaging) is None
+    seen = []
+
+    class Asks(BoringModel):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen.append(average_of(averaging))
+
+    fitted(tmp_path, Asks(), callbacks=[averaging])
+    assert all(isinstance(average.n_averaged, torch.Tensor) for average in seen)
+    assert {name for name, _ in seen[0].module.named_parameters()} == {"layer.weight", "layer.bias"}
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_shards(saves):
+    assert saves_shards(ModelParallelStrategy(save_distributed_checkpoint=saves)) is saves
+    assert not saves_shards(SingleDeviceStrategy(torch.device("cpu")))
+
+
+def test_the_timeout_of_ranks():
+    assert process_group_timeout(DDPStrategy(timeout=timedelta(seconds=7))) == timedelta(seconds=7)
+    assert process_group_timeout(SingleDeviceStrategy(torch.device("cpu"))) is None

@@ -1,0 +1,233 @@
+"""A calibration set: how a module is run on its batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.calibration.tokens import token_mask
+from thanos_lightning.plan.options import number_of_batches
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
+
+# How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
+# as a forward. How outputs go together is not: with coupled rows the perplexity after pruning was 4 % lower by the
+# gradients of every batch.
+BATCHES_PER_BACKWARD = {"alone": 4, "coupled": 1}
+
+
+def count_dataloader(
+    statistics: InputStatistics,
+    batches: Iterable[Any],
+    trainer: Trainer,
+    module: LightningModule,
+    access: ParameterAccess,
+    *,
+    attention_mask_key: str | None,
+    backward: Callable[[Any, bool], None] | None = None,
+    couples_rows: bool = False,
+) -> int:
+    """Run the module on the batches of a calibration set, in evaluation mode, and count them.
+
+    Args:
+        statistics: What counts; its hooks are added and removed here.
+        batches: The calibration batches. Rank r takes batches r, r + world_size, … of those that it is given.
+        trainer: Its strategy moves the batches, its precision is that of the forward.
+        module: Called as `calibration_step(batch)` where it has one; else a mapping goes through `module(**batch)`, and
+            any other batch through `training_step(batch, 0)`, whose logging is dropped.
+        access: Tells the ranks.
+        attention_mask_key: Where the mask of real tokens is in a batch.
+        backward: Called with what the module returned for a batch, and whether it counts: one batch in four, whatever
+            the number of ranks, or each if outputs are coupled. Where one rank has such a batch all call it, since a
+            backward may take all. The other batches, and without it all, run without gradients.
+        couples_rows: Whether products of outputs are wanted.
+
+    Returns:
+        The number of batches that this rank counted.
+
+    Raises:
+        MisconfigurationException: If the module can't be called with a batch, naming `calibration_step`, the mend.
+    """
+    num_batches = seen = 0
+    per_backward = BATCHES_PER_BACKWARD["coupled" if couples_rows else "alone"]
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    statistics.start()
+    try:
+        phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
+        with phase_of as phase, _all_called(), _checkpointing(module):
+            for batch, is_own, in_round in _rounds(batches, access):
+                on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
+                counting = statistics.counting(find) if is_own else nullcontext()
+                numbers = range(seen, seen + in_round)
+                differentiated = [number for number in numbers if number % per_backward == 0]
+                differentiates = backward is not None and bool(differentiated)
+                with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
+                    output = _forward(module, on_device)
+                if backward is not None and differentiates:
+                    backward(output, is_own and seen + access.rank in differentiated)
+                del output
+                num_batches += is_own
+                seen += in_round
+                phase.advance(in_round)
+    finally:
+        statistics.stop()
+        for part, mode in modes:
+            part.training = mode
+    return num_batches
+
+
+def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
+    """Rounds in which every rank runs a batch: this rank's, whether it counts, and how many do, on any rank.
+
+    Rank r takes batches r, r + world_size, … of its dataloader. Where it has none left and others have, which may be
+    since theirs are longer, it is given another one, uncounted: of sharded parameters, a forward takes all ranks. All
+    ranks must go through it.
+
+    Raises:
+        ValueError: On all ranks, if the dataloader of one has nothing, and others have.
+        RuntimeError: On all ranks, if the dataloader of one fails.
+    """
+    kept = KeptError(keeps=access.world_size > 1)
+    iterator = iter(batches)
+    spare: Any = None
+    while True:
+        one_each: list[Any] = []
+        with kept.keeping():
+            one_each = list(itertools.islice(iterator, access.world_size))
+        kept.raise_everywhere(access)
+        spare = one_each[0] if one_each else spare
+        told = access.gather((len(one_each), spare is not None))
+        in_round = max(number for number, _ in told)
+        if not in_round:
+            return
+        if poor := [rank for rank, (_, has_one) in enumerate(told) if not has_one]:
+            raise ValueError(
+                f"calibration.batches has no batch on rank {poor[0]}, and {in_round} or more on another: give "
+                "all ranks the same one"
+            )
+        is_own = access.rank < len(one_each)
+        yield one_each[access.rank] if is_own else spare, is_own, in_round
+
+
+@contextmanager
+def _checkpointing(module: nn.Module) -> Iterator[None]:
+    """Let what checkpoints its activations in training do so now, too, although it is in evaluation mode.
+
+    transformers does in training mode alone, and a backward over a calibration batch would keep all activations: more
+    than the training has memory for. Not reentrant, since a backward that stops at outputs can't be otherwise.
+    """
+    parts = [
+        part
+        for part in module.modules()
+        if getattr(part, "gradient_checkpointing", False) and hasattr(part, "_gradient_checkpointing_func")
+    ]
+    before = [part._gradient_checkpointing_func for part in parts]
+
+    def evaluating(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        part.training = False  # else its own dropout would be at work
+        try:
+            return run(*args)
+        finally:
+            part.training = True
+
+    def checkpointed(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(partial(evaluating, part, run), *args, use_reentrant=False)
+
+    for part in parts:
+        part.training = True
+        part._gradient_checkpointing_func = partial(checkpointed, part)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, func in zip(parts, before, strict=True):
+            part._gradient_checkpointing_func = func
+            part.training = False
+
+
+@contextmanager
+def _all_called() -> Iterator[None]:
+    """Let torch's attention call its layers: in evaluation mode it may read their weights in one fused kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _forward(module: LightningModule, batch: Any) -> Any:
+    step = getattr(module, "calibration_step", None)
+    if step is not None:
+        return step(batch)
+    runs, call = (
+        (partial(module, **batch), "forward(**batch)")
+        if isinstance(batch, Mapping)
+        else (partial(_training_step, module, batch), "training_step(batch, 0)")
+    )
+    kind, of = type(batch).__name__, type(module).__name__
+    add = f"add a method calibration_step(self, batch) to {of}, which runs the model on a batch and returns the loss"
+    if not isinstance(batch, Mapping) and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"a calibration batch is a {kind}, which goes through training_step, but under manual optimization that "
+            f"would train: {add}"
+        )
+    try:
+        return runs()
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "unpack" not in str(error):  # of a hook, or of the model itself
+            raise
+        raise MisconfigurationException(
+            f"a calibration batch is a {kind}, on which {call} of {of} fails ({type(error).__name__}: {error}): {add}"
+        ) from error
+
+
+def _training_step(module: LightningModule, batch: Any) -> Any:
+    """What a training step returns for a batch, without its logging."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    replaced = {name: module.__dict__[name] for name in ("forward", "log", "log_dict") if name in module.__dict__}
+
+    def first_forward(*args: Any) -> Any:
+        put_back("forward")
+        return module.training_step(*args)
+
+    def put_back(name: str) -> None:
+        module.__dict__.pop(name, None)
+        if name in replaced:
+            module.__dict__[name] = replaced[name]
+
+    # through __call__, whose hooks gather the module's own parameters where these are sharded
+    module.__dict__.update(forward=first_forward, log=_ignore, log_dict=_ignore)
+    try:
+        return module(batch, 0) if takes_index else module(batch)
+    finally:
+        for name in ("forward", "log", "log_dict"):
+            put_back(name)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """A scalar that has a gradient, or such a one called loss in a model's output; None where there is none.
+
+    Examples:
+        >>> loss_of({"loss": torch.ones((), requires_grad=True)})
+        tensor(1., requires_grad=True)
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    return found if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad else None

@@ -1,0 +1,323 @@
+"""What layers are pruned on: collected from the training batches of a window, or from a calibration set at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from thanos_lightning.calibration.batches import count_dataloader, loss_of
+from thanos_lightning.calibration.inputs import InputStatistics, gather_states, load_own_states
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.calibration.outputs import OutputGradients, output_weights
+from thanos_lightning.calibration.tokens import has_text, token_mask
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.owners import PruningError, assign_teams, raise_everywhere, reserved
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What counts for a window."""
+
+    statistics: InputStatistics
+    gradients: OutputGradients | None
+
+    @property
+    def seconds(self) -> float:
+        counted = [self.statistics.stopwatch, *([] if self.gradients is None else [self.gradients.stopwatch])]
+        return sum(stopwatch.seconds() for stopwatch in counted)
+
+    def stop(self) -> None:
+        self.statistics.stop()
+        if self.gradients is not None:
+            self.gradients.stop()
+
+
+class Collector:
+    """Collects for one window after the other, in a training.
+
+    Args:
+        layers: Name -> layer, of all windows.
+        access: How the strategy's parameters are reached.
+        calibration: The batches of a calibration set; "datamodule" asks the datamodule, or the LightningModule, for
+            them. None collects from training batches.
+        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
+        keeps_scan: Whether what a scan was told may wait for the event at the same step.
+        needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
+        couples_rows: Whether output weights are of each two outputs.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, PrunableLayer],
+        access: ParameterAccess,
+        *,
+        calibration: str | Iterable[Any] | None,
+        attention_mask_key: str | None,
+        keeps_scan: bool,
+        needs_gradients: bool,
+        couples_rows: bool = False,
+    ) -> None:
+        self._layers, self._access = layers, access
+        self._calibration = calibration
+        self._attention_mask_key = attention_mask_key
+        self._keeps_scan = keeps_scan
+        self._needs_gradients = needs_gradients
+        self._couples_rows = couples_rows
+        self._open: _Open | None = None
+        self._kept: _Open | None = None  # a scan's, for the weights as they are
+        self._warned: set[str] = set()
+
+    @property
+    def statistics(self) -> InputStatistics | None:
+        """Of the window that is open."""
+        return None if self._open is None else self._open.statistics
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse a calibration set that nobody has, before the training.
+
+        Raises:
+            MisconfigurationException: If there is none where one was announced.
+        """
+        if isinstance(self._calibration, str):
+            self._holder(trainer, module)
+
+    # In the training
+
+    def open(self, window: Window, *, gradients: bool) -> None:
+        """Begin to collect from training batches.
+
+        Args:
+            window: Whose layers.
+            gradients: Whether to collect output weights, too.
+        """
+        statistics = self._new_statistics(window)
+        self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
+        statistics.start()
+        if self._open.gradients is not None:
+            self._open.gradients.start()
+
+    def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
+        """Count the forwards from now on.
+
+        Args:
+            batch: Of the training, whose forwards they are.
+            loss_scale: What its loss is multiplied by before the backward.
+        """
+        if self._open is not None:
+            self._open.statistics.begin(partial(self._counted, batch))
+            if self._open.gradients is not None:
+                self._open.gradients.begin(loss_scale())
+
+    def end(self) -> None:
+        """Stop counting forwards."""
+        if self._open is not None:
+            self._open.statistics.end()
+
+    def stop(self) -> None:
+        """Remove all hooks; what an open window has is kept, since a checkpoint may be saved after a fit."""
+        self.forget_scan()
+        if self._open is not None:
+            self._open.stop()
+
+    def state(self) -> list[dict[str, Any] | None] | None:
+        """The open window's sums, by rank: see `gather_states`; None where none is open. All ranks must call it."""
+        if self._open is None:
+            return None
+        gradients = {} if self._open.gradients is None else self._open.gradients.sums
+        return gather_states(self._open.statistics, gradients, self._access)
+
+    def load(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        """Go on from a `state` of the window that is open."""
+        assert self._open is not None
+        gradients = load_own_states(self._open.statistics, states, self._access)
+        if self._open.gradients is not None:
+            try:
+                self._open.gradients.load(gradients)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
+
+    def _counted(self, batch: Any) -> Tensor | None:
+        if self._attention_mask_key is None:
+            return None
+        counted = token_mask(batch, self._attention_mask_key)
+        if counted is None and has_text(batch):
+            self._warn_once(
+                f"the batches have no {self._attention_mask_key!r}, so every token counts, padding too. Name the mask "
+                "in attention_mask_key, or set it to None to say that there is no padding"
+            )
+        return counted
+
+    # At the end of a window
+
+    def take(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> Moments:
+        """What there is for a window that ends now. All ranks must call it.
+
+        Args:
+            window: The window.
+            trainer: Runs a calibration set.
+            module: Runs a calibration set.
+            gradients: Whether output weights are wanted.
+
+        Raises:
+            PruningError: If nothing was collected, or the calibration set is empty.
+            ValueError: With the error of the first rank on which a batch could not be counted.
+            MisconfigurationException: If there is no calibration set where one was announced, or it gives no loss
+                where one is needed.
+        """
+        found, self._kept = self._kept, None
+        is_new = found is None
+        if found is None:
+            if self._calibration is None:
+                found = self._close(window)
+            else:
+                found = self._run_calibration(window, trainer, module, gradients=gradients)
+        if window.scans and self._keeps_scan:
+            self._kept = found
+        layers = {name: self._layers[name] for name in window.patterns}
+        teams = assign_teams(layers, self._access.world_size, coupled=self._couples_rows)
+        accumulators = found.statistics.accumulators
+        return Moments(
+            teams,
+            {name: one for name, one in accumulators.items() if name in layers},
+            self._output_weights(teams, found.gradients),
+            self._couples_rows,
+            found.seconds if is_new and self._calibration is None else 0.0,
+            stay=self._kept is not None,
+        )
+
+    def forget_scan(self) -> None:
+        """Let go of what waits for an event, since the weights will be others by then."""
+        self._kept = None
+
+    def _close(self, window: Window) -> _Open:
+        opened, self._open = self._open, None
+        if opened is None:
+            raise PruningError(
+                f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
+                "several events fell into one batch. Space the events further apart (every_n_steps)"
+            )
+        opened.stop()
+        opened.statistics.kept.raise_everywhere(self._access)
+        if opened.gradients is not None:
+            # windows of one scan are held against each other
+            opened.gradients.divide(window.end_step - window.start_step)
+        return opened
+
+    def _new_statistics(self, window: Window) -> InputStatistics:
+        kept = KeptError(keeps=self._access.world_size > 1)
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept)
+
+    def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
+        return OutputGradients(statistics.layers, statistics.kept, coupled=self._couples_rows)
+
+    def _output_weights(self, teams: Mapping[str, range], gradients: OutputGradients | None) -> dict[str, Tensor]:
+        if gradients is None:
+            return {}
+        if self._couples_rows:
+            owners = {name: team[0] for name, team in teams.items()}
+            own = [name for name, owner in owners.items() if owner == self._access.rank]
+            needed = {name: 4 * self._layers[name].rows ** 2 for name in own}  # since this rank's own sums stay
+            raise_everywhere(reserved(needed, self._access), self._access)
+            found = gradients.total_on(owners, self._access)
+            have = {name for names in self._access.gather(list(found)) for name in names}
+        else:
+            found = output_weights(gradients.total(self._access))
+            have = set(found)
+        if missing := [name for name in teams if name not in have]:
+            rank_zero_warn(
+                f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
+                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
+                "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
+                "return the loss. calibration.output_weights='uniform' is without this warning)"
+            )
+        return found
+
+    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
+        statistics = self._new_statistics(window)
+        if gradients and not self._access.can_differentiate:
+            self._warn_once(
+                "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "
+                "whole, such as mixtures of experts (leaf_module in its configuration): errors at all outputs count "
+                "alike, and layers are pruned alike unless an allocation is given. Leave the dataloader "
+                "out to have those of the training batches"
+            )
+            gradients = False
+        found = _Open(statistics, self._new_gradients(statistics) if gradients else None)
+        if found.gradients is not None:
+            found.gradients.start(of_training=False)
+        try:
+            counted = count_dataloader(
+                statistics,
+                self.batches(trainer, module),
+                trainer,
+                module,
+                self._access,
+                attention_mask_key=self._attention_mask_key,
+                backward=None if found.gradients is None else partial(self._backward, found.gradients),
+                couples_rows=self._couples_rows,
+            )
+        finally:
+            found.stop()
+        if not sum(self._access.gather(counted)):
+            raise PruningError("calibration.batches gave no batch: give one that isn't empty")
+        statistics.kept.raise_everywhere(self._access)
+        return found
+
+    def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
+        loss = loss_of(output)
+        all_have_one = all(self._access.gather(loss is not None))  # a backward of sharded parameters needs all ranks
+        if loss is not None and all_have_one:
+            gradients.backward(loss, counts=counts)
+        elif self._needs_gradients:
+            raise MisconfigurationException(
+                "output_weights asks for gradients, but for a calibration batch the module returns no loss "
+                f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
+            )
+
+    def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+        """Those of the calibration set.
+
+        Raises:
+            MisconfigurationException: If nobody has the ones that were announced.
+        """
+        if not isinstance(self._calibration, str):
+            assert self._calibration is not None
+            return self._calibration
+        batches: Iterable[Any] = self._holder(trainer, module).calibration_dataloader()
+        return batches
+
+    def _holder(self, trainer: Trainer, module: LightningModule) -> Any:
+        """The first of datamodule and module that has a calibration set."""
+        for holder in (getattr(trainer, "datamodule", None), module):
+            if callable(getattr(holder, "calibration_dataloader", None)):
+                return holder
+        raise MisconfigurationException(
+            "calibration.batches is 'datamodule', but neither the datamodule nor the LightningModule has a method "
+            "calibration_dataloader(): add one, give batches, or None to use the training batches"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
+
+
+def loss_scale(trainer: Trainer) -> float | Tensor:
+    """What a training in fp16 multiplies its loss by before the backward."""
+    if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
+        # its public way to the number that doesn't make the host wait for a device
+        scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+        return scale
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return float(getattr(getattr(engine, "optimizer", None), "loss_scale", None) or 1.0)

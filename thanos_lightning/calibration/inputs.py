@@ -1,0 +1,330 @@
+"""Second moments of the layers' inputs: which tokens count, and which layers share them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
+
+from thanos_lightning.calibration.tokens import CountedTokens
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.report.stopwatch import Stopwatch
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.solver import HessianAccumulator
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes when the tensor is written to; None where nobody counts (torch.inference_mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class _Seen:
+    """What a layer was called with, to tell whether another layer is called with the same.
+
+    The memory counts, not the tensor: DeepSpeed gives each module another view of its input. It is not kept alive, so
+    that checkpointing can free it; but while this object lives, its address is not given to other memory.
+    """
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._storage: Any = StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        self._place = self._place_of(inputs)
+        self._version = _version(inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
+        return self  # of a copied module's hooks: two owners of one weak reference would free it twice
+
+    @staticmethod
+    def _place_of(inputs: Tensor) -> tuple[Any, ...]:
+        return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether this tensor is the same memory, which nobody has written to since."""
+        return (
+            self._version is not None
+            and self._version == _version(inputs)
+            and self._place == self._place_of(inputs)
+            and not self._storage.expired()
+            and self._storage == StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        )
+
+
+@dataclass
+class _Statistics:
+    """One accumulator and what is needed to tell whether another layer sees the same inputs."""
+
+    accumulator: HessianAccumulator
+    updates: int = 0
+    last: _Seen | None = None
+
+    def saw(self, inputs: Tensor) -> bool:
+        return self.last is not None and self.last.is_of(inputs)
+
+    def update(self, inputs: Tensor, counted: Tensor | None) -> None:
+        """Count the rows of these numbers, or all."""
+        if counted is not None:
+            inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
+        self.accumulator.update(inputs)
+        self.updates += 1
+        self.last = _Seen(inputs)
+
+    def fork(self) -> _Statistics:
+        """Statistics of their own for a layer that shared these."""
+        forked = HessianAccumulator(len(self.accumulator.triangle), device=self.accumulator.triangle.device)
+        forked.merge(self.accumulator)
+        return _Statistics(forked, self.updates)
+
+
+@dataclass
+class InputStatistics:
+    """Accumulates Σ x xᵀ and the number of tokens for a window of layers, by forward hooks.
+
+    The hooks exist between `start` and `stop` and count only inside `counting`. A forward that runs inside a backward
+    (activation checkpointing recomputes) counts nothing: its tokens were counted before. Layers that are called with
+    the same tensor (q, k, v; gate, up) share one accumulator.
+
+    Args:
+        layers: Name -> layer of the window.
+        kept: With more than one rank, an error in a rank's own batch must not end its forward, in which the others
+            wait for it. It is kept here, and nothing is counted any more.
+        stopwatch: What the hooks have taken.
+
+    Examples:
+        >>> from thanos_lightning.models.targets import find_targets
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> statistics = InputStatistics(find_targets(model))
+        >>> statistics.start()
+        >>> with statistics.counting():
+        ...     _ = model(torch.ones(3, 8))
+        >>> statistics.stop()
+        >>> statistics.accumulators["0"].num_tokens
+        3
+    """
+
+    layers: Mapping[str, PrunableLayer]
+    kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _by_layer: dict[str, _Statistics] = field(default_factory=dict)
+    _seen: dict[str, int] = field(default_factory=dict)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _is_counting: bool = False
+    _counted: CountedTokens | None = None
+
+    def start(self) -> None:
+        """Add the hooks."""
+        for name, layer in self.layers.items():
+            for module in layer.modules:
+                self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
+        """Count the forwards from now on.
+
+        Args:
+            counted: Bool (batch, length), True = the token counts; None counts all. Or what finds it in the batch, of
+                which an error is kept like those of the hooks.
+        """
+        with self.kept.keeping():
+            mask = counted() if callable(counted) else counted
+            self._counted = None if mask is None else CountedTokens(mask.cpu())
+        self._is_counting = self.kept.error is None
+
+    def end(self) -> None:
+        """Stop counting."""
+        self._is_counting, self._counted = False, None
+        for name, seen in self._seen.items():
+            if seen < self._by_layer[name].updates:
+                self._part(name)
+
+    def _part(self, name: str) -> None:
+        """Give a layer that shared its inputs until now statistics of its own."""
+        warnings.warn(
+            f"layer {name} no longer sees the inputs of another layer that it shared statistics with: they are counted "
+            "apart from here on, and up to one batch was counted for a layer that did not see it",
+            stacklevel=2,
+        )
+        self._by_layer[name] = self._by_layer[name].fork()
+        self._seen[name] = self._by_layer[name].updates
+
+    @contextmanager
+    def counting(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> Iterator[None]:
+        """`begin` and `end` around a block."""
+        self.begin(counted)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_counting or torch._C._current_graph_task_id() != -1:
+            return
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        with self.kept.keeping(), self.stopwatch.running(inputs.device):
+            self._count(name, inputs)
+        self._is_counting = self.kept.error is None
+
+    def _count(self, name: str, inputs: Tensor) -> None:
+        own = self._by_layer.get(name)
+        if own is None:
+            # a leader that has counted more than this input has tokens that this layer never saw
+            own = next((other for other in self._by_layer.values() if other.updates == 1 and other.saw(inputs)), None)
+            if own is None:
+                own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
+                own.update(inputs, self._rows_that_count(name, inputs))
+            self._by_layer[name] = own
+        elif self._seen[name] == own.updates:
+            own.update(inputs, self._rows_that_count(name, inputs))
+        elif not own.saw(inputs):  # a layer that shared these inputs has come first, with others
+            self._part(name)
+            own = self._by_layer[name]
+            own.update(inputs, self._rows_that_count(name, inputs))
+        self._seen[name] = own.updates
+
+    def _rows_that_count(self, name: str, inputs: Tensor) -> Tensor | None:
+        """Their numbers, on the device of the inputs; None for all."""
+        counted, leading = self._counted, inputs.shape[:-1]
+        if counted is None or counted.all:
+            return None
+        shape = counted.shape
+        alike = leading == shape or (len(leading) == 1 and len(inputs) == shape.numel())
+        if alike or (len(leading) > 2 and leading[0] == shape[0] and leading.numel() == shape.numel()):
+            return counted.rows(inputs.device)
+        if leading == shape[::-1]:
+            return counted.rows(inputs.device, sequence_first=True)
+        if leading == shape[:1]:
+            return None  # one vector a sequence (a pooled layer)
+        raise ValueError(
+            f"the inputs of layer {name} have shape {tuple(inputs.shape)}, which does not show which of the "
+            f"{tuple(shape)} tokens of the attention mask they are, so padding would count. Pack sequences "
+            f"without padding, set attention_mask_key to None to count every token, or add {name!r} to ignore"
+        )
+
+    @property
+    def accumulators(self) -> dict[str, HessianAccumulator]:
+        """Layer name -> accumulator. Layers with the same inputs have the same object; unused layers are missing."""
+        return {name: self._by_layer[name].accumulator for name in self.layers if name in self._by_layer}
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, as plain values: what `load_state` reads."""
+        leaders: dict[int, str] = {}
+        for name, statistics in self._by_layer.items():
+            leaders.setdefault(id(statistics), name)
+        return {
+            "leader": {name: leaders[id(statistics)] for name, statistics in self._by_layer.items()},
+            "sums": {
+                name: {
+                    "sum": self._by_layer[name].accumulator.triangle.to("cpu", copy=True),
+                    "num_tokens": self._by_layer[name].accumulator.num_tokens,
+                    "updates": self._by_layer[name].updates,
+                }
+                for name in leaders.values()
+            },
+        }
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the sum of several `state`s of the same layers: what several processes counted, or one."""
+        if any(state["leader"] != states[0]["leader"] for state in states):
+            states = [_unshared(state) for state in states]
+        loaded: dict[str, _Statistics] = {}
+        leaders: dict[str, str] = {}
+        for state in states:
+            leaders |= state["leader"]
+            for name, saved in state["sums"].items():
+                layer = self.layers[name]
+                part = HessianAccumulator.of_sum(
+                    saved["sum"].to(layer.parameter.device, copy=True), saved["num_tokens"]
+                )
+                if name not in loaded:
+                    loaded[name] = _Statistics(part)
+                else:
+                    loaded[name].accumulator.merge(part)
+                loaded[name].updates += saved["updates"]
+        self._by_layer = {name: loaded[leader] for name, leader in leaders.items()}
+        self._seen = {name: statistics.updates for name, statistics in self._by_layer.items()}
+
+
+def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same counts, with sums of its own for each layer."""
+    return {
+        "leader": {name: name for name in state["leader"]},
+        "sums": {name: state["sums"][leader] for name, leader in state["leader"].items()},
+    }
+
+
+def gather_states(
+    statistics: InputStatistics, gradients: Mapping[str, Tensor], access: ParameterAccess
+) -> list[dict[str, Any] | None]:
+    """The states that a checkpoint of this rank has to keep. All ranks must call it.
+
+    Where rank 0 writes for all, it gets the states of all ranks. Sums travel one by one: all together would be too much
+    for a device.
+
+    Args:
+        statistics: Of this rank.
+        gradients: Its sums of squared gradients, by layer.
+        access: Tells the ranks.
+
+    Returns:
+        `InputStatistics.state` by rank, with the gradients; None where another rank has it.
+    """
+    own = statistics.state()
+    own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
+    if access.world_size == 1:
+        return [own]
+    if access.saves_every_rank:
+        return [own if rank == access.rank else None for rank in range(access.world_size)]
+    small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
+    shapes = {name: tuple(one.shape) for name, one in own["gradients"].items()}
+    states = access.gather({"leader": own["leader"], "sums": small, "gradients": shapes})
+    for rank, state in enumerate(states):
+        for name, shape in state["gradients"].items():
+            mine = own["gradients"][name] if rank == access.rank else None
+            state["gradients"][name] = access.to_first(mine, source=rank, shape=shape)
+        for name, entry in state["sums"].items():
+            mine = own["sums"][name]["sum"] if rank == access.rank else None
+            entry["sum"] = access.to_first(mine, source=rank, shape=entry["sum"])
+    return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
+
+
+def load_own_states(
+    statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
+) -> dict[str, Tensor]:
+    """Go on from this rank's part of what `gather_states` returned, under any number of ranks.
+
+    Returns:
+        The sums of squared gradients, by layer, on the CPU.
+
+    Raises:
+        MisconfigurationException: If another number of ranks wrote it, each its own part.
+    """
+    if len(states) == access.world_size:
+        own = states[access.rank : access.rank + 1]
+    else:
+        own = states[access.rank :: access.world_size]  # sums are sums, whoever adds them
+    kept = [state for state in own if state is not None]
+    if len(kept) < len(own):
+        raise MisconfigurationException(
+            f"the checkpoint was written by {len(states)} ranks while statistics were collected, each its own part, "
+            f"and {access.world_size} resume it: run `thanos-lightning reshard` on it first"
+        )
+    if kept:
+        statistics.load_states(kept)
+    gradients: dict[str, Tensor] = {}
+    for state in kept:
+        for name, one in state.get("gradients", {}).items():
+            gradients[name] = gradients[name] + one if name in gradients else one
+    return gradients

@@ -1,0 +1,216 @@
+"""What the training loss feels of an error in a layer's outputs: second moments of its gradient there.
+
+With H of the inputs they make a Kronecker-factored curvature of the loss (K-FAC, Martens and Grosse, arXiv 1503.05671)
+of whose output factor the diagonal is taken, or the whole. By the diagonal, to second order the loss grows by
+½ Σ_i g_i ‖ΔW_i X‖² when a layer changes by ΔW, with g_i the mean square of the gradient at its output i; so that
+outputs of a layer, and layers, can be held against each other. By the whole, it grows by ½ tr(ΔWᵀ G ΔW H), and outputs
+can make up for each other.
+
+The gradient is that of the loss as it is: where that is a mean over a batch's tokens, as in most trainings, those of a
+short batch count for more, here as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.report.stopwatch import Stopwatch
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.solver.linalg import exact_arithmetic
+
+# Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
+# to them.
+_FLOOR = 0.01
+# Of a backward of its own: the gradient of a mean over thousands of tokens is less than the least number of float16.
+_LOSS_SCALE = 2.0**14
+
+
+class _Attached(torch.autograd.Function):
+    """The output, as if it came from the leaf, too: what leads to the leaf is what leads to any output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
+        ctx.device = leaf.device  # where the layer's weight waits, which with offloading is another one
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros((), device=ctx.device)
+
+
+class OutputGradients:
+    """Sums the gradients' squares at the outputs of layers over the tokens of the backwards that run, by hooks.
+
+    Gradients that are not finite, as where a gradient scaler is about to skip the step, are left out. Padding has none
+    where the loss doesn't see it, and so needs no mask.
+
+    Args:
+        layers: Name -> layer.
+        kept: Keeps what fails in a hook, where other ranks would wait; then nothing is counted any more.
+        coupled: Sum the products of each two outputs, (rows, rows), and not the squares of each, (rows,).
+
+    Attributes:
+        sums: Name -> sums.
+        stopwatch: What summing has taken.
+
+    Examples:
+        >>> from thanos_lightning.models.targets import find_targets
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.eye(2))
+        >>> gradients = OutputGradients(find_targets(nn.Sequential(model)))
+        >>> gradients.start()
+        >>> (model(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) ** 2).sum().backward()
+        >>> gradients.stop()
+        >>> gradients.sums["0"]
+        tensor([40., 80.])
+    """
+
+    def __init__(
+        self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None, *, coupled: bool = False
+    ) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.stopwatch = Stopwatch()
+        self._kept = kept or KeptError(keeps=False)
+        self._coupled = coupled
+        self._layers = layers
+        self._handles: list[RemovableHandle] = []
+        self._leaf: Tensor | None = None
+        self._is_counting = True
+        self._unscale: float | Tensor = 1.0  # what a gradient is multiplied by, to be that of the loss
+
+    def start(self, *, of_training: bool = True) -> None:
+        """Add the hooks.
+
+        Args:
+            of_training: Whether the training runs the backwards; else `backward` does.
+        """
+        if not of_training:
+            device = next(iter(self._layers.values())).parameter.device
+            self._leaf = torch.zeros((), device=device, requires_grad=True)
+        for name, layer in self._layers.items():
+            for module in layer.modules:
+                self._handles.append(module.register_forward_hook(partial(self._watch, name)))
+
+    def begin(self, loss_scale: float | Tensor = 1.0) -> None:
+        """A batch of the training begins, whose loss is multiplied by so much before its backward."""
+        self._unscale = 1 / loss_scale
+
+    def stop(self) -> None:
+        """Remove them."""
+        self._leaf = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def backward(self, loss: Tensor, *, counts: bool) -> None:
+        """Run a backward that stops at the layers' outputs, and touches no gradient of a parameter.
+
+        Args:
+            loss: Of a forward since the start.
+            counts: False leaves its gradients out.
+        """
+        assert self._leaf is not None
+        self._is_counting, self._unscale = counts, 1 / _LOSS_SCALE
+        (_LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
+
+    def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self._leaf is not None and torch.is_grad_enabled():
+            output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call]
+        # Of the two forwards under activation checkpointing one is differentiated, and a hook on the other's output
+        # never fires.
+        if output.requires_grad:
+            output.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
+        return output
+
+    @torch.no_grad()
+    def _add(self, name: str, gradient: Tensor) -> None:
+        if self._is_counting and self._kept.error is None:
+            with self._kept.keeping(), self.stopwatch.running(gradient.device):
+                self._sum(name, gradient)
+
+    def _sum(self, name: str, gradient: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=rows.device)
+        sums = self.sums[name] = self.sums[name].to(rows.device)
+        # in a float32 copy: a norm along the tokens reads memory against its order, ten times as slowly
+        scaled = rows.to(torch.float32, copy=True).mul_(self._unscale)
+        if self._coupled:
+            # left out by a product, since to ask would make the host wait
+            scaled = torch.where(scaled.isfinite().all(), scaled, 0)
+            with exact_arithmetic(rows.device, operands=rows.dtype):
+                sums.addmm_(scaled.mT, scaled)
+        else:
+            squares = scaled.square_().sum(0)
+            sums += torch.where(squares.isfinite(), squares, 0)
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums of a checkpoint.
+
+        Raises:
+            ValueError: If they are of squares and not of products, or the other way round.
+        """
+        for name, one in sums.items():
+            if one.shape != self._shape(name):
+                raise ValueError(
+                    f"the checkpoint's sums of gradients at the outputs of {name} have shape {tuple(one.shape)}, and "
+                    f"not {self._shape(name)}: resume with the output_weights that it was trained with"
+                )
+        self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
+
+    def divide(self, steps: int) -> None:
+        """Make sums over so many steps means over them."""
+        for one in self.sums.values():
+            one /= steps
+
+    def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
+        """The sums of squares of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
+        found = [
+            self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows)
+            for name, layer in self._layers.items()
+        ]
+        parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])
+        return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
+
+    def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
+        """The sums of products of all ranks, each on its layer's owner. All must call it.
+
+        Args:
+            owners: Of the layers that are wanted.
+            access: How the strategy's parameters are reached.
+
+        Returns:
+            Those that this rank owns. A layer without any gradient is missing. This rank's own sums stay.
+        """
+        found = {}
+        for name, owner in owners.items():
+            total = access.sum_on(owner, self.sums.get(name), self._layers[name].rows)
+            if total is not None and total.any():
+                found[name] = total
+        return found
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        rows = self._layers[name].rows
+        return (rows, rows) if self._coupled else (rows,)
+
+
+def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
+    """How much an error of each output counts: its sum, and a hundredth of the layer's mean.
+
+    Args:
+        sums: Layer -> sums of squared gradients, not all zero.
+
+    Examples:
+        >>> output_weights({"a": torch.tensor([1.0, 3.0])})
+        {'a': tensor([1.0200, 3.0200])}
+    """
+    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}

@@ -1,0 +1,82 @@
+"""Which tokens of a batch count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
+    """The mask of the tokens that count, from anywhere in a batch: bool (batch, length), or None where it has none.
+
+    It lies on the CPU: from a device it is copied, once, since what follows from it is asked on the host.
+
+    Args:
+        batch: Mappings, lists and tuples, nested as a dataloader gives them.
+        key: Name of the mask in a mapping: 1 or True for a token that counts.
+
+    Raises:
+        ValueError: If there are several masks, or one that is not of the shape (batch, length), or additive.
+
+    Examples:
+        >>> token_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
+        tensor([[ True, False]])
+    """
+    masks = list(_find(batch, key))
+    if not masks:
+        return None
+    if len(masks) > 1:
+        raise ValueError(
+            f"the batch has {len(masks)} masks named {key!r}, which does not show which tokens a layer sees: give the "
+            "callback calibration.batches with one, or calibration.attention_mask_key=None to count every token"
+        )
+    mask = torch.as_tensor(masks[0]).cpu()
+    if mask.dim() != 2 or bool((mask < 0).any()):
+        raise ValueError(
+            f"the batch's {key!r} has shape {tuple(mask.shape)} and dtype {mask.dtype}: to tell padding from tokens it "
+            "must be (batch, length), 1 for a token and 0 for padding. Name another key in attention_mask_key, or None "
+            "to count every token"
+        )
+    return mask.bool()
+
+
+def has_text(batch: Any) -> bool:
+    """Whether a batch is a language model's, of which some tokens may be padding."""
+    return next(_find(batch, "input_ids"), None) is not None
+
+
+def _find(batch: Any, key: str) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for name, value in batch.items():
+            if name == key and value is not None:
+                yield value
+            else:
+                yield from _find(value, key)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _find(value, key)
+
+
+class CountedTokens:
+    """Which tokens of a batch count, as numbers of rows: to select by them, a device is not waited for.
+
+    Args:
+        mask: Bool (batch, length), on the CPU.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self._mask = mask
+        self._rows: dict[tuple[torch.device, bool], Tensor] = {}
+        self.all = bool(mask.all())
+
+    def rows(self, device: torch.device, *, sequence_first: bool = False) -> Tensor:
+        """The numbers of the rows that count, of inputs whose leading dimensions are flat: int64, on the device."""
+        key = (device, sequence_first)
+        if key not in self._rows:
+            rows = (self._mask.T if sequence_first else self._mask).flatten().nonzero().squeeze(1)
+            self._rows[key] = rows.to(device, non_blocking=True)
+        return self._rows[key]

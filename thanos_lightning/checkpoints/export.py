@@ -1,0 +1,197 @@
+"""From a trainer checkpoint to a Hugging Face folder, whose zeros are verified on disk before it appears."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from thanos_lightning.checkpoints.folders import require_free, whole_folder
+from thanos_lightning.checkpoints.format import TrainerCheckpoint
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, some_of
+from thanos_lightning.checkpoints.verify import TensorReport, check_mask, write_record
+from thanos_lightning.report.progress import open_phase
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
+
+
+class NonconformingError(ValueError):
+    """What was to be exported is not as sparse as its masks say.
+
+    Attributes:
+        reports: Of all tensors, also the ones that conform.
+    """
+
+    def __init__(self, message: str, reports: list[TensorReport]) -> None:
+        super().__init__(message)
+        self.reports = reports
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> list[TensorReport]:
+    """Turn a trainer checkpoint into a Hugging Face folder, and count its zeros on disk.
+
+    The folder holds the weights as safetensors, the configurations, the tokenizer, and `sparsity.json`: what
+    `verify_checkpoint` compares with later. It appears whole or not at all.
+
+    Args:
+        checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file, or DeepSpeed's folder, of
+            which the fp32 master is exported, by one process, whatever the number of ranks that wrote it.
+        output: Folder to write. It must not exist, or be empty.
+        dtype: Of the written parameters, such as "bfloat16"; as in the checkpoint by default.
+        tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
+
+    Returns:
+        A report for each pruned tensor, in the order of the model. All of them conform.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the output isn't free, the checkpoint is none or holds no masks yet, its weights don't fit the
+            model, or the tokenizer can't be had.
+        NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
+
+    Examples:
+        >>> reports = export_checkpoint("runs/quickstart/checkpoints/quickstart.ckpt", "exported")  # doctest: +SKIP
+        >>> min(report.sparsity for report in reports)  # doctest: +SKIP
+        0.5
+    """
+    output = Path(output).resolve()
+    require_free(output)
+    path = Path(checkpoint)
+    with open_phase(f"Reading {path.name}"):
+        trained = TrainerCheckpoint.read(path)
+        trained.require_intact()
+    masks = trained.require_masks()
+    note = trained.require_note()
+    prefix: str = note["model_prefix"]
+    outside = [name for name in masks if not name.startswith(prefix)]
+    if len(outside) == len(masks):
+        raise ValueError(
+            f"none of the {len(masks)} pruned tensors of {path} is part of its {note['architecture']}, so nothing "
+            "sparse could be exported: keep the pruned layers inside a transformers model"
+        )
+    if outside:
+        warnings.warn(
+            f"{len(outside)} pruned tensor(s) of {path} are not part of its {note['architecture']} and not exported: "
+            f"{some_of(outside)}",
+            stacklevel=2,
+        )
+    inside = {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
+    loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
+    model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
+    with whole_folder(output) as folder:
+        with open_phase(f"Writing {output.name}", adopts_bars=True):
+            try:
+                model.save_pretrained(folder)
+            except SafetensorError as error:  # of a write that failed
+                raise ValueError(
+                    f"{output} can't be written ({error}): make room, or give a folder on another disk"
+                ) from error
+        if loaded_tokenizer is not None:
+            loaded_tokenizer.save_pretrained(folder)
+        tensors = SafetensorsFiles(folder)
+        aliases = parameter_aliases(model)
+        reports = []
+        with open_phase("Counting zeros", len(inside), "tensors") as phase:
+            for name, mask in inside.items():
+                reports.append(check_mask(tensors.stored_name(aliases[name]), tensors, mask))
+                phase.advance(note=name)
+        failed = [report for report in reports if not report.ok]
+        if failed:
+            raise NonconformingError(
+                f"{len(failed)} of {len(reports)} pruned tensors of {path} do not conform "
+                f"({failed[0].name}: {'; '.join(failed[0].problems)}), so nothing was exported: export another "
+                "checkpoint, or another dtype if the numbers overflowed",
+                reports,
+            )
+        write_record(folder, reports, inside.values())
+    return reports
+
+
+# The Hugging Face model
+
+
+def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    """The trained model, its weights being the ones of the checkpoint, not copies where the dtype stays."""
+    note, path = checkpoint.require_note(), checkpoint.path
+    model = build_model(note["architecture"], note["config"], path)
+    if note["generation_config"] is not None:
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(note["generation_config"]))
+    prefix: str = note["model_prefix"]
+    # buffers keep their dtype: models have some in fp32 on purpose
+    cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights: dict[str, Tensor] = {}
+    for full_name in checkpoint.state_dict:
+        if full_name.startswith(prefix):
+            name = full_name.removeprefix(prefix)
+            value = checkpoint.state_dict[full_name]
+            weights[name] = value.to(dtype) if name in cast else value
+    adapted = [name for name in weights if ".lora_" in name]
+    if adapted:
+        raise ValueError(
+            f"{path} has LoRA adapters, such as {prefix}{adapted[0]}, for which {note['architecture']} has no place: "
+            "in Python load its state_dict, merge_and_unload() and save_pretrained(). That writes over the zeros of "
+            "layers that have an adapter; to keep those, merge before the training and prune the merged model"
+        )
+    mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
+    try:
+        unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"the weights in {path} do not fit {note['architecture']} ({error}): {mend}") from error
+    model.tie_weights()
+    loaded = model.state_dict()
+    missing = [name for name, value in loaded.items() if value.is_meta]
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights in {path} do not fit {note['architecture']}: missing {some_of(missing)}, unexpected "
+            f"{some_of(unexpected)}; {mend}"
+        )
+    for name, value in weights.items():
+        if loaded[name].data_ptr() != value.data_ptr() and not torch.equal(loaded[name], value):
+            raise ValueError(
+                f"{prefix}{name} in {path} is tied to another weight by the configuration, but has values of its own, "
+                "which would be lost: train with tied weights, or with tie_word_embeddings=False in the configuration"
+            )
+    return model
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}: give a floating point type of torch, such as bfloat16 or float32")
+    return parsed
+
+
+def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
+    """The tokenizer to export, or None with a warning where the checkpoint knows of none."""
+    name = given or recorded
+    folder = Path(name) if name else None
+    if name is None or (
+        given is None
+        and folder is not None
+        and folder.is_dir()
+        and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
+    ):
+        warnings.warn(
+            f"{'the checkpoint names no tokenizer' if name is None else f'{name} holds no tokenizer'}, so none is "
+            "exported: give one with --tokenizer",
+            stacklevel=3,
+        )
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the tokenizer {str(name)!r} {'' if given else 'that was used in training '}can't be loaded "
+            f"({str(error).splitlines()[0]}): give the name or path of one with --tokenizer"
+        ) from error

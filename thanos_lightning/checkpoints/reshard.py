@@ -1,0 +1,138 @@
+"""From a DeepSpeed checkpoint folder to one that any number of ranks resumes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+
+from thanos_lightning.checkpoints.checksums import require_intact
+from thanos_lightning.checkpoints.deepspeed_files import (
+    check_files,
+    check_one_save,
+    files_of,
+    is_zero_folder,
+    load_contents,
+    load_file,
+    model_files,
+    read_plan,
+    require_end,
+    require_masters,
+)
+from thanos_lightning.checkpoints.folders import require_free, whole_folder
+from thanos_lightning.checkpoints.format import pruning_state
+from thanos_lightning.report.progress import open_phase
+
+
+def reshard_checkpoint(
+    checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1, trusted: bool = False
+) -> Path:
+    """Convert a checkpoint of ZeRO 1, 2 or 3 so that it resumes on any number of ranks.
+
+    DeepSpeed converts it to its universal format: per parameter one file each for the fp32 master and the moments. The
+    masks and the schedule go with it; of a window that was being collected, the sums of all ranks.
+
+    Args:
+        checkpoint: The folder that a Trainer with DeepSpeed's strategy wrote.
+        output: Folder to write; it must not exist, or be empty. The checkpoint's name with `-resharded` by default.
+        processes: How many convert at a time. Each holds one rank's part in memory.
+        trusted: Whether DeepSpeed may read files that hold other objects than plain values and its own, for which it
+            may run any code.
+
+    Returns:
+        The folder, for `fit(ckpt_path=…)`.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the output isn't free, or the checkpoint is none that can be, or has to be, resharded.
+        ImportError: If deepspeed is not installed.
+    """
+    path = Path(checkpoint).resolve()
+    output = (path.with_name(f"{path.name}-resharded") if output is None else Path(output)).resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a checkpoint folder that DeepSpeed's strategy wrote")
+    require_free(output)
+    require_end(path)
+    if not is_zero_folder(path):
+        raise ValueError(
+            f"{path} is no checkpoint folder of DeepSpeed's: other checkpoints resume on any number of ranks as they "
+            "are"
+        )
+    plan = read_plan(path)
+    _check(path, plan.stage, plan.is_universal, processes)
+    if not trusted:
+        check_files(path)
+        check_one_save(path)
+    files = files_of(path)
+    with open_phase(f"Reading {path.name}", len(files), "files") as phase:
+        for file in files:
+            require_intact(file)
+            phase.advance(note=file.name)
+    with whole_folder(output) as folder:
+        with open_phase(f"Converting {path.name}", adopts_bars=True):
+            _convert(path / "checkpoint", folder / "checkpoint", processes)
+        (folder / "latest_universal").write_text("checkpoint")
+        _join_ranks(path, folder)
+    return output
+
+
+def _check(path: Path, stage: int, is_universal: bool, processes: int) -> None:
+    if processes < 1:
+        raise ValueError(f"processes is {processes}: give a number ≥ 1")
+    if is_universal:
+        raise ValueError(f"{path} is resharded already: resume from it on any number of ranks")
+    require_masters(path)
+    if stage == 0:
+        raise ValueError(f"{path} was written at ZeRO stage 0, where nothing is sharded: resume from it as it is")
+    if stage == 3:
+        first = load_file(model_files(path)[0])
+        if first.get("frozen_param_shapes"):
+            name = next(iter(first["frozen_param_shapes"]))
+            raise ValueError(
+                f"{path} has parameters that are not trained, such as {name}, which DeepSpeed's universal format "
+                "leaves out at stage 3: resume on the number of ranks that wrote it"
+            )
+
+
+def _convert(source: Path, target: Path, processes: int) -> None:
+    try:
+        from deepspeed.checkpoint import ds_to_universal
+    except ImportError as error:
+        raise ImportError("resharding needs deepspeed: pip install deepspeed") from error
+    arguments = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=processes,
+        num_merge_workers=processes,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    target.mkdir(parents=True)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            ds_to_universal.main(arguments)
+    except Exception as error:
+        raise ValueError(
+            f"DeepSpeed could not convert {source} ({type(error).__name__}: {error}). Its universal format knows the "
+            "moments of Adam (exp_avg, exp_avg_sq): with another optimizer, resume on the number of ranks that wrote it"
+        ) from error
+
+
+def _join_ranks(path: Path, folder: Path) -> None:
+    """Give the one file that all ranks will read the masks and the statistics of all the ranks that wrote."""
+    states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
+    if len(states) < 2:  # no callback, or all in one file already
+        return
+    target = model_files(folder)[0]
+    content = dict(torch.load(target, map_location="cpu", weights_only=True))
+    joined = pruning_state(content)
+    assert joined is not None, "it is a copy"
+    joined["masks"] = {name: mask for state in states for name, mask in state["masks"].items()}
+    if joined["collected"] is not None:
+        joined["collected"] = [state["collected"][rank] for rank, state in enumerate(states)]
+    torch.save(content, target)

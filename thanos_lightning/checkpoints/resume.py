@@ -1,0 +1,173 @@
+"""Resuming from DeepSpeed's checkpoint folders: what must fit, and what DeepSpeed and Lightning leave half done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from thanos_lightning.checkpoints.checksums import require_intact
+from thanos_lightning.checkpoints.deepspeed_files import (
+    Plan,
+    check_files,
+    check_one_save,
+    files_of,
+    is_universal,
+    is_zero_folder,
+    load_file,
+    model_files,
+    read_parameter_groups,
+    read_plan,
+    require_end,
+)
+from thanos_lightning.models.targets import whole_shape
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.ranks import Ranks
+
+_GUARDED = "_thanos_lightning_guards_resume"
+
+
+def guard_resume(strategy: DeepSpeedStrategy) -> None:
+    """Check the checkpoints that this strategy will load from now on, and complete what is loaded.
+
+    - A folder whose files are damaged, of several saves, or hold more than plain values is refused, on all ranks,
+      before DeepSpeed, which would run what they say, reads it. Of the checksums each rank checks its share.
+    - Another number of ranks, another ZeRO stage or another model are refused with the mend, before DeepSpeed fails
+      in its own words, or loads what does not belong there.
+    - A folder that was resharded is recognised; without this, it takes an entry in DeepSpeed's configuration.
+    - Stage 3 loads a resharded checkpoint with the first parameter group's weight decay for all groups, and one step
+      counter that each group then advances: each group gets its own back.
+    - A resharded checkpoint is loaded without the module's buffers and what is not trained: they are loaded here.
+    - With the optimizer on NVMe, DeepSpeed restores the masters, but no moments: that is said.
+    - `load_full_weights` fills the model's copy only, and the first step would undo it: the master is filled as well.
+
+    Which checkpoint it will be is not known before the engine is built, so the strategy's own methods are wrapped.
+    """
+    if getattr(strategy, _GUARDED, False):
+        return
+    setattr(strategy, _GUARDED, True)
+    load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
+
+    def guarded_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        path = Path(checkpoint_path)
+        trainer = strategy.lightning_module.trainer if strategy.lightning_module is not None else None
+        fits = trainer is not None and trainer.state.fn == "fit"
+        if fits and path.is_file() and not strategy.load_full_weights:
+            raise MisconfigurationException(
+                f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
+                "that strategy, or export the checkpoint and start from the exported model"
+            )
+        if fits and (plan := _read(path, strategy, trusted=kwargs.get("weights_only") is False)) is not None:
+            _check(path, plan, strategy)
+            strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
+        loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
+        if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
+            rank_zero_warn(
+                "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
+                "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
+                "stopped"
+            )
+        if fits and is_zero_folder(path) and is_universal(path):
+            _complete_optimizer(path, strategy)
+            _complete_module(path, strategy)
+        return loaded
+
+    def guarded_load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        load_model_state_dict(checkpoint, strict=strict)
+        refresh = getattr(getattr(strategy.deepspeed_engine, "optimizer", None), "refresh_fp32_params", None)
+        if strategy.load_full_weights and strategy.zero_stage_3 and refresh is not None:
+            refresh()
+
+    strategy.load_checkpoint = guarded_load_checkpoint  # type: ignore[method-assign]
+    strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
+
+
+def _read(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> Plan | None:
+    """What a folder of DeepSpeed's is made for, None for another one. What one rank refuses ends all of them."""
+    plan, refused = None, None
+    try:
+        require_end(path)
+        if is_zero_folder(path):
+            plan = read_plan(path)
+            if not trusted:
+                check_files(path)
+                check_one_save(path)
+            share = files_of(path)[strategy.global_rank :: strategy.world_size]
+            with open_phase(f"Reading {path.name}", len(share), "files") as phase:
+                for file in share:
+                    require_intact(file)
+                    phase.advance(note=file.name)
+    except (ValueError, OSError) as error:
+        refused = str(error)
+    for why in Ranks(strategy.global_rank, strategy.world_size).gather(refused):
+        if why is not None:
+            raise MisconfigurationException(why)
+    return plan
+
+
+def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
+    stage = int(strategy.deepspeed_engine.zero_optimization_stage())
+    if stage != plan.stage and (stage in (0, 3) or plan.stage in (0, 3)):  # 1 and 2 write the same
+        raise MisconfigurationException(
+            f"{path} was written at ZeRO stage {plan.stage}, and this training is at stage {stage}: resume at stage "
+            f"{plan.stage}, or export the checkpoint and start from the exported model"
+        )
+    if plan.stage > 0 and not plan.is_universal and plan.world_size != strategy.world_size:
+        raise MisconfigurationException(
+            f"{path} was written by {plan.world_size} ranks, and {strategy.world_size} resume it: run "
+            f"`thanos-lightning reshard {path}`, and resume from the folder that it makes"
+        )
+    assert strategy.lightning_module is not None
+    ours = {
+        name: whole_shape(parameter)
+        for name, parameter in strategy.lightning_module.named_parameters()
+        if parameter.requires_grad
+    }
+    if not plan.shapes:
+        return
+    aliases = {name for name, _ in strategy.lightning_module.named_parameters(remove_duplicate=False)}
+    for name, shape in plan.shapes.items():
+        if name not in aliases or (name in ours and ours[name] != shape):
+            found = f"shape {ours[name]}" if name in ours else "no such parameter"
+            raise MisconfigurationException(
+                f"{path} is a checkpoint of another model: it has {name} of shape {shape}, and this model has {found}. "
+                "Resume with the model that it was trained with"
+            )
+    missing = [name for name in ours if name not in plan.shapes]
+    if missing:
+        raise MisconfigurationException(
+            f"{path} is a checkpoint of another model: it lacks {missing[0]}, which this model trains. Resume with the "
+            "model that it was trained with"
+        )
+
+
+def _complete_optimizer(path: Path, strategy: DeepSpeedStrategy) -> None:
+    wrapped: Any = strategy.deepspeed_engine.optimizer
+    optimizer: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
+    saved = read_parameter_groups(path)
+    if len(saved) != len(optimizer.param_groups):
+        raise MisconfigurationException(
+            f"the optimizer in {path} has {len(saved)} parameter groups, and this one {len(optimizer.param_groups)}: "
+            "resume with the configure_optimizers that it was trained with"
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+@torch.no_grad()
+def _complete_module(path: Path, strategy: DeepSpeedStrategy) -> None:
+    module = strategy.lightning_module
+    assert module is not None
+    saved = load_file(model_files(path)[0])["module"]
+    untrained = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+    for name, tensor in [*module.named_buffers(), *untrained]:
+        if name in saved and saved[name].numel() == tensor.numel():
+            tensor.copy_(saved[name])

@@ -1,0 +1,210 @@
+"""Checkpoints that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed.checkpoint.api import CheckpointException
+from typing_extensions import override
+
+from thanos_lightning.checkpoints.checksums import require_intact
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.ranks import Ranks
+
+
+class UnwrittenError(OSError):
+    """A checkpoint could not be written, and nothing of it is left.
+
+    Args:
+        path: Of the checkpoint.
+        why: What the system says.
+        rank: The process that could not; None where there is only one.
+
+    Attributes:
+        why: What the system says.
+    """
+
+    def __init__(self, path: Path, why: str, rank: int | None = None) -> None:
+        where = "" if rank is None else f", on rank {rank}"
+        super().__init__(
+            f"{path} can't be written ({why}{where}), and nothing was left under that name: make room, or give another "
+            "default_root_dir, and go on from the last checkpoint (ckpt_path)"
+        )
+        self.why = why
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the file and renames: Lightning's own leaves a part of it where the disk is full.
+
+    A file of which bytes have changed is refused when it is loaded.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     WholeFiles().save_checkpoint({"a": 1}, f"{folder}/a.ckpt")
+        ...     os.listdir(folder)
+        ['a.ckpt']
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as opened:
+                torch.save(checkpoint, opened)
+            partial.replace(file)
+        except (OSError, RuntimeError) as error:  # torch's, of a write that failed
+            raise UnwrittenError(file, _reason(error)) from error
+        finally:
+            with suppress(OSError):  # it has its name by now, or never was
+                partial.unlink()
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_file():
+            try:
+                with open_phase(f"Reading {Path(path).name}"):
+                    require_intact(Path(path))
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _reason(error: BaseException) -> str:
+    cause = error if isinstance(error, OSError) else error.__context__
+    return os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+
+
+def save_whole(strategy: Strategy, *, shards: bool = False) -> None:
+    """Let a strategy that writes a file by Lightning's own means, or a folder, write it whole.
+
+    Where one rank can't write, all ranks end with its `UnwrittenError`.
+
+    Args:
+        strategy: Changed in place.
+        shards: Whether it writes a folder to which each rank adds its shards.
+    """
+    if hasattr(strategy.save_checkpoint, "whole"):
+        return
+    if isinstance(strategy, DeepSpeedStrategy):
+        _replace(strategy, _beside(strategy, _by_deepspeed))
+    elif shards:
+        _replace(strategy, _beside(strategy, _by_torch))
+    elif isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFiles()
+        if isinstance(strategy, DDPStrategy):
+            _replace(strategy, _by_the_first(strategy))
+
+
+def _replace(strategy: Strategy, save_checkpoint: Any) -> None:
+    save_checkpoint.whole = True
+    strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def _raise_everywhere(strategy: Any, path: Path, why: str | None) -> None:
+    """Raise on all ranks where one could not write. All must call it."""
+    for rank, told in enumerate(Ranks(strategy.global_rank, strategy.world_size).gather(why)):
+        if told is not None:
+            raise UnwrittenError(path, told, rank if strategy.world_size > 1 else None)
+
+
+def _by_the_first(strategy: Any) -> Any:
+    """One file, which rank 0 writes."""
+    save = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        why = None
+        try:
+            save(checkpoint, filepath, storage_options)
+        except UnwrittenError as error:
+            why = error.why
+        _raise_everywhere(strategy, Path(filepath), why)
+
+    return save_checkpoint
+
+
+def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> str | None:
+    """Its ranks meet after writing: one that can't write goes on to there, or the others would wait."""
+    engine = strategy.deepspeed_engine.checkpoint_engine
+    write = engine.save
+    reasons: list[str] = []
+
+    def keep(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch's, of a write that failed
+            reasons.append(_reason(error))
+
+    engine.save = keep
+    try:
+        save()
+    finally:
+        engine.save = write
+    return next(iter(reasons), None)
+
+
+def _by_torch(strategy: Any, save: Callable[[], None]) -> str | None:
+    """Its ranks tell each other themselves, in the tracebacks of all."""
+    try:
+        save()
+    except CheckpointException as error:
+        failed, _ = next(iter(error.failures.values()))
+        return _reason(failed) if strategy.global_rank == min(error.failures) else None
+    except OSError as error:  # of rank 0, which writes a further file
+        return _reason(error)
+    return None
+
+
+def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None]) -> Any:
+    """A folder, which all ranks write beside its place, and which is renamed when all have written."""
+    save = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(filepath):
+            save(checkpoint, filepath, storage_options)
+            return
+        path = Path(strategy.broadcast(filepath))
+        partial = path.with_name(f".{path.name}.partial")
+        if strategy.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)  # of a rank that was killed
+        strategy.barrier()
+        why = write(strategy, lambda: save(checkpoint, partial, storage_options))
+        try:
+            _raise_everywhere(strategy, path, why)
+        except UnwrittenError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if strategy.is_global_zero:
+            _put_in_place(partial, path)
+        strategy.barrier()
+        if strategy.local_rank == 0 and partial.exists():  # of a node with a disk of its own
+            _put_in_place(partial, path)
+
+    return save_checkpoint
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)

@@ -1,0 +1,361 @@
+"""The proof on disk: every pruned tensor of a Hugging Face folder or a trainer checkpoint is read and counted.
+
+A zero is +0 here and nothing else: -0 and NaN are values, as they are for the enforcement during training.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
+from thanos_lightning.checkpoints.format import TrainerCheckpoint
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, read_json
+from thanos_lightning.models.targets import find_targets, matches
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.masks import LayerMask, recorded_pattern
+from thanos_lightning.solver import Pattern
+
+_RECORD = "sparsity.json"
+_RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What was found in one tensor on disk.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape in the file; empty where the tensor is missing.
+        pattern: The pattern that it has to conform to, such as "2:4".
+        sparsity: The fraction of zeros that the pattern asks for.
+        zeros: How many entries are exactly 0.
+        violations: Entries that should be 0 and are not, are not finite, or whose moments live on; 0 where all is well.
+        problems: The same in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    sparsity: float
+    zeros: int
+    violations: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the tensor conforms."""
+        return self.violations == 0
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return torch.Size(self.shape).numel() if self.shape else 0
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a tensor has to be.
+
+    Attributes:
+        pattern: To which it conforms.
+        transposed: Whether it is stored as (in_features, out_features).
+        shape: As stored, where known.
+        zeros: Their exact number, where recorded.
+        mask: Unpacked only while its tensor is checked.
+        moments: Name -> tensor of the optimizer, with the layout of the parameter.
+    """
+
+    pattern: Pattern
+    transposed: bool = False
+    shape: tuple[int, ...] | None = None
+    zeros: int | None = None
+    mask: LayerMask | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def verify_checkpoint(
+    path: str | Path,
+    pattern: Pattern | None = None,
+    *,
+    targets: Sequence[str] = ("*",),
+    ignore: Sequence[str] = ("lm_head",),
+) -> list[TensorReport]:
+    """Count zeros on disk: against what was recorded in training or export, and against a pattern.
+
+    What is recorded is checked wherever it is found: the counts of a `sparsity.json`; the masks inside a trainer
+    checkpoint, under which the weights and the optimizer's moments must be 0.
+
+    Args:
+        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file, or DeepSpeed's
+            folder, of which the fp32 masters, the moments and, where it is whole, the model's copy are checked.
+        pattern: What every targeted layer must conform to. May be left out where something is recorded.
+        targets: Globs or `re:` expressions of module names, for `pattern`. Which tensors are layers is told by the
+            model that the configuration describes; where there is none, every matrix counts as one.
+        ignore: Layers to leave out, in the same words.
+
+    Returns:
+        A report for each tensor. Whether all is well is `all(report.ok for report in reports)`.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If it's nothing that can be verified, or there is no tensor to check.
+
+    Examples:
+        >>> from thanos_lightning.solver import NM
+        >>> all(report.ok for report in verify_checkpoint("exported", NM(2, 4)))  # doctest: +SKIP
+        True
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a Hugging Face folder, a .safetensors or a .ckpt file")
+    if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
+        tensors, expected = _expect_of_files(path, pattern, targets, ignore)
+    else:
+        with open_phase(f"Reading {path.name}"):
+            tensors, expected = _expect_of_trainer_checkpoint(path, pattern, targets, ignore)
+    reports = []
+    with open_phase("Counting zeros", len(expected), "tensors") as phase:
+        for name, expectations in expected.items():
+            reports.append(_check(name, tensors, expectations))
+            phase.advance(note=name)
+    return reports
+
+
+def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
+    """Count the zeros of one tensor against its mask.
+
+    Args:
+        name: Of the tensor.
+        tensors: Where it is, or is missing.
+        mask: Its mask.
+    """
+    return _check(name, tensors, [_expected_of_mask(mask)])
+
+
+# What is expected
+
+
+def _expect_of_files(
+    path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
+) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
+    folder = path if path.is_dir() else path.parent
+    tensors = SafetensorsFiles(path)
+    # a shard holds only some of what was recorded for all
+    is_shard = not path.is_dir() and bool(list(folder.glob("*.safetensors.index.json")))
+    expected: dict[str, list[_Expected]] = {}
+    record = folder / _RECORD
+    if record.is_file():
+        for name, entry in _read_record(record).items():
+            if name in tensors or not is_shard:
+                expected[name] = [entry]
+    elif pattern is None:
+        raise ValueError(f"{path} has no {_RECORD} beside it: say what to check with --pattern, such as --pattern 2:4")
+    if pattern is not None:
+        layers = _layers_of_folder(folder, targets, ignore) if (folder / "config.json").is_file() else None
+        if layers is None:
+            _expect_matrices(expected, tensors, pattern, targets, ignore)
+        else:
+            for names, transposed in layers:
+                name = tensors.stored_name(names)
+                if name in tensors or not is_shard:
+                    expected.setdefault(name, []).append(_Expected(pattern, transposed))
+    if not expected:
+        raise ValueError(f"{path} has no tensor to check: verify the folder, or change --targets and --ignore")
+    return tensors, expected
+
+
+def _expect_of_trainer_checkpoint(
+    path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
+) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
+    checkpoint = TrainerCheckpoint.read(path)
+    checkpoint.require_intact()
+    masks = checkpoint.require_masks() if pattern is None else checkpoint.masks or {}
+    moments = checkpoint.beside
+    if moments is None and masks:
+        warnings.warn(
+            f"the optimizer's moments in {path} were not checked: it does not say whose they are. Save it from a "
+            "Trainer that has the callback",
+            stacklevel=3,
+        )
+    expected = {name: [_expected_of_mask(mask, moments=(moments or {}).get(name, {}))] for name, mask in masks.items()}
+    if pattern is not None:
+        if checkpoint.describes_a_model:
+            note = checkpoint.require_note()
+            model = build_model(note["architecture"], note["config"], path)
+            for name, layer in find_targets(model, targets, ignore).items():
+                full_name = f"{note['model_prefix']}{name}.weight"
+                expected.setdefault(full_name, []).append(_Expected(pattern, layer.transposed))
+        else:
+            _expect_matrices(expected, checkpoint.state_dict, pattern, targets, ignore)
+    if not expected:
+        raise ValueError(f"{path} has no tensor to check: change --targets and --ignore")
+    return checkpoint.state_dict, expected
+
+
+def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor] | None = None) -> _Expected:
+    return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments or {})
+
+
+def _expect_matrices(
+    expected: dict[str, list[_Expected]],
+    tensors: Mapping[str, Tensor],
+    pattern: Pattern,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+) -> None:
+    """Where no model tells which tensors are layers, every matrix that is targeted has to conform."""
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if (
+            tensor.dim() == 2
+            and tensor.is_floating_point()
+            and any(matches(module, expression) for expression in targets)
+            and not any(matches(module, expression) for expression in ignore)
+        ):
+            expected.setdefault(name, []).append(_Expected(pattern))
+
+
+def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str]) -> list[tuple[list[str], bool]]:
+    """The possible names in the file, and whether it is stored transposed, of each targeted layer's weight."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not config.architectures:
+        raise ValueError(
+            f"{folder / 'config.json'} names no architecture, so its layers are not known: add "
+            '"architectures": ["…ForCausalLM"] to it'
+        )
+    model = build_model(config.architectures[0], config, folder)
+    aliases = parameter_aliases(model)
+    return [
+        (aliases[layer.parameter_name], layer.transposed) for layer in find_targets(model, targets, ignore).values()
+    ]
+
+
+# Checking a tensor
+
+
+def _is_value(tensor: Tensor) -> Tensor:
+    return tensor.ne(0) | tensor.signbit()
+
+
+def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Expected]) -> TensorReport:
+    asked = expectations[-1].pattern  # the user's, where it comes on top of the recorded one
+    if name not in tensors:
+        wanted = expectations[0].shape
+        return TensorReport(
+            name=name,
+            shape=(),
+            pattern=asked.name,
+            sparsity=asked.sparsity,
+            zeros=0,
+            violations=torch.Size(wanted).numel() if wanted else 1,
+            problems=("the tensor is missing",),
+        )
+    tensor = tensors[name]
+    missing_zeros, other, problems = 0, 0, []
+    not_finite = tensor.numel() - int(tensor.isfinite().count_nonzero())
+    if not_finite:
+        other += not_finite
+        problems.append(f"{not_finite} entries are NaN or infinite")
+    values = _is_value(tensor)
+    zeros = values.numel() - int(values.count_nonzero())
+    for expected in expectations:
+        if tensor.dim() != 2 or (expected.shape is not None and tuple(tensor.shape) != expected.shape):
+            other += tensor.numel()
+            problems.append(f"the shape is {tuple(tensor.shape)}, not {expected.shape or 'that of a matrix'}")
+            continue
+        drop = None
+        if expected.mask is not None:
+            drop = _oriented(expected.mask.keep.logical_not(), expected)
+        count, found = _missing_zeros(values, zeros, expected, drop)
+        missing_zeros = max(missing_zeros, count)  # several checks see the same entries
+        problems += found
+        for moment_name, moment in expected.moments.items():
+            assert drop is not None, "moments come with a mask"
+            alive = int((_is_value(moment) & drop).count_nonzero())
+            if alive:
+                other += alive
+                problems.append(f"{alive} pruned entries of its moment {moment_name} are not 0")
+    negative = int((tensor.eq(0) & tensor.signbit()).count_nonzero()) if missing_zeros else 0
+    if negative:
+        problems.append(f"{negative} entries are -0, which is not counted as 0")
+    problems = list(dict.fromkeys(problems))  # a recorded and a given pattern may find the same
+    return TensorReport(
+        name, tuple(tensor.shape), asked.name, asked.sparsity, zeros, missing_zeros + other, tuple(problems)
+    )
+
+
+def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor | None) -> tuple[int, list[str]]:
+    """By how many zeros the worst of the checks is off, and what each of them says."""
+    problems: list[str] = []
+    try:
+        excess = expected.pattern.violations(_oriented(values, expected))
+    except ValueError as error:  # the pattern doesn't divide the layer
+        return values.numel(), [str(error)]
+    if excess:
+        problems.append(f"{excess} entries more than pattern {expected.pattern.name} allows are not 0")
+    off = 0 if expected.zeros is None else abs(zeros - expected.zeros)
+    if off:
+        problems.append(f"{zeros} zeros, recorded were {expected.zeros}")
+    came_back = 0 if drop is None else int((values & drop).count_nonzero())
+    if came_back:
+        problems.append(f"{came_back} pruned entries are not 0")
+    return max(excess, off, came_back), problems
+
+
+def _oriented(tensor: Tensor, expected: _Expected) -> Tensor:
+    return tensor.t() if expected.transposed else tensor
+
+
+# The record
+
+
+def _read_record(path: Path) -> dict[str, _Expected]:
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != _RECORD_FORMAT:
+        raise ValueError(
+            f"{path} is not of format {_RECORD_FORMAT}: use the version of thanos_lightning that wrote it, or remove "
+            "it and verify against a pattern"
+        )
+    return {
+        name: _Expected(
+            pattern=recorded_pattern(entry),
+            transposed=entry["transposed"],
+            shape=tuple(entry["shape"]),
+            zeros=entry["zeros"],
+        )
+        for name, entry in record["tensors"].items()
+    }
+
+
+def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[LayerMask]) -> None:
+    """Write `sparsity.json`, which `verify_checkpoint` compares with.
+
+    Args:
+        folder: Beside the weights.
+        reports: What was counted in each pruned tensor.
+        masks: The mask of each, in the same order.
+    """
+    record = {
+        "format": _RECORD_FORMAT,
+        "sparsity": sum(report.zeros for report in reports) / sum(report.numel for report in reports),
+        "tensors": {
+            report.name: {
+                "shape": list(report.shape),
+                "pattern": report.pattern,
+                "sparsity": report.sparsity,
+                "outlier_fraction": mask.pattern.outlier_fraction,
+                "zeros": report.zeros,
+                "transposed": mask.transposed,
+            }
+            for report, mask in zip(reports, masks, strict=True)
+        },
+    }
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What happens at an event, and before the first one."""

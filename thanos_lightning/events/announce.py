@@ -1,0 +1,96 @@
+"""Say before the first batch what will be pruned, when, and about what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import rich
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from thanos_lightning.calibration.collector import Collector
+from thanos_lightning.events.forecast import Calibration, describe, forecast, tokens_per_batch
+from thanos_lightning.events.past import Past
+from thanos_lightning.models.census import take_census
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.options import PruningOptions
+from thanos_lightning.plan.planner import Planner
+from thanos_lightning.plan.training_steps import scheduled_events, steps_of
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import Pattern
+
+
+def announce(
+    options: PruningOptions,
+    planner: Planner,
+    layers: Mapping[str, PrunableLayer],
+    final: Mapping[str, Pattern],
+    windows: Sequence[Window],
+    module: LightningModule,
+    trainer: Trainer,
+    *,
+    past: Past,
+    access: ParameterAccess,
+    collector: Collector,
+    weighs: bool,
+) -> None:
+    """Print it on rank 0, and warn where most of the model stays dense. All ranks must call it.
+
+    Args:
+        options: What the user asks for.
+        planner: Of the windows.
+        layers: Name -> layer, of all targets.
+        final: Name -> the pattern at the end.
+        windows: Planned so far.
+        module: Whose weights are counted.
+        trainer: That fits it.
+        past: Takes the numbers of weights into its report.
+        access: How the strategy's parameters are reached.
+        collector: Knows the calibration set.
+        weighs: Whether a calibration set is differentiated.
+    """
+    census = take_census(module, layers)
+    summary = past.report.summary
+    summary.target_weights, summary.model_weights = census.target_weights, census.model_weights
+    if census.share < 0.5:
+        rank_zero_warn(
+            f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear and "
+            f"Conv1D; left out are {census.shares()}"
+        )
+    needs = options.solver.needs_statistics
+    with torch.random.fork_rng(devices=[]):  # which a training goes on with
+        batches = collector.batches(trainer, module) if options.calibration.batches is not None else None
+    if not trainer.is_global_zero:
+        return
+    number, tokens = tokens_per_batch(trainer.train_dataloader if batches is None else batches) if needs else (0, 0)
+    if needs and batches is None:
+        steps = max((window.end_step - window.start_step for window in windows), default=0)
+        number = steps * trainer.accumulate_grad_batches
+    calibration = Calibration(number, tokens, batches is None, weighs, options.calibration.couples_rows)
+    scanned = planner.to_try(final) if any(window.scans for window in windows) else {}
+    outlook = forecast(
+        layers,
+        census,
+        options.solver,
+        calibration,
+        trainer,
+        memory_gib=options.calibration.memory_gib if needs else None,
+        is_sharded=not isinstance(access, ReplicatedAccess),
+        levels=max(map(len, scanned.values()), default=0),
+        events=len({window.event.step for window in windows}),
+        pattern=options.pattern,
+    )
+    text = describe(
+        census,
+        final.values(),
+        scheduled_events(planner.schedule, trainer),
+        options.pattern,
+        calibration,
+        outlook,
+        steps=steps_of(trainer),
+        steps_taken=past.optimizer_steps,
+    )
+    rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)

@@ -1,0 +1,333 @@
+"""Before the first batch: what will be pruned, when, and about what it will take."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from thanos_lightning.calibration.batches import BATCHES_PER_BACKWARD
+from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
+from thanos_lightning.models.census import Census
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import split_by_memory
+from thanos_lightning.report.progress import duration
+from thanos_lightning.report.stopwatch import finish
+from thanos_lightning.solver import Pattern
+from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.solver.linalg import exact_arithmetic
+
+_WIDTH = 80
+_MOST_EVENTS = 6  # that are listed one by one
+# A solve takes so many times the operations of its formula (b³ + 4cb² of a layer (c, b)) at the rate of a matrix
+# product, and each later step twice those of a product of weight and Hessian. Measured on 256 to 2,048 columns, on one
+# thread of an AMD EPYC: within a factor of 1.5.
+_METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
+_COUPLED = 8.0  # times as long, with rows that are coupled
+_MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
+_rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision, each measured once a process
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one event will take, about, in bytes and in seconds.
+
+    Attributes:
+        moments: Bytes for second moments, on each rank.
+        event: Bytes at the peak of an event, these included, on the rank that needs most.
+        masks: Bytes for all masks, on each rank.
+        calibrating_seconds: Of a calibration set, or of counting training batches. None where it can't be told.
+        scanning_seconds: Of finding out what each layer would lose, before the first event.
+        solving_seconds: Of all solves.
+    """
+
+    moments: int
+    event: int
+    masks: int
+    calibrating_seconds: float | None
+    scanning_seconds: float
+    solving_seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What an event is pruned on.
+
+    Attributes:
+        batches: How many; None where it isn't known.
+        tokens: In each; None where it isn't known.
+        of_training: Whether they are the training's own, so that only counting them takes time.
+        differentiates: Whether a calibration set's outputs are weighted by gradients.
+        coupled: Whether by those of each two outputs.
+    """
+
+    batches: int | None
+    tokens: int | None
+    of_training: bool
+    differentiates: bool
+    coupled: bool = False
+
+
+def forecast(
+    layers: Mapping[str, PrunableLayer],
+    census: Census,
+    options: SolverOptions,
+    calibration: Calibration,
+    trainer: Trainer,
+    *,
+    memory_gib: float | None,
+    is_sharded: bool,
+    levels: int,
+    events: int = 1,
+    pattern: Pattern | None = None,
+) -> Forecast:
+    """By formulas, and by the rate of a matrix product that is measured for a twentieth of a second.
+
+    Args:
+        layers: To prune.
+        census: Of the model.
+        options: Of the solver.
+        calibration: What an event is pruned on.
+        trainer: Its precision is that of the forward.
+        memory_gib: For the second moments; None holds all at once.
+        is_sharded: Whether each rank has a piece of the masks.
+        levels: At how many sparsities a scan looks at each layer; 0 without one.
+        events: Their number.
+        pattern: The main pattern.
+    """
+    ranks, targets = trainer.world_size, list(layers.values())
+    windows = split_by_memory(targets, memory_gib, coupled=calibration.coupled)
+    device = targets[0].parameter.device
+    exact, forward = _rate(device), _rate(device, trainer)
+    solves = [_operations(layer, options, calibration.coupled) / exact for layer in targets]
+    scans = [_operations(layer, SolverOptions.as_published(options.method), False) / exact for layer in targets]
+    coupled = calibration.coupled
+    at_peak = partial(
+        event_bytes,
+        options=options,
+        ranks=ranks,
+        coupled=coupled,
+        pattern=pattern,
+        gathers=is_sharded,
+        again=events > 1,
+    )
+    return Forecast(
+        moments=max(moments_bytes(window, coupled=coupled) for window in windows) if options.needs_statistics else 0,
+        event=max(map(at_peak, windows)),
+        masks=census.target_weights // (ranks if is_sharded else 1),
+        calibrating_seconds=_calibrating(targets, census, calibration, ranks, exact, forward, len(windows))
+        if options.needs_statistics
+        else 0.0,
+        scanning_seconds=levels * sum(scans) / ranks,
+        solving_seconds=max(sum(solves) / ranks, max(solves)),
+    )
+
+
+def _operations(layer: PrunableLayer, options: SolverOptions, coupled: bool) -> float:
+    rows, cols = layer.rows, layer.cols
+    steps = options.admm_steps + options.refine_steps
+    once = _METHOD[options.method] * (cols**3 + 4 * rows * cols**2) + steps * 4 * rows * cols**2
+    return once * (_COUPLED if coupled else 1.0)
+
+
+def _calibrating(
+    layers: Sequence[PrunableLayer],
+    census: Census,
+    calibration: Calibration,
+    ranks: int,
+    exact: float,
+    forward: float,
+    windows: int,
+) -> float | None:
+    if calibration.batches is None or calibration.tokens is None:
+        return None
+    moments = sum(2 * group[0].cols ** 2 for group in sharing(layers))
+    if calibration.coupled:
+        moments += sum(2 * layer.rows**2 for layer in layers)
+    tokens = calibration.batches * calibration.tokens
+    if calibration.of_training:
+        return tokens * moments / exact
+    passes = 1.0
+    if calibration.differentiates:
+        passes += 1 / BATCHES_PER_BACKWARD["coupled" if calibration.coupled else "alone"]
+    run = 2 * census.model_weights * passes / forward
+    return tokens / ranks * (windows * run + moments / exact)
+
+
+def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
+    """Operations a second of a matrix product in float32, or in the precision of a Trainer's forward."""
+    precision = None if trainer is None else str(trainer.precision_plugin.precision)
+    if (device, precision) not in _rates:
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        context = exact_arithmetic(device) if trainer is None else trainer.precision_plugin.forward_context()
+        with torch.no_grad(), context:
+            _rates[device, precision] = _measure(device, dtype)
+    return _rates[device, precision]
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    size = _MEASURED_SIZE if device.type == "cpu" else 8 * _MEASURED_SIZE
+    one = torch.ones(size, size, device=device, dtype=dtype)
+
+    def multiply(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            torch.nn.functional.linear(one, one)
+        finish(device)
+        return time.perf_counter() - begin
+
+    multiply(1)  # what a first call sets up
+    times = max(1, int(_MEASURING_SECONDS / _MEASUREMENTS / max(multiply(1), 1e-6)))
+    # the best one: others on the machine may disturb the rest
+    return 2 * size**3 * times / min(multiply(times) for _ in range(_MEASUREMENTS))
+
+
+# What a batch holds
+
+
+def tokens_per_batch(batches: Any) -> tuple[int | None, int | None]:
+    """The number of batches, and of tokens in each, of a list or a dataloader; None where it can't be told.
+
+    Looks at one sample at most, and draws no random number that a training would miss.
+
+    Examples:
+        >>> tokens_per_batch([{"input_ids": torch.zeros(8, 128, dtype=torch.long)}] * 3)
+        (3, 1024)
+    """
+    number = tokens = None
+    with suppress(Exception), torch.random.fork_rng(devices=[]):  # a forecast must not end a training
+        number = len(batches)
+    with suppress(Exception), torch.random.fork_rng(devices=[]):
+        if isinstance(batches, Sequence):
+            tokens = _tokens(batches[0])
+        elif (found := _tokens(batches.dataset[0])) is not None:
+            tokens = found * batches.batch_size
+    return number, tokens
+
+
+def _tokens(batch: Any) -> int | None:
+    """Of the first tensor of whole numbers: others are no tokens."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids", next(iter(batch.values())))
+    while isinstance(batch, (list, tuple)):
+        batch = batch[0]
+    return batch.numel() if isinstance(batch, Tensor) and batch.ndim and not batch.is_floating_point() else None
+
+
+# In words
+
+
+def describe(
+    census: Census,
+    patterns: Iterable[Pattern],
+    events: Sequence[Event],
+    main: Pattern,
+    calibration: Calibration,
+    outlook: Forecast,
+    *,
+    steps: int | None,
+    steps_taken: int,
+) -> str:
+    """All of it as a block of lines, none longer than 80 characters.
+
+    Args:
+        census: Of the model.
+        patterns: Of each layer, at the end.
+        events: Of the schedule.
+        main: The main pattern.
+        calibration: What an event is pruned on.
+        outlook: What it will take.
+        steps: Optimizer steps of the training; None where they aren't known.
+        steps_taken: So far.
+    """
+    layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
+    weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"
+    to_come = [event for event in events if event.step >= steps_taken and (steps is None or event.step <= steps)]
+    lines = [_wrapped("", f"Pruning {layers} to {_listed(patterns)}")]
+    lines.append(_wrapped("weights", f"{weights}, {census.share:.0%} of the model"))
+    if census.dense:
+        lines.append(_wrapped("dense", census.shares()))
+    lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))
+    if to_come:
+        sizes = [
+            (f"second moments {_bytes(outlook.moments)}", outlook.moments),
+            (f"an event {_bytes(outlook.event)} in all", outlook.event),
+            (f"masks {_bytes(outlook.masks)}", outlook.masks),
+        ]
+        told = ", ".join(text for text, size in sizes if size)
+        lines.append(_wrapped("memory", f"about: {told}"))
+        lines.append(_wrapped("time", _how_long(outlook, calibration, len(to_come))))
+    return "\n".join(lines)
+
+
+def _when(events: Sequence[Event], main: Pattern, calibration: Calibration, steps: int | None, steps_taken: int) -> str:
+    if not events:
+        return f"all are done after {steps_taken} optimizer steps; what is zero stays zero"
+    of = "" if steps is None else f" of {steps}"
+    batches = "" if calibration.batches is None else f" {calibration.batches}"
+    what = f"{batches} training batches before it" if calibration.of_training else f"{batches} calibration batches"
+    on = f", on{what}" if calibration.batches != 0 else ""
+    last = events[-1]
+    if len(events) == 1:
+        when = f"once, after optimizer step {last.step}{of}" if last.step else f"once, before the first{of} steps"
+        return f"{when}{on}"
+    targets = [f"{event.sparsity(main.sparsity):.0%}" for event in events]
+    if len(events) <= _MOST_EVENTS:
+        when = f"after optimizer steps {', '.join(str(event.step) for event in events)}{of}, to {', '.join(targets)}"
+    else:
+        when = (
+            f"{len(events)}, after optimizer steps {events[0].step}, {events[1].step}, …, {last.step}{of}, to "
+            f"{targets[0]}, {targets[1]}, …, {targets[-1]}"
+        )
+    return f"{when}{on.replace('before it', 'before each')}"
+
+
+def _how_long(outlook: Forecast, calibration: Calibration, events: int) -> str:
+    parts = [("solving", outlook.solving_seconds)]
+    if outlook.calibrating_seconds is not None and calibration.batches != 0:
+        parts.insert(0, ("counting" if calibration.of_training else "calibrating", outlook.calibrating_seconds))
+    told = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts)
+    each = " an event" if events > 1 else ""
+    text = (
+        f"about {duration(sum(seconds for _, seconds in parts))}{each} ({told})" if len(parts) > 1 else f"about {told}"
+    )
+    if outlook.calibrating_seconds is None:
+        text += f"{each}, and what {'counting' if calibration.of_training else 'running'} the batches takes"
+    if outlook.scanning_seconds:
+        text += f"; before the first, about {duration(outlook.scanning_seconds)} to find out what each layer would lose"
+    return text
+
+
+def _listed(patterns: Iterable[Pattern]) -> str:
+    counts = Counter(
+        pattern.name + (f" {pattern.sparsity:.4g}" if ":" not in pattern.name or pattern.outlier_fraction else "")
+        for pattern in patterns
+    )
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({number})" for name, number in counts.items())
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.1f}" if number >= 50_000 else f"{number / 1e6:.2g}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(1, round(size / 2**20))} MiB"
+
+
+def _wrapped(label: str, text: str) -> str:
+    begin = f"  {label:<8}" if label else ""
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=begin, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,0 +1,304 @@
+"""Another order of a model's channels, which changes nothing that it computes, and in which N:M loses less.
+
+An N:M pattern keeps N of each M neighbouring inputs, whichever they happen to be. But neighbours can be chosen: where
+the same reordering is applied to everything that writes channels and to everything that reads them, the model computes
+what it did (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021). A decoder has three kinds of such
+channels: those of the residual stream, which all layers share; those between the two halves of each MLP; and those of
+each value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from thanos_lightning.calibration.batches import BATCHES_PER_BACKWARD
+from thanos_lightning.calibration.fisher import counted_predictions, sampled_loss
+from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.calibration.outputs import OutputGradients
+from thanos_lightning.calibration.outputs import output_weights as weights_of
+from thanos_lightning.calibration.tokens import token_mask
+from thanos_lightning.models.channels import Channels, exchangeable_channels, reorder
+from thanos_lightning.models.targets import PrunableLayer, find_targets, refuse_compiled
+from thanos_lightning.plan.windows import split_by_memory
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.solver import NM, Pattern, parse_pattern
+from thanos_lightning.solver.admm import weight_costs
+from thanos_lightning.solver.linalg import (
+    FactorizationError,
+    damped,
+    damping_ladder,
+    exact_arithmetic,
+    inverse_factor,
+)
+from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
+
+# Rows that are looked at for each set of channels, drawn at random: it has as many as all layers that read it together.
+_ROWS = 16384
+# Of the logits' norm: sums in another order differ by less. Norms are computed in float32, whatever the model's dtype.
+_TOLERANCE, _TOLERANCE_OF_HALVES = 1e-3, 0.1
+_DAMPING = 0.01  # as the solver's default
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """What became of some channels.
+
+    Attributes:
+        channels: Which.
+        order: int64 (size,): place -> the channel that was there before.
+        kept_before: Of the scores of the weights that read them, the share that the pattern kept.
+        kept: That which it keeps now.
+    """
+
+    channels: Channels
+    order: Int[Tensor, " size"]
+    kept_before: float
+    kept: float
+
+
+def require_nm(pattern: Pattern | str) -> NM:
+    """The pattern, if it is one to which the order of channels matters.
+
+    Raises:
+        ValueError: If it is none.
+
+    Examples:
+        >>> require_nm("2:4")
+        NM(n=2, m=4, outlier_fraction=0.0)
+    """
+    parsed = parse_pattern(pattern) if isinstance(pattern, str) and ":" in pattern else pattern
+    if not isinstance(parsed, NM):
+        raise ValueError(f"pattern is {pattern!r}: the order of channels matters to N:M only, give one such as 2:4")
+    return parsed
+
+
+def permute_channels(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    pattern: Pattern | str = "2:4",
+    *,
+    targets: str | Sequence[str] = ("*",),
+    ignore: str | Sequence[str] = ("lm_head",),
+    memory_gib: float | None = None,
+    seed: int = 0,
+) -> list[Reordered]:
+    """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.
+
+    What a weight is worth is g_i W_ij² c_j, with c_j the geometric mean of what a weight of input j costs if no other
+    adapts, H_jj, and if all others do, 1 / [H⁻¹]_jj, and g_i the mean square of the gradient at output i, of labels
+    that the model draws (lm/fisher.py). The model computes what it did, but for
+    the rounding of sums in another order; that is checked on the first batch. Do it before a Trainer has the model:
+    optimizers, and teachers whose hidden states are compared with the model's, know the order that it had.
+
+    Args:
+        model: A causal LM that is built like Llama's, in any floating dtype, on one device.
+        batches: Arguments of its forward, such as {"input_ids": (batch, length)}; padding, by an attention_mask, does
+            not count. Some ten thousand tokens do.
+        pattern: N:M, the one that it will be pruned to.
+        targets: The layers that will be pruned, as for the callback.
+        ignore: The layers that won't.
+        memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
+            are run more than once. None holds all at once.
+        seed: Of the searches.
+
+    Returns:
+        What was reordered: the channels that a target reads.
+
+    Raises:
+        ValueError: If the pattern isn't N:M or fits no channels, the model isn't known, or there are no batches, or
+            none with a token that counts.
+        ModuleNotFoundError: If SciPy is not installed.
+        RuntimeError: If the model computes something else than before; it has its old order then.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> reordered = permute_channels(model, [{"input_ids": torch.arange(8).view(1, 8)}], "2:4")
+        >>> all(channels.kept >= channels.kept_before for channels in reordered)
+        True
+    """
+    parsed = require_nm(pattern)
+    require_scipy()
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to measure the channels on: give some, such as of the training text")
+    refuse_compiled(model)
+    layers = {layer.parameter_name: layer for layer in find_targets(model, targets, ignore).values()}
+    read = [
+        channels
+        for channels in exchangeable_channels(model)
+        if any(place.dim == 1 and place.parameter in layers for place in channels.places)
+    ]
+    fitting = [channels for channels in read if _fits(channels, parsed)]
+    if not fitting:
+        raise ValueError(
+            f"pattern {parsed.name} has no groups that lie within the channels of a {type(model).__name__} (their "
+            f"numbers: {', '.join(sorted({str(channels.size) for channels in read}))}): choose a smaller M"
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    applied: list[Reordered] = []
+    try:
+        model.eval()
+        before = _logits(model, batches[0])
+        weights = _output_weights(model, batches, layers.values())
+        costs: dict[str, Float[Tensor, " cols"]] = {}
+        for window in split_by_memory(list(layers.values()), memory_gib):
+            costs |= _costs(model, batches, {layer.name: layer for layer in window})
+        # All are searched for before any is changed: the scores are of the order in which the inputs were measured
+        reordered = []
+        with open_phase("Searching for orders", len(fitting), "sets of channels") as phase:
+            for channels in fitting:
+                reordered.append(_search(channels, layers, costs, weights, parsed, generator))
+                phase.advance(note=channels.name)
+        for found in reordered:
+            reorder(parameters, found.channels, found.order)
+            applied.append(found)
+        error = _relative_error(_logits(model, batches[0]), before)
+        if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
+            raise RuntimeError(
+                f"reordered, the {type(model).__name__} computes other logits, by {error:.1e} of their norm: it is not "
+                "built as it seems, and has its old order again. Prune it in that"
+            )
+    except BaseException:
+        for found in applied:
+            reorder(parameters, found.channels, found.order.argsort())
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return reordered
+
+
+def _fits(channels: Channels, pattern: NM) -> bool:
+    """Whether each group of the pattern lies within them, wherever they are read."""
+    starts = [start for place in channels.places if place.dim == 1 for start in place.starts]
+    return all(number % pattern.m == 0 for number in (channels.size, *starts))
+
+
+def _search(
+    channels: Channels,
+    layers: Mapping[str, PrunableLayer],
+    costs: Mapping[str, Float[Tensor, " cols"]],
+    weights: Mapping[str, Float[Tensor, " rows"]],
+    pattern: NM,
+    generator: torch.Generator,
+) -> Reordered:
+    """The best order that is found for some channels."""
+    scores = []
+    readers = [place for place in channels.places if place.dim == 1 and place.parameter in layers]
+    rows = [layers[place.parameter].rows for place in readers for _ in place.starts]
+    share = min(1.0, _ROWS / sum(rows))
+    for place in readers:
+        layer = layers[place.parameter]
+        chosen = torch.randperm(layer.rows, generator=generator)[: max(1, round(share * layer.rows))]
+        weight = layer.parameter.detach()
+        of_layer = weight.float().square().mul_(costs[layer.name].to(weight.device))
+        of_layer *= weights[layer.name].to(weight.device).unsqueeze(1)
+        of_layer = of_layer[chosen.to(weight.device)]
+        scores += [of_layer[:, start : start + channels.size] for start in place.starts]
+    together = torch.cat(scores)
+    order = search_order(together, pattern, seed=int(torch.randint(2**31, (), generator=generator)))
+    return Reordered(
+        channels, order, kept_share(together, pattern), kept_share(together[:, order.to(together.device)], pattern)
+    )
+
+
+# What the model computes
+
+
+def _costs(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Mapping[str, PrunableLayer]
+) -> dict[str, Float[Tensor, " cols"]]:
+    """What a weight of each input costs per square, for some of the targets."""
+    statistics = InputStatistics(layers)
+    statistics.start()
+    try:
+        with open_phase("Measuring inputs", len(batches), "batches") as phase:
+            for batch in batches:
+                counted = token_mask(batch)
+                with statistics.counting(None if counted is None else counted.to(model.device)):
+                    _logits(model, batch)
+                phase.advance()
+    finally:
+        statistics.stop()
+    accumulators = statistics.accumulators
+    by_accumulator: dict[int, Tensor] = {}
+    costs = {}
+    for name in layers:
+        if name not in accumulators or accumulators[name].num_tokens == 0:
+            raise ValueError(
+                f"no token of the batches reached layer {name}: give some that count, or add the layer to ignore"
+            )
+        accumulator = accumulators[name]
+        if id(accumulator) not in by_accumulator:
+            by_accumulator[id(accumulator)] = _cost(name, accumulator.compute())
+        costs[name] = by_accumulator[id(accumulator)]
+    return costs
+
+
+def _output_weights(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Iterable[PrunableLayer]
+) -> dict[str, Float[Tensor, " rows"]]:
+    """How much an error of each output counts; a layer that no gradient reaches loses nothing by any."""
+    by_name = {layer.name: layer for layer in layers}
+    gradients = OutputGradients(by_name)
+    gradients.start(of_training=False)
+    chosen = list(enumerate(batches))[:: BATCHES_PER_BACKWARD["alone"]]
+    try:
+        with open_phase("Measuring what outputs count", len(chosen), "batches") as phase:
+            for number, batch in chosen:
+                logits = _logits(model, batch, differentiable=True)
+                with torch.enable_grad():
+                    loss = sampled_loss(logits, counted_predictions(batch, logits), seed=number)
+                gradients.backward(loss, counts=True)
+                phase.advance()
+    finally:
+        gradients.stop()
+    # of one layer the squares of small gradients may be no numbers of float32
+    found = {name: one.double() for name, one in gradients.sums.items()}
+    total = sum(float(one.sum()) for one in found.values())
+    found = {name: (one / max(total, 1e-300)).float() for name, one in found.items()}
+    none = {name: torch.zeros(layer.rows) for name, layer in by_name.items()}
+    return {**none, **weights_of(found)}
+
+
+def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
+    """The same of one layer; nothing for inputs that were always zero."""
+    with exact_arithmetic(hessian.device):
+        for damping in damping_ladder(_DAMPING):
+            try:
+                cost = weight_costs(hessian, inverse_factor(damped(hessian, damping)), damping)
+            except FactorizationError:
+                continue
+            return cost.masked_fill(hessian.diagonal() == 0, 0)
+    raise FactorizationError(
+        f"the second moment of the inputs of layer {name} has no inverse with any damping: give more batches, or add "
+        "the layer to ignore"
+    )
+
+
+def _logits(model: PreTrainedModel, batch: Mapping[str, Any], *, differentiable: bool = False) -> Tensor:
+    arguments = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    # not under a caller's autocast, which keeps copies of weights that are changed here
+    with exact_arithmetic(model.device), torch.set_grad_enabled(differentiable):
+        logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm((found - expected).float())
+    return float(difference / torch.linalg.vector_norm(expected.float()))

@@ -1,0 +1,264 @@
+"""One window: the sums go to the layers' owners, each owner solves its layers, all ranks write the results.
+
+Where ranks outnumber the layers of a window, the owner of a layer shares the work on its rows with others: its team.
+Nothing is written before every layer of the window is solved on every rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.report.data import LayerReport
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
+from thanos_lightning.sharding.ranks import RankTeam
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
+from thanos_lightning.solver.factors import Factors, FactorsInTurn
+from thanos_lightning.solver.layer import SolverOptions, prune_rows
+from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
+from thanos_lightning.training.enforcement import MaskEnforcer
+
+
+def prune_window(
+    window: Window,
+    layers: Mapping[str, PrunableLayer],
+    moments: Moments,
+    *,
+    access: ParameterAccess,
+    enforcer: MaskEnforcer,
+    options: SolverOptions,
+    later: Collection[str] = (),
+    on_writing: Callable[[], None] = lambda: None,
+) -> list[LayerReport]:
+    """Solve the layers of a window, write them, and hold their masks.
+
+    Args:
+        window: The layers and their patterns.
+        layers: Name -> layer, of the window.
+        moments: What the layers are pruned on, and who prunes them.
+        access: How the strategy's parameters are reached.
+        enforcer: Gives the masks of earlier events and takes the new ones.
+        options: For the solver.
+        later: The layers that have another window. If no token has reached one of them in this window, it is left as
+            it is; another such layer is pruned by its weights alone. Either is warned of.
+        on_writing: Called when all layers are solved, before the first one is written.
+
+    Returns:
+        What was done, a row per layer in the window's order; the same on all ranks.
+
+    Raises:
+        PruningError: On all ranks alike, if no layer saw a token, the solver fails or a rank lacks memory. Nothing has
+            been written.
+    """
+    chosen = dict(layers)
+    blind: list[str] = []
+    if moments.accumulators is not None:
+        unseen = unseen_layers(chosen, moments.accumulators, access)
+        postponed, blind = _divide(unseen, later)
+        chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
+    seen = {name: layer for name, layer in chosen.items() if name not in blind}
+    teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
+    sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
+    # in fp32, and their masks
+    whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
+    raise_everywhere(reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
+    # first all that talks, then all that solves
+    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
+    split = {team: chosen[name].rows for name, team in teams.items() if len(team) > 1}
+    tasks = {
+        name: _Task(
+            layer,
+            window.patterns[name],
+            weights.pop(name),
+            earlier.pop(name),
+            (sums or {}).pop(name, None),
+            moments.output_weights.get(name),
+        )
+        for name, layer in chosen.items()
+    }
+    outlines = _outlines(tasks, access) if split else {}
+    solved: dict[str, _Solved] = {}
+    error: tuple[str, Exception] | None = None
+    in_turn = FactorsInTurn()
+    mine = [name for name in chosen if access.rank in teams[name]]
+    solving = open_phase(f"Solving at step {window.event.step}", len(mine), "layers")
+    with access.in_teams(split) as team, solving as phase:
+        for name, following in itertools.zip_longest(mine, mine[1:]):
+            if error is not None:
+                break
+            start = time.perf_counter()
+            task = tasks.pop(name)
+            try:
+                if len(teams[name]) == 1:
+                    before = None if following is None else tasks[following].statistics
+                    pruned: PrunedLayer | None = _solve_alone(task, in_turn, before, options)
+                else:
+                    assert team is not None
+                    pruned = _solve_in_team(task, outlines[name], options, team)
+                if pruned is not None:
+                    num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                    solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
+                    phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
+            except TeammateError:  # whose own error is raised below
+                pass
+            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+                error = (name, failure)
+        largest = max(whole, key=lambda name: whole[name])
+        raise_everywhere(error or reserved({largest: whole[largest]}, access), access)
+    facts: dict[str, tuple[int, float, float, float]] = {}
+    for part in access.gather({name: own.facts for name, own in solved.items()}):
+        facts.update(part)
+    on_writing()
+    reports = []
+    with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
+        for name, layer in chosen.items():
+            own = solved.pop(name, None)
+            weight, keep = (None, None) if own is None else (own.pruned.weight, own.pruned.mask)
+            drop = access.write(layer, weight, keep, owners[name])
+            num_pruned, loss, relative_loss, seconds = facts[name]
+            enforcer.hold(name, drop, num_pruned)
+            reports.append(
+                LayerReport(
+                    name=name,
+                    shape=(layer.rows, layer.cols),
+                    pattern=window.patterns[name].name,
+                    sparsity=num_pruned / (layer.rows * layer.cols),
+                    loss=loss,
+                    relative_loss=relative_loss,
+                    seconds=seconds,
+                )
+            )
+            phase.advance()
+    return reports
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A layer that this rank owns, solved."""
+
+    pruned: PrunedLayer
+    num_pruned: int
+    seconds: float
+
+    @property
+    def facts(self) -> tuple[int, float, float, float]:
+        """What the other ranks report of it."""
+        return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
+
+
+def prune(
+    weight: Tensor,
+    inputs: Factors | None,
+    keep: Tensor | None,
+    pattern: Pattern,
+    options: SolverOptions,
+    team: RowTeam,
+    output_weights: Tensor | None,
+) -> PrunedLayer:
+    """Solve a layer, or this rank's rows of it.
+
+    Args:
+        weight: (rows, in_features) that this rank has.
+        inputs: Of its Hessian; without one it is pruned by magnitude.
+        keep: The keep mask of earlier events, of the weight's shape, or None where there was none.
+        pattern: For the whole layer.
+        options: For the solver.
+        team: Who has the other rows.
+        output_weights: Of all rows of the layer, or None.
+    """
+    own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
+    if inputs is None and options.needs_statistics:
+        options = SolverOptions.as_published("magnitude")
+        own = None if own is None or own.ndim == 2 else own
+    return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
+
+
+@dataclass
+class _Task:
+    """A layer to solve, and what this rank has of it: all on its owner; elsewhere the output weights."""
+
+    layer: PrunableLayer
+    pattern: Pattern
+    weight: Tensor | None
+    keep: Tensor | None
+    statistics: HessianAccumulator | None
+    output_weights: Tensor | None
+
+    def take_hessian(self) -> Tensor | None:
+        """The Hessian on the owner. The sum that it is made of is let go."""
+        statistics, self.statistics = self.statistics, None
+        return None if statistics is None else statistics.compute()
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What the owner of a task has, for the other members of its team."""
+
+    dtype: torch.dtype
+    has_keep: bool
+    has_statistics: bool
+
+
+def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, _Outline]:
+    """The outlines of all tasks, on all ranks."""
+    own = {
+        name: _Outline(task.weight.dtype, task.keep is not None, task.statistics is not None)
+        for name, task in tasks.items()
+        if task.weight is not None
+    }
+    return {name: outline for told in access.gather(own) for name, outline in told.items()}
+
+
+def _solve_alone(
+    task: _Task, in_turn: FactorsInTurn, before: HessianAccumulator | None, options: SolverOptions
+) -> PrunedLayer:
+    assert task.weight is not None
+    statistics, task.statistics = task.statistics, None
+    inputs = None if statistics is None else in_turn.take(statistics, before)
+    del statistics  # the sum, unless another layer has it
+    alone = Alone(task.layer.rows)
+    return prune(task.weight, inputs, task.keep, task.pattern, options, alone, task.output_weights)
+
+
+def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
+    """The whole layer on its owner, None on the other members."""
+    cols = task.layer.cols
+    with team.stage():
+        hessian = task.take_hessian()
+        if outline.has_statistics:
+            hessian = team.from_owner(hessian, (cols, cols), torch.float32)
+        weight = team.hand_out(task.weight, cols, outline.dtype)
+        keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
+        inputs = None if hessian is None else Factors(hessian)
+        pruned = prune(weight, inputs, keep, task.pattern, options, team, task.output_weights)
+        whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
+    if whole is None or mask is None:
+        return None
+    return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
+
+
+def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], list[str]]:
+    """Those that are left for another window, and those that are pruned by their weights alone."""
+    postponed = [name for name in unseen if name in later]
+    blind = [name for name in unseen if name not in later]
+    why = "no token has reached (an expert may get none; attention may read a weight without calling its layer)"
+    for names, what in (
+        (postponed, "left as they are until the next event"),
+        (blind, "pruned by magnitude, since no later event has them: collect more batches, or add them to ignore"),
+    ):
+        if names:
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            rank_zero_warn(f"{len(names)} layer(s) that {why} are {what}: {some}")
+    return postponed, blind

@@ -1,0 +1,538 @@
+"""What lives during one fit: the plan, the window that is open, what is collected for it, and the masks that hold."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from thanos_lightning.calibration.collector import Collector, loss_scale
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.events.announce import announce
+from thanos_lightning.events.beforehand import check_weights, hold_zeros
+from thanos_lightning.events.past import Past
+from thanos_lightning.events.prune import prune_window
+from thanos_lightning.events.sensitivity import scan_window
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.allocation import Allocation, default_allocation
+from thanos_lightning.plan.options import PruningOptions, differences
+from thanos_lightning.plan.planner import Planner
+from thanos_lightning.plan.schedule import SparsitySchedule
+from thanos_lightning.plan.training_steps import check_alike, steps_of
+from thanos_lightning.plan.windows import Window, check_ahead, check_begun, reasons
+from thanos_lightning.report.data import Clock, EventReport
+from thanos_lightning.report.progress import ends_on_sigterm, hidden
+from thanos_lightning.report.recorder import LossRecorder
+from thanos_lightning.report.tables import print_event, print_summary
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.choice import choose_access
+from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.solver import NM, Pattern
+from thanos_lightning.training.enforcement import MaskEnforcer, share_masks
+from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
+from thanos_lightning.training.other_callbacks import (
+    BestScores,
+    hold_back_stopping,
+    release_stopping,
+    restart_averages,
+    validate_quietly,
+)
+
+
+class PruningRun:
+    """One fit of a Trainer, once its model and optimizers are set up.
+
+    Args:
+        options: What the user asks for.
+        past: What is behind the training. Brought up to date as it goes on.
+        layers: Name -> layer, of all targets.
+        final: Name -> the pattern at the end, where all are alike.
+        trainer: That fits.
+        module: What it fits.
+
+    Attributes:
+        access: How the strategy's parameters are reached.
+        enforcer: Holds the masks.
+        collector: Collects for the window that is open.
+        windows: The plan, as far as it is known.
+
+    Raises:
+        MisconfigurationException: On all ranks, for what can't be pruned as it is asked.
+        PruningError: On all ranks, for weights that can't be pruned.
+    """
+
+    def __init__(
+        self,
+        options: PruningOptions,
+        past: Past,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        trainer: Trainer,
+        module: LightningModule,
+    ) -> None:
+        self._options, self.past = options, past
+        self._layers, self._final = layers, final
+        self._trainer, self._module = trainer, module
+        self.access: ParameterAccess = choose_access(trainer.strategy, layers)
+        self.access.timeout = process_group_timeout(trainer.strategy)
+        check_alike(self.access.gather(steps_of(trainer)))
+        if options.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
+            raise MisconfigurationException(
+                f"calibration.output_weights is {options.calibration.output_weights!r}, but under ZeRO-3 there are "
+                "none on calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
+                "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
+                "'uniform'"
+            )
+        check_weights(layers, self.access)
+        self.enforcer = MaskEnforcer(layers, self.access)
+        self.enforcer.begin()
+        self.collector = self._new_collector()
+        self.collector.check(trainer, module)
+        schedule = options.schedule
+        if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            schedule = schedule.resolve(past.total_steps)  # of the fit before
+        self._planner = self._new_planner(schedule)
+        if schedule.has_fractions and past.total_steps is None:
+            past.total_steps = steps_of(trainer)
+        self.windows: list[Window] = []
+        self._steps_seen = 0  # at the end of the last batch
+        self._scores = BestScores(past.old_scores)
+        self._held_back: list[EarlyStopping] = []
+        self._handles: list[RemovableHandle] = []
+        self._clock = Clock()
+        self._recorder = LossRecorder(past.report.history)
+        self._sparsity: torch.Tensor | None = None  # as it is logged
+
+    # The beginning
+
+    def begin(self, restored: Mapping[str, Any] | None) -> None:
+        """Go on from what is behind, and prune what is due before the first batch. All ranks must call it.
+
+        Args:
+            restored: The state of a checkpoint, or of the same Trainer's fit before; None where there is none.
+        """
+        options, past, trainer = self._options, self.past, self._trainer
+        changed: dict[str, str] = {}
+        if restored is not None:
+            changed = differences(restored["arguments"], past.arguments(options))
+            masks = {name: LayerMask.from_state(state) for name, state in restored["masks"].items()}
+            self._restore_masks(share_masks(masks, self.access), changed)
+        else:
+            self._hold_zeros()
+            if trainer.global_step > 0:  # a checkpoint from before the callback was added
+                past.optimizer_steps = _steps_without_state(trainer)
+        self._steps_seen = past.optimizer_steps
+        self.windows = self._plan(restored)
+        begun = past.windows_done
+        if restored is not None:
+            begun += restored["collected"] is not None
+            check_begun(self.windows[:begun], restored["windows"][:begun], changed)
+        check_ahead(self.windows[begun:], past.optimizer_steps)
+        if options.monitor is not None:
+            past.report.summary.metric = options.monitor
+            if not trainer.enable_validation:
+                raise MisconfigurationException(
+                    f"monitor is {options.monitor!r}, but the Trainer has no validation: give a validation dataloader, "
+                    "or monitor=None"
+                )
+        counting = self._counting_optimizer()
+        for optimizer in self.access.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
+        if restored is not None and restored["collected"] is not None:
+            if restored["couples_rows"] != options.calibration.couples_rows:
+                raise MisconfigurationException(
+                    "the checkpoint was saved while statistics were collected, and "
+                    f"{changed['calibration.output_weights']}: resume with what it was trained with"
+                )
+            self._collect(self.windows[past.windows_done])
+            self.collector.load(restored["collected"])
+        if changed:
+            said = "; ".join(changed.values())
+            rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
+        if past.windows_done < len(self.windows):
+            self._held_back = hold_back_stopping(trainer)
+        self._clock = Clock(past.report.summary, self._module.device)
+        if restored is not None:
+            self._clock.parts = dict(restored["event_parts"])
+        announce(
+            options,
+            self._planner,
+            self._layers,
+            self._final,
+            self.windows,
+            self._module,
+            trainer,
+            past=past,
+            access=self.access,
+            collector=self.collector,
+            weighs=not self._lacks_gradients and any(map(self._wants_gradients, self.windows[:1])),
+        )
+        self._advance()
+
+    def _restore_masks(self, masks: Iterable[tuple[str, LayerMask]], changed: Mapping[str, str]) -> None:
+        by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
+        for parameter_name, mask in masks:
+            name = by_parameter.get(parameter_name)
+            if name is None:
+                raise MisconfigurationException(
+                    f"the checkpoint has a mask for {parameter_name}, which is no target now{reasons(changed)}: resume "
+                    "with the model, targets and ignore that it was trained with"
+                )
+            layer = self._layers[name]
+            if mask.shape != (layer.rows, layer.cols):
+                raise MisconfigurationException(
+                    f"the checkpoint's mask for {parameter_name} has shape {mask.shape}, the layer has "
+                    f"{(layer.rows, layer.cols)}: resume with the model that it was trained with"
+                )
+            self.past.patterns[name] = mask.pattern
+            self.enforcer.set_mask(name, mask.keep)
+
+    def _hold_zeros(self) -> None:
+        found = hold_zeros(self._layers, self.access, self.enforcer)
+        self.past.patterns.update(found)
+        if found:
+            first, pattern = next(iter(found.items()))
+            rank_zero_warn(
+                f"{len(found)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros: these "
+                "are kept from the first step on, and count towards the pattern. What the report calls dense is this "
+                "model. (To train such a layer's zeros, add it to ignore)"
+            )
+
+    def _counting_optimizer(self) -> Optimizer:
+        """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
+        for optimizer in self.access.optimizers:
+            if self.access.stepped_by(optimizer, self._layers):
+                return optimizer
+        return self.access.optimizers[0]
+
+    # The plan
+
+    def _new_planner(self, schedule: SparsitySchedule) -> Planner:
+        options = self._options
+        allocation: Allocation | None = None
+        if isinstance(options.allocation, Allocation):
+            allocation = options.allocation
+        elif options.allocation is None and options.weighs_outputs and not self._lacks_gradients:
+            allocation = default_allocation(options.pattern)
+        return Planner(
+            options.pattern,
+            schedule,
+            allocation,
+            gives_way=options.allocation is None,
+            calibration_steps=options.calibration.steps if options.collects_in_training else 0,
+            memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
+            couples_rows=options.calibration.couples_rows,
+        )
+
+    def _plan(self, restored: Mapping[str, Any] | None = None) -> list[Window]:
+        begun_with_scan = None
+        if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
+            begun_with_scan = bool(restored["windows"][0][-1] == "scans")
+        return self._planner.plan(
+            self._trainer,
+            self._layers,
+            self._final,
+            self.past.sensitivities,
+            optimizer_steps=self.past.optimizer_steps,
+            begun_with_scan=begun_with_scan,
+        )
+
+    @property
+    def _lacks_gradients(self) -> bool:
+        return self._options.calibration.batches is not None and not self.access.can_differentiate
+
+    def _wants_gradients(self, window: Window) -> bool:
+        """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
+        compete = (
+            self._options.calibration.couples_rows
+            or (self._planner.allocation is not None and window.scans)
+            or any(not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values())
+        )
+        return self._options.weighs_outputs and bool(compete)
+
+    # Batches
+
+    def begin_batch(self, batch: Any) -> None:
+        """A batch of the training begins: its forwards count."""
+        self._scores.renewed(self._trainer, "step")
+        self.collector.begin(batch, partial(loss_scale, self._trainer))
+
+    def end_batch(self, outputs: Any) -> None:
+        """A batch has ended: prune what is due."""
+        self.collector.end()
+        self._clock.tick()
+        before, now = self._steps_seen, self.past.optimizer_steps
+        if now != before:
+            self._steps_seen = now
+            self._recorder.add(now, outputs)
+            self._advance()
+            every = self._options.verify_every_n_steps
+            if every and now // every > before // every:  # a batch may take several steps
+                self.enforcer.verify()
+        if self._sparsity is None:  # a number would be copied to the device at each batch
+            self._sparsity = torch.tensor(self.enforcer.sparsity(), device=self._module.device)
+        self._module.log("sparsity/total", self._sparsity)
+
+    def begin_validation(self) -> None:
+        """Its time is not the training's."""
+        self._clock.pause()
+
+    def end_validation(self, value: float | None) -> None:
+        """A validation has ended, by which the monitored metric has this value; None where it says nothing."""
+        self._clock.go_on()
+        if value is not None:
+            self.past.measured = (self.past.optimizer_steps, value)
+            self.past.report.history.metrics.append(self.past.measured)
+            self._recorder.settle()
+        if not self._trainer.sanity_checking:
+            self._scores.renewed(self._trainer, "validation")
+
+    def _post_step(self, *, counts: bool) -> Any:
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if counts and self.access.completes_step(optimizer):
+                self.past.optimizer_steps += 1
+            self.enforcer.enforce(optimizer)
+
+        return after_step
+
+    # Windows
+
+    def _advance(self) -> None:
+        """Prune the windows that end here, and start to collect the one that begins here."""
+        past = self.past
+        while past.windows_done < len(self.windows):
+            window = self.windows[past.windows_done]
+            if past.optimizer_steps < window.end_step:
+                is_open = self.collector.statistics is not None
+                if not is_open and window.end_step > window.start_step <= past.optimizer_steps:
+                    self._collect(window)
+                return
+            # before a scan that the first event follows at once: a checkpoint of the validation has its sums
+            is_first = not past.report.events and (not window.scans or self._options.calibration.memory_gib is None)
+            if is_first and self._options.monitor is not None:
+                past.report.summary.dense = self._measure()
+            self._work(window)
+            past.windows_done += 1
+            if past.windows_done == len(self.windows):
+                self._scores.pruned(self._trainer)
+                release_stopping(self._trainer, self._held_back)
+        if self._options.monitor is not None and past.report.summary.pruned is None and past.report.events:
+            past.report.summary.pruned = self._measure()
+
+    def _work(self, window: Window) -> None:
+        shown = self._trainer.progress_bar_callback is not None  # not where the user wants no bars
+        with self._clock.event(), hidden(not shown), ends_on_sigterm():
+            if window.scans:
+                self._scan(window)
+            else:
+                self._prune(window)
+        if window.scans:
+            return
+        event = self.past.report.events[-1]
+        event.add(self._clock.take())
+        if window.is_last:
+            self._finish(event)
+
+    def _new_collector(self) -> Collector:
+        calibration = self._options.calibration
+        return Collector(
+            self._layers,
+            self.access,
+            calibration=calibration.batches,
+            attention_mask_key=calibration.attention_mask_key,
+            keeps_scan=calibration.memory_gib is None,
+            needs_gradients=calibration.output_weights is not None,
+            couples_rows=calibration.couples_rows,
+        )
+
+    def _collect(self, window: Window) -> None:
+        self.collector.open(window, gradients=self._wants_gradients(window))
+
+    def _moments(self, window: Window) -> Moments:
+        if self._options.solver.needs_statistics:
+            wanted = self._wants_gradients(window)
+            self._clock.now("calibrating")
+            moments = self.collector.take(window, self._trainer, self._module, gradients=wanted)
+            self._clock.add("calibrating", moments.seconds)
+            self.past.report.summary.collecting_seconds += moments.seconds
+        else:
+            moments = Moments.of_window(self._layers_of(window), self.access.world_size)
+        # what a calibration set or a validation has left is in the way of what is solved next
+        self.access.release()
+        return moments
+
+    def _layers_of(self, window: Window) -> dict[str, PrunableLayer]:
+        return {name: self._layers[name] for name in window.patterns}
+
+    def _scan(self, window: Window) -> None:
+        moments = self._moments(window)
+        self._clock.now("scanning")
+        self.past.sensitivities |= scan_window(
+            window,
+            self._layers_of(window),
+            moments,
+            access=self.access,
+            options=self._options.solver,
+            tried=self._planner.to_try(window.patterns),
+        )
+        if window.is_last:
+            self.windows = self._plan()
+        following = self.windows[self.past.windows_done + 1 :]
+        if following and following[0].end_step > self.past.optimizer_steps:
+            self.collector.forget_scan()
+
+    def _prune(self, window: Window) -> None:
+        report = self.past.report
+        if not report.events and (tell := getattr(self._module, "on_before_pruning", None)) is not None:
+            tell()
+        moments = self._moments(window)
+        self._clock.now("solving")
+        layers = prune_window(
+            window,
+            self._layers_of(window),
+            moments,
+            access=self.access,
+            enforcer=self.enforcer,
+            options=self._options.solver,
+            later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
+            on_writing=lambda: self._clock.now("writing"),
+        )
+        self.past.patterns.update({layer.name: window.patterns[layer.name] for layer in layers})
+        self._sparsity = None
+        self.past.measured = None  # of the weights before
+        restart_averages(self._trainer, self._module)
+        if not report.events or report.events[-1].step != window.event.step:
+            report.events.append(EventReport(window.event.step, window.event.sparsity(self._options.pattern.sparsity)))
+        report.events[-1].layers.extend(layers)
+
+    def _finish(self, event: EventReport) -> None:
+        metrics = {
+            "pruning/step": float(event.step),
+            "pruning/relative_loss": event.relative_loss,
+            "pruning/seconds": event.seconds,
+            "sparsity/target": event.target,
+            "sparsity/total": self.enforcer.sparsity(),
+        }
+        for logger in self._trainer.loggers:
+            logger.log_metrics(metrics, step=logged_step(self._trainer))
+        if self._trainer.is_global_zero:
+            print_event(event)
+            self._write_report()
+
+    def _measure(self) -> float:
+        """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
+        steps = self.past.optimizer_steps
+        if self.past.measured is None or self.past.measured[0] != steps:
+            validate_quietly(self._trainer)
+        if self.past.measured is None or self.past.measured[0] != steps:
+            raise MisconfigurationException(
+                f"monitor is {self._options.monitor!r}, but validation ran without a batch: give a validation "
+                "dataloader that isn't empty, or monitor=None"
+            )
+        return self.past.measured[1]
+
+    # The end
+
+    def end(self) -> None:
+        """The training has ended: count the zeros, say what is missing, and write the report."""
+        report, trainer = self.past.report, self._trainer
+        self.enforcer.verify()
+        if self._options.monitor is not None and report.events:
+            report.summary.recovered = self._measure()
+        missed = [window for window in self.windows[self.past.windows_done :] if window.is_last]
+        if missed:
+            events = [window for window in missed if not window.scans]
+            which = (
+                f"{len(events)} pruning event(s), the last one at step {events[-1].end_step}"
+                if events
+                else "all events"
+            )
+            rank_zero_warn(
+                f"training ended after {self.past.optimizer_steps} optimizer steps, before {which}: the final sparsity "
+                "was not reached. (Steps that a gradient scaler skips, and those of other optimizers, do not count)"
+            )
+        elif self.windows:
+            last = self.windows[-1].end_step
+            self._scores.warn_of_none(trainer, last)
+            # else it was said at the beginning, or is a fast_dev_run
+            if self.past.optimizer_steps == last and trainer.estimated_stepping_batches != last:
+                rank_zero_warn(
+                    f"the training ended with its last event, at optimizer step {last}: no step was left in which the "
+                    "model could recover. Train for longer, or end the schedule earlier (end_step)"
+                )
+        self._clock.tick()
+        if trainer.is_global_zero:
+            self._write_report()
+            print_summary(report, self.enforcer.sparsity())
+
+    def stop(self) -> None:
+        """Remove all hooks, and give back what was held back. The masks stay, for a checkpoint after the fit."""
+        release_stopping(self._trainer, self._held_back)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.enforcer.end()
+        self.collector.stop()
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report is written."""
+        return Path(self._trainer.default_root_dir) / "pruning_report.json"
+
+    def _write_report(self) -> None:
+        self._recorder.settle()
+        try:
+            self.past.report.write(self.report_path)
+        except OSError as error:  # one rank's full disk must not end a training of days
+            rank_zero_warn(f"the report could not be written to {self.report_path} ({error})")
+
+    # Checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, the same on all ranks, but for two things. While a window is open all ranks must call it.
+
+        The sums of an open window: rank 0, which writes the checkpoint, has those of all ranks, and the others have
+        their own. And where each rank writes a file of its own (ZeRO-3), it has its own sums and its share of the
+        masks: each mask is in one of the files.
+        """
+        self._recorder.settle()
+        return self.past.state(self._options) | {
+            "windows": [window.state() for window in self.windows],
+            "masks": self._masks(),
+            "collected": self.collector.state(),
+            "event_parts": dict(self._clock.parts),
+            # where each rank writes a file, they tell by it whether they were written together
+            "save": self.access.gather(uuid.uuid4().hex)[0] if self.access.saves_every_rank else "",
+        }
+
+    def _masks(self) -> dict[str, dict[str, Any]]:
+        masks = {}
+        for number, name in enumerate(self.enforcer.masked):
+            layer = self._layers[name]
+            if self.access.saves_every_rank:
+                keep = self.enforcer.collect_keep(name, owner=number % self.access.world_size)
+            else:
+                keep = self.enforcer.keep_mask(name)
+            if keep is not None:
+                masks[layer.parameter_name] = LayerMask.of(keep, self.past.patterns[name], layer.transposed).state()
+        return masks
+
+
+def _steps_without_state(trainer: Trainer) -> int:
+    """The optimizer steps behind a checkpoint that has no state of the callback."""
+    if len(trainer.optimizers) > 1:
+        raise MisconfigurationException(
+            "the checkpoint has no pruning state, and with several optimizers its steps can't be counted: load its "
+            "weights, and fit without ckpt_path"
+        )
+    return trainer.global_step

@@ -1,0 +1,95 @@
+"""Before the first event: what each layer would lose, so that it can be decided how, and when, each is pruned.
+
+Nothing is written. As for pruning, the sums go to the layers' owners, owners solve, all ranks learn all results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.allocation import LayerSensitivity
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
+from thanos_lightning.solver import Pattern
+from thanos_lightning.solver.factors import Factors, FactorsInTurn
+from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
+
+# OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
+_OUTLIER = 5.0
+
+
+def scan_window(
+    window: Window,
+    layers: Mapping[str, PrunableLayer],
+    moments: Moments,
+    *,
+    access: ParameterAccess,
+    options: SolverOptions,
+    tried: Mapping[str, Sequence[Pattern]],
+) -> dict[str, LayerSensitivity]:
+    """Look at the layers of a window. All ranks must call it.
+
+    Args:
+        window: The layers.
+        layers: Name -> layer.
+        moments: Of the layers, with accumulators.
+        access: How the strategy's parameters are reached.
+        options: For the solver. Its steps after the method are left out: they change little between layers.
+        tried: Name -> the patterns whose losses are found out.
+
+    Returns:
+        Name -> what was found out, the same on all ranks.
+
+    Raises:
+        PruningError: On all ranks alike, if no layer saw a token or the solver fails.
+    """
+    assert moments.accumulators is not None, "refused where a method has no statistics"
+    unseen = unseen_layers(layers, moments.accumulators, access)
+    chosen = {name: layer for name, layer in layers.items() if name not in unseen}
+    owners = moments.owners
+    sums = sum_on_owners(chosen, moments.accumulators, owners, access, stay=moments.stay)
+    in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
+    raise_everywhere(reserved(in_fp32, access), access)
+    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    own: dict[str, LayerSensitivity] = {}
+    error: tuple[str, Exception] | None = None
+    mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
+    with open_phase("Finding out what each layer would lose", len(mine), "layers") as phase:
+        for name, following in itertools.zip_longest(mine, mine[1:]):
+            weight = weights.pop(name)
+            assert weight is not None
+            try:
+                inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
+                own[name] = _scan_layer(weight, inputs, tried[name], options, moments.output_weights.get(name))
+                phase.advance(note=name)
+            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+                error = (name, failure)
+                break
+    raise_everywhere(error, access)
+    unknown = {name: LayerSensitivity({}, 0.0) for name in unseen}
+    return unknown | {name: scan for found in access.gather(own) for name, scan in found.items()}
+
+
+def _scan_layer(
+    weight: Tensor, inputs: Factors, tried: Sequence[Pattern], options: SolverOptions, output_weights: Tensor | None
+) -> LayerSensitivity:
+    if output_weights is not None:
+        output_weights = output_weights.to(weight.device)
+    of_rows, dense = losses_at(weight, inputs, tried, options, output_weights)
+    losses: dict[float, float] = {}
+    weighted: dict[float, float] = {}
+    for level, lost in zip(tried, of_rows, strict=True):
+        losses[level.sparsity] = relative(float(lost.sum()), float(dense.sum()))
+        if output_weights is not None:
+            alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
+            weighted[level.sparsity] = float(alone.to(lost.dtype) @ lost)
+    scores = weight.float().abs() * inputs.hessian.diagonal().to(torch.float32).sqrt()
+    return LayerSensitivity(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)

@@ -1,0 +1,98 @@
+"""What of a model's weights the layers to prune have, and who has the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, whole_shape
+
+
+@dataclass
+class Census:
+    """A model's weights, each counted once, whoever shares it, and whole, whatever piece of it a rank holds.
+
+    Attributes:
+        num_targets: Layers to prune.
+        num_prunable: Layers that could be.
+        prunable: What these are called: "Linear", or "Conv1D" where there is one.
+        target_weights: Weights of the layers to prune.
+        model_weights: All weights.
+        dense: Kind -> weights that stay dense. Who shares a weight with a kind before it has 0.
+    """
+
+    num_targets: int
+    num_prunable: int
+    prunable: str
+    target_weights: int = 0
+    model_weights: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Fraction of the model's weights that are in layers to prune."""
+        return self.target_weights / max(1, self.model_weights)
+
+    def shares(self, least: float = 0.01) -> str:
+        """The kinds that stay dense, the largest first, with their shares where these are not small.
+
+        Examples:
+            >>> Census(1, 1, "Linear", 70, 100, {"norms": 0, "Conv2d": 30}).shares()
+            'Conv2d (30%), norms'
+        """
+        kinds = sorted(self.dense.items(), key=lambda kind: -kind[1])
+        total = max(1, self.model_weights)
+        return ", ".join(f"{kind} ({size / total:.0%})" if size / total >= least else kind for kind, size in kinds)
+
+
+def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census:
+    """Count the weights of a model.
+
+    Args:
+        model: Any.
+        layers: Those of its layers that are to be pruned.
+
+    Examples:
+        >>> from thanos_lightning.models.targets import find_targets
+        >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4, bias=False), nn.Linear(4, 2))
+        >>> census = take_census(model, find_targets(model, ignore="2"))
+        >>> census.target_weights, census.model_weights, census.dense
+        (32, 122, {'embeddings': 80, '2': 8, 'biases': 2})
+    """
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
+    names = sorted({type(module).__name__ for _, module in modules if not isinstance(module, nn.Linear)} or {"Linear"})
+    census = Census(len(layers), len(modules), " and ".join(names))
+    targets = {id(layer.parameter) for layer in layers.values()}
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            size = 0 if id(parameter) in counted else math.prod(whole_shape(parameter))
+            counted.add(id(parameter))
+            census.model_weights += size
+            if id(parameter) in targets:
+                census.target_weights += size
+            else:
+                kind = _kind(name, module, parameter_name, parameter)
+                census.dense[kind] = census.dense.get(kind, 0) + size
+    return census
+
+
+def _kind(name: str, module: nn.Module, parameter_name: str, parameter: Tensor) -> str:
+    """What to call a weight that stays dense."""
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention's in_proj"
+    if parameter_name == "bias" or parameter_name.endswith("_bias"):
+        return "biases"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "Norm" in kind:
+        return "norms"
+    if isinstance(module, PRUNABLE):
+        return name.rpartition(".")[2]
+    if len(whole_shape(parameter)) == 3 and not hasattr(module, "kernel_size"):
+        return "fused experts (3-D parameters)"
+    return kind if hasattr(module, "kernel_size") else f"{kind}.{parameter_name}"

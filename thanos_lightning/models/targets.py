@@ -1,0 +1,332 @@
+"""Which layers of a model are pruned, in which order, and how their weights lie in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+PrunableModule: TypeAlias = nn.Linear | Conv1D
+PRUNABLE = (nn.Linear, Conv1D)
+IGNORED = ("lm_head",)  # unless the user says what; not every model has one
+
+
+@dataclass(frozen=True)
+class PrunableLayer:
+    """A weight matrix that can be pruned, and the modules that multiply by it.
+
+    Attributes:
+        name: Fully qualified name of the (first) module.
+        modules: The modules that hold the weight: one, unless layers share it.
+        rows: out_features.
+        cols: in_features.
+        transposed: True where the parameter is stored as (in_features, out_features): transformers' Conv1D.
+    """
+
+    name: str
+    modules: tuple[PrunableModule, ...]
+    rows: int
+    cols: int
+    transposed: bool
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the model's parameters."""
+        return f"{self.name}.weight"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight, in its own layout. Read afresh: wrappers and moves may replace it."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, nn.Parameter), "checked by find_targets"
+        return weight
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A view of `tensor` in the other layout where they differ: parameter <-> (out_features, in_features)."""
+        return tensor.t() if self.transposed else tensor
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also where this rank holds a piece of it.
+
+    Examples:
+        >>> whole_shape(nn.Linear(8, 4).weight)
+        (4, 8)
+    """
+    # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and remembers
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def matches(name: str, expression: str) -> bool:
+    """Whether a module's name is meant by a glob or a `re:` expression.
+
+    A glob may begin at any dot: `lm_head` means `model.lm_head` too, and `*` crosses dots. A regular expression must
+    match the whole name.
+
+    Raises:
+        ValueError: If the regular expression is none.
+
+    Examples:
+        >>> matches("model.layers.0.mlp.up_proj", "mlp.*"), matches("model.layers.0.mlp.up_proj", "re:.*[.]0[.].*")
+        (True, True)
+    """
+    if expression.startswith("re:"):
+        try:
+            return re.fullmatch(expression.removeprefix("re:"), name) is not None
+        except re.error as error:
+            raise ValueError(f"{expression!r} is not a regular expression ({error}): correct it") from error
+    return fnmatchcase(name, expression) or fnmatchcase(name, f"*.{expression}")
+
+
+def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
+    """The expressions as a tuple, also where one alone was given.
+
+    Args:
+        argument: What to call them in an error.
+        expressions: Globs or `re:` expressions of module names.
+
+    Raises:
+        ValueError: If they are anything else.
+
+    Examples:
+        >>> check_expressions("targets", "*.mlp.*")
+        ('*.mlp.*',)
+    """
+    if isinstance(expressions, str):  # a lone string would be read letter by letter
+        expressions = [expressions]
+    if not isinstance(expressions, Sequence):
+        raise ValueError(
+            f"{argument} is {expressions!r}: give a list of globs or 're:' expressions, such as ['*.mlp.*']"
+        )
+    for expression in expressions:
+        if not isinstance(expression, str) or not expression:
+            raise ValueError(f"{argument} holds {expression!r}: give globs or 're:' expressions as strings")
+        matches("", expression)  # whether it is one
+    return tuple(expressions)
+
+
+def examples(names: Iterable[str]) -> str:
+    """The first three names, for a message."""
+    names = list(names)
+    shown = ", ".join(names[:3])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 3 else shown or "none"
+
+
+def did_you_mean(expression: str, names: Iterable[str]) -> str:
+    """The nearest part of a name, where one is near."""
+    parts = {part for name in names for part in name.split(".")}
+    found = get_close_matches(expression.removeprefix("re:").strip("*.").rpartition(".")[2], parts, n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Iterable[str]) -> None:
+    """Refuse an expression that leaves nothing out, which is most likely misspelt: what it meant would be pruned."""
+    for expression in expressions:
+        if expression in IGNORED or any(matches(name, expression) for name in prunable):
+            continue
+        meant = [name for name, _ in model.named_modules() if matches(name, expression)]
+        if not meant:
+            near = did_you_mean(expression, prunable)
+            raise ValueError(
+                f"ignore {expression!r} matches no layer{near}: correct it or leave it out. The model has: "
+                f"{examples(prunable)}"
+            )
+        if any(layer.startswith(f"{name}.") for name in meant for layer in prunable):
+            raise ValueError(
+                f"ignore {expression!r} matches {meant[0]}, but none of the layers inside of it, which would be "
+                f"pruned: write '{expression}.*'"
+            )
+
+
+def uncalled_layers(
+    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ()
+) -> list[str]:
+    """Names of the targets of which no inputs can be collected: torch's attention reads their weights itself.
+
+    Args:
+        model: Any module.
+        targets: As for `find_targets`.
+        ignore: Likewise.
+
+    Examples:
+        >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
+        ['self_attn.out_proj']
+    """
+    names = [
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    ]
+    meant, not_meant = check_expressions("targets", targets), check_expressions("ignore", ignore)
+    return [
+        name
+        for name in names
+        if any(matches(name, expression) for expression in meant)
+        and not any(matches(name, expression) for expression in not_meant)
+    ]
+
+
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = IGNORED
+) -> dict[str, PrunableLayer]:
+    """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
+
+    Prunable are `torch.nn.Linear` and transformers' `Conv1D`, but for those of `uncalled_layers`. Layers that share one
+    weight are one target.
+
+    Args:
+        model: Any module. Names are as `model.named_modules()` gives them.
+        targets: Globs or `re:` expressions; each must match at least one prunable layer.
+        ignore: Layers to leave out, in the same words. All but "lm_head" must match a module.
+
+    Returns:
+        Name -> layer.
+
+    Raises:
+        ValueError: If an expression or all of them together match nothing; if layers are compiled, quantised or
+            reparametrised; if a weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
+            means a frozen teacher, LoRA's adapters or the layers that they adapt.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> list(find_targets(model, targets=["0"]))
+        ['0']
+    """
+    targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
+    refuse_compiled(model)
+    prunable = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    uncalled = {name: prunable.pop(name) for name in uncalled_layers(model)}
+    for expression in targets:
+        if not any(matches(name, expression) for name in prunable):
+            if any(matches(name, expression) for name in uncalled):
+                raise ValueError(
+                    f"target {expression!r} means only what torch's MultiheadAttention reads without calling it "
+                    f"({examples(uncalled)}), of which no inputs can be collected: leave it out, or take an attention "
+                    "made of Linear layers"
+                )
+            raise ValueError(
+                f"target {expression!r} matches no prunable layer (Linear, Conv1D)"
+                f"{did_you_mean(expression, prunable)}. The model has: {examples(prunable)}"
+            )
+    _check_ignored(model, ignore, prunable)
+    chosen = {
+        name: module
+        for name, module in prunable.items()
+        if any(matches(name, expression) for expression in targets)
+        and not any(matches(name, expression) for expression in ignore)
+    }
+    if not chosen:
+        raise ValueError(
+            f"targets {list(targets)} without ignore {list(ignore)} leave no layer to prune. "
+            f"The model has: {examples(prunable)}"
+        )
+    _refuse_bystanders(model, chosen, targets)
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    _check_weights(chosen)
+    layers: dict[str, PrunableLayer] = {}
+    seen: set[int] = set()
+    shared: dict[str, str] = {}  # with a module that is no target
+    for name, module in chosen.items():
+        if id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        names = holders[id(module.weight)]
+        outside = [other for other in names if other not in chosen]
+        if outside:
+            shared[name] = outside[0]
+        transposed = isinstance(module, Conv1D)
+        shape = whole_shape(module.weight)
+        rows, cols = reversed(shape) if transposed else shape
+        modules = tuple(chosen[other] for other in names if other in chosen)
+        layers[name] = PrunableLayer(name, modules, rows, cols, transposed)
+    if shared:
+        pairs = [f"layer {name} shares its weight with {outside}" for name, outside in shared.items()]
+        raise ValueError(
+            f"{examples(pairs)}, which {'are no targets' if len(pairs) > 1 else 'is no target'}: pruning one would "
+            f"prune the other. Add {to_add(shared)} to ignore"
+        )
+    return layers
+
+
+def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
+    """Refuse what a mere "*" should not mean: a teacher beside the trained model, and what LoRA adapts."""
+    caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
+    roots: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{root}.") or not root for root in roots):
+            roots[name] = module
+    frozen = {root for root, module in roots.items() if not any(p.requires_grad for p in module.parameters())}
+    if len(frozen) < len(roots):
+        for root in sorted(frozen):
+            if any(name.startswith(f"{root}.") for name in caught):
+                raise ValueError(
+                    f"target '*' means the layers of {root!r} too, a model of which nothing is trained (a teacher?), "
+                    f"beside one that is: add '{root}.*' to ignore, or to targets if you mean it"
+                )
+    adapted = [name for name in chosen if _is_adapted(model, name)]
+    adapters = [name for name in chosen if any(part.startswith("lora_") for part in name.split("."))]
+    meant = [name for name in [*adapted, *adapters] if name in caught]
+    if meant:
+        raise ValueError(
+            f"target '*' means {len(meant)} layer(s) of LoRA, such as {meant[0]}, and merging an adapter writes over "
+            "the zeros of its layer: merge before the training (merge_and_unload) and prune the merged model, or add "
+            "'*lora_*' and '*.base_layer' to ignore and prune only the layers without an adapter"
+        )
+    if adapted:
+        rank_zero_warn(
+            f"{len(adapted)} target(s) have LoRA adapters ({examples(adapted)}): their zeros last only until an "
+            "adapter is merged. To merge, do it before the training, and prune the merged model"
+        )
+
+
+def _is_adapted(model: nn.Module, name: str) -> bool:
+    beside = model.get_submodule(name.rpartition(".")[0])
+    return any(child.startswith("lora_") for child, _ in beside.named_children())
+
+
+def _check_weights(layers: Mapping[str, PrunableModule]) -> None:
+    computed = [
+        name for name, module in layers.items() if not isinstance(module._parameters.get("weight"), nn.Parameter)
+    ]
+    if computed:
+        raise ValueError(
+            f"{len(computed)} target(s) have a weight that is computed, not stored (a parametrisation): "
+            f"{examples(computed)}. Remove it first, or add {to_add(computed)} to ignore"
+        )
+    quantised = [name for name, module in layers.items() if not module.weight.is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"{len(quantised)} target(s) are quantised, as {quantised[0]} to {layers[quantised[0]].weight.dtype}: load "
+            f"the model in bf16 or fp32, or add {to_add(quantised)} to ignore"
+        )
+
+
+def to_add(names: Iterable[str]) -> str:
+    """What to add to ignore, for a message."""
+    names = list(names)
+    return " and ".join(map(repr, names)) if len(names) < 3 else "them, or a glob that matches them,"
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse compiled modules: a compiled graph does not call the hooks that are added after it was made.
+
+    Raises:
+        ValueError: Naming the compiled module.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"module {name or type(module).__name__!r} is compiled (torch.compile): the statistics of its layers "
+                "can't be collected. Prune the model uncompiled, and compile the exported one"
+            )

@@ -1,0 +1,334 @@
+"""What a user asks of the callback: what can't be right, what changes nothing, and what is no longer as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from thanos_lightning.models.targets import check_expressions
+from thanos_lightning.plan.allocation import Allocation, check_allocation
+from thanos_lightning.plan.patterns import TargetOverride, check_overrides
+from thanos_lightning.plan.schedule import SparsitySchedule
+from thanos_lightning.solver import Pattern
+from thanos_lightning.solver.layer import SolverOptions
+
+CALIBRATION_STEPS = 32  # unless the user says more or less
+_AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationOptions:
+    """What layers are pruned on: the inputs of which batches, and how much an error at each output counts.
+
+    Args:
+        batches: Prune on these instead of training batches, run at the event. "datamodule" asks the datamodule, or the
+            LightningModule, for `calibration_dataloader()`. Batches go through `calibration_step(batch)` where the
+            module has one; else mappings go through `pl_module(**batch)`, and tuples, tensors and the like through
+            `training_step(batch, 0)`, in evaluation mode and with its `self.log` dropped (not under manual
+            optimization, where it would train). Where output weights are wanted, that has to return the loss
+            (`CausalLM` returns that of labels which it draws itself, whose gradients say more), and a backward is run
+            that leaves parameters' gradients alone; not under ZeRO-3 where DeepSpeed gathers modules as a whole, such
+            as mixtures of experts: all outputs count alike then.
+        steps: Optimizer steps whose training batches are accumulated before an event, at most; a window never reaches
+            back past the event before.
+        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
+        memory_gib: Memory for the second moments, of inputs and of outputs' gradients. Layers are split into windows
+            that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.
+        output_weights: How much the error of each output of a layer counts, against its other outputs and in an
+            allocation against those of other layers. "diagonal": as much as the training loss feels it, by the mean
+            square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
+            1503.05671). "full": by the whole output factor, so that rows of a layer make up for each other, which was
+            measured to lose less (docs/guide); a layer takes the memory of a matrix (out_features, out_features)
+            more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is "diagonal" for
+            the method "thanos", else "uniform".
+
+    Raises:
+        ValueError: Naming the option and the mend.
+
+    Examples:
+        >>> CalibrationOptions(steps=8, memory_gib=4.0).steps
+        8
+    """
+
+    batches: str | Iterable[Any] | None = None
+    steps: int = CALIBRATION_STEPS
+    attention_mask_key: str | None = "attention_mask"
+    memory_gib: float | None = None
+    output_weights: Literal["diagonal", "full", "uniform"] | None = None
+
+    def __post_init__(self) -> None:
+        check_batches("calibration.batches", self.batches)
+        check_whole("calibration.steps", self.steps, 1)
+        check_name("calibration.attention_mask_key", self.attention_mask_key, "attention_mask")
+        check_memory("calibration.memory_gib", self.memory_gib)
+        check_choice("calibration.output_weights", self.output_weights, ("diagonal", "full", "uniform", None))
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the rows of a layer make up for each other's errors."""
+        return self.output_weights == "full"
+
+
+@dataclass(frozen=True, eq=False)
+class PruningOptions:
+    """All that a user asks of the callback, checked as far as it can be without a model.
+
+    Attributes:
+        pattern: Of the targets.
+        schedule: When, and how sparse by then.
+        targets: Globs or `re:` expressions of module names.
+        ignore: Likewise.
+        overrides: Other patterns for some of the targets.
+        solver: How a layer is solved.
+        calibration: On what.
+        allocation: None takes the default.
+        verify_every_n_steps: 0 never counts.
+        monitor: Metric of the validation loop.
+    """
+
+    pattern: Pattern
+    schedule: SparsitySchedule
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    overrides: tuple[TargetOverride, ...]
+    solver: SolverOptions
+    calibration: CalibrationOptions
+    allocation: Allocation | Literal["uniform"] | None
+    verify_every_n_steps: int
+    monitor: str | None
+
+    @classmethod
+    def checked(
+        cls,
+        pattern: Pattern,
+        *,
+        schedule: SparsitySchedule | None,
+        targets: str | Sequence[str],
+        ignore: str | Sequence[str],
+        overrides: Sequence[TargetOverride],
+        solver: SolverOptions,
+        calibration: CalibrationOptions,
+        allocation: Allocation | Literal["uniform"] | None,
+        verify_every_n_steps: int,
+        monitor: str | None,
+    ) -> PruningOptions:
+        """The arguments of the callback, with their defaults.
+
+        Raises:
+            ValueError: For one that can't be right, naming it and the mend.
+        """
+        targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
+        if not targets:
+            raise ValueError("targets is []: give at least one glob, such as '*', or leave it out")
+        overrides = check_overrides(overrides)
+        check_kind("solver", solver, SolverOptions)
+        check_kind("calibration", calibration, CalibrationOptions)
+        if schedule is None:
+            schedule = _GRADUALLY if calibration.batches is None else _AT_ONCE
+        if not isinstance(schedule, SparsitySchedule):
+            raise ValueError(
+                f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), one with at, "
+                "or None"
+            )
+        if calibration.couples_rows and solver.admm_steps == solver.refine_steps == 0 and solver.needs_statistics:
+            raise ValueError(
+                "calibration.output_weights is 'full', but solver.admm_steps and refine_steps are 0, and only these "
+                "steps couple rows: give some, or take 'diagonal'"
+            )
+        if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
+            raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
+        if isinstance(allocation, Allocation):
+            if not solver.needs_statistics:
+                raise ValueError(
+                    f"method {solver.method!r} reports no losses, and allocation needs them: choose 'thanos', "
+                    "'sparsegpt' or 'wanda'"
+                )
+            check_allocation(pattern)
+        check_whole("verify_every_n_steps", verify_every_n_steps, 0)
+        check_name("monitor", monitor, "val/loss")
+        refuse_unused(solver, calibration, [pattern, *(other.parsed() for other in overrides)])
+        return cls(
+            pattern,
+            schedule,
+            targets,
+            ignore,
+            overrides,
+            solver,
+            calibration,
+            allocation,
+            verify_every_n_steps,
+            monitor,
+        )
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors at some outputs count more than at others."""
+        weights = self.calibration.output_weights or ("diagonal" if self.solver.method == "thanos" else "uniform")
+        return weights != "uniform"
+
+    @property
+    def collects_in_training(self) -> bool:
+        """Whether statistics come from training batches."""
+        return self.solver.needs_statistics and self.calibration.batches is None
+
+    def in_words(self) -> dict[str, str]:
+        """Each option as one line, which a resumed training compares with its own."""
+        words: dict[str, str] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, (SolverOptions, CalibrationOptions)):
+                words |= {f"{option.name}.{name}": described(its) for name, its in vars(value).items()}
+            else:
+                words[option.name] = described(list(map(repr, value)) if option.name == "overrides" else value)
+        return words
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse what is no group of options.
+
+    Raises:
+        ValueError: Naming the class.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {described(value)}: give {kind.__name__}(...)")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no number of optimizer steps.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}: give a whole number of optimizer steps ≥ {least}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Refuse what is none of the choices, None being last where it is one.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")
+
+
+def check_name(name: str, value: Any, example: str) -> None:
+    """Refuse what is neither text nor None.
+
+    Raises:
+        ValueError: With an example.
+    """
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name} is {value!r}: give a name, such as {example!r}, or None")
+
+
+def check_memory(name: str, value: Any) -> None:
+    """Refuse what is neither a size nor None.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value!r}: give a number of GiB > 0, such as 4, or None to hold all at once")
+
+
+def check_batches(name: str, value: Any) -> None:
+    """Refuse what gives no batches, as far as that can be told without asking for one.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if value is None or value == "datamodule":
+        return
+    mend = "give a DataLoader, a list of batches, or 'datamodule'"
+    if isinstance(value, Iterator):
+        raise ValueError(f"{name} is an iterator, which the first event would use up: {mend}")
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {_shortened(value)}: {mend}")
+    if number_of_batches(value) == 0:
+        raise ValueError(f"{name} has no batch ({described(value)}): {mend}")
+    if isinstance(value, Sequence) and isinstance(value[0], (str, bytes)):
+        raise ValueError(f"{name} holds text ({_shortened(value[0])}), not batches: {mend}")
+
+
+def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patterns: Sequence[Pattern]) -> None:
+    """Refuse options that change nothing beside the others: who gives one expects that it does.
+
+    Args:
+        solver: How layers are solved.
+        calibration: On what.
+        patterns: All that are used.
+
+    Raises:
+        ValueError: Naming the first one and why.
+    """
+    of_all = [solver.unused(pattern) for pattern in patterns]
+    for name, reason in of_all[0].items():
+        if all(name in unused for unused in of_all) and getattr(solver, name) != getattr(SolverOptions(), name):
+            raise ValueError(f"solver.{name} is {described(getattr(solver, name))}, but {reason}: leave it out")
+    reasons = {}
+    if calibration.batches is not None:
+        reasons["steps"] = "layers are pruned on calibration.batches, not on training batches"
+    if not solver.needs_statistics:
+        names = [one.name for one in fields(calibration)]
+        reasons = dict.fromkeys(names, f"method {solver.method!r} looks at no batches")
+    for one in fields(calibration):
+        value = getattr(calibration, one.name)
+        if one.name in reasons and value not in (one.default, "uniform"):
+            raise ValueError(f"calibration.{one.name} is {described(value)}, but {reasons[one.name]}: leave it out")
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """The arguments that are not as they were, each as a sentence.
+
+    Args:
+        before: Name -> description.
+        now: Likewise. One that has no counterpart is not compared.
+
+    Examples:
+        >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})
+        {'damping': 'damping was 0.01 and is 0.1'}
+    """
+    return {
+        name: f"{name} was {before[name]} and is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    }
+
+
+def described(value: Any) -> str:
+    """One line that says what an argument is, the same in another process.
+
+    Examples:
+        >>> described([{"input_ids": None}]), described(("*", "lm_head")), described("2:4")
+        ('list of 1 batch(es)', "['*', 'lm_head']", "'2:4'")
+    """
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
+            return repr(list(value))
+        length = number_of_batches(value)
+        return type(value).__name__ + ("" if length is None else f" of {length} batch(es)")
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
+
+
+def number_of_batches(batches: Iterable[Any]) -> int | None:
+    """How many there are, where that is known before.
+
+    Examples:
+        >>> number_of_batches([1, 2]), number_of_batches(iter([]))
+        (2, None)
+    """
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # of an iterable data set's loader, too
+        return None
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

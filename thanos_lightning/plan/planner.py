@@ -1,0 +1,176 @@
+"""All windows of a training: from its schedule, its layers, and what a scan found out about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, levels
+from thanos_lightning.plan.options import CALIBRATION_STEPS
+from thanos_lightning.plan.schedule import Event, SparsitySchedule
+from thanos_lightning.plan.training_steps import events_in
+from thanos_lightning.plan.windows import Window, patterns_at, plan_windows, split_by_memory
+from thanos_lightning.solver import Pattern
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the windows of a training.
+
+    Attributes:
+        pattern: The main pattern, whose layers share an allocation.
+        schedule: When, and how sparse by then.
+        allocation: Of unequal sparsities; None for layers that are alike.
+        gives_way: Whether the allocation is the default, which nobody asked for: it leaves out layers of which it is
+            not known what they lose, and all where there is no room to look at them.
+        calibration_steps: Optimizer steps that a window collects, at most; 0 where none collects in the training.
+        memory_gib: For the Hessians of a window; None holds all at once.
+        couples_rows: Whether second moments of outputs are among them.
+    """
+
+    pattern: Pattern
+    schedule: SparsitySchedule
+    allocation: Allocation | None
+    gives_way: bool
+    calibration_steps: int
+    memory_gib: float | None
+    couples_rows: bool = False
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether there is no way to go on without one."""
+        return self.allocation is not None and not self.gives_way
+
+    def to_try(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
+        """What each layer is tried at before the first event.
+
+        Args:
+            final: Name -> the pattern at the end, where all are alike.
+        """
+        if self.allocation is None or self.allocation.by != "loss":
+            return {name: [pattern] for name, pattern in final.items()}
+        shared = levels(self.pattern, *self.allocation.limits(self.pattern.sparsity))
+        return {name: shared if pattern == self.pattern else [pattern] for name, pattern in final.items()}
+
+    def plan(
+        self,
+        trainer: Trainer,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        sensitivities: Mapping[str, LayerSensitivity],
+        *,
+        optimizer_steps: int,
+        begun_with_scan: bool | None,
+    ) -> list[Window]:
+        """All windows, as far as they are known: those behind a scan follow when it is complete.
+
+        Args:
+            trainer: Knows how long it trains.
+            layers: Name -> layer, front to back.
+            final: Name -> the pattern at the end, where all are alike.
+            sensitivities: Name -> what has been found out.
+            optimizer_steps: Taken so far.
+            begun_with_scan: Whether the first window that a resumed training has begun is one of a scan; None
+                where none has begun.
+
+        Raises:
+            MisconfigurationException: If nothing would be pruned, fractions of the training can't be told, or there is
+                no room for a scan that is needed.
+            ValueError: If windows don't fit before their events.
+        """
+        events = events_in(self.schedule, trainer)
+        if self.allocation is None:
+            return self._plan_pruning(events, layers, final)
+        first, collects = events[0].step, self.calibration_steps > 0
+        needed = len(split_by_memory(list(layers.values()), self.memory_gib, coupled=self.couples_rows))
+        # Where all is held at once, the first event takes what its scan was told.
+        at_once = self.memory_gib is None
+        step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
+        has_room = step >= needed and (at_once or first - step >= needed)
+        since = 0 if at_once else step
+        if collects and not has_room:
+            if not self.needs_scan or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                rank_zero_info(
+                    f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
+                    "pruned alike"
+                )
+                return self._plan_pruning(events, layers, final)
+            at_its_step = "" if at_once or not first else "look at all with the event (no calibration.memory_gib), "
+            raise MisconfigurationException(
+                f"the first event is at optimizer step {first}, which leaves too few to look at the layers before, in "
+                f"{needed} window(s): start the schedule later (start_step), {at_its_step}give "
+                "calibration.batches, or leave the allocation out"
+            )
+        scan = plan_windows(
+            [(Event(step, 0.0), final)],
+            layers,
+            calibration_steps=self.calibration_steps,
+            budget_gib=self.memory_gib,
+            coupled=self.couples_rows,
+            scans=True,
+        )
+        begins_with_it = bool(sensitivities) or scan[0].start_step >= optimizer_steps
+        if not self.needs_scan and not (begins_with_it if begun_with_scan is None else begun_with_scan):
+            rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
+            return self._plan_pruning(events, layers, final)
+        if len(sensitivities) < len(layers):
+            # refuses what can't be before the training
+            self._plan_pruning(events, layers, final, since=since)
+            return scan
+        final = self._allocate(self.allocation, layers, final, sensitivities)
+        return [*scan, *self._plan_pruning(events, layers, final, since=since)]
+
+    def _allocate(
+        self,
+        allocation: Allocation,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        sensitivities: Mapping[str, LayerSensitivity],
+    ) -> Mapping[str, Pattern]:
+        unknown = [
+            name
+            for name, pattern in final.items()
+            if pattern == self.pattern
+            and (not sensitivities[name].losses or (self.gives_way and sensitivities[name].weighted_losses is None))
+        ]
+        if unknown:
+            rank_zero_warn(
+                f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no token, or "
+                f"no gradient, has reached them: each is pruned to {self.pattern.sparsity:.2%}, and only layers of "
+                "which it is known share their zeros. allocation='uniform' is without this warning"
+            )
+        known = {name: pattern for name, pattern in final.items() if name not in unknown}
+        allocated = allocate(allocation, sensitivities, layers, known, self.pattern)
+        return {
+            name: final[name] if name in unknown else allocated[name]
+            for name in final
+            if name in unknown or name in allocated  # others stay dense
+        }
+
+    def _plan_pruning(
+        self,
+        events: list[Event],
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        since: int = 0,
+    ) -> list[Window]:
+        windows = plan_windows(
+            [(event, patterns_at(event, final)) for event in events],
+            layers,
+            calibration_steps=self.calibration_steps,
+            budget_gib=self.memory_gib,
+            coupled=self.couples_rows,
+            since=since,
+        )
+        steps = min((window.end_step - window.start_step for window in windows), default=0)
+        if steps < self.calibration_steps != CALIBRATION_STEPS:
+            rank_zero_info(
+                f"calibration.steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
+                "since the event before"
+            )
+        return windows

@@ -1,0 +1,146 @@
+"""Keep masks and their form in a checkpoint: one bit an entry, keyed by parameter name, plain values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thanos_lightning.solver import Pattern, parse_pattern
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first.
+
+    Args:
+        mask: Bool tensor.
+
+    Returns:
+        uint8 tensor of ceil(numel / 8) bytes.
+
+    Examples:
+        >>> pack_bits(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = mask.detach().flatten()
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (padded.view(-1, 8) << places).sum(dim=1, dtype=torch.uint8).cpu()
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_bits`.
+
+    Args:
+        packed: uint8 tensor of ceil(prod(shape) / 8) bytes.
+        shape: Shape of the mask.
+
+    Returns:
+        Bool tensor of that shape, on the device of `packed`.
+
+    Raises:
+        ValueError: If the number of bytes is not that of the shape.
+
+    Examples:
+        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
+    numel = _require_size(packed, shape)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1) >> places) & 1
+    return bits.flatten()[:numel].bool().view(shape)
+
+
+def _require_size(packed: Tensor, shape: tuple[int, ...]) -> int:
+    """The number of entries of the shape, for which there must be as many bits."""
+    numel = int(torch.Size(shape).numel())
+    if packed.numel() != -(-numel // 8):
+        raise ValueError(
+            f"a packed mask of shape {tuple(shape)} takes {-(-numel // 8)} bytes, but {packed.numel()} were stored: "
+            "the checkpoint is damaged, resume from another one"
+        )
+    return numel
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMask:
+    """What a layer was pruned to. It stays packed until its entries are asked for.
+
+    Attributes:
+        bits: uint8 (ceil(out_features · in_features / 8),): the keep mask, as `pack_bits` has it.
+        shape: (out_features, in_features).
+        pattern: The pattern that the mask was made for, at the sparsity of its event.
+        transposed: True where the parameter is stored as (in_features, out_features), as in transformers' Conv1D.
+
+    Raises:
+        ValueError: If the bits do not fit the shape.
+
+    Examples:
+        >>> mask = LayerMask.of(torch.tensor([[True, False]]), parse_pattern("unstructured", 0.5))
+        >>> mask.keep, mask.sparsity
+        (tensor([[ True, False]]), 0.5)
+    """
+
+    bits: Tensor
+    shape: tuple[int, int]
+    pattern: Pattern
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        _require_size(self.bits, self.shape)
+
+    @classmethod
+    def of(cls, keep: Tensor, pattern: Pattern, transposed: bool = False) -> LayerMask:
+        """The mask whose entries are these: bool (out_features, in_features), True = kept."""
+        rows, cols = keep.shape
+        return cls(pack_bits(keep), (rows, cols), pattern, transposed)
+
+    @property
+    def keep(self) -> Tensor:
+        """Bool (out_features, in_features), True = kept."""
+        return unpack_bits(self.bits, self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The parameter's."""
+        rows, cols = self.shape
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the entries that are pruned."""
+        rows, cols = self.shape
+        return 1.0 - int(self.keep.count_nonzero()) / (rows * cols)
+
+    def state(self) -> dict[str, Any]:
+        """The mask as plain values: what `from_state` reads."""
+        return {
+            "bits": self.bits,
+            "shape": list(self.shape),
+            "transposed": self.transposed,
+            "pattern": self.pattern.name,
+            "sparsity": self.pattern.sparsity,
+            "outlier_fraction": self.pattern.outlier_fraction,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LayerMask:
+        """Read what `state` wrote.
+
+        Raises:
+            ValueError: If the bits do not fit the shape or the pattern is none.
+        """
+        rows, cols = state["shape"]
+        return cls(state["bits"], (rows, cols), recorded_pattern(state), state["transposed"])
+
+
+def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
+    """The pattern of a mask's state, or of an entry of `sparsity.json`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])

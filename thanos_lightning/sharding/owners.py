@@ -1,0 +1,174 @@
+"""Which rank owns a layer: the sums of all ranks come together there, and it solves the layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.solver import HessianAccumulator, SolverError
+
+# Of a square layer, factoring the Hessian takes about a quarter of the time that all rows take.
+_ROWS_PER_FACTOR = 4
+# In the same unit: the eigenvectors of both factors, and the steps on all rows together.
+_EIGENVECTORS, _COUPLED_STEPS = 3, 20
+
+
+class PruningError(RuntimeError):
+    """A layer could not be pruned. No layer of its window has been changed."""
+
+
+def _cost(layer: PrunableLayer, members: int, *, coupled: bool = False) -> int:
+    """How long a team of so many ranks solves: b³ + 4·c·b², of which only the second part is split.
+
+    Where rows are coupled, 3 (b³ + c³) + 20 cb (c + b) more.
+    """
+    rows, cols = layer.rows, layer.cols
+    alone = cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
+    return alone + coupled * (_EIGENVECTORS * (cols**3 + rows**3) + _COUPLED_STEPS * rows * cols * (rows + cols))
+
+
+def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, range]:
+    """The ranks that solve each layer, its owner first. Decided from shapes alone.
+
+    Where layers are no fewer than ranks, or their rows are coupled, each layer has one rank, and ranks have about
+    equally much to do. Otherwise each rank is in one team. Teams lie side by side, and each further rank goes where the
+    time is longest. A team has no more ranks than its layer has rows: where all teams are that large, ranks are left
+    over.
+
+    Examples:
+        >>> assign_teams({}, world_size=2)
+        {}
+    """
+    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1, coupled=coupled), name))
+    if len(layers) >= world_size or coupled:
+        loads = [0] * world_size
+        teams = {}
+        for name in order:
+            owner = loads.index(min(loads))
+            loads[owner] += _cost(layers[name], 1, coupled=coupled)
+            teams[name] = range(owner, owner + 1)
+        return teams
+    sizes = dict.fromkeys(order, 1)
+    for _ in range(world_size - len(layers)):
+        able = [name for name in order if sizes[name] < layers[name].rows]
+        if able:
+            sizes[max(able, key=lambda name: _cost(layers[name], sizes[name]))] += 1
+    ends = list(itertools.accumulate(sizes.values()))
+    return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
+
+
+def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, int]:
+    """The rank that has the sums and the weight of each layer: the first of its team, see `assign_teams`.
+
+    Examples:
+        >>> assign_owners({}, world_size=2)
+        {}
+    """
+    return {name: team[0] for name, team in assign_teams(layers, world_size, coupled=coupled).items()}
+
+
+def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
+    """Ask for the memory that messages about layers will need; what fails, for `raise_everywhere`.
+
+    Args:
+        blocks: Name of a layer -> bytes.
+        access: Has the device.
+    """
+    if access.world_size > 1:
+        try:
+            access.reserve(blocks.values())
+        except Exception as failure:  # whatever a device's allocator raises
+            return max(blocks, key=lambda name: blocks[name]), failure
+    return None
+
+
+def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
+    """Raise on all ranks if one has an error (layer, cause), so that none waits for a rank that has given up."""
+    own, cause = None, None
+    if error is not None:
+        layer, cause = error
+        own = f"layer {layer}: {'' if isinstance(cause, SolverError) else f'{type(cause).__name__}: '}{cause}"
+    for rank, message in enumerate(access.gather(own)):
+        if message is not None:
+            where = f" (on rank {rank})" if access.world_size > 1 else ""
+            raise PruningError(f"{message}{where}. No layer of this window was changed") from cause
+
+
+def unseen_layers(
+    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+) -> list[str]:
+    """The layers that no token has reached on any rank, the same on all. All must call it.
+
+    Raises:
+        PruningError: If these are all.
+    """
+    seen = access.gather([name for name, accumulator in accumulators.items() if accumulator.num_tokens])
+    reached = set(itertools.chain.from_iterable(seen))
+    if not reached:
+        raise PruningError(
+            "no token was counted at all: every batch was empty or all padding. Check the batches, and their attention "
+            "mask. No layer of this window was changed"
+        )
+    return [name for name in layers if name not in reached]
+
+
+def sum_on_owners(
+    layers: Mapping[str, PrunableLayer],
+    accumulators: dict[str, HessianAccumulator],
+    owners: Mapping[str, int],
+    access: ParameterAccess,
+    *,
+    stay: bool = False,
+) -> dict[str, HessianAccumulator]:
+    """The statistics of all ranks, each complete on its layer's owner.
+
+    Args:
+        layers: Name -> layer.
+        accumulators: Name -> this rank's statistics. Emptied.
+        owners: Name -> rank.
+        access: How the strategy's parameters are reached.
+        stay: Whether someone else holds the accumulators, so that emptying them gives no memory back.
+    """
+    tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
+    if access.world_size == 1:
+        complete: dict[str, HessianAccumulator] = dict(accumulators)
+        accumulators.clear()
+        return complete
+    complete = {}
+    groups = _sharing(layers, accumulators, access)
+    needed = {
+        names[0]: 4 * layers[names[0]].cols ** 2
+        for names in groups
+        if any(owners[name] == access.rank for name in names)
+    }
+    if not stay:  # a rank's own sum is let go when the next one comes
+        needed = dict(sorted(needed.items(), key=lambda item: item[1])[-1:])
+    raise_everywhere(reserved(needed, access), access)
+    for names in groups:
+        own = accumulators.get(names[0])
+        width = layers[names[0]].cols
+        seen = sum(counts.get(names[0], 0) for counts in tokens)
+        for owner in sorted({owners[name] for name in names}):
+            summed = access.sum_on(owner, None if own is None else own.triangle, width)
+            if summed is not None:
+                whole = HessianAccumulator.of_sum(summed, seen)
+                complete.update({name: whole for name in names if owners[name] == owner})
+        for name in names:
+            accumulators.pop(name, None)
+    return complete
+
+
+def _sharing(
+    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+) -> list[list[str]]:
+    """The layers, grouped by who shares one sum on every rank, in an order that is the same everywhere."""
+    first: dict[int, str] = {}
+    leaders = {name: first.setdefault(id(accumulator), name) for name, accumulator in accumulators.items()}
+    everywhere = access.gather(leaders)
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for name in layers:
+        # a rank on which a layer saw nothing has nothing to say against, and adds nothing; but then for all of a group
+        groups.setdefault(tuple(told.get(name) for told in everywhere), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""What Lightning's training must know of pruning."""

@@ -1,0 +1,69 @@
+"""Lightning's private names that pruning needs. No other file reads one; a test names what a new version lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in the order in which they are called."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
+
+
+def replace_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Let the Trainer call these from now on."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether `torch.compile` was called on the module; the Trainer is given what is inside."""
+    return module._compiler_ctx is not None
+
+
+def training_metrics(trainer: Trainer) -> Collection[str]:
+    """Names of the metrics that the training step has logged."""
+    if trainer._results is None:
+        return []
+    names: Collection[str] = trainer._logger_connector.metrics["callback"]
+    return names
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step that the Trainer itself logs a training metric with."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def validate(trainer: Trainer) -> None:
+    """Run the Trainer's validation loop in the midst of its training, as if it were due."""
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.validating = True  # the loops look here for which of them is active
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+        connector._first_loop_iter = first
+
+
+def average_of(callback: Callback) -> Any | None:
+    """The averaged model of a WeightAveraging (torch's AveragedModel); None where it has none yet."""
+    average: nn.Module | None = getattr(callback, "_average_model", None)
+    return average
+
+
+def saves_shards(strategy: Strategy) -> bool:
+    """Whether it writes a folder to which each rank adds its shards (ModelParallelStrategy's default)."""
+    return bool(getattr(strategy, "_save_distributed_checkpoint", False))
+
+
+def process_group_timeout(strategy: Strategy) -> timedelta | None:
+    """How long the user lets ranks wait for each other; None where the strategy doesn't ask."""
+    timeout: timedelta | None = getattr(strategy, "_timeout", None)
+    return timeout

@@ -1,0 +1,193 @@
+"""What the Trainer and its other callbacks must know of pruning: which average, stop early, or keep the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ModelPruning
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from thanos_lightning.training.lightning_private import (
+    average_of,
+    callbacks_of,
+    replace_callbacks,
+    training_metrics,
+    validate,
+)
+
+
+def _is_kind(callback: Callback, name: str) -> bool:
+    # by name: older versions of Lightning lack some of them
+    return name in {kind.__name__ for kind in type(callback).__mro__}
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the other package that Lightning is released as, whose classes are not those of this one.
+
+    Raises:
+        MisconfigurationException: Naming the import.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"ThanosPruningCallback is a callback of lightning.pytorch, and the Trainer is one of "
+            f"{type(trainer).__module__.partition('.')[0]}: import Trainer and LightningModule from lightning.pytorch "
+            "(pip install lightning), where they have the same arguments"
+        )
+
+
+def check_companions(trainer: Trainer, own: Callback) -> None:
+    """Refuse callbacks that prune too, or average weights in a way that would bring zeros back.
+
+    Args:
+        trainer: Has the callbacks.
+        own: The one that asks.
+
+    Raises:
+        MisconfigurationException: Naming the callback and the mend.
+    """
+    for callback in callbacks_of(trainer):
+        if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
+            raise MisconfigurationException(
+                "the Trainer has more than one ThanosPruningCallback: keep one, and give layers patterns of their own "
+                "by its overrides"
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} puts masks of its own on the weights that ThanosPruningCallback prunes: "
+                "remove one of the two"
+            )
+        if _is_kind(callback, "StochasticWeightAveraging"):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} writes averages of dense and pruned weights at the end of the training, "
+                "so the zeros would be lost: take WeightAveraging or EMAWeightAveraging, which begin anew at each event"
+            )
+        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        if _is_kind(callback, "WeightAveraging") and sharded:
+            raise MisconfigurationException(
+                f"{type(callback).__name__} needs all weights on each rank, which {type(trainer.strategy).__name__} "
+                "may not have: remove it, or train on one device or under DDP"
+            )
+
+
+@torch.no_grad()
+def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let averages of weights begin with the weights as they are: those before were less sparse."""
+    for callback in callbacks_of(trainer):
+        average = average_of(callback) if _is_kind(callback, "WeightAveraging") else None
+        if average is None:
+            continue
+        its = {**dict(average.module.named_parameters()), **dict(average.module.named_buffers())}
+        for name, tensor in [*pl_module.named_parameters(), *pl_module.named_buffers()]:
+            its[name].copy_(tensor)
+        average.n_averaged.zero_()
+
+
+def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    """Take EarlyStopping out of the Trainer: until the last event, a metric tells nothing of the final model.
+
+    Returns:
+        What has been taken out, for `release_stopping`.
+    """
+    callbacks = callbacks_of(trainer)
+    held = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    if held:
+        rank_zero_info(f"{', '.join(type(one).__name__ for one in held)} counts from the last pruning event on")
+        replace_callbacks(trainer, [callback for callback in callbacks if callback not in held])
+    return held
+
+
+def release_stopping(trainer: Trainer, held: list[EarlyStopping]) -> None:
+    """Give back what `hold_back_stopping` took."""
+    if held:
+        callbacks = callbacks_of(trainer)
+        # checkpoints are last, as Lightning has ordered them
+        first = next((index for index, one in enumerate(callbacks) if isinstance(one, ModelCheckpoint)), len(callbacks))
+        replace_callbacks(trainer, [*callbacks[:first], *held, *callbacks[first:]])
+        held.clear()
+
+
+def validate_quietly(trainer: Trainer) -> None:
+    """Run the validation loop in the midst of a training, for its metrics alone.
+
+    A validation that the user didn't ask for must not save a checkpoint or stop the training.
+    """
+    callbacks = callbacks_of(trainer)
+    replace_callbacks(trainer, [one for one in callbacks if not isinstance(one, (Checkpoint, EarlyStopping))])
+    try:
+        validate(trainer)
+    finally:
+        replace_callbacks(trainer, callbacks)
+
+
+def saved_checkpoint(trainer: Trainer) -> Path | None:
+    """The checkpoint to go on with: the best one by a metric where there is one, else the last one."""
+    checkpoints = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+    best = [checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.monitor is not None]
+    others = [path for one in checkpoints for path in (one.last_model_path, one.best_model_path)]
+    return next((Path(path) for path in [*best, *others] if path and Path(path).exists()), None)
+
+
+class BestScores:
+    """Lets no checkpoint of `ModelCheckpoint(monitor=...)` be the best one by a metric from before the last event.
+
+    At the event all scores so far are forgotten, which are of less sparse models. But a ModelCheckpoint that saves at
+    optimizer steps does it with the metrics that there are: a metric of the training is the event's own step's until
+    the next one, and one of the validation is old until there was a validation. What was scored by these is forgotten,
+    too. The files are deleted one by one as later ones take their places.
+
+    Args:
+        old: The monitors that are old, by what renews them: "step" or "validation". Changed in place.
+    """
+
+    def __init__(self, old: dict[str, list[str]]) -> None:
+        self._old = old
+
+    def pruned(self, trainer: Trainer) -> None:
+        """The model has just got its final sparsity."""
+        of_step = training_metrics(trainer)
+        for checkpoint in _monitored(trainer):
+            assert checkpoint.monitor is not None
+            self._old["step" if checkpoint.monitor in of_step else "validation"].append(checkpoint.monitor)
+        _forget(trainer, [*self._old["step"], *self._old["validation"]])
+
+    def renewed(self, trainer: Trainer, by: str) -> None:
+        """A step has been taken, or a validation has been run, and nothing been saved since then."""
+        if self._old[by]:
+            _forget(trainer, self._old[by])
+            self._old[by] = []
+
+    def warn_of_none(self, trainer: Trainer, step: int) -> None:
+        """Say so where no checkpoint of the final sparsity was scored.
+
+        Args:
+            trainer: At the end of its training.
+            step: Optimizer steps taken at the last event.
+        """
+        for by in self._old:
+            self.renewed(trainer, by)
+        for checkpoint in _monitored(trainer):
+            if not checkpoint.best_model_path:
+                rank_zero_warn(
+                    f"{type(checkpoint).__name__}(monitor={checkpoint.monitor!r}) has scored no checkpoint since the "
+                    f"last pruning event at optimizer step {step}, so there is no best sparse one: validate more often "
+                    "(val_check_interval), or save the last one (save_last=True)"
+                )
+
+
+def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
+    checkpoints = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+    return [checkpoint for checkpoint in checkpoints if checkpoint.monitor is not None]
+
+
+def _forget(trainer: Trainer, monitors: list[str]) -> None:
+    for checkpoint in _monitored(trainer):
+        if checkpoint.monitor in monitors:
+            worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+            checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
+            checkpoint.kth_value = worst
+            checkpoint.best_model_path = ""
+            checkpoint.best_model_score = None
