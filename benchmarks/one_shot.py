@@ -35,7 +35,7 @@ from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.plan.patterns import assign_patterns
+from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
 from thanos_lightning.solver.layer import SolverOptions

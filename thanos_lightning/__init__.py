@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from thanos_lightning.events.permute import permute_channels
     from thanos_lightning.plan.allocation import Allocation
     from thanos_lightning.plan.options import CalibrationOptions
-    from thanos_lightning.plan.patterns import TargetOverride
+    from thanos_lightning.plan.overrides import TargetOverride
     from thanos_lightning.plan.schedule import SparsitySchedule
     from thanos_lightning.sharding.cpu_deepspeed import CPUDeepSpeed
     from thanos_lightning.solver.layer import SolverOptions
@@ -21,7 +21,7 @@ _ROOMS = {
     "CalibrationOptions": "plan.options",
     "SolverOptions": "solver.layer",
     "SparsitySchedule": "plan.schedule",
-    "TargetOverride": "plan.patterns",
+    "TargetOverride": "plan.overrides",
     "ThanosPruningCallback": "callback",
     "export_checkpoint": "checkpoints.export",
     "permute_channels": "events.permute",

@@ -1,4 +1,4 @@
-"""ThanosPruningCallback: which of the Trainer's hooks calls what."""
+"""ThanosPruningCallback connects the Trainer's hooks to the pruning code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from thanos_lightning.events.run import PruningRun
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.plan.options import CalibrationOptions, PruningOptions
-from thanos_lightning.plan.patterns import TargetOverride, assign_patterns
+from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import check_trained
 from thanos_lightning.report.data import PruningReport
@@ -37,41 +37,41 @@ from thanos_lightning.training.other_callbacks import check_companions, check_tr
 
 
 class ThanosPruningCallback(Callback):
-    """Prunes layers while the model is trained, on a schedule, and keeps the zeros from then on.
+    """Prunes layers on a schedule while the model trains, and keeps the pruned weights at zero.
 
-    Before each event of the schedule the second moments of the layers' inputs are accumulated from the training
-    batches; at the event each layer is pruned by the block-wise second-order solver of Thanos (arXiv 2504.05346);
-    after every later optimizer step the pruned weights and their moments are exactly 0. Masks are nested: what was
-    pruned stays pruned, the zeros of a model that comes pruned included.
+    Before each event of the schedule, the callback accumulates the second moments of the layers' inputs over training
+    batches, or over a calibration set. At the event, the block-wise second-order solver of Thanos (arXiv 2504.05346)
+    prunes each layer. After every later optimizer step, the pruned weights and their optimizer moments are exactly 0.
+    Masks are nested: a pruned weight stays pruned. A model that is already pruned keeps its zeros, too.
 
     Args:
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
         sparsity: Final fraction of zeros, for "unstructured" and "structured".
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
-        schedule: When to prune, and how much by then. None is once before the first step where there are
-            `calibration.batches`, which was measured best; else at 10, 20, 30 and 40 % of the training
-            (docs/guide). From event to event all layers become sparser together: by single weights where they are
-            unstructured, by rows where they are N:M (the fraction of dense rows falls to its final value), by columns
-            where they are structured.
-        targets: Globs or `re:` expressions of module names; each must match a Linear or Conv1D layer.
-        ignore: Layers to leave out, in the same words; each but "lm_head" must match something.
+        schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
+            is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
+            layers become sparser at every event: unstructured layers by single weights, N:M layers by rows (the
+            fraction of dense rows falls to its final value), structured layers by columns.
+        targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer.
+        ignore: Globs or `re:` expressions of layers to leave out. Each except "lm_head" must match a module.
         overrides: Other patterns for some of the targets.
-        solver: How a layer is solved. saliency="wanda", admm_steps=0 and refine_steps=0 are the paper's algorithm; the
-            defaults differ from it on purpose.
-        calibration: On what: which batches, how many, and how much an error at each output counts.
-        allocation: Layers of unequal sparsity, together as sparse as the pattern asks for; "uniform" makes all alike.
-            None is `Allocation("loss")` with output weights, where the layers can be looked at before the first event;
-            else, and for N:M in all rows, "uniform". (It leaves out layers that no gradient reaches, with a warning:
-            they get the pattern's own sparsity.) An allocation looks at all layers before that event prunes any, on the
-            batches that it prunes on. Under calibration.memory_gib that takes calibration steps of their own; where
-            there are too few for both, half of those before the event.
-        verify_every_n_steps: Count the zeros every so many optimizer steps, and raise if one came back. 0 never counts.
-        monitor: Metric of the validation loop to measure before the first event, after the last one, and at the end.
-            Validation is run for it at these steps where it hasn't just been.
+        solver: Options of the solver. The paper's algorithm has saliency="wanda", admm_steps=0 and refine_steps=0.
+            The defaults differ from it on purpose.
+        calibration: Options of the calibration: which batches, how many, and how much an error at each output counts.
+        allocation: How layers share the zeros. An `Allocation` gives layers unequal sparsities that together meet the
+            pattern's sparsity. "uniform" gives all layers the same sparsity. None is `Allocation("loss")` if output
+            weights are used and a sensitivity scan fits before the first event. Otherwise, and for N:M in all rows,
+            None is "uniform". (The default leaves out layers that no gradient reaches, with a warning: they get the
+            pattern's own sparsity.) The scan looks at all layers before the first event prunes any, on the batches of
+            that event. Under calibration.memory_gib, the scan takes calibration steps of its own. If the steps before
+            the event are too few for both, the scan takes half of them.
+        verify_every_n_steps: Optimizer steps between two checks that all pruned weights are zero. 0 never checks.
+        monitor: Metric of the validation loop to measure before the first event, after the last event, and at the end.
+            The callback runs validation at these steps if none has just run.
 
     Raises:
-        ValueError: For an argument that can't be right, naming it and the mend. What depends on the model or the
-            Trainer is checked before the first training batch.
+        ValueError: If an argument can't be right. The message names the argument and the fix. The callback checks
+            whatever depends on the model or the Trainer before the first training batch.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -108,22 +108,22 @@ class ThanosPruningCallback(Callback):
             verify_every_n_steps=verify_every_n_steps,
             monitor=monitor,
         )
-        self.monitor = monitor  # under the name that other callbacks have for it: a progress bar shows it
+        self.monitor = monitor  # progress bars look for a callback's metric under this name
         self._is_set_up = False
         self._past = Past()
-        self._restored: dict[str, Any] | None = None  # a state that has been loaded and not been used yet
-        self._forgets_masks = False  # of a training before, unless a checkpoint is loaded
-        # made at the start of a fit, and kept after it for checkpoints
+        self._restored: dict[str, Any] | None = None  # a loaded state that no fit has used yet
+        self._forgets_masks = False  # True: this fit loses the masks of an earlier one unless it resumes
+        # These are made at the start of a fit, and kept after the fit for checkpoints
         self._layers: dict[str, PrunableLayer] = {}
         self._final: dict[str, Pattern] = {}
         self._run: PruningRun | None = None
 
     @property
     def report(self) -> PruningReport:
-        """What has been done so far; `pruning_report.json` has the same."""
+        """The report of the training so far, which `pruning_report.json` holds, too."""
         return self._past.report
 
-    # What the Trainer calls, in its order
+    # Hooks, in the order in which the Trainer calls them
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -131,12 +131,12 @@ class ThanosPruningCallback(Callback):
         self._is_set_up = True
         if stage != "fit":
             return
-        if trainer.global_step > 0:  # the same Trainer goes on
+        if trainer.global_step > 0:  # the same Trainer continues its training
             self._restored = self.state_dict()
         else:
             self._forgets_masks = bool(self._past.patterns)
             self._past, self._restored = Past(), None
-        # the engine of the fit before, and masks on the device, must not wait beside the new ones
+        # Free the previous fit's engine and its masks on the device before the new ones are made
         self._run = None
         check_companions(trainer, self)
         check_strategy(trainer.strategy)
@@ -178,13 +178,13 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        # what runs the model after the training step (other callbacks' samples, probes) is no training token
+        # Other callbacks may run the model after the training step (samples, probes): these tokens must not count
         if pl_module.automatic_optimization:
             self._running.collector.end()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # in manual optimization the user clips before the optimizer step that the next hook sees
+        # In manual optimization, the user clips gradients before on_before_optimizer_step runs
         if not pl_module.automatic_optimization:
             self._running.enforcer.mask_gradients()
 
@@ -200,7 +200,7 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running.collector.end()  # a batch that the module skipped has no end
+        self._running.collector.end()  # Lightning calls no on_train_batch_end for a skipped batch
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,10 +227,10 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._run is None:  # there was nothing left to train
+        if self._run is None:  # no training step was left to run
             check_trained(trainer)
             return
-        self._run.enforcer.verify()  # again, after every callback's on_train_end has had its last write
+        self._run.enforcer.verify()  # again: other callbacks may write weights in on_train_end
         if trainer.is_global_zero:
             is_exportable = "architecture" in training_note(pl_module, [], self._layers)
             print_outcome(saved_checkpoint(trainer), self._run.report_path, is_exportable=is_exportable)
@@ -238,7 +238,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Terminated) and trainer.strategy.launcher is not None:
-            # as Lightning does for the ranks that it has started; others may work for long before they miss this one
+            # As Lightning does, end the ranks that it started: they may run for long before they miss this rank
             trainer.strategy.launcher.kill(signal.SIGTERM)
         if (mend := explain_loading(trainer.strategy, exception)) is not None:
             rank_zero_warn(mend)
@@ -260,14 +260,14 @@ class ThanosPruningCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Where a checkpoint keeps the state; the same for subclasses, so that export and verification find it."""
-        # Lightning compares keys when a Trainer is made: two of us must get as far as being refused in our words
+        """The checkpoint's key for the state. Subclasses share the key, so export and verification find the state."""
+        # Trainer() refuses two callbacks with one key. Until setup, keys differ, so that setup can name the fix
         return CALLBACK_KEY if self._is_set_up else f"{CALLBACK_KEY} {id(self)}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Plain values. While a window is open under DDP, all ranks must call it: see `PruningRun.state`."""
-        if self._restored is not None:  # loaded, and not yet used
+        """The state as plain values. All ranks must call it in the cases that `PruningRun.state` lists."""
+        if self._restored is not None:
             return self._restored
         return self._past.state(self.options) if self._run is None else self._run.state()
 
@@ -278,6 +278,6 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what verification needs to read the moments, and an export to rebuild the Hugging Face model."""
-        stepped = [] if self._run is None else self._run.access.numbered_parameters()  # none before a training
+        """Add a note: verification reads the moments by it, and export rebuilds the Hugging Face model from it."""
+        stepped = [] if self._run is None else self._run.access.numbered_parameters()  # no fit has begun
         checkpoint[NOTE_KEY] = training_note(pl_module, stepped, self._layers)

@@ -33,7 +33,7 @@ import thanos_lightning.lm.distillation
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.sharding.frozen import frozen_state
+from thanos_lightning.sharding.teacher import frozen_state
 
 FIRST_EVENT = 3
 

@@ -524,7 +524,7 @@ class Exhausted(Callback):
             def prune(*args: Any, **kwargs: Any) -> Any:
                 raise torch.OutOfMemoryError("tried to allocate 1 PiB")
 
-            thanos_lightning.events.prune.prune = prune
+            thanos_lightning.events.prune.solve = prune
 
 
 class ExhaustedInside(Callback):
@@ -663,7 +663,7 @@ class KilledInside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_rank == trainer.world_size - 1:
-            thanos_lightning.events.prune.prune = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+            thanos_lightning.events.prune.solve = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KilledInASave(Callback):
@@ -832,7 +832,7 @@ def put_back() -> Iterator[None]:
     """Afterwards, what callbacks have replaced for one training is again what it was."""
     replaced = [
         (thanos_lightning.events.run, "prune_window"),
-        (thanos_lightning.events.prune, "prune"),
+        (thanos_lightning.events.prune, "solve"),
         (Ranks, "reserve"),
         (HessianAccumulator, "update"),
         (torch, "save"),

@@ -29,7 +29,7 @@ from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.plan.patterns import assign_patterns
+from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.plan.windows import Window, patterns_at, plan_windows
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

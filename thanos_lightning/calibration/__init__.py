@@ -1,1 +1,1 @@
-"""What layers are pruned on: moments of their inputs, and of the loss's gradients at their outputs."""
+"""Collects what layers are pruned on: second moments of their inputs and of the gradients at their outputs."""

@@ -1,4 +1,4 @@
-"""A calibration set: how a module is run on its batches."""
+"""Runs a module on the batches of a calibration set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thanos_lightning.calibration.inputs import InputStatistics
-from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.plan.options import number_of_batches
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.kept_error import KeptError
 
-# How much each output counts is known from fewer tokens than how inputs go together, and a backward takes twice as long
-# as a forward. How outputs go together is not: with coupled rows the perplexity after pruning was 4 % lower by the
-# gradients of every batch.
+# A backward takes twice as long as a forward. The weights of single outputs need fewer tokens than the input moments,
+# so one batch in four suffices. Products of outputs need more tokens: with coupled rows, gradients of every batch gave
+# a 4 % lower perplexity after pruning.
 BATCHES_PER_BACKWARD = {"alone": 4, "coupled": 1}
 
 
@@ -35,30 +34,30 @@ def count_dataloader(
     module: LightningModule,
     access: ParameterAccess,
     *,
-    attention_mask_key: str | None,
+    counted: Callable[[Any], Tensor | None],
     backward: Callable[[Any, bool], None] | None = None,
     couples_rows: bool = False,
 ) -> int:
-    """Run the module on the batches of a calibration set, in evaluation mode, and count them.
+    """Run the module on a calibration set in evaluation mode, and accumulate statistics of the batches.
 
     Args:
-        statistics: What counts; its hooks are added and removed here.
-        batches: The calibration batches. Rank r takes batches r, r + world_size, … of those that it is given.
-        trainer: Its strategy moves the batches, its precision is that of the forward.
-        module: Called as `calibration_step(batch)` where it has one; else a mapping goes through `module(**batch)`, and
-            any other batch through `training_step(batch, 0)`, whose logging is dropped.
-        access: Tells the ranks.
-        attention_mask_key: Where the mask of real tokens is in a batch.
-        backward: Called with what the module returned for a batch, and whether it counts: one batch in four, whatever
-            the number of ranks, or each if outputs are coupled. Where one rank has such a batch all call it, since a
-            backward may take all. The other batches, and without it all, run without gradients.
-        couples_rows: Whether products of outputs are wanted.
+        statistics: Accumulates the inputs. This function adds and removes the hooks.
+        batches: This rank's iterable of calibration batches, of which rank r counts batches r, r + world_size, …
+        trainer: Moves the batches to the device, and sets the precision of the forward.
+        module: Called as `calibration_step(batch)` if it has this method. Otherwise a mapping goes through
+            `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging.
+        access: Lets the ranks communicate.
+        counted: Finds the mask of a batch's tokens that count, as for `InputStatistics.counting`.
+        backward: Called with the module's output for a batch, and whether its gradients count. They count for one batch
+            in four, whatever the number of ranks, or for every batch with coupled rows. If they count on one rank, all
+            ranks call it, because a backward may need all. Other batches run without gradients, as do all if None.
+        couples_rows: Whether rows are coupled.
 
     Returns:
         The number of batches that this rank counted.
 
     Raises:
-        MisconfigurationException: If the module can't be called with a batch, naming `calibration_step`, the mend.
+        MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
     """
     num_batches = seen = 0
     per_backward = BATCHES_PER_BACKWARD["coupled" if couples_rows else "alone"]
@@ -70,8 +69,7 @@ def count_dataloader(
         with phase_of as phase, _all_called(), _checkpointing(module):
             for batch, is_own, in_round in _rounds(batches, access):
                 on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                find = partial(token_mask, on_device, attention_mask_key) if attention_mask_key else None
-                counting = statistics.counting(find) if is_own else nullcontext()
+                counting = statistics.counting(partial(counted, on_device)) if is_own else nullcontext()
                 numbers = range(seen, seen + in_round)
                 differentiated = [number for number in numbers if number % per_backward == 0]
                 differentiates = backward is not None and bool(differentiated)
@@ -91,15 +89,15 @@ def count_dataloader(
 
 
 def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
-    """Rounds in which every rank runs a batch: this rank's, whether it counts, and how many do, on any rank.
+    """Yield rounds in which every rank runs one batch: (batch, whether this rank counts it, batches in the round).
 
-    Rank r takes batches r, r + world_size, … of its dataloader. Where it has none left and others have, which may be
-    since theirs are longer, it is given another one, uncounted: of sharded parameters, a forward takes all ranks. All
-    ranks must go through it.
+    Rank r takes batches r, r + world_size, … of its dataloader. If it runs out before other ranks, whose dataloaders
+    may be longer, it runs another batch without counting it: with sharded parameters, a forward needs all ranks. All
+    ranks must iterate together.
 
     Raises:
-        ValueError: On all ranks, if the dataloader of one has nothing, and others have.
-        RuntimeError: On all ranks, if the dataloader of one fails.
+        ValueError: On all ranks, if one rank's dataloader is empty and another's is not.
+        RuntimeError: On all ranks, if one rank's dataloader fails.
     """
     kept = KeptError(keeps=access.world_size > 1)
     iterator = iter(batches)
@@ -110,11 +108,11 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
             one_each = list(itertools.islice(iterator, access.world_size))
         kept.raise_everywhere(access)
         spare = one_each[0] if one_each else spare
-        told = access.gather((len(one_each), spare is not None))
-        in_round = max(number for number, _ in told)
+        by_rank = access.gather((len(one_each), spare is not None))
+        in_round = max(number for number, _ in by_rank)
         if not in_round:
             return
-        if poor := [rank for rank, (_, has_one) in enumerate(told) if not has_one]:
+        if poor := [rank for rank, (_, has_one) in enumerate(by_rank) if not has_one]:
             raise ValueError(
                 f"calibration.batches has no batch on rank {poor[0]}, and {in_round} or more on another: give "
                 "all ranks the same one"
@@ -125,10 +123,10 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
 
 @contextmanager
 def _checkpointing(module: nn.Module) -> Iterator[None]:
-    """Let what checkpoints its activations in training do so now, too, although it is in evaluation mode.
+    """Keep activation checkpointing on in evaluation mode, for modules that use it in training.
 
-    transformers does in training mode alone, and a backward over a calibration batch would keep all activations: more
-    than the training has memory for. Not reentrant, since a backward that stops at outputs can't be otherwise.
+    transformers checkpoints in training mode only. Without checkpoints, a backward over a calibration batch would need
+    more memory than the training has. Only non-reentrant checkpoints let a backward stop at layer outputs.
     """
     parts = [
         part
@@ -138,7 +136,7 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
     before = [part._gradient_checkpointing_func for part in parts]
 
     def evaluating(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
-        part.training = False  # else its own dropout would be at work
+        part.training = False  # turns off the part's own dropout
         try:
             return run(*args)
         finally:
@@ -160,7 +158,7 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _all_called() -> Iterator[None]:
-    """Let torch's attention call its layers: in evaluation mode it may read their weights in one fused kernel."""
+    """Turn off torch's fused kernel for attention, which in evaluation mode reads weights without calling layers."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -188,7 +186,7 @@ def _forward(module: LightningModule, batch: Any) -> Any:
     try:
         return runs()
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and "unpack" not in str(error):  # of a hook, or of the model itself
+        if isinstance(error, ValueError) and "unpack" not in str(error):  # raised by a hook or by the model itself
             raise
         raise MisconfigurationException(
             f"a calibration batch is a {kind}, on which {call} of {of} fails ({type(error).__name__}: {error}): {add}"
@@ -196,7 +194,7 @@ def _forward(module: LightningModule, batch: Any) -> Any:
 
 
 def _training_step(module: LightningModule, batch: Any) -> Any:
-    """What a training step returns for a batch, without its logging."""
+    """Return the output of a training step on a batch, without logging."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     replaced = {name: module.__dict__[name] for name in ("forward", "log", "log_dict") if name in module.__dict__}
 
@@ -209,7 +207,7 @@ def _training_step(module: LightningModule, batch: Any) -> Any:
         if name in replaced:
             module.__dict__[name] = replaced[name]
 
-    # through __call__, whose hooks gather the module's own parameters where these are sharded
+    # The step runs inside __call__, whose hooks gather the module's own sharded parameters.
     module.__dict__.update(forward=first_forward, log=_ignore, log_dict=_ignore)
     try:
         return module(batch, 0) if takes_index else module(batch)
@@ -223,7 +221,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """A scalar that has a gradient, or such a one called loss in a model's output; None where there is none.
+    """Return the output itself or the `loss` in it, if that is a scalar that requires a gradient; None otherwise.
 
     Examples:
         >>> loss_of({"loss": torch.ones((), requires_grad=True)})

@@ -1,4 +1,4 @@
-"""What layers are pruned on: collected from the training batches of a window, or from a calibration set at its end."""
+"""Collects the moments for a window: from training batches during it, or from a calibration set at its end."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from thanos_lightning.calibration.tokens import has_text, token_mask
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.sharding.owners import PruningError, assign_teams, raise_everywhere, reserved
 
 
 @dataclass(frozen=True)
 class _Open:
-    """What counts for a window."""
+    """The statistics of one window."""
 
     statistics: InputStatistics
     gradients: OutputGradients | None
@@ -44,17 +44,17 @@ class _Open:
 
 
 class Collector:
-    """Collects for one window after the other, in a training.
+    """Collects the moments of one window after another during a training.
 
     Args:
         layers: Name -> layer, of all windows.
         access: How the strategy's parameters are reached.
         calibration: The batches of a calibration set; "datamodule" asks the datamodule, or the LightningModule, for
             them. None collects from training batches.
-        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
-        keeps_scan: Whether what a scan was told may wait for the event at the same step.
-        needs_gradients: Whether a batch of the calibration set without a loss is an error, where gradients are wanted.
-        couples_rows: Whether output weights are of each two outputs.
+        attention_mask_key: Key of the mask of real tokens in a batch; None counts every token.
+        keeps_scan: Whether the statistics of a sensitivity scan may be kept for the event at the same step.
+        needs_gradients: Whether a calibration batch without a loss is an error when gradients are wanted.
+        couples_rows: Whether output weights are a matrix over pairs of outputs.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class Collector:
         self._needs_gradients = needs_gradients
         self._couples_rows = couples_rows
         self._open: _Open | None = None
-        self._kept: _Open | None = None  # a scan's, for the weights as they are
+        self._kept: _Open | None = None  # statistics of a scan, valid until the weights change
         self._warned: set[str] = set()
 
     @property
     def statistics(self) -> InputStatistics | None:
-        """Of the window that is open."""
+        """The input statistics of the open window, or None without one."""
         return None if self._open is None else self._open.statistics
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse a calibration set that nobody has, before the training.
+        """Check before the training that a promised calibration set exists.
 
         Raises:
-            MisconfigurationException: If there is none where one was announced.
+            MisconfigurationException: If neither the datamodule nor the module has it.
         """
         if isinstance(self._calibration, str):
             self._holder(trainer, module)
@@ -98,8 +98,8 @@ class Collector:
         """Begin to collect from training batches.
 
         Args:
-            window: Whose layers.
-            gradients: Whether to collect output weights, too.
+            window: The window that opens.
+            gradients: Whether to collect gradients for output weights, too.
         """
         statistics = self._new_statistics(window)
         self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
@@ -111,8 +111,8 @@ class Collector:
         """Count the forwards from now on.
 
         Args:
-            batch: Of the training, whose forwards they are.
-            loss_scale: What its loss is multiplied by before the backward.
+            batch: The training batch that the forwards run on.
+            loss_scale: Returns the factor on the batch's loss before the backward.
         """
         if self._open is not None:
             self._open.statistics.begin(partial(self._counted, batch))
@@ -125,20 +125,20 @@ class Collector:
             self._open.statistics.end()
 
     def stop(self) -> None:
-        """Remove all hooks; what an open window has is kept, since a checkpoint may be saved after a fit."""
+        """Remove all hooks. The sums of an open window stay, since a checkpoint may be saved after a fit."""
         self.forget_scan()
         if self._open is not None:
             self._open.stop()
 
     def state(self) -> list[dict[str, Any] | None] | None:
-        """The open window's sums, by rank: see `gather_states`; None where none is open. All ranks must call it."""
+        """Return the open window's sums by rank (see `gather_states`), or None without one. All ranks must call it."""
         if self._open is None:
             return None
         gradients = {} if self._open.gradients is None else self._open.gradients.sums
         return gather_states(self._open.statistics, gradients, self._access)
 
     def load(self, states: Sequence[Mapping[str, Any] | None]) -> None:
-        """Go on from a `state` of the window that is open."""
+        """Continue from a saved `state` of the open window."""
         assert self._open is not None
         gradients = load_own_states(self._open.statistics, states, self._access)
         if self._open.gradients is not None:
@@ -161,7 +161,7 @@ class Collector:
     # At the end of a window
 
     def take(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> Moments:
-        """What there is for a window that ends now. All ranks must call it.
+        """Return the moments of a window that ends now. All ranks must call it.
 
         Args:
             window: The window.
@@ -172,8 +172,7 @@ class Collector:
         Raises:
             PruningError: If nothing was collected, or the calibration set is empty.
             ValueError: With the error of the first rank on which a batch could not be counted.
-            MisconfigurationException: If there is no calibration set where one was announced, or it gives no loss
-                where one is needed.
+            MisconfigurationException: If a promised calibration set is missing, or gives no loss where one is needed.
         """
         found, self._kept = self._kept, None
         is_new = found is None
@@ -197,7 +196,7 @@ class Collector:
         )
 
     def forget_scan(self) -> None:
-        """Let go of what waits for an event, since the weights will be others by then."""
+        """Drop the statistics kept from a scan, because the weights will change before the event."""
         self._kept = None
 
     def _close(self, window: Window) -> _Open:
@@ -210,7 +209,7 @@ class Collector:
         opened.stop()
         opened.statistics.kept.raise_everywhere(self._access)
         if opened.gradients is not None:
-            # windows of one scan are held against each other
+            # A scan compares the layers of several windows, so their sums become means.
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
@@ -227,7 +226,7 @@ class Collector:
         if self._couples_rows:
             owners = {name: team[0] for name, team in teams.items()}
             own = [name for name, owner in owners.items() if owner == self._access.rank]
-            needed = {name: 4 * self._layers[name].rows ** 2 for name in own}  # since this rank's own sums stay
+            needed = {name: 4 * self._layers[name].rows ** 2 for name in own}  # this rank's own sums stay in memory
             raise_everywhere(reserved(needed, self._access), self._access)
             found = gradients.total_on(owners, self._access)
             have = {name for names in self._access.gather(list(found)) for name in names}
@@ -263,7 +262,7 @@ class Collector:
                 trainer,
                 module,
                 self._access,
-                attention_mask_key=self._attention_mask_key,
+                counted=self._counted,
                 backward=None if found.gradients is None else partial(self._backward, found.gradients),
                 couples_rows=self._couples_rows,
             )
@@ -286,10 +285,10 @@ class Collector:
             )
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-        """Those of the calibration set.
+        """Return the batches of the calibration set.
 
         Raises:
-            MisconfigurationException: If nobody has the ones that were announced.
+            MisconfigurationException: If neither the datamodule nor the module has them.
         """
         if not isinstance(self._calibration, str):
             assert self._calibration is not None
@@ -298,7 +297,7 @@ class Collector:
         return batches
 
     def _holder(self, trainer: Trainer, module: LightningModule) -> Any:
-        """The first of datamodule and module that has a calibration set."""
+        """Return the datamodule if it has a calibration set, else the module."""
         for holder in (getattr(trainer, "datamodule", None), module):
             if callable(getattr(holder, "calibration_dataloader", None)):
                 return holder
@@ -314,9 +313,9 @@ class Collector:
 
 
 def loss_scale(trainer: Trainer) -> float | Tensor:
-    """What a training in fp16 multiplies its loss by before the backward."""
+    """Return the factor on the loss before the backward in fp16 training; 1 in other precisions."""
     if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
-        # its public way to the number that doesn't make the host wait for a device
+        # Unlike get_scale(), scale() does not make the host wait for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
         return scale
     engine = getattr(trainer.strategy, "deepspeed_engine", None)

@@ -1,7 +1,7 @@
-"""Labels that a model draws from its own predictions: the gradients of their loss have the Fisher matrix for a moment.
+"""A loss on labels that the model samples from its own predictions. Its gradients' second moment is the Fisher matrix.
 
-That is the curvature which K-FAC is about. The gradients of the text's own labels give another matrix, the empirical
-Fisher, in which the tokens that the model predicts badly count most (Kunstner et al., arXiv 1905.12558).
+K-FAC approximates this matrix. The text's own labels would give another one, the empirical Fisher, in which the tokens
+that the model predicts badly count most (Kunstner et al., arXiv 1905.12558).
 """
 
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-# Of logits that exist at one time: 512 MiB in float32 for a vocabulary of 128,000.
+# Tokens whose logits become float32 at one time: 500 MiB for a vocabulary of 128,000.
 TOKENS_PER_CHUNK = 1024
-IGNORED_LABEL = -100  # transformers' own: such a token is no target
-LOSS_PER = 1024  # tokens, whatever their number is
+IGNORED_LABEL = -100  # transformers' label for a token that is no target
+LOSS_PER = 1024  # tokens; the loss is divided by this fixed number
 
 
 def counted_predictions(
     batch: Mapping[str, Tensor], logits: Float[Tensor, "batch tokens vocabulary"]
 ) -> Bool[Tensor, "batch tokens"]:
-    """Of which tokens the prediction of the next one counts.
+    """Mark the tokens whose next-token prediction counts.
 
     Args:
-        batch: May have labels, which only say which tokens count, or an attention_mask, 1 where a token does, each
-            (batch, tokens).
-        logits: Of the batch. Only their shape and device matter.
+        batch: May have labels or an attention_mask, each (batch, tokens). A prediction counts if the next token's label
+            is not -100; without labels, if the mask is 1 for both tokens.
+        logits: The batch's logits. Only their shape and device matter.
 
     Examples:
         >>> counted_predictions({"attention_mask": torch.tensor([[1, 1, 0]])}, torch.zeros(1, 3, 2))
@@ -47,13 +47,13 @@ def sampled_loss(
     """Cross entropy against one label for each token, drawn from the model's own distribution.
 
     Args:
-        logits: Of a forward with gradients, any floating dtype; computed in float32.
+        logits: From a forward with gradients, in any floating dtype. The loss is computed in float32.
         counted: True where a token's prediction counts.
-        seed: Of the draws, which touch no other random numbers.
+        seed: Seeds a generator of its own, so that no other random numbers change.
 
     Returns:
-        The sum over the counted tokens, over `LOSS_PER`, float32. So it is about as large as a mean, but squares of
-        gradients of several batches add up token by token: with a mean those of a short batch would count for more.
+        The sum over the counted tokens, divided by `LOSS_PER`, float32. It is about as large as a mean. Unlike a mean,
+        it gives the tokens of short and long batches the same weight when squared gradients of batches are added.
 
     Examples:
         >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both
@@ -63,8 +63,8 @@ def sampled_loss(
     generator = torch.Generator(logits.device).manual_seed(seed)
     chosen = logits[counted]  # (counted tokens, vocabulary)
     total = logits.new_zeros((), dtype=torch.float32)
-    for some in torch.split(chosen, TOKENS_PER_CHUNK):
-        scores = some.float()
+    for chunk in torch.split(chosen, TOKENS_PER_CHUNK):
+        scores = chunk.float()
         labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).squeeze(1)
         total = total + functional.cross_entropy(scores, labels, reduction="sum")
     return total / LOSS_PER

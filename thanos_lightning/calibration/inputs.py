@@ -1,4 +1,4 @@
-"""Second moments of the layers' inputs: which tokens count, and which layers share them."""
+"""Second moments of the layers' inputs: which tokens count, and which layers share one sum."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from thanos_lightning.calibration.tokens import CountedTokens
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.solver import HessianAccumulator
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Changes when the tensor is written to; None where nobody counts (torch.inference_mode)."""
+    """A number that changes when the tensor is written to; None under torch.inference_mode, which keeps none."""
     return None if tensor.is_inference() else tensor._version
 
 
 class _Seen:
-    """What a layer was called with, to tell whether another layer is called with the same.
+    """Identifies the input of a layer, to tell whether another layer is called with the same input.
 
-    The memory counts, not the tensor: DeepSpeed gives each module another view of its input. It is not kept alive, so
-    that checkpointing can free it; but while this object lives, its address is not given to other memory.
+    It compares memory, not tensors, because DeepSpeed gives each module another view of its input. A weak reference
+    lets checkpointing free the memory, but no other storage gets the same address while this object lives.
     """
 
     def __init__(self, inputs: Tensor) -> None:
@@ -41,14 +41,14 @@ class _Seen:
         self._version = _version(inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
-        return self  # of a copied module's hooks: two owners of one weak reference would free it twice
+        return self  # a copied module copies its hooks, and a second owner of the weak reference would free it twice
 
     @staticmethod
     def _place_of(inputs: Tensor) -> tuple[Any, ...]:
         return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
 
     def is_of(self, inputs: Tensor) -> bool:
-        """Whether this tensor is the same memory, which nobody has written to since."""
+        """Whether this tensor is the same memory, and nothing has written to it since."""
         return (
             self._version is not None
             and self._version == _version(inputs)
@@ -70,7 +70,7 @@ class _Statistics:
         return self.last is not None and self.last.is_of(inputs)
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
-        """Count the rows of these numbers, or all."""
+        """Count the rows with the indices `counted`, or all rows if it is None."""
         if counted is not None:
             inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
         self.accumulator.update(inputs)
@@ -78,7 +78,7 @@ class _Statistics:
         self.last = _Seen(inputs)
 
     def fork(self) -> _Statistics:
-        """Statistics of their own for a layer that shared these."""
+        """Copy the statistics for a layer that stops sharing them."""
         forked = HessianAccumulator(len(self.accumulator.triangle), device=self.accumulator.triangle.device)
         forked.merge(self.accumulator)
         return _Statistics(forked, self.updates)
@@ -94,9 +94,9 @@ class InputStatistics:
 
     Args:
         layers: Name -> layer of the window.
-        kept: With more than one rank, an error in a rank's own batch must not end its forward, in which the others
-            wait for it. It is kept here, and nothing is counted any more.
-        stopwatch: What the hooks have taken.
+        kept: Keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
+            waiting in the forward. Nothing is counted after an error.
+        stopwatch: Measures the time that the hooks take.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
@@ -135,8 +135,8 @@ class InputStatistics:
         """Count the forwards from now on.
 
         Args:
-            counted: Bool (batch, length), True = the token counts; None counts all. Or what finds it in the batch, of
-                which an error is kept like those of the hooks.
+            counted: Bool (batch, length), True = the token counts; None counts all. Or a function that returns such a
+                mask; its error is kept like those of the hooks.
         """
         with self.kept.keeping():
             mask = counted() if callable(counted) else counted
@@ -151,7 +151,7 @@ class InputStatistics:
                 self._part(name)
 
     def _part(self, name: str) -> None:
-        """Give a layer that shared its inputs until now statistics of its own."""
+        """Give a layer separate statistics when it stops sharing its inputs."""
         warnings.warn(
             f"layer {name} no longer sees the inputs of another layer that it shared statistics with: they are counted "
             "apart from here on, and up to one batch was counted for a layer that did not see it",
@@ -180,7 +180,7 @@ class InputStatistics:
     def _count(self, name: str, inputs: Tensor) -> None:
         own = self._by_layer.get(name)
         if own is None:
-            # a leader that has counted more than this input has tokens that this layer never saw
+            # A sum of more than this one input contains tokens that this layer never saw.
             own = next((other for other in self._by_layer.values() if other.updates == 1 and other.saw(inputs)), None)
             if own is None:
                 own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
@@ -188,14 +188,14 @@ class InputStatistics:
             self._by_layer[name] = own
         elif self._seen[name] == own.updates:
             own.update(inputs, self._rows_that_count(name, inputs))
-        elif not own.saw(inputs):  # a layer that shared these inputs has come first, with others
+        elif not own.saw(inputs):  # another layer has just added a different input to the shared sum
             self._part(name)
             own = self._by_layer[name]
             own.update(inputs, self._rows_that_count(name, inputs))
         self._seen[name] = own.updates
 
     def _rows_that_count(self, name: str, inputs: Tensor) -> Tensor | None:
-        """Their numbers, on the device of the inputs; None for all."""
+        """Return the indices of the rows that count, on the inputs' device; None if all rows count."""
         counted, leading = self._counted, inputs.shape[:-1]
         if counted is None or counted.all:
             return None
@@ -206,7 +206,7 @@ class InputStatistics:
         if leading == shape[::-1]:
             return counted.rows(inputs.device, sequence_first=True)
         if leading == shape[:1]:
-            return None  # one vector a sequence (a pooled layer)
+            return None  # one vector per sequence (a pooled layer)
         raise ValueError(
             f"the inputs of layer {name} have shape {tuple(inputs.shape)}, which does not show which of the "
             f"{tuple(shape)} tokens of the attention mask they are, so padding would count. Pack sequences "
@@ -219,7 +219,7 @@ class InputStatistics:
         return {name: self._by_layer[name].accumulator for name in self.layers if name in self._by_layer}
 
     def state(self) -> dict[str, Any]:
-        """The sums so far, as plain values: what `load_state` reads."""
+        """Return the sums so far as plain values, for `load_states`."""
         leaders: dict[int, str] = {}
         for name, statistics in self._by_layer.items():
             leaders.setdefault(id(statistics), name)
@@ -236,7 +236,7 @@ class InputStatistics:
         }
 
     def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the sum of several `state`s of the same layers: what several processes counted, or one."""
+        """Continue from the sum of one or several `state`s of the same layers, one from each process."""
         if any(state["leader"] != states[0]["leader"] for state in states):
             states = [_unshared(state) for state in states]
         loaded: dict[str, _Statistics] = {}
@@ -258,7 +258,7 @@ class InputStatistics:
 
 
 def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same counts, with sums of its own for each layer."""
+    """Return the same state with a separate sum for each layer."""
     return {
         "leader": {name: name for name in state["leader"]},
         "sums": {name: state["sums"][leader] for name, leader in state["leader"].items()},
@@ -268,18 +268,18 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
 def gather_states(
     statistics: InputStatistics, gradients: Mapping[str, Tensor], access: ParameterAccess
 ) -> list[dict[str, Any] | None]:
-    """The states that a checkpoint of this rank has to keep. All ranks must call it.
+    """Return the states that a checkpoint of this rank has to keep. All ranks must call it.
 
-    Where rank 0 writes for all, it gets the states of all ranks. Sums travel one by one: all together would be too much
-    for a device.
+    If rank 0 writes for all ranks, it receives the states of all. Sums are sent one by one, because a device may lack
+    the memory for all of them.
 
     Args:
-        statistics: Of this rank.
-        gradients: Its sums of squared gradients, by layer.
-        access: Tells the ranks.
+        statistics: This rank's statistics.
+        gradients: Layer name -> this rank's sums in `OutputGradients`.
+        access: Lets the ranks communicate.
 
     Returns:
-        `InputStatistics.state` by rank, with the gradients; None where another rank has it.
+        For each rank, `InputStatistics.state` with the gradients; None if another rank keeps it.
     """
     own = statistics.state()
     own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
@@ -303,18 +303,18 @@ def gather_states(
 def load_own_states(
     statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
 ) -> dict[str, Tensor]:
-    """Go on from this rank's part of what `gather_states` returned, under any number of ranks.
+    """Continue from this rank's share of what `gather_states` returned, under any number of ranks.
 
     Returns:
-        The sums of squared gradients, by layer, on the CPU.
+        Layer name -> sums for `OutputGradients.load`, on the CPU.
 
     Raises:
-        MisconfigurationException: If another number of ranks wrote it, each its own part.
+        MisconfigurationException: If a different number of ranks wrote the states, and each rank only its own.
     """
     if len(states) == access.world_size:
         own = states[access.rank : access.rank + 1]
     else:
-        own = states[access.rank :: access.world_size]  # sums are sums, whoever adds them
+        own = states[access.rank :: access.world_size]  # any rank may add up any sums
     kept = [state for state in own if state is not None]
     if len(kept) < len(own):
         raise MisconfigurationException(

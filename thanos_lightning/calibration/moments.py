@@ -1,4 +1,4 @@
-"""What the layers of a window are pruned on, and which ranks work on each of them."""
+"""The moments that a window's layers are pruned on, and the ranks that solve each layer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Moments:
 
     Attributes:
         teams: Layer name -> the ranks that solve it, its owner first; the same on all ranks.
-        accumulators: Layer name -> the second moments of its inputs on this rank. None where none are collected.
-            Emptied as they are summed, so that memory is free for what comes.
-        output_weights: Layer name -> how much an error of each of its outputs counts, (out_features,), the same on all
-            ranks. Where rows are coupled, the errors of each two, (out_features, out_features), on the layer's owner.
-            The outputs of a layer that is missing count alike.
-        couples_rows: Whether they are of each two; the same on all ranks.
-        seconds: What collecting has taken of the training.
-        stay: Whether the accumulators wait for the event that follows a scan, so that emptying them frees no memory.
+        accumulators: Layer name -> the second moments of its inputs on this rank. None if none are collected. The dict
+            is emptied while the ranks add up the moments, to free memory.
+        output_weights: Layer name -> how much an error at each output counts, (out_features,), the same on all ranks.
+            With coupled rows, how much errors at each pair of outputs count, (out_features, out_features), on the
+            layer's owner only. If a layer is missing, all its outputs count alike.
+        couples_rows: Whether output weights are for pairs of outputs; the same on all ranks.
+        seconds: Training time that collecting has taken.
+        stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.
 
     Examples:
         >>> Moments.of_window({}, world_size=2).teams
@@ -46,7 +46,7 @@ class Moments:
         world_size: int,
         accumulators: dict[str, HessianAccumulator] | None = None,
     ) -> Moments:
-        """Those whose outputs count alike, and whose teams are decided from the shapes.
+        """Make moments without output weights, with teams decided from the layers' shapes.
 
         Args:
             layers: Name -> layer of the window.
@@ -57,5 +57,5 @@ class Moments:
 
     @property
     def owners(self) -> dict[str, int]:
-        """Layer name -> the rank on which sums and weight come together."""
+        """Layer name -> the rank that gathers the layer's sums and weight."""
         return {name: team[0] for name, team in self.teams.items()}

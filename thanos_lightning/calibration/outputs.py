@@ -1,13 +1,12 @@
-"""What the training loss feels of an error in a layer's outputs: second moments of its gradient there.
+"""Second moments of the loss's gradient at a layer's outputs: how strongly the loss reacts to an error there.
 
-With H of the inputs they make a Kronecker-factored curvature of the loss (K-FAC, Martens and Grosse, arXiv 1503.05671)
-of whose output factor the diagonal is taken, or the whole. By the diagonal, to second order the loss grows by
-½ Σ_i g_i ‖ΔW_i X‖² when a layer changes by ΔW, with g_i the mean square of the gradient at its output i; so that
-outputs of a layer, and layers, can be held against each other. By the whole, it grows by ½ tr(ΔWᵀ G ΔW H), and outputs
-can make up for each other.
+Together with the Hessian H of the inputs they form a Kronecker-factored curvature of the loss (K-FAC, Martens and
+Grosse, arXiv 1503.05671). Let g_i be the mean square of the gradient at output i. With only the diagonal of the output
+factor, a change ΔW of a layer raises the loss by ½ Σ_i g_i ‖ΔW_i X‖² to second order, so that outputs and layers become
+comparable. With the whole output factor G, the loss grows by ½ tr(ΔWᵀ G ΔW H), and outputs can compensate each other.
 
-The gradient is that of the loss as it is: where that is a mean over a batch's tokens, as in most trainings, those of a
-short batch count for more, here as there.
+The loss is used as it is. If it is a mean over a batch's tokens, as in most trainings, the tokens of a short batch
+count for more, in these moments as in the training.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from torch.utils.hooks import RemovableHandle
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.solver.linalg import exact_arithmetic
 
-# Of the mean over a layer's outputs, added to each: a few thousand tokens say little of an output that hardly matters
-# to them.
+# Each output's weight gains this fraction of the layer's mean, because a few thousand tokens say little about an output
+# that hardly matters to them.
 _FLOOR = 0.01
-# Of a backward of its own: the gradient of a mean over thousands of tokens is less than the least number of float16.
+# `OutputGradients.backward` scales the loss: the gradient of a mean over thousands of tokens underflows in float16.
 _LOSS_SCALE = 2.0**14
 
 
 class _Attached(torch.autograd.Function):
-    """The output, as if it came from the leaf, too: what leads to the leaf is what leads to any output."""
+    """Makes a layer's output depend on a leaf as well, so that a backward to the leaf reaches every layer's output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
-        ctx.device = leaf.device  # where the layer's weight waits, which with offloading is another one
+        ctx.device = leaf.device  # with offloading, this is not the output's device
         return output.view_as(output)
 
     @staticmethod
@@ -48,19 +47,19 @@ class _Attached(torch.autograd.Function):
 
 
 class OutputGradients:
-    """Sums the gradients' squares at the outputs of layers over the tokens of the backwards that run, by hooks.
+    """Sums squared gradients at the outputs of layers over the tokens of every backward, by hooks.
 
-    Gradients that are not finite, as where a gradient scaler is about to skip the step, are left out. Padding has none
-    where the loss doesn't see it, and so needs no mask.
+    Gradients that are not finite are left out; they occur when a gradient scaler is about to skip the step. Padding
+    needs no mask: its gradients are 0 if the loss ignores it.
 
     Args:
         layers: Name -> layer.
-        kept: Keeps what fails in a hook, where other ranks would wait; then nothing is counted any more.
-        coupled: Sum the products of each two outputs, (rows, rows), and not the squares of each, (rows,).
+        kept: Keeps an error of a hook while other ranks would wait. Nothing is counted after an error.
+        coupled: Sum the products at each pair of outputs, (rows, rows), instead of the squares, (rows,).
 
     Attributes:
         sums: Name -> sums.
-        stopwatch: What summing has taken.
+        stopwatch: Measures the time that summing takes.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
@@ -85,7 +84,7 @@ class OutputGradients:
         self._handles: list[RemovableHandle] = []
         self._leaf: Tensor | None = None
         self._is_counting = True
-        self._unscale: float | Tensor = 1.0  # what a gradient is multiplied by, to be that of the loss
+        self._unscale: float | Tensor = 1.0  # undoes the loss scale in a gradient
 
     def start(self, *, of_training: bool = True) -> None:
         """Add the hooks.
@@ -101,11 +100,11 @@ class OutputGradients:
                 self._handles.append(module.register_forward_hook(partial(self._watch, name)))
 
     def begin(self, loss_scale: float | Tensor = 1.0) -> None:
-        """A batch of the training begins, whose loss is multiplied by so much before its backward."""
+        """Begin a training batch whose loss is multiplied by `loss_scale` before the backward."""
         self._unscale = 1 / loss_scale
 
     def stop(self) -> None:
-        """Remove them."""
+        """Remove the hooks."""
         self._leaf = None
         for handle in self._handles:
             handle.remove()
@@ -115,8 +114,8 @@ class OutputGradients:
         """Run a backward that stops at the layers' outputs, and touches no gradient of a parameter.
 
         Args:
-            loss: Of a forward since the start.
-            counts: False leaves its gradients out.
+            loss: The loss of a forward since `start`.
+            counts: False leaves the gradients out of the sums.
         """
         assert self._leaf is not None
         self._is_counting, self._unscale = counts, 1 / _LOSS_SCALE
@@ -125,8 +124,7 @@ class OutputGradients:
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self._leaf is not None and torch.is_grad_enabled():
             output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call]
-        # Of the two forwards under activation checkpointing one is differentiated, and a hook on the other's output
-        # never fires.
+        # Activation checkpointing runs two forwards and differentiates one. A hook on the other's output never fires.
         if output.requires_grad:
             output.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
         return output
@@ -142,10 +140,10 @@ class OutputGradients:
         if name not in self.sums:
             self.sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=rows.device)
         sums = self.sums[name] = self.sums[name].to(rows.device)
-        # in a float32 copy: a norm along the tokens reads memory against its order, ten times as slowly
+        # A float32 copy, because a norm along the tokens reads memory against its order, ten times as slowly.
         scaled = rows.to(torch.float32, copy=True).mul_(self._unscale)
         if self._coupled:
-            # left out by a product, since to ask would make the host wait
+            # torch.where, because an `if` would make the host wait for the device
             scaled = torch.where(scaled.isfinite().all(), scaled, 0)
             with exact_arithmetic(rows.device, operands=rows.dtype):
                 sums.addmm_(scaled.mT, scaled)
@@ -154,10 +152,10 @@ class OutputGradients:
             sums += torch.where(squares.isfinite(), squares, 0)
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums of a checkpoint.
+        """Continue from the sums of a checkpoint.
 
         Raises:
-            ValueError: If they are of squares and not of products, or the other way round.
+            ValueError: If they are sums of squares instead of products, or the other way round.
         """
         for name, one in sums.items():
             if one.shape != self._shape(name):
@@ -168,12 +166,12 @@ class OutputGradients:
         self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
 
     def divide(self, steps: int) -> None:
-        """Make sums over so many steps means over them."""
+        """Turn sums over this many steps into means over them."""
         for one in self.sums.values():
             one /= steps
 
     def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
-        """The sums of squares of all ranks, on all ranks. All must call it. A layer without any gradient is missing."""
+        """Add up the sums of squares on all ranks. All must call it. Layers without any gradient are missing."""
         found = [
             self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows)
             for name, layer in self._layers.items()
@@ -182,14 +180,14 @@ class OutputGradients:
         return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
 
     def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
-        """The sums of products of all ranks, each on its layer's owner. All must call it.
+        """Add up all ranks' sums of products, each on its layer's owner. All must call it.
 
         Args:
-            owners: Of the layers that are wanted.
+            owners: Layer name -> owner, for the layers to add up.
             access: How the strategy's parameters are reached.
 
         Returns:
-            Those that this rank owns. A layer without any gradient is missing. This rank's own sums stay.
+            The totals that this rank owns. Layers without any gradient are missing. This rank's own sums stay.
         """
         found = {}
         for name, owner in owners.items():
@@ -204,7 +202,7 @@ class OutputGradients:
 
 
 def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
-    """How much an error of each output counts: its sum, and a hundredth of the layer's mean.
+    """Weigh an error at each output by the output's sum plus a hundredth of the layer's mean.
 
     Args:
         sums: Layer -> sums of squared gradients, not all zero.

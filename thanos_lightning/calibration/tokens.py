@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
-    """The mask of the tokens that count, from anywhere in a batch: bool (batch, length), or None where it has none.
+    """Find the mask of the tokens that count, anywhere in a batch: bool (batch, length), or None without a mask.
 
-    It lies on the CPU: from a device it is copied, once, since what follows from it is asked on the host.
+    The mask is returned on the CPU, because the host reads it. A mask on a device is copied once.
 
     Args:
         batch: Mappings, lists and tuples, nested as a dataloader gives them.
         key: Name of the mask in a mapping: 1 or True for a token that counts.
 
     Raises:
-        ValueError: If there are several masks, or one that is not of the shape (batch, length), or additive.
+        ValueError: If there are several masks, or the mask is additive or not of shape (batch, length).
 
     Examples:
         >>> token_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
@@ -44,7 +44,7 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
 
 
 def has_text(batch: Any) -> bool:
-    """Whether a batch is a language model's, of which some tokens may be padding."""
+    """Whether a batch is a language model's, so that some tokens may be padding."""
     return next(_find(batch, "input_ids"), None) is not None
 
 
@@ -61,7 +61,7 @@ def _find(batch: Any, key: str) -> Iterator[Any]:
 
 
 class CountedTokens:
-    """Which tokens of a batch count, as numbers of rows: to select by them, a device is not waited for.
+    """The tokens of a batch that count, as row indices, so that selecting them does not make the host wait.
 
     Args:
         mask: Bool (batch, length), on the CPU.
@@ -74,7 +74,7 @@ class CountedTokens:
         self.all = bool(mask.all())
 
     def rows(self, device: torch.device, *, sequence_first: bool = False) -> Tensor:
-        """The numbers of the rows that count, of inputs whose leading dimensions are flat: int64, on the device."""
+        """Return the indices of the rows that count in inputs with flat leading dimensions: int64, on the device."""
         key = (device, sequence_first)
         if key not in self._rows:
             rows = (self._mask.T if sequence_first else self._mask).flatten().nonzero().squeeze(1)

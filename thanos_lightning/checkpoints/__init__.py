@@ -1,1 +1,1 @@
-"""What is on disk: written, read, verified."""
+"""Checkpoints on disk: writing, reading and verifying them."""

@@ -1,4 +1,4 @@
-"""Whether the bytes of a checkpoint are those that were written."""
+"""Checks that a checkpoint still has the bytes that were written."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def require_intact(path: Path) -> None:
-    """Hold all parts of a file that `torch.save` wrote against their checksums (CRC-32), which `torch.load` does not.
+    """Check every part of a file from `torch.save` against its checksum (CRC-32), which `torch.load` does not do.
 
-    Reads the whole file. One of the format before torch 1.6 has none, and passes.
+    Reads the whole file. Files in the format from before torch 1.6 have no checksums and pass.
 
     Raises:
-        ValueError: If bytes of it have changed.
+        ValueError: If bytes of the file have changed.
 
     Examples:
         >>> import tempfile, torch
@@ -26,7 +26,7 @@ def require_intact(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except Exception as error:  # whatever changed bytes among the names and sizes make zipfile say
+    except Exception as error:  # zipfile raises many kinds of errors for damaged names and sizes
         broken = type(error).__name__
     if broken is not None:
         raise ValueError(

@@ -1,18 +1,18 @@
-"""What DeepSpeed's checkpoint folders hold, read without an engine, without the job's world size, without its code.
+"""Reads DeepSpeed's checkpoint folders without an engine, without the job's world size and without DeepSpeed's code.
 
-A folder that Lightning's DeepSpeed strategy wrote:
+Lightning's DeepSpeed strategy writes a folder like this:
 
     latest                                        the name of the folder below
     checkpoint/mp_rank_00_model_states.pt         stages 0 to 2: the model's copy, and all that Lightning keeps
-    checkpoint/zero_pp_rank_R_…_model_states.pt   stage 3: what Lightning keeps, by rank
+    checkpoint/zero_pp_rank_R_…_model_states.pt   stage 3: what Lightning keeps on rank R
     checkpoint/…zero_pp_rank_R_…_optim_states.pt  stages 1 to 3: rank R's part of the fp32 master and the moments
-    checkpoint/offloaded_tensors/                 stage 3 with the optimizer on NVMe: these instead, not readable here
+    checkpoint/offloaded_tensors/                 stage 3, optimizer on NVMe: masters and moments, not readable here
 
-and one that was resharded to DeepSpeed's universal format has `latest_universal` instead, and per parameter
+A folder that was resharded to DeepSpeed's universal format has `latest_universal` instead of `latest`, and adds:
 
-    checkpoint/zero/NAME/fp32.pt, exp_avg.pt, …   the whole tensor
+    checkpoint/zero/NAME/fp32.pt, exp_avg.pt, …   the whole tensors of each parameter
 
-Tensors are mapped from disk and put together when they are asked for, one at a time.
+Tensors are mapped from disk. Each one is assembled only when it is asked for.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ _MODEL_FILES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _SWAPPED = "offloaded_tensors"
-# moments are told from other state by their shape; what is left, such as the step, is none
-_MASTER = "fp32"
+_MASTER = "fp32"  # the key and file name of the fp32 master
 
 
 class _Opaque:
-    """Stands in for the few classes of DeepSpeed's that its files mention, so that none of its code is run."""
+    """Stands in for the few DeepSpeed classes that its files mention, so that no DeepSpeed code runs."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Opaque:
         return super().__new__(cls)
@@ -62,16 +61,16 @@ _STAND_INS: list[Any] = [
 
 @dataclass(frozen=True, eq=False)
 class ZeroFolder:
-    """What a DeepSpeed checkpoint folder holds.
+    """The content of a DeepSpeed checkpoint folder.
 
     Attributes:
         path: The folder.
-        content: What Lightning and its callbacks keep, of rank 0.
-        others: The same of the other ranks, where each has written its own (stage 3).
-        weights: Parameter or buffer name -> its most exact copy: the fp32 master, where there is one.
-        beside: Parameter name -> what else has its shape: the moments, and the model's copy where that is whole.
-        is_universal: Whether it was resharded, and fits any number of ranks.
-        world_size: The number of ranks that wrote it.
+        content: What Lightning and its callbacks saved on rank 0.
+        others: What they saved on the other ranks, if each rank wrote its own file (stage 3).
+        weights: Parameter or buffer name -> its most exact copy: the fp32 master if there is one.
+        beside: Parameter name -> other tensors of its shape: the moments, and the model's copy where that is whole.
+        is_universal: Whether the folder was resharded, so that it fits any number of ranks.
+        world_size: The number of ranks that wrote the folder.
     """
 
     path: Path
@@ -84,15 +83,15 @@ class ZeroFolder:
 
 
 def is_zero_folder(path: Path) -> bool:
-    """Whether a path looks like a checkpoint folder of DeepSpeed's, as Lightning writes it."""
+    """Whether a path looks like a DeepSpeed checkpoint folder that Lightning wrote."""
     return (path / "checkpoint").is_dir() and ((path / "latest").is_file() or (path / _UNIVERSAL).is_file())
 
 
 def require_end(path: Path) -> None:
-    """Refuse a folder that DeepSpeed has begun to write, and not ended: it names its inside at the very end.
+    """Refuse a folder that DeepSpeed did not finish: it writes `latest` last.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If the folder is unfinished.
     """
     if (path / "checkpoint").is_dir() and not is_zero_folder(path):
         raise ValueError(
@@ -102,19 +101,19 @@ def require_end(path: Path) -> None:
 
 
 def is_universal(path: Path) -> bool:
-    """Whether a checkpoint folder of DeepSpeed's was resharded."""
+    """Whether a DeepSpeed checkpoint folder was resharded."""
     return (path / _UNIVERSAL).is_file()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder is made for.
+    """The training that a folder fits.
 
     Attributes:
         stage: The ZeRO stage.
-        world_size: The number of ranks that wrote it.
-        is_universal: Whether it was resharded, and fits any number of ranks.
-        shapes: Name -> shape of each trained parameter; empty where the folder doesn't tell.
+        world_size: The number of ranks that wrote the folder.
+        is_universal: Whether the folder was resharded, so that it fits any number of ranks.
+        shapes: Name -> shape of each trained parameter; empty if the folder does not say.
     """
 
     stage: int
@@ -124,7 +123,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """What a folder is made for. Reads no weights.
+    """Read which training a folder fits. Reads no weights.
 
     Raises:
         ValueError: If a file is missing or damaged.
@@ -142,7 +141,7 @@ def require_masters(path: Path) -> None:
     """Refuse a folder whose masters and moments were on NVMe.
 
     Raises:
-        ValueError: If they are in files of DeepSpeed's swapper, which do not say whose they are.
+        ValueError: If they are in files of DeepSpeed's swapper, which do not name their parameters.
     """
     if (path / "checkpoint" / _SWAPPED).exists():
         raise ValueError(
@@ -154,7 +153,7 @@ def require_masters(path: Path) -> None:
 
 
 def read_parameter_groups(path: Path) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups (learning rate, weight decay, …) of a resharded folder."""
+    """Read the optimizer's parameter groups (learning rate, weight decay, …) from a resharded folder."""
     content = load_file(path / "checkpoint" / "zero" / "optimizer_state.pt")
     state = content.get("optimizer_state_dict") or content.get("base_optimizer_state") or content
     groups: list[dict[str, Any]] = state["param_groups"]
@@ -162,10 +161,10 @@ def read_parameter_groups(path: Path) -> list[dict[str, Any]]:
 
 
 def read_zero_folder(path: Path) -> ZeroFolder:
-    """Open a checkpoint folder of DeepSpeed's.
+    """Open a DeepSpeed checkpoint folder.
 
     Raises:
-        ValueError: If a file is missing or damaged or of another save, or the folder is of a kind that isn't known.
+        ValueError: If a file is missing, damaged or from another save, or if this kind of folder is not supported.
     """
     require_masters(path)
     contents = load_contents(path)
@@ -173,7 +172,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     content, *of_others = contents
     world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
-    # what the optimizer does not update, or is no parameter, is in the model's copy only
+    # Buffers, and parameters that the optimizer does not update, are only in the model's copy.
     weights: dict[str, Callable[[], Tensor]] = {name: _constant(value) for name, value in module.items()}
     if is_universal(path):
         states = _of_universal(path / "checkpoint" / "zero", content)
@@ -192,7 +191,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
         weights[name] = parts.get(_MASTER, weights.get(name, _missing(path, name)))
         beside[name] = LazyTensors(others)
     weights.update(_frozen(contents))
-    # in fp32 like the masters, or a model of both would be read in the lesser precision by others
+    # In fp32 like the masters: other readers would load a model of two precisions in the lower one.
     untrained = weights.keys() & (content.get("frozen_param_shapes") or {}).keys()
     weights.update({name: _in_fp32(weights[name]) for name in untrained})
     _share_masters(weights, module, states)
@@ -202,7 +201,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
 def _share_masters(
     weights: dict[str, Callable[[], Tensor]], module: Mapping[str, Tensor], states: Mapping[str, Any]
 ) -> None:
-    """Tied weights have one master, under the first of their names: the others are that one too."""
+    """Tied weights have one master, under the first of their names. Give it to the other names, too."""
     first = {module[name].data_ptr(): name for name in reversed(list(module)) if _MASTER in states.get(name, {})}
     for name, tensor in module.items():
         if name not in states and tensor.data_ptr() in first:
@@ -213,10 +212,10 @@ def _share_masters(
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """Read one of a folder's files. Tensors stay on disk until they are used, and no code of the file is run.
+    """Read one of a folder's files. Tensors stay on disk until they are used, and no code from the file runs.
 
     Raises:
-        ValueError: If it's damaged, or holds objects that are not plain values.
+        ValueError: If the file is damaged, or holds objects that are not plain values.
     """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
@@ -228,37 +227,37 @@ def load_file(path: Path) -> dict[str, Any]:
             f"{path} holds objects that are not plain values{what}, and reading these could run any code: if you trust "
             "who wrote it, say so (reshard --trusted, fit --weights_only false), else don't use it"
         ) from error
-    except Exception as error:  # whatever a file that was cut short makes torch say
+    except Exception as error:  # torch raises many kinds of errors for a truncated file
         raise ValueError(f"{path} is damaged, or was cut short: take another checkpoint, or copy it again") from error
     return content
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files with tensors of a checkpoint folder of DeepSpeed's."""
+    """List all files with tensors in a DeepSpeed checkpoint folder."""
     return sorted((path / "checkpoint").rglob("*.pt"))
 
 
 def check_files(path: Path) -> None:
-    """Read each file as `load_file` does, before DeepSpeed reads it in a way that runs what it is told to.
+    """Read every file safely with `load_file`, before DeepSpeed reads it in a way that may run code from the file.
 
     Raises:
-        ValueError: Naming the first file that is damaged, or holds objects that are not plain values.
+        ValueError: Names the first file that is damaged, or holds objects that are not plain values.
     """
     for file in files_of(path):
         load_file(file)
 
 
 def check_one_save(path: Path) -> None:
-    """Refuse a folder that lacks files, or whose files were not written together, since a rank was killed meanwhile.
+    """Refuse a folder that lacks files, or that mixes files of two saves because a rank was killed during the second.
 
-    All that each file says of itself is held against the others: Lightning's and DeepSpeed's steps, those of the
-    callback and its mark of the save, and Adam's.
+    Compares the steps that the files record: Lightning's, DeepSpeed's, Adam's and the callback's. Also compares the
+    callback's mark of the save.
 
     Raises:
-        ValueError: Naming the rank whose files are missing, or the two files, and the steps that they are of.
+        ValueError: Names the rank whose files are missing, or two files and their different steps.
     """
     if is_universal(path):
-        return  # made anew, out of a folder that was checked
+        return  # reshard_checkpoint checks its source, unless that is trusted
     by_file: dict[str, dict[str, Any]] = {}
     contents = load_contents(path)
     for file, content in zip(model_files(path), contents, strict=True):
@@ -290,10 +289,10 @@ def _steps_of_optimizer(state: Mapping[str, Any]) -> set[int]:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files with what Lightning keeps: of rank 0, and at stage 3 of all ranks, in their order.
+    """List the files with what Lightning keeps: rank 0's, and at stage 3 those of all ranks in rank order.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are none.
     """
     files = sorted((path / "checkpoint").glob(_MODEL_FILES), key=_rank_of)
     if not files:
@@ -302,7 +301,7 @@ def model_files(path: Path) -> list[Path]:
 
 
 def load_contents(path: Path) -> list[dict[str, Any]]:
-    """What Lightning and its callbacks keep: of rank 0, and at stage 3 of all ranks, in their order.
+    """Read what Lightning and its callbacks keep: on rank 0, and at stage 3 on all ranks in rank order.
 
     Raises:
         ValueError: If a file is missing or damaged.
@@ -325,7 +324,7 @@ def _rank_of(file: Path) -> int:
 
 
 def _optimizer_files(path: Path, content: Mapping[str, Any]) -> list[Path]:
-    """Of all ranks, in their order; at stage 0 there is none."""
+    """List the optimizer files of all ranks in rank order. Stage 0 has none."""
     files = sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
     stage = int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
     missing = set(range(int(content["dp_world_size"]) if stage else 0)) - {_rank_of(file) for file in files}
@@ -357,14 +356,14 @@ def _joined(pieces: Sequence[Tensor], shape: Sequence[int]) -> Callable[[], Tens
     return lambda: torch.cat([piece.detach().view(-1) for piece in pieces])[:numel].view(tuple(shape))
 
 
-# Kinds of folders. Each returns name -> {"fp32", moments …} -> what makes the tensor
+# One reader per kind of folder. Each returns parameter name -> "fp32" or moment name -> function that makes the tensor
 
 
 _States = dict[str, dict[str, Callable[[], Tensor]]]
 
 
 def _moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-    # the padding at the end of a flat group is saved with the moments, but not with the master
+    # Moments have the master's dimensions, unlike the step. Those of a flat group also keep the padding at its end.
     return {
         name: value
         for name, value in state.items()
@@ -373,7 +372,7 @@ def _moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
 
 
 def _of_stage_3(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:
-    """Each flat group is a sequence of equal parts of its parameters, padded at the end."""
+    """At stage 3 a rank's flat group joins equal parts of its parameters. A parameter is padded to split evenly."""
     states: _States = {}
     group, offset = 0, 0
     flat_groups = [rank["fp32_flat_groups"] for rank in ranks]
@@ -398,14 +397,14 @@ def _of_stage_3(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) 
 
 
 def _of_stage_12(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:
-    """The flat vector of each group is cut by rank; the files say which entries of it are whose."""
+    """At stages 1 and 2 each rank has a piece of a group's flat vector. The files map parameters to its entries."""
     shapes = {name: shape for group in content["param_shapes"] for name, shape in group.items()}
     pieces: dict[str, dict[str, list[Tensor]]] = {}
     for rank in ranks:
         base = rank["base_optimizer_state"]
         for group, mapping in enumerate(rank["param_slice_mappings"]):
             flat = rank["single_partition_of_fp32_groups"][group]
-            # with elastic checkpoints DeepSpeed writes the states without their numbers
+            # Elastic checkpoints hold a list of states instead of a dict by number.
             state = base[group] if isinstance(base, list) else base["state"].get(group, {})
             flats = {_MASTER: flat, **_moments_of(state, flat)}
             for name, fragment in mapping.items():
@@ -418,7 +417,7 @@ def _of_stage_12(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]])
 
 
 def _of_stage_0(content: Mapping[str, Any]) -> _States:
-    """All is whole, and numbered as in the optimizer; whose number is whose, the callback wrote down."""
+    """At stage 0 tensors are whole and numbered as in the optimizer. The callback's note names their parameters."""
     optimizer = content["optimizer"]
     named = (content.get("thanos_lightning") or {}).get("optimizer_parameters")
     if not named or not optimizer:
@@ -460,7 +459,7 @@ def _split_flat_groups(
 
 
 def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
-    """A folder per parameter with a file per tensor, which may be flat and padded."""
+    """Each parameter has a folder with one file per tensor. The tensor may be flat and padded."""
 
     def read(file: Path) -> Any:
         value: Any = load_file(file)
@@ -484,7 +483,7 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
 
 
 def _frozen(contents: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[], Tensor]]:
-    """Stage 3: the parameters that are not trained, of which each rank wrote a part with what Lightning keeps."""
+    """Join the untrained parameters of stage 3. Each rank wrote its part beside what Lightning keeps."""
     shapes = contents[0].get("frozen_param_shapes") or {}
     if not shapes or not contents[0].get("frozen_param_fragments"):
         return {}

@@ -1,4 +1,4 @@
-"""From a trainer checkpoint to a Hugging Face folder, whose zeros are verified on disk before it appears."""
+"""Exports a trainer checkpoint as a Hugging Face folder, and verifies the zeros on disk before the folder appears."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
 
 
 class NonconformingError(ValueError):
-    """What was to be exported is not as sparse as its masks say.
+    """The exported weights are not as sparse as their masks say.
 
     Attributes:
-        reports: Of all tensors, also the ones that conform.
+        reports: The reports of all pruned tensors, also of those that conform.
     """
 
     def __init__(self, message: str, reports: list[TensorReport]) -> None:
@@ -41,14 +41,14 @@ def export_checkpoint(
 ) -> list[TensorReport]:
     """Turn a trainer checkpoint into a Hugging Face folder, and count its zeros on disk.
 
-    The folder holds the weights as safetensors, the configurations, the tokenizer, and `sparsity.json`: what
-    `verify_checkpoint` compares with later. It appears whole or not at all.
+    The folder holds the weights as safetensors, the configurations, the tokenizer, and `sparsity.json`, the
+    record that `verify_checkpoint` compares with later. The folder appears whole or not at all.
 
     Args:
-        checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file, or DeepSpeed's folder, of
-            which the fp32 master is exported, by one process, whatever the number of ranks that wrote it.
-        output: Folder to write. It must not exist, or be empty.
-        dtype: Of the written parameters, such as "bfloat16"; as in the checkpoint by default.
+        checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file or a DeepSpeed folder. One
+            process exports the folder's fp32 master, whatever the number of ranks that wrote it.
+        output: Folder to write. It must be empty or not exist.
+        dtype: Dtype of the written parameters, such as "bfloat16"; by default the checkpoint's.
         tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
 
     Returns:
@@ -56,8 +56,8 @@ def export_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the output isn't free, the checkpoint is none or holds no masks yet, its weights don't fit the
-            model, or the tokenizer can't be had.
+        ValueError: If the output is taken, the path is no checkpoint or holds no masks yet, the weights do not fit
+            the model, or the tokenizer cannot be loaded.
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
 
     Examples:
@@ -93,7 +93,7 @@ def export_checkpoint(
         with open_phase(f"Writing {output.name}", adopts_bars=True):
             try:
                 model.save_pretrained(folder)
-            except SafetensorError as error:  # of a write that failed
+            except SafetensorError as error:  # the write failed
                 raise ValueError(
                     f"{output} can't be written ({error}): make room, or give a folder on another disk"
                 ) from error
@@ -122,13 +122,13 @@ def export_checkpoint(
 
 
 def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
-    """The trained model, its weights being the ones of the checkpoint, not copies where the dtype stays."""
+    """Build the trained model from the checkpoint's own tensors. Only a change of dtype copies them."""
     note, path = checkpoint.require_note(), checkpoint.path
     model = build_model(note["architecture"], note["config"], path)
     if note["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(note["generation_config"]))
     prefix: str = note["model_prefix"]
-    # buffers keep their dtype: models have some in fp32 on purpose
+    # Buffers keep their dtype, because models have some in fp32 on purpose.
     cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
     weights: dict[str, Tensor] = {}
     for full_name in checkpoint.state_dict:
@@ -146,7 +146,7 @@ def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> trans
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
     try:
         unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # the shapes differ
         raise ValueError(f"the weights in {path} do not fit {note['architecture']} ({error}): {mend}") from error
     model.tie_weights()
     loaded = model.state_dict()
@@ -173,7 +173,7 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
-    """The tokenizer to export, or None with a warning where the checkpoint knows of none."""
+    """Load the tokenizer to export. Warn and return None if there is none."""
     name = given or recorded
     folder = Path(name) if name else None
     if name is None or (

@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def require_free(output: Path) -> None:
-    """Refuse a folder that somebody else may need.
+    """Refuse an output path that is in use.
 
     Raises:
-        ValueError: If there is something at this path, other than an empty folder.
+        ValueError: If there is anything but an empty folder at this path.
     """
     if output.is_dir() and not any(output.iterdir()):
         return
@@ -23,7 +23,7 @@ def require_free(output: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder of this name, or of this name and the first number that is free.
+    """Make a folder of this name. If the name is taken, append the first free number.
 
     Examples:
         >>> import tempfile
@@ -41,20 +41,20 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to, that becomes `output` at the end; after an error nothing of it is left."""
+    """Yield a temporary folder that is renamed to `output` at the end. An error deletes it."""
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         try:
             partial.mkdir(parents=True)
         except OSError as error:
-            error.filename = str(output)  # the one that was asked for
+            error.filename = str(output)  # the path that the user gave
             raise
         yield partial
-        for file in partial.rglob("*"):  # some writers give the owner alone a right to read
+        for file in partial.rglob("*"):  # some writers let only the owner read
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
-        if output.exists():  # an empty folder, which not every system lets a rename replace
+        if output.exists():  # an empty folder: not every system lets a rename replace it
             output.rmdir()
         partial.rename(output)
     except BaseException:

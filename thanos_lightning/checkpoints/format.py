@@ -1,4 +1,4 @@
-"""What a trainer checkpoint and a Hugging Face folder hold, and how both are read."""
+"""What a trainer checkpoint holds, and how it is read."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from thanos_lightning.checkpoints.deepspeed_files import files_of, is_zero_folde
 from thanos_lightning.sharding.masks import LayerMask
 
 # What the callback writes into a trainer checkpoint
-CHECKPOINT_FORMAT = 6  # of both parts
-CALLBACK_KEY = "ThanosPruningCallback"  # its state, among those of all callbacks
-NOTE_KEY = "thanos_lightning"  # its note about the optimizers and the Hugging Face model
+CHECKPOINT_FORMAT = 6  # version of the state and of the note
+CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
+NOTE_KEY = "thanos_lightning"  # key of the note about the optimizers and the Hugging Face model
 
 
 def training_note(
     module: nn.Module, stepped: Iterable[Iterable[Tensor | None]], targets: Collection[str]
 ) -> dict[str, Any]:
-    """What a checkpoint has to say for itself: whose the moments are, and how to rebuild the Hugging Face model.
+    """Describe a training for its checkpoint: the owners of the moments, and how to rebuild the Hugging Face model.
 
     Args:
         module: The LightningModule.
-        stepped: Of each optimizer, in the order of the checkpoint's `optimizer_states`, the parameters of the module
-            that it numbers in its own state, in that order. None where a number is not that of one parameter.
-        targets: Names of the layers to prune. Of several Hugging Face models (a teacher beside the trained one) the one
-            with the most of them is described, the outermost of nested ones.
+        stepped: The module's parameters of each optimizer, in the order in which the optimizer's state numbers them.
+            Optimizers are ordered as in the checkpoint's `optimizer_states`. None fills a number without a parameter.
+        targets: Names of the layers to prune. If there are several Hugging Face models (a teacher beside the trained
+            one), the note describes the one with the most targets. If models are nested, the outermost one wins.
 
     Returns:
-        Plain values, to be kept under `NOTE_KEY`.
+        Plain values to store under `NOTE_KEY`.
 
     Examples:
         >>> layer = nn.Linear(2, 2)
@@ -55,12 +55,12 @@ def training_note(
         if isinstance(part, transformers.PreTrainedModel)
     ]
     if models:
-        # max takes the first of several, and named_modules() goes from the outside in
+        # The outermost model wins: max takes the first of equals, and named_modules() goes from the outside in.
         prefix, model = max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets))
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
-            # fully_shard puts a class of its own in front
+            # fully_shard puts its own class before the model's
             "architecture": next(
                 kind.__name__ for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed.")
             ),
@@ -76,21 +76,21 @@ def training_note(
 
 
 def pruning_state(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The callback's state in what a Trainer keeps, or None where it has left none."""
+    """Find the callback's state in a checkpoint's content. Returns None if there is none."""
     states = [state for key, state in content.get("callbacks", {}).items() if key.startswith(CALLBACK_KEY)]
-    return states[0] if states else None  # the Trainer refuses two callbacks of one key
+    return states[0] if states else None  # the Trainer refuses two callbacks with the same key
 
 
 @dataclass(frozen=True, eq=False)
 class TrainerCheckpoint:
-    """What a .ckpt holds that Lightning's Trainer wrote: a file, or DeepSpeed's folder.
+    """The content of a .ckpt that Lightning's Trainer wrote: a file or a DeepSpeed folder.
 
     Attributes:
         path: The file or folder.
-        content: What Lightning and its callbacks keep: plain values and tensors.
-        others: The same of other ranks, where each has written its own.
-        state_dict: Name in the LightningModule -> parameter or buffer: the fp32 master, where there is one.
-        beside: Parameter name -> what else has its shape, such as the moments; None where it isn't told whose they are.
+        content: The plain values and tensors that Lightning and its callbacks saved.
+        others: The content from the other ranks, if each rank wrote its own.
+        state_dict: Name in the LightningModule -> parameter or buffer: the fp32 master if there is one.
+        beside: Parameter name -> other tensors of its shape, such as the moments. None if their owners are unknown.
     """
 
     path: Path
@@ -101,11 +101,11 @@ class TrainerCheckpoint:
 
     @classmethod
     def read(cls, path: Path) -> TrainerCheckpoint:
-        """Open a checkpoint. Tensors stay on disk until they are used, and no code of the file is run.
+        """Open a checkpoint. Tensors stay on disk until they are used, and no code from the file runs.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it's no trainer checkpoint, or holds objects that are not plain values.
+            ValueError: If the path is no trainer checkpoint, or holds objects that are not plain values.
         """
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
@@ -137,17 +137,17 @@ class TrainerCheckpoint:
         return cls(path, content, (), content["state_dict"], _moments(content))
 
     def require_intact(self) -> None:
-        """Hold all its files against their checksums; reads them whole.
+        """Check all files of the checkpoint against their checksums. Reads every file in full.
 
         Raises:
-            ValueError: Naming a file of which bytes have changed.
+            ValueError: Names a file whose bytes have changed.
         """
         for file in [self.path] if self.path.is_file() else files_of(self.path):
             require_intact(file)
 
     @property
     def masks(self) -> dict[str, LayerMask] | None:
-        """Parameter name in the LightningModule -> mask; None where no callback has left a state."""
+        """Parameter name in the LightningModule -> mask. None if there is no state of the callback."""
         states = [pruning_state(content) for content in (self.content, *self.others)]
         found = [state["masks"] for state in states if state is not None]
         if not found:
@@ -155,10 +155,10 @@ class TrainerCheckpoint:
         return {name: LayerMask.from_state(state) for masks in found for name, state in masks.items()}
 
     def require_masks(self) -> dict[str, LayerMask]:
-        """The masks, of which there must be some.
+        """Return the masks, at least one.
 
         Raises:
-            ValueError: If no callback has left a state, or nothing was pruned by then.
+            ValueError: If there is no state of the callback, or if nothing was pruned before the save.
         """
         masks = self.masks
         if masks is None:
@@ -175,14 +175,14 @@ class TrainerCheckpoint:
 
     @property
     def describes_a_model(self) -> bool:
-        """Whether the callback found a Hugging Face model and wrote down which."""
+        """Whether the callback found a Hugging Face model and described it in its note."""
         return "architecture" in (self.content.get(NOTE_KEY) or {})
 
     def require_note(self) -> Mapping[str, Any]:
-        """What the callback wrote down about the Hugging Face model.
+        """Return the callback's note about the Hugging Face model.
 
         Raises:
-            ValueError: If it found none, or wrote in another format.
+            ValueError: If the callback found no such model, or wrote its note in another format.
         """
         if not self.describes_a_model:
             raise ValueError(
@@ -199,22 +199,22 @@ class TrainerCheckpoint:
 
 
 def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
-    """Parameter name -> name -> moment of the matrices, or None where it isn't told which moment is whose."""
+    """Map parameter names to the moments of matrices by name. Returns None if the moments have no known owners."""
     optimizers = content.get("optimizer_states", [])
     named: Sequence[Sequence[str | None]] | None = content.get(NOTE_KEY, {}).get("optimizer_parameters")
     if named is None:
         return None if optimizers else {}
-    found: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     for optimizer, names in zip(optimizers, named, strict=True):
         for index, state in optimizer["state"].items():
             name = names[index]
             if name is not None:
-                found[name] = _matrix_moments(state)
-    return found
+                moments[name] = _matrix_moments(state)
+    return moments
 
 
 def sharded_error(path: Path) -> ValueError:
-    """For a folder in which each rank has written its own shards."""
+    """Make the error for a folder in which each rank wrote its own shards."""
     return ValueError(
         f"{path} is a folder of a sharding strategy other than DeepSpeed: resume from it and save a single file, with "
         "ModelParallelStrategy(save_distributed_checkpoint=False)"
@@ -229,7 +229,7 @@ def _not_a_checkpoint(path: Path) -> ValueError:
 
 
 def _first_line(error: Exception) -> str:
-    """The line of a long torch error that names the class."""
+    """Find the line of a long torch error that names the class."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if "GLOBAL" in line or "class" in line), lines[0])
 

@@ -1,4 +1,4 @@
-"""Hugging Face models: built without weights, and read from their folders."""
+"""Builds Hugging Face models without weights, and reads the files in their folders."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from thanos_lightning.checkpoints.lazy import LazyTensors
 
 
 def build_model(architecture: str, config: Any, path: Path) -> transformers.PreTrainedModel:
-    """Build the model of a configuration without memory for its weights.
+    """Build a model from its configuration without allocating its weights.
 
     Args:
-        architecture: Name of a class of transformers.
+        architecture: Name of a transformers class.
         config: A configuration, or its dict.
-        path: Where both were read, for the error.
+        path: The file or folder of both, for the error message.
 
     Raises:
         ValueError: If transformers has no such class.
@@ -42,7 +42,7 @@ def build_model(architecture: str, config: Any, path: Path) -> transformers.PreT
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> all names of that parameter, itself first."""
+    """Map each parameter name to all names of that parameter, the given name first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -50,7 +50,7 @@ def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 class SafetensorsFiles(LazyTensors):
-    """The tensors of a Hugging Face folder or of one .safetensors file, each read when it is asked for.
+    """The tensors of a Hugging Face folder or of one .safetensors file. Each is read on access.
 
     Args:
         path: The folder or the file.
@@ -70,7 +70,7 @@ class SafetensorsFiles(LazyTensors):
         super().__init__(read)
 
     def stored_name(self, names: Sequence[str]) -> str:
-        """Of the names of one parameter, the one that is in the files, where tied weights are stored once."""
+        """Return which of a parameter's names is in the files, because tied weights are stored once."""
         return next((name for name in names if name in self), names[0])
 
 
@@ -81,7 +81,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of a Hugging Face folder; not the ones of another format that some folders hold too."""
+    """List the model's .safetensors files, without files of another format that some folders also hold."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: If it's none.
+        ValueError: If the file is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -113,5 +113,5 @@ def read_json(path: Path) -> Any:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Name the first three, for a message."""
+    """Join the first three names for a message."""
     return f"{', '.join(names[:3])}{f', … ({len(names)} in all)' if len(names) > 3 else ''}" or "nothing"

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Names, and how to make the tensor of each; nothing is kept.
+    """A mapping that makes a tensor at every access and keeps none.
 
     Args:
-        make: Name -> what makes it.
+        make: Name -> function that makes the tensor.
     """
 
     def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""From a DeepSpeed checkpoint folder to one that any number of ranks resumes."""
+"""Converts a DeepSpeed checkpoint folder into one from which any number of ranks can resume."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def reshard_checkpoint(
 ) -> Path:
     """Convert a checkpoint of ZeRO 1, 2 or 3 so that it resumes on any number of ranks.
 
-    DeepSpeed converts it to its universal format: per parameter one file each for the fp32 master and the moments. The
-    masks and the schedule go with it; of a window that was being collected, the sums of all ranks.
+    DeepSpeed converts it to its universal format, which has one file per parameter for the fp32 master and each moment.
+    Masks and schedule are kept, and so are the sums of all ranks if a window was being collected.
 
     Args:
         checkpoint: The folder that a Trainer with DeepSpeed's strategy wrote.
-        output: Folder to write; it must not exist, or be empty. The checkpoint's name with `-resharded` by default.
-        processes: How many convert at a time. Each holds one rank's part in memory.
-        trusted: Whether DeepSpeed may read files that hold other objects than plain values and its own, for which it
-            may run any code.
+        output: Folder to write; it must be empty or not exist. By default the checkpoint's name with `-resharded`.
+        processes: How many processes convert at a time. Each holds one rank's part in memory.
+        trusted: Whether DeepSpeed may read files with objects other than plain values and its own. Reading them may run
+            any code.
 
     Returns:
         The folder, for `fit(ckpt_path=…)`.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the output isn't free, or the checkpoint is none that can be, or has to be, resharded.
+        ValueError: If the output is taken, or if the checkpoint cannot be resharded or does not need it.
         ImportError: If deepspeed is not installed.
     """
     path = Path(checkpoint).resolve()
@@ -112,9 +112,9 @@ def _convert(source: Path, target: Path, processes: int) -> None:
         inject_missing_state=True,
     )
     target.mkdir(parents=True)
-    told = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ds_to_universal.main(arguments)
     except Exception as error:
         raise ValueError(
@@ -124,9 +124,9 @@ def _convert(source: Path, target: Path, processes: int) -> None:
 
 
 def _join_ranks(path: Path, folder: Path) -> None:
-    """Give the one file that all ranks will read the masks and the statistics of all the ranks that wrote."""
+    """Put the masks and statistics of all writing ranks into the one file that every resuming rank reads."""
     states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
-    if len(states) < 2:  # no callback, or all in one file already
+    if len(states) < 2:  # there is no callback, or one file already has everything
         return
     target = model_files(folder)[0]
     content = dict(torch.load(target, map_location="cpu", weights_only=True))

@@ -1,4 +1,4 @@
-"""Resuming from DeepSpeed's checkpoint folders: what must fit, and what DeepSpeed and Lightning leave half done."""
+"""Checks a DeepSpeed checkpoint folder before resuming, and completes what DeepSpeed and Lightning leave undone."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _GUARDED = "_thanos_lightning_guards_resume"
 
 
 def guard_resume(strategy: DeepSpeedStrategy) -> None:
-    """Check the checkpoints that this strategy will load from now on, and complete what is loaded.
+    """Check every checkpoint that this strategy loads from now on, and complete what DeepSpeed loads.
 
-    - A folder whose files are damaged, of several saves, or hold more than plain values is refused, on all ranks,
-      before DeepSpeed, which would run what they say, reads it. Of the checksums each rank checks its share.
-    - Another number of ranks, another ZeRO stage or another model are refused with the mend, before DeepSpeed fails
-      in its own words, or loads what does not belong there.
-    - A folder that was resharded is recognised; without this, it takes an entry in DeepSpeed's configuration.
-    - Stage 3 loads a resharded checkpoint with the first parameter group's weight decay for all groups, and one step
-      counter that each group then advances: each group gets its own back.
-    - A resharded checkpoint is loaded without the module's buffers and what is not trained: they are loaded here.
-    - With the optimizer on NVMe, DeepSpeed restores the masters, but no moments: that is said.
-    - `load_full_weights` fills the model's copy only, and the first step would undo it: the master is filled as well.
+    - All ranks refuse a folder with damaged files, files of several saves, or objects that are not plain values. They
+      do so before DeepSpeed reads it and may run code from it. Each rank checks the checksums of its share of files.
+    - Another number of ranks, ZeRO stage or model is refused with advice. DeepSpeed alone would fail with a message
+      that does not help, or load values that do not belong there.
+    - A resharded folder is recognised. DeepSpeed alone needs an entry in its configuration.
+    - DeepSpeed loads a resharded checkpoint at stage 3 with the first parameter group's weight decay for all groups,
+      and with one step counter that every group advances. Here each group gets its own values back.
+    - DeepSpeed loads a resharded checkpoint without buffers and untrained parameters. They are loaded here.
+    - With the optimizer on NVMe, DeepSpeed restores the masters but not the moments. A warning says so.
+    - `load_full_weights` fills only the model's copy, which the first step would undo. The master is filled here.
 
-    Which checkpoint it will be is not known before the engine is built, so the strategy's own methods are wrapped.
+    The strategy's methods are wrapped, because the checkpoint is unknown until the engine is built.
     """
     if getattr(strategy, _GUARDED, False):
         return
@@ -88,7 +88,7 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
 
 
 def _read(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> Plan | None:
-    """What a folder of DeepSpeed's is made for, None for another one. What one rank refuses ends all of them."""
+    """Check a DeepSpeed folder and read its plan, None for any other path. If one rank refuses it, all ranks raise."""
     plan, refused = None, None
     try:
         require_end(path)
@@ -112,7 +112,7 @@ def _read(path: Path, strategy: DeepSpeedStrategy, *, trusted: bool) -> Plan | N
 
 def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
     stage = int(strategy.deepspeed_engine.zero_optimization_stage())
-    if stage != plan.stage and (stage in (0, 3) or plan.stage in (0, 3)):  # 1 and 2 write the same
+    if stage != plan.stage and (stage in (0, 3) or plan.stage in (0, 3)):  # stages 1 and 2 write the same files
         raise MisconfigurationException(
             f"{path} was written at ZeRO stage {plan.stage}, and this training is at stage {stage}: resume at stage "
             f"{plan.stage}, or export the checkpoint and start from the exported model"

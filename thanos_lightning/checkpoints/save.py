@@ -25,12 +25,12 @@ class UnwrittenError(OSError):
     """A checkpoint could not be written, and nothing of it is left.
 
     Args:
-        path: Of the checkpoint.
-        why: What the system says.
-        rank: The process that could not; None where there is only one.
+        path: The checkpoint's path.
+        why: The system's reason.
+        rank: The rank that could not write; None if there is only one process.
 
     Attributes:
-        why: What the system says.
+        why: The system's reason.
     """
 
     def __init__(self, path: Path, why: str, rank: int | None = None) -> None:
@@ -43,9 +43,9 @@ class UnwrittenError(OSError):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the file and renames: Lightning's own leaves a part of it where the disk is full.
+    """Writes a temporary file and renames it. Lightning's own class leaves part of a file if the disk is full.
 
-    A file of which bytes have changed is refused when it is loaded.
+    Loading refuses a file whose bytes have changed.
 
     Examples:
         >>> import tempfile
@@ -67,10 +67,10 @@ class WholeFiles(TorchCheckpointIO):
             with partial.open("wb") as opened:
                 torch.save(checkpoint, opened)
             partial.replace(file)
-        except (OSError, RuntimeError) as error:  # torch's, of a write that failed
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
             raise UnwrittenError(file, _reason(error)) from error
         finally:
-            with suppress(OSError):  # it has its name by now, or never was
+            with suppress(OSError):  # it was renamed, or never made
                 partial.unlink()
 
     @override
@@ -90,13 +90,13 @@ def _reason(error: BaseException) -> str:
 
 
 def save_whole(strategy: Strategy, *, shards: bool = False) -> None:
-    """Let a strategy that writes a file by Lightning's own means, or a folder, write it whole.
+    """Make a strategy's checkpoints appear whole or not at all, if they are folders or Lightning's own files.
 
-    Where one rank can't write, all ranks end with its `UnwrittenError`.
+    If one rank cannot write, all ranks raise its `UnwrittenError`.
 
     Args:
-        strategy: Changed in place.
-        shards: Whether it writes a folder to which each rank adds its shards.
+        strategy: The strategy, changed in place.
+        shards: Whether the strategy writes a folder to which each rank adds its shards.
     """
     if hasattr(strategy.save_checkpoint, "whole"):
         return
@@ -117,14 +117,14 @@ def _replace(strategy: Strategy, save_checkpoint: Any) -> None:
 
 
 def _raise_everywhere(strategy: Any, path: Path, why: str | None) -> None:
-    """Raise on all ranks where one could not write. All must call it."""
-    for rank, told in enumerate(Ranks(strategy.global_rank, strategy.world_size).gather(why)):
-        if told is not None:
-            raise UnwrittenError(path, told, rank if strategy.world_size > 1 else None)
+    """Raise on all ranks if one rank could not write. All ranks must call it."""
+    for rank, reason in enumerate(Ranks(strategy.global_rank, strategy.world_size).gather(why)):
+        if reason is not None:
+            raise UnwrittenError(path, reason, rank if strategy.world_size > 1 else None)
 
 
 def _by_the_first(strategy: Any) -> Any:
-    """One file, which rank 0 writes."""
+    """Wrap a save in which rank 0 writes one file."""
     save = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -139,7 +139,7 @@ def _by_the_first(strategy: Any) -> Any:
 
 
 def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> str | None:
-    """Its ranks meet after writing: one that can't write goes on to there, or the others would wait."""
+    """DeepSpeed's ranks meet after writing. A rank that cannot write joins them, or the others would hang."""
     engine = strategy.deepspeed_engine.checkpoint_engine
     write = engine.save
     reasons: list[str] = []
@@ -147,7 +147,7 @@ def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> str | None:
     def keep(*args: Any, **kwargs: Any) -> None:
         try:
             write(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # torch's, of a write that failed
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
             reasons.append(_reason(error))
 
     engine.save = keep
@@ -159,19 +159,19 @@ def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> str | None:
 
 
 def _by_torch(strategy: Any, save: Callable[[], None]) -> str | None:
-    """Its ranks tell each other themselves, in the tracebacks of all."""
+    """Torch tells every rank about all failures. Only the lowest failed rank returns a reason."""
     try:
         save()
     except CheckpointException as error:
         failed, _ = next(iter(error.failures.values()))
         return _reason(failed) if strategy.global_rank == min(error.failures) else None
-    except OSError as error:  # of rank 0, which writes a further file
+    except OSError as error:  # rank 0 failed to write its additional file
         return _reason(error)
     return None
 
 
 def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None]) -> Any:
-    """A folder, which all ranks write beside its place, and which is renamed when all have written."""
+    """Wrap a save in which all ranks write a temporary folder, which is renamed when all have written."""
     save = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -180,8 +180,8 @@ def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None
             return
         path = Path(strategy.broadcast(filepath))
         partial = path.with_name(f".{path.name}.partial")
-        if strategy.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)  # of a rank that was killed
+        if strategy.local_rank == 0:  # a node may have its own disk
+            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         strategy.barrier()
         why = write(strategy, lambda: save(checkpoint, partial, storage_options))
         try:
@@ -192,7 +192,7 @@ def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None
         if strategy.is_global_zero:
             _put_in_place(partial, path)
         strategy.barrier()
-        if strategy.local_rank == 0 and partial.exists():  # of a node with a disk of its own
+        if strategy.local_rank == 0 and partial.exists():  # this node has its own disk
             _put_in_place(partial, path)
 
     return save_checkpoint

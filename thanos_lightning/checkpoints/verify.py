@@ -1,6 +1,6 @@
-"""The proof on disk: every pruned tensor of a Hugging Face folder or a trainer checkpoint is read and counted.
+"""Counts the zeros on disk in every pruned tensor of a Hugging Face folder or a trainer checkpoint.
 
-A zero is +0 here and nothing else: -0 and NaN are values, as they are for the enforcement during training.
+Only +0 is a zero here. -0 and NaN count as values, as in the enforcement during training.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _RECORD_FORMAT = 1
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What was found in one tensor on disk.
+    """The result of checking one tensor on disk.
 
     Attributes:
-        name: Its name in the file.
-        shape: Its shape in the file; empty where the tensor is missing.
-        pattern: The pattern that it has to conform to, such as "2:4".
-        sparsity: The fraction of zeros that the pattern asks for.
+        name: The tensor's name in the file.
+        shape: The tensor's shape in the file; empty if the tensor is missing.
+        pattern: The required pattern, such as "2:4".
+        sparsity: The fraction of zeros that the pattern requires.
         zeros: How many entries are exactly 0.
-        violations: Entries that should be 0 and are not, are not finite, or whose moments live on; 0 where all is well.
-        problems: The same in words.
+        violations: Entries that should be 0 but are not, are not finite, or have moments that should be 0 but are not.
+        problems: The violations in words.
     """
 
     name: str
@@ -62,15 +62,15 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a tensor has to be.
+    """What a tensor must satisfy.
 
     Attributes:
-        pattern: To which it conforms.
-        transposed: Whether it is stored as (in_features, out_features).
-        shape: As stored, where known.
-        zeros: Their exact number, where recorded.
-        mask: Unpacked only while its tensor is checked.
-        moments: Name -> tensor of the optimizer, with the layout of the parameter.
+        pattern: The required pattern.
+        transposed: Whether the tensor is stored as (in_features, out_features).
+        shape: The stored shape, if it is known.
+        zeros: The exact number of zeros, if it was recorded.
+        mask: The layer's mask, which is unpacked only while the tensor is checked.
+        moments: Name -> another tensor in the parameter's layout that the mask must hold for, such as a moment.
     """
 
     pattern: Pattern
@@ -88,25 +88,25 @@ def verify_checkpoint(
     targets: Sequence[str] = ("*",),
     ignore: Sequence[str] = ("lm_head",),
 ) -> list[TensorReport]:
-    """Count zeros on disk: against what was recorded in training or export, and against a pattern.
+    """Count zeros on disk, and compare them with the record of the training or export and with a pattern.
 
-    What is recorded is checked wherever it is found: the counts of a `sparsity.json`; the masks inside a trainer
-    checkpoint, under which the weights and the optimizer's moments must be 0.
+    A record is always checked: the counts in a `sparsity.json`, or the masks in a trainer checkpoint. Weights that a
+    mask prunes must be 0, and so must their optimizer moments.
 
     Args:
-        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file, or DeepSpeed's
-            folder, of which the fp32 masters, the moments and, where it is whole, the model's copy are checked.
-        pattern: What every targeted layer must conform to. May be left out where something is recorded.
-        targets: Globs or `re:` expressions of module names, for `pattern`. Which tensors are layers is told by the
-            model that the configuration describes; where there is none, every matrix counts as one.
-        ignore: Layers to leave out, in the same words.
+        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file or a DeepSpeed folder.
+            In the latter, the fp32 masters, the moments and, where it is whole, the model's copy are checked.
+        pattern: The pattern that every targeted layer must conform to. Optional if there is a record.
+        targets: Globs or `re:` expressions of the module names that `pattern` applies to. The model that the
+            configuration describes says which tensors are layers. Without a model, every matrix counts as a layer.
+        ignore: Globs or `re:` expressions of the layers to leave out.
 
     Returns:
-        A report for each tensor. Whether all is well is `all(report.ok for report in reports)`.
+        A report for each tensor. The checkpoint conforms if `all(report.ok for report in reports)`.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
-        ValueError: If it's nothing that can be verified, or there is no tensor to check.
+        ValueError: If the path cannot be verified, or has no tensor to check.
 
     Examples:
         >>> from thanos_lightning.solver import NM
@@ -133,9 +133,9 @@ def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> Ten
     """Count the zeros of one tensor against its mask.
 
     Args:
-        name: Of the tensor.
-        tensors: Where it is, or is missing.
-        mask: Its mask.
+        name: Name of the tensor.
+        tensors: The tensors on disk. The named one may be missing.
+        mask: The tensor's mask.
     """
     return _check(name, tensors, [_expected_of_mask(mask)])
 
@@ -148,7 +148,7 @@ def _expect_of_files(
 ) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
     folder = path if path.is_dir() else path.parent
     tensors = SafetensorsFiles(path)
-    # a shard holds only some of what was recorded for all
+    # One shard holds only some of the recorded tensors.
     is_shard = not path.is_dir() and bool(list(folder.glob("*.safetensors.index.json")))
     expected: dict[str, list[_Expected]] = {}
     record = folder / _RECORD
@@ -211,7 +211,7 @@ def _expect_matrices(
     targets: Sequence[str],
     ignore: Sequence[str],
 ) -> None:
-    """Where no model tells which tensors are layers, every matrix that is targeted has to conform."""
+    """Expect every targeted matrix to conform, because no model says which tensors are layers."""
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if (
@@ -224,7 +224,7 @@ def _expect_matrices(
 
 
 def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str]) -> list[tuple[list[str], bool]]:
-    """The possible names in the file, and whether it is stored transposed, of each targeted layer's weight."""
+    """Return each targeted weight's possible names in the files, and whether it is stored transposed."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not config.architectures:
         raise ValueError(
@@ -246,16 +246,16 @@ def _is_value(tensor: Tensor) -> Tensor:
 
 
 def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Expected]) -> TensorReport:
-    asked = expectations[-1].pattern  # the user's, where it comes on top of the recorded one
+    asked = expectations[-1].pattern  # the user's pattern, if given, comes after the recorded one
     if name not in tensors:
-        wanted = expectations[0].shape
+        shape = expectations[0].shape
         return TensorReport(
             name=name,
             shape=(),
             pattern=asked.name,
             sparsity=asked.sparsity,
             zeros=0,
-            violations=torch.Size(wanted).numel() if wanted else 1,
+            violations=torch.Size(shape).numel() if shape else 1,
             problems=("the tensor is missing",),
         )
     tensor = tensors[name]
@@ -286,14 +286,14 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
     negative = int((tensor.eq(0) & tensor.signbit()).count_nonzero()) if missing_zeros else 0
     if negative:
         problems.append(f"{negative} entries are -0, which is not counted as 0")
-    problems = list(dict.fromkeys(problems))  # a recorded and a given pattern may find the same
+    problems = list(dict.fromkeys(problems))  # the recorded and the given pattern may find the same problem
     return TensorReport(
         name, tuple(tensor.shape), asked.name, asked.sparsity, zeros, missing_zeros + other, tuple(problems)
     )
 
 
 def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor | None) -> tuple[int, list[str]]:
-    """By how many zeros the worst of the checks is off, and what each of them says."""
+    """Return the largest number of entries by which a check is off, and the problems of all checks."""
     problems: list[str] = []
     try:
         excess = expected.pattern.violations(_oriented(values, expected))
@@ -339,9 +339,9 @@ def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[
     """Write `sparsity.json`, which `verify_checkpoint` compares with.
 
     Args:
-        folder: Beside the weights.
-        reports: What was counted in each pruned tensor.
-        masks: The mask of each, in the same order.
+        folder: The folder with the weights.
+        reports: The report of each pruned tensor.
+        masks: The mask of each reported tensor, in the order of the reports.
     """
     record = {
         "format": _RECORD_FORMAT,

@@ -1,6 +1,6 @@
-"""thanos-lightning: train with a YAML file, verify the zeros of a checkpoint, export it, and what goes with these.
+"""The command thanos-lightning: train from a YAML file, verify the zeros of a checkpoint, export it, and more.
 
-Training is LightningCLI and imports Lightning; verify and export don't, so that they start at once.
+Training runs LightningCLI and imports Lightning. verify and export do not import it, so that they start at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
 from thanos_lightning.cli.noise import silence
 from thanos_lightning.report.progress import TERMINATED
 
-INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
+INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,18 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0; 1 where tensors do not conform, or for an error of the program, after its traceback; 2 for a
-        user's mistake, after one line; 130 after Ctrl-C; 141 where nobody reads the output; 143 after SIGTERM.
+        The exit status: 0; 1 if tensors do not conform, or after the traceback of a program error; 2 after one line
+        about a user's mistake; 130 after Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM.
 
     Raises:
-        SystemExit: For --help and --version, and where the arguments of a command other than the Trainer's are wrong.
+        SystemExit: For --help and --version, and if the arguments of a command other than the Trainer's are wrong.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     silence()
     try:
-        # LightningCLI takes configuration files of several commands before the command
+        # LightningCLI also takes --config before the command, for a file that configures several commands.
         if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
-            from thanos_lightning.cli.training import train  # and Lightning with it
+            from thanos_lightning.cli.training import train  # imports Lightning
 
             return train(arguments)
         parsed = vars(command_parser().parse_args(arguments))
@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning's, after it has shut down what it runs
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning raises it after its shutdown
             return _interrupted()
-        if type(ended).__name__ == "SIGTERMException":  # Lightning's, at a batch's end: its status would be 0
+        if type(ended).__name__ == "SIGTERMException":  # Lightning raises it at a batch's end, with status 0
             return TERMINATED
         raise
-    except BrokenPipeError:  # of `thanos-lightning recipes | head`
-        sys.stdout = open(os.devnull, "w")  # for the flush when Python ends  # noqa: SIM115
+    except BrokenPipeError:  # as in `thanos-lightning recipes | head`
+        sys.stdout = open(os.devnull, "w")  # Python flushes it at the end  # noqa: SIM115
         return 141
     except Exception as error:
         if os.environ.get(DEBUG):
@@ -72,7 +72,7 @@ def _interrupted() -> int:
 
 
 def _rank() -> str:
-    """Which process speaks, where it isn't the first of several."""
+    """Return a prefix that names the rank; empty on the first rank."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     rank = next((rank for rank in ranks if rank is not None), "0")
     return "" if rank == "0" else f"rank {rank}: "

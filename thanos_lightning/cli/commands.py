@@ -29,7 +29,7 @@ TRAINER_COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says in one line what it can't parse."""
+    """A parser that reports its errors in one line."""
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """A parser that leaves the function of the command in `run`, and its arguments beside."""
+    """Build a parser whose result holds the command's function in `run`, beside the arguments of that function."""
     parser = _Parser(
         prog=PROGRAM,
         description="Prune language models while they are fine-tuned, and prove the zeros on disk.",
@@ -45,7 +45,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, text in TRAINER_COMMANDS.items():  # for the help: main() sends them to LightningCLI
+    for name, text in TRAINER_COMMANDS.items():  # only for the help: main() sends them to LightningCLI
         commands.add_parser(name, help=text, add_help=False)
 
     text = "list the recipes and launch files that come with the package, or print one"
@@ -54,7 +54,7 @@ def command_parser() -> argparse.ArgumentParser:
     listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
-    # what isn't given stays away, so that the defaults are the ones of verify_checkpoint
+    # SUPPRESS leaves out arguments that are not given, so that verify_checkpoint's own defaults apply.
     verify = commands.add_parser("verify", help=text, description=text, argument_default=argparse.SUPPRESS)
     verify.set_defaults(run=_verify)
     verify.add_argument("checkpoint", help="Hugging Face folder, .safetensors file, or trainer checkpoint (.ckpt)")
@@ -126,7 +126,7 @@ def _plot(report: str, output: str) -> int:
 
     try:
         plot_report(PruningReport.read(Path(report)), Path(output))
-    except ValueError as error:  # matplotlib's
+    except ValueError as error:  # matplotlib raises it
         if "is not supported" not in str(error):
             raise
         raise Mistake(f"{output} has an ending that is no format of pictures: give .png, .svg or .pdf") from error
@@ -178,7 +178,7 @@ def _permute(
     loaded = load_pretrained(model, dtype)
     try:
         loaded = loaded.to(device)
-    except (AssertionError, RuntimeError) as error:  # of torch, where it has no such device
+    except (AssertionError, RuntimeError) as error:  # torch has no such device
         raise ValueError(f"device {device!r} can't be used ({str(error).splitlines()[0]}): leave it out") from error
     data.setup("fit")
     reordered = permute_channels(loaded, data.calibration_dataloader(), wanted, **options)
@@ -193,7 +193,7 @@ def _permute(
 
 
 def _by_kind(reordered: Sequence[Reordered]) -> dict[str, list[Reordered]]:
-    """The residual stream, the MLPs, the value heads."""
+    """Group the results into the residual stream, the MLPs and the value heads."""
     kinds: dict[str, list[Reordered]] = {}
     for found in reordered:
         name = found.channels.name
@@ -210,7 +210,7 @@ def _verify(
     **layers: Any,
 ) -> int:
     from thanos_lightning.checkpoints.verify import verify_checkpoint
-    from thanos_lightning.solver import NM, Unstructured, parse_pattern
+    from thanos_lightning.solver import Unstructured, parse_pattern
 
     if pattern is None and (layers or sparsity is not None or outlier_fraction is not None):
         raise ValueError("--sparsity, --outlier-fraction, --targets and --ignore go with a pattern: give --pattern")
@@ -223,8 +223,8 @@ def _verify(
         lacking = [max(0, int(report.sparsity * report.numel) - report.zeros) for report in reports]
         has_shares, missed = all(r.violations == lacks for r, lacks in zip(reports, lacking, strict=True)), 0
     else:
-        has_shares = wanted is not None and not (isinstance(wanted, NM) and not wanted.outlier_fraction)
-        missed = max((max(report.shape, default=0) for report in reports), default=0)  # a budget is met to the row
+        has_shares = wanted is not None and wanted.rows_compete
+        missed = max((max(report.shape, default=0) for report in reports), default=0)  # a budget is met to within a row
     budget = sum(int(report.sparsity * report.numel) for report in reports)
     if status and has_shares and sum(report.zeros for report in reports) >= budget - missed:
         sys.stderr.write(
@@ -258,7 +258,7 @@ def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 200  # a log file has no edge, and names should stay whole
+        console.width = 200  # a log file has no right edge, so names stay whole
     failed = [report for report in reports if not report.ok]
     if failed:
         table = Table("tensor", "shape", "pattern", "asked", "zeros", "violations", "what is wrong")

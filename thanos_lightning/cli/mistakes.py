@@ -1,4 +1,4 @@
-"""A user's mistake as one line."""
+"""Turns a user's mistake into one line of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from argparse import ArgumentError
 
 PROGRAM = "thanos-lightning"
 DEBUG = "THANOS_LIGHTNING_DEBUG"
-# What the machine refuses, and what helps; whoever meets it, the cause isn't in the code
+# Errors of the machine, and advice for each. Wherever they are raised, the code is not the cause.
 _OF_THE_MACHINE = {
     errno.ENOSPC: "make room on that disk, or give a folder on another",
     errno.EDQUOT: "make room in that quota, or give a folder on another disk",
@@ -29,9 +29,9 @@ class Mistake(Exception):  # noqa: N818  # the user's, not an error of ours
 
 
 def users_mistake(error: BaseException) -> str | None:
-    """The line to show for an error, or None where it isn't a user's mistake, as far as one can tell.
+    """Return the line to show for a user's mistake, or None if the error does not look like one.
 
-    It's the first to be told of the error, what it was raised from, and so on.
+    The search begins at the error and follows its chain of causes. The first mistake in it gives the line.
     """
     current: BaseException | None = error
     while current is not None:

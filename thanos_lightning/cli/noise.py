@@ -1,4 +1,4 @@
-"""What libraries say in a training that neither they nor the user can mend there: each by its own words."""
+"""Hides messages of libraries that the user cannot act on. Each message is matched by its own words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import warnings
 
 _WARNINGS = (
-    r".*LeafSpec.* is deprecated",  # torch, of a call that Lightning makes
-    r".torch\.distributed\.\w+. is deprecated",  # torch, of calls that DeepSpeed makes
-    r"Precision .* is not supported by the model summary",  # which is of sizes in MB
+    r".*LeafSpec.* is deprecated",  # torch, about a call that Lightning makes
+    r".torch\.distributed\.\w+. is deprecated",  # torch, about calls that DeepSpeed makes
+    r"Precision .* is not supported by the model summary",  # it concerns sizes in MB
     r".*does not have many workers",  # packed blocks come from memory
 )
 _MESSAGES = (
@@ -26,7 +26,7 @@ def _is_ours_to_say(record: logging.LogRecord) -> bool:
 
 
 def silence() -> None:
-    """Leave out, in this process, what isn't ours to say."""
+    """Hide these messages in this process."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:

@@ -1,4 +1,4 @@
-"""What jsonargparse says of a configuration, in some forty lines, as the one that helps."""
+"""Reduces an error of jsonargparse, which has some forty lines, to the one line that helps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from thanos_lightning.cli.mistakes import PROGRAM
 
-_HINTS = {  # for a value of the wrong type
+_HINTS = {  # advice for a value of the wrong type
     "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
     "calibration.batches": "give datamodule, or null to collect from the training batches",
     "at": "give a list of times, such as [0.1, 0.2]",
 }
-# beginnings of what tells most, among what was tried
+# Among the errors of several attempts, one that begins like these tells most.
 _TELLING = (
     "- Problem with given",
     "- Parser key",
@@ -26,7 +26,7 @@ _TELLING = (
     "- Not a valid subclass of Callback. Got value",
 )
 _NESTED = re.compile(r"NestedArg\(key='(.+?)', val=(.*)\)")  # of --model.learning_rate fast, say
-_PACKAGES = ("thanos_lightning", "thanos_lightning.lm", "lightning.pytorch.callbacks")  # whose names need no path
+_PACKAGES = ("thanos_lightning", "thanos_lightning.lm", "lightning.pytorch.callbacks")  # their classes need no path
 _TYPES = {
     "float": "a number",
     "int": "a whole number",
@@ -42,9 +42,9 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
     r"""Reduce a message to what is wrong, where, and what would be right.
 
     Args:
-        message: jsonargparse's.
-        options: Of the command, such as "trainer.max_steps".
-        command: Such as "fit".
+        message: The message of jsonargparse.
+        options: The command's options, such as "trainer.max_steps".
+        command: The command, such as "fit".
 
     Examples:
         >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
@@ -54,13 +54,13 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
 
 
 def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
-    """Go down to the innermost part that says something.
+    """Go down to the innermost part of the message that says what is wrong.
 
     Args:
-        lines: A part of the message, indented as it was.
-        path: The keys and classes that lead to it.
-        options: As above.
-        command: As above.
+        lines: A part of the message, with its indentation.
+        path: The keys and classes that lead to this part.
+        options: As for `one_line`.
+        command: As for `one_line`.
     """
     text, rest = lines[0].strip().removeprefix("- "), lines[1:]
     if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
@@ -105,7 +105,7 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
 
 
 def _bullets(lines: Sequence[str]) -> list[list[str]]:
-    """The parts of a list of errors."""
+    """Split a list of errors into its parts."""
     start = next((number for number, line in enumerate(lines) if line.strip() == "Errors:"), len(lines)) + 1
     indent = len(lines[start]) - len(lines[start].lstrip()) if start < len(lines) else 0
     parts: list[list[str]] = []
@@ -120,7 +120,7 @@ def _bullets(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _where(path: tuple[str, ...]) -> str:
-    """The last key, and whose it is."""
+    """Name the last key and the class that it belongs to."""
     classes = [name for name in path[:-1] if name[name.rfind(".") + 1].isupper()]
     return f"{path[-1]} of {classes[-1].rpartition('.')[2]}" if classes else path[-1]
 
@@ -148,7 +148,7 @@ def _type_in_words(type_: str) -> str:
 
 
 def _shown(value: str) -> str:
-    """Text in quotes, everything else as it is."""
+    """Quote text, and leave other values as they are."""
     try:
         ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -157,7 +157,7 @@ def _shown(value: str) -> str:
 
 
 def _unknown(option: str, path: tuple[str, ...], options: Sequence[str], command: str) -> str:
-    """An option that nothing has, and what it may have been meant to be."""
+    """Report an unknown option, and suggest a similar one."""
     if len(path) < 2:
         whole = option.removeprefix(f"{command}.")
         head, dot, tail = whole.partition(".")
@@ -168,7 +168,7 @@ def _unknown(option: str, path: tuple[str, ...], options: Sequence[str], command
     owner = path[-1]
     close = difflib.get_close_matches(option, _arguments(owner), n=1)
     name = owner.rpartition(".")[2]
-    # of a class inside of a class nothing is listed
+    # --help lists nothing for a class inside a class
     listed = f"`{PROGRAM} {command} --{path[0]}.help={name}` lists all" if len(path) == 2 else ""
     return f"{name} has no option {option}: {_did_you_mean(close)}{listed}".rstrip(": ")
 
@@ -178,7 +178,7 @@ def _did_you_mean(close: Sequence[str]) -> str:
 
 
 def _arguments(class_path: str) -> list[str]:
-    """Names of the arguments of a class."""
+    """List the arguments of a class by name."""
     module, _, name = class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     return list(inspect.signature(kind).parameters)

@@ -1,4 +1,4 @@
-"""precision: auto: the precision in which a device trains fast, by what it can do."""
+"""Resolves `precision: auto` to a precision in which the device trains fast."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Final
 import torch
 
 AUTO: Final = "auto"
-# of torch's own test of a CPU, which works where /proc doesn't exist; names differ between its versions
+# torch's own tests of a CPU, which also work without /proc. Their names differ between versions of torch.
 _CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
 
 
 def fast_precision(accelerator: Any) -> tuple[str, str]:
-    """The Trainer's `precision` for a device.
+    """Choose the Trainer's `precision` for a device.
 
-    It goes by what the device can do and not by a measurement, so that the ranks of machines of one kind agree.
+    The choice depends on the device's features and not on a measurement, so that ranks on machines of one kind agree.
 
     Args:
         accelerator: The Trainer's argument: "cpu", "gpu", "cuda", "auto" or another one.
 
     Returns:
-        The precision, and why, as the end of a sentence.
+        The precision, and the reason as the end of a sentence.
 
     Examples:
         >>> fast_precision("cpu")[0] in ("bf16-mixed", "32-true")
@@ -40,5 +40,5 @@ def fast_precision(accelerator: Any) -> tuple[str, str]:
 
 
 def _multiplies_bf16(device: int) -> bool:
-    """Whether a GPU has units for bf16; torch emulates it on older ones."""
+    """Whether a GPU has units for bf16. On older GPUs torch emulates bf16."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

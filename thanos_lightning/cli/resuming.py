@@ -1,4 +1,4 @@
-"""A checkpoint to go on from, held against the configuration before the training starts."""
+"""Compares a checkpoint with the configuration before a training resumes from it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 
 
 def content_of(ckpt_path: str) -> Mapping[str, Any]:
-    """What a checkpoint keeps beside its tensors; nothing where it can't be known here.
+    """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
 
     Args:
-        ckpt_path: As the Trainer's.
+        ckpt_path: The Trainer's `ckpt_path`.
 
     Raises:
-        Mistake: If it's missing, or no checkpoint.
-        ValueError: If it's damaged, or holds what is not a plain value.
+        Mistake: If the path is missing, or no checkpoint.
+        ValueError: If the checkpoint is damaged, or holds objects that are not plain values.
     """
     path = Path(ckpt_path)
-    if ckpt_path in _SPECIAL or "://" in ckpt_path or (path / ".metadata").is_file():  # FSDP2's folder
+    if ckpt_path in _SPECIAL or "://" in ckpt_path or (path / ".metadata").is_file():  # a folder of FSDP2
         return {}
     if not path.exists():
         raise Mistake(f"--ckpt_path {ckpt_path} does not exist (in {Path.cwd()}): give a .ckpt that the Trainer wrote")
@@ -35,14 +35,14 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
 
 
 def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
-    """What a configuration says otherwise than what a checkpoint was trained with.
+    """Yield the values in which a configuration differs from the one that a checkpoint was trained with.
 
     Args:
-        section: `model` or `data` of a configuration, as plain values with class_path.
+        section: Section `model` or `data` of a configuration, as plain values with class_path.
         kept: The hyperparameters in the checkpoint.
 
     Yields:
-        Name, value now, value then.
+        Name, value in the configuration, value in the checkpoint.
 
     Examples:
         >>> list(differences({"class_path": "a.B", "init_args": {"rate": 2}}, {"_class_path": "a.B", "rate": 1}))
@@ -51,7 +51,7 @@ def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | Non
     if not section or not kept:
         return
     now, then = {"class": section["class_path"], **_plain(section)}, {"class": kept.get("_class_path"), **kept}
-    if then["class"] is None:  # written from Python
+    if then["class"] is None:  # a training from Python records none
         del then["class"]
     for name in now:
         if name in then and _plain(now[name]) != _plain(then[name]):
@@ -59,7 +59,7 @@ def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | Non
 
 
 def _plain(value: Any) -> Any:
-    """The arguments alone, where a class is given with them, and lists for tuples."""
+    """Strip classes from their arguments, and turn tuples into lists."""
     if isinstance(value, Mapping):
         arguments = value["init_args"] if "class_path" in value and "init_args" in value else value
         return {key: _plain(inner) for key, inner in arguments.items()}

@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 def recipes() -> dict[str, Path]:
-    """Name, as `fit --config` takes it -> file."""
+    """Map each name that `fit --config` takes to its file."""
     return {file.stem: file for file in sorted(_folder("recipes").glob("*.yaml"))}
 
 
 def launch_files() -> dict[str, Path]:
-    """File name -> file that starts a training on several machines."""
+    """Map file names to the files that start a training on several machines."""
     return {file.name: file for file in sorted(_folder("launch").iterdir())}
 
 
 def _folder(name: str) -> Path:
-    """Inside the package where a wheel was installed, beside it in a clone."""
+    """Find a folder inside the package (installed from a wheel) or beside it (in a clone)."""
     package = Path(__file__).parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
 
 
 def headline(file: Path) -> str:
-    """The first sentence of the comment at the head of a file."""
+    """Return the first sentence of the comment at the head of a file."""
     lines = (line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
     head = itertools.takewhile(lambda line: line.startswith("# "), lines)
     sentence, *_ = " ".join(line.removeprefix("# ") for line in head).split(". ")
@@ -33,10 +33,10 @@ def headline(file: Path) -> str:
 
 
 def find(name: str, among: Mapping[str, Path]) -> Path:
-    """The file of a name.
+    """Return the file of a name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no file has that name.
     """
     if name not in among:
         close = difflib.get_close_matches(name, among, n=1)

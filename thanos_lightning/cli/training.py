@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: Lightning's own command line, with our YAML, recipes by name and precision: auto."""
+"""The commands fit, validate, test and predict: LightningCLI with our YAML, recipes by name and precision: auto."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.training_bar import TrainingBar
 from thanos_lightning.cli.yaml_loader import yaml_loader
 
-# of a class that isn't ours it isn't known what its arguments are for
+# said of classes that are not ours, because their arguments may be for the optimizer
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
 _MODE = "yaml_without_sexagesimals"
 
@@ -47,7 +47,7 @@ class _Trainer(Trainer):
         assert precision != AUTO  # CLI has resolved it
         callbacks = kwargs.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        # Lightning's own wraps at 80 columns, and counts epochs where max_epochs is -1
+        # Lightning's own bar wraps at 80 columns, and counts epochs even if max_epochs is -1.
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
@@ -58,7 +58,7 @@ class CLI(LightningCLI):
 
     Args:
         args: The arguments after the program's name.
-        options: LightningCLI's.
+        options: The options of LightningCLI.
 
     Examples:
         >>> CLI(["--config", "quickstart"], run=False).trainer.max_steps  # doctest: +SKIP
@@ -101,11 +101,11 @@ class CLI(LightningCLI):
             raise Mistake(one_line(str(error), options, command)) from error
 
     def _override_callbacks(self, values: dict[tuple[int, str], str]) -> None:
-        """Set single arguments of callbacks in the list, which jsonargparse has no way to."""
+        """Set single arguments of callbacks in the list, because jsonargparse cannot."""
         root = f"{self.config.subcommand}." if "subcommand" in self.config else ""
         callbacks = self.config[f"{root}trainer.callbacks"]
         given = callbacks if isinstance(callbacks, list) else []
-        listed = [{"init_args": {}, **one.as_dict()} for one in given]
+        listed = [{"init_args": {}, **callback.as_dict()} for callback in given]
         for (number, key), value in values.items():
             if number >= len(listed):
                 raise Mistake(
@@ -115,7 +115,7 @@ class CLI(LightningCLI):
             *parents, last = (part for part in key.split(".") if part != "init_args")
             for parent in parents:
                 inner = inner.setdefault(parent, {})
-                if "class_path" in inner:  # a dataclass has lost its own
+                if "class_path" in inner:  # parsed dataclasses have lost their class_path
                     inner = inner.setdefault("init_args", {})
             inner[last] = yaml_loader()[0](value)
         nested: Any = listed
@@ -125,14 +125,14 @@ class CLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Hold a checkpoint against the configuration, whose model LightningCLI would replace by the checkpoint's.
+        """Compare a checkpoint with the configuration, whose model LightningCLI would replace by the checkpoint's.
 
         Raises:
-            Mistake: For what the checkpoint would override.
+            Mistake: If the checkpoint is missing, or would replace the configured model.
         """
         section = self._get_section(self.config)
         path = section.get("ckpt_path")
-        if not path or section.get("weights_only") is False:  # who says so trusts any code in it
+        if not path or section.get("weights_only") is False:  # the user trusts any code in it
             return
         content = content_of(str(path))
         self._dump_config()
@@ -163,7 +163,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Lightning's, of what it was given
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Lightning refuses its arguments
             raise Mistake(f"trainer: {error}") from error
 
     @override
@@ -188,7 +188,7 @@ class CLI(LightningCLI):
             raise Mistake("trainer.max_steps is 0, and nothing would be trained: give at least 1")
         _require_strategy(trainer.strategy, trainer.accelerator)
         if trainer.precision == AUTO:
-            # in the configuration that is saved, too
+            # The saved configuration gets the resolved precision, too.
             trainer.precision, why = fast_precision(trainer.accelerator)
             rank_zero_info(f"precision: {trainer.precision}, since {why}")
 
@@ -202,7 +202,7 @@ def train(argv: list[str]) -> int:
     Returns:
         The exit status, 0.
     """
-    # of calls that LightningCLI makes; the user can't mend them
+    # These warnings are about calls of LightningCLI, which the user cannot change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     CLI(argv)
     _leave_ranks()
@@ -210,7 +210,7 @@ def train(argv: list[str]) -> int:
 
 
 def _require_strategy(strategy: Any, accelerator: Any) -> None:
-    """Refuse a name that Lightning has no strategy of, or whose strategy can't work on a CPU."""
+    """Refuse the name of a strategy that Lightning does not have, or that cannot work on a CPU."""
     if not isinstance(strategy, str):
         return
     known = StrategyRegistry.available_strategies()
@@ -236,7 +236,7 @@ def _is_the_same_folder(one: Any, other: Any) -> bool:
 
 
 def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, str], str]]:
-    """The arguments without those like --trainer.callbacks.0.pattern, and these: number and key -> value."""
+    """Split off arguments such as --trainer.callbacks.0.pattern. Returns the rest, and (number, key) -> value."""
     rest: list[str] = []
     found: dict[tuple[int, str], str] = {}
     arguments = iter(argv)
@@ -254,10 +254,10 @@ def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, st
 
 
 def _with_recipes(argv: list[str]) -> list[str]:
-    """The arguments, with a recipe's file where --config has its name and no file is called so.
+    """Replace a recipe's name after --config by the recipe's file, unless there is a file of that name.
 
     Raises:
-        Mistake: For a file that isn't there, or holds no configuration.
+        Mistake: If a file is missing, or holds no configuration.
     """
     known = recipes()
 
@@ -282,7 +282,7 @@ def _with_recipes(argv: list[str]) -> list[str]:
 def _require_configuration(name: str, known: Iterable[str]) -> None:
     """Refuse a --config that jsonargparse couldn't read."""
     path, load_error = Path(name), yaml_loader()[1]
-    if "://" in name or name.lstrip().startswith("{"):  # what fsspec opens, and configurations on the command line
+    if "://" in name or name.lstrip().startswith("{"):  # fsspec's URLs, and configurations as text
         return
     if path.is_dir():
         raise Mistake(f"--config {name} is a folder: give a YAML file, or a recipe's name")
@@ -305,13 +305,13 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
 
 
 def _leave_ranks() -> None:
-    """End this process's part in the process group, which torch leaves to whoever runs the training.
+    """Leave the process group, because torch does not do so by itself.
 
-    Otherwise a thread of Gloo may still hold a tensor while Python ends, and aborts a process that had done its work.
-    Not called after an error: other ranks may be inside a collective, and this would wait for them.
+    Otherwise a thread of Gloo may still hold a tensor while Python ends, and abort a process that has done its work.
+    Do not call this after an error: other ranks may be inside a collective, and the barrier would wait for them.
     """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # rank 0 keeps the store by which the others leave
+        dist.barrier()  # the others need rank 0's store to leave
         dist.destroy_process_group()

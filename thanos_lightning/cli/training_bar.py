@@ -1,4 +1,4 @@
-"""A training as one line: which optimizer step of how many, its loss, the monitored metric, the time left."""
+"""Shows a training in one line: the optimizer step of how many, the loss, the monitored metric and the time left."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TrainingBar(ProgressBar):
         self._looking = None
 
     def _monitored(self, trainer: Trainer) -> list[str]:
-        """What the Trainer's callbacks look at, each once."""
+        """Name the metrics that the Trainer's callbacks monitor, each once."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         names = [name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)]
         return list(dict.fromkeys(names))
@@ -140,7 +140,7 @@ class TrainingBar(ProgressBar):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._looked()
 
-    # However it ends
+    # At the end, also after an error
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

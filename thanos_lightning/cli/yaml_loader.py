@@ -7,15 +7,15 @@ from typing import Any
 
 
 def yaml_loader() -> tuple[Any, type[Exception]]:
-    """A loader to which 2:4 is text, and the exception that it raises.
+    """Return a loader that reads 2:4 as text, and the exception that it raises.
 
-    YAML 1.1 reads an unquoted 2:4 as 124, a number to the base of 60, and 1e-4 as text. This one reads numbers as
-    YAML 1.2 does.
+    YAML 1.1 reads an unquoted 2:4 as 124, a number to the base of 60, and 1e-4 as text. This loader has no such base
+    and reads 1e-4 as a number.
     """
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Numbers as in YAML 1.2; no dates."""
+        """Reads 1e-4 as a number, and no base-60 numbers or dates."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's
             first: [
@@ -31,7 +31,6 @@ def yaml_loader() -> tuple[Any, type[Exception]]:
         r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
         r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
     )
-    # ints come second, as "12" is none of the floats
     for tag, expression in (("float", floating), ("int", integer)):
         Loader.add_implicit_resolver(
             f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{expression})$"), list("-+0123456789.")

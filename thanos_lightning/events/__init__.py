@@ -1,1 +1,1 @@
-"""What happens at an event, and before the first one."""
+"""Pruning events, and the checks, forecasts and sensitivity scans before the first event."""

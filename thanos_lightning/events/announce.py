@@ -1,4 +1,4 @@
-"""Say before the first batch what will be pruned, when, and about what it will take."""
+"""Announces before the first batch what is pruned, when, and roughly how much memory and time that takes."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def announce(
     collector: Collector,
     weighs: bool,
 ) -> None:
-    """Print it on rank 0, and warn where most of the model stays dense. All ranks must call it.
+    """Print the announcement on rank 0, and warn if most of the model stays dense. All ranks must call it.
 
     Args:
-        options: What the user asks for.
-        planner: Of the windows.
-        layers: Name -> layer, of all targets.
+        options: Options of the callback.
+        planner: Plans the windows.
+        layers: Name -> layer, for all targets.
         final: Name -> the pattern at the end.
-        windows: Planned so far.
-        module: Whose weights are counted.
-        trainer: That fits it.
-        past: Takes the numbers of weights into its report.
-        access: How the strategy's parameters are reached.
-        collector: Knows the calibration set.
-        weighs: Whether a calibration set is differentiated.
+        windows: The windows that are planned so far.
+        module: The model whose weights are counted.
+        trainer: The Trainer of this fit.
+        past: Its report takes the counts of weights.
+        access: Reads and writes the strategy's parameters.
+        collector: Gives the batches of the calibration set.
+        weighs: Whether backwards run on the calibration set.
     """
     census = take_census(module, layers)
     summary = past.report.summary
@@ -61,7 +61,7 @@ def announce(
             f"Conv1D; left out are {census.shares()}"
         )
     needs = options.solver.needs_statistics
-    with torch.random.fork_rng(devices=[]):  # which a training goes on with
+    with torch.random.fork_rng(devices=[]):  # must not change the training's random numbers
         batches = collector.batches(trainer, module) if options.calibration.batches is not None else None
     if not trainer.is_global_zero:
         return
@@ -70,6 +70,7 @@ def announce(
         steps = max((window.end_step - window.start_step for window in windows), default=0)
         number = steps * trainer.accumulate_grad_batches
     calibration = Calibration(number, tokens, batches is None, weighs, options.calibration.couples_rows)
+    events = scheduled_events(planner.schedule, trainer)
     scanned = planner.to_try(final) if any(window.scans for window in windows) else {}
     outlook = forecast(
         layers,
@@ -80,13 +81,14 @@ def announce(
         memory_gib=options.calibration.memory_gib if needs else None,
         is_sharded=not isinstance(access, ReplicatedAccess),
         levels=max(map(len, scanned.values()), default=0),
-        events=len({window.event.step for window in windows}),
+        events=len(events),
         pattern=options.pattern,
     )
+    pruned = {window.event.step for window in windows[: past.windows_done] if window.is_last and not window.scans}
     text = describe(
         census,
         final.values(),
-        scheduled_events(planner.schedule, trainer),
+        [event for event in events if event.step not in pruned],
         options.pattern,
         calibration,
         outlook,

@@ -1,4 +1,4 @@
-"""The weights as a training begins with them: what can't be pruned, and what is pruned already."""
+"""Checks the weights at the start of a training: some can't be pruned, and some are pruned already."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from thanos_lightning.sharding.owners import PruningError, raise_everywhere, res
 from thanos_lightning.solver import Unstructured
 from thanos_lightning.training.enforcement import MaskEnforcer
 
-# Of a layer's weights: fewer zeros come from elsewhere, as the rows of tokens that a vocabulary is padded with do.
+# A pruned layer has a larger fraction of zeros. Fewer zeros have other causes, such as a padded vocabulary.
 _PRUNED_BEFORE = 0.1
 
 
 def check_weights(layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
-    """Refuse weights that can't be pruned, before a training waits for that. All ranks call it.
+    """Refuse weights that can't be pruned, before the training spends time on them. All ranks must call it.
 
     Args:
-        layers: Name -> layer; this rank's pieces are looked at.
-        access: Reads them, and tells the other ranks.
+        layers: Name -> layer. Each rank checks its shard.
+        access: Reads the shards, and tells the other ranks.
 
     Raises:
-        PruningError: On all ranks, naming layers whose weights hold NaN or Inf.
+        PruningError: On all ranks, if a weight holds NaN or Inf. The message names a layer.
     """
     extremes = {}
     for name, layer in layers.items():
         piece = next(access.local_tensors(layer), None)
         if piece is not None and piece.tensor.numel():
-            # both are NaN where one entry is; in one tensor, so that a device is asked once
+            # A NaN entry makes both extremes NaN. They stay on the device, so that the host waits only once, below
             extremes[name] = torch.stack(torch.aminmax(piece.tensor)).float()
     finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist() if extremes else []
     own = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
@@ -49,18 +49,18 @@ def hold_zeros(
 ) -> dict[str, Unstructured]:
     """Hold the zeros of layers that were pruned before this training. All ranks must call it.
 
-    More than a tenth of such a layer is 0, but not all of it: so are layers that begin at 0 to be trained.
+    More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
 
     Args:
         layers: Name -> layer.
-        access: How the strategy's parameters are reached.
+        access: Reads and writes the strategy's parameters.
         enforcer: Takes the masks.
 
     Returns:
-        Name -> the share that is held, of layers that were pruned; the same on all ranks.
+        Name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
     """
     counts = access.gather({name: _count_zeros(layer, access) for name, layer in layers.items()})
-    found: dict[str, Unstructured] = {}
+    held: dict[str, Unstructured] = {}
     for name, layer in layers.items():
         zeros, total = (sum(numbers) for numbers in zip(*(counted[name] for counted in counts), strict=True))
         if not _PRUNED_BEFORE * total < zeros < total:
@@ -72,13 +72,13 @@ def hold_zeros(
         num_pruned = access.gather(0 if keep is None else size - int(keep.count_nonzero()))[0]
         drop = access.write(layer, None if weight is None or keep is None else weight.where(keep, 0), keep, owner=0)
         enforcer.hold(name, drop, num_pruned)
-        found[name] = Unstructured(num_pruned / size)
-    return found
+        held[name] = Unstructured(num_pruned / size)
+    return held
 
 
 def _count_zeros(layer: PrunableLayer, access: ParameterAccess) -> tuple[int, int]:
-    """Of the entries that this rank holds: how many are 0, and how many there are."""
+    """How many entries of this rank's shard are 0, and how many entries the shard has."""
     piece = next(access.local_tensors(layer), None)
-    if piece is None or piece.what != "weight":  # offloaded to a disk
+    if piece is None or piece.what != "weight":  # the weight is offloaded to disk
         return 0, 0
     return piece.tensor.numel() - int(piece.tensor.count_nonzero()), piece.tensor.numel()

@@ -1,4 +1,4 @@
-"""What pruning takes in memory beside the model, its gradients and its optimizer, by formulas."""
+"""Formulas for the memory that pruning takes beside the model, its gradients and its optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from thanos_lightning.solver.layer import SolverOptions
 
 
 def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
-    """Layers by what they read, as a rule, which only a forward knows.
+    """Group layers by the input that they read: a guess, since only a forward shows it.
 
-    Layers of one parent that are equally wide read the same (q, k, v; gate, up), but for the last one where it leads
-    back to that width (o).
+    Layers of one parent with equally many inputs read the same input (q, k, v; gate, up). The last layer of such a
+    group is the exception if it has as many outputs as inputs (o).
 
     Examples:
         >>> from torch import nn
@@ -34,11 +34,11 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
 
 
 def moments_bytes(layers: Sequence[PrunableLayer], *, coupled: bool = False) -> int:
-    """Of the second moments of a window, on each rank.
+    """Bytes for the second moments of a window, on each rank.
 
     Args:
-        layers: Of the window.
-        coupled: Whether there are those of each two outputs, too.
+        layers: The layers of the window.
+        coupled: Whether rows are coupled, so that second moments of output gradients are collected, too.
     """
     inputs = sum(group[0].cols ** 2 for group in sharing(layers))
     return 4 * (inputs + coupled * sum(layer.rows**2 for layer in layers))
@@ -54,15 +54,15 @@ def event_bytes(
     gathers: bool = False,
     again: bool = False,
 ) -> int:
-    """At the peak of a window's end, on the rank that needs most, its second moments included.
+    """Peak bytes at the end of a window, with its second moments, on the rank that needs most.
 
     Args:
-        layers: Of the window, in the order in which they are pruned.
-        options: Of the solver.
-        ranks: Their number.
+        layers: The layers of the window, in the order in which they are pruned.
+        options: Options of the solver.
+        ranks: Number of ranks.
         coupled: Whether rows are coupled.
-        pattern: What most are pruned to.
-        gathers: Whether a layer's owner gets a copy of its weight, as of one that is sharded.
+        pattern: The pattern of most layers.
+        gathers: Whether a layer's owner gets a copy of the weight, as it does of a sharded weight.
         again: Whether the layers have masks already.
     """
     counts = options.needs_statistics
@@ -72,13 +72,13 @@ def event_bytes(
     for rank in set(owners.values()):
         own = [layer for layer in layers if owners[layer.name] == rank]
         read = {layer.name: number for number, group in enumerate(sharing(own)) for layer in group}
-        if ranks > 1 and counts:  # while the sums of all ranks come in
+        if ranks > 1 and counts:  # the total over ranks arrives beside this rank's own sums
             peak = max(peak, moments + 4 * max(layer.cols for layer in own) ** 2)
         solved = 0
         for position, layer in enumerate(own):
             to_come = {read[other.name]: 4 * other.cols**2 for other in own[position + 1 :]}
             hessians = sum(to_come.values()) + 4 * layer.cols**2 if counts else 0
-            outputs = 4 * sum(other.rows**2 for other in own) if coupled else 0  # which stay to the end
+            outputs = 4 * sum(other.rows**2 for other in own) if coupled else 0  # these stay to the end
             waiting = sum(other.rows * other.cols for other in own[position:]) * (4 * gathers + again)
             working = options.peak_bytes(
                 layer.rows, layer.cols, coupled=coupled, pattern=pattern, device=layer.parameter.device

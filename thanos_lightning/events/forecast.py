@@ -1,4 +1,4 @@
-"""Before the first batch: what will be pruned, when, and about what it will take."""
+"""Forecasts before the first batch what is pruned, when, and roughly how much memory and time that takes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
 
 _WIDTH = 80
-_MOST_EVENTS = 6  # that are listed one by one
-# A solve takes so many times the operations of its formula (b³ + 4cb² of a layer (c, b)) at the rate of a matrix
-# product, and each later step twice those of a product of weight and Hessian. Measured on 256 to 2,048 columns, on one
-# thread of an AMD EPYC: within a factor of 1.5.
+_MOST_EVENTS = 6  # a longer schedule is abridged
+# The solve of a (c, b) layer takes this factor times as long as b³ + 4cb² operations at the rate of a matrix product.
+# Each later step takes as long as two products of weight and Hessian. Measured on 256 to 2,048 columns, on one thread
+# of an AMD EPYC: the forecast is within a factor of 1.5.
 _METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
-_COUPLED = 8.0  # times as long, with rows that are coupled
+_COUPLED = 8.0  # a solve with coupled rows takes so many times as long
 _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
-_rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision, each measured once a process
+_rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision; a process measures each once
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one event will take, about, in bytes and in seconds.
+    """Roughly what one event takes, in bytes and in seconds.
 
     Attributes:
         moments: Bytes for second moments, on each rank.
-        event: Bytes at the peak of an event, these included, on the rank that needs most.
+        event: Peak bytes of an event, with the second moments, on the rank that needs most.
         masks: Bytes for all masks, on each rank.
-        calibrating_seconds: Of a calibration set, or of counting training batches. None where it can't be told.
-        scanning_seconds: Of finding out what each layer would lose, before the first event.
-        solving_seconds: Of all solves.
+        calibrating_seconds: Time to run a calibration set, or to count training batches. None if it is not known.
+        scanning_seconds: Time of the sensitivity scan before the first event.
+        solving_seconds: Time of all solves.
     """
 
     moments: int
@@ -61,14 +61,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What an event is pruned on.
+    """The batches that an event is pruned on.
 
     Attributes:
-        batches: How many; None where it isn't known.
-        tokens: In each; None where it isn't known.
-        of_training: Whether they are the training's own, so that only counting them takes time.
-        differentiates: Whether a calibration set's outputs are weighted by gradients.
-        coupled: Whether by those of each two outputs.
+        batches: Number of batches; None if it is not known.
+        tokens: Tokens in each batch; None if it is not known.
+        of_training: Whether these are training batches, so that only counting them takes time.
+        differentiates: Whether backwards run on the calibration set, for output weights.
+        coupled: Whether rows are coupled.
     """
 
     batches: int | None
@@ -91,18 +91,18 @@ def forecast(
     events: int = 1,
     pattern: Pattern | None = None,
 ) -> Forecast:
-    """By formulas, and by the rate of a matrix product that is measured for a twentieth of a second.
+    """Forecast by formulas, and by the rate of a matrix product, which is measured for a twentieth of a second.
 
     Args:
-        layers: To prune.
-        census: Of the model.
-        options: Of the solver.
-        calibration: What an event is pruned on.
-        trainer: Its precision is that of the forward.
-        memory_gib: For the second moments; None holds all at once.
-        is_sharded: Whether each rank has a piece of the masks.
-        levels: At how many sparsities a scan looks at each layer; 0 without one.
-        events: Their number.
+        layers: The layers to prune.
+        census: Counts of the model's weights.
+        options: Options of the solver.
+        calibration: The batches that an event is pruned on.
+        trainer: Gives the precision of the forward.
+        memory_gib: Memory for the second moments; None holds all at once.
+        is_sharded: Whether each rank has a shard of the masks.
+        levels: Number of sparsities at which a scan looks at each layer; 0 without a scan.
+        events: Number of events.
         pattern: The main pattern.
     """
     ranks, targets = trainer.world_size, list(layers.values())
@@ -165,7 +165,7 @@ def _calibrating(
 
 
 def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
-    """Operations a second of a matrix product in float32, or in the precision of a Trainer's forward."""
+    """Operations per second of a matrix product in float32, or in the precision of a Trainer's forward."""
     precision = None if trainer is None else str(trainer.precision_plugin.precision)
     if (device, precision) not in _rates:
         dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
@@ -177,18 +177,18 @@ def _rate(device: torch.device, trainer: Trainer | None = None) -> float:
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = _MEASURED_SIZE if device.type == "cpu" else 8 * _MEASURED_SIZE
-    one = torch.ones(size, size, device=device, dtype=dtype)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
 
     def multiply(times: int) -> float:
         begin = time.perf_counter()
         for _ in range(times):
-            torch.nn.functional.linear(one, one)
+            torch.nn.functional.linear(matrix, matrix)
         finish(device)
         return time.perf_counter() - begin
 
-    multiply(1)  # what a first call sets up
+    multiply(1)  # the first call sets up the library
     times = max(1, int(_MEASURING_SECONDS / _MEASUREMENTS / max(multiply(1), 1e-6)))
-    # the best one: others on the machine may disturb the rest
+    # The fastest measurement counts, since other processes may slow down the rest
     return 2 * size**3 * times / min(multiply(times) for _ in range(_MEASUREMENTS))
 
 
@@ -196,9 +196,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def tokens_per_batch(batches: Any) -> tuple[int | None, int | None]:
-    """The number of batches, and of tokens in each, of a list or a dataloader; None where it can't be told.
+    """The number of batches of a list or a dataloader, and the tokens in each batch; None for what is not known.
 
-    Looks at one sample at most, and draws no random number that a training would miss.
+    Looks at one sample at most, and leaves the training's random numbers as they are.
 
     Examples:
         >>> tokens_per_batch([{"input_ids": torch.zeros(8, 128, dtype=torch.long)}] * 3)
@@ -216,7 +216,7 @@ def tokens_per_batch(batches: Any) -> tuple[int | None, int | None]:
 
 
 def _tokens(batch: Any) -> int | None:
-    """Of the first tensor of whole numbers: others are no tokens."""
+    """Number of tokens in `input_ids`, or else in the first tensor; None if that tensor is floating-point."""
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids", next(iter(batch.values())))
     while isinstance(batch, (list, tuple)):
@@ -224,7 +224,7 @@ def _tokens(batch: Any) -> int | None:
     return batch.numel() if isinstance(batch, Tensor) and batch.ndim and not batch.is_floating_point() else None
 
 
-# In words
+# The forecast as text
 
 
 def describe(
@@ -238,17 +238,17 @@ def describe(
     steps: int | None,
     steps_taken: int,
 ) -> str:
-    """All of it as a block of lines, none longer than 80 characters.
+    """The announcement as a block of lines, none longer than 80 characters.
 
     Args:
-        census: Of the model.
-        patterns: Of each layer, at the end.
-        events: Of the schedule.
+        census: Counts of the model's weights.
+        patterns: The final pattern of each layer.
+        events: The events of the schedule.
         main: The main pattern.
-        calibration: What an event is pruned on.
-        outlook: What it will take.
-        steps: Optimizer steps of the training; None where they aren't known.
-        steps_taken: So far.
+        calibration: The batches that an event is pruned on.
+        outlook: The memory and the time that an event takes.
+        steps: Optimizer steps of the training; None if the number is not known.
+        steps_taken: Optimizer steps taken so far.
     """
     layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
     weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"
@@ -260,12 +260,12 @@ def describe(
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))
     if to_come:
         sizes = [
-            (f"second moments {_bytes(outlook.moments)}", outlook.moments),
+            (f"statistics {_bytes(outlook.moments)}", outlook.moments),
             (f"an event {_bytes(outlook.event)} in all", outlook.event),
             (f"masks {_bytes(outlook.masks)}", outlook.masks),
         ]
-        told = ", ".join(text for text, size in sizes if size)
-        lines.append(_wrapped("memory", f"about: {told}"))
+        needs = ", ".join(text for text, size in sizes if size)
+        lines.append(_wrapped("memory", f"about: {needs}"))
         lines.append(_wrapped("time", _how_long(outlook, calibration, len(to_come))))
     return "\n".join(lines)
 

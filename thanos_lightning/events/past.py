@@ -1,4 +1,4 @@
-"""What a training has behind it: kept in checkpoints, and from one fit of a Trainer to its next."""
+"""The progress of a training. Checkpoints keep it, and so does the callback from one fit to the next."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from thanos_lightning.solver import Pattern
 
 @dataclass
 class Past:
-    """What has happened so far.
+    """What a training has done so far.
 
     Attributes:
-        optimizer_steps: How many were taken.
-        windows_done: How many windows of the plan were pruned or scanned.
-        patterns: Layer name -> what it was pruned to. Not in the state: masks say it there.
-        sensitivities: Layer name -> what a scan has found.
+        optimizer_steps: Number of optimizer steps taken.
+        windows_done: Number of windows of the plan that were pruned or scanned.
+        patterns: Layer name -> the pattern that the layer was pruned to. Not in the state, since masks hold it there.
+        sensitivities: Layer name -> the result of the sensitivity scan.
         measured: Optimizer steps at the last validation, and the monitored metric then.
-        old_scores: Monitors of checkpoints whose values are from before the last event, by what renews them.
-        report: What is told of it.
-        total_steps: Of a Trainer's first fit, of which the schedule has fractions. Not in the state.
+        old_scores: "step" or "validation", which renews a metric -> monitors whose values predate the last event.
+        report: The report of the training.
+        total_steps: Length of the Trainer's first fit if the schedule has fractions of it. Not in the state.
     """
 
     optimizer_steps: int = 0
@@ -40,12 +40,12 @@ class Past:
     total_steps: int | None = None
 
     def arguments(self, options: PruningOptions) -> dict[str, str]:
-        """What is asked, in words that a resumed training compares with its own."""
+        """The callback's arguments as text, which a resumed training compares with its own arguments."""
         length = {} if self.total_steps is None else {"max_steps": str(self.total_steps)}
         return options.in_words() | length
 
     def state(self, options: PruningOptions) -> dict[str, Any]:
-        """Plain values, which `of_state` reads; between fits, when no window is open and no mask is held."""
+        """The state as plain values, for `of_state`, while no fit runs: without a window's sums and without masks."""
         return {
             "format": CHECKPOINT_FORMAT,
             "arguments": self.arguments(options),
@@ -59,16 +59,16 @@ class Past:
             "event_parts": {},
             "measured": self.measured,
             "old_scores": self.old_scores,
-            "sensitivities": {name: found.state() for name, found in self.sensitivities.items()},
+            "sensitivities": {name: scan.state() for name, scan in self.sensitivities.items()},
             "save": "",
         }
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Past:
-        """Read what `state` wrote.
+        """Read a state that `state` or `PruningRun.state` returned.
 
         Raises:
-            MisconfigurationException: If another version of the package has written it.
+            MisconfigurationException: If a version of the package with another format wrote the state.
         """
         if state.get("format") != CHECKPOINT_FORMAT:
             raise MisconfigurationException(
@@ -78,7 +78,7 @@ class Past:
         return cls(
             optimizer_steps=state["optimizer_steps"],
             windows_done=state["windows_done"],
-            sensitivities={name: LayerSensitivity(**found) for name, found in state["sensitivities"].items()},
+            sensitivities={name: LayerSensitivity(**scan) for name, scan in state["sensitivities"].items()},
             measured=state["measured"] and tuple(state["measured"]),
             old_scores={by: list(monitors) for by, monitors in state["old_scores"].items()},
             report=PruningReport.from_state(state["report"]),

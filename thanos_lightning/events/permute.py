@@ -1,10 +1,10 @@
-"""Another order of a model's channels, which changes nothing that it computes, and in which N:M loses less.
+"""Reorders a model's channels so that an N:M pattern loses less, without changing what the model computes.
 
-An N:M pattern keeps N of each M neighbouring inputs, whichever they happen to be. But neighbours can be chosen: where
-the same reordering is applied to everything that writes channels and to everything that reads them, the model computes
-what it did (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021). A decoder has three kinds of such
-channels: those of the residual stream, which all layers share; those between the two halves of each MLP; and those of
-each value head.
+An N:M pattern keeps N of each M neighbouring inputs, so the order of the inputs decides what it can keep. The order is
+free: the model computes the same if all parameters that write some channels and all that read them are reordered alike
+(Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021). A decoder has three kinds of such channels: the
+residual stream, which all layers share; the channels between the two halves of each MLP; and the channels of each value
+head.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from thanos_lightning.solver.linalg import (
 )
 from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
 
-# Rows that are looked at for each set of channels, drawn at random: it has as many as all layers that read it together.
+# The search draws this many rows at random, out of the rows of all layers that read the same channels.
 _ROWS = 16384
-# Of the logits' norm: sums in another order differ by less. Norms are computed in float32, whatever the model's dtype.
+# Largest error of the logits over their norm: for float32 and float64, and for narrower dtypes. Rounding errs by less.
 _TOLERANCE, _TOLERANCE_OF_HALVES = 1e-3, 0.1
-_DAMPING = 0.01  # as the solver's default
+_DAMPING = 0.01  # the solver's default
 
 
 @dataclass(frozen=True)
 class Reordered:
-    """What became of some channels.
+    """A set of channels and its new order.
 
     Attributes:
-        channels: Which.
-        order: int64 (size,): place -> the channel that was there before.
-        kept_before: Of the scores of the weights that read them, the share that the pattern kept.
-        kept: That which it keeps now.
+        channels: The reordered channels.
+        order: int64 (size,): new position -> old position.
+        kept_before: Share of the scores that the pattern keeps in the old order, of the weights that read the channels.
+        kept: Share of the scores that the pattern keeps in the new order.
     """
 
     channels: Channels
@@ -64,10 +64,10 @@ class Reordered:
 
 
 def require_nm(pattern: Pattern | str) -> NM:
-    """The pattern, if it is one to which the order of channels matters.
+    """The pattern as an object. Only an N:M pattern depends on the order of channels.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the pattern is not N:M.
 
     Examples:
         >>> require_nm("2:4")
@@ -89,33 +89,33 @@ def permute_channels(
     memory_gib: float | None = None,
     seed: int = 0,
 ) -> list[Reordered]:
-    """Reorder the channels of a model, in place, so that an N:M pattern keeps more of what matters.
+    """Reorder the channels of a model, in place, so that an N:M pattern keeps weights of a higher total score.
 
-    What a weight is worth is g_i W_ij² c_j, with c_j the geometric mean of what a weight of input j costs if no other
-    adapts, H_jj, and if all others do, 1 / [H⁻¹]_jj, and g_i the mean square of the gradient at output i, of labels
-    that the model draws (lm/fisher.py). The model computes what it did, but for
-    the rounding of sums in another order; that is checked on the first batch. Do it before a Trainer has the model:
-    optimizers, and teachers whose hidden states are compared with the model's, know the order that it had.
+    The score of a weight is g_i W_ij² c_j. c_j is the geometric mean of two costs of a weight of input j: H_jj, if no
+    other weight adapts, and 1 / [H⁻¹]_jj, if all others adapt. g_i is the mean square of the loss's gradient at output
+    i, for labels that the model draws (calibration/fisher.py). The logits stay the same up to rounding: a check on the
+    first batch verifies that. Reorder before a Trainer has the model: optimizers depend on the old order, and so do
+    teachers whose hidden states are compared with the model's.
 
     Args:
         model: A causal LM that is built like Llama's, in any floating dtype, on one device.
-        batches: Arguments of its forward, such as {"input_ids": (batch, length)}; padding, by an attention_mask, does
-            not count. Some ten thousand tokens do.
-        pattern: N:M, the one that it will be pruned to.
+        batches: Arguments of the model's forward, such as {"input_ids": (batch, length)}. Padding that an
+            attention_mask marks does not count. Some ten thousand tokens are enough.
+        pattern: The N:M pattern that the model will be pruned to.
         targets: The layers that will be pruned, as for the callback.
-        ignore: The layers that won't.
-        memory_gib: Memory for the second moments of inputs. Where those of all targets don't fit, the batches
-            are run more than once. None holds all at once.
-        seed: Of the searches.
+        ignore: The layers that will not be pruned.
+        memory_gib: Memory for the second moments of inputs. If those of all targets don't fit, the batches run more
+            than once. None holds all at once.
+        seed: Seed of the searches.
 
     Returns:
-        What was reordered: the channels that a target reads.
+        The channels that a target reads, with their new orders.
 
     Raises:
-        ValueError: If the pattern isn't N:M or fits no channels, the model isn't known, or there are no batches, or
-            none with a token that counts.
+        ValueError: If the pattern is not N:M or fits no channels, if the model is not supported, if there are no
+            batches, or if no token reaches a target.
         ModuleNotFoundError: If SciPy is not installed.
-        RuntimeError: If the model computes something else than before; it has its old order then.
+        RuntimeError: If the reordered model computes other logits. The model has its old order then.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,15 +154,15 @@ def permute_channels(
         costs: dict[str, Float[Tensor, " cols"]] = {}
         for window in split_by_memory(list(layers.values()), memory_gib):
             costs |= _costs(model, batches, {layer.name: layer for layer in window})
-        # All are searched for before any is changed: the scores are of the order in which the inputs were measured
+        # Search all orders before the first change: the scores belong to the old order of inputs
         reordered = []
         with open_phase("Searching for orders", len(fitting), "sets of channels") as phase:
             for channels in fitting:
                 reordered.append(_search(channels, layers, costs, weights, parsed, generator))
                 phase.advance(note=channels.name)
-        for found in reordered:
-            reorder(parameters, found.channels, found.order)
-            applied.append(found)
+        for change in reordered:
+            reorder(parameters, change.channels, change.order)
+            applied.append(change)
         error = _relative_error(_logits(model, batches[0]), before)
         if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
             raise RuntimeError(
@@ -170,8 +170,8 @@ def permute_channels(
                 "built as it seems, and has its old order again. Prune it in that"
             )
     except BaseException:
-        for found in applied:
-            reorder(parameters, found.channels, found.order.argsort())
+        for change in applied:
+            reorder(parameters, change.channels, change.order.argsort())
         raise
     finally:
         for module, mode in modes:
@@ -180,7 +180,7 @@ def permute_channels(
 
 
 def _fits(channels: Channels, pattern: NM) -> bool:
-    """Whether each group of the pattern lies within them, wherever they are read."""
+    """Whether no group of the pattern crosses an edge of the channels, wherever a layer reads them."""
     starts = [start for place in channels.places if place.dim == 1 for start in place.starts]
     return all(number % pattern.m == 0 for number in (channels.size, *starts))
 
@@ -193,7 +193,7 @@ def _search(
     pattern: NM,
     generator: torch.Generator,
 ) -> Reordered:
-    """The best order that is found for some channels."""
+    """The best order that the search finds for a set of channels."""
     scores = []
     readers = [place for place in channels.places if place.dim == 1 and place.parameter in layers]
     rows = [layers[place.parameter].rows for place in readers for _ in place.starts]
@@ -213,13 +213,13 @@ def _search(
     )
 
 
-# What the model computes
+# Forwards and backwards of the model
 
 
 def _costs(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Mapping[str, PrunableLayer]
 ) -> dict[str, Float[Tensor, " cols"]]:
-    """What a weight of each input costs per square, for some of the targets."""
+    """The cost c of each target's inputs, for some of the targets."""
     statistics = InputStatistics(layers)
     statistics.start()
     try:
@@ -249,7 +249,7 @@ def _costs(
 def _output_weights(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], layers: Iterable[PrunableLayer]
 ) -> dict[str, Float[Tensor, " rows"]]:
-    """How much an error of each output counts; a layer that no gradient reaches loses nothing by any."""
+    """How much an error of each output counts. The outputs of a layer that no gradient reaches count 0."""
     by_name = {layer.name: layer for layer in layers}
     gradients = OutputGradients(by_name)
     gradients.start(of_training=False)
@@ -264,16 +264,16 @@ def _output_weights(
                 phase.advance()
     finally:
         gradients.stop()
-    # of one layer the squares of small gradients may be no numbers of float32
-    found = {name: one.double() for name, one in gradients.sums.items()}
-    total = sum(float(one.sum()) for one in found.values())
-    found = {name: (one / max(total, 1e-300)).float() for name, one in found.items()}
+    # Scale in float64, since squares of small gradients may leave the normal range of float32
+    sums = {name: squares.double() for name, squares in gradients.sums.items()}
+    total = sum(float(squares.sum()) for squares in sums.values())
+    sums = {name: (squares / max(total, 1e-300)).float() for name, squares in sums.items()}
     none = {name: torch.zeros(layer.rows) for name, layer in by_name.items()}
-    return {**none, **weights_of(found)}
+    return {**none, **weights_of(sums)}
 
 
 def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
-    """The same of one layer; nothing for inputs that were always zero."""
+    """The cost c of one layer's inputs; 0 for inputs that were always zero."""
     with exact_arithmetic(hessian.device):
         for damping in damping_ladder(_DAMPING):
             try:
@@ -293,7 +293,7 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, Any], *, differentiable:
         for name, value in batch.items()
         if name != "labels"
     }
-    # not under a caller's autocast, which keeps copies of weights that are changed here
+    # A caller's autocast would cache copies of the weights, and use them after the reordering
     with exact_arithmetic(model.device), torch.set_grad_enabled(differentiable):
         logits: Tensor = model(**arguments, use_cache=False).logits
     return logits

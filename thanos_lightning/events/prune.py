@@ -1,7 +1,7 @@
-"""One window: the sums go to the layers' owners, each owner solves its layers, all ranks write the results.
+"""Prunes one window: owners receive the sums of their layers and solve them, and all ranks write the results.
 
-Where ranks outnumber the layers of a window, the owner of a layer shares the work on its rows with others: its team.
-Nothing is written before every layer of the window is solved on every rank.
+If a window has fewer layers than there are ranks, the owner of a layer shares the work on the rows with its team.
+No rank writes before every layer of the window is solved.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ def prune_window(
     later: Collection[str] = (),
     on_writing: Callable[[], None] = lambda: None,
 ) -> list[LayerReport]:
-    """Solve the layers of a window, write them, and hold their masks.
+    """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
 
     Args:
         window: The layers and their patterns.
         layers: Name -> layer, of the window.
-        moments: What the layers are pruned on, and who prunes them.
-        access: How the strategy's parameters are reached.
+        moments: The statistics that the layers are pruned on, and the ranks that solve each layer.
+        access: Reads and writes the strategy's parameters.
         enforcer: Gives the masks of earlier events and takes the new ones.
-        options: For the solver.
-        later: The layers that have another window. If no token has reached one of them in this window, it is left as
-            it is; another such layer is pruned by its weights alone. Either is warned of.
+        options: Options of the solver.
+        later: The layers that a later window prunes, too. A layer that no token has reached in this window stays as it
+            is if it is one of them, and is pruned by magnitude otherwise. Both cases warn.
         on_writing: Called when all layers are solved, before the first one is written.
 
     Returns:
-        What was done, a row per layer in the window's order; the same on all ranks.
+        One report per layer, in the window's order. All ranks return the same.
 
     Raises:
-        PruningError: On all ranks alike, if no layer saw a token, the solver fails or a rank lacks memory. Nothing has
-            been written.
+        PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
+            changed.
     """
     chosen = dict(layers)
     blind: list[str] = []
@@ -70,10 +70,10 @@ def prune_window(
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
     sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
-    # in fp32, and their masks
+    # Bytes of a weight in fp32 and of its mask
     whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
     raise_everywhere(reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
-    # first all that talks, then all that solves
+    # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
     split = {team: chosen[name].rows for name, team in teams.items() if len(team) > 1}
@@ -111,21 +111,21 @@ def prune_window(
                     num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
                     solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
                     phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
-            except TeammateError:  # whose own error is raised below
+            except TeammateError:  # the member that failed raises its error below
                 pass
-            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+            except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)
         largest = max(whole, key=lambda name: whole[name])
         raise_everywhere(error or reserved({largest: whole[largest]}, access), access)
     facts: dict[str, tuple[int, float, float, float]] = {}
-    for part in access.gather({name: own.facts for name, own in solved.items()}):
+    for part in access.gather({name: result.facts for name, result in solved.items()}):
         facts.update(part)
     on_writing()
     reports = []
     with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
         for name, layer in chosen.items():
-            own = solved.pop(name, None)
-            weight, keep = (None, None) if own is None else (own.pruned.weight, own.pruned.mask)
+            result = solved.pop(name, None)
+            weight, keep = (None, None) if result is None else (result.pruned.weight, result.pruned.mask)
             drop = access.write(layer, weight, keep, owners[name])
             num_pruned, loss, relative_loss, seconds = facts[name]
             enforcer.hold(name, drop, num_pruned)
@@ -146,7 +146,7 @@ def prune_window(
 
 @dataclass(frozen=True)
 class _Solved:
-    """A layer that this rank owns, solved."""
+    """The result of a layer that this rank owns."""
 
     pruned: PrunedLayer
     num_pruned: int
@@ -154,11 +154,11 @@ class _Solved:
 
     @property
     def facts(self) -> tuple[int, float, float, float]:
-        """What the other ranks report of it."""
+        """What all ranks need for their reports."""
         return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
 
 
-def prune(
+def solve(
     weight: Tensor,
     inputs: Factors | None,
     keep: Tensor | None,
@@ -170,13 +170,13 @@ def prune(
     """Solve a layer, or this rank's rows of it.
 
     Args:
-        weight: (rows, in_features) that this rank has.
-        inputs: Of its Hessian; without one it is pruned by magnitude.
-        keep: The keep mask of earlier events, of the weight's shape, or None where there was none.
-        pattern: For the whole layer.
-        options: For the solver.
-        team: Who has the other rows.
-        output_weights: Of all rows of the layer, or None.
+        weight: (rows, in_features): the rows that this rank has.
+        inputs: The factors of the layer's Hessian. None prunes the layer by magnitude.
+        keep: The keep mask of earlier events, in the weight's shape; None if there is none.
+        pattern: The pattern of the whole layer.
+        options: Options of the solver.
+        team: The ranks that share the rows.
+        output_weights: How much an error of each of the layer's outputs counts; None counts all alike.
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
     if inputs is None and options.needs_statistics:
@@ -187,7 +187,7 @@ def prune(
 
 @dataclass
 class _Task:
-    """A layer to solve, and what this rank has of it: all on its owner; elsewhere the output weights."""
+    """A layer to solve, and this rank's tensors of it. Ranks other than the owner have only the output weights."""
 
     layer: PrunableLayer
     pattern: Pattern
@@ -197,14 +197,14 @@ class _Task:
     output_weights: Tensor | None
 
     def take_hessian(self) -> Tensor | None:
-        """The Hessian on the owner. The sum that it is made of is let go."""
+        """The Hessian on the owner. The task drops the sum from which it is computed, to free memory."""
         statistics, self.statistics = self.statistics, None
         return None if statistics is None else statistics.compute()
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """What the owner of a task has, for the other members of its team."""
+    """Tells a team which tensors the owner of a task has."""
 
     dtype: torch.dtype
     has_keep: bool
@@ -212,13 +212,13 @@ class _Outline:
 
 
 def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, _Outline]:
-    """The outlines of all tasks, on all ranks."""
+    """The outlines of all tasks. All ranks return the same."""
     own = {
         name: _Outline(task.weight.dtype, task.keep is not None, task.statistics is not None)
         for name, task in tasks.items()
         if task.weight is not None
     }
-    return {name: outline for told in access.gather(own) for name, outline in told.items()}
+    return {name: outline for part in access.gather(own) for name, outline in part.items()}
 
 
 def _solve_alone(
@@ -227,13 +227,13 @@ def _solve_alone(
     assert task.weight is not None
     statistics, task.statistics = task.statistics, None
     inputs = None if statistics is None else in_turn.take(statistics, before)
-    del statistics  # the sum, unless another layer has it
+    del statistics  # frees the sum, unless another layer shares it
     alone = Alone(task.layer.rows)
-    return prune(task.weight, inputs, task.keep, task.pattern, options, alone, task.output_weights)
+    return solve(task.weight, inputs, task.keep, task.pattern, options, alone, task.output_weights)
 
 
 def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
-    """The whole layer on its owner, None on the other members."""
+    """Solve a layer with its team. The owner gets the whole layer, the other members None."""
     cols = task.layer.cols
     with team.stage():
         hessian = task.take_hessian()
@@ -242,7 +242,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
         weight = team.hand_out(task.weight, cols, outline.dtype)
         keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
         inputs = None if hessian is None else Factors(hessian)
-        pruned = prune(weight, inputs, keep, task.pattern, options, team, task.output_weights)
+        pruned = solve(weight, inputs, keep, task.pattern, options, team, task.output_weights)
         whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
     if whole is None or mask is None:
         return None
@@ -250,7 +250,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
 
 
 def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], list[str]]:
-    """Those that are left for another window, and those that are pruned by their weights alone."""
+    """Split unseen layers into those that a later window prunes and those that are pruned by magnitude now."""
     postponed = [name for name in unseen if name in later]
     blind = [name for name in unseen if name not in later]
     why = "no token has reached (an expert may get none; attention may read a weight without calling its layer)"

@@ -1,4 +1,4 @@
-"""What lives during one fit: the plan, the window that is open, what is collected for it, and the masks that hold."""
+"""The state of one fit: the plan, the open window with its statistics, and the masks in force."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.solver import NM, Pattern
+from thanos_lightning.solver import Pattern
 from thanos_lightning.training.enforcement import MaskEnforcer, share_masks
 from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
@@ -50,25 +50,25 @@ from thanos_lightning.training.other_callbacks import (
 
 
 class PruningRun:
-    """One fit of a Trainer, once its model and optimizers are set up.
+    """One fit of a Trainer, made once its model and optimizers are set up.
 
     Args:
-        options: What the user asks for.
-        past: What is behind the training. Brought up to date as it goes on.
-        layers: Name -> layer, of all targets.
-        final: Name -> the pattern at the end, where all are alike.
-        trainer: That fits.
-        module: What it fits.
+        options: Options of the callback.
+        past: The progress of the training so far. The run keeps it up to date.
+        layers: Name -> layer, for all targets.
+        final: Name -> the pattern at the end, before an allocation.
+        trainer: The Trainer of this fit.
+        module: The module that it trains.
 
     Attributes:
-        access: How the strategy's parameters are reached.
+        access: Reads and writes the strategy's parameters.
         enforcer: Holds the masks.
-        collector: Collects for the window that is open.
-        windows: The plan, as far as it is known.
+        collector: Collects statistics for the open window.
+        windows: The plan. Windows after a sensitivity scan join when the scan is complete.
 
     Raises:
-        MisconfigurationException: On all ranks, for what can't be pruned as it is asked.
-        PruningError: On all ranks, for weights that can't be pruned.
+        MisconfigurationException: On all ranks, if the options do not suit the model or the Trainer.
+        PruningError: On all ranks, if weights can't be pruned.
     """
 
     def __init__(
@@ -100,26 +100,26 @@ class PruningRun:
         self.collector.check(trainer, module)
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            schedule = schedule.resolve(past.total_steps)  # of the fit before
+            schedule = schedule.resolve(past.total_steps)  # as in the fit before
         self._planner = self._new_planner(schedule)
         if schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []
-        self._steps_seen = 0  # at the end of the last batch
+        self._steps_seen = 0  # optimizer steps at the end of the last batch
         self._scores = BestScores(past.old_scores)
         self._held_back: list[EarlyStopping] = []
         self._handles: list[RemovableHandle] = []
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
-        self._sparsity: torch.Tensor | None = None  # as it is logged
+        self._sparsity: torch.Tensor | None = None  # the value to log
 
     # The beginning
 
     def begin(self, restored: Mapping[str, Any] | None) -> None:
-        """Go on from what is behind, and prune what is due before the first batch. All ranks must call it.
+        """Restore the earlier state, and prune what is due before the first batch. All ranks must call it.
 
         Args:
-            restored: The state of a checkpoint, or of the same Trainer's fit before; None where there is none.
+            restored: The state of a checkpoint, or of the same Trainer's previous fit; None for a fresh training.
         """
         options, past, trainer = self._options, self.past, self._trainer
         changed: dict[str, str] = {}
@@ -129,7 +129,7 @@ class PruningRun:
             self._restore_masks(share_masks(masks, self.access), changed)
         else:
             self._hold_zeros()
-            if trainer.global_step > 0:  # a checkpoint from before the callback was added
+            if trainer.global_step > 0:  # the checkpoint was saved without the callback
                 past.optimizer_steps = _steps_without_state(trainer)
         self._steps_seen = past.optimizer_steps
         self.windows = self._plan(restored)
@@ -198,18 +198,18 @@ class PruningRun:
             self.enforcer.set_mask(name, mask.keep)
 
     def _hold_zeros(self) -> None:
-        found = hold_zeros(self._layers, self.access, self.enforcer)
-        self.past.patterns.update(found)
-        if found:
-            first, pattern = next(iter(found.items()))
+        held = hold_zeros(self._layers, self.access, self.enforcer)
+        self.past.patterns.update(held)
+        if held:
+            first, pattern = next(iter(held.items()))
             rank_zero_warn(
-                f"{len(found)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros: these "
+                f"{len(held)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros: these "
                 "are kept from the first step on, and count towards the pattern. What the report calls dense is this "
                 "model. (To train such a layer's zeros, add it to ignore)"
             )
 
     def _counting_optimizer(self) -> Optimizer:
-        """The optimizer whose steps are the steps of the schedule: the first one that updates a target."""
+        """The first optimizer that updates a target. Its steps are the steps of the schedule."""
         for optimizer in self.access.optimizers:
             if self.access.stepped_by(optimizer, self._layers):
                 return optimizer
@@ -252,23 +252,23 @@ class PruningRun:
         return self._options.calibration.batches is not None and not self.access.can_differentiate
 
     def _wants_gradients(self, window: Window) -> bool:
-        """Whether outputs of a layer, or layers, are to be held against each other by the loss's gradients."""
+        """Whether gradients weigh outputs: only if rows or layers compete for zeros, or rows are coupled."""
         compete = (
             self._options.calibration.couples_rows
             or (self._planner.allocation is not None and window.scans)
-            or any(not isinstance(pattern, NM) or pattern.outlier_fraction for pattern in window.patterns.values())
+            or any(pattern.rows_compete for pattern in window.patterns.values())
         )
         return self._options.weighs_outputs and bool(compete)
 
     # Batches
 
     def begin_batch(self, batch: Any) -> None:
-        """A batch of the training begins: its forwards count."""
+        """Count the forwards of the training batch that begins."""
         self._scores.renewed(self._trainer, "step")
         self.collector.begin(batch, partial(loss_scale, self._trainer))
 
     def end_batch(self, outputs: Any) -> None:
-        """A batch has ended: prune what is due."""
+        """Prune what is due at the end of a training batch."""
         self.collector.end()
         self._clock.tick()
         before, now = self._steps_seen, self.past.optimizer_steps
@@ -277,18 +277,18 @@ class PruningRun:
             self._recorder.add(now, outputs)
             self._advance()
             every = self._options.verify_every_n_steps
-            if every and now // every > before // every:  # a batch may take several steps
+            if every and now // every > before // every:  # a batch may take several optimizer steps
                 self.enforcer.verify()
-        if self._sparsity is None:  # a number would be copied to the device at each batch
+        if self._sparsity is None:  # a tensor on the device saves a copy per batch
             self._sparsity = torch.tensor(self.enforcer.sparsity(), device=self._module.device)
         self._module.log("sparsity/total", self._sparsity)
 
     def begin_validation(self) -> None:
-        """Its time is not the training's."""
+        """Pause the clock, since validation is no training time."""
         self._clock.pause()
 
     def end_validation(self, value: float | None) -> None:
-        """A validation has ended, by which the monitored metric has this value; None where it says nothing."""
+        """Record the monitored metric after a validation; None if no metric is monitored."""
         self._clock.go_on()
         if value is not None:
             self.past.measured = (self.past.optimizer_steps, value)
@@ -308,7 +308,7 @@ class PruningRun:
     # Windows
 
     def _advance(self) -> None:
-        """Prune the windows that end here, and start to collect the one that begins here."""
+        """Prune or scan the windows that end at this step, and open the window that begins at it."""
         past = self.past
         while past.windows_done < len(self.windows):
             window = self.windows[past.windows_done]
@@ -317,7 +317,7 @@ class PruningRun:
                 if not is_open and window.end_step > window.start_step <= past.optimizer_steps:
                     self._collect(window)
                 return
-            # before a scan that the first event follows at once: a checkpoint of the validation has its sums
+            # Measure before a scan that the first event follows at once: a checkpoint saved meanwhile has the sums
             is_first = not past.report.events and (not window.scans or self._options.calibration.memory_gib is None)
             if is_first and self._options.monitor is not None:
                 past.report.summary.dense = self._measure()
@@ -330,7 +330,7 @@ class PruningRun:
             past.report.summary.pruned = self._measure()
 
     def _work(self, window: Window) -> None:
-        shown = self._trainer.progress_bar_callback is not None  # not where the user wants no bars
+        shown = self._trainer.progress_bar_callback is not None  # False if the user turned progress bars off
         with self._clock.event(), hidden(not shown), ends_on_sigterm():
             if window.scans:
                 self._scan(window)
@@ -360,14 +360,14 @@ class PruningRun:
 
     def _moments(self, window: Window) -> Moments:
         if self._options.solver.needs_statistics:
-            wanted = self._wants_gradients(window)
+            gradients = self._wants_gradients(window)
             self._clock.now("calibrating")
-            moments = self.collector.take(window, self._trainer, self._module, gradients=wanted)
+            moments = self.collector.take(window, self._trainer, self._module, gradients=gradients)
             self._clock.add("calibrating", moments.seconds)
             self.past.report.summary.collecting_seconds += moments.seconds
         else:
             moments = Moments.of_window(self._layers_of(window), self.access.world_size)
-        # what a calibration set or a validation has left is in the way of what is solved next
+        # A calibration set or a validation may leave whole copies of weights, whose memory the solves need
         self.access.release()
         return moments
 
@@ -409,7 +409,7 @@ class PruningRun:
         )
         self.past.patterns.update({layer.name: window.patterns[layer.name] for layer in layers})
         self._sparsity = None
-        self.past.measured = None  # of the weights before
+        self.past.measured = None  # the metric of the weights before this event is stale
         restart_averages(self._trainer, self._module)
         if not report.events or report.events[-1].step != window.event.step:
             report.events.append(EventReport(window.event.step, window.event.sparsity(self._options.pattern.sparsity)))
@@ -430,7 +430,7 @@ class PruningRun:
             self._write_report()
 
     def _measure(self) -> float:
-        """The monitored metric of the weights as they are, from the Trainer's own validation loop."""
+        """The monitored metric of the current weights, from the Trainer's own validation loop."""
         steps = self.past.optimizer_steps
         if self.past.measured is None or self.past.measured[0] != steps:
             validate_quietly(self._trainer)
@@ -444,7 +444,7 @@ class PruningRun:
     # The end
 
     def end(self) -> None:
-        """The training has ended: count the zeros, say what is missing, and write the report."""
+        """Count the zeros at the end of the training, warn of events that were missed, and write the report."""
         report, trainer = self.past.report, self._trainer
         self.enforcer.verify()
         if self._options.monitor is not None and report.events:
@@ -464,7 +464,7 @@ class PruningRun:
         elif self.windows:
             last = self.windows[-1].end_step
             self._scores.warn_of_none(trainer, last)
-            # else it was said at the beginning, or is a fast_dev_run
+            # If the Trainer planned to end here, planning has warned already, or this is a fast_dev_run
             if self.past.optimizer_steps == last and trainer.estimated_stepping_batches != last:
                 rank_zero_warn(
                     f"the training ended with its last event, at optimizer step {last}: no step was left in which the "
@@ -476,7 +476,7 @@ class PruningRun:
             print_summary(report, self.enforcer.sparsity())
 
     def stop(self) -> None:
-        """Remove all hooks, and give back what was held back. The masks stay, for a checkpoint after the fit."""
+        """Remove all hooks, and give EarlyStopping back to the Trainer. The masks stay for a checkpoint."""
         release_stopping(self._trainer, self._held_back)
         for handle in self._handles:
             handle.remove()
@@ -486,7 +486,7 @@ class PruningRun:
 
     @property
     def report_path(self) -> Path:
-        """Where the report is written."""
+        """Path of the report."""
         return Path(self._trainer.default_root_dir) / "pruning_report.json"
 
     def _write_report(self) -> None:
@@ -499,11 +499,11 @@ class PruningRun:
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Plain values, the same on all ranks, but for two things. While a window is open all ranks must call it.
+        """The state as plain values. All ranks must call it while a window is open or if masks are sharded.
 
-        The sums of an open window: rank 0, which writes the checkpoint, has those of all ranks, and the others have
-        their own. And where each rank writes a file of its own (ZeRO-3), it has its own sums and its share of the
-        masks: each mask is in one of the files.
+        All ranks return the same, except for the report's times and losses, and in two cases. For an open window, rank
+        0, which writes the checkpoint, has the sums of all ranks, and every other rank has its own. If each rank writes
+        a file (ZeRO-3), each rank has its own sums and its share of the masks: each mask is in one of the files.
         """
         self._recorder.settle()
         return self.past.state(self._options) | {
@@ -511,7 +511,7 @@ class PruningRun:
             "masks": self._masks(),
             "collected": self.collector.state(),
             "event_parts": dict(self._clock.parts),
-            # where each rank writes a file, they tell by it whether they were written together
+            # The files of all ranks share this id, which shows that they are of one save
             "save": self.access.gather(uuid.uuid4().hex)[0] if self.access.saves_every_rank else "",
         }
 
@@ -529,7 +529,7 @@ class PruningRun:
 
 
 def _steps_without_state(trainer: Trainer) -> int:
-    """The optimizer steps behind a checkpoint that has no state of the callback."""
+    """The optimizer steps before a checkpoint that holds no state of the callback."""
     if len(trainer.optimizers) > 1:
         raise MisconfigurationException(
             "the checkpoint has no pruning state, and with several optimizers its steps can't be counted: load its "

@@ -1,6 +1,6 @@
-"""Before the first event: what each layer would lose, so that it can be decided how, and when, each is pruned.
+"""The sensitivity scan before the first event, which finds what each layer would lose, for an allocation.
 
-Nothing is written. As for pruning, the sums go to the layers' owners, owners solve, all ranks learn all results.
+The scan changes no weight. As in pruning, owners receive the sums of their layers and solve them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
-# OWL's M: a score is an outlier where it is so many times the mean (arXiv 2310.05175, section 3.1)
+# OWL's M: a score is an outlier if it exceeds this multiple of the mean (arXiv 2310.05175, section 3.1)
 _OUTLIER = 5.0
 
 
@@ -35,21 +35,21 @@ def scan_window(
     options: SolverOptions,
     tried: Mapping[str, Sequence[Pattern]],
 ) -> dict[str, LayerSensitivity]:
-    """Look at the layers of a window. All ranks must call it.
+    """Scan the layers of a window. All ranks must call it.
 
     Args:
-        window: The layers.
-        layers: Name -> layer.
-        moments: Of the layers, with accumulators.
-        access: How the strategy's parameters are reached.
-        options: For the solver. Its steps after the method are left out: they change little between layers.
-        tried: Name -> the patterns whose losses are found out.
+        window: The window of the scan.
+        layers: Name -> layer, of the window.
+        moments: The statistics of the layers, with accumulators.
+        access: Reads the strategy's parameters.
+        options: Options of the solver. The scan skips ADMM and refinement, which change little between layers.
+        tried: Name -> the patterns whose losses the scan computes.
 
     Returns:
-        Name -> what was found out, the same on all ranks.
+        Name -> the sensitivity of the layer. All ranks return the same.
 
     Raises:
-        PruningError: On all ranks alike, if no layer saw a token or the solver fails.
+        PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.
     """
     assert moments.accumulators is not None, "refused where a method has no statistics"
     unseen = unseen_layers(layers, moments.accumulators, access)
@@ -59,7 +59,7 @@ def scan_window(
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
     raise_everywhere(reserved(in_fp32, access), access)
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
-    own: dict[str, LayerSensitivity] = {}
+    scanned: dict[str, LayerSensitivity] = {}
     error: tuple[str, Exception] | None = None
     mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
     with open_phase("Finding out what each layer would lose", len(mine), "layers") as phase:
@@ -68,14 +68,14 @@ def scan_window(
             assert weight is not None
             try:
                 inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
-                own[name] = _scan_layer(weight, inputs, tried[name], options, moments.output_weights.get(name))
+                scanned[name] = _scan_layer(weight, inputs, tried[name], options, moments.output_weights.get(name))
                 phase.advance(note=name)
-            except Exception as failure:  # out of memory too: the other ranks would wait for this one
+            except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)
                 break
     raise_everywhere(error, access)
     unknown = {name: LayerSensitivity({}, 0.0) for name in unseen}
-    return unknown | {name: scan for found in access.gather(own) for name, scan in found.items()}
+    return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
 
 
 def _scan_layer(

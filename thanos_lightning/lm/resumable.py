@@ -1,4 +1,4 @@
-"""A DataLoader that goes on in the middle of an epoch, under any number of processes."""
+"""A DataLoader that resumes in the middle of an epoch, with any number of processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class EpochSampler(DistributedSampler[int]):
     """Indices in an order that depends on the seed and the epoch alone, from a given position on.
 
     Args:
-        dataset: What has a length.
-        num_replicas: Processes that share the samples.
-        rank: This process.
+        dataset: A data set with a length.
+        num_replicas: Number of processes that share the samples.
+        rank: Rank of this process.
         shuffle: Whether to permute. If not, all epochs have the order of the data set.
-        seed: Of the permutations.
+        seed: Seed of the permutations.
 
     Attributes:
-        skip: Leading indices of this process to leave out.
+        skip: Number of this process's leading indices to leave out.
     """
 
     def __init__(self, dataset: Dataset[Any], num_replicas: int, rank: int, shuffle: bool, seed: int) -> None:
@@ -34,25 +34,25 @@ class EpochSampler(DistributedSampler[int]):
 class ResumableDataLoader(DataLoader[Any]):
     """A DataLoader whose state is how far it got, for Lightning to keep in its checkpoints.
 
-    The order of the samples is a function of the seed and the epoch; the state counts the samples that all processes
-    together have been handed. So a resumed run continues with the sample after, without fetching those before, also
-    with another batch size or number of processes (then exactly, where the count is a multiple of the new
-    number). What worker processes have fetched ahead does not count.
+    The order of the samples depends on the seed and the epoch only. The state counts the samples that were handed out
+    in all processes together. Samples that worker processes have only prefetched do not count. A resumed run continues
+    with the next sample and does not fetch the earlier ones. The batch size and the number of processes may change; the
+    position is exact if the count is a multiple of the new number of processes.
 
-    Its sampler shares the samples among `num_replicas` processes: Lightning finds a `DistributedSampler` and leaves it
-    alone. Lightning sets the epoch; in a loop of your own call `loader.sampler.set_epoch(epoch)`.
+    The sampler shares the samples among `num_replicas` processes. Lightning leaves it alone, as a `DistributedSampler`.
+    Lightning sets the epoch; in a loop of your own call `loader.sampler.set_epoch(epoch)`.
 
     Args:
         dataset: A map-style data set.
-        num_replicas: Processes that share the samples.
-        rank: This process.
+        num_replicas: Number of processes that share the samples.
+        rank: Rank of this process.
         shuffle: Whether to permute, differently in each epoch.
-        seed: Of the permutations, the same on all ranks.
-        sampler: For Lightning, which puts a `SequentialSampler` in for `overfit_batches`: like shuffle=False.
-        **kwargs: As for `DataLoader`.
+        seed: Seed of the permutations, the same on all ranks.
+        sampler: Lightning gives a `SequentialSampler` here for `overfit_batches`. It works like shuffle=False.
+        **kwargs: The other arguments of `DataLoader`.
 
     Raises:
-        ValueError: For another sampler: its order can't be known.
+        ValueError: If another kind of sampler is given, because its order is unknown.
 
     Examples:
         >>> loader = ResumableDataLoader(range(6), batch_size=2, seed=0)
@@ -85,26 +85,26 @@ class ResumableDataLoader(DataLoader[Any]):
         super().__init__(
             dataset, sampler=EpochSampler(dataset, num_replicas, rank, shuffle and sampler is None, seed), **kwargs
         )
-        self._batches = 0  # that have been handed out, of the current or last pass
-        self._skipped = 0  # samples of all processes that this pass began after
-        self._resume: dict[str, int] | None = None  # a state that has been loaded and not been used yet
+        self._batches = 0  # handed out in the current or last pass
+        self._skipped = 0  # samples of all processes before this pass began
+        self._resume: dict[str, int] | None = None  # a loaded state that was not used yet
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so that nothing is read before the first batch is asked for: Lightning calls iter() first, and
-        # sets the epoch after. Worker processes would by then have fetched batches of the wrong epoch.
+        # A generator reads nothing before the first batch is asked for. Lightning calls iter() before it sets the
+        # epoch, so worker processes would otherwise fetch batches of the wrong epoch.
         sampler = self.sampler
         resume, self._resume = self._resume, None
         self._batches = self._skipped = 0
-        if resume is not None and resume["epoch"] == sampler.epoch:  # else Lightning goes on with the epoch after
+        if resume is not None and resume["epoch"] == sampler.epoch:  # otherwise Lightning continues with the next epoch
             self._check_order(resume)
             self._skipped = resume["samples"]
         sampler.skip = self._skipped // sampler.num_replicas
         for batch in super().__iter__():
-            self._batches += 1  # before the consumer has it: a checkpoint is saved while it does
+            self._batches += 1  # before the yield: a checkpoint is saved while the consumer has the batch
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins: plain numbers, the same on all ranks."""
+        """Return where the next batch begins, as plain numbers that are the same on all ranks."""
         if self._resume is not None:
             return self._resume
         assert self.batch_size is not None
@@ -112,14 +112,14 @@ class ResumableDataLoader(DataLoader[Any]):
         return {"epoch": self.sampler.epoch, "samples": self._skipped + handed_out, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next pass where the state was taken, if it is a pass through the same epoch.
+        """Begin the next pass where the state was taken, if the pass is through the same epoch.
 
-        That pass raises a ValueError if its order is another one: another length of the data set, or another seed.
+        The pass raises a ValueError if the data set has another length or the seed differs, because the order differs.
         """
         self._resume = dict(state_dict)
 
     def _order(self) -> dict[str, int]:
-        """What the order of an epoch depends on."""
+        """Return what the order of an epoch depends on."""
         assert isinstance(self.dataset, Sized)
         return {"dataset_length": len(self.dataset), "seed": self.sampler.seed}
 

@@ -25,47 +25,47 @@ from thanos_lightning.lm.resumable import ResumableDataLoader
 from thanos_lightning.report.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
-CALIBRATION_BATCHES = 128  # unless the user says more or less
+CALIBRATION_BATCHES = 128  # the default
 _PYTHON_REFERENCE_MODULE = "pydoc_data.topics"
 _TOKENS = "input_ids"  # this name lets `datasets` keep them as int32
 
 
 class TextData(LightningDataModule):
-    """Text -> tokens -> full blocks, with an end-of-text token after each document.
+    """Turns text into tokens and full blocks of tokens, with an end-of-text token after each document.
 
-    Documents are tokenised with the special tokens that the tokenizer adds by itself, joined, and cut into blocks; what
-    is left after the last full block of each 1,000 documents is dropped. Tokens and blocks are kept in the cache of
-    `datasets`, so that a second run, or another rank, only maps them into memory.
+    Documents are tokenised with the special tokens that the tokenizer adds by itself, joined, and cut into blocks. In
+    each 1,000 documents, the tokens after the last full block are dropped. `datasets` keeps tokens and blocks in its
+    cache, so that a second run, or another rank, only maps them into memory.
 
-    A batch is `{"input_ids", "attention_mask", "labels"}`, each int64 of shape (batch_size, block_size). The training
-    batches can be resumed in the middle of an epoch; under several processes each gets its share.
+    A batch is `{"input_ids", "attention_mask", "labels"}`, each int64 of shape (batch_size, block_size). Training can
+    resume in the middle of an epoch. Each of several processes gets its share of the training batches.
 
     Args:
-        dataset: "python-reference" (the language reference that ships with Python: 465,000 characters on every
-            machine); a path, a glob or a list of both, of local text files, each file one document; or a hub name, or a
-            local folder, as `datasets.load_dataset` takes it.
+        dataset: "python-reference" is the language reference that ships with Python: 465,000 characters on every
+            machine. A path, a glob or a list of both means local text files, each of which is one document. Any
+            other value is a hub name or a local folder for `datasets.load_dataset`.
         tokenizer: A hub name, a local folder or "smollm2-135m".
         dataset_config: Name of the hub data set's configuration.
-        text_column: The column with the text of a hub data set.
+        text_column: The hub data set's column with the text.
         block_size: Tokens in a block.
         batch_size: Blocks in a batch, per process.
-        val_batch_size: The same for validation; None takes batch_size.
-        train_split: Split to train on, in the words of `load_dataset`: "train", "train[:1%]". Local files and the
+        val_batch_size: Blocks in a validation batch; None takes batch_size.
+        train_split: Split to train on, in the syntax of `load_dataset`: "train", "train[:1%]". Local files and the
             Python reference have "train" only.
         validation_split: Split to validate on. None holds back `validation_fraction` of the training split.
-        validation_fraction: Fraction of the documents that is held back; of the blocks, where there are too few
+        validation_fraction: Fraction of the documents to hold back. It is a fraction of the blocks if there are too few
             documents to hold one back.
-        max_train_blocks: Train on so many blocks at most. None takes all.
-        max_val_blocks: Validate on so many at most. None takes all.
-        calibration_batches: Batches that `calibration_dataloader` gives, at most; 131,072 tokens by default
+        max_train_blocks: Highest number of blocks to train on. None takes all.
+        max_val_blocks: Highest number of blocks to validate on. None takes all.
+        calibration_batches: Highest number of batches from `calibration_dataloader`; 131,072 tokens by default
             (docs/guide).
-        seed: Of the choice of what is held back, and of the order of the training batches.
+        seed: Seed of the choice of the held-back text, and of the order of the training batches.
         num_workers: Worker processes of each dataloader.
-        num_proc: Processes that tokenise. None does it in this one.
+        num_proc: Processes that tokenise. None uses this process.
 
     Raises:
-        ValueError: For arguments that can't be right, and at `setup` where there is no text, or too little to fill a
-            block, or no such column.
+        ValueError: If an argument is invalid. At `setup`, if there is no text, too little text to fill a block, or no
+            such column.
         ModuleNotFoundError: At `setup`, if this Python ships without its reference.
 
     Examples:
@@ -148,11 +148,11 @@ class TextData(LightningDataModule):
         self._train_loader: ResumableDataLoader | None = None
         self._train_state: dict[str, int] = {}  # loaded, for the next training dataloader
 
-    # What the Trainer calls, in its order
+    # What the Trainer calls, in order
 
     @override
     def prepare_data(self) -> None:
-        """Download, tokenise and pack into the cache, on one process of a machine."""
+        """Download, tokenise and pack into the cache, in one process per machine."""
         with open_phase("Preparing the text", adopts_bars=True):
             self._prepare()
 
@@ -201,9 +201,8 @@ class TextData(LightningDataModule):
             )
         return self._in_order(_first(blocks, self.calibration_batches * self.batch_size), self.batch_size)
 
-    # Lightning restores a dataloader's own state only while it makes the dataloader, and where `configure_optimizers`
-    # asks for the number of steps of an epoch that has happened before the checkpoint is read. The state of a
-    # datamodule is restored in time.
+    # Lightning restores a dataloader's own state only while it makes the dataloader. That is before the checkpoint is
+    # read if `configure_optimizers` asks for the number of steps. A datamodule's state is restored in time.
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -236,7 +235,7 @@ class TextData(LightningDataModule):
         return _first(train, self.max_train_blocks), _first(validation, self.max_val_blocks)
 
     def _load(self, split: str) -> Dataset:
-        """Documents in the column `text_column`."""
+        """Load a split as documents in a column `text`."""
         column = self.text_column
         if self._files:
             column = "text"
@@ -250,7 +249,7 @@ class TextData(LightningDataModule):
                 ) from error
         elif self.dataset == PYTHON_REFERENCE:
             column = "text"
-            # the version is in the cache's key: another Python has other text
+            # The version enters the cache's key, because another Python has other text.
             dataset = Dataset.from_generator(
                 _python_reference, gen_kwargs={"python_version": platform.python_version()}, split=split
             )
@@ -327,10 +326,10 @@ class TextData(LightningDataModule):
 
 
 def _local_files(dataset: str | list[str]) -> list[str]:
-    """The text files that are meant, in order; none if a hub name or a folder is meant.
+    """List the local text files in order. The list is empty if `dataset` is a hub name or a folder.
 
     Raises:
-        ValueError: If files are meant, and one is not there.
+        ValueError: If a path or glob of files matches no file.
     """
     if isinstance(dataset, str):
         is_files = glob.has_magic(dataset) or dataset.startswith(("~", "/", "./", "../")) or dataset.endswith(".txt")
@@ -352,7 +351,7 @@ def _local_files(dataset: str | list[str]) -> list[str]:
 
 
 def _python_reference(python_version: str) -> Iterator[dict[str, str]]:
-    """The topics of `help()`, one document each."""
+    """Yield the topics of `help()` as one document each."""
     try:
         topics = importlib.import_module(_PYTHON_REFERENCE_MODULE).topics
     except ModuleNotFoundError as error:
@@ -366,7 +365,7 @@ def _python_reference(python_version: str) -> Iterator[dict[str, str]]:
 
 def _tokenise(documents: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     texts = [text for text in documents["text"] if text and not text.isspace()]
-    # verbose: the tokenizer would warn of texts that are longer than the model takes; they are cut into blocks later
+    # verbose=False hides warnings of texts that are too long for the model: they are cut into blocks later.
     return {_TOKENS: tokenizer(texts, verbose=False)[_TOKENS] if texts else []}
 
 

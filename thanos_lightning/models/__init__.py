@@ -1,1 +1,1 @@
-"""What of a model is a matrix to prune."""
+"""Finds the weight matrices of a model that can be pruned."""

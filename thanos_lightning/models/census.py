@@ -1,4 +1,4 @@
-"""What of a model's weights the layers to prune have, and who has the others."""
+"""Counts a model's weights: those in the layers to prune, and those that stay dense."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, whole_shape
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, uncalled_layers, whole_shape
 
 
 @dataclass
 class Census:
-    """A model's weights, each counted once, whoever shares it, and whole, whatever piece of it a rank holds.
+    """Counts of a model's weights. A shared weight is counted once, and a sharded weight is counted whole.
 
     Attributes:
         num_targets: Layers to prune.
-        num_prunable: Layers that could be.
-        prunable: What these are called: "Linear", or "Conv1D" where there is one.
+        num_prunable: Layers that could be pruned.
+        prunable: Their kinds, such as "Conv1D and Linear".
         target_weights: Weights of the layers to prune.
         model_weights: All weights.
-        dense: Kind -> weights that stay dense. Who shares a weight with a kind before it has 0.
+        dense: Kind -> weights that stay dense. A weight that an earlier kind shares adds 0.
     """
 
     num_targets: int
@@ -37,7 +37,7 @@ class Census:
         return self.target_weights / max(1, self.model_weights)
 
     def shares(self, least: float = 0.01) -> str:
-        """The kinds that stay dense, the largest first, with their shares where these are not small.
+        """List the kinds that stay dense, largest first, with their shares of the model if these are at least `least`.
 
         Examples:
             >>> Census(1, 1, "Linear", 70, 100, {"norms": 0, "Conv2d": 30}).shares()
@@ -52,8 +52,8 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
     """Count the weights of a model.
 
     Args:
-        model: Any.
-        layers: Those of its layers that are to be pruned.
+        model: Any module.
+        layers: Name -> layer, of the layers to prune.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
@@ -62,9 +62,10 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
         >>> census.target_weights, census.model_weights, census.dense
         (32, 122, {'embeddings': 80, '2': 8, 'biases': 2})
     """
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
-    names = sorted({type(module).__name__ for _, module in modules if not isinstance(module, nn.Linear)} or {"Linear"})
-    census = Census(len(layers), len(modules), " and ".join(names))
+    uncalled = uncalled_layers(model)
+    modules = [m for name, m in model.named_modules() if isinstance(m, PRUNABLE) and name not in uncalled]
+    names = {"Linear" if isinstance(module, nn.Linear) else type(module).__name__ for module in modules}
+    census = Census(len(layers), len(modules), " and ".join(sorted(names)))
     targets = {id(layer.parameter) for layer in layers.values()}
     counted: set[int] = set()
     for name, module in model.named_modules():
@@ -81,7 +82,7 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
 
 
 def _kind(name: str, module: nn.Module, parameter_name: str, parameter: Tensor) -> str:
-    """What to call a weight that stays dense."""
+    """Return the kind of a weight that stays dense."""
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention's in_proj"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 _SUPPORTED = "decoders that are built like Llama's are (Llama, Mistral, Qwen2, Qwen3, SmolLM2)"
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-_PER_HEAD = ("q_norm", "k_norm")  # of queries and keys, which no channel here is
+_PER_HEAD = ("q_norm", "k_norm")  # they act on queries and keys, whose order is not free
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Place:
     """Where channels lie in a parameter.
 
     Attributes:
-        parameter: Its name.
-        dim: The dimension along which they lie: 1 is the inputs of a linear layer.
-        starts: Where they begin there; more than once where several heads read the same channels.
+        parameter: Name of the parameter.
+        dim: The dimension along which the channels lie: 1 is the inputs of a linear layer.
+        starts: Where the channels begin along `dim`; several places if several heads read the same channels.
     """
 
     parameter: str
@@ -36,9 +36,9 @@ class Channels:
     """Channels that may have any order, as long as it is the same in all places.
 
     Attributes:
-        name: What they are.
-        size: How many.
-        places: Where they lie.
+        name: What the channels are.
+        size: Number of channels.
+        places: Where the channels lie.
     """
 
     name: str
@@ -56,7 +56,7 @@ def exchangeable_channels(model: PreTrainedModel) -> list[Channels]:
         The residual stream, and for each decoder layer its MLP and its value heads.
 
     Raises:
-        ValueError: If the model has a parameter of which it is not known what a reordering would do to it.
+        ValueError: If the model has no such layers, or a parameter for which the effect of a reordering is unknown.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,7 +103,7 @@ def exchangeable_channels(model: PreTrainedModel) -> list[Channels]:
             others.append(Channels(f"{name} head {head}", width, tuple(places)))
     names = {parameter: name for name, parameter in parameters.items()}
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if embedding is not None and (name := names[embedding.weight]) not in known:  # tied, they are one
+        if embedding is not None and (name := names[embedding.weight]) not in known:  # may be tied: one parameter
             residual += place(name, 1)
             known.add(f"{name.removesuffix('weight')}bias")
     final = f"{model.base_model_prefix}.norm"
@@ -128,7 +128,7 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def reorder(parameters: Mapping[str, nn.Parameter], channels: Channels, order: Int[Tensor, " size"]) -> None:
-    """Bring channels into an order, wherever they lie."""
+    """Bring channels into a given order in every place where they lie."""
     for place in channels.places:
         parameter = parameters[place.parameter]
         for start in place.starts:

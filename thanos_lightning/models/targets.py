@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 PrunableModule: TypeAlias = nn.Linear | Conv1D
 PRUNABLE = (nn.Linear, Conv1D)
-IGNORED = ("lm_head",)  # unless the user says what; not every model has one
+IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,35 @@ class PrunableLayer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight, in its own layout. Read afresh: wrappers and moves may replace it."""
+        """The weight, as the module stores it. It is read anew each time, because wrappers and moves may replace it."""
         weight = self.modules[0].weight
         assert isinstance(weight, nn.Parameter), "checked by find_targets"
         return weight
 
     def oriented(self, tensor: Tensor) -> Tensor:
-        """A view of `tensor` in the other layout where they differ: parameter <-> (out_features, in_features)."""
+        """Convert between the parameter's layout and (out_features, in_features), by a view."""
         return tensor.t() if self.transposed else tensor
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, also where this rank holds a piece of it.
+    """Return the whole shape of a parameter, even if this rank holds only a piece of it.
 
     Examples:
         >>> whole_shape(nn.Linear(8, 4).weight)
         (4, 8)
     """
-    # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and remembers
+    # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and keeps the shape in ds_shape.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def matches(name: str, expression: str) -> bool:
-    """Whether a module's name is meant by a glob or a `re:` expression.
+    """Whether a glob or a `re:` expression matches a module's name.
 
     A glob may begin at any dot: `lm_head` means `model.lm_head` too, and `*` crosses dots. A regular expression must
     match the whole name.
 
     Raises:
-        ValueError: If the regular expression is none.
+        ValueError: If the regular expression is invalid.
 
     Examples:
         >>> matches("model.layers.0.mlp.up_proj", "mlp.*"), matches("model.layers.0.mlp.up_proj", "re:.*[.]0[.].*")
@@ -87,14 +87,14 @@ def matches(name: str, expression: str) -> bool:
 
 
 def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
-    """The expressions as a tuple, also where one alone was given.
+    """Return the expressions as a tuple, even if only one string was given.
 
     Args:
-        argument: What to call them in an error.
+        argument: Name of the argument, for an error.
         expressions: Globs or `re:` expressions of module names.
 
     Raises:
-        ValueError: If they are anything else.
+        ValueError: If the expressions are anything else.
 
     Examples:
         >>> check_expressions("targets", "*.mlp.*")
@@ -109,26 +109,26 @@ def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[
     for expression in expressions:
         if not isinstance(expression, str) or not expression:
             raise ValueError(f"{argument} holds {expression!r}: give globs or 're:' expressions as strings")
-        matches("", expression)  # whether it is one
+        matches("", expression)  # raises if the expression is invalid
     return tuple(expressions)
 
 
 def examples(names: Iterable[str]) -> str:
-    """The first three names, for a message."""
+    """List the first three names, for a message."""
     names = list(names)
     shown = ", ".join(names[:3])
     return f"{shown}, … ({len(names)} in all)" if len(names) > 3 else shown or "none"
 
 
 def did_you_mean(expression: str, names: Iterable[str]) -> str:
-    """The nearest part of a name, where one is near."""
+    """Suggest the part of a name that is nearest to the expression, or return "" if none is near."""
     parts = {part for name in names for part in name.split(".")}
     found = get_close_matches(expression.removeprefix("re:").strip("*.").rpartition(".")[2], parts, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Iterable[str]) -> None:
-    """Refuse an expression that leaves nothing out, which is most likely misspelt: what it meant would be pruned."""
+    """Refuse an expression that leaves nothing out. It is most likely misspelt, and what it means would be pruned."""
     for expression in expressions:
         if expression in IGNORED or any(matches(name, expression) for name in prunable):
             continue
@@ -149,12 +149,12 @@ def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Itera
 def uncalled_layers(
     model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ()
 ) -> list[str]:
-    """Names of the targets of which no inputs can be collected: torch's attention reads their weights itself.
+    """Names of the targets whose inputs can't be collected, because torch's attention reads their weights itself.
 
     Args:
         model: Any module.
         targets: As for `find_targets`.
-        ignore: Likewise.
+        ignore: As for `find_targets`.
 
     Examples:
         >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
@@ -177,23 +177,23 @@ def uncalled_layers(
 def find_targets(
     model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = IGNORED
 ) -> dict[str, PrunableLayer]:
-    """The layers to prune, in the order in which the model registers them, which is the same on all ranks.
+    """Find the layers to prune, in the order in which the model registers them. The order is the same on all ranks.
 
-    Prunable are `torch.nn.Linear` and transformers' `Conv1D`, but for those of `uncalled_layers`. Layers that share one
-    weight are one target.
+    Prunable layers are `torch.nn.Linear` and transformers' `Conv1D`, except those in `uncalled_layers`. Layers that
+    share one weight are one target.
 
     Args:
         model: Any module. Names are as `model.named_modules()` gives them.
         targets: Globs or `re:` expressions; each must match at least one prunable layer.
-        ignore: Layers to leave out, in the same words. All but "lm_head" must match a module.
+        ignore: Globs or `re:` expressions of layers to leave out. All but "lm_head" must match a module.
 
     Returns:
         Name -> layer.
 
     Raises:
-        ValueError: If an expression or all of them together match nothing; if layers are compiled, quantised or
-            reparametrised; if a weight is also that of a layer that isn't a target (a tied embedding); if a mere "*"
-            means a frozen teacher, LoRA's adapters or the layers that they adapt.
+        ValueError: If an expression matches nothing, or all of them together do; if layers are compiled, quantised or
+            reparametrised; if a target shares its weight with a module that is no target (a tied embedding); if a bare
+            "*" matches a frozen teacher, LoRA adapters, or the layers that they adapt.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -236,7 +236,7 @@ def find_targets(
     _check_weights(chosen)
     layers: dict[str, PrunableLayer] = {}
     seen: set[int] = set()
-    shared: dict[str, str] = {}  # with a module that is no target
+    shared: dict[str, str] = {}  # layer -> module that shares its weight but is no target
     for name, module in chosen.items():
         if id(module.weight) in seen:
             continue
@@ -260,7 +260,7 @@ def find_targets(
 
 
 def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
-    """Refuse what a mere "*" should not mean: a teacher beside the trained model, and what LoRA adapts."""
+    """Refuse a bare "*" that matches a teacher beside the trained model, LoRA adapters, or the layers they adapt."""
     caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
     roots: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
@@ -313,13 +313,13 @@ def _check_weights(layers: Mapping[str, PrunableModule]) -> None:
 
 
 def to_add(names: Iterable[str]) -> str:
-    """What to add to ignore, for a message."""
+    """Return what to add to ignore, for a message."""
     names = list(names)
     return " and ".join(map(repr, names)) if len(names) < 3 else "them, or a glob that matches them,"
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Refuse compiled modules: a compiled graph does not call the hooks that are added after it was made.
+    """Refuse compiled modules, because a compiled graph does not call hooks that are added after compilation.
 
     Raises:
         ValueError: Naming the compiled module.

@@ -1,1 +1,1 @@
-"""Numbers in, a list of windows out."""
+"""Plans which layers are pruned at which optimizer step, and how sparse each becomes."""

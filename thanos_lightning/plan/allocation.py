@@ -1,42 +1,42 @@
-"""Layers of unequal sparsity, which share one budget of zeros."""
+"""Gives layers unequal sparsities that together meet one budget of zeros."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.budget import by_loss, by_outliers, in_units
-from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
+from thanos_lightning.solver import Pattern
 
 By = Literal["loss", "outliers"]
 
-# How far a layer's sparsity may be from that of all. For "outliers" it is λ of the paper, half the distance between the
-# sparsest layer and the densest, of which one may be nearly all of it away from that of all.
+# How far a layer's sparsity may be from the overall sparsity. For "outliers" this is λ of the paper: the sparsest and
+# the densest layer are 2λ apart, so one of them may be nearly 2λ from the overall sparsity.
 _DEVIATIONS: Mapping[By, float] = {"loss": 0.15, "outliers": 0.08}
 
-SPARSEST_TRIED = 0.95  # no layer is looked at beyond this sparsity
+SPARSEST_TRIED = 0.95  # a scan tries no higher sparsity
 
-# Between limits that are nearer, the logarithm of a loss is linear enough: allocated by what they lose at 45 and 75 %,
-# SmolLM2-135M's layers lose 0.2 % more at 60 % than the best that five levels find; with 60 % for a third, 0.1 %.
+# Nearer limits need no third level, since the logarithm of a loss is linear enough there. At 60 %, SmolLM2-135M's
+# layers lose 0.2 % more with levels at 45 and 75 % than the best that five levels find, and 0.1 % more with 60 % added.
 _WIDE = 0.35
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Layers of unequal sparsity, together as sparse as the pattern asks for, to the weight (N:M: to the row).
+    """Gives layers unequal sparsities that together meet the pattern's sparsity, to the weight (N:M: to the row).
 
     Args:
-        by: "loss" minimises the sum of the layers' losses, as the solver predicts them at a few sparsities right before
-            the first event: with the callback's output weights, else relative losses. "outliers" is OWL, and keeps
-            more of the decoder layers in which more weights score five times the mean. The sparsity of a layer is at
-            most 0.15 from that of all by loss, and 0.16 by outliers, but for a row or a column of N:M and structured
-            layers.
+        by: "loss" minimises the sum of the layers' losses, which the solver predicts at a few sparsities right before
+            the first event. The losses have the callback's output weights, or are relative without these. "outliers"
+            is OWL: decoder layers with more scores above five times the mean keep more weights. The sparsity of a
+            layer is at most 0.15 from the overall sparsity by "loss", and 0.16 by "outliers". N:M and structured
+            layers may exceed this by a row or a column.
 
     Raises:
-        ValueError: If it is by neither.
+        ValueError: If `by` is neither.
 
     Examples:
         >>> Allocation("loss").limits(0.95)
@@ -50,23 +50,23 @@ class Allocation:
             raise ValueError(f"by is {self.by!r}: choose one of {', '.join(map(repr, get_args(By)))}")
 
     def limits(self, sparsity: float) -> tuple[float, float]:
-        """The smallest and the largest sparsity of a layer, where all together have this one."""
+        """The smallest and the largest sparsity of a layer, for this overall sparsity."""
         away = _DEVIATIONS["loss"] if self.by == "loss" else 2 * _DEVIATIONS["outliers"]
         return max(0.0, round(sparsity - away, 12)), min(1.0, round(sparsity + away, 12))
 
 
 def check_allocation(pattern: Pattern) -> None:
-    """Refuse an allocation that can't be met.
+    """Refuse a pattern that leaves nothing to allocate.
 
     Raises:
-        ValueError: Naming what leaves nothing to allocate.
+        ValueError: If the pattern is N:M in all rows, or not below the highest sparsity of a scan.
     """
-    if isinstance(pattern, NM) and not pattern.outlier_fraction:
+    if not pattern.rows_compete:
         raise ValueError(
             f"{pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction of the "
             "rows of all layers together that are to stay dense"
         )
-    if pattern.sparsity >= (most := sparsest(pattern).sparsity):
+    if pattern.sparsity >= (most := pattern.sparsest(SPARSEST_TRIED).sparsity):
         raise ValueError(
             f"a sparsity of {pattern.sparsity} leaves nothing to allocate, since no layer is looked at beyond "
             f"{most:g}: leave the allocation out, or ask for less"
@@ -74,10 +74,10 @@ def check_allocation(pattern: Pattern) -> None:
 
 
 def default_allocation(pattern: Pattern) -> Allocation | None:
-    """By loss; None where there is nothing to allocate.
+    """The default allocation, by loss; None if the pattern leaves nothing to allocate.
 
     Examples:
-        >>> from thanos_lightning.solver import Unstructured
+        >>> from thanos_lightning.solver import NM, Unstructured
         >>> default_allocation(Unstructured(0.6)), default_allocation(NM(2, 4))
         (Allocation(by='loss'), None)
     """
@@ -90,13 +90,13 @@ def default_allocation(pattern: Pattern) -> Allocation | None:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What was found out about a layer.
+    """The scan's result for a layer.
 
     Attributes:
-        losses: Sparsity -> relative loss of the layer if it were pruned to that; empty where no token has reached it.
-        outliers: Fraction of its scores |W|·‖X‖ that are five times their mean.
-        weighted_losses: Sparsity -> its loss with the output weights, which of several layers can be added up. None
-            where it has no output weights.
+        losses: Sparsity -> relative loss of the layer at that sparsity; empty if no token has reached the layer.
+        outliers: Fraction of the layer's scores |W|·‖X‖ that exceed five times their mean.
+        weighted_losses: Sparsity -> loss with the output weights. These losses of several layers can be added up. None
+            if the layer has no output weights.
     """
 
     losses: dict[float, float]
@@ -104,40 +104,30 @@ class LayerSensitivity:
     weighted_losses: dict[float, float] | None = None
 
     def state(self) -> dict[str, Any]:
-        """Plain values, by the names of the attributes."""
+        """The attributes as plain values, by name."""
         return asdict(self)
 
 
 def levels(pattern: Pattern, lowest: float, highest: float) -> list[Pattern]:
-    """Where a layer is tried: the limits of its sparsity, and between them the pattern itself if they are far apart.
+    """The levels that a scan tries: the limits of a layer's sparsity, and the pattern itself if they are far apart.
 
     Args:
-        pattern: Of all layers together.
-        lowest: Smallest sparsity of a layer; where it is 0, half the pattern's is looked at.
+        pattern: The pattern of all layers together.
+        lowest: Smallest sparsity of a layer. If it is 0, the scan tries half the pattern's sparsity instead.
         highest: Largest sparsity of a layer.
 
     Examples:
+        >>> from thanos_lightning.solver import NM, Unstructured
         >>> [level.sparsity for level in levels(Unstructured(0.5), 0.375, 0.625)]
         [0.375, 0.625]
         >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.25), 0.0, 1.0)]
         [0.1875, 0.5]
     """
-    most = sparsest(pattern)
+    most = pattern.sparsest(SPARSEST_TRIED)
     first = pattern.with_sparsity(lowest or pattern.sparsity / 2)
     last = most.with_sparsity(min(highest, most.sparsity))
     between = [pattern] if last.sparsity - first.sparsity > _WIDE else []
     return list({level.sparsity: level for level in (first, *between, last)}.values())
-
-
-def sparsest(pattern: Pattern) -> Pattern:
-    """The pattern of the same kind with the most zeros that a layer is given."""
-    match pattern:
-        case NM():
-            return replace(pattern, outlier_fraction=0.0)
-        case Unstructured():
-            return Unstructured(SPARSEST_TRIED)
-        case Structured():
-            return replace(pattern, sparsity=SPARSEST_TRIED * (1 - pattern.outlier_fraction))
 
 
 def allocate(
@@ -147,27 +137,27 @@ def allocate(
     final: Mapping[str, Pattern],
     pattern: Pattern,
 ) -> dict[str, Pattern]:
-    """The final pattern of each layer, those of the main pattern sharing their budget.
+    """The final pattern of each layer. Layers of the main pattern share one budget of zeros.
 
     Args:
-        allocation: How.
-        sensitivities: Name -> what was found out.
+        allocation: The rule to allocate by.
+        sensitivities: Name -> the scan's result.
         layers: Name -> layer.
-        final: Name -> the final pattern where all are alike. Overridden ones stay as they are.
+        final: Name -> the final pattern before the allocation. Overridden patterns stay as they are.
         pattern: The main pattern.
 
     Returns:
-        As `final`; layers that stay dense are missing.
+        Name -> the final pattern. Layers that stay dense are missing.
     """
-    shared = {name: layers[name] for name, its in final.items() if its == pattern}
+    shared = {name: layers[name] for name, planned in final.items() if planned == pattern}
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
     alike = {name: pattern.num_pruned(layer.rows, layer.cols) for name, layer in shared.items()}
     budget = sum(alike.values())
     lowest, highest = allocation.limits(pattern.sparsity)
     if allocation.by == "outliers":
         lowest, highest = 0.0, 1.0
-    highest = min(highest, sparsest(pattern).sparsity)
-    # whole weights, rows and columns go beyond a limit that is the pattern's own sparsity by a fraction of one
+    highest = min(highest, pattern.sparsest(SPARSEST_TRIED).sparsity)
+    # Include the pattern's own count, which rounding to whole weights, rows or columns can take beyond a limit
     lows = {name: min(lowest, alike[name] / size) for name, size in sizes.items()}
     tops = {name: max(highest, alike[name] / size) for name, size in sizes.items()}
     if allocation.by == "loss":
@@ -178,17 +168,18 @@ def allocate(
     else:
         ratios = _of_decoder_layers(sensitivities, sizes)
         counts = by_outliers(ratios, sizes, budget, _DEVIATIONS["outliers"], lowest=lows, highest=tops)
-    wanted = in_units(counts, {name: _units(pattern, layer) for name, layer in shared.items()})
+    units = in_units(counts, {name: pattern.units(layer.rows, layer.cols) for name, layer in shared.items()})
     allocated = {}
-    for name, its in final.items():
-        one = its if name not in shared else _with_units(its, wanted[name], layers[name])
-        if one is not None:
-            allocated[name] = one
+    for name, planned in final.items():
+        if name not in shared:
+            allocated[name] = planned
+        elif units[name]:
+            allocated[name] = planned.with_units(units[name], layers[name].rows, layers[name].cols)
     return allocated
 
 
 def _of_decoder_layers(sensitivities: Mapping[str, LayerSensitivity], sizes: Mapping[str, int]) -> dict[str, float]:
-    """The outlier ratio of the decoder layer that each layer is in: names up to their first number are its own."""
+    """The outlier ratio of each layer's decoder layer. Names of one decoder layer agree up to their first number."""
     groups: dict[str, list[str]] = {}
     for name in sizes:
         found = re.match(r".*?\.?\d+(?=\.)", name)
@@ -198,29 +189,3 @@ def _of_decoder_layers(sensitivities: Mapping[str, LayerSensitivity], sizes: Map
         total = sum(sizes[name] for name in names)
         ratios.update(dict.fromkeys(names, sum(sensitivities[name].outliers * sizes[name] for name in names) / total))
     return {name: ratios[name] for name in sizes}
-
-
-def _units(pattern: Pattern, layer: PrunableLayer) -> tuple[int, int]:
-    """How many zeros of a layer come and go together, and how often: one, those of a row, or those of a column."""
-    match pattern:
-        case Unstructured():
-            return 1, layer.rows * layer.cols
-        case NM():
-            return layer.cols // pattern.m * (pattern.m - pattern.n), layer.rows
-        case Structured():
-            return layer.rows - pattern.num_dense_rows(layer.rows), layer.cols - 1
-
-
-def _with_units(pattern: Pattern, count: int, layer: PrunableLayer) -> Pattern | None:
-    """A pattern of the same kind with so many zeros, rows that are not dense, or columns; None for none."""
-    if not count:
-        return None
-    match pattern:
-        case Unstructured():
-            # a hair more, since what is left of a weight is dropped
-            return Unstructured((count + 0.25) / (layer.rows * layer.cols))
-        case NM():
-            dense = layer.rows - count
-            return replace(pattern, outlier_fraction=(dense + 0.25) / layer.rows if dense else 0.0)
-        case Structured():
-            return replace(pattern, sparsity=count * (1 - pattern.outlier_fraction) / layer.cols)

@@ -1,8 +1,8 @@
-"""One budget of zeros, shared among layers: pure functions of numbers.
+"""Shares one budget of zeros among layers, by pure functions of numbers.
 
-A layer is described by how many weights it has and by what it would cost to prune it. `by_outliers` is OWL (Yin et al.,
-arXiv 2310.05175, section 3.2); `by_loss` minimises the sum of the losses that a solver predicts at a few sparsities.
-Both meet the budget exactly, in weights.
+Each layer has a number of weights and a cost of pruning them. `by_outliers` is OWL (Yin et al., arXiv 2310.05175,
+section 3.2). `by_loss` minimises the sum of the losses that a solver predicts at a few sparsities. Both meet the budget
+exactly, in weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-_RESOLUTION = 200  # steps of sparsity from 0 to 1 at which losses are looked up between the levels
+_RESOLUTION = 200  # grid steps from sparsity 0 to 1 at which the loss between the levels is interpolated
 
 
 def by_outliers(
@@ -23,24 +23,24 @@ def by_outliers(
     lowest: float | Mapping[str, float] = 0.0,
     highest: float | Mapping[str, float] = 1.0,
 ) -> dict[str, int]:
-    """How many weights of each layer are pruned, fewer where there are more outliers.
+    """Choose how many weights of each layer to prune: the more outliers, the fewer.
 
-    The kept fractions lie within an interval of the width 2·deviation, in the order of the outlier ratios and
-    proportional to them, moved so that the budget is met; where that takes a layer beyond a limit, it is at the limit.
+    The kept fraction of a layer is linear in the layer's outlier ratio. All kept fractions span an interval of width
+    2·deviation, which is shifted until the budget is met. A layer that a shift takes beyond a limit stays at the limit.
 
     Args:
-        outlier_ratios: Layer -> fraction of its scores |W|·‖X‖ that are a multiple of their mean.
+        outlier_ratios: Layer -> fraction of its scores |W|·‖X‖ that exceed a multiple of their mean.
         sizes: Layer -> number of its weights.
-        budget: Number of weights to prune, of all layers together.
+        budget: Number of weights to prune, in all layers together.
         deviation: λ of the paper.
-        lowest: Smallest sparsity that a layer may have, one for all or that of each.
-        highest: Largest sparsity that a layer may have, likewise.
+        lowest: Smallest sparsity of a layer: one number for all layers, or layer -> sparsity.
+        highest: Largest sparsity of a layer: one number for all layers, or layer -> sparsity.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
 
     Raises:
-        ValueError: If the budget can't be met within the limits, naming the closest that can.
+        ValueError: If the limits exclude the budget. The message names the closest sparsity within the limits.
 
     Examples:
         >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
@@ -57,7 +57,7 @@ def by_outliers(
     def moved(shift: float) -> dict[str, float]:
         return {name: min(max(1 - shift - kept[name], lows[name]), tops[name]) * size for name, size in sizes.items()}
 
-    # the more is kept of all, the fewer weights are pruned
+    # Bisection: the larger the shift of the kept fractions, the fewer weights are pruned
     less, more = -2.0, 1.0
     for _ in range(60):
         middle = (less + more) / 2
@@ -72,24 +72,24 @@ def by_loss(
     lowest: float | Mapping[str, float] = 0.0,
     highest: float | Mapping[str, float] | None = None,
 ) -> dict[str, int]:
-    """How many weights of each layer are pruned, so that the sum of the predicted losses is least.
+    """Choose how many weights of each layer to prune, so that the sum of the predicted losses is minimal.
 
-    Between the levels the logarithm of a loss is taken to be linear in the sparsity, and the lower convex hull of that
-    to be the loss. Then the next weight is always pruned where it costs least: at the optimum all layers that are
-    within their limits lose equally much by one weight more.
+    The logarithm of a loss is interpolated linearly between the levels. The lower convex hull of this interpolated loss
+    makes the greedy choice optimal: it always prunes where the next weight costs least. At the optimum, one more weight
+    costs equally much in all layers within their limits.
 
     Args:
         losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
         sizes: Layer -> number of its weights.
-        budget: Number of weights to prune, of all layers together.
-        lowest: Smallest sparsity of a layer, one for all or that of each.
-        highest: Largest sparsity of a layer, likewise; None is its last level.
+        budget: Number of weights to prune, in all layers together.
+        lowest: Smallest sparsity of a layer: one number for all layers, or layer -> sparsity.
+        highest: Largest sparsity of a layer, in the same form. None stands for the layer's last level.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
 
     Raises:
-        ValueError: If the budget can't be met within the limits, naming the closest that can.
+        ValueError: If the limits exclude the budget. The message names the closest sparsity within the limits.
 
     Examples:
         >>> losses = {"cheap": {0.25: 1.0, 0.5: 2.0, 0.75: 4.0}, "dear": {0.25: 10.0, 0.5: 20.0, 0.75: 40.0}}
@@ -118,11 +118,11 @@ def by_loss(
 
 
 def loss_at(levels: Mapping[float, float], sparsity: float) -> float:
-    """What is lost at a sparsity between levels: log-linear there and beyond the last, linear from 0 to the first.
+    """The loss at a sparsity: log-linear between the levels and beyond the last, linear from 0 to the first.
 
     Args:
-        levels: Sparsity of each level in (0, 1] -> loss. With one level alone all is linear.
-        sparsity: Where.
+        levels: Sparsity of each level in (0, 1] -> loss. A single level makes the loss linear everywhere.
+        sparsity: The sparsity at which the loss is interpolated.
 
     Examples:
         >>> round(loss_at({0.25: 1.0, 0.75: 4.0}, 0.5), 6)
@@ -139,7 +139,7 @@ def loss_at(levels: Mapping[float, float], sparsity: float) -> float:
 
 
 def _hull(levels: Mapping[float, float], lowest: float, highest: float) -> list[tuple[float, float]]:
-    """Segments of the lower convex hull of a loss: (sparsity at its end, slope), slopes rising."""
+    """Segments of the lower convex hull of a loss, as (sparsity at the segment's end, slope). Slopes rise."""
     grid = [step / _RESOLUTION for step in range(_RESOLUTION + 1)]
     points = [lowest, *(x for x in grid if lowest < x < highest), highest]
     corners: list[tuple[float, float]] = []
@@ -156,13 +156,13 @@ def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
 
 
 def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Counts in whole units of each layer, such as rows: what one is rounded by is made up for by the next.
+    """Round counts to whole units of each layer, such as rows. The next layer makes up for the rounding error.
 
-    So the sum differs from that of the counts by half a unit at most, but for what a layer has no units for.
+    The sums of weights before and after differ by half a unit at most, unless a layer lacks units.
 
     Args:
         counts: Layer -> number of weights.
-        units: Layer -> number of weights of a unit, and of its units.
+        units: Layer -> (weights in a unit, units in the layer).
 
     Returns:
         Layer -> number of units.
@@ -171,12 +171,12 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
         >>> in_units({"a": 14, "b": 14, "c": 14}, dict.fromkeys("abc", (10, 5)))
         {'a': 1, 'b': 2, 'c': 1}
     """
-    found, carried = {}, 0
+    rounded, carried = {}, 0
     for name, count in counts.items():
         size, most = units[name]
-        found[name] = min(most, max(0, round((count + carried) / size)))
-        carried += count - found[name] * size
-    return found
+        rounded[name] = min(most, max(0, round((count + carried) / size)))
+        carried += count - rounded[name] * size
+    return rounded
 
 
 def _of_each(limit: float | Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
@@ -186,8 +186,8 @@ def _of_each(limit: float | Mapping[str, float], sizes: Mapping[str, int]) -> Ma
 def _limits(
     budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The least and the most weights of each layer, between whose sums the budget has to be."""
-    # a limit that is a number of weights over a layer's size has to be that number again
+    """The fewest and the most pruned weights of each layer. Their sums must enclose the budget."""
+    # A limit may be a count over the layer's size: the slack makes it the same count again
     slack = {name: 1e-9 + 1e-12 * size for name, size in sizes.items()}
     least = {name: math.ceil(lowest[name] * size - slack[name]) for name, size in sizes.items()}
     most = {name: max(least[name], math.floor(highest[name] * size + slack[name])) for name, size in sizes.items()}
@@ -202,7 +202,7 @@ def _limits(
 
 
 def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Round to whole numbers with a given sum, the largest remainders up."""
+    """Round to whole numbers with a given sum: the largest remainders are rounded up."""
     counts = {name: min(sizes[name], math.floor(count + 1e-9)) for name, count in wanted.items()}
     missing = budget - sum(counts.values())
     by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])

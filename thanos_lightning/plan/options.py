@@ -1,4 +1,4 @@
-"""What a user asks of the callback: what can't be right, what changes nothing, and what is no longer as it was."""
+"""Options of the callback. Options that cannot be right, or that change nothing, are refused."""
 
 from __future__ import annotations
 
@@ -9,43 +9,42 @@ from typing import Any, Literal
 
 from thanos_lightning.models.targets import check_expressions
 from thanos_lightning.plan.allocation import Allocation, check_allocation
-from thanos_lightning.plan.patterns import TargetOverride, check_overrides
+from thanos_lightning.plan.overrides import TargetOverride, check_overrides
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
-CALIBRATION_STEPS = 32  # unless the user says more or less
+CALIBRATION_STEPS = 32  # the default of calibration.steps
 _AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationOptions:
-    """What layers are pruned on: the inputs of which batches, and how much an error at each output counts.
+    """Calibration of the solver: on which batches, and how much an error at each output counts.
 
     Args:
-        batches: Prune on these instead of training batches, run at the event. "datamodule" asks the datamodule, or the
-            LightningModule, for `calibration_dataloader()`. Batches go through `calibration_step(batch)` where the
-            module has one; else mappings go through `pl_module(**batch)`, and tuples, tensors and the like through
-            `training_step(batch, 0)`, in evaluation mode and with its `self.log` dropped (not under manual
-            optimization, where it would train). Where output weights are wanted, that has to return the loss
-            (`CausalLM` returns that of labels which it draws itself, whose gradients say more), and a backward is run
-            that leaves parameters' gradients alone; not under ZeRO-3 where DeepSpeed gathers modules as a whole, such
-            as mixtures of experts: all outputs count alike then.
-        steps: Optimizer steps whose training batches are accumulated before an event, at most; a window never reaches
-            back past the event before.
-        attention_mask_key: Where a batch keeps the mask of real tokens; None counts every token.
-        memory_gib: Memory for the second moments, of inputs and of outputs' gradients. Layers are split into windows
-            that fit, front to back, each collected after the earlier ones are pruned. None holds all at once.
-        output_weights: How much the error of each output of a layer counts, against its other outputs and in an
-            allocation against those of other layers. "diagonal": as much as the training loss feels it, by the mean
-            square of its gradient there over the same batches (the diagonal of K-FAC's output factor, arXiv
-            1503.05671). "full": by the whole output factor, so that rows of a layer make up for each other, which was
-            measured to lose less (docs/guide); a layer takes the memory of a matrix (out_features, out_features)
-            more, and some eight times as long to solve. "uniform": all alike, as in the papers. None is "diagonal" for
-            the method "thanos", else "uniform".
+        batches: A calibration set to prune on instead of training batches. It runs at the event. "datamodule" takes
+            `calibration_dataloader()` of the datamodule, or else of the LightningModule. The module runs a batch in
+            evaluation mode by `calibration_step(batch)` if it has this method. Otherwise `pl_module(**batch)` runs
+            mappings, and `training_step(batch, 0)` without its `self.log` runs tuples, tensors and the like (but not
+            under manual optimization, where it would train). With output weights, the call must return the loss
+            (`CausalLM` returns the loss of labels that it draws itself, whose gradients say more). The backward of this
+            loss leaves the parameters' gradients alone. Under ZeRO-3, all outputs count alike if DeepSpeed gathers
+            modules as a whole, such as mixtures of experts.
+        steps: Most optimizer steps whose training batches a window accumulates before an event. A window never reaches
+            back past the previous event.
+        attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
+        memory_gib: Memory for the second moments of inputs and of output gradients. Layers are split, front to back,
+            into windows that fit. Each window collects after the earlier ones are pruned. None holds all at once.
+        output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
+            "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
+            diagonal of K-FAC's output factor, arXiv 1503.05671). "full" takes the whole output factor, so that the
+            rows of a layer compensate each other's errors. It was measured to lose less (docs/guide), but each layer
+            needs a matrix (out_features, out_features) more, and solves take some eight times as long. "uniform"
+            counts all outputs alike, as the papers do. None is "diagonal" for the method "thanos", else "uniform".
 
     Raises:
-        ValueError: Naming the option and the mend.
+        ValueError: If an option can't be right. The message names the option and the fix.
 
     Examples:
         >>> CalibrationOptions(steps=8, memory_gib=4.0).steps
@@ -67,24 +66,24 @@ class CalibrationOptions:
 
     @property
     def couples_rows(self) -> bool:
-        """Whether the rows of a layer make up for each other's errors."""
+        """Whether the rows of a layer compensate each other's errors."""
         return self.output_weights == "full"
 
 
 @dataclass(frozen=True, eq=False)
 class PruningOptions:
-    """All that a user asks of the callback, checked as far as it can be without a model.
+    """All options of the callback, checked as far as possible without a model.
 
     Attributes:
-        pattern: Of the targets.
-        schedule: When, and how sparse by then.
+        pattern: The main pattern, for all targets without an override.
+        schedule: When to prune, and to which sparsity.
         targets: Globs or `re:` expressions of module names.
-        ignore: Likewise.
+        ignore: Globs or `re:` expressions of module names.
         overrides: Other patterns for some of the targets.
-        solver: How a layer is solved.
-        calibration: On what.
-        allocation: None takes the default.
-        verify_every_n_steps: 0 never counts.
+        solver: Options of the solver.
+        calibration: Options of the calibration.
+        allocation: How layers share the zeros; None takes the default.
+        verify_every_n_steps: Optimizer steps between two checks of the zeros; 0 never checks.
         monitor: Metric of the validation loop.
     """
 
@@ -114,10 +113,10 @@ class PruningOptions:
         verify_every_n_steps: int,
         monitor: str | None,
     ) -> PruningOptions:
-        """The arguments of the callback, with their defaults.
+        """Check the arguments of the callback, and fill in their defaults.
 
         Raises:
-            ValueError: For one that can't be right, naming it and the mend.
+            ValueError: If an argument can't be right. The message names the argument and the fix.
         """
         targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
         if not targets:
@@ -170,46 +169,46 @@ class PruningOptions:
 
     @property
     def collects_in_training(self) -> bool:
-        """Whether statistics come from training batches."""
+        """Whether the second moments come from training batches."""
         return self.solver.needs_statistics and self.calibration.batches is None
 
     def in_words(self) -> dict[str, str]:
-        """Each option as one line, which a resumed training compares with its own."""
+        """Each option as one line of text, which a resumed training compares with its own options."""
         words: dict[str, str] = {}
         for option in fields(self):
             value = getattr(self, option.name)
             if isinstance(value, (SolverOptions, CalibrationOptions)):
-                words |= {f"{option.name}.{name}": described(its) for name, its in vars(value).items()}
+                words |= {f"{option.name}.{name}": described(entry) for name, entry in vars(value).items()}
             else:
                 words[option.name] = described(list(map(repr, value)) if option.name == "overrides" else value)
         return words
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Refuse what is no group of options.
+    """Refuse a value that is not an instance of the options class.
 
     Raises:
-        ValueError: Naming the class.
+        ValueError: If it is not. The message names the class.
     """
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {described(value)}: give {kind.__name__}(...)")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no number of optimizer steps.
+    """Refuse a value that is not a whole number of optimizer steps.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If it is not. The message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}: give a whole number of optimizer steps ≥ {least}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """Refuse what is none of the choices, None being last where it is one.
+    """Refuse a value that is not among the choices.
 
     Raises:
-        ValueError: Naming them.
+        ValueError: If it is not. The message names the choices.
     """
     if value not in choices:
         *others, last = map(repr, choices)
@@ -217,20 +216,20 @@ def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
 
 
 def check_name(name: str, value: Any, example: str) -> None:
-    """Refuse what is neither text nor None.
+    """Refuse a value that is neither a non-empty string nor None.
 
     Raises:
-        ValueError: With an example.
+        ValueError: If it is neither. The message gives an example.
     """
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name} is {value!r}: give a name, such as {example!r}, or None")
 
 
 def check_memory(name: str, value: Any) -> None:
-    """Refuse what is neither a size nor None.
+    """Refuse a value that is neither a positive finite number of GiB nor None.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If it is neither. The message names the argument.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value < math.inf):
@@ -238,10 +237,10 @@ def check_memory(name: str, value: Any) -> None:
 
 
 def check_batches(name: str, value: Any) -> None:
-    """Refuse what gives no batches, as far as that can be told without asking for one.
+    """Refuse a value that can't be a calibration set, as far as this shows without iterating over it.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If it can't be one. The message names the argument.
     """
     if value is None or value == "datamodule":
         return
@@ -257,15 +256,15 @@ def check_batches(name: str, value: Any) -> None:
 
 
 def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patterns: Sequence[Pattern]) -> None:
-    """Refuse options that change nothing beside the others: who gives one expects that it does.
+    """Refuse options that have no effect together with the other options, since the user expects an effect.
 
     Args:
-        solver: How layers are solved.
-        calibration: On what.
-        patterns: All that are used.
+        solver: Options of the solver.
+        calibration: Options of the calibration.
+        patterns: All patterns in use.
 
     Raises:
-        ValueError: Naming the first one and why.
+        ValueError: If an option has no effect. The message names the first such option and the reason.
     """
     of_all = [solver.unused(pattern) for pattern in patterns]
     for name, reason in of_all[0].items():
@@ -275,20 +274,20 @@ def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patter
     if calibration.batches is not None:
         reasons["steps"] = "layers are pruned on calibration.batches, not on training batches"
     if not solver.needs_statistics:
-        names = [one.name for one in fields(calibration)]
+        names = [field.name for field in fields(calibration)]
         reasons = dict.fromkeys(names, f"method {solver.method!r} looks at no batches")
-    for one in fields(calibration):
-        value = getattr(calibration, one.name)
-        if one.name in reasons and value not in (one.default, "uniform"):
-            raise ValueError(f"calibration.{one.name} is {described(value)}, but {reasons[one.name]}: leave it out")
+    for field in fields(calibration):
+        value = getattr(calibration, field.name)
+        if field.name in reasons and value not in (field.default, "uniform"):
+            raise ValueError(f"calibration.{field.name} is {described(value)}, but {reasons[field.name]}: leave it out")
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """The arguments that are not as they were, each as a sentence.
+    """The arguments that have changed, each with a sentence that says how.
 
     Args:
         before: Name -> description.
-        now: Likewise. One that has no counterpart is not compared.
+        now: Name -> description. An argument that `before` lacks is not compared.
 
     Examples:
         >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})
@@ -302,7 +301,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, 
 
 
 def described(value: Any) -> str:
-    """One line that says what an argument is, the same in another process.
+    """One line that describes an argument. Another process describes an equal argument alike.
 
     Examples:
         >>> described([{"input_ids": None}]), described(("*", "lm_head")), described("2:4")
@@ -317,7 +316,7 @@ def described(value: Any) -> str:
 
 
 def number_of_batches(batches: Iterable[Any]) -> int | None:
-    """How many there are, where that is known before.
+    """The number of batches; None if it is not known before an iteration.
 
     Examples:
         >>> number_of_batches([1, 2]), number_of_batches(iter([]))
@@ -325,7 +324,7 @@ def number_of_batches(batches: Iterable[Any]) -> int | None:
     """
     try:
         return len(batches)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # of an iterable data set's loader, too
+    except (TypeError, NotImplementedError):  # such as the DataLoader of an IterableDataset
         return None
 
 

@@ -1,4 +1,4 @@
-"""All windows of a training: from its schedule, its layers, and what a scan found out about them."""
+"""Plans all windows of a training from the schedule, the layers and the results of the sensitivity scan."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Planner:
     """Plans the windows of a training.
 
     Attributes:
-        pattern: The main pattern, whose layers share an allocation.
-        schedule: When, and how sparse by then.
-        allocation: Of unequal sparsities; None for layers that are alike.
-        gives_way: Whether the allocation is the default, which nobody asked for: it leaves out layers of which it is
-            not known what they lose, and all where there is no room to look at them.
-        calibration_steps: Optimizer steps that a window collects, at most; 0 where none collects in the training.
-        memory_gib: For the Hessians of a window; None holds all at once.
-        couples_rows: Whether second moments of outputs are among them.
+        pattern: The main pattern. Its layers share one budget of zeros.
+        schedule: When to prune, and to which sparsity.
+        allocation: How layers get unequal sparsities; None prunes all layers alike.
+        gives_way: Whether the allocation is the default, not the user's choice. The default leaves out layers whose
+            losses are unknown, and prunes all layers alike if no steps are left for a scan.
+        calibration_steps: Most optimizer steps that a window collects; 0 if windows collect nothing in the training.
+        memory_gib: Memory for the second moments of a window; None holds all at once.
+        couples_rows: Whether rows are coupled, so that second moments of output gradients need memory, too.
     """
 
     pattern: Pattern
@@ -43,14 +43,14 @@ class Planner:
 
     @property
     def needs_scan(self) -> bool:
-        """Whether there is no way to go on without one."""
+        """Whether the training can't run without a sensitivity scan, because the user chose the allocation."""
         return self.allocation is not None and not self.gives_way
 
     def to_try(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
-        """What each layer is tried at before the first event.
+        """The patterns whose losses the sensitivity scan computes for each layer.
 
         Args:
-            final: Name -> the pattern at the end, where all are alike.
+            final: Name -> the pattern at the end, before the allocation.
         """
         if self.allocation is None or self.allocation.by != "loss":
             return {name: [pattern] for name, pattern in final.items()}
@@ -67,28 +67,27 @@ class Planner:
         optimizer_steps: int,
         begun_with_scan: bool | None,
     ) -> list[Window]:
-        """All windows, as far as they are known: those behind a scan follow when it is complete.
+        """All windows that are known so far. Until a sensitivity scan is complete, these are only its windows.
 
         Args:
-            trainer: Knows how long it trains.
+            trainer: Knows the length of the training.
             layers: Name -> layer, front to back.
-            final: Name -> the pattern at the end, where all are alike.
-            sensitivities: Name -> what has been found out.
-            optimizer_steps: Taken so far.
-            begun_with_scan: Whether the first window that a resumed training has begun is one of a scan; None
-                where none has begun.
+            final: Name -> the pattern at the end, before the allocation.
+            sensitivities: Name -> the scan's result, for layers that were scanned already.
+            optimizer_steps: Optimizer steps taken so far.
+            begun_with_scan: Whether a resumed training began with a window of a scan; None if no window has begun.
 
         Raises:
-            MisconfigurationException: If nothing would be pruned, fractions of the training can't be told, or there is
-                no room for a scan that is needed.
-            ValueError: If windows don't fit before their events.
+            MisconfigurationException: If nothing would be pruned, if the length of the training is needed but unknown,
+                or if too few steps are left for a scan that is needed.
+            ValueError: If windows do not fit before their events.
         """
         events = events_in(self.schedule, trainer)
         if self.allocation is None:
             return self._plan_pruning(events, layers, final)
         first, collects = events[0].step, self.calibration_steps > 0
         needed = len(split_by_memory(list(layers.values()), self.memory_gib, coupled=self.couples_rows))
-        # Where all is held at once, the first event takes what its scan was told.
+        # If all moments are held at once, the first event reuses those of the scan
         at_once = self.memory_gib is None
         step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
         has_room = step >= needed and (at_once or first - step >= needed)
@@ -119,7 +118,7 @@ class Planner:
             rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
             return self._plan_pruning(events, layers, final)
         if len(sensitivities) < len(layers):
-            # refuses what can't be before the training
+            # Raise before the training if the windows after the scan do not fit
             self._plan_pruning(events, layers, final, since=since)
             return scan
         final = self._allocate(self.allocation, layers, final, sensitivities)

@@ -1,11 +1,11 @@
-"""From optimizer steps to sparsity: pure functions of numbers.
+"""Maps optimizer steps to sparsities, by pure functions of numbers.
 
-A schedule names the optimizer steps at which layers are pruned (its events) and the sparsity that each asks for. A
-layer whose final sparsity is s_f is pruned, when the fraction x of the schedule is over, to
+A schedule names the optimizer steps at which layers are pruned (its events), and the sparsity at each event. When the
+fraction x of the schedule is over, an event prunes a layer of final sparsity s_f to the sparsity
 
     s = s_f · p(x),    p: 0 -> 0, 1 -> 1
 
-where p is the shape. "cubic", p = 1 - (1 - x)³, is Zhu and Gupta (arXiv 1710.01878, equation 1) from a dense model on.
+where p is the shape. "cubic", p = 1 - (1 - x)³, is equation 1 of Zhu and Gupta (arXiv 1710.01878) for a dense start.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-# int or float. Of these typing keeps one Union for all packages, whatever the order of its members, and in another
-# one's order jsonargparse would read 8 as 8.0, which is no number of steps. So a number stays what it is in YAML.
+# Means int | float. But typing caches one Union for both orders of its members: if another package used float | int
+# first, jsonargparse would read 8 as 8.0, which is no number of steps. With Any, a number keeps its YAML type.
 Time = Any
 Shape = Literal["constant", "linear", "cubic", "cosine"]
 
@@ -43,7 +43,7 @@ class Event:
     """One pruning at one optimizer step.
 
     Attributes:
-        step: Number of optimizer steps that have been taken when the event happens.
+        step: Number of optimizer steps taken when the event happens.
         progress: p(x), in (0, 1]: the fraction of the final sparsity.
     """
 
@@ -51,30 +51,30 @@ class Event:
     progress: float
 
     def sparsity(self, final: float) -> float:
-        """The sparsity that the event asks for, of a layer whose final sparsity is `final`."""
+        """The sparsity of a layer after the event, if its final sparsity is `final`."""
         return final * self.progress
 
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """When to prune, and how much by then.
+    """When to prune, and to which sparsity.
 
     Times are optimizer steps, never batches: an int is a number of steps, a float below 1 a fraction of the training.
-    They are a list, `at`; or they lie between `start_step`, where nothing is pruned yet, and `end_step`, every
-    `every_n_steps`. Where start and end are the same, that is one event.
+    `at` lists the times of all events. Alternatively, events follow `start_step` every `every_n_steps` steps, until
+    `end_step`. If `start_step` and `end_step` are equal, there is one event.
 
     Args:
-        start_step: Where the sparsity begins to rise.
+        start_step: Time at which the sparsity begins to rise. The shape "constant" prunes here already.
         end_step: Time of the last event, at which the final sparsity is reached.
         every_n_steps: Distance between events, at least one step.
         shape: How the sparsity rises: "constant" (all at once, at `start_step` or the first of `at`), "linear", "cubic"
             or "cosine".
-        at: The time of each event, in place of the other three. By event k of n the fraction k/n of the schedule is
-            over.
+        at: The time of each event, in place of the three times above. At event k of n, the fraction k/n of the schedule
+            is over.
 
     Raises:
-        ValueError: For a negative or non-finite number, a fraction of 1 or more, times that don't rise, both kinds of
-            times or neither, an unknown shape.
+        ValueError: If a number is negative or not finite, a fraction is 1 or more, times do not rise, both kinds of
+            times or neither are given, or the shape is unknown.
 
     Examples:
         >>> schedule = SparsitySchedule(start_step=0, end_step=20, every_n_steps=10)
@@ -107,16 +107,16 @@ class SparsitySchedule:
                 raise ValueError(f"at is {self.at!r}: give a list of times, such as [0.1, 0.2]")
             for time in self.at:
                 _check_time("a time of at", time)
-            object.__setattr__(self, "at", tuple(self.at))  # a list would be no value
+            object.__setattr__(self, "at", tuple(self.at))  # unlike a list, a tuple is immutable and hashable
         times = self._times
-        if len({_is_fraction(time) for time in times}) == 1:  # else they are known when the training's length is
+        if len({_is_fraction(time) for time in times}) == 1:  # else resolve() checks the order
             self._check_order(times)
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape is {self.shape!r}: choose one of {', '.join(get_args(Shape))}")
 
     @property
     def _times(self) -> tuple[int | float, ...]:
-        """Those that rise."""
+        """The times that must rise."""
         if self.at is not None:
             return tuple(self.at)
         assert self.start_step is not None
@@ -138,13 +138,13 @@ class SparsitySchedule:
         return any(map(_is_fraction, (*self._times, self.every_n_steps or 0)))
 
     def resolve(self, total_steps: int) -> SparsitySchedule:
-        """The same schedule in whole optimizer steps, for a training of `total_steps` of them.
+        """The same schedule in whole optimizer steps, for a training of `total_steps` optimizer steps.
 
-        Rounding never adds an event, nor moves one to before the first step. Where events are two or three steps apart,
-        it may take one: of a tenth each from 0.0 to 0.4 of 22 steps, those at 3, 6 and 9 are left.
+        Rounding never adds an event, and never moves a time of `at` before the first step. It may remove an event if
+        events are only a few steps apart: SparsitySchedule(0.0, 0.4, 0.1) has only the events 3, 6 and 9 in 22 steps.
 
         Raises:
-            ValueError: If the times don't rise.
+            ValueError: If the times do not rise.
 
         Examples:
             >>> SparsitySchedule(0.1, 0.5, 0.2).resolve(total_steps=50)
@@ -161,8 +161,8 @@ class SparsitySchedule:
             whole = [max(1, round(steps(time))) if time else 0 for time in self.at]
             return SparsitySchedule(shape=self.shape, at=sorted(set(whole)))
         (first, last), every = map(steps, self._times), steps(self.every_n_steps or 0)
-        start, end = round(first), round(last)
-        # each is rounded by itself, which must not leave a step or two for one more event before the end
+        start, end = (max(1, round(step)) if step else 0 for step in (first, last))
+        # Start, end and distance are rounded separately, which must not make room for one more event before the end
         number = max(1, math.ceil((last - first) / every - 1e-9))
         distance = max(1, round(every))
         if len(range(start, end, distance)) > number:
@@ -171,10 +171,10 @@ class SparsitySchedule:
         return SparsitySchedule(start, end, distance, self.shape)
 
     def events(self) -> list[Event]:
-        """The events, in order of their steps, each raising the sparsity.
+        """The events, in order of their steps. Each event raises the sparsity.
 
         Raises:
-            ValueError: If a time is a fraction: `resolve` comes first.
+            ValueError: If a time is a fraction. Call `resolve` first.
         """
         if self.has_fractions:
             raise ValueError("the schedule has fractions of the training: call resolve(total_steps) first")

@@ -1,4 +1,4 @@
-"""How long a Trainer trains, in optimizer steps, and where a schedule's events are in that."""
+"""The length of a training in optimizer steps, and the events of a schedule in it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from thanos_lightning.plan.schedule import Event, SparsitySchedule
 
 
 def check_trained(trainer: Trainer) -> None:
-    """Refuse a fit that ended before its first step, which Lightning ends without a word.
+    """Refuse a fit that ended before its first step, since Lightning ends such a fit silently.
 
     Raises:
-        MisconfigurationException: Naming what left nothing to train.
+        MisconfigurationException: If nothing was trained. The message names the cause.
     """
     if trainer.global_step > 0:  # a finished training was resumed
         return
@@ -30,10 +30,10 @@ def check_trained(trainer: Trainer) -> None:
 
 
 def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
-    """The events of a schedule in a Trainer's training, which may be shorter than the schedule: warns where it is.
+    """The events of a schedule. Warns if the Trainer's training is too short for them.
 
     Raises:
-        MisconfigurationException: If nothing would be pruned, or fractions of the training can't be told.
+        MisconfigurationException: If nothing would be pruned, or if the length of the training is needed but unknown.
     """
     events, total = scheduled_events(schedule, trainer), steps_of(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
@@ -61,19 +61,19 @@ def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
 
 
 def steps_of(trainer: Trainer) -> int | None:
-    """Optimizer steps of a Trainer's training; None where they can't be told."""
+    """Optimizer steps of a Trainer's training; None if the number is not known."""
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total > 0 else None
 
 
 def check_alike(steps: Sequence[int | None]) -> None:
-    """Refuse ranks whose trainings differ in length, of which the longer would wait for the others.
+    """Refuse ranks whose trainings differ in length: longer trainings would wait for ranks that have ended.
 
     Args:
-        steps: `steps_of` each rank, in their order.
+        steps: `steps_of` each rank, in the order of ranks.
 
     Raises:
-        MisconfigurationException: With the numbers.
+        MisconfigurationException: If two ranks differ. The message names both numbers of steps.
     """
     other = next((rank for rank, number in enumerate(steps) if number != steps[0]), None)
     if other is not None:
@@ -84,10 +84,10 @@ def check_alike(steps: Sequence[int | None]) -> None:
 
 
 def scheduled_events(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
-    """The events of a schedule, which may lie beyond a Trainer's training.
+    """The events of a schedule, even those beyond the end of the Trainer's training.
 
     Raises:
-        MisconfigurationException: If fractions of the training can't be told.
+        MisconfigurationException: If the schedule has fractions, but the length of the training is not known.
     """
     total = steps_of(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector

@@ -1,4 +1,4 @@
-"""Which layers are pruned at which optimizer step, and from which step on their inputs are counted."""
+"""Windows: which layers are pruned at which optimizer step, and from which step on their inputs are counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.solver import Pattern
 
-# Arguments of the callback on which no window depends
+# Arguments of the callback that change no window
 _BESIDE_THE_PLAN = frozenset(
     (
         *("solver.block_size", "solver.damping", "solver.saliency"),
@@ -22,14 +22,14 @@ _BESIDE_THE_PLAN = frozenset(
 
 
 def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    """What each layer is to be pruned to at an event.
+    """The pattern of each layer at an event.
 
-    All layers become sparser together: by single weights where they are unstructured, by rows where they are N:M (the
-    fraction of dense rows falls to its final value), by columns where they are structured.
+    All layers become sparser together: unstructured layers by single weights, N:M layers by rows (the fraction of dense
+    rows falls to its final value), structured layers by columns.
 
     Args:
         event: The event.
-        final: Layer name -> its pattern at the end, front to back.
+        final: Layer name -> the pattern at the end, front to back.
 
     Examples:
         >>> from thanos_lightning.solver import NM
@@ -41,16 +41,16 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
 
 @dataclass(frozen=True)
 class Window:
-    """The layers whose Hessians are held at one time, and when.
+    """A group of layers whose Hessians are held at the same time, and the steps in which they are held.
 
     Attributes:
         event: The event that the window belongs to.
-        patterns: Layer name -> what to prune the layer to, front to back.
-        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` where nothing is collected from
+        patterns: Layer name -> the pattern to prune the layer to, front to back.
+        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` if nothing is collected from
             training batches.
         end_step: Optimizer steps taken when the window is pruned.
-        is_last: Whether the event is complete after it.
-        scans: Whether the layers are only looked at, to decide how each will be pruned.
+        is_last: Whether this is the event's last window.
+        scans: Whether the window belongs to a sensitivity scan, which prunes nothing.
     """
 
     event: Event
@@ -61,13 +61,13 @@ class Window:
     scans: bool = False
 
     def state(self) -> list[Any]:
-        """What has to be the same when a checkpoint is resumed behind or inside the window: plain values."""
+        """Plain values that must be unchanged when a training resumes after the window or inside of it."""
         patterns = [[name, repr(pattern)] for name, pattern in self.patterns.items()]
         return [self.start_step, self.end_step, patterns, *(["scans"] if self.scans else [])]
 
 
 def hessian_bytes(layer: PrunableLayer, *, coupled: bool = False) -> int:
-    """Memory of a layer's accumulator: in_features² fp32 numbers, and where rows are coupled out_features²."""
+    """Bytes of a layer's sums in fp32: in_features² numbers, and out_features² more if rows are coupled."""
     return 4 * (layer.cols**2 + coupled * layer.rows**2)
 
 
@@ -76,15 +76,15 @@ def split_by_memory(
 ) -> list[list[PrunableLayer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
-    Which layers share their inputs is known only after a forward, so each layer is counted in full: a bound from above.
+    Only a forward shows which layers share their inputs. So each layer counts in full, which is an upper bound.
 
     Args:
-        layers: In their order.
-        budget_gib: None for one group.
-        coupled: Whether there are second moments of outputs, too.
+        layers: The layers, front to back.
+        budget_gib: Memory for the second moments of a group; None makes one group.
+        coupled: Whether rows are coupled, so that second moments of output gradients count, too.
 
     Raises:
-        ValueError: If layers alone are over the budget, naming the largest and what it takes.
+        ValueError: If a single layer exceeds the budget. The message names the largest layer and the memory it needs.
     """
     if budget_gib is None:
         return [list(layers)]
@@ -121,24 +121,24 @@ def plan_windows(
     since: int = 0,
     scans: bool = False,
 ) -> list[Window]:
-    """Place each event's windows before its step, one after the other, the last one ending at it.
+    """Place each event's windows one after the other, so that the last window ends at the event's step.
 
-    A window never reaches back past the event before: its statistics would be those of weights that are gone.
+    A window never reaches back past the previous event, since older statistics belong to weights that are gone.
 
     Args:
-        work: Events in order, and what each prunes.
+        work: Events in order, each with the patterns of the layers that it prunes.
         layers: Name -> layer.
-        calibration_steps: Optimizer steps that a window collects, at most; 0 where nothing is collected in training.
-        budget_gib: Memory for the Hessians of a window.
-        coupled: Whether its rows are coupled, for which second moments of outputs are collected.
-        since: Optimizer steps taken at the last event that is not among the work.
-        scans: Whether the layers are only looked at.
+        calibration_steps: Most optimizer steps that a window collects; 0 if nothing is collected in the training.
+        budget_gib: Memory for the second moments of a window.
+        coupled: Whether rows are coupled, so that second moments of output gradients are collected, too.
+        since: Optimizer steps taken at the last event before `work`.
+        scans: Whether the windows belong to a sensitivity scan.
 
     Returns:
         The windows in order of time.
 
     Raises:
-        ValueError: If an event has more windows than there are steps before it, or no step at all.
+        ValueError: If an event has fewer steps before it than windows that collect, or if a layer exceeds the budget.
     """
     windows: list[Window] = []
     before = since
@@ -175,15 +175,15 @@ def plan_windows(
 
 
 def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], changed: Mapping[str, str]) -> None:
-    """Hold the windows that a checkpoint has behind it, and the open one, against those of this run.
+    """Compare the windows that a checkpoint has completed or opened with those of this run.
 
     Args:
-        windows: The first ones of this run's plan.
-        recorded: `Window.state` of those that the checkpoint has begun.
-        changed: The callback's arguments that are not as they were, each with a sentence that says so.
+        windows: The first windows of this run's plan.
+        recorded: `Window.state` of the windows that had begun at the checkpoint.
+        changed: The callback's arguments that have changed, each with a sentence that says how.
 
     Raises:
-        MisconfigurationException: If they differ: masks or sums would be taken for those of other events.
+        MisconfigurationException: If the windows differ, since masks or sums would belong to other events.
     """
     if [window.state() for window in windows] != list(recorded):
         raise MisconfigurationException(
@@ -194,7 +194,7 @@ def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], change
 
 
 def reasons(changed: Mapping[str, str]) -> str:
-    """Of the arguments that are not as they were those that can change a window, to be added to an error.
+    """The changed arguments that can change a window, as the end of an error message.
 
     Examples:
         >>> reasons({"monitor": "monitor was None and is 'a'", "pattern": "pattern was NM(2, 4) and is NM(1, 4)"})
@@ -205,14 +205,14 @@ def reasons(changed: Mapping[str, str]) -> str:
 
 
 def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
-    """Refuse a next window that should have begun already.
+    """Refuse a plan whose next window should have begun already.
 
     Args:
-        windows: Those that have not begun.
-        optimizer_steps: Taken so far.
+        windows: The windows that have not begun.
+        optimizer_steps: Optimizer steps taken so far.
 
     Raises:
-        MisconfigurationException: Naming the event.
+        MisconfigurationException: If the next window is late. The message names the window's event.
     """
     if windows and windows[0].start_step < optimizer_steps:
         raise MisconfigurationException(

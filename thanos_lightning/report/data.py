@@ -1,4 +1,4 @@
-"""What happened to which layer, and to the training around it, as data that a checkpoint and a file keep."""
+"""The report of a training and of each pruned layer, as data that a checkpoint and a file keep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Part = Literal["calibrating", "scanning", "solving", "writing"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer in one event.
+    """The result of pruning one layer in one event.
 
     Attributes:
         name: Fully qualified module name.
@@ -30,8 +30,8 @@ class LayerReport:
         pattern: "2:4", "unstructured" or "structured".
         sparsity: Fraction of the entries that are pruned after the event.
         loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed.
-        relative_loss: That over the same of the weight itself.
-        seconds: What the solve took.
+        relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight.
+        seconds: Time of the solve.
     """
 
     name: str
@@ -44,23 +44,23 @@ class LayerReport:
 
 
 def mean_loss(layers: Sequence[LayerReport]) -> float:
-    """Of the relative losses that are known; NaN where none is."""
+    """Mean of the known relative losses; NaN if none is known."""
     known = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
     return sum(known) / len(known) if known else math.nan
 
 
 @dataclass
 class EventReport:
-    """One event.
+    """The report of one pruning event.
 
     Attributes:
-        step: Optimizer step that the schedule gives the event.
+        step: Optimizer step at which the schedule puts the event.
         target: Sparsity that the event asked of the callback's main pattern.
-        layers: What was pruned, in order.
-        calibrating_seconds: What running a calibration set took, or counting training batches before the event.
-        scanning_seconds: What finding out what each layer would lose took; 0 where nobody asked.
-        solving_seconds: From the first layer's solve to the last one's, on rank 0.
-        writing_seconds: What else the event took: writing the weights and masks back, and telling ranks.
+        layers: Reports of the pruned layers, in order.
+        calibrating_seconds: Time to run a calibration set, or to collect statistics of training batches before it.
+        scanning_seconds: Time to measure what each layer would lose; 0 if there was no such scan.
+        solving_seconds: Time from the first layer's solve to the last one's, on rank 0.
+        writing_seconds: Remaining time of the event: writing weights and masks back, and informing the ranks.
     """
 
     step: int
@@ -79,21 +79,21 @@ class EventReport:
 
     @property
     def relative_loss(self) -> float:
-        """Mean over the layers of which it is known."""
+        """Mean relative loss of the layers with a known loss."""
         return mean_loss(self.layers)
 
     @property
     def seconds(self) -> float:
-        """All that the event took."""
+        """Total time of the event."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[Part, float]:
-        """What each part of the event took, in seconds."""
+        """Seconds that each part of the event took."""
         return {part: getattr(self, f"{part}_seconds") for part in get_args(Part)}
 
     def add(self, parts: dict[Part, float]) -> None:
-        """Count more time for parts of the event."""
+        """Add time to parts of the event."""
         for part, seconds in parts.items():
             setattr(self, f"{part}_seconds", self.parts[part] + seconds)
 
@@ -104,15 +104,15 @@ class Summary:
 
     Attributes:
         metric: Name of the metric, or None where none is monitored.
-        dense: Before the first event.
-        pruned: After the last event.
-        recovered: At the end.
-        training_seconds: From the first batch on, without validation.
-        event_seconds: Of that, what events took, and looking at layers before them.
-        collecting_seconds: Of that, what counting the inputs of layers, and gradients at their outputs, took between
-            events, on the CPU.
-        target_weights: Weights of the layers to prune.
-        model_weights: All weights of the model; one that several modules share counts once.
+        dense: The metric before the first event.
+        pruned: The metric after the last event.
+        recovered: The metric at the end of the training.
+        training_seconds: Training time from the first batch on, without validation.
+        event_seconds: Part of `training_seconds` that events took, including the scans of layers before them.
+        collecting_seconds: Part of `training_seconds` that was spent between events on collecting statistics of the
+            layers' inputs and of the gradients at their outputs.
+        target_weights: Number of weights in the layers to prune.
+        model_weights: Number of weights in the model. A weight that several modules share counts once.
     """
 
     metric: str | None = None
@@ -131,9 +131,9 @@ class History:
     """How the training went.
 
     Attributes:
-        losses: (optimizer step, loss of the training): each the mean over the steps since the one before.
-        metrics: (optimizer step, monitored metric), in the order in which they were measured: two of one step are
-            from before and after an event.
+        losses: (optimizer step, training loss). Each loss is the mean over the steps since the previous entry.
+        metrics: (optimizer step, monitored metric), in the order of measurement. Two metrics of the same step are from
+            before and after an event.
         every: Optimizer steps from one loss to the next.
     """
 
@@ -143,11 +143,11 @@ class History:
 
 
 class Clock:
-    """Tells a summary how long the training and its events take, and keeps what each part of an event takes.
+    """Measures the training, its events and the parts of each event.
 
     Args:
-        summary: Is told.
-        device: Where the work is done, which each part of an event waits for.
+        summary: Gets the times of the training and of its events.
+        device: The device that does the work. Each part of an event waits for it.
 
     Examples:
         >>> summary = Summary()
@@ -168,7 +168,7 @@ class Clock:
         self._since: float | None = time.perf_counter()
         self._part: Part = "writing"
         self._part_since = 0.0
-        self.parts: dict[Part, float] = {}  # since they were taken
+        self.parts: dict[Part, float] = {}  # since the last take()
 
     def tick(self) -> None:
         """Count the time that has passed, unless the clock is paused."""
@@ -178,24 +178,24 @@ class Clock:
             self._since = now
 
     def pause(self) -> None:
-        """What comes now is no training."""
+        """Stop counting, because what follows is not training."""
         self.tick()
         self._since = None
 
     def go_on(self) -> None:
-        """The training goes on."""
+        """Count again, because training goes on."""
         self._since = time.perf_counter()
 
     @contextmanager
     def event(self) -> Iterator[None]:
-        """Count the block as part of an event: as writing, until `now` says something else."""
+        """Count the block as event time. It counts as writing until `now` names another part."""
         finish(self._device)
         self._part, self._part_since = "writing", time.perf_counter()
         yield
         self.now("writing")
 
     def now(self, part: Part) -> None:
-        """Count what comes as this part of the event that is going on."""
+        """Count what follows as this part of the current event."""
         finish(self._device)
         time_now = time.perf_counter()
         self.add(self._part, time_now - self._part_since)
@@ -203,17 +203,17 @@ class Clock:
         self._part, self._part_since = part, time_now
 
     def add(self, part: Part, seconds: float) -> None:
-        """Count time for a part that it took outside of the event."""
+        """Add time that a part took outside the event's block."""
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
     def take(self) -> dict[Part, float]:
-        """What each part has taken since this was called last."""
+        """Return what each part took since the last call, and start again at zero."""
         taken, self.parts = self.parts, {}
         return taken
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON."""
+    """Replace NaN and infinities by None, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -241,7 +241,7 @@ class PruningReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
-        """Read what `state` returned, or what is in the file that `write` wrote."""
+        """Rebuild a report from the result of `state`, or from the JSON in a file of `write`."""
 
         def layer(entry: dict[str, Any]) -> LayerReport:
             losses = {name: math.nan if entry[name] is None else entry[name] for name in ("loss", "relative_loss")}
@@ -262,8 +262,8 @@ class PruningReport:
         """Read the file that `write` wrote.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is something else.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no pruning report.
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: give the pruning_report.json of a training")

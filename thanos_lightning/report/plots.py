@@ -1,4 +1,4 @@
-"""A run at a glance, as a picture. The only file that imports matplotlib."""
+"""Draws a run as one picture. Only this file imports matplotlib."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from thanos_lightning.report.tables import kinds_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind tell apart; kinds beyond them differ by their markers
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Further kinds differ by their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#6b6b6b"
 _MOST_KINDS = 14
-_MOST_NAMES = 24  # that are legible below an axis
+_MOST_NAMES = 24  # more names would not be legible below an axis
 
 
 def plot_report(report: PruningReport, path: Path) -> None:
     """Draw how the training went, how sparse each layer is, and what each layer lost.
 
     Args:
-        report: With at least one event.
-        path: The picture; its ending chooses the format.
+        report: A report with at least one event.
+        path: The picture to write. The suffix chooses the format.
 
     Raises:
-        ModuleNotFoundError: Where matplotlib isn't installed.
+        ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the report has no event.
     """
     if not report.events:
@@ -49,7 +49,7 @@ def plot_report(report: PruningReport, path: Path) -> None:
         halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
         over_time, by_layer = halves
         _draw_history(report, over_time)
-        layers = {layer.name: layer for event in report.events for layer in event.layers}  # each as it was left last
+        layers = {layer.name: layer for event in report.events for layer in event.layers}  # the last event wins
         sparsity, losses = by_layer.subplots(1, 2, width_ratios=(1, 1.15))
         groups = _by_kind(list(layers.values()))
         if len(groups) > _MOST_KINDS or all(len(group) == 1 for group in groups.values()):
@@ -88,7 +88,7 @@ def _draw_history(report: PruningReport, figure: Any) -> None:
     last = max([step for _, points in panels for step, _ in points] + [event.step for event in report.events] + [1])
     for axis, (name, points), colour in zip(axes, panels, _COLOURS, strict=False):
         axis.set(xlabel="optimizer step", xlim=(-0.03 * last, 1.03 * last))
-        axis.set_title(f"{name} over steps", pad=18)  # over the events' sparsities
+        axis.set_title(f"{name} over steps", pad=18)  # leaves room for the events' sparsities
         is_metric = name == metric
         if points:
             steps, values = zip(*points, strict=True)
@@ -135,9 +135,9 @@ def _mark_events(report: PruningReport, axis: Axes) -> None:
 
 
 def _depth(name: str) -> int:
-    """The number of the block that a layer is in: the first one in its name."""
-    found = re.search(r"(?:^|\.)(\d+)(?=\.)", name)
-    return int(found[1]) if found else 0
+    """Return the number of a layer's block, which is the first number in its name."""
+    number = re.search(r"(?:^|\.)(\d+)(?=\.)", name)
+    return int(number[1]) if number else 0
 
 
 def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
@@ -195,7 +195,7 @@ def _draw_losses(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> Non
 
 
 def _markers() -> list[str]:
-    """One a colour, and others in the next round."""
+    """Return a marker for each colour, round after round. Every round pairs the colours with other markers."""
     rounds = range(len(_MARKERS))
     return [_MARKERS[(index + shift) % len(_MARKERS)] for shift in rounds for index in range(len(_COLOURS))]
 
@@ -213,7 +213,7 @@ def _finish_losses(layers: Sequence[LayerReport], axis: Axes) -> None:
 
 
 def _draw_layers(layers: Sequence[LayerReport], sparsity: Axes, losses: Axes) -> None:
-    """Layers of which no two are of a kind, or too many kinds: one after the other."""
+    """Draw layer by layer, because no two layers share a kind or there are too many kinds."""
     places = list(range(len(layers)))
     sparsity.bar(places, [layer.sparsity for layer in layers], color=_COLOURS[0], width=0.7)
     sparsity.set(title="sparsity by layer", ylim=(0, 1))

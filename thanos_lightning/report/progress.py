@@ -1,8 +1,8 @@
-"""One line that shows how far a phase is and how long it will take, and phases that end when they are told to.
+"""Shows the progress and the remaining time of a phase in one line, and lets SIGTERM end a phase at once.
 
-In a terminal it is a bar; elsewhere a line of text, at most every 30 s, so that a log shows that work is going on. Of
-phases inside each other the innermost is shown. rich draws the bar together with a live display that is there already,
-such as that of Lightning's RichProgressBar; bars of tqdm are cleared while it is there.
+In a terminal the line is a progress bar. Elsewhere it is text, at most every 30 s, so that a log shows that work goes
+on. The innermost of nested phases is shown. rich draws the bar together with a live display that exists already, such
+as Lightning's RichProgressBar. The bars of tqdm are cleared while this bar is shown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.text import Text
 from tqdm import tqdm
 
-TERMINATED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
+TERMINATED = 128 + signal.SIGTERM  # exit status in a shell of a process that SIGTERM ended
 _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0  # seconds
 _REFRESH = 0.25
 _LONGEST_BAR = 24
@@ -37,14 +37,14 @@ _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 class Terminated(SystemExit):
-    """SIGTERM came in a phase: the process unwinds, and exits with status 143."""
+    """SIGTERM came during a phase. The process unwinds and exits with status 143."""
 
     def __init__(self) -> None:
         super().__init__(TERMINATED)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are some.
+    """Format seconds as minutes and seconds, with hours if there are any.
 
     Examples:
         >>> duration(9.7), duration(130), duration(7321)
@@ -56,13 +56,13 @@ def duration(seconds: float) -> str:
 
 
 class Phase:
-    """How far a phase is.
+    """The progress of a phase.
 
     Attributes:
         description: What is done.
-        total: How many of them; None where it isn't known.
-        unit: What is counted.
-        note: What else is worth a word: it is cut where the line is full.
+        total: Number of units to do; None if it is not known.
+        unit: Name of the units.
+        note: Further text, which is cut if the line is full.
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
@@ -78,17 +78,17 @@ class Phase:
         self._counts_since = self._advanced_at = time.monotonic()
 
     def reset(self) -> None:
-        """Be as at the beginning."""
+        """Return to the initial description, total and unit, with nothing done."""
         self.become(*self._first)
 
     def wait(self, seconds: float) -> None:
-        """Tell that for so long something else was done."""
+        """Leave time that was spent on something else out of the estimate."""
         self._counts_since += seconds
         self._advanced_at += seconds
 
     @property
     def completed(self) -> int:
-        """How many are done."""
+        """Number of units that are done."""
         return self._completed
 
     @completed.setter
@@ -97,11 +97,11 @@ class Phase:
             self._completed, self._advanced_at = number, time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Tell that more is done.
+        """Count more units as done.
 
         Args:
-            count: How many more.
-            note: A new note; None leaves the one that is there.
+            count: Number of units.
+            note: A new note; None keeps the current note.
         """
         self.completed += count
         if note is not None:
@@ -109,22 +109,22 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Since the phase began."""
+        """Seconds since the phase began."""
         return time.monotonic() - self._begin
 
     @property
     def seconds_left(self) -> float | None:
-        """By the mean of what is done; None where nothing is, or the total isn't known."""
+        """Estimate from the mean time per unit; None if nothing is done or the total is not known."""
         done = self.completed - self._completed_before
         if self.total is None or done <= 0:
             return None
         each = (self._advanced_at - self._counts_since) / done
         to_do = self.total - self.completed
-        # it falls while the next one is on its way, but not below what those after it need
+        # The estimate falls while a unit is in progress, but not below the time that the later units need.
         return each * to_do - min(each, time.monotonic() - self._advanced_at) if to_do > 0 else 0.0
 
     def line(self, *, ended: bool = False) -> str:
-        """The phase as a line of a log."""
+        """Format the phase as a line of a log."""
         counted = f"{self.completed}" if self.total is None or ended else f"{self.completed} of {self.total}"
         counted = f": {counted} {self.unit}".rstrip() if self.completed or self.total is not None else ""
         if ended:
@@ -153,7 +153,7 @@ class Phase:
 
 
 class _Display:
-    """Shows the innermost of the phases that are open in this process."""
+    """Shows the innermost open phase of this process."""
 
     def __init__(self) -> None:
         self._phases: list[Phase] = []
@@ -163,7 +163,7 @@ class _Display:
         self._around = ExitStack()
         self._ends = threading.Event()
         self._last_line = -_BETWEEN_LINES
-        # a child of this process must not inherit a lock that a thread holds, nor what is shown
+        # A forked child must not inherit a lock that a thread holds, nor the open phases.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
                 before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._leave_to_parent
@@ -174,7 +174,7 @@ class _Display:
             self._phases.append(phase)
             if len(self._phases) > 1:
                 return
-            self._log = sys.stderr  # which a library's output may be redirected from, and stdout, too
+            self._log = sys.stderr  # kept, because a phase may redirect stderr to silence a library
             console = rich.get_console()
             if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
                 self._around.enter_context(tqdm.external_write_mode(nolock=True))
@@ -231,7 +231,7 @@ class _Display:
 
 
 def _set_streams(before: Any, now: Any) -> None:
-    """Let what is logged to one stream go to another: a live display replaces sys.stderr, but not who has kept it."""
+    """Move log handlers to another stream. A live display replaces sys.stderr, but handlers have kept the old one."""
     for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
         for handler in getattr(logger, "handlers", ()):  # placeholders have none
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
@@ -243,10 +243,10 @@ _display = _Display()
 
 @contextmanager
 def hidden(is_hidden: bool = True) -> Iterator[None]:
-    """Show no phase of the block.
+    """Hide all phases inside the block.
 
     Args:
-        is_hidden: Whether to hide them at all.
+        is_hidden: Whether to hide them; False changes nothing.
     """
     token = _hidden.set(is_hidden or _hidden.get())
     try:
@@ -257,7 +257,7 @@ def hidden(is_hidden: bool = True) -> Iterator[None]:
 
 @contextmanager
 def shown(phase: Phase) -> Iterator[Phase]:
-    """Show a phase, on the first rank, while the block runs. It may be stopped by Ctrl-C alone."""
+    """Show a phase on the first rank while the block runs. Unlike `open_phase`, this leaves SIGTERM alone."""
     if _hidden.get() or getattr(rank_zero_only, "rank", None):
         yield phase
         return
@@ -274,13 +274,13 @@ def shown(phase: Phase) -> Iterator[Phase]:
 def open_phase(
     description: str, total: int | None = None, unit: str = "", *, adopts_bars: bool = False
 ) -> Iterator[Phase]:
-    """Show that something takes long, on the first rank, and let SIGTERM end it at once on each.
+    """Show a long phase on the first rank, and let SIGTERM end it at once on every rank.
 
     Args:
         description: What is done, in a few words.
-        total: How many of its units there are; None where it isn't known.
-        unit: What is counted, in the plural.
-        adopts_bars: Whether libraries that are called draw bars with tqdm: what these would show, the phase does.
+        total: Number of units to do; None if it is not known.
+        unit: Name of the units, in the plural.
+        adopts_bars: Whether the phase shows the progress of tqdm bars that libraries would draw in the block.
 
     Raises:
         Terminated: If SIGTERM comes.
@@ -304,8 +304,8 @@ def open_phase(
 def _adopted_bars(phase: Phase) -> Iterator[None]:
     display, bars = tqdm.display, WeakSet[tqdm]()
 
-    def tell(bar: tqdm, *args: Any, **kwargs: Any) -> bool:  # instead of drawing; tqdm means it to be replaced
-        bar.fp = io.StringIO()  # a line break at its end
+    def tell(bar: tqdm, *args: Any, **kwargs: Any) -> bool:  # replaces tqdm.display, as tqdm allows
+        bar.fp = io.StringIO()  # swallows the line break at the end of the bar
         if bar.total is not None or bar.desc:
             scale, unit = (10**6, "MB") if bar.unit == "B" else (1, "" if bar.unit == "it" else bar.unit.strip())
             if bar not in bars:
@@ -325,10 +325,10 @@ def _adopted_bars(phase: Phase) -> Iterator[None]:
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise in the block, where a handler may be installed (by a Trainer) that waits for a batch's end.
+    """Let SIGTERM raise inside the block at once, even if a Trainer's handler would wait for the end of a batch.
 
     Raises:
-        Terminated: If SIGTERM comes. Signals reach the main thread only; elsewhere nothing is changed.
+        Terminated: If SIGTERM comes. Other threads than the main one get no signals, so nothing changes in them.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (_end, signal.SIG_IGN, None):

@@ -1,4 +1,4 @@
-"""The losses of a training, thinned, without making a host wait for a device at each step."""
+"""Records a thinned curve of training losses without making the host wait for the device at each step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from thanos_lightning.report.data import History
 
-MOST_LOSSES = 400  # even, so that each has a neighbour
+MOST_LOSSES = 400  # even, so that all losses form pairs
 
 
 class LossRecorder:
-    """Adds to a history the losses of a training's steps.
+    """Adds the losses of training steps to a history.
 
-    Fewer than 400 are kept. When there are as many, two neighbours become their mean, and from then on twice as many
-    steps are averaged into one. What is on a device stays there until `settle`.
+    The history keeps fewer than 400 losses. At 400, each pair of neighbours becomes its mean, and from then on each
+    loss is the mean of twice as many steps. Losses stay on their device until `settle`.
 
     Args:
-        history: To which losses are added.
+        history: The history that gets the losses.
 
     Examples:
         >>> history = History()
@@ -42,7 +42,7 @@ class LossRecorder:
 
         Args:
             step: Optimizer steps taken.
-            outputs: What the training step returned; without a scalar loss nothing is counted.
+            outputs: The return value of the training step. Nothing is counted if it has no scalar loss.
         """
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.ndim:
@@ -57,7 +57,7 @@ class LossRecorder:
                 self._thin()
 
     def settle(self) -> None:
-        """Bring what is on a device into the history."""
+        """Move pending losses from their device into the history."""
         if self._pending:
             values = torch.stack([value for _, value in self._pending]).tolist()
             self._history.losses += [(step, value) for (step, _), value in zip(self._pending, values, strict=True)]

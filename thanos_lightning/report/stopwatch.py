@@ -1,4 +1,4 @@
-"""How long work takes that a device does while the host goes on."""
+"""Measures the time of work that a device does while the host goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up what blocks take. On a device it is told by the device's own events, for which the host doesn't wait.
+    """Adds up the time of blocks. A device with events of its own measures by them, so the host does not wait.
 
     Examples:
         >>> stopwatch = Stopwatch()
@@ -27,7 +27,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Count the block, of which the work is done on this device."""
+        """Measure the block, whose work is done on this device."""
         events = None if device.type == "cpu" else getattr(torch.get_device_module(device), "Event", None)
         if events is None:
             begin = time.perf_counter()
@@ -41,7 +41,7 @@ class Stopwatch:
         self._running.append((before, after))
 
     def seconds(self) -> float:
-        """What has been counted. Waits for the last block."""
+        """Return the measured time. Waits for the last block."""
         if self._running:
             self._running[-1][1].synchronize()
             self._seconds += sum(before.elapsed_time(after) for before, after in self._running) / 1000  # milliseconds
@@ -50,6 +50,6 @@ class Stopwatch:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done its queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()

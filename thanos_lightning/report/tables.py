@@ -1,4 +1,4 @@
-"""What one reads in a terminal: a table after each event, and what the training came to at its end."""
+"""Prints to the terminal: a table after each event, and a summary at the end of the training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _WIDTH = 80
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """Name of a layer -> name of its kind, the shortest that tells the kinds apart.
+    """Map each layer's name to the name of its kind, which is the shortest suffix that tells the kinds apart.
 
-    Layers are of one kind if their names differ by the numbers of the blocks that they are in.
+    Layers are of the same kind if their names differ only in the numbers of their blocks.
 
     Examples:
         >>> kinds_of(["h.0.attn.proj", "h.0.mlp.proj", "h.1.attn.proj", "h.1.mlp.up"])
@@ -40,8 +40,8 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def print_event(event: EventReport, console: Console | None = None) -> None:
-    """One table after an event: a row per kind of layer, since a model has hundreds of alike ones."""
-    # eight columns in the 80 of a plain terminal
+    """Print a table after an event. It has a row per kind of layer, because a model has hundreds of similar layers."""
+    # Without padding, eight columns fit into the 80 characters of a plain terminal.
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("layers", no_wrap=True, overflow="ellipsis")
     for column in ("n", "shape", "pattern", "zeros", "rel. loss", "worst", "solving"):
@@ -77,11 +77,11 @@ def _listed(parts: Mapping[Part, float]) -> str:
 
 
 def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
-    """What the training came to: how sparse, the metric dense, pruned and recovered, and what pruning took.
+    """Print the final sparsity, the metric (dense, pruned and recovered) and the time that pruning took.
 
     Args:
-        report: Of the training.
-        sparsity: Of all layers to prune.
+        report: Report of the training.
+        sparsity: Sparsity of all layers to prune.
         console: Where to print.
     """
     summary, console = report.summary, console or rich.get_console()
@@ -117,12 +117,12 @@ def print_summary(report: PruningReport, sparsity: float, console: Console | Non
 def print_outcome(
     checkpoint: Path | None, report: Path, *, is_exportable: bool, console: Console | None = None
 ) -> None:
-    """Where to find what the training left, and what to do with it.
+    """Print the paths of the files that the training wrote, and the next command.
 
     Args:
-        checkpoint: Of the pruned model; None where none was saved.
-        report: Of the pruning.
-        is_exportable: Whether the model is one of Hugging Face's, which the checkpoint can be exported to.
+        checkpoint: Checkpoint of the pruned model; None if none was saved.
+        report: File of the pruning report.
+        is_exportable: Whether the model is a Hugging Face model, to which the checkpoint can be exported.
         console: Where to print.
     """
     console = console or rich.get_console()
@@ -131,11 +131,11 @@ def print_outcome(
         lines.insert(0, f"  checkpoint  {_shown(checkpoint)}")
         if is_exportable:
             lines.append(f"  next        thanos-lightning export {shlex.quote(_shown(checkpoint))} exported")
-    for line in lines:  # whole, however long: they are to be copied
+    for line in lines:  # never wrapped, because users copy them
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(path: Path) -> str:
-    """As seen from the working directory, where it is inside."""
+    """Return the path relative to the working directory if it is inside."""
     here = Path.cwd()
     return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)

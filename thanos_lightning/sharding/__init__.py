@@ -1,1 +1,1 @@
-"""Who holds which piece of a parameter: how to read, write and mask it, and how ranks agree."""
+"""Which rank holds which piece of a parameter, how to read, write and mask the piece, and how ranks agree."""

@@ -22,7 +22,7 @@ class LocalPiece(NamedTuple):
     Attributes:
         what: "weight" (the model's copy), "master", or the name of a moment.
         tensor: The values, writable unless said otherwise.
-        place: Which part of the rank's drop mask they stand under.
+        place: The part of the rank's drop mask that covers the values.
     """
 
     what: str
@@ -41,9 +41,9 @@ class ParameterAccess(Protocol):
         rank: This process among `world_size`.
         world_size: Number of processes.
         optimizers: The torch optimizers that step the parameters, or their masters.
-        saves_every_rank: Whether a checkpoint keeps what each rank's callbacks return, and gives each its own back;
-            else it is rank 0's, for all.
-        can_differentiate: Whether a backward beside the training leaves the training as it was.
+        saves_every_rank: Whether a checkpoint keeps the callback state of every rank, and returns each rank its own.
+            Otherwise it keeps rank 0's state for all ranks.
+        can_differentiate: Whether an extra backward outside a training step leaves the training unchanged.
         timeout: How long the ranks that solve one layer wait for each other; None for as long as torch's backend does.
     """
 
@@ -57,20 +57,20 @@ class ParameterAccess(Protocol):
     # Reading and writing layers: all ranks call these, in one order
 
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
-        """The full weight (out_features, in_features) on its owner, from the most exact copy. Not to be written to."""
+        """Return the full weight (out_features, in_features) on its owner, from the most exact copy. Read-only."""
         ...
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        """The keep mask (out_features, in_features) on its owner, of which `drop` is this rank's piece."""
+        """Assemble the keep mask (out_features, in_features) on the owner from every rank's `drop`."""
         ...
 
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
-        """Replace a weight wherever a copy of it is kept, and zero its moments where it is pruned.
+        """Replace every copy of a weight, and zero the optimizer moments of its pruned entries.
 
         Args:
             layer: The layer.
             weight: (out_features, in_features) on the owner, None elsewhere.
-            keep: Its keep mask, likewise.
+            keep: The weight's keep mask on the owner, None elsewhere.
             owner: The rank that has both.
 
         Returns:
@@ -79,28 +79,28 @@ class ParameterAccess(Protocol):
         ...
 
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
-        """The keep mask (out_features, in_features) on every rank, of which `drop` is this rank's piece."""
+        """Assemble the keep mask (out_features, in_features) on every rank from every rank's `drop`."""
         ...
 
     def release(self) -> None:
-        """Drop whole copies of sharded weights, which a forward or a backward beside the training leaves behind."""
+        """Free the whole copies of sharded weights that a forward or backward outside a training step leaves behind."""
         ...
 
     # What this rank does alone
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
-        """This rank's drop mask of a keep mask (out_features, in_features). Talks to no rank."""
+        """Return this rank's drop mask for a keep mask (out_features, in_features). Talks to no rank."""
         ...
 
     def completes_step(self, optimizer: Optimizer) -> bool:
-        """Asked in a post-step hook: whether a step of the training is complete with this call. Talks to no rank.
+        """Whether this call of a post-step hook completes a training step. Talks to no rank.
 
-        It isn't where a scaler has skipped the step, and where a step is several calls and more of them follow.
+        It does not if a scaler has skipped the step, or if the optimizer is called again for the same step.
         """
         ...
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """Names of the layers of which the optimizer updates something on this rank. Talks to no rank."""
+        """Names of the layers that the optimizer updates, at least in part, on this rank. Talks to no rank."""
         ...
 
     def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
@@ -108,11 +108,11 @@ class ParameterAccess(Protocol):
         ...
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        """Everything of a layer on this rank, to be counted, not written to. Talks to no rank."""
+        """All tensors of a layer on this rank, for counting only; they may be copies. Talks to no rank."""
         ...
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """Of each optimizer, the module's parameters that its state numbers, in order; None for what is none."""
+        """For each optimizer, the module's parameters in the order of its state; None for any other tensor."""
         ...
 
     def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
@@ -122,43 +122,43 @@ class ParameterAccess(Protocol):
     # How ranks agree
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
-        """The sum of a symmetric fp32 (width, width) over ranks on its owner, None elsewhere. Talks to all.
+        """Sum a symmetric fp32 matrix (width, width) over ranks, on its owner; None elsewhere. Talks to all.
 
-        A rank without a matrix gives None, and counts as zeros.
+        A rank without a matrix passes None, which counts as zeros.
         """
         ...
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of fp32 tensors of one shape over ranks, on all of them. Talks to all."""
+        """Sum fp32 tensors of one shape over ranks, on all ranks. Talks to all."""
         ...
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite a tensor of all ranks, which has one shape and dtype everywhere, by the owner's. Talks to all."""
+        """Overwrite a tensor, of one shape and dtype on all ranks, with the owner's values. Talks to all."""
         ...
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """The source's fp32 tensor, on the CPU, on the source and on rank 0; None elsewhere. Those two talk."""
+        """Send the source's fp32 tensor to rank 0. Both return it on the CPU, other ranks None. Only those two talk."""
         ...
 
     def reserve(self, sizes: Iterable[int]) -> None:
-        """Ask for blocks of so many bytes, all at once, and give them back. Talks to no rank.
+        """Allocate blocks of these sizes in bytes, all at once, and free them. Talks to no rank.
 
-        What runs out of memory here can be told to the others; between two messages they would wait for it.
+        A rank that runs out of memory here can tell the others. Between two messages, the others would wait for it.
 
         Raises:
-            torch.OutOfMemoryError: If there isn't as much.
+            torch.OutOfMemoryError: If the device lacks the memory.
         """
         ...
 
     def gather(self, value: Value) -> list[Value]:
-        """The small Python values of all ranks, by rank. Talks to all."""
+        """Return the small Python values of all ranks, by rank. Talks to all."""
         ...
 
     def in_teams(self, teams: Mapping[range, int]) -> AbstractContextManager[RankTeam | None]:
-        """This rank's team, or None if it is in none, for the time in which they solve. Talks to all.
+        """Give this rank its team, or None if it has none, while the teams solve. Talks to all.
 
         Args:
-            teams: The ranks of each team, no rank in two of them -> the number of rows of its layer. The same, in the
-                same order, on all ranks.
+            teams: Ranks of a team -> number of rows of its layer. No rank is in two teams. All ranks pass the same
+                teams in the same order.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which access serves a Trainer's strategy."""
+"""Chooses the `ParameterAccess` for a Trainer's strategy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from thanos_lightning.sharding.fsdp import FsdpAccess
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-_KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # though to Lightning they are some of these
+_KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of supported ones
 
 
 def check_strategy(strategy: Strategy) -> None:
     """Refuse a strategy under which zeros would be lost.
 
     Raises:
-        MisconfigurationException: Naming it, and the ones that are supported.
+        MisconfigurationException: Naming the strategy, and the supported ones.
     """
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _KINDS_OF_THEIR_OWN):
         raise MisconfigurationException(
@@ -39,17 +39,17 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
-    """The access for a Trainer's strategy, once its model and optimizers are set up. All ranks must call it.
+    """Return the access for a strategy whose model and optimizers are set up. All ranks must call it.
 
     Args:
-        strategy: One that `check_strategy` lets pass.
+        strategy: A strategy that `check_strategy` accepts.
         layers: Name -> layer, of all that may be pruned.
 
     Raises:
-        MisconfigurationException: Where zeros would be lost, by name.
+        MisconfigurationException: If zeros would be lost, naming the cause.
     """
     check_strategy(strategy)
-    if isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy to Lightning
+    if isinstance(strategy, DeepSpeedStrategy):  # tested first, because it is a DDPStrategy, too
         from thanos_lightning.sharding.zero import ZeroAccess  # deepspeed is optional, and slow to import
 
         return ZeroAccess(strategy, layers)

@@ -14,8 +14,8 @@ from typing_extensions import override
 class CPUDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed ZeRO on CPUs, over gloo: to try a recipe on a laptop before the cluster.
 
-    Lightning's own strategy refuses CPUs, although DeepSpeed trains on them. Everything is what it will be on GPUs,
-    only slower: the partitions, the fp32 masters, the checkpoints. DeepSpeed builds a small C++ extension at the first
+    Lightning's own strategy refuses CPUs, although DeepSpeed trains on them. The partitions, the fp32 masters and the
+    checkpoints are the same as on GPUs; training is only slower. DeepSpeed builds a small C++ extension at the first
     use, so a compiler is needed.
 
     Args:
@@ -38,7 +38,7 @@ class CPUDeepSpeed(DeepSpeedStrategy):
 
     @override
     def setup_environment(self) -> None:
-        # of the strategy above DeepSpeed's, whose only addition is to refuse CPUs
+        # DeepSpeedStrategy's own method is skipped: it only adds the refusal of CPUs.
         super(DeepSpeedStrategy, self).setup_environment()
 
     @override

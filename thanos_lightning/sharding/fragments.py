@@ -1,7 +1,7 @@
-"""Parameters that lie in pieces on several ranks: how a whole one comes together, and goes back.
+"""Collects parameters that lie in pieces on several ranks, and hands whole ones out again.
 
-Each rank holds at most one contiguous range of a flattened parameter. Which ranges the others hold is asked for once;
-after that every rank knows who sends what to whom, and pieces travel from rank to rank only where they are needed.
+Each rank holds at most one contiguous range of a flattened parameter. The ranks tell each other their ranges once.
+After that, every rank knows who sends what to whom, and a piece is sent only to the ranks that need it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Range(NamedTuple):
 
 
 def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Range]]:
-    """From whom to take which entries, so that each entry is taken once: (rank, range), in order.
+    """Choose the rank to take each entry from, so that each entry is taken once: (rank, range), in order.
 
     Args:
         ranges: What each rank holds.
         numel: How many entries there are.
-        first: The rank that is asked first, since it needs the result.
+        first: The rank that needs the result, so all that it holds is taken from it.
 
     Raises:
-        ValueError: If some entries are held by nobody.
+        ValueError: If no rank holds some entry.
 
     Examples:
         >>> cover([Range(0, 4), Range(2, 4)], numel=6, first=1)
@@ -70,14 +70,14 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
 
 
 class FragmentAccess(Ranks):
-    """What is the same for all `ParameterAccess` where a rank holds a range of a parameter.
+    """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter.
 
     Args:
         layers: Name -> layer, of all that may be pruned.
         rank: This process among `world_size`.
         world_size: Number of processes.
         device: Where this process sends from and receives to.
-        optimizers: The ones that step the parameters, or their masters.
+        optimizers: The optimizers that step the parameters, or their masters.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FragmentAccess(Ranks):
         self._ranges = {name: [held[name][0] for held in everywhere] for name in layers}
         self._exact_ranges = {name: [held[name][1] for held in everywhere] for name in layers}
 
-    # What a strategy says
+    # What a strategy implements
 
     @abstractmethod
     def _held(self, layer: PrunableLayer) -> Range:
@@ -104,27 +104,27 @@ class FragmentAccess(Ranks):
 
     @abstractmethod
     def _held_exactly(self, layer: PrunableLayer) -> Range:
-        """The entries of which this rank has the most exact copy: the master, where there is one."""
+        """The entries whose most exact copy this rank holds: the master, if there is one."""
 
     @abstractmethod
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
-        """Its dtype, the same on all ranks, also on those that have none."""
+        """The dtype of the most exact copy, the same on all ranks, even on ranks without a piece."""
 
     @abstractmethod
     def _read_exact(self, layer: PrunableLayer) -> Tensor:
-        """That copy, flat."""
+        """Return this rank's piece of the most exact copy, flat."""
 
     @abstractmethod
     def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
-        """Overwrite that copy by flat values."""
+        """Overwrite this rank's piece of the most exact copy with flat values."""
 
     @abstractmethod
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
-        """Overwrite the model's copy on all ranks by the owner's (out_features, in_features). Talks to all."""
+        """Overwrite the model's copy on all ranks with the owner's (out_features, in_features). Talks to all."""
 
     @abstractmethod
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
-        """Zero the moments of this rank where they are pruned."""
+        """Zero this rank's optimizer moments of pruned entries."""
 
     # ParameterAccess
 
@@ -193,17 +193,17 @@ class FragmentAccess(Ranks):
 
     @abstractmethod
     def _mask_device(self, layer: PrunableLayer) -> torch.device:
-        """Where the optimizer steps this rank's piece."""
+        """The device on which the optimizer steps this rank's piece."""
 
     @abstractmethod
     def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
 
-    # Pieces on their way
+    # How pieces are sent and received
 
     @staticmethod
     def _matrix(layer: PrunableLayer, flat: Tensor) -> Tensor:
-        """(out_features, in_features) of a flattened parameter."""
+        """Reshape a flattened parameter to (out_features, in_features)."""
         return flat.view(layer.cols, layer.rows).t() if layer.transposed else flat.view(layer.rows, layer.cols)
 
     def _collect(

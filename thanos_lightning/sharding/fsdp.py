@@ -1,8 +1,8 @@
 """FSDP2: where the weight and the moments of a fully sharded parameter lie on this rank.
 
-`torch.distributed.fsdp.fully_shard` makes each parameter a DTensor, of which a rank holds some of the rows (entries of
-the first dimension). This shard is the model's copy and the master in one: what a mixed precision policy gathers in
-another dtype is made of it afresh for each forward.
+`torch.distributed.fsdp.fully_shard` makes each parameter a DTensor. A rank holds a shard of its rows (entries of the
+first dimension). The shard is both the model's copy and the master: a mixed precision policy casts it anew for each
+forward.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
 from thanos_lightning.solver.zeros import zero_where
 
-_TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for that dimension of its mesh
+_TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for this mesh dimension
 
 
 @torch.no_grad()
 def _flat(tensor: DTensor) -> Tensor:
-    """What this rank holds of a tensor, flat, to read from and to write to. Talks to no rank."""
+    """Return a flat, writable view of this rank's part of a tensor. Talks to no rank."""
     return tensor.to_local().view(-1)
 
 
@@ -39,7 +39,7 @@ class FsdpAccess(FragmentAccess):
         layers: Name -> layer, of all that may be pruned.
 
     Raises:
-        MisconfigurationException: For a layer that is not sharded by rows, by name.
+        MisconfigurationException: If a layer is not sharded by rows, naming it.
     """
 
     def __init__(self, strategy: ModelParallelStrategy, layers: Mapping[str, PrunableLayer]) -> None:
@@ -47,18 +47,18 @@ class FsdpAccess(FragmentAccess):
         self._model = strategy.model
         self._sharded_modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
         self.release()
-        # by name once and for all: a module whose parameters are gathered shows other tensors in their place
+        # Looked up once, because a gathered module shows other tensors in place of its parameters.
         self._parameters = {name: _require_rows(layer) for name, layer in layers.items()}
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         """See `ParameterAccess`."""
-        # in a single file Lightning numbers the module's parameters, whatever the order of an optimizer's groups
+        # In a single-file checkpoint Lightning numbers the module's parameters, whatever the optimizer's groups are.
         return [list(self._model.parameters()) for _ in self.optimizers]
 
     def release(self) -> None:
         """See `ParameterAccess`."""
-        for module in self._sharded_modules:  # else a forward without a backward leaves some for the next one
+        for module in self._sharded_modules:  # a forward without a backward leaves gathered parameters behind
             module.reshard()
 
     def completes_step(self, optimizer: Optimizer) -> bool:
@@ -107,7 +107,7 @@ class FsdpAccess(FragmentAccess):
         return self._parameters[layer.name].dtype
 
     def _mask_device(self, layer: PrunableLayer) -> torch.device:
-        return self._read_exact(layer).device  # not the one of the forward, where parameters are offloaded
+        return self._read_exact(layer).device  # with offloading, not the forward's device
 
     def _read_exact(self, layer: PrunableLayer) -> Tensor:
         return _flat(self._parameters[layer.name])
@@ -129,7 +129,7 @@ def _held_entries(parameter: DTensor) -> Range:
     start, rows = 0, len(parameter)
     for dimension, placement in enumerate(parameter.placements):
         if placement == Shard(0):
-            # as torch.chunk: equal parts but for the last ones, which may be smaller or empty
+            # as torch.chunk: equal parts, but the last ones may be smaller or empty
             part = -(-rows // parameter.device_mesh.size(dimension))
             first = min(part * parameter.device_mesh.get_local_rank(dimension), rows)
             start, rows = start + first, min(part, rows - first)
@@ -138,7 +138,7 @@ def _held_entries(parameter: DTensor) -> Range:
 
 
 def _require_rows(layer: PrunableLayer) -> DTensor:
-    """The layer's parameter, which has to be sharded by rows."""
+    """Return the layer's parameter, which must be sharded by rows."""
     parameter = layer.parameter
     if not isinstance(parameter, DTensor):
         raise MisconfigurationException(

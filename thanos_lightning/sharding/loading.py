@@ -1,4 +1,4 @@
-"""Why a pretrained model is not loaded under ZeRO-3."""
+"""Explains why loading a pretrained model fails under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 
 def explain_loading(strategy: Strategy, failure: BaseException) -> str | None:
-    """What helps where a module's own `from_pretrained` has failed under ZeRO-3; None for another failure.
+    """Return advice if a module's own `from_pretrained` has failed under ZeRO-3; None for another failure.
 
-    Parameters are made empty there, and transformers fills them only if it knows: else it says that an index is out of
-    bounds, or that sizes differ.
+    ZeRO-3 creates parameters empty, and transformers fills them only if it knows that ZeRO-3 is on. Otherwise
+    transformers reports an index out of bounds, or sizes that differ.
     """
     if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
         return None

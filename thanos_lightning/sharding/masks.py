@@ -1,4 +1,4 @@
-"""Keep masks and their form in a checkpoint: one bit an entry, keyed by parameter name, plain values only."""
+"""Keep masks and their form in a checkpoint: one bit per entry, keyed by parameter name, plain values only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _require_size(packed: Tensor, shape: tuple[int, ...]) -> int:
-    """The number of entries of the shape, for which there must be as many bits."""
+    """Return the number of entries of the shape, after checking that the packed bytes fit it."""
     numel = int(torch.Size(shape).numel())
     if packed.numel() != -(-numel // 8):
         raise ValueError(
@@ -67,10 +67,10 @@ def _require_size(packed: Tensor, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LayerMask:
-    """What a layer was pruned to. It stays packed until its entries are asked for.
+    """The keep mask of a pruned layer. It stays packed until its entries are needed.
 
     Attributes:
-        bits: uint8 (ceil(out_features · in_features / 8),): the keep mask, as `pack_bits` has it.
+        bits: uint8 (ceil(out_features · in_features / 8),): the keep mask, as `pack_bits` returns it.
         shape: (out_features, in_features).
         pattern: The pattern that the mask was made for, at the sparsity of its event.
         transposed: True where the parameter is stored as (in_features, out_features), as in transformers' Conv1D.
@@ -94,7 +94,7 @@ class LayerMask:
 
     @classmethod
     def of(cls, keep: Tensor, pattern: Pattern, transposed: bool = False) -> LayerMask:
-        """The mask whose entries are these: bool (out_features, in_features), True = kept."""
+        """Make a mask from its entries: bool (out_features, in_features), True = kept."""
         rows, cols = keep.shape
         return cls(pack_bits(keep), (rows, cols), pattern, transposed)
 
@@ -105,7 +105,7 @@ class LayerMask:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """The parameter's."""
+        """Shape of the parameter as the model stores it."""
         rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
@@ -131,16 +131,16 @@ class LayerMask:
         """Read what `state` wrote.
 
         Raises:
-            ValueError: If the bits do not fit the shape or the pattern is none.
+            ValueError: If the bits do not fit the shape or the pattern is invalid.
         """
         rows, cols = state["shape"]
         return cls(state["bits"], (rows, cols), recorded_pattern(state), state["transposed"])
 
 
 def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
-    """The pattern of a mask's state, or of an entry of `sparsity.json`.
+    """Read the pattern of a mask's state, or of an entry of `sparsity.json`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the pattern is invalid.
     """
     return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])

@@ -1,4 +1,4 @@
-"""Which rank owns a layer: the sums of all ranks come together there, and it solves the layer."""
+"""Decides which rank owns a layer. The owner receives the sums of all ranks and solves the layer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator, SolverError
 
-# Of a square layer, factoring the Hessian takes about a quarter of the time that all rows take.
+# For a square layer, factoring the Hessian takes about a quarter of the time that solving all rows takes.
 _ROWS_PER_FACTOR = 4
-# In the same unit: the eigenvectors of both factors, and the steps on all rows together.
+# Costs in the same unit: of the eigenvectors of both factors, and of the steps on all coupled rows together.
 _EIGENVECTORS, _COUPLED_STEPS = 3, 20
 
 
@@ -20,9 +20,9 @@ class PruningError(RuntimeError):
 
 
 def _cost(layer: PrunableLayer, members: int, *, coupled: bool = False) -> int:
-    """How long a team of so many ranks solves: b³ + 4·c·b², of which only the second part is split.
+    """Estimate how long this many members solve a layer of c rows and b columns: b³ + 4·c·b². Only c is split.
 
-    Where rows are coupled, 3 (b³ + c³) + 20 cb (c + b) more.
+    Coupled rows add 3 (b³ + c³) + 20 cb (c + b).
     """
     rows, cols = layer.rows, layer.cols
     alone = cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
@@ -30,12 +30,11 @@ def _cost(layer: PrunableLayer, members: int, *, coupled: bool = False) -> int:
 
 
 def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, range]:
-    """The ranks that solve each layer, its owner first. Decided from shapes alone.
+    """Assign the ranks that solve each layer, its owner first, from shapes alone.
 
-    Where layers are no fewer than ranks, or their rows are coupled, each layer has one rank, and ranks have about
-    equally much to do. Otherwise each rank is in one team. Teams lie side by side, and each further rank goes where the
-    time is longest. A team has no more ranks than its layer has rows: where all teams are that large, ranks are left
-    over.
+    With at least as many layers as ranks, or with coupled rows, each layer has one rank, and the work is spread evenly.
+    Otherwise each rank is in one team, and a team's ranks are consecutive. Each further rank joins the team that would
+    take longest. A team never has more ranks than its layer has rows. If all teams are that large, ranks are left over.
 
     Examples:
         >>> assign_teams({}, world_size=2)
@@ -60,7 +59,7 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, couple
 
 
 def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, int]:
-    """The rank that has the sums and the weight of each layer: the first of its team, see `assign_teams`.
+    """Assign the rank that holds each layer's sums and weight: the first of the layer's team, see `assign_teams`.
 
     Examples:
         >>> assign_owners({}, world_size=2)
@@ -70,11 +69,11 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, coupl
 
 
 def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
-    """Ask for the memory that messages about layers will need; what fails, for `raise_everywhere`.
+    """Test whether the memory for messages about layers is free. Return the error for `raise_everywhere`, or None.
 
     Args:
         blocks: Name of a layer -> bytes.
-        access: Has the device.
+        access: Knows the device.
     """
     if access.world_size > 1:
         try:
@@ -99,10 +98,10 @@ def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcces
 def unseen_layers(
     layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
 ) -> list[str]:
-    """The layers that no token has reached on any rank, the same on all. All must call it.
+    """Return the layers that no token has reached on any rank. All ranks must call it, and get the same.
 
     Raises:
-        PruningError: If these are all.
+        PruningError: If no token has reached any layer.
     """
     seen = access.gather([name for name, accumulator in accumulators.items() if accumulator.num_tokens])
     reached = set(itertools.chain.from_iterable(seen))
@@ -122,14 +121,14 @@ def sum_on_owners(
     *,
     stay: bool = False,
 ) -> dict[str, HessianAccumulator]:
-    """The statistics of all ranks, each complete on its layer's owner.
+    """Add up the statistics of all ranks, each on its layer's owner.
 
     Args:
         layers: Name -> layer.
         accumulators: Name -> this rank's statistics. Emptied.
         owners: Name -> rank.
         access: How the strategy's parameters are reached.
-        stay: Whether someone else holds the accumulators, so that emptying them gives no memory back.
+        stay: Whether the caller holds the accumulators elsewhere, too, so that emptying the dict frees no memory.
     """
     tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
     if access.world_size == 1:
@@ -143,7 +142,7 @@ def sum_on_owners(
         for names in groups
         if any(owners[name] == access.rank for name in names)
     }
-    if not stay:  # a rank's own sum is let go when the next one comes
+    if not stay:  # a rank frees its own sum before the next total
         needed = dict(sorted(needed.items(), key=lambda item: item[1])[-1:])
     raise_everywhere(reserved(needed, access), access)
     for names in groups:
@@ -163,12 +162,12 @@ def sum_on_owners(
 def _sharing(
     layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
 ) -> list[list[str]]:
-    """The layers, grouped by who shares one sum on every rank, in an order that is the same everywhere."""
+    """Group the layers that share one sum on every rank, in an order that is the same on all ranks."""
     first: dict[int, str] = {}
     leaders = {name: first.setdefault(id(accumulator), name) for name, accumulator in accumulators.items()}
     everywhere = access.gather(leaders)
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in layers:
-        # a rank on which a layer saw nothing has nothing to say against, and adds nothing; but then for all of a group
-        groups.setdefault(tuple(told.get(name) for told in everywhere), []).append(name)
+        # A rank on which a layer saw nothing (None) adds nothing, so the whole group must have seen nothing there.
+        groups.setdefault(tuple(rank_leaders.get(name) for rank_leaders in everywhere), []).append(name)
     return list(groups.values())

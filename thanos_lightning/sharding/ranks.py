@@ -1,4 +1,4 @@
-"""What processes tell each other, whatever the strategy."""
+"""How processes communicate, whatever the strategy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 # A triangle travels in strips of rows; each strip is a rectangle that begins at the diagonal.
 _STRIPS = 16
-# Strips travel together up to so many entries (16 MiB): a small message takes gloo as long as one of a MiB.
+# Strips of up to this many entries (16 MiB) travel together: gloo takes as long for a small message as for one MiB.
 _ENTRIES_IN_FLIGHT = 2**22
 
 
@@ -51,13 +51,13 @@ class Ranks:
         del blocks
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
-        """The sum of a symmetric matrix over ranks, on its owner; None elsewhere. Talks to all.
+        """Sum a symmetric matrix over ranks, on its owner; None elsewhere. Talks to all.
 
-        Little more than the upper triangle is sent, by reduction, with at most a sixteenth of a large matrix in flight.
+        A reduction sends little more than the upper triangle, and at most a sixteenth of a large matrix at a time.
 
         Args:
-            owner: Who gets the sum.
-            matrix: fp32 (width, width) of this rank, which stays as it is, or None for zeros.
+            owner: The rank that gets the sum.
+            matrix: This rank's fp32 (width, width), which stays unchanged, or None for zeros.
             width: The same on all ranks.
         """
         if self.world_size == 1:
@@ -86,7 +86,7 @@ class Ranks:
         return tensor
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """The source's fp32 tensor, on the CPU, on the source and on rank 0; None elsewhere. Those two talk."""
+        """Send the source's fp32 tensor to rank 0. Both return it on the CPU, other ranks None. Only those two talk."""
         if self.rank == source:
             assert tensor is not None
             if source != 0:
@@ -101,13 +101,13 @@ class Ranks:
     @staticmethod
     def _exchange(messages: Sequence[tuple[Any, Tensor, int]], group: Any = None) -> None:
         """Send and receive (dist.isend or dist.irecv, contiguous tensor, other rank) and wait. By default among all."""
-        # a batch, also of one: NCCL would open a communicator for every pair of ranks that talk alone
+        # Even one message is a batch: NCCL would open a communicator for every pair of ranks that talk alone.
         if messages:
             for work in dist.batch_isend_irecv([dist.P2POp(*message, group) for message in messages]):
                 work.wait()
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite a tensor of all ranks, which has one shape and dtype everywhere, by the owner's. Talks to all."""
+        """Overwrite a tensor, of one shape and dtype on all ranks, with the owner's values. Talks to all."""
         if self.world_size == 1:
             return
         sent = tensor.to(self._device).contiguous()
@@ -116,7 +116,7 @@ class Ranks:
             tensor.copy_(sent)
 
     def gather(self, value: Value) -> list[Value]:
-        """The small Python values of all ranks, by rank. Talks to all."""
+        """Return the small Python values of all ranks, by rank. Talks to all."""
         if self.world_size == 1:
             return [value]
         values: list[Value | None] = [None] * self.world_size
@@ -125,13 +125,13 @@ class Ranks:
 
     @contextmanager
     def in_teams(self, teams: Mapping[range, int]) -> Iterator[RankTeam | None]:
-        """This rank's team, or None if it is in none, for the time in which they solve. Talks to all.
+        """Give this rank its team, or None if it has none, while the teams solve. Talks to all.
 
         Args:
-            teams: The ranks of each team, no rank in two of them -> the number of rows of its layer. The same, in the
-                same order, on all ranks.
+            teams: Ranks of a team -> number of rows of its layer. No rank is in two teams. All ranks pass the same
+                teams in the same order.
         """
-        # Each group is made by all ranks, also by those that are not in it.
+        # torch requires all ranks to create each group, even a group that they are not in.
         groups = {team: dist.new_group(list(team), timeout=self.timeout) for team in teams}
         own = next((team for team in teams if self.rank in team), None)
         try:
@@ -142,7 +142,7 @@ class Ranks:
 
 
 def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
-    """Rows [start, stop) of strips that travel together."""
+    """Yield batches of strips that travel together, each strip as rows [start, stop)."""
     step = -(-width // _STRIPS)
     batch: list[tuple[int, int]] = []
     entries = 0
@@ -157,13 +157,13 @@ def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
 
 
 class RankTeam(AgreeingTeam):
-    """Ranks that solve a layer together. The first of them, its owner, has it whole at the beginning and at the end.
+    """Ranks that solve a layer together. The first rank owns the layer, and holds it whole before and after.
 
     Args:
         ranks: The members, in the order of their rows.
         num_rows: Rows of the layer, at least one for each member.
         rank: This process.
-        group: Of the members alone.
+        group: Process group of the members.
         device: Where this process sends from and receives to.
     """
 
@@ -175,16 +175,16 @@ class RankTeam(AgreeingTeam):
 
     @property
     def is_owner(self) -> bool:
-        """Whether this is the rank that has the layer whole."""
+        """Whether this rank holds the whole layer."""
         return self.index == 0
 
     def from_owner(self, whole: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of the owner's, on all members. Talks to all of them.
+        """Return the owner's tensor on all members. Talks to all members.
 
         Args:
             whole: The tensor on the owner, None elsewhere.
-            shape: Its shape.
-            dtype: Its dtype.
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
         """
         if self.is_owner:
             assert whole is not None
@@ -197,12 +197,12 @@ class RankTeam(AgreeingTeam):
         return tensor
 
     def hand_out(self, whole: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
-        """Each member's rows of a matrix of the owner's. Not to be written to. Talks to all members.
+        """Return each member's rows of the owner's matrix. They are read-only. Talks to all members.
 
         Args:
             whole: (num_rows, cols) on the owner, None elsewhere.
-            cols: Its width.
-            dtype: Its dtype.
+            cols: The matrix's width.
+            dtype: The matrix's dtype.
         """
         if not self.is_owner:
             own = torch.empty(self.rows[self.index], cols, dtype=dtype, device=self._device)
@@ -216,7 +216,7 @@ class RankTeam(AgreeingTeam):
         return parts[0]
 
     def collect(self, own: Tensor) -> Tensor | None:
-        """The matrix (num_rows, cols) of all members' rows, on the owner; None elsewhere. Talks to all members.
+        """Return the matrix (num_rows, cols) of all members' rows on the owner, None elsewhere. Talks to all members.
 
         Args:
             own: The rows of this member.

@@ -1,4 +1,4 @@
-"""Every rank holds every parameter whole: one device, and DDP."""
+"""Access under one device and DDP, where every rank holds every parameter whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ReplicatedAccess(Ranks):
         rank: This process among `world_size`.
         world_size: Number of processes, each with a replica. Above 1, torch.distributed is initialised.
         device: Where this process sends from and receives to.
-        optimizers: The ones that step the parameters.
+        optimizers: The optimizers that step the parameters.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ReplicatedAccess(Ranks):
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""
-        # a fused optimizer gets the scaler's verdict and skips the step inside
+        # A fused optimizer receives the scaler's found_inf and skips the step inside.
         found_inf = getattr(optimizer, "found_inf", None)
         return found_inf is None or not bool(found_inf)
 
@@ -96,7 +96,7 @@ class ReplicatedAccess(Ranks):
         yield LocalPiece("weight", parameter.data)
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
         for name, value in optimizer.state.get(parameter, {}).items():
-            # in quantised states (8 bit) a code of 0 need not mean 0
+            # In quantised states (8 bit) a code of 0 need not mean the value 0.
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
                 yield LocalPiece(name, value)
 

@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO 0 to 3: where the model's copy, the fp32 master and the moments of a parameter lie on this rank.
 
-With checkpoints/reshard.py the only file that imports deepspeed. Where a piece is in which of DeepSpeed's optimizers:
+Only this file and checkpoints/reshard.py import deepspeed. Each of DeepSpeed's optimizers lays pieces out differently:
 
     stage 3               rank r holds the r-th of equal parts of each flattened parameter, padded at the end
     stages 1 and 2        the parameters are one flat vector, cut into equal parts by rank; the model's copy is whole
-    stage 1, bf16 with    as stage 1, but the gradients are whole on each rank too, and the clipped norm is taken of
-      fp32 accumulation   these: the mask is held whole
-    stage 0               all is whole; in 16 bits with a master of its own
+    stage 1, bf16 with    as stage 1, but each rank also holds whole gradients, whose norm is clipped, so each rank
+      fp32 accumulation   holds the whole mask
+    stage 0               everything is whole; with 16-bit parameters there is a separate master
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from thanos_lightning.solver.zeros import zero_where
 
 @dataclass(frozen=True)
 class _Master:
-    """Where this rank's piece of a parameter is in what the torch optimizer steps.
+    """Locates this rank's piece of a parameter in a tensor that the torch optimizer steps.
 
     Attributes:
-        tensor: What the torch optimizer steps, which has its state under this key.
-        offset: Where the piece begins in it.
-        held: Which entries of the flattened parameter the piece is.
+        tensor: The tensor that the torch optimizer steps, and the key of its optimizer state.
+        offset: Where the piece begins in the tensor.
+        held: The entries of the flattened parameter that the piece contains.
     """
 
     tensor: Tensor
@@ -58,19 +58,19 @@ class _Master:
     held: Range
 
     def slice_of(self, tensor: Tensor) -> Tensor:
-        """The piece of a tensor that is laid out like the master, flat."""
+        """Return the same piece, flat, of a tensor that is laid out like the master."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.held.numel]
 
 
 class _Layout(Protocol):
-    """Where one of DeepSpeed's optimizers keeps things."""
+    """Where one of DeepSpeed's optimizers keeps masters, model copies and gradients."""
 
     def masters(self) -> Sequence[Tensor]:
-        """All that the torch optimizer steps on this rank, in the order in which it is stepped."""
+        """All tensors that the torch optimizer steps on this rank, in the order of the steps."""
         ...
 
     def master(self, parameter: nn.Parameter) -> _Master | None:
-        """This rank's piece, or None where it has none, or nothing is trained."""
+        """This rank's piece, or None if the rank has none or the parameter is not trained."""
         ...
 
     def held(self, parameter: nn.Parameter) -> Range:
@@ -181,11 +181,11 @@ class _Stage12:
         if mapping is None:
             return
         if optimizer.cpu_offload:
-            optimizer._wait_for_offload_copies()  # from pinned memory they come asynchronously
+            optimizer._wait_for_offload_copies()  # copies to pinned memory are asynchronous
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
         zero_where(gradient.view(-1), drop.to(gradient.device))
         if optimizer.cpu_offload:
-            # its norm was taken in the backward, before the gradient could be masked
+            # DeepSpeed took the gradient's norm in the backward, before the gradient could be masked.
             norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(parameter)
             if key in norms:
                 norms[key] = gradient.to(norms[key].dtype).norm(2).to(norms[key].device)
@@ -235,20 +235,20 @@ class _Stage3:
         held = self.held(parameter)
         sharded: Any = parameter
         piece = sharded.ds_tensor
-        if piece.numel() >= held.numel:  # else it is on NVMe
+        if piece.numel() >= held.numel:  # otherwise the piece is on NVMe
             yield LocalPiece("weight", piece.detach().view(-1)[: held.numel])
-        if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # a small one, that DeepSpeed keeps gathered
+        if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters gathered
             yield LocalPiece("gathered weight", parameter.detach().reshape(-1)[held.start : held.stop])
 
     @property
     def can_differentiate(self) -> bool:
-        """Not where modules are gathered as a whole, such as mixtures of experts: their hooks fill in gradients."""
+        """False if modules are gathered as a whole, such as mixtures of experts: their hooks fill in gradients."""
         return not self._optimizer.leaf_parameters
 
     def release(self) -> None:
-        """What DeepSpeed itself does at a step: its hooks release nothing that a backward passes by."""
+        """Release all parameters as DeepSpeed does at a step, since its hooks miss those that a backward skips."""
         self._optimizer.parameter_offload.partition_all_parameters()
-        if small := self._optimizer.persistent_parameters:  # it expects these to be gathered always
+        if small := self._optimizer.persistent_parameters:  # DeepSpeed expects these to stay gathered
             small[0].all_gather(small)
 
     def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
@@ -256,7 +256,7 @@ class _Stage3:
         if group is None or drop.numel() == 0:
             return
         if self._optimizer.offload_optimizer:
-            # the setter also corrects the norm, which was taken in the backward
+            # The setter also corrects the gradient's norm, which DeepSpeed took in the backward.
             gradient = safe_get_local_grad(parameter).clone()
             zero_where(gradient.view(-1)[: drop.numel()], drop.to(gradient.device))
             safe_set_local_grad(parameter, gradient)
@@ -273,7 +273,7 @@ class ZeroAccess(FragmentAccess):
         layers: Name -> layer, of all that may be pruned.
 
     Raises:
-        MisconfigurationException: For a kind of DeepSpeed training in which zeros could not be kept, by name.
+        MisconfigurationException: If zeros could not be kept under this kind of DeepSpeed training, naming the cause.
     """
 
     def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, PrunableLayer]) -> None:
@@ -315,7 +315,7 @@ class ZeroAccess(FragmentAccess):
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""
-        # ZeRO steps one group after the other, by calls of their own
+        # ZeRO steps the groups one after another, each by a separate call.
         last = self._layout.masters()[-1]
         return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
 
@@ -355,7 +355,7 @@ class ZeroAccess(FragmentAccess):
 
     def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
         """See `ParameterAccess`."""
-        # before that, gradients are not where the step will look for them
+        # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
             self._layout.mask_gradient(layer.parameter, drop)
 
@@ -365,7 +365,7 @@ class ZeroAccess(FragmentAccess):
         return self._layout.held(layer.parameter)
 
     def _held_exactly(self, layer: PrunableLayer) -> Range:
-        if not layer.parameter.requires_grad:  # no optimizer, no master
+        if not layer.parameter.requires_grad:  # an untrained parameter has no master
             return self._held(layer)
         master = self._masters[layer.name]
         return Range(0, 0) if master is None else master.held
@@ -385,7 +385,7 @@ class ZeroAccess(FragmentAccess):
         return isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter)
 
     def _moments(self, master: _Master) -> list[str]:
-        """Names of what an optimizer on NVMe keeps for each entry, of which only the number is in memory."""
+        """Names of the states that an optimizer on NVMe keeps for each entry. In memory they are 1-D tensors."""
         states = self.optimizers[0].state.get(master.tensor, {})
         return [name for name, value in states.items() if isinstance(value, Tensor) and value.dim() == 1]
 
@@ -450,9 +450,9 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
         FP16_Optimizer,
     )
     why = None
-    if type(wrapped) not in known and not isinstance(wrapped, Optimizer):  # a subclass (MiCS) has ways of its own
+    if type(wrapped) not in known and not isinstance(wrapped, Optimizer):  # a subclass (MiCS) may differ
         why = f"DeepSpeed's {type(wrapped).__name__}"
-    elif engine.has_moe_layers:  # whose parameters are partitioned over fewer ranks
+    elif engine.has_moe_layers:  # experts are partitioned over fewer ranks
         why = "DeepSpeed's own mixture-of-experts layers (deepspeed.moe)"
     elif engine.autotp_size() > 1:
         why = f"DeepSpeed's tensor parallelism (autotp_size {engine.autotp_size()})"
@@ -468,27 +468,27 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
 
 
 def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """Shard a model that is only read, as stage 3 does. All ranks must call it.
+    """Shard a frozen model as stage 3 does. All ranks must call it.
 
     Args:
-        model: In evaluation mode, without gradients, whole on each rank or sharded while it was loaded.
-        first: The module of it that each pass begins with.
-        config: DeepSpeed's, of stage 3 and the model's dtype.
+        model: A model in evaluation mode, without gradients, whole on each rank or sharded while it was loaded.
+        first: The module of the model that each pass begins with.
+        config: DeepSpeed's configuration, with stage 3 and the model's dtype.
     """
-    engine, *_ = deepspeed.initialize(model=model, config=config)  # which its hooks on the model keep
+    engine, *_ = deepspeed.initialize(model=model, config=config)  # hooks on the model keep the engine alive
     offload = engine.optimizer
-    # DeepSpeed learns the order of the modules from one call of the whole model to the next, and fetches ahead by it.
-    # A pass that calls parts of the model would be taken for the rest of the last one: an order that never ends.
+    # DeepSpeed records the order of modules from one call of the whole model to the next, and prefetches by it. Calls
+    # of parts of the model would extend the last record without end, so the first module of a pass starts a new record.
     offload.fwd_pre_hook.remove()
     first.register_forward_pre_hook(lambda *_: offload.get_param_coordinator().reset_step(), prepend=True)
     return model.eval()
 
 
 def copy_sharded(own: nn.Module, frozen: nn.Module) -> None:
-    """Give a model of `shard_frozen` the weights of another that stage 3 shards, by name. All ranks must call it."""
+    """Copy weights, by name, from a model that stage 3 shards to one of `shard_frozen`. All ranks must call it."""
     theirs = dict(frozen.named_parameters())
     for name, parameter in own.named_parameters():
-        # the parts of both lie alike, but one may be on another device or on disk
+        # Both are partitioned alike, but one may be on another device or on disk.
         with GatheredParameters([parameter]):
             whole = parameter.detach().to(theirs[name].dtype, copy=True)
         with GatheredParameters([theirs[name]], modifier_rank=0):
@@ -498,9 +498,9 @@ def copy_sharded(own: nn.Module, frozen: nn.Module) -> None:
 
 
 def gathered_state(frozen: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
-    """The state dict of a model of `shard_frozen`, in the CPU's memory of the ranks that want it, else empty."""
+    """Return the state dict of a model of `shard_frozen`, on the CPU of ranks that want it; empty on other ranks."""
     parameters = dict(frozen.named_parameters(remove_duplicate=False))
-    gathered: dict[int, Tensor] = {}  # what is tied, once
+    gathered: dict[int, Tensor] = {}  # tied parameters only once
     for parameter in parameters.values():
         if id(parameter) not in gathered:
             with GatheredParameters([parameter]):

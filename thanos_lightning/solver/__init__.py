@@ -1,4 +1,4 @@
-"""One layer, one process: tensors in, a pruned layer out."""
+"""The solver prunes one layer in one process: it takes tensors and returns a pruned layer."""
 
 from thanos_lightning.solver.hessian import HessianAccumulator
 from thanos_lightning.solver.layer import PrunedLayer, prune

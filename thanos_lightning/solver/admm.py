@@ -1,19 +1,19 @@
-"""A better mask and better weights: the alternating direction method of multipliers, from what a method found.
+"""ADMM, the alternating direction method of multipliers: it improves the mask and the weights that a method found.
 
 Legend (Boyd et al., 2011, section 9.1; for pruning Boža, arXiv 2401.02938, and Meng et al., arXiv 2406.07831; rows are
 independent; W0, H and R as in refine.py):
-    X    (rows, cols)  weights that lose little: the minimum of ½ tr((X - W0) H (X - W0)ᵀ) and of ½ ρ c_j (X - Z + U)²
-                       over all weights. That is X = W0 + (Z - U - W0) M
-    Z    (rows, cols)  weights that are sparse: X + U where kept, zero elsewhere. Kept are those of the largest
-                       c_j (X + U)² of each group, as many as were kept before
-    U    (rows, cols)  what the pruned weights are missed, so far, over ρ c_j; zero where kept
-    c    (cols,)       what a weight costs per square: the geometric mean of H_jj, its loss if nothing adapts, and of
-                       1 / [H⁻¹]_jj, its loss if all others do (Hassibi and Stork, 1993)
+    X    (rows, cols)  dense weights with a small loss: X minimises ½ tr((X - W0) H (X - W0)ᵀ) plus the sum of
+                       ½ ρ c_j (X - Z + U)² over all weights. The solution is X = W0 + (Z - U - W0) M
+    Z    (rows, cols)  sparse weights: X + U where kept, zero elsewhere. Each group keeps the weights of the largest
+                       c_j (X + U)², as many as before
+    U    (rows, cols)  multipliers over ρ c_j: how strongly the loss pulls each pruned weight back; zero where kept
+    c    (cols,)       cost of a weight per square: the geometric mean of H_jj, its loss if no other weight adapts, and
+                       of 1 / [H⁻¹]_jj, its loss if all other weights adapt (Hassibi and Stork, 1993)
     ρ                  penalty: it grows from step to step, so that masks change much at first and then settle
     M    (cols, cols)  ρ C (H + ρ C)⁻¹, with C = diag(c)
 
-X is relaxed (section 3.4.3 there): taken is 1.3 X - 0.3 Z, for the Z before. With √c as the unit of each column, what
-is solved has no eigenvalue below ρ, whatever H is: it is well conditioned where H is singular.
+X is over-relaxed (section 3.4.3 of Boyd et al.): 1.3 X - 0.3 Z takes its place, with the Z of the step before. If √c is
+the unit of each column, H + ρ C has no eigenvalue below ρ. So it is well conditioned even where H is singular.
 """
 
 import itertools
@@ -29,18 +29,18 @@ from thanos_lightning.solver.linalg import FactorizationError, damped, damped_di
 from thanos_lightning.solver.pattern import NM, Pattern
 from thanos_lightning.solver.zeros import zero_where
 
-# Measured on some layers of a language model. With higher penalties masks change less, and with lower ones they settle
-# later: without relaxation, and for uncorrelated inputs, 1 is where a weight comes back if it is missed more than what
-# it replaces.
+# Measured on some layers of a language model. Masks change less with a higher ρ, and settle later with a lower ρ. At
+# ρ = 1, without relaxation and with uncorrelated inputs, a pruned weight comes back if its loss exceeds that of the
+# kept weight that it replaces.
 _LOWEST, _LAST, _GROWTH = 0.35, 1.1, 1.07
 RELAXATION = 1.3
-# First over last penalty down to which one M, that of their geometric mean, does as well as an M for each.
+# If first / last penalty is above this ratio, the M of their geometric mean does as well as an M for each step.
 _NEARLY_CONSTANT = 0.7
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """ρ c of each step, and M.
+    """The penalties ρ c of all steps, and M.
 
     Attributes:
         cost: c, positive.
@@ -57,7 +57,7 @@ class Penalties:
     last: Float[Tensor, "cols cols"] | None
 
     def towards_last(self, rho: float, out: Float[Tensor, "cols cols"] | None) -> Float[Tensor, "cols cols"]:
-        """M for a penalty: on the logarithm of ρ between the first and the last, which is as good as its own."""
+        """Interpolate M linearly in log ρ: the result does as well as the exact M for this penalty."""
         if self.last is None:
             return self.first
         return torch.lerp(
@@ -72,19 +72,19 @@ def schedule(steps: int) -> list[float]:
 
 
 def ends(rho: list[float]) -> list[float]:
-    """The penalties that M is made for: two between which it is interpolated, or one for all steps."""
+    """The penalties for which M is computed: the first and the last, or one for all steps."""
     return [rho[0], rho[-1]] if rho[0] < _NEARLY_CONSTANT * rho[-1] else [math.sqrt(rho[0] * rho[-1])]
 
 
 def weight_costs(
     hessian: Float[Tensor, "cols cols"], factor: Float[Tensor, "cols cols"], damping: float
 ) -> Float[Tensor, " cols"]:
-    """c, for a damped Hessian.
+    """Compute c from the damped Hessian.
 
     Args:
         hessian: Undamped H.
         factor: U of the damped H, see linalg.py.
-        damping: As the method's.
+        damping: The damping of the method.
     """
     return (damped_diagonal(hessian, damping) / factor.square().sum(0)).sqrt()
 
@@ -92,12 +92,12 @@ def weight_costs(
 def penalties(
     hessian: Float[Tensor, "cols cols"], cost: Float[Tensor, " cols"], damping: float, steps: int
 ) -> Penalties:
-    """What all rows of a layer share.
+    """Compute what all rows of a layer share.
 
     Args:
         hessian: Undamped H.
         cost: c.
-        damping: As the method's: what is minimised is the damped loss.
+        damping: The damping of the method: the steps minimise the damped loss.
         steps: Number of steps, at least 1.
 
     Raises:
@@ -127,10 +127,10 @@ def alternate(
     pattern: Pattern,
     shared: Penalties,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    """Take the steps. Each row keeps as many weights as it had, and so does each n:m group.
+    """Take the steps. Each row and each n:m group keeps as many weights as before.
 
-    The first U is what the residual says of the weights that are given: so the steps begin where the method ended.
-    Weights of dead inputs become zero.
+    The first U follows from the residual of ``weight``, so that the steps begin where the method ended. Weights of dead
+    inputs become zero.
 
     Args:
         weight: Z, zero where not kept; not changed.
@@ -138,7 +138,7 @@ def alternate(
         residual: R; overwritten.
         keep: True = kept.
         frozen: Weights that stay pruned.
-        pattern: Whether the groups are rows or those of n:m.
+        pattern: The groups are those of n:m, or else whole rows.
         shared: From ``penalties``.
 
     Returns:
@@ -146,7 +146,7 @@ def alternate(
     """
     width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
     keep = keep.clone(memory_format=torch.contiguous_format)
-    # A dead input's weights cost nothing, whatever damping says
+    # Damping gives the weights of dead inputs a cost, but they cost nothing
     scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)
     U = zero_where(residual.div_(shared.rho[0] * shared.cost), keep)
     from_original = (weight - original).contiguous().sub_(U)
@@ -171,24 +171,24 @@ def project(
     relaxation: float,
     ratio: float,
 ) -> None:
-    """The second half of a step: from X - W0 (overwritten) and U the new mask, the new U and Z - U - W0, all in place.
+    """Take the second half of a step: update the mask, U and Z - U - W0 in place.
 
     Args:
-        moved: X - W0.
+        moved: X - W0; overwritten.
         original: W0.
-        U: See above.
-        from_original: Z - U - W0.
-        keep: True = kept.
+        U: See above; updated.
+        from_original: Z - U - W0; updated.
+        keep: True = kept; updated.
         frozen: Weights that stay pruned.
         scale: √c.
-        width: Of the groups.
-        relaxation: How far X goes from the last Z: 1 is as far as it would.
-        ratio: ρ over that of the next step: U is relative to it.
+        width: Width of a group.
+        relaxation: How far X moves away from the last Z; 1 means no relaxation.
+        ratio: ρ of this step over ρ of the next step, since U is relative to ρ.
     """
     if native.usable(moved):
         native.project(moved, original, U, from_original, keep, frozen, scale, width, relaxation, ratio)
         return
-    # What it was is Z; a relaxed X is the more beyond it
+    # relaxation * X + (1 - relaxation) * Z + U, with Z = from_original + U + W0
     total = (
         moved.mul_(relaxation).add_(original).add_(from_original, alpha=1 - relaxation).add_(U, alpha=2 - relaxation)
     )
@@ -201,7 +201,7 @@ def project(
 def _strongest(
     scores: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], width: int
 ) -> Bool[Tensor, "rows cols"]:
-    """True for the largest of each group, as many as ``keep`` has there, the first of equal ones first."""
+    """True for the largest scores of each group, as many as ``keep`` has there. Of equal scores the first wins."""
     groups = scores.view(-1, width)
     counts = keep.view(-1, width).sum(1, keepdim=True)
     order = groups.argsort(dim=1, descending=True, stable=True)

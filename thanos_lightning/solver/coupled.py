@@ -1,15 +1,15 @@
-"""Rows that make up for each other: a better mask and better weights where the loss joins the outputs.
+"""Coupled rows: ADMM and refinement on all rows of a layer together, so that rows compensate each other's errors.
 
-Legend (the loss is K-FAC's, Martens and Grosse, arXiv 1503.05671; the steps are those of admm.py, the refinement that
-of refine.py; here the rows are one system):
-    W0, W  (rows, cols)  weights before and after pruning; what is minimised is ½ tr(ΔWᵀ G ΔW H), with ΔW = W - W0
+Legend (the loss is that of K-FAC, Martens and Grosse, arXiv 1503.05671; ADMM as in admm.py, and refinement as in
+refine.py, but with all rows in one system):
+    W0, W  (rows, cols)  weights before and after pruning; the steps minimise ½ tr(ΔWᵀ G ΔW H), with ΔW = W - W0
     H      (cols, cols)  damped Hessian of the inputs
-    G      (rows, rows)  second moment of the loss's gradient at the outputs; positive definite; its scale is no matter
-    c, g   (cols,), (rows,)  what a weight of an input, or of an output, costs per square: see admm.py
+    G      (rows, rows)  K-FAC output factor, the second moment of the outputs' gradients; positive definite, any scale
+    c, g   (cols,), (rows,)  cost of a weight per square, by its input and by its output: see admm.py
     e, Q   eigenvalues and eigenvectors of H / √c_j √c_k, and of G / √g_i √g_k
 
-All is computed in units of √g_i √c_j, in which a step's penalty is ρ for each weight. In the eigenvectors X is then an
-elementwise product: X - W0 = Q_G (ρ / (e_G e_Hᵀ + ρ) ∘ (Q_Gᵀ (Z - U - W0) Q_H)) Q_Hᵀ.
+Weights are in units of √g_i √c_j, so that the penalty of a step is ρ for each weight. In the basis of the eigenvectors
+X is then an elementwise product: X - W0 = Q_G (ρ / (e_G e_Hᵀ + ρ) ∘ (Q_Gᵀ (Z - U - W0) Q_H)) Q_Hᵀ.
 """
 
 import itertools
@@ -52,43 +52,43 @@ def couple(
     admm_steps: int,
     refine_steps: int,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    """Improve mask and weights. Each row keeps as many weights as it had, and so does each n:m group.
+    """Improve mask and weights. Each row and each n:m group keeps as many weights as before.
 
     Weights of dead inputs become zero.
 
     Args:
-        weight: W, zero where not kept; where the steps begin. Not changed.
+        weight: W, zero where not kept; the steps begin there. Not changed.
         original: W0.
         keep: True = kept. Not changed.
         frozen: Weights that stay pruned.
         hessian: Undamped H.
         outputs: G.
         cost: c.
-        pattern: Whether the groups are rows or those of n:m.
-        damping: As the method's.
-        admm_steps: Steps on mask and weights; 0 leaves the mask.
+        pattern: The groups are those of n:m, or else whole rows.
+        damping: The damping of the method.
+        admm_steps: ADMM steps on mask and weights; 0 leaves the mask as it is.
         refine_steps: Conjugate gradient steps on the kept weights after that.
 
     Returns:
-        Weights and mask: those that were given where nothing better was found.
+        The new weights and the new mask, or ``weight`` and ``keep`` if the steps don't lower the loss.
 
     Raises:
-        FactorizationError: If G is not positive definite, or eigenvectors are not found.
+        FactorizationError: If G is not positive definite, or the eigenvectors can't be computed.
     """
     H = damped(hessian, damping)
-    G = outputs / outputs.diagonal().mean()  # whose squares would be no numbers of float32 where gradients are small
+    G = outputs / outputs.diagonal().mean()  # squares of a tiny G would underflow in float32
     dead = hessian.diagonal() == 0
-    # whose damping is no loss
+    # Damping would count changes of dead inputs' weights as loss
     weight, original = weight.masked_fill(dead, 0), original.masked_fill(dead, 0)
-    W, its_keep = weight, keep
+    W, new_keep = weight, keep
     if admm_steps > 0:
         try:
-            W, its_keep = _alternate(weight, original, keep, frozen, H, G, cost, dead, pattern, admm_steps)
+            W, new_keep = _alternate(weight, original, keep, frozen, H, G, cost, dead, pattern, admm_steps)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise FactorizationError(f"eigenvectors were not found ({error})") from error
-    W = refine(W, G @ (original - W) @ H, H, its_keep & ~dead, refine_steps, outputs=G)
+    W = refine(W, G @ (original - W) @ H, H, new_keep & ~dead, refine_steps, outputs=G)
     better = coupled_loss(W - original, G, H) < coupled_loss(weight - original, G, H)
-    return (W, its_keep) if better else (weight, keep)
+    return (W, new_keep) if better else (weight, keep)
 
 
 def _alternate(
@@ -116,7 +116,7 @@ def _alternate(
     rho = schedule(steps)
     U = zero_where(U.div_(rho[0]), keep)
     from_original = (weight * unit).contiguous().sub_(W0).sub_(U)
-    # A dead input's weights cost nothing, whatever damping says
+    # Damping gives the weights of dead inputs a cost, but they cost nothing
     scale = (~dead).to(unit.dtype)
     for now, following in itertools.pairwise([*rho, math.inf]):
         turned = (Q_G.mT @ from_original @ Q_H).mul_(now).div_(e + now)

@@ -1,4 +1,4 @@
-"""What is made of a Hessian alone, once for all layers that have the same inputs (q, k, v; gate, up)."""
+"""Factors of a Hessian, computed once for all layers that share their inputs (q, k, v; gate, up)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from thanos_lightning.solver.linalg import Curvature, curvature
 
 
 class Factors:
-    """A Hessian, and what the solver has made of it.
+    """A Hessian and its factors.
 
     Args:
         hessian: (in_features, in_features), undamped.
 
     Attributes:
-        hessian: As given, but float32 where it had fewer bits.
-        kept: Whether what is made stays for another layer. Else only the caller holds it.
+        hessian: The given Hessian, widened to float32 if its dtype has fewer bits.
+        kept: Whether this object keeps its factors for another layer. Otherwise only the caller holds them.
 
     Examples:
         >>> factors = Factors(4 * torch.eye(2))
@@ -33,47 +33,47 @@ class Factors:
 
     def __init__(self, hessian: Tensor) -> None:
         self.hessian = hessian.detach()
-        if hessian.is_floating_point():  # others are refused with the weight that they are for
+        if hessian.is_floating_point():  # layer.prune_rows refuses other dtypes
             self.hessian = self.hessian.to(torch.promote_types(hessian.dtype, torch.float32))
         self.kept = False
         self._curvature: tuple[float, Curvature] | None = None
         self._penalties: tuple[float, int, Penalties] | None = None
 
     def curvature(self, damping: float) -> Curvature:
-        """The Hessian, damped and factored: see `linalg.curvature`.
+        """Damp and factor the Hessian: see `linalg.curvature`.
 
         Raises:
-            FactorizationError: If it is not numerically positive definite so.
+            FactorizationError: If the damped Hessian is not numerically positive definite.
         """
         if self._curvature is not None and self._curvature[0] == damping:
-            found = self._curvature[1]
+            result = self._curvature[1]
         else:
             self._curvature = self._penalties = None
-            found = curvature(self.hessian, damping)
-        self._curvature = (damping, found) if self.kept else None
-        return found
+            result = curvature(self.hessian, damping)
+        self._curvature = (damping, result) if self.kept else None
+        return result
 
     def penalties(self, cost: Float[Tensor, " cols"], damping: float, steps: int) -> Penalties:
-        """What the steps of `admm.alternate` share.
+        """Compute what the steps of `admm.alternate` share.
 
         Args:
-            cost: `admm.weight_costs` of what `curvature` gave last.
-            damping: As the method's.
+            cost: `admm.weight_costs` of the factor that `curvature` returned last.
+            damping: The damping of the method.
             steps: Number of steps.
 
         Raises:
             FactorizationError: If the Hessian is far from positive semi-definite.
         """
         if self._penalties is not None and self._penalties[:2] == (damping, steps):
-            found = self._penalties[2]
+            result = self._penalties[2]
         else:
-            found = penalties(self.hessian, cost, damping, steps)
-        self._penalties = (damping, steps, found) if self.kept else None
-        return found
+            result = penalties(self.hessian, cost, damping, steps)
+        self._penalties = (damping, steps, result) if self.kept else None
+        return result
 
 
 class FactorsInTurn:
-    """The factors of one layer after the other; a layer whose statistics are those of the last one has its factors.
+    """Give the factors of one layer after the other. Consecutive layers with the same statistics share their factors.
 
     Examples:
         >>> statistics = HessianAccumulator.of_sum(torch.eye(2), num_tokens=1)
@@ -87,18 +87,18 @@ class FactorsInTurn:
         self._factors: Factors | None = None
 
     def take(self, statistics: HessianAccumulator, before: HessianAccumulator | None = None) -> Factors:
-        """The factors of a layer.
+        """Return the factors of a layer.
 
         Args:
-            statistics: Of its inputs.
-            before: The next layer's; where it has the same, what is made stays for it.
+            statistics: Statistics of the layer's inputs.
+            before: Statistics of the next layer; if they are the same object, the factors are kept for it.
 
         Raises:
             ValueError: If no token was counted.
         """
         factors = self._factors if statistics is self._statistics else None
         if factors is None:
-            self._statistics = self._factors = None  # memory for what comes
+            self._statistics = self._factors = None  # frees memory for the next factors
             factors = Factors(statistics.compute())
         factors.kept = statistics is before
         self._statistics, self._factors = (statistics, factors) if factors.kept else (None, None)

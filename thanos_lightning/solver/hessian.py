@@ -1,6 +1,6 @@
 """The second moment of a layer's inputs, accumulated batch by batch.
 
-Legend (arXiv 2504.05346): X (cols, tokens) the inputs, H = 2 X Xᵀ; here divided by the number of tokens.
+Legend (arXiv 2504.05346): X (cols, tokens) are the inputs; H = 2 X Xᵀ, here divided by the number of tokens.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thanos_lightning.solver.linalg import exact_arithmetic
 
-# x xᵀ is made in strips of rows that begin at the diagonal: little more than half the work
+# X Xᵀ is computed in strips of rows that begin at the diagonal, which is little more than half the work.
 _STRIPS = 8
 _LEAST_STRIP = 128
 
@@ -17,12 +17,12 @@ _LEAST_STRIP = 128
 class HessianAccumulator:
     """Accumulates H = (2/T) Σ_t x_t x_tᵀ over T tokens.
 
-    It stores two things, so that joining what several processes saw is two additions: ``triangle``, Σ_t x_t x_tᵀ of
-    shape (in_features, in_features) in float32, of which only the upper triangle is kept up, and ``num_tokens``.
+    It stores ``triangle``, Σ_t x_t x_tᵀ of shape (in_features, in_features) in float32, and ``num_tokens``. Two
+    additions merge the accumulators of two processes. Only the upper triangle of ``triangle`` is valid.
 
     Args:
         in_features: Width of the layer's input.
-        device: Where to hold the sum; inputs are moved there.
+        device: Device of the sum; inputs are moved there.
 
     Raises:
         ValueError: If ``in_features`` is not positive.
@@ -44,14 +44,14 @@ class HessianAccumulator:
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         if in_features < 1:
             raise ValueError(f"in_features={in_features} is not positive: give the width of the layer's input")
-        # An accumulator born in a validation loop has to accept training batches, too.
+        # An accumulator that is created in a validation loop has to accept training batches, too.
         with torch.inference_mode(False):
             self.triangle = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
     @classmethod
     def of_sum(cls, total: Tensor, num_tokens: int) -> "HessianAccumulator":
-        """An accumulator that has seen `num_tokens` tokens, and holds `total`, the upper triangle of Σ x xᵀ.
+        """Make an accumulator of `total`, the upper triangle of Σ x xᵀ over `num_tokens` tokens.
 
         Examples:
             >>> from thanos_lightning.solver import HessianAccumulator
@@ -66,8 +66,8 @@ class HessianAccumulator:
         """Count a batch of tokens.
 
         Args:
-            inputs: (..., in_features), what the layer received, in any floating dtype; squared in float32,
-                under autocast, too.
+            inputs: (..., in_features), the layer's inputs in any floating dtype. Their products are in float32, also
+                under autocast.
             token_mask: bool (...), True where a token counts. None counts all.
 
         Raises:
@@ -84,7 +84,7 @@ class HessianAccumulator:
         if token_mask is not None and token_mask.dtype != torch.bool:
             # Indexing with an attention mask of zeros and ones would pick the first two sequences again and again.
             raise ValueError(f"token_mask of dtype {token_mask.dtype} has to be bool: pass token_mask.bool()")
-        # Selecting, not multiplying by zero: what a padding token holds may be NaN.
+        # Tokens are selected and not multiplied by zero, since a padding token may hold NaN.
         with exact_arithmetic(self.triangle.device, operands=inputs.dtype):
             tokens = inputs.reshape(-1, width) if token_mask is None else inputs[token_mask.to(inputs.device)]
             tokens = tokens.to(self.triangle)
@@ -100,7 +100,7 @@ class HessianAccumulator:
         return self.triangle.triu() + self.triangle.triu(1).mT
 
     def merge(self, other: "HessianAccumulator") -> None:
-        """Add what another accumulator of the same layer saw.
+        """Add the tokens of another accumulator of the same layer.
 
         Raises:
             ValueError: If the widths differ.

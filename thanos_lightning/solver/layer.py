@@ -1,4 +1,4 @@
-"""The one door: a weight and a Hessian in, a pruned weight out."""
+"""The entry point of the solver: `prune` takes a weight and a Hessian, and returns a pruned layer."""
 
 import math
 import warnings
@@ -35,16 +35,16 @@ from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
 T = TypeVar("T")
-# With a whole output factor: steps on all rows together, over those that the rows have by themselves. On the layers of
-# a language model at 2:4, half as many ADMM steps gained five sixths.
+# Coupled rows take these multiples of admm_steps and refine_steps, after the steps on single rows. On the layers of a
+# language model at 2:4, half as many coupled ADMM steps gave five sixths of the gain.
 _COUPLED_ADMM, _COUPLED_REFINE = 3, 7
-# Of the mean of a whole output factor's diagonal, added to it: where rows compete, since few tokens say little of an
-# output that hardly matters to them; and where they are coupled, where the mean itself did better than a tenth, three
-# tenths or three times as much.
+# Multiples of the mean of the output factor's diagonal, added to that diagonal. _FLOOR is for rows that compete, since
+# few tokens say little about an output that hardly matters to them. _COUPLED_FLOOR is for coupled rows: 1.0 did better
+# than 0.1, 0.3 and 3.
 _FLOOR, _COUPLED_FLOOR = 0.01, 1.0
-# Weights whose mask and values are improved together: 16 MiB, of which that takes some ten times as much.
+# ADMM and refinement improve so many weights at a time: 16 MiB of weights, and about ten times as much memory.
 _IMPROVED_AT_A_TIME = 2**22
-# What is made of the systems that are solved at a time: their places in the matrix, they, and their factors.
+# Memory to solve a batch of systems, over the size of the systems: their indices, the systems and their factors.
 _OF_SYSTEMS = 3.75
 Method = Literal["thanos", "sparsegpt", "wanda", "magnitude"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -52,25 +52,25 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How a layer is pruned. The defaults are what was measured best; those of `prune` are the paper's.
+    """How to prune a layer. These defaults were measured best; the defaults of `prune` are those of the paper.
 
     Args:
         method: "thanos", "sparsegpt" (both update the kept weights), "wanda" or "magnitude" (both leave them).
         block_size: Columns pruned jointly. Ignored by "wanda" and "magnitude", and by "thanos" for structured patterns.
-        damping: Added to the diagonal of the Hessian, relative to its mean.
-        saliency: What "thanos" chooses by, of unstructured and n:m patterns: "wanda" is |W_ij| ‖X_j‖, as in the paper;
-            "obs" is W_ij² / [H⁻¹]_jj (Hassibi and Stork, 1993), the loss if all inputs not yet passed adapt; "balanced"
-            the geometric mean of both losses.
-        admm_steps: Steps of the alternating direction method of multipliers after the method, for a better mask and
-            better weights: see admm.py. Each row and each n:m group keeps as many weights as it had. The more steps,
-            the lower the loss, as a rule; 16 gain little over 8, which gain much over 4. Structured patterns keep their
-            mask, and take conjugate gradient steps instead.
-        refine_steps: Conjugate gradient steps on the kept weights after that, none of which raises the loss.
+        damping: Added to the diagonal of the Hessian, relative to the mean of that diagonal.
+        saliency: Score by which "thanos" chooses weights of unstructured and n:m patterns. "wanda" is |W_ij| ‖X_j‖, as
+            in the paper; "obs" is W_ij² / [H⁻¹]_jj (Hassibi and Stork, 1993), the loss if all inputs not yet passed
+            adapt; "balanced" is the geometric mean of both losses.
+        admm_steps: Steps of ADMM (the alternating direction method of multipliers) after the method. They improve mask
+            and weights, see admm.py. Each row and each n:m group keeps as many weights as before. More steps lower the
+            loss as a rule: 8 gain much over 4, and 16 gain little over 8. Structured patterns keep their mask, and take
+            conjugate gradient steps instead.
+        refine_steps: Conjugate gradient steps on the kept weights after that. No step raises the loss.
 
-    With no steps, a method is its paper's to the letter. With steps, rows that lose more than the method's keep these.
+    `as_published` gives the methods of the papers. Rows that these steps make worse keep the weights of the method.
 
     Raises:
-        ValueError: Naming the argument and what it may be.
+        ValueError: If an argument is out of range; the message says what it may be.
 
     Examples:
         >>> SolverOptions(damping=0.001).admm_steps
@@ -102,21 +102,21 @@ class SolverOptions:
 
     @classmethod
     def as_published(cls, method: Method = "thanos", **changes: Any) -> "SolverOptions":
-        """A method by its paper, to the letter, but for what is changed.
+        """Make the options of a method exactly as in its paper, apart from ``changes``.
 
         Args:
             method: As above.
-            **changes: Other arguments.
+            **changes: Arguments that differ from the paper.
 
         Examples:
             >>> SolverOptions.as_published(block_size=64).saliency
             'wanda'
         """
-        chooses = {"saliency": "wanda"} if method == "thanos" else {}  # the others have their own
+        chooses = {"saliency": "wanda"} if method == "thanos" else {}  # the other methods have their own
         return cls(method, **{**chooses, "admm_steps": 0, "refine_steps": 0, **changes})
 
     def unused(self, pattern: Pattern) -> dict[str, str]:
-        """The arguments that change nothing for layers of a pattern, each with the reason.
+        """List the arguments that have no effect with a pattern, each with the reason.
 
         Examples:
             >>> from thanos_lightning.solver import NM
@@ -137,7 +137,7 @@ class SolverOptions:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether a layer can't be pruned without having seen its inputs."""
+        """Whether pruning a layer needs statistics of its inputs."""
         return self.method != "magnitude" or self.admm_steps > 0 or self.refine_steps > 0
 
     def peak_bytes(
@@ -149,23 +149,23 @@ class SolverOptions:
         pattern: Pattern | None = None,
         device: torch.device | str = "cpu",
     ) -> int:
-        """About how much memory a float32 layer takes to be pruned, beside its weight and Hessian.
+        """Estimate the memory that pruning a float32 layer takes, beside its weight and Hessian.
 
-        With b columns and c rows, the largest of: 4.6 b² to factor the Hessian; b² + 4.2 cb to prune ("sparsegpt":
-        5.2); 2 cb + 7.5 d to refine, with d = min(cb, 2²²); and with ADMM 1.5 cb + 6 d and the matrices of its steps,
-        b² up to 6 steps and 3 b² for more, or, if refinement follows, 1.5 cb + 11 d and b² or 2 b². In numbers of four
-        bytes. Where some rows stay as they are, up to 2.5 d are taken beside these. Output weights add a scaled copy to
-        what pruning takes, cb; where they join the rows, 2 b² + 2 c² + 14 cb are taken, without ADMM 9 cb. Elsewhere
-        than on a CPU "thanos" solves more of the rows' systems at a time, which takes up to 240 MiB more. Structured
-        patterns have no ADMM. A layer of 28,672 columns and 8,192 rows takes 15 GB for its factor, beside an H of 3.3.
-        In training layers with the same inputs share what is made of H, of which up to 4 b² stay from one to the next.
+        In numbers of four bytes, with b columns, c rows and d = min(cb, 2²²), it is the largest of these: 4.6 b² to
+        factor the Hessian; b² + 4.2 cb to prune ("sparsegpt": 5.2 cb); 2 cb + 7.5 d to refine without ADMM; for ADMM
+        1.5 cb + 6 d, plus b² up to 6 steps and 3 b² for more; for refinement after ADMM 1.5 cb + 11 d, plus b² or 2 b²;
+        for coupled rows 2 b² + 2 c² + 14 cb, or 9 cb without ADMM. Structured patterns have no ADMM. On devices other
+        than CPUs "thanos" solves more systems at a time, which takes up to 240 MiB more. A layer of 28,672 columns and
+        8,192 rows takes 15 GB for the factor, beside a Hessian of 3.3 GB. The estimate leaves out up to 2.5 d where
+        some rows stay unchanged, a scaled copy (cb) for output weights, and up to 4 b² of factors that training keeps
+        from one layer to the next with the same inputs.
 
         Args:
             rows: out_features.
             cols: in_features.
             coupled: Whether the output weights are a matrix.
-            pattern: What it is pruned to; None for half of the weights.
-            device: Where it is pruned.
+            pattern: Pattern of the layer; None assumes half of the weights.
+            device: Device on which the layer is pruned.
 
         Examples:
             >>> from thanos_lightning.solver.layer import SolverOptions
@@ -201,11 +201,11 @@ class PrunedLayer:
     """A layer after pruning.
 
     Attributes:
-        weight: (out_features, in_features), in the dtype of the weight that was given; exactly +0.0 where pruned.
+        weight: (out_features, in_features), in the dtype of the given weight; exactly +0.0 where pruned.
         mask: The keep mask, True = kept.
         loss: ½ tr(ΔW H ΔWᵀ) with the undamped Hessian: the mean over tokens of ‖ΔW x‖², of the weight as returned.
-            NaN where no Hessian was given.
-        relative_loss: The loss over ½ tr(W H Wᵀ), the mean over tokens of ‖W x‖². NaN where no Hessian was given.
+            NaN without a Hessian.
+        relative_loss: The loss over ½ tr(W H Wᵀ), the mean over tokens of ‖W x‖². NaN without a Hessian.
     """
 
     weight: Float[Tensor, "rows cols"]
@@ -230,33 +230,34 @@ def prune(
 ) -> PrunedLayer:
     """Prune one layer. The arguments are not changed, and no gradient is recorded.
 
-    All is computed in float32 whatever the weight's dtype (float64 where the Hessian is float64), without autocast and
-    TF32. Weights of inputs that were always zero become zero under "thanos" and "sparsegpt", also where the mask keeps
-    them. Where the damped Hessian is not positive definite, ten times the damping is tried, up to 1.0, with a warning.
+    The solver computes in float32 for every dtype of the weight (in float64 if the Hessian is float64), without
+    autocast and TF32. Weights of inputs that were always zero become zero under "thanos" and "sparsegpt", also where
+    the mask keeps them. If the damped Hessian is not positive definite, the solver warns and retries with ten times the
+    damping, up to 1.0.
 
-    In float32 the weights are within 1e-3 of those in float64, for the same mask, where the damped Hessian has a
-    condition number up to 1e4; up to 1e6 the error stays below that number times 1.2e-7. Masks differ where scores
-    nearly tie: in a few of 10,000 entries at 1e4. ``SolverOptions.peak_bytes`` says what memory it takes.
+    For the same mask, float32 weights are within 1e-3 of float64 weights if the damped Hessian has a condition number
+    up to 1e4. Up to 1e6 the error stays below the condition number times 1.2e-7. Masks differ where scores nearly tie:
+    at 1e4, in a few of 10,000 entries. ``SolverOptions.peak_bytes`` estimates the memory.
 
     Args:
         weight: (out_features, in_features), any floating dtype, finite.
-        hessian: (in_features, in_features), H = (2/T) Σ x xᵀ, on the weight's device; its scale changes nothing but
-            the loss. May be None for ``method="magnitude"`` without refinement; the losses are NaN then.
+        hessian: (in_features, in_features), H = (2/T) Σ x xᵀ, on the weight's device; its scale changes only the
+            loss. May be None for ``method="magnitude"`` without refinement; the losses are NaN then.
         pattern: ``Unstructured``, ``NM`` or ``Structured``.
-        method: See ``SolverOptions``, like all up to refine_steps.
+        method: See ``SolverOptions``, also for the arguments up to refine_steps.
         block_size: Columns pruned jointly.
-        damping: Added to the diagonal of the Hessian, relative to its mean.
-        saliency: What "thanos" chooses by.
-        admm_steps: Steps that improve mask and weights.
+        damping: Added to the diagonal of the Hessian, relative to the mean of that diagonal.
+        saliency: Score by which "thanos" chooses weights.
+        admm_steps: ADMM steps that improve mask and weights.
         refine_steps: Conjugate gradient steps on the kept weights.
-        frozen: bool (out_features, in_features), True = has to be zero. They count towards the pattern's zeros; where
-            they are more than it asks for, all of them are pruned, and nothing else that the pattern does not ask for.
-        output_weights: (out_features,), finite and positive: how much the squared error of each output counts where
-            rows compete, which is in all choices but those within a row. Or (out_features, out_features), positive
-            semi-definite: how much the products of errors of two outputs count; rows make up for each other then, in
-            3 admm_steps and 7 refine_steps on all of them together, with the mean of its diagonal added to it
-            (coupled.py). Where rows compete, its diagonal counts. None counts all alike. The losses that are returned
-            don't have them.
+        frozen: bool (out_features, in_features), True = has to be zero. Frozen weights count towards the pattern's
+            zeros. All of them are pruned, even beyond that number; other weights only as the pattern asks for.
+        output_weights: (out_features,), finite and positive: how much the squared error of each output counts wherever
+            rows compete, that is in all choices that are not within one row. Or (out_features, out_features), positive
+            semi-definite: how much the product of two outputs' errors counts. Rows are coupled then: they compensate
+            each other's errors in 3 admm_steps and 7 refine_steps on all rows together (coupled.py), with the mean of
+            the diagonal added to the diagonal. Where rows compete, the diagonal counts. None counts all outputs alike.
+            The returned losses ignore output weights.
 
     Returns:
         The pruned weight, its keep mask and its losses.
@@ -292,25 +293,25 @@ def prune_rows(
     team: RowTeam,
     output_weights: Tensor | None = None,
 ) -> PrunedLayer:
-    """As `prune`, but of the rows of one member of a team; together the members prune the layer as one process would.
+    """Prune the rows of one member of a team. Together the members prune the layer as `prune` does in one process.
 
-    All members call it, within a stage of the team. The Hessian is the same on all of them, and each factors it.
+    All members call it within a stage of the team. All have the same Hessian, and each member factors it.
 
     Args:
         weight: (rows of this member, in_features).
-        inputs: Of its Hessian, (in_features, in_features), or None.
-        pattern: For the whole layer.
+        inputs: Factors of the layer's Hessian, (in_features, in_features), or None.
+        pattern: Pattern of the whole layer.
         options: How to prune.
         frozen: bool (rows of this member, in_features), or None.
-        team: Who has the other rows.
-        output_weights: (rows of this member,), or None on all members; (rows, rows) only where there is one.
+        team: The members that have the other rows.
+        output_weights: (rows of this member,), or None on all members; (rows, rows) only if there is one member.
 
     Returns:
         Weight and mask of this member's rows, and the losses of the whole layer.
 
     Raises:
-        ValueError: As `prune`, on the member whose argument it is.
-        NonFiniteError: As `prune`, on the member whose rows they are.
+        ValueError: As `prune`, on the member that gave the argument.
+        NonFiniteError: As `prune`, on the member that has the rows.
         FactorizationError: On all members.
         TeammateError: If another member has failed in another way.
     """
@@ -339,7 +340,7 @@ def prune_rows(
 
 
 def relative(loss: float, dense: float) -> float:
-    """A loss over that of the weight itself: infinite where only the second is zero, zero where both are."""
+    """Divide a loss by the loss of removing the whole weight: infinity if only the latter is 0, and 0 if both are 0."""
     return loss / dense if dense > 0 else math.inf if loss > 0 else 0.0
 
 
@@ -350,18 +351,18 @@ def losses_at(
     options: SolverOptions,
     output_weights: Tensor | None = None,
 ) -> tuple[list[Float[Tensor, " rows"]], Float[Tensor, " rows"]]:
-    """What each row would lose at several patterns by the method alone; all of them share one factor.
+    """Predict the loss of each row at several patterns, by the method alone. All patterns share one factor.
 
     Args:
         weight: (out_features, in_features); not changed.
-        inputs: Of its Hessian, (in_features, in_features).
-        patterns: What to prune to, each from the weight as it is.
-        options: How to prune. Its steps after the method are left out.
+        inputs: Factors of the layer's Hessian, (in_features, in_features).
+        patterns: Patterns to try, each on the given weight.
+        options: How to prune. The steps after the method are left out.
         output_weights: As `prune`.
 
     Returns:
-        For each pattern (out_features,): ½ ΔW H ΔWᵀ of each row, as `PrunedLayer.loss` sums them up; and of the rows
-        themselves, ½ W H Wᵀ.
+        For each pattern (out_features,), ½ ΔW H ΔWᵀ of each row, which `PrunedLayer.loss` sums up; and ½ W H Wᵀ of each
+        row.
 
     Raises:
         ValueError: As `prune`.
@@ -386,8 +387,8 @@ def losses_at(
         competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
         losses = partial(_finite_losses, original=original, H=H, options=options)
-        found, _ = _by_method(original, inputs, frozen, patterns, options, Alone(len(weight)), competing, losses)
-        return found, losses(torch.zeros_like(original), frozen)
+        by_pattern, _ = _by_method(original, inputs, frozen, patterns, options, Alone(len(weight)), competing, losses)
+        return by_pattern, losses(torch.zeros_like(original), frozen)
 
 
 def _finite_losses(
@@ -410,7 +411,7 @@ def _solve(
     team: RowTeam,
     output_weights: Tensor | None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
-    """The weights of this member in their own dtype, the keep mask, and their loss."""
+    """Return this member's weights in their own dtype, their keep mask and their loss."""
     H = inputs.hessian
     coupled: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
@@ -430,19 +431,19 @@ def _solve(
     else:
         del curvature
     loss = H.new_zeros(())
-    # A row that has lost nothing, since it stays dense or was pruned before, has nothing to gain
+    # The other rows stay dense or were pruned before: they have lost nothing, and have nothing to gain
     lossy = (original != 0).logical_and_(~keep).any(dim=1)
     for rows in _row_chunks(lossy, original.shape[1]):
-        weight, its_keep = result[rows], keep[rows]
-        losses = _improve(original[rows], weight, its_keep, frozen[rows], H, pattern, shared, options)
+        weight, rows_keep = result[rows], keep[rows]
+        losses = _improve(original[rows], weight, rows_keep, frozen[rows], H, pattern, shared, options)
         if not isinstance(rows, slice):
-            result[rows], keep[rows] = weight, its_keep
+            result[rows], keep[rows] = weight, rows_keep
         loss += losses.sum()
     if coupled is None:
         return result, keep, loss
     cost = H.diagonal() if shared is None else shared.cost
     del shared
-    # of structured patterns the mask is left, and all steps refine
+    # The mask of a structured pattern stays, so that all steps refine
     admm_steps, refine_steps = options.admm_steps, options.refine_steps
     if isinstance(pattern, Structured):
         admm_steps, refine_steps = 0, admm_steps + refine_steps
@@ -478,7 +479,7 @@ def _by_method(
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
 ) -> tuple[list[T], Curvature | None]:
-    """What is made of the weights and the keep mask of each pattern, by the method alone; and the factor, if any."""
+    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results."""
     H = inputs.hessian
     W, scale = original.to(H.dtype), _scale(output_weights, H)
     rows = _ScaledRows(original, W if scale is None else W * scale, scale, frozen, options, team)
@@ -494,11 +495,10 @@ def _by_method(
 
 @dataclass(frozen=True)
 class _ScaledRows:
-    """The rows that a method prunes.
+    """The rows that a method prunes, scaled by √g_i for output weights g.
 
-    Σ_i g_i ‖ΔW_i X‖² is the plain loss of rows that are √g_i times as large, and what a row's other weights do about
-    it is linear in the row; so that scaled rows are all that the methods have to know. What comes after them joins no
-    rows.
+    The weighted loss Σ_i g_i ‖ΔW_i X‖² is the plain loss of the scaled rows, and the update of a row is linear in the
+    row. So the methods need no output weights. The steps on single rows after the method don't need them either.
     """
 
     original: Float[Tensor, "rows cols"]
@@ -511,7 +511,7 @@ class _ScaledRows:
     def without_updates(
         self, pattern: Pattern, H: Float[Tensor, "cols cols"]
     ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-        """The weights and the keep mask by a method that only chooses."""
+        """Prune by a method that leaves the kept weights unchanged; return the weights and the keep mask."""
         if self.options.method == "magnitude":
             pruned = magnitude(self.scaled, self.frozen, pattern, self.team)
         else:
@@ -521,7 +521,7 @@ class _ScaledRows:
     def with_updates(
         self, pattern: Pattern, curvature: Curvature
     ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-        """The weights and the keep mask by a method that makes up for what it prunes."""
+        """Prune by a method that updates the kept weights; return the weights and the keep mask."""
         W, frozen, block_size = self.scaled, self.frozen, self.options.block_size
         if self.options.method == "sparsegpt":
             updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size, self.team)
@@ -533,7 +533,7 @@ class _ScaledRows:
 
 
 def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
-    """How much the error of each output counts by itself."""
+    """Return how much the error of each output counts by itself, for choices between rows."""
     if output_weights.ndim == 1:
         return output_weights
     diagonal = output_weights.diagonal()
@@ -541,7 +541,7 @@ def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
 
 
 def _scale(output_weights: Float[Tensor, " rows"] | None, like: Tensor) -> Float[Tensor, "rows 1"] | None:
-    """What to multiply the rows by."""
+    """Return √g_i of each row i, for output weights g."""
     return None if output_weights is None else output_weights.detach().to(like.dtype).sqrt().unsqueeze(1)
 
 
@@ -555,63 +555,63 @@ def _improve(
     shared: Penalties | None,
     options: SolverOptions,
 ) -> Float[Tensor, " rows"]:
-    """What ``options`` ask for beyond the method, for some rows: overwrites their weights and mask where it pays.
+    """Take the ADMM and refinement steps on some rows. Overwrite weights and mask of the rows whose loss falls.
 
     Returns:
-        The losses of the rows, of the weights in their own dtype.
+        The losses of the rows, with the weights in their own dtype.
     """
     W0, W = original.to(H.dtype), pruned.to(H.dtype)
     R, losses = residual_of(W, W0, H)
-    steps, its_keep = options.refine_steps, keep
+    steps, new_keep = options.refine_steps, keep
     if shared is None:
         steps += options.admm_steps
     else:
         start = W
-        W, its_keep = alternate(start, W0, R, keep, frozen, pattern, shared)
+        W, new_keep = alternate(start, W0, R, keep, frozen, pattern, shared)
         if steps > 0:
             R, reached = residual_of(W, W0, H)
-            worse = (~(reached < losses)).nonzero().squeeze(1)  # a device is waited for here, and not below
-            if len(worse):  # these rows are refined from where the method left them
-                W[worse], its_keep[worse] = start[worse], keep[worse]
+            worse = (~(reached < losses)).nonzero().squeeze(1)  # waits for the device, unlike the code below
+            if len(worse):  # refinement starts from the method's weights in these rows
+                W[worse], new_keep[worse] = start[worse], keep[worse]
                 R[worse], _ = residual_of(W[worse], W0[worse], H)
     if steps > 0:
-        W = refine(W, R, H, its_keep, steps)
+        W = refine(W, R, H, new_keep, steps)
     candidate = W.to(original.dtype)
     if steps > 0 and candidate.dtype == W.dtype:
-        its_losses = losses_by(R, W0.sub(W))
+        new_losses = losses_by(R, W0.sub(W))
     else:
-        its_losses = row_losses(candidate, original, H)
+        new_losses = row_losses(candidate, original, H)
     del R
-    better = its_losses < losses
-    which = better.unsqueeze(1)
-    pruned.copy_(torch.where(which, candidate, pruned))
-    keep.copy_(torch.where(which, its_keep, keep))
-    return torch.where(better, its_losses, losses)
+    better = new_losses < losses
+    better_rows = better.unsqueeze(1)
+    pruned.copy_(torch.where(better_rows, candidate, pruned))
+    keep.copy_(torch.where(better_rows, new_keep, keep))
+    return torch.where(better, new_losses, losses)
 
 
 def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | Int[Tensor, " some"]]:
-    """The chosen rows, so many at a time that what improves them takes bounded memory; equally many, up to one."""
-    which = chosen.nonzero().squeeze(1)
-    every = len(which) == len(chosen)
-    chunks = -(-len(which) * cols // _IMPROVED_AT_A_TIME)
+    """Split the chosen rows into chunks of equal size, up to one row, so that a chunk takes bounded memory."""
+    indices = chosen.nonzero().squeeze(1)
+    all_chosen = len(indices) == len(chosen)
+    chunks = -(-len(indices) * cols // _IMPROVED_AT_A_TIME)
     for chunk in range(chunks):
-        some = slice(len(which) * chunk // chunks, len(which) * (chunk + 1) // chunks)
-        yield some if every else which[some]
+        part = slice(len(indices) * chunk // chunks, len(indices) * (chunk + 1) // chunks)
+        yield part if all_chosen else indices[part]
 
 
 def _with_enough_damping(
     solve: Callable[[Curvature], T], inputs: Factors, damping: float, team: RowTeam
 ) -> tuple[T, Curvature]:
-    """``solve`` with the first damping of the ladder for which each factorisation succeeds, on all members.
+    """Call ``solve`` with the first damping of the ladder for which every factorisation succeeds on all members.
 
     Returns:
-        What ``solve`` gave, and what it had.
+        The result of ``solve``, and the curvature that it got.
     """
     for attempt in damping_ladder(damping):
         try:
             with team.stage():
-                found = inputs.curvature(attempt)
-                solution = solve(found)
+                curvature = inputs.curvature(attempt)
+                solution = solve(curvature)
         except FactorizationError as error:
             cause = error
             continue
@@ -621,7 +621,7 @@ def _with_enough_damping(
                 "calibration tokens, or a higher damping, avoid this",
                 stacklevel=5,
             )
-        return solution, found
+        return solution, curvature
     raise FactorizationError(
         f"the Hessian is not positive definite, even with {max(damping, MAX_DAMPING):g} times the mean of its diagonal "
         f"added ({cause}). A second moment never is like that: accumulate it with HessianAccumulator, from finite "
@@ -709,7 +709,7 @@ def _check_joined(output_weights: Tensor, weight: Tensor) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # NaN and infinities show in the extremes, which take a tenth of the time of isfinite on CPUs
+    # The extremes show NaN and infinities. On CPUs they take a tenth of the time of isfinite
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 

@@ -1,4 +1,4 @@
-"""Linear algebra of one layer: exact arithmetic, damping, the one triangular factor, and batched positive solves.
+"""Linear algebra of one layer: exact arithmetic, damping, the triangular factor, and batched solves.
 
 Legend (arXiv 2504.05346, and Frantar and Alistarh, arXiv 2301.00774):
     H   (cols, cols)  damped Hessian, symmetric positive definite
@@ -22,20 +22,20 @@ from torch import Tensor
 from thanos_lightning.solver import native
 
 _HAS_FINER_PRECISION = hasattr(torch.backends, "fp32_precision")
-# The largest damping that is tried: as much again as the mean of the diagonal.
+# The largest damping to try: it adds the whole mean of the diagonal.
 MAX_DAMPING = 1.0
-# Where damping=0 was asked for and does not suffice, ten times zero would not help.
+# The first retry if damping=0 does not suffice, since ten times zero would not help.
 _LEAST_RETRY = 1e-6
-# Relative error of a product of random numbers in float32, which is near 3e-7; of factors in bf16 it is 2e-3.
+# Bound on the relative error of float32 products with unrounded factors, which is near 3e-7. With bf16 it is 2e-3.
 _UNROUNDED = 5e-6
-# LAPACK is slow on batches of small matrices; below this size it is at its best, above we recurse. CPU only.
+# LAPACK is slow on batches of small matrices. It is at its best up to this size; above we recurse. CPU only.
 _CHOLESKY_LEAF = 16
-# Single matrices are taken by halves down to this size, since products are several times as fast as what LAPACK does:
-# on a CPU from the first factorisation on, elsewhere (not measured) only triangles.
+# Single matrices are split into halves down to this size, since products are several times as fast as LAPACK. On CPUs
+# the factorisation itself is split, elsewhere (not measured) only the inverse of the triangle.
 _LEAF = 256
-# Of a symmetric product little more than half is computed, in strips.
+# Products with a symmetric matrix are computed in strips, which is little more than half the work.
 _STRIPS, _LEAST_STRIP = 8, 128
-# Systems gathered at a time: on a CPU they should stay in its cache, elsewhere launches are what costs.
+# Bytes of systems gathered at a time. They should fit the cache of a CPU; elsewhere kernel launches are the cost.
 _CHUNK_BYTES = {"cpu": 4 * 2**20}
 SYSTEMS_AT_A_TIME = 64 * 2**20
 
@@ -54,19 +54,19 @@ class FactorizationError(SolverError):
 
 @contextmanager
 def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32) -> Iterator[None]:
-    """No gradients, no autocast, no rounding of factors inside float32 products; all as before afterwards.
+    """Turn off gradients, autocast and the rounding of factors inside float32 products. Restore all at the end.
 
     Args:
-        device: Where the tensors are.
-        operands: What the factors of all products were, before they were widened to float32. What fits a narrower
-            type exactly (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA's GPUs) is multiplied there and summed
-            in float32: the same products, several times faster.
+        device: Device of the tensors.
+        operands: Dtype of all factors before they were widened to float32. Factors that fit a narrower type exactly
+            (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA GPUs) are multiplied in it and summed in float32.
+            The products are the same, several times faster.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_highest_precision())
-        # put back by the context before
+        # _highest_precision restores these switches
         if device.type == "cpu" and _HAS_FINER_PRECISION and (operands == torch.bfloat16 or _has_no_rounding_kernel()):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
         elif operands in (torch.bfloat16, torch.float16) and device.type == "cuda":
@@ -76,15 +76,15 @@ def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32
 
 @functools.cache
 def _has_no_rounding_kernel() -> bool:
-    """Whether oneDNN multiplies float32 as it is even where it may round factors to bf16.
+    """Whether oneDNN leaves float32 factors unrounded even where it may round them to bf16.
 
-    So it does on CPUs without AMX, where the permission is then but a choice of oneDNN over BLAS: of an AMD EPYC it
-    took half of MKL's time. What oneDNN does here is tried, and not taken for granted. To be called where float32
-    products are exact.
+    This is so on CPUs without AMX. There the permission to round only selects oneDNN in place of BLAS, which takes half
+    of MKL's time on an AMD EPYC. The function measures what oneDNN does on this machine. Call it where float32 products
+    are exact.
     """
     if not torch.backends.mkldnn.is_available() or torch.cpu._is_amx_tile_supported():  # type: ignore[no-untyped-call]
         return False
-    # whatever the default dtype and device are where this is first asked
+    # dtype and device are explicit, since the defaults of the first caller are unknown
     generator = torch.Generator("cpu").manual_seed(0)
     left = torch.randn(192, 512, generator=generator, dtype=torch.float32, device="cpu")
     right = torch.randn(512, 320, generator=generator, dtype=torch.float32, device="cpu")
@@ -100,8 +100,8 @@ def _has_no_rounding_kernel() -> bool:
 
 @contextmanager
 def _highest_precision() -> Iterator[None]:
-    # torch >= 2.9 has a second, finer set of switches. Its getters raise once a user mixed the two sets, the setter of
-    # the old set never does and writes both. So: set the old, then restore the old (where it can be read) and the new.
+    # torch >= 2.9 has a second, finer set of switches. Once a user has mixed the two sets, the getter of the old set
+    # raises. Its setter never raises, and writes both sets. So we set the old one, then restore old (if read) and new.
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -125,7 +125,7 @@ class Curvature:
 
     Attributes:
         factor: U, upper triangular, with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for the damped H and every i.
-        norms: ‖X_j‖ up to a common scale: the root of the undamped diagonal.
+        norms: ‖X_j‖ up to a common scale: the square root of the undamped diagonal.
         dead: True for inputs that were always zero.
     """
 
@@ -150,7 +150,7 @@ def curvature(hessian: Float[Tensor, "cols cols"], damping: float) -> Curvature:
 
 
 def input_norms(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
-    """‖X_j‖ over the largest of them, from the diagonal of an undamped Hessian; zeros where H is zero."""
+    """‖X_j‖ over the largest ‖X_k‖, from the diagonal of an undamped Hessian; all zero if H is zero."""
     norms = hessian.diagonal().clamp(min=0).sqrt()
     return norms / norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
 
@@ -158,8 +158,8 @@ def input_norms(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
 def damped(hessian: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
     """H with ``damping`` times mean(diag H) added to its diagonal, and 1 on the diagonal of dead inputs.
 
-    A dead input (H_jj = 0) touches no other column, so the 1 changes no solution; it only makes H invertible. The mean
-    counts it as the 0 it was, which leaves the result independent of the scale of H.
+    Row and column of a dead input (H_jj = 0) are zero, so that the 1 changes no solution and only makes H invertible.
+    The mean counts a dead input as 0, so that the solution does not depend on the scale of H.
     """
     result = hessian.clone()
     result.diagonal().copy_(damped_diagonal(hessian, damping))
@@ -173,7 +173,7 @@ def damped_diagonal(hessian: Float[Tensor, "cols cols"], damping: float) -> Floa
 
 
 def damping_ladder(damping: float) -> Iterator[float]:
-    """The dampings to try in turn: as asked, then ten times more each while not above ``MAX_DAMPING``.
+    """Yield the dampings to try in turn: the given one, then ten times more each, up to ``MAX_DAMPING``.
 
     Examples:
         >>> from thanos_lightning.solver.linalg import damping_ladder
@@ -227,7 +227,7 @@ def _inverse_of_triangle(R: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def _triangle(
     top: Float[Tensor, "left left"], right: Float[Tensor, "left below"], rest: Float[Tensor, "below below"]
 ) -> Float[Tensor, "n n"]:
-    """The inverse of an upper triangular matrix, from the inverses of its halves and what is right of the first."""
+    """Invert an upper triangular matrix, from the inverses of its diagonal blocks and its upper right block."""
     half, n = right.shape[0], right.shape[0] + right.shape[1]
     result = right.new_zeros(n, n)
     result[:half, :half], result[half:, half:] = top, rest
@@ -236,10 +236,10 @@ def _triangle(
 
 
 def inverse(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The inverse of a symmetric positive definite matrix, for which `inverse_factor` would be more than is needed.
+    """Invert a symmetric positive definite matrix, with less work than `inverse_factor`.
 
     Args:
-        matrix: Not singular but for rounding: the loss of digits is that of two factorisations.
+        matrix: Not nearly singular: the inverse loses as many digits as two factorisations do.
 
     Raises:
         FactorizationError: If it is not numerically positive definite.
@@ -264,7 +264,7 @@ def inverse(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def quadratic_forms(vectors: Float[Tensor, "rows n"], matrix: Float[Tensor, "n n"]) -> Float[Tensor, " rows"]:
-    """The form x A xᵀ for each row x, for a symmetric A, of which only strips from the diagonal down are multiplied."""
+    """Compute x A xᵀ for each row x and a symmetric A. Only strips of A from the diagonal down are multiplied."""
     n = len(matrix)
     width = max(_LEAST_STRIP, -(-n // _STRIPS))
     total = vectors.new_zeros(len(vectors))
@@ -299,7 +299,7 @@ def solve_spd_batch(matrices: Float[Tensor, "batch n n"], rhs: Float[Tensor, "ba
 
 
 def _factor_batch(matrices: Float[Tensor, "batch n n"]) -> Bool[Tensor, " batch"]:
-    """Cholesky in place, into the lower triangle; True where it failed."""
+    """Factor each matrix by Cholesky in place, into the lower triangle. True where that failed."""
     n = matrices.shape[-1]
     if n <= _CHOLESKY_LEAF or matrices.device.type != "cpu":
         lower, info = torch.linalg.cholesky_ex(matrices)
@@ -309,7 +309,7 @@ def _factor_batch(matrices: Float[Tensor, "batch n n"]) -> Bool[Tensor, " batch"
     half = n // 2
     top, corner, rest = matrices[:, :half, :half], matrices[:, half:, :half], matrices[:, half:, half:]
     failed = _factor_batch(top)
-    # A batched product of views would fall back to one product at a time; the solution is contiguous.
+    # `solved` is contiguous. A batched product of views would fall back to one product at a time.
     solved = torch.linalg.solve_triangular(top.mT, corner, upper=True, left=False)
     corner.copy_(solved)
     rest.sub_(solved @ solved.mT)
@@ -319,10 +319,10 @@ def _factor_batch(matrices: Float[Tensor, "batch n n"]) -> Bool[Tensor, " batch"
 def solve_subsets(
     matrix: Float[Tensor, "n n"], members: Bool[Tensor, "rows n"], rhs: Float[Tensor, "rows n"]
 ) -> Float[Tensor, "rows n"]:
-    """For each row, with s the set of its members: solve matrix[s, s] x[s] = rhs[s]; x is zero elsewhere.
+    """Solve matrix[s, s] x[s] = rhs[s] for each row, where s is the set of its members; x is zero elsewhere.
 
-    The systems are gathered without their gaps. Rows of similar size go together, the smaller ones padded with the
-    identity, in chunks whose memory is bounded by ``_CHUNK_BYTES`` (or one row's system).
+    The systems are gathered without gaps, in chunks of rows with sets of similar size. Smaller systems of a chunk are
+    padded with the identity. ``_CHUNK_BYTES`` bounds the memory of a chunk, unless one system alone exceeds it.
 
     Args:
         matrix: Symmetric positive definite.
@@ -340,7 +340,7 @@ def solve_subsets(
         return solutions
     counts = sizes.tolist()
     n, largest, padding = len(matrix), counts[0], counts[0] - counts[-1]
-    # Beside the matrix stands an identity that the padding points to.
+    # The padding points to an identity block that follows the matrix.
     extended = torch.eye(n + padding, dtype=matrix.dtype, device=matrix.device)
     extended[:n, :n] = matrix
     index_dtype = torch.int32 if extended.numel() < 2**31 else torch.int64

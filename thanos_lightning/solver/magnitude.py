@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest |W_ij| of the layer go, the other weights are left alone.
+"""Magnitude pruning: remove the smallest |W_ij| of the layer, and leave the other weights unchanged.
 
 Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks (arXiv 1506.02626).
 """
@@ -19,9 +19,9 @@ def magnitude(
 
     Args:
         W: Weights.
-        frozen: Weights that have to go.
+        frozen: Weights that must be pruned.
         pattern: The pattern; unstructured compares all weights of the layer.
-        team: Who has the other rows.
+        team: The members that have the other rows.
 
     Returns:
         True = pruned.

@@ -1,6 +1,6 @@
-"""The solver's C code, for what torch does slowly on CPUs: built at its first use by the machine's own compiler.
+"""C code for operations that are slow in torch on CPUs. The machine's own compiler builds it at the first use.
 
-Only CPUs use it, and none needs it: where there is no compiler, the same is done in torch, several times slower.
+Only CPUs use it. Without a compiler the solver does the same in torch, several times slower.
 """
 
 import ctypes
@@ -20,18 +20,18 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-# Interleaved systems of this size take 16 MiB a thread; above, LAPACK is as fast with one after another.
+# Interleaved systems of this size take 16 MiB per thread. On larger systems, one by one, LAPACK is as fast.
 LARGEST = 512
 SWITCH = "THANOS_LIGHTNING_NATIVE"
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILE_SECONDS = 120
-# Apple's compiler knows no -fopenmp: one thread there
+# Flags to try in turn. Apple's compiler has no -fopenmp, so that the code runs on one thread there.
 _FLAGS = [["-O3", "-march=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"]]
 
 
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
-    """The C code, or None where it can't be had, with a warning, or is not wanted: ``THANOS_LIGHTNING_NATIVE=0``."""
+    """Load the C code. None if it can't be built, with a warning, or if ``THANOS_LIGHTNING_NATIVE=0`` turns it off."""
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -47,7 +47,7 @@ def compiled() -> ctypes.CDLL | None:
         )
         return None
     pointer, number, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    matrix = (pointer, number)  # and its stride
+    matrix = (pointer, number)  # address and stride
     loaded.thanos_solve_subsets.restype = number
     loaded.thanos_solve_subsets.argtypes = [pointer, number, *[pointer] * 4, number, number, threads]
     loaded.thanos_bracket.restype = number
@@ -73,7 +73,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _rows_of(matrix: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """A matrix whose rows are contiguous, which has to outlive the call, and how the C code finds them."""
+    """Return the matrix with contiguous rows, and its address and stride. The matrix has to outlive the call."""
     if matrix.stride(1) != 1:
         matrix = matrix.contiguous()
     return matrix, (matrix.data_ptr(), matrix.stride(0))
@@ -86,17 +86,17 @@ def solve_subsets(
     order: Int64[Tensor, " rows"],
     largest: int,
 ) -> tuple[Float[Tensor, "rows n"], int]:
-    """As ``linalg.solve_subsets``, for tensors that are ``usable``.
+    """Do the same as ``linalg.solve_subsets``, for tensors that are ``usable``.
 
     Args:
         matrix: Symmetric positive definite.
         members: The sets.
         rhs: Right-hand sides.
-        order: All rows, those with sets of similar size side by side.
+        order: All rows, with sets of similar size side by side.
         largest: Size of the largest set.
 
     Returns:
-        The solutions, and how many pivots were not positive; the solutions are worth nothing unless that is 0.
+        The solutions, and the number of pivots that were not positive. The solutions are valid only if it is 0.
 
     Raises:
         MemoryError: If a thread lacks the memory for the systems that it interleaves.
@@ -107,7 +107,7 @@ def solve_subsets(
     solution = torch.zeros_like(rhs)
     tensors = (members, rhs, solution, order)
     failed: int = _loaded().thanos_solve_subsets(
-        extended.data_ptr(), n, *(one.data_ptr() for one in tensors), len(order), largest, torch.get_num_threads()
+        extended.data_ptr(), n, *(tensor.data_ptr() for tensor in tensors), len(order), largest, torch.get_num_threads()
     )
     if failed < 0:
         raise MemoryError(f"no memory to solve for {largest} weights a row: choose a smaller block_size")
@@ -121,24 +121,24 @@ def bracket(
     low: float,
     high: float,
 ) -> tuple[int, Float[Tensor, " inside"]]:
-    """Of the scores |W_ij| scale_j, -inf where frozen: how many are below ``low``, and those from there to ``high``."""
+    """Count the scores |W_ij| scale_j (-inf where frozen) below ``low``, and return those from ``low`` to ``high``."""
     rows, cols = W.shape
     threads = torch.get_num_threads()
     (W, weights), (frozen, zeros) = _rows_of(W), _rows_of(frozen)
     scale = scale.contiguous()
     first = torch.arange(threads + 1) * rows // threads
-    found = torch.zeros(threads, dtype=torch.int64)
-    inside = torch.empty(rows * cols)  # of which only what is found is touched
+    counts = torch.zeros(threads, dtype=torch.int64)
+    inside = torch.empty(rows * cols)  # the C code touches only the entries that it finds
     below: int = _loaded().thanos_bracket(
         *weights, *zeros, scale.data_ptr(), cols, low, high, inside.data_ptr(), first.data_ptr(),
-        found.data_ptr(), threads,
+        counts.data_ptr(), threads,
     )  # fmt: skip
-    parts = [inside[row * cols :][:count] for row, count in zip(first.tolist(), found.tolist(), strict=False)]
+    parts = [inside[row * cols :][:count] for row, count in zip(first.tolist(), counts.tolist(), strict=False)]
     return below, torch.cat(parts)
 
 
 def lowest_in_groups(scores: Float[Tensor, "rows cols"], width: int, count: int) -> Bool[Tensor, "rows cols"]:
-    """True for the ``count`` lowest of every ``width`` consecutive scores, the first of equal ones first."""
+    """True for the ``count`` lowest of every ``width`` consecutive scores. Of equal scores the first wins."""
     scores = scores.contiguous()
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     _loaded().thanos_lowest_in_groups(
@@ -159,8 +159,8 @@ def project(
     relaxation: float,
     ratio: float,
 ) -> None:
-    """``admm._project``; what it writes to is contiguous."""
-    assert all(one.is_contiguous() for one in (moved, U, from_original, keep))
+    """Do the same as ``admm.project``. The tensors that it writes to have to be contiguous."""
+    assert all(tensor.is_contiguous() for tensor in (moved, U, from_original, keep))
     rows, cols = moved.shape
     (original, weights), (frozen, zeros) = _rows_of(original), _rows_of(frozen)
     scale = scale.contiguous()
@@ -173,7 +173,7 @@ def project(
 
 
 def _built() -> Path:
-    """The shared library for this source and this CPU, built if it isn't there yet."""
+    """Return the shared library for this source and this CPU, and build it if it isn't there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
     library = cache / f"native-{hashlib.sha256(_SOURCE.read_bytes() + _cpu().encode()).hexdigest()[:16]}.so"
     if library.is_file():
@@ -181,7 +181,7 @@ def _built() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "native.so"
-        compiler = shlex.split(os.environ.get("CC", "cc"))  # it may be "ccache gcc"
+        compiler = shlex.split(os.environ.get("CC", "cc"))  # CC may be "ccache gcc"
         for flags in _FLAGS:
             command = [
                 *compiler,
@@ -194,17 +194,17 @@ def _built() -> Path:
             ]
             made = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
             if made.returncode == 0:
-                built.replace(library)  # at once: other processes may be looking for it
+                built.replace(library)  # atomic: other processes may look for the library
                 return library
     raise OSError(f"{command[0]} says: {made.stderr}")
 
 
 def _cpu() -> str:
-    """What -march=native depends on: machines of different kinds may have one home folder."""
-    told = f"{sys.platform} {platform.machine()} {platform.processor()}"
+    """Describe what -march=native depends on, since machines of different kinds may share a home folder."""
+    description = f"{sys.platform} {platform.machine()} {platform.processor()}"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        told += "".join(
+        description += "".join(
             line for line in cpuinfo.read_text().splitlines()[:40] if line.startswith(("flags", "Features"))
         )
-    return told
+    return description

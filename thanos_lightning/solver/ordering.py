@@ -1,15 +1,15 @@
-"""An order of a layer's inputs in which an N:M pattern has to take less.
+"""Search for an order of a layer's inputs in which an N:M pattern loses less.
 
 Legend (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021; the assignment after Zhang et al.,
 Plug-and-Play, ICLR 2024, who assign the channels of one place in all groups at a time):
-    S       (rows, cols)    what each weight is worth
-    groups  (cols / M, M)   which inputs are a group: the order, cut into pieces of M
-    B       (rows, groups)  of the M - 1 inputs that a group keeps for the moment: the N-th largest score in each row
+    S       (rows, cols)    score of each weight
+    groups  (cols / M, M)   inputs of each group: the order, cut into pieces of M
+    B       (rows, groups)  N-th largest score of each row among the M - 1 inputs that a group retains in a round
 
-A round takes one input out of each group, at random, and gives them back so that most is kept. A group that gets input
-c keeps, in row r, its N - 1 largest scores and max(B_rg, S_rc); so that what is to be maximised is Σ_r max(B_rg, S_rc),
-or ½ Σ_r |B_rg - S_rc| and what is the same for all assignments. No round is a loss, since all may go back to where they
-were.
+A round takes one random input out of each group and assigns these inputs to the groups anew, so that the pattern keeps
+most. In row r, group g with a new input c keeps its N - 1 largest scores and max(B_rg, S_rc). So the assignment
+maximises the sum of Σ_r max(B_rg, S_rc), which is ½ Σ_r |B_rg - S_rc| plus a part that all assignments share. No round
+makes the order worse, since each input may return to its group.
 """
 
 import importlib.util
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from thanos_lightning.solver.pattern import NM
 
-# Groups among which inputs are exchanged in a round: its time and its memory grow with their square.
+# Number of groups that exchange inputs in a round. Time and memory grow with the square of this number.
 _EXCHANGING = 512
-# Of what is lost: a search ends when so many rounds together gained less.
+# A search ends when _PATIENCE rounds together reduce the lost score by less than _TOLERANCE of it.
 _TOLERANCE, _PATIENCE = 0.001, 4
 
 
 def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
-    """The sum of the scores that an N:M pattern keeps, over that of all; 1 where there is nothing to lose.
+    """The sum of the scores that an N:M pattern keeps, over the sum of all scores; 1 if all scores are zero.
 
     Args:
         scores: (rows, cols), not negative.
-        pattern: Its groups must fit into the columns.
+        pattern: N:M, where M divides cols.
 
     Examples:
         >>> kept_share(torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]]), NM(2, 4))
@@ -43,7 +43,7 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
 
 
 def require_scipy() -> None:
-    """Raise where there is nothing to search with.
+    """Check that the library for the search is there.
 
     Raises:
         ModuleNotFoundError: If SciPy is not installed.
@@ -60,16 +60,16 @@ def require_scipy() -> None:
 def search_order(
     scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 60, seed: int = 0
 ) -> Int[Tensor, " cols"]:
-    """An order of the columns in which an N:M pattern keeps more of the scores than in the one they have.
+    """Search for an order of the columns in which an N:M pattern keeps more of the scores than in the given order.
 
     Args:
         scores: (rows, cols), not negative and finite.
-        pattern: Its groups must fit into the columns; its outlier rows are not looked at.
-        rounds: At most so many; fewer where they hardly gain anything.
-        seed: Of the inputs that are taken out.
+        pattern: N:M, where M divides cols. The search ignores outlier rows.
+        rounds: Largest number of rounds; the search ends earlier if rounds hardly gain anything.
+        seed: Seed for the random inputs that are taken out.
 
     Returns:
-        int64 (cols,), on the CPU: place -> column. ``scores[:, order]`` has the groups.
+        int64 (cols,), on the CPU: place -> column. The groups are consecutive columns of ``scores[:, order]``.
 
     Raises:
         ValueError: If the groups don't fit, or scores are negative or not finite.
@@ -99,7 +99,7 @@ def search_order(
 def _exchange(
     scores: Float[Tensor, "rows cols"], groups: Int[Tensor, "groups m"], pattern: NM, generator: torch.Generator
 ) -> Int[Tensor, "groups m"]:
-    """A round among some of the groups."""
+    """Exchange inputs among some of the groups, in one round."""
     from scipy.optimize import linear_sum_assignment
 
     every = torch.arange(len(groups))

@@ -1,6 +1,6 @@
 """What a pruned layer must look like: the three patterns, their exact counts, and the check that a mask conforms.
 
-Words used here: a keep mask is bool of shape (rows, cols), True = kept; a row is one output, a column one input.
+A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and a column is one input.
 """
 
 import math
@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Two sparsities nearer than this are the same number written twice.
 _SAME = 1e-6
+# Added to a count before it becomes a fraction: the count that is computed from the fraction is rounded down.
+_ROUNDED_DOWN = 0.25
 
 
 def _check_sparsity(value: object) -> None:
@@ -40,7 +42,7 @@ def _check_reachable(intermediate: float, final: float) -> None:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weights of the layer, as many as the sparsity asks for.
+    """Zeros anywhere in the layer, as many as the sparsity asks for.
 
     Args:
         sparsity: Fraction of the layer's weights to remove, in (0, 1).
@@ -70,7 +72,7 @@ class Unstructured:
         return 0.0
 
     def check_shape(self, rows: int, cols: int) -> None:
-        """Raise where a (rows, cols) layer cannot take this pattern; every layer can take this one."""
+        """Accept every (rows, cols) layer."""
 
     def num_pruned(self, rows: int, cols: int) -> int:
         """Exact number of zeros in a (rows, cols) layer: ``int(sparsity * rows * cols)``."""
@@ -87,10 +89,27 @@ class Unstructured:
         _check_reachable(sparsity, self.sparsity)
         return Unstructured(sparsity)
 
+    @property
+    def rows_compete(self) -> bool:
+        """Whether a row may lose more weights than another one: always."""
+        return True
+
+    def sparsest(self, most: float) -> "Unstructured":
+        """The same kind of pattern at the sparsity ``most``."""
+        return Unstructured(most)
+
+    def units(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many weights are pruned together in a (rows, cols) layer, and how many such units there are."""
+        return 1, rows * cols
+
+    def with_units(self, count: int, rows: int, cols: int) -> "Unstructured":
+        """The same kind of pattern with ``count`` > 0 of its units pruned."""
+        return Unstructured((count + _ROUNDED_DOWN) / (rows * cols))
+
 
 @dataclass(frozen=True)
 class NM:
-    """At most ``n`` nonzeros in every ``m`` consecutive inputs of a row, but for a fraction of dense rows.
+    """At most ``n`` nonzeros in every ``m`` consecutive inputs of a row, except in a fraction of dense rows.
 
     Args:
         n: Weights kept in each group, 1 <= n < m.
@@ -165,13 +184,31 @@ class NM:
         if sparsity == self.sparsity:
             return self
         _check_reachable(sparsity, self.sparsity)
-        # Without the rounding, 1 - 0.45 / 0.5 is a hair below 0.1, and one row in ten fewer would be dense.
+        # Without the rounding, 1 - 0.45 / 0.5 is slightly below 0.1, and none of ten rows would be dense.
         return replace(self, outlier_fraction=round(1 - sparsity / (1 - self.n / self.m), 12))
+
+    @property
+    def rows_compete(self) -> bool:
+        """Whether a row may lose more weights than another one: only where some stay dense."""
+        return self.outlier_fraction > 0
+
+    def sparsest(self, most: float) -> "NM":
+        """The same n:m in all rows, whatever ``most`` is."""
+        return replace(self, outlier_fraction=0.0)
+
+    def units(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many weights are pruned together in a (rows, cols) layer, and how many such units there are: rows."""
+        return cols // self.m * (self.m - self.n), rows
+
+    def with_units(self, count: int, rows: int, cols: int) -> "NM":
+        """The same n:m in ``count`` > 0 rows. The other rows stay dense."""
+        dense = rows - count
+        return replace(self, outlier_fraction=(dense + _ROUNDED_DOWN) / rows if dense else 0.0)
 
 
 @dataclass(frozen=True)
 class Structured:
-    """Whole columns, removed from every row but a fraction of dense ones.
+    """Whole columns are removed from all rows except a fraction of dense rows.
 
     Args:
         sparsity: Fraction of the layer's weights to remove, in (0, 1).
@@ -222,7 +259,7 @@ class Structured:
 
     def num_columns(self, cols: int) -> int:
         """Number of columns removed from each row that is no outlier."""
-        # Without the slack, 0.07 * 100 is a hair above 7, and eight columns would go.
+        # Without the slack, 0.07 * 100 is slightly above 7, and eight columns would be removed.
         return math.ceil(self.sparsity * cols / (1 - self.outlier_fraction) - 1e-9)
 
     def num_pruned(self, rows: int, cols: int) -> int:
@@ -231,11 +268,10 @@ class Structured:
         return (rows - self.num_dense_rows(rows)) * self.num_columns(cols)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
-        """Number of kept weights that would have to go for the required columns to be empty in all but the dense rows.
+        """Number of kept weights that must still be pruned to empty the required columns of all sparse rows.
 
-        Which rows are the dense ones is not written in a mask. They are looked for from two starting points, fewest
-        zeros and fewest zeros in the emptiest columns; the result is exact where there are no dense rows, and an upper
-        bound otherwise.
+        A mask does not say which rows are dense. Two guesses are tried: the rows with the fewest zeros, and the rows
+        with the fewest zeros in the emptiest columns. The result is exact without dense rows, else an upper bound.
         """
         rows, cols = keep.shape
         self.check_shape(rows, cols)
@@ -253,6 +289,23 @@ class Structured:
         _check_reachable(sparsity, self.sparsity)
         return replace(self, sparsity=sparsity)
 
+    @property
+    def rows_compete(self) -> bool:
+        """Whether errors of different rows are compared: always, since a column goes from all of them."""
+        return True
+
+    def sparsest(self, most: float) -> "Structured":
+        """The same fraction of dense rows, at the sparsity ``most`` of the other rows."""
+        return replace(self, sparsity=most * (1 - self.outlier_fraction))
+
+    def units(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many weights are pruned together in a (rows, cols) layer, and how many such units may go: columns."""
+        return rows - self.num_dense_rows(rows), cols - 1
+
+    def with_units(self, count: int, rows: int, cols: int) -> "Structured":
+        """The same fraction of dense rows, with ``count`` > 0 columns removed from the others."""
+        return replace(self, sparsity=count * (1 - self.outlier_fraction) / cols)
+
 
 Pattern = Unstructured | NM | Structured
 
@@ -264,16 +317,16 @@ def parse_pattern(
 
     Args:
         pattern: ``"unstructured"``, ``"structured"`` or n:m such as ``"2:4"``; a pattern object is passed through.
-            All else is an error; that of 124 says what YAML makes of an unquoted 2:4.
-        sparsity: Fraction of weights to remove. Required for the two names; n:m implies it, so that it may be left
-            out, or has to agree.
-        outlier_fraction: Fraction of the rows kept dense; None means 0.0, or what the pattern object says.
+            Anything else is an error. The error for 124 explains that YAML reads an unquoted 2:4 as 124.
+        sparsity: Fraction of weights to remove. The two names require it. n:m implies it: leave it out, or give a
+            number that agrees.
+        outlier_fraction: Fraction of the rows kept dense; None means 0.0, or the fraction of the pattern object.
 
     Returns:
         The pattern.
 
     Raises:
-        ValueError: If the text is no pattern, or if it contradicts ``sparsity`` or ``outlier_fraction``.
+        ValueError: If ``pattern`` is no pattern, or if it contradicts ``sparsity`` or ``outlier_fraction``.
 
     Examples:
         >>> from thanos_lightning.solver import parse_pattern
@@ -326,7 +379,7 @@ def _check_agreement(pattern: Pattern, sparsity: float | None, outlier_fraction:
         raise ValueError(f"outlier_fraction={outlier_fraction!r} contradicts {pattern!r}: {mend}")
     if sparsity is None:
         return
-    # A user who writes 2:4 and 0.5 means the sparse rows; the dense ones lower the total, and either number is right.
+    # Dense rows lower the total sparsity. A user may give that total, or the sparsity of the sparse rows (0.5 for 2:4).
     implied = [pattern.sparsity] if not isinstance(pattern, NM) else [pattern.sparsity, 1 - pattern.n / pattern.m]
     if not any(abs(sparsity - value) < _SAME for value in implied):
         raise ValueError(

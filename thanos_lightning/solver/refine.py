@@ -1,13 +1,13 @@
 """Better weights for a fixed mask: conjugate gradients on the kept weights.
 
-Legend (Hestenes and Stiefel, 1952; diagonal preconditioner; one system per row, all rows at once, or one of all rows):
+Legend (Hestenes and Stiefel, 1952; diagonal preconditioner; one system for each row, or one for all coupled rows):
     W0  (rows, cols)  weights before pruning
-    W   (rows, cols)  weights after pruning; minimised over the kept ones: tr((W - W0) H (W - W0)ᵀ)
+    W   (rows, cols)  weights after pruning; the kept weights are to minimise tr((W - W0) H (W - W0)ᵀ)
     H   (cols, cols)  undamped Hessian
     R   (rows, cols)  minus half the gradient: (W0 - W) H
-    Z   (rows, cols)  R, preconditioned, zero where pruned
+    Z   (rows, cols)  preconditioned R, zero where pruned
     P   (rows, cols)  search directions, zero where pruned
-    G   (rows, rows)  where rows are coupled: what is minimised is tr((W - W0)ᵀ G (W - W0) H), and R is G (W0 - W) H
+    G   (rows, rows)  of coupled rows, which are to minimise tr((W - W0)ᵀ G (W - W0) H); R is then G (W0 - W) H
 """
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor
 from thanos_lightning.solver.linalg import quadratic_forms
 from thanos_lightning.solver.zeros import clear_bits, kept_bits
 
-# Curvature along a direction, over that of a Hessian that is its diagonal, below which nothing of it is known: in eps.
+# If the curvature along a direction is below so many eps of the curvature of diag(H), it is only rounding error.
 _FLAT = 100
 
 
 def residual_of(
     weight: Float[Tensor, "rows cols"], original: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]
 ) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, " rows"]]:
-    """R, and the losses of the rows, which follow from it."""
+    """Compute R and the losses of the rows."""
     change = original - weight
     R = change @ hessian
     return R, losses_by(R, change)
@@ -46,16 +46,16 @@ def refine(
 ) -> Float[Tensor, "rows cols"]:
     """Take conjugate gradient steps on the kept weights.
 
-    In exact arithmetic no step raises the loss; at convergence rounding can. Directions along which the Hessian is flat
-    but for rounding are left alone.
+    In exact arithmetic no step raises the loss; at convergence rounding can. Directions in which the curvature is only
+    rounding error are left out.
 
     Args:
         weight: W, zero where not kept; not changed.
-        residual: R; overwritten with that of the result.
+        residual: R; overwritten with the R of the result.
         hessian: Undamped H, positive semi-definite; may be singular.
         keep: True = kept.
         steps: Number of steps; each is one (rows, cols) by (cols, cols) product.
-        outputs: G, positive definite. With it all rows are one system, and a step is one product more.
+        outputs: G, positive definite. With G all rows are one system, and each step takes one more product.
 
     Returns:
         The new weights, zero where not kept.
@@ -73,14 +73,14 @@ def refine(
     for _ in range(steps):
         torch.mm(P if outputs is None else outputs @ P, hessian, out=curved)
         curvature = dots(P, curved)
-        # Where either is what rounding left of zero, a step could have any length
+        # If the curvature or the slope is only rounding error, the step could have any length
         steep = (curvature > _FLAT * eps * dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
         step = torch.where(steep, slope / curvature, 0)
         W.addcmul_(P, step)
         R.addcmul_(curved, step, value=-1)
         clear_bits(torch.mul(R, preconditioner, out=Z), kept)
         new_slope = dots(R, Z)
-        # A system that took no step begins anew, along its gradient
+        # A system that took no step restarts along its gradient
         P.mul_(torch.where(steep, new_slope / slope, 0)).add_(Z)
         slope = new_slope
     return W
@@ -89,7 +89,7 @@ def refine(
 def row_losses(
     weight: Float[Tensor, "rows cols"], original: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]
 ) -> Float[Tensor, " rows"]:
-    """½ ΔW H ΔWᵀ of each row: its part of the mean over tokens of ‖ΔW x‖². In the dtype of the Hessian."""
+    """½ ΔW H ΔWᵀ of each row, its part of the mean over tokens of ‖ΔW x‖², in the dtype of the Hessian."""
     change = weight.to(hessian.dtype) - original.to(hessian.dtype)
     return quadratic_forms(change, hessian).clamp(min=0) / 2
 

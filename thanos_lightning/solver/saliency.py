@@ -1,4 +1,4 @@
-"""Which weights matter least: the scores, and exact choices of the lowest.
+"""Scores that say which weights matter least, and exact choices of the lowest scores.
 
 Legend (arXiv 2504.05346):
     W  (rows, cols)  weights as they are now, after the updates so far
@@ -6,10 +6,9 @@ Legend (arXiv 2504.05346):
     U                factor of the inverse Hessian, see linalg.py
 
 A choice is a bool tensor, True = to be pruned. Frozen weights score -inf, so that they are chosen before all others and
-take their share of the count. Every count is exact: ties go to the first in a fixed order, never to a threshold.
+take their share of the count. Every count is exact: among equal scores a fixed order decides.
 
-Scores, energies and frozen weights are those of the rows of one member of a team, and so are choices. Counts are those
-of the whole layer.
+Scores, energies, frozen weights and choices are for the rows of one member of a team. Counts are for the whole layer.
 """
 
 import itertools
@@ -31,22 +30,22 @@ SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17
 _SAMPLE = 2**12
-# Members of a team share histograms with 2**11 bins: three of them settle a float32.
+# Members of a team share histograms with 2**11 bins. Three histograms determine all bits of a float32.
 _DIGIT_BITS = 11
 
 
 def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tuple[int, Float[Tensor, " left"]]]:
-    """For each block of columns, where it starts, and for all columns from there on s_j, so that |W_ij| s_j scores.
+    """Yield the start of each block of columns, and s_j for all columns from there on. A weight scores |W_ij| s_j.
 
-    s_j² is what a weight costs per square, see ``SolverOptions``. H is here that of the columns that are left.
+    s_j² is the cost of a weight per square, see ``SolverOptions``. H there is the Hessian of the columns that are left.
     """
     U, norms = curvature.factor, curvature.norms
     starts = range(0, len(U), block_size)
     if saliency == "wanda":
         yield from ((start, norms[start:]) for start in starts)
         return
-    # [H[start:, start:]⁻¹]_jj = ‖U[start:, j]‖²: sums over the strips of U from the last to each. (torch refuses the
-    # cumsum of floats on CUDA under Trainer(deterministic=True).)
+    # [H[start:, start:]⁻¹]_jj = ‖U[start:, j]‖², summed over blocks of rows of U from the last block up. (torch refuses
+    # the cumsum of floats on CUDA under Trainer(deterministic=True).)
     below = list(itertools.accumulate(U[start : start + block_size].square().sum(0) for start in reversed(starts)))
     for start, squares in zip(starts, reversed(below), strict=True):
         obs = torch.where(curvature.dead, 0, 1 / squares.sqrt())[start:]
@@ -76,7 +75,7 @@ def lowest_weighted(
     team: RowTeam,
     width: int,
 ) -> Bool[Tensor, "rows width"]:
-    """``lowest`` of the scores |W_ij| scale_j, -inf where frozen; on CPUs without computing all of them."""
+    """Do the same as ``lowest`` with the scores |W_ij| scale_j, -inf where frozen. CPUs need not store all scores."""
     cols = W.shape[1]
     if 0 < count < W.numel() and len(team.rows) == 1 and W.numel() >= 4 * _SAMPLE and native.usable(W):
         places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1)
@@ -96,16 +95,16 @@ def lowest_weighted(
 def lowest(
     scores: Float[Tensor, "rows cols"], count: int, team: RowTeam, width: int | None = None
 ) -> Bool[Tensor, "rows width"]:
-    """The ``count`` lowest of all scores, as a choice over the first ``width`` columns.
+    """Choose the ``count`` lowest of all scores, and return the choice in the first ``width`` columns.
 
     Args:
         scores: Scores; -inf is allowed, NaN is not.
-        count: How many to choose in the whole layer. Ties go to the first ``width`` columns, then by row.
-        team: Who has the other rows.
+        count: How many to choose in the whole layer. Ties go to the first ``width`` columns, in row order.
+        team: The members that have the other rows.
         width: Columns of interest. None means all.
 
     Returns:
-        True for those of the chosen that lie in the first ``width`` columns.
+        True for the chosen weights in the first ``width`` columns.
     """
     block = scores if width is None else scores[:, :width]
     if count <= 0:
@@ -122,12 +121,12 @@ def lowest(
 def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Float[Tensor, ""]:
     """The k-th lowest score of the layer (from 1), exactly.
 
-    A sorted sample brackets the value and the few within the bracket are searched (Floyd and Rivest, 1975): on a CPU
-    several times faster than ``kthvalue`` on all. Where the sample misleads, all are searched.
+    A sorted sample brackets the value, and only the scores in the bracket are searched (Floyd and Rivest, 1975). On a
+    CPU this is several times faster than ``kthvalue`` of all scores. If the sample misleads, all scores are searched.
     """
     values, cols = scores.flatten(), scores.shape[1]
     if team.num_rows * cols >= _SAMPLE_FROM:
-        # As many from each member, so that the samples can be shared.
+        # Each member takes equally many, since shared tensors have one shape.
         sample = team.share(values[: min(team.rows) * cols : _SAMPLE_STRIDE]).flatten().sort().values
         low, high = _brackets(sample, k / (team.num_rows * cols))
         inside = (values >= low) & (values <= high)
@@ -141,22 +140,22 @@ def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Fl
 
 
 def _brackets(sample: Float[Tensor, " n"], share: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Values of a sorted sample between which the value lies, most likely, that is above this share of all."""
+    """Two values of a sorted sample. The value that exceeds ``share`` of all values most likely lies between them."""
     position, margin = round(share * len(sample)), round(2 * len(sample) ** 0.5) + 1
     return sample[max(0, position - margin)], sample[min(len(sample) - 1, position + margin)]
 
 
 def _kth_lowest_by_digits(values: Float[Tensor, " n"], k: int, team: RowTeam) -> Float[Tensor, ""]:
-    """The k-th lowest of all members' values (from 1), exactly, of which each may have any number.
+    """The k-th lowest of all members' values (from 1), exactly. Each member may have any number of values.
 
-    Read as integers that are ordered like the values, they are told apart digit by digit, the highest first: members
-    share how many of theirs have which digit, and go on with those that have the one of the k-th.
+    The values are read as integers in the same order, and compared digit by digit, the highest digit first. The members
+    share a histogram of each digit, and continue with the values that have the same digit as the k-th lowest.
     """
     bits, integer = (32, torch.int32) if values.element_size() == 4 else (64, torch.int64)
-    # Of positive floats the sign bit is flipped, of negative ones every bit. The lowest integer is all zeros.
+    # Flip the sign bit of positive floats and every bit of negative floats: as unsigned integers, they keep the order
     pattern = values.view(integer)
     keys = pattern ^ ((pattern >> (bits - 1)) | -(2 ** (bits - 1)))
-    found, left = 0, bits
+    key, left = 0, bits
     while left > 0:
         width = min(_DIGIT_BITS, left)
         left -= width
@@ -165,26 +164,26 @@ def _kth_lowest_by_digits(values: Float[Tensor, " n"], k: int, team: RowTeam) ->
         digit = int((up_to < k).sum())
         if digit > 0:
             k -= int(up_to[digit - 1])
-        found = (found << width) | digit
+        key = (key << width) | digit
         keys = keys[digits == digit]
-    found ^= 2 ** (bits - 1) if found >> (bits - 1) else 2**bits - 1
-    signed = found - 2**bits if found >> (bits - 1) else found
+    key ^= 2 ** (bits - 1) if key >> (bits - 1) else 2**bits - 1
+    signed = key - 2**bits if key >> (bits - 1) else key
     return torch.tensor(signed, dtype=integer, device=values.device).view(values.dtype)
 
 
 def lowest_per_row(
     scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], count: int, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
-    """The lowest scores of each row, equally many per row up to one, ``count`` in total.
+    """Choose the lowest scores of each row, equally many per row up to one, and ``count`` in total.
 
-    What does not divide by the number of rows goes to the rows in which the next weight scores lowest. A row with more
-    frozen weights than its share loses them all, and the others share what is left.
+    If the number of rows does not divide the count, the remainder goes to the rows whose next weight scores lowest. A
+    row with more frozen weights than its share loses all of them, and the other rows share the rest of the count.
 
     Args:
         scores: Scores, -inf where frozen.
-        frozen: Weights that have to go.
-        count: Total of the layer, at least the number of frozen weights.
-        team: Who has the other rows.
+        frozen: Weights that must be pruned.
+        count: How many to choose in the whole layer, at least the number of frozen weights.
+        team: The members that have the other rows.
     """
     order = scores.argsort(dim=1, stable=True)
     ranks = torch.empty_like(order).scatter_(
@@ -192,7 +191,7 @@ def lowest_per_row(
     )
     ranks.masked_fill_(frozen, -1)
     totals = team.total(torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1)).cumsum(0)
-    # The last rank up to which whole ranks fit into the count; -1 holds the frozen ones.
+    # The last rank that the count covers in all rows; rank -1 holds the frozen weights.
     full = int((totals <= count).sum()) - 2
     chosen = ranks <= full
     remainder = count - int(totals[full + 1])
@@ -209,7 +208,7 @@ def lowest_in_groups(
 
     Args:
         scores: Scores, -inf where frozen; the width is divisible by m.
-        frozen: Weights that have to go.
+        frozen: Weights that must be pruned.
         sparse_rows: True for rows that follow the pattern, see ``choose_sparse_rows``.
         pattern: n:m.
     """
@@ -226,14 +225,14 @@ def choose_sparse_rows(
 ) -> Bool[Tensor, "rows 1"]:
     """True for the rows that follow the pattern, False for the outliers, which stay dense (h_i in the paper).
 
-    Outliers are the rows of most energy. Rows that hold frozen weights are outliers only where others don't suffice,
-    and then first those with the fewest.
+    Outliers are the rows of most energy. Rows with frozen weights become outliers only if there are too few other rows,
+    and the rows with the fewest frozen weights come first.
 
     Args:
-        energy: W_ij² ‖X_j‖², or what stands for it.
-        frozen: Weights that have to go.
+        energy: W_ij² ‖X_j‖², or the method's own score in its place.
+        frozen: Weights that must be pruned.
         pattern: Says how many rows stay dense.
-        team: Who has the other rows.
+        team: The members that have the other rows.
     """
     sparse_rows = torch.ones(team.num_rows, dtype=torch.bool, device=energy.device)
     if (num_dense := pattern.num_dense_rows(team.num_rows)) > 0:
@@ -255,11 +254,11 @@ def lowest_columns(
     Columns that hold frozen weights in sparse rows come first.
 
     Args:
-        energy: W_ij² ‖X_j‖², or what stands for it.
-        frozen: Weights that have to go.
+        energy: W_ij² ‖X_j‖², or the method's own score in its place.
+        frozen: Weights that must be pruned.
         sparse_rows: True for rows that follow the pattern.
-        pattern: Says how many columns go.
-        team: Who has the other rows.
+        pattern: Says how many columns are pruned.
+        team: The members that have the other rows.
     """
     per_column = team.total((energy * (sparse_rows & ~frozen)).sum(0))
     by_energy = per_column.argsort(stable=True)
@@ -273,13 +272,13 @@ def lowest_columns(
 def choose_regular(
     scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
-    """All that an n:m or structured pattern prunes, by scores that are known at once (their squares are the energy).
+    """Choose all weights that an n:m or structured pattern prunes, by fixed scores (their squares are the energy).
 
     Args:
         scores: Scores that scale with |W|.
-        frozen: Weights that have to go.
+        frozen: Weights that must be pruned.
         pattern: The pattern.
-        team: Who has the other rows.
+        team: The members that have the other rows.
     """
     energy = scores.square()
     sparse_rows = choose_sparse_rows(energy, frozen, pattern, team)

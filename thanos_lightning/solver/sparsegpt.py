@@ -1,7 +1,7 @@
 """SparseGPT: prune column after column, and let the columns to the right adapt.
 
 Legend (Frantar and Alistarh, arXiv 2301.00774, algorithm 1):
-    Wᵀ  (cols, rows)  weights, transposed, so that the column at hand is contiguous
+    Wᵀ  (cols, rows)  transposed weights, so that the column at hand is contiguous
     U   (cols, cols)  factor of the inverse Hessian; row j of U is all that pruning column j needs
     E   (width, rows) errors of a block: E_j = W_j / U_jj where pruned, 0 elsewhere
 """
@@ -35,11 +35,11 @@ def sparsegpt(
 
     Args:
         weight: Weights; not changed.
-        curvature: What is known of the inputs.
-        frozen: Weights that have to go.
+        curvature: Damped and factored Hessian of the inputs.
+        frozen: Weights that must be pruned.
         pattern: The pattern. Unstructured chooses per block, n:m per group, structured once, before any update.
-        block_size: Columns whose update of the rest is one product; n:m rounds it up to whole groups.
-        team: Who has the other rows.
+        block_size: Columns of a block. One product updates the columns after the block. n:m rounds up to whole groups.
+        team: The members that have the other rows.
 
     Returns:
         The new weights and the choice, True = pruned.
@@ -59,10 +59,10 @@ def sparsegpt(
     pruned = torch.zeros_like(frozen)
     if isinstance(pattern, Structured):
         pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern, team)
-    # Columns between two choices: a choice sees the updates of all columns before it.
     E = torch.empty(min(block_size, cols), rows, dtype=Wt.dtype, device=Wt.device)
     for number, start in enumerate(range(0, cols, block_size)):
         stop = min(start + block_size, cols)
+        # An n:m choice covers one group, and sees the updates of all columns before the group.
         step = pattern.m if isinstance(pattern, NM) else stop - start
         for first in range(start, stop, step):
             part = slice(first, first + step)
@@ -81,7 +81,7 @@ def sparsegpt(
 
 
 def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: int, team: RowTeam) -> list[int]:
-    """How many weights each block loses: its frozen ones, and of the rest of ``count`` a share by its free weights."""
+    """How many weights each block loses: its frozen weights, and a share of the rest in proportion to its free ones."""
     blocks = [frozen[:, start : start + block_size] for start in range(0, frozen.shape[1], block_size)]
     per_block = team.total(torch.stack([block.sum() for block in blocks])).tolist()
     free = team.num_rows * frozen.shape[1] - sum(per_block)
@@ -89,7 +89,7 @@ def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: in
     budgets, seen, given = [], 0, 0
     for block, required in zip(blocks, per_block, strict=True):
         seen += team.num_rows * block.shape[1] - required
-        # Shares are rounded as sums, so that they add up to the rest exactly.
+        # Running sums are rounded, not shares, so that the shares add up to the rest exactly.
         share = rest * seen // free - given if free else 0
         given += share
         budgets.append(required + share)

@@ -1,12 +1,12 @@
-"""Several processes that prune one layer together: each has some of its rows, and its weights depend on no other row.
+"""A team of processes that prune one layer together. Each member has some of the rows, and the rows are independent.
 
 Only choices join the rows: a budget over all weights, columns that all rows lose, rows that stay dense. For each choice
-the members share a few numbers about their rows, and every member computes the same from all of them. How numbers
-travel is not known here.
+the members share a few numbers about their rows, and every member computes the same choice from them. Subclasses decide
+how numbers travel.
 
-What fails on one member fails on all, at the same place. Members fail inside a stage; they meet whenever they share
-something and at the end of each stage; and there each says whether it is in trouble before anything else is exchanged.
-A member that fails goes to the next of these meetings, wherever the others will be by then, and says so.
+If one member fails, all members fail at the same place. Members fail inside a stage. They meet whenever they share
+something, and at the end of each stage. At a meeting each member first says whether it has failed. A member that fails
+goes straight to the next meeting, wherever the others meet next, and says so there.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from thanos_lightning.solver.linalg import FactorizationError
 
 
 class TeammateError(RuntimeError):
-    """Another member of the team has failed; it knows why."""
+    """Another member of the team has failed. That member raises the cause."""
 
 
 def split_rows(rows: int, members: int) -> list[int]:
@@ -37,7 +37,7 @@ def split_rows(rows: int, members: int) -> list[int]:
 
 
 class RowTeam(ABC):
-    """The members that prune one layer, each some consecutive rows of it. All call the same in the same order.
+    """The members that prune one layer. Each has consecutive rows, and all make the same calls in the same order.
 
     Attributes:
         index: This member. The rows of member 0 come first.
@@ -49,27 +49,27 @@ class RowTeam(ABC):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the layer."""
+        """Number of rows of the layer."""
         return sum(self.rows)
 
     @property
     def own_rows(self) -> slice:
-        """Which of them this member has."""
+        """The rows of this member, among those of the layer."""
         start = sum(self.rows[: self.index])
         return slice(start, start + self.rows[self.index])
 
     @abstractmethod
     def share(self, own: Tensor) -> Tensor:
-        """The tensors of all members, (members, ...). Theirs have the shape and the dtype of ``own``.
+        """The tensors of all members, (members, ...). All members give the same shape and dtype.
 
         Raises:
-            FactorizationError: If that is what another member has met since the stage began.
+            FactorizationError: If another member has raised it since the stage began.
             TeammateError: If another member has failed in another way.
         """
 
     @abstractmethod
     def stage(self) -> AbstractContextManager[None]:
-        """A block that all members complete, or none: at the latest its end raises what ``share`` raises."""
+        """A block that all members complete, or none. If one fails, the others raise as in ``share`` by its end."""
 
     def total(self, own: Tensor) -> Tensor:
         """The sum of all members' tensors, in the shape of ``own``."""
@@ -87,7 +87,7 @@ class RowTeam(ABC):
 
 
 class Alone(RowTeam):
-    """One process, which has all rows.
+    """A team of one process that has all rows.
 
     Args:
         rows: Rows of the layer.
@@ -107,7 +107,7 @@ class Alone(RowTeam):
 
 
 class _Trouble(IntEnum):
-    """What a member says when members meet; the worst counts."""
+    """What a member reports at a meeting. The worst report counts."""
 
     NONE = 0
     FACTORIZATION = 1
@@ -115,36 +115,36 @@ class _Trouble(IntEnum):
 
 
 class AgreeingTeam(RowTeam):
-    """Several processes, of which every one knows in time when another one fails.
+    """A team of several processes. Every member learns in time when another member fails.
 
     Args:
         index: This member.
         rows: How many rows each member has.
-        device: Where tensors have to be to be gathered.
+        device: Device on which tensors are gathered.
     """
 
     def __init__(self, index: int, rows: Sequence[int], device: torch.device | None = None) -> None:
         self.index = index
         self.rows = tuple(rows)
-        # Allocated here: a member that is out of memory has to be able to say so.
+        # Allocated early, since a member that is out of memory has to be able to report it.
         self._own_trouble = torch.zeros(1, dtype=torch.int32, device=device)
         self._troubles = torch.zeros(len(rows), 1, dtype=torch.int32, device=device)
         self._known: Exception | None = None
 
     @abstractmethod
     def _gather(self, own: Tensor, everyone: Tensor) -> None:
-        """Fill ``everyone``, (members, ...), by the tensors of all members; both are contiguous."""
+        """Fill ``everyone``, (members, ...), with the tensors of all members. Both arguments are contiguous."""
 
     def agree(self) -> None:
-        """Come together: all members are well, or this raises what ``share`` raises.
+        """Meet the other members, and raise as in ``share`` if one of them has failed.
 
-        What can fail comes before it, and the exchange that all are ready for comes after it.
+        Do the work that can fail before this call, and exchange tensors after it.
         """
         self._meet(_Trouble.NONE)
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """A block in which tensors travel. Where that itself fails, there is no way to tell the others."""
+        """A block in which tensors travel. If the exchange itself fails, this member can't tell the others."""
         try:
             yield
         except Exception as lost:
@@ -162,23 +162,23 @@ class AgreeingTeam(RowTeam):
 
     @contextmanager
     def stage(self) -> Iterator[None]:
-        """See ``RowTeam``. Stages may lie inside of each other."""
+        """See ``RowTeam``. Stages may be nested."""
         try:
             yield
             self.agree()
         except Exception as error:
-            if error is not self._known:  # else the others have met this member already
+            if error is not self._known:  # otherwise the others know it already
                 self._meet(_Trouble.FACTORIZATION if isinstance(error, FactorizationError) else _Trouble.OTHER, error)
             raise
 
     def _meet(self, own: _Trouble, error: Exception | None = None) -> None:
-        """Tell the others of an error of this member, and raise if another one has a worse one."""
+        """Report an error of this member to the others, and raise if another member has a worse one."""
         self._own_trouble.fill_(own)
         with self.exchange():
             self._gather(self._own_trouble, self._troubles)
         worst = int(self._troubles.max())
         self._known = error
         if worst > own:
-            told = "another process of this layer's team has failed"
-            self._known = FactorizationError(told) if worst == _Trouble.FACTORIZATION else TeammateError(told)
+            message = "another process of this layer's team has failed"
+            self._known = FactorizationError(message) if worst == _Trouble.FACTORIZATION else TeammateError(message)
             raise self._known from error

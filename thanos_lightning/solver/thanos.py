@@ -40,12 +40,12 @@ def thanos(
 
     Args:
         weight: Weights; not changed.
-        curvature: What is known of the inputs.
-        frozen: Weights that have to go.
+        curvature: Damped and factored Hessian of the inputs.
+        frozen: Weights that must be pruned.
         pattern: The pattern. Structured prunes all its columns in one block as wide as the layer.
         block_size: Columns pruned jointly; n:m rounds it up to whole groups.
-        team: Who has the other rows.
-        saliency: What unstructured and n:m choices go by, see ``scales``.
+        team: The members that have the other rows.
+        saliency: Score of unstructured and n:m choices, see ``scales``.
 
     Returns:
         The new weights and the choice, True = pruned.
@@ -71,7 +71,7 @@ def thanos(
             scores = importance(W[:, block], scale[: block.stop - start]).masked_fill_(frozen[:, block], -torch.inf)
             pruned[:, block] = lowest_in_groups(scores, frozen[:, block], sparse_rows, pattern)
         else:
-            # All that is left competes for what is left of the budget; the block takes its part of the choice.
+            # All weights from here on compete for the rest of the budget. The block takes its part of the choice.
             pruned[:, block] = lowest_weighted(
                 W[:, start:], scale, frozen[:, start:], budget, team, width=block.stop - start
             )
@@ -83,7 +83,7 @@ def thanos(
 def _prune_block(
     W: Float[Tensor, "rows cols"], factor: Float[Tensor, "cols cols"], start: int, pruned: Bool[Tensor, "rows width"]
 ) -> None:
-    """Remove a block's choice from W in place, and update all columns from ``start`` on."""
+    """Prune the chosen weights of a block in place, and update all columns from ``start`` on."""
     stop = start + pruned.shape[1]
     E = _errors(W[:, start:stop], factor[start:stop, start:stop], pruned)
     W[:, start:].addmm_(E, factor[start:stop, start:], alpha=-1)
@@ -95,9 +95,9 @@ def _errors(
 ) -> Float[Tensor, "rows width"]:
     """E = Λ Uᵀ for a block.
 
-    A row's system has the size of its q. Where q is more than half of the block, the same change follows from the kept
-    weights k, which are fewer: with P = V⁻¹, they move by y, P[k, k] y = P[k, q] W[q]; the change of the row is then
-    D = W on q and -y on k, and Λ = D P gives E = D U⁻¹.
+    The system of a row is as large as its q. If q is more than half of the block, a smaller system in the kept weights
+    k gives the same update: P[k, k] y = P[k, q] W[q], with P = V⁻¹. The row then loses D, which is W on q and -y on k.
+    With Λ = D P this gives E = D U⁻¹.
     """
     counts = pruned.sum(1)
     touched = counts > 0

@@ -1,4 +1,4 @@
-"""Wanda: prune by |W_ij| ‖X_j‖ within each row, leave the other weights alone.
+"""Wanda: prune by |W_ij| ‖X_j‖ within each row, and leave the other weights unchanged.
 
 Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695).
 """
@@ -24,9 +24,9 @@ def wanda(
     Args:
         W: Weights.
         norms: ‖X_j‖ up to a common scale.
-        frozen: Weights that have to go.
-        pattern: The pattern; unstructured means equally many per row, up to one.
-        team: Who has the other rows.
+        frozen: Weights that must be pruned.
+        pattern: The pattern; unstructured prunes equally many weights per row, up to one.
+        team: The members that have the other rows.
 
     Returns:
         True = pruned.

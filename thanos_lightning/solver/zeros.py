@@ -10,11 +10,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Tensor:
-    """Set entries to exactly +0, whatever they are: -1, NaN or infinity.
+    """Set entries to exactly +0, also negative ones, NaN and infinity.
 
     Args:
-        tensor: Of any real dtype; overwritten.
-        pruned: True where it becomes zero.
+        tensor: Any real dtype; overwritten.
+        pruned: True where the tensor becomes zero.
 
     Returns:
         ``tensor``, or a view of it.
@@ -28,21 +28,21 @@ def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"])
 
 
 def kept_bits(pruned: Bool[Tensor, "*shape"]) -> Int8[Tensor, "*shape"]:
-    """All bits where kept, none where pruned: for ``clear_bits``, where several tensors have one mask."""
+    """Make a mask for ``clear_bits``, once for several tensors: all bits set where kept, none where pruned."""
     return pruned.view(torch.int8) - 1
 
 
 @torch.no_grad()
 def clear_bits(tensor: Shaped[Tensor, "*shape"], kept: Int8[Tensor, "*shape"]) -> Tensor:
-    """As ``zero_where``, with the mask as ``kept_bits``."""
-    # This runs in every training step and in the solver's innermost loops, and masked_fill_ branches at each entry on
-    # CPUs: there it takes 12 times as long.
+    """Do the same as ``zero_where``, with a mask from ``kept_bits``."""
+    # This runs in every training step and in the solver's innermost loops. On CPUs masked_fill_ takes 12 times as
+    # long, since it branches at each entry.
     return tensor.view(_INTEGERS[tensor.element_size()]).bitwise_and_(kept).view(tensor.dtype)
 
 
 @torch.no_grad()
 def count_unless_zero(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Int64[Tensor, ""]:
-    """How many pruned entries are not exactly +0, a negative zero and NaN among them, on the tensor's device.
+    """Count the pruned entries that are not exactly +0, such as -0 and NaN. The count is on the tensor's device.
 
     Examples:
         >>> from thanos_lightning.solver.zeros import count_unless_zero

@@ -1,1 +1,1 @@
-"""What Lightning's training must know of pruning."""
+"""Fits pruning into Lightning's training: zeros that hold, other callbacks, and Lightning's private names."""

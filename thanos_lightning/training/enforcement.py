@@ -1,7 +1,7 @@
 """Zeros that hold: after every optimizer step the pruned weights and their moments are exactly 0 again.
 
-The mask is applied in a post-step hook of the torch optimizer, the one place that every precision, gradient
-accumulation and manual optimization pass through, and that knows when the optimizer has really stepped.
+A post-step hook of the torch optimizer applies the mask. Every precision, gradient accumulation and manual optimization
+pass through this one place, and it is known there whether the optimizer has really stepped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bi
 
 
 class ZeroViolationError(RuntimeError):
-    """A weight that was pruned is not zero any more, or its moments aren't."""
+    """A pruned weight, or one of its moments, is no longer zero."""
 
 
 class MaskEnforcer:
-    """Holds this rank's piece of each mask and applies it. Talks to no other rank, in one pass over the local pieces.
+    """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank.
 
     Args:
         layers: Name -> layer, of all that may be pruned.
@@ -39,11 +39,11 @@ class MaskEnforcer:
         self._num_pruned: dict[str, int] = {}
 
     def begin(self) -> None:
-        """A training begins, in which the masks are applied."""
+        """Begin a training in which the masks are applied."""
         _at_work.add(self)
 
     def end(self) -> None:
-        """It has ended. Who trains what is pruned from now on, without another one of this class, is warned once."""
+        """End the training. A later training of the pruned weights without a `MaskEnforcer` causes one warning."""
         if self in _at_work:
             _at_work.discard(self)
             trained = (layer for name, layer in self._layers.items() if name in self._drops)
@@ -64,9 +64,9 @@ class MaskEnforcer:
         """Hold this rank's piece of a drop mask from now on.
 
         Args:
-            name: Of the layer.
-            drop: As `ParameterAccess.local_drop` gives it.
-            num_pruned: Pruned entries of the whole layer.
+            name: Name of the layer.
+            drop: The piece, as `ParameterAccess.local_drop` returns it.
+            num_pruned: Number of pruned entries of the whole layer.
         """
         self._drops[name] = drop
         self._num_pruned[name] = num_pruned
@@ -101,7 +101,7 @@ class MaskEnforcer:
         """Zero the gradients of pruned weights, so that a clipped norm is that of the sparse model.
 
         Args:
-            optimizer: Only the weights that it updates, if it is one of several; all by default.
+            optimizer: If it is one of the strategy's, only the weights that it updates are masked; otherwise all are.
         """
         layers = self._masked_layers()
         names: Iterable[str] = layers
@@ -113,7 +113,7 @@ class MaskEnforcer:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Count what is not exactly 0 (a negative zero counts) under the masks, on all ranks.
+        """Check on all ranks that pruned entries are exactly 0. A negative zero is a violation, too.
 
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
@@ -141,20 +141,20 @@ class MaskEnforcer:
 
 
 def share_masks(masks: Mapping[str, LayerMask], access: ParameterAccess) -> Iterator[tuple[str, LayerMask]]:
-    """Masks by name, of which the checkpoint of each rank may have other ones. Talks to all ranks.
+    """Share masks between ranks whose checkpoints may hold different ones. Talks to all ranks.
 
     Args:
-        masks: Those that this rank has.
-        access: Tells the ranks, and whether each has a checkpoint of its own.
+        masks: Name -> mask, of this rank.
+        access: Lets the ranks communicate, and says whether each rank has its own checkpoint.
 
     Yields:
-        All of them, on all ranks in one order, one at a time: together they may be too much for each rank of a node.
+        (name, mask) in one order on all ranks, one at a time: all masks on every rank may exceed a node's memory.
     """
     if not access.saves_every_rank:
         yield from masks.items()
         return
     outlines = access.gather({name: {**mask.state(), "bits": len(mask.bits)} for name, mask in masks.items()})
-    holders = {name: rank for rank, told in reversed(list(enumerate(outlines))) for name in told}
+    holders = {name: rank for rank, names in reversed(list(enumerate(outlines))) for name in names}
     for name, holder in sorted(holders.items()):
         bits = torch.empty(outlines[holder][name]["bits"], dtype=torch.uint8)
         if access.rank == holder:
@@ -164,10 +164,10 @@ def share_masks(masks: Mapping[str, LayerMask], access: ParameterAccess) -> Iter
 
 
 def _numbers(counts: Sequence[Tensor]) -> list[int]:
-    """Those of several devices, each of which is waited for once."""
+    """Read counts from several devices, waiting for each device once."""
     numbers = [0] * len(counts)
-    for device in {one.device for one in counts}:
-        there = [index for index, one in enumerate(counts) if one.device == device]
+    for device in {count.device for count in counts}:
+        there = [index for index, count in enumerate(counts) if count.device == device]
         for index, number in zip(there, torch.stack([counts[index] for index in there]).tolist(), strict=True):
             numbers[index] = number
     return numbers

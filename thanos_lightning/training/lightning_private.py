@@ -1,4 +1,4 @@
-"""Lightning's private names that pruning needs. No other file reads one; a test names what a new version lacks."""
+"""Reads the private names of Lightning that pruning needs. No other file does. A test reports names that go missing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def replace_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Let the Trainer call these from now on."""
+    """Replace the callbacks that the Trainer calls."""
     trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def is_compiled(module: LightningModule) -> bool:
-    """Whether `torch.compile` was called on the module; the Trainer is given what is inside."""
+    """Whether `torch.compile` was called on the module, which the Trainer has unwrapped since."""
     return module._compiler_ctx is not None
 
 
@@ -36,15 +36,15 @@ def training_metrics(trainer: Trainer) -> Collection[str]:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The step that the Trainer itself logs a training metric with."""
+    """The step number with which the Trainer logs training metrics."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def validate(trainer: Trainer) -> None:
-    """Run the Trainer's validation loop in the midst of its training, as if it were due."""
+    """Run the Trainer's validation loop in the middle of a training, as if it were due."""
     connector = trainer._logger_connector
     first = connector._first_loop_iter
-    trainer.validating = True  # the loops look here for which of them is active
+    trainer.validating = True  # the loops read here which of them is active
     try:
         trainer.fit_loop.epoch_loop.val_loop.run()
     finally:
@@ -53,17 +53,17 @@ def validate(trainer: Trainer) -> None:
 
 
 def average_of(callback: Callback) -> Any | None:
-    """The averaged model of a WeightAveraging (torch's AveragedModel); None where it has none yet."""
+    """The averaged model (torch's AveragedModel) of a WeightAveraging callback; None before it exists."""
     average: nn.Module | None = getattr(callback, "_average_model", None)
     return average
 
 
 def saves_shards(strategy: Strategy) -> bool:
-    """Whether it writes a folder to which each rank adds its shards (ModelParallelStrategy's default)."""
+    """Whether the strategy saves a folder to which each rank adds its shards (ModelParallelStrategy's default)."""
     return bool(getattr(strategy, "_save_distributed_checkpoint", False))
 
 
 def process_group_timeout(strategy: Strategy) -> timedelta | None:
-    """How long the user lets ranks wait for each other; None where the strategy doesn't ask."""
+    """The user's limit on how long ranks wait for each other; None if the strategy has no such setting."""
     timeout: timedelta | None = getattr(strategy, "_timeout", None)
     return timeout

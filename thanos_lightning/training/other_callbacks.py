@@ -1,4 +1,4 @@
-"""What the Trainer and its other callbacks must know of pruning: which average, stop early, or keep the best."""
+"""Adapts the Trainer and its other callbacks to pruning: those that average, stop early, or keep the best model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from thanos_lightning.training.lightning_private import (
 
 
 def _is_kind(callback: Callback, name: str) -> bool:
-    # by name: older versions of Lightning lack some of them
+    # Names are compared, because older versions of Lightning lack some of the classes.
     return name in {kind.__name__ for kind in type(callback).__mro__}
 
 
 def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer of the other package that Lightning is released as, whose classes are not those of this one.
+    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes.
 
     Raises:
-        MisconfigurationException: Naming the import.
+        MisconfigurationException: Naming the right import.
     """
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
@@ -40,14 +40,14 @@ def check_trainer(trainer: object) -> None:
 
 
 def check_companions(trainer: Trainer, own: Callback) -> None:
-    """Refuse callbacks that prune too, or average weights in a way that would bring zeros back.
+    """Refuse callbacks that prune, too, or that average weights in a way that would lose zeros.
 
     Args:
         trainer: Has the callbacks.
-        own: The one that asks.
+        own: The callback that asks.
 
     Raises:
-        MisconfigurationException: Naming the callback and the mend.
+        MisconfigurationException: Naming the callback and the fix.
     """
     for callback in callbacks_of(trainer):
         if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
@@ -75,22 +75,22 @@ def check_companions(trainer: Trainer, own: Callback) -> None:
 
 @torch.no_grad()
 def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let averages of weights begin with the weights as they are: those before were less sparse."""
+    """Restart weight averages from the current weights, because earlier weights were less sparse."""
     for callback in callbacks_of(trainer):
         average = average_of(callback) if _is_kind(callback, "WeightAveraging") else None
         if average is None:
             continue
-        its = {**dict(average.module.named_parameters()), **dict(average.module.named_buffers())}
+        averaged = {**dict(average.module.named_parameters()), **dict(average.module.named_buffers())}
         for name, tensor in [*pl_module.named_parameters(), *pl_module.named_buffers()]:
-            its[name].copy_(tensor)
+            averaged[name].copy_(tensor)
         average.n_averaged.zero_()
 
 
 def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    """Take EarlyStopping out of the Trainer: until the last event, a metric tells nothing of the final model.
+    """Take EarlyStopping out of the Trainer: until the last event, a metric says nothing about the final model.
 
     Returns:
-        What has been taken out, for `release_stopping`.
+        The callbacks that were taken out, for `release_stopping`.
     """
     callbacks = callbacks_of(trainer)
     held = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
@@ -101,17 +101,17 @@ def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
 
 
 def release_stopping(trainer: Trainer, held: list[EarlyStopping]) -> None:
-    """Give back what `hold_back_stopping` took."""
+    """Put back the callbacks that `hold_back_stopping` took out."""
     if held:
         callbacks = callbacks_of(trainer)
-        # checkpoints are last, as Lightning has ordered them
+        # Lightning keeps checkpoint callbacks last.
         first = next((index for index, one in enumerate(callbacks) if isinstance(one, ModelCheckpoint)), len(callbacks))
         replace_callbacks(trainer, [*callbacks[:first], *held, *callbacks[first:]])
         held.clear()
 
 
 def validate_quietly(trainer: Trainer) -> None:
-    """Run the validation loop in the midst of a training, for its metrics alone.
+    """Run the validation loop in the middle of a training, for its metrics alone.
 
     A validation that the user didn't ask for must not save a checkpoint or stop the training.
     """
@@ -124,7 +124,7 @@ def validate_quietly(trainer: Trainer) -> None:
 
 
 def saved_checkpoint(trainer: Trainer) -> Path | None:
-    """The checkpoint to go on with: the best one by a metric where there is one, else the last one."""
+    """Return the checkpoint to continue with: the best one by a metric if there is one, else the last one."""
     checkpoints = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
     best = [checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.monitor is not None]
     others = [path for one in checkpoints for path in (one.last_model_path, one.best_model_path)]
@@ -132,22 +132,22 @@ def saved_checkpoint(trainer: Trainer) -> Path | None:
 
 
 class BestScores:
-    """Lets no checkpoint of `ModelCheckpoint(monitor=...)` be the best one by a metric from before the last event.
+    """Keeps `ModelCheckpoint(monitor=...)` from choosing a best checkpoint by a metric from before the last event.
 
-    At the event all scores so far are forgotten, which are of less sparse models. But a ModelCheckpoint that saves at
-    optimizer steps does it with the metrics that there are: a metric of the training is the event's own step's until
-    the next one, and one of the validation is old until there was a validation. What was scored by these is forgotten,
-    too. The files are deleted one by one as later ones take their places.
+    The last event makes it forget all scores so far, because they belong to less sparse models. After the event, a
+    ModelCheckpoint that saves at optimizer steps may still read old metrics: a training metric is old until the next
+    step, and a validation metric is old until the next validation. Scores by old metrics are forgotten, too. The old
+    files are deleted one by one as later files replace them.
 
     Args:
-        old: The monitors that are old, by what renews them: "step" or "validation". Changed in place.
+        old: "step" or "validation" -> the monitors that are old until then. Changed in place.
     """
 
     def __init__(self, old: dict[str, list[str]]) -> None:
         self._old = old
 
     def pruned(self, trainer: Trainer) -> None:
-        """The model has just got its final sparsity."""
+        """Forget all scores, because the model has just reached its final sparsity."""
         of_step = training_metrics(trainer)
         for checkpoint in _monitored(trainer):
             assert checkpoint.monitor is not None
@@ -155,16 +155,16 @@ class BestScores:
         _forget(trainer, [*self._old["step"], *self._old["validation"]])
 
     def renewed(self, trainer: Trainer, by: str) -> None:
-        """A step has been taken, or a validation has been run, and nothing been saved since then."""
+        """Forget scores by old metrics after a step or a validation (`by`), before anything is saved again."""
         if self._old[by]:
             _forget(trainer, self._old[by])
             self._old[by] = []
 
     def warn_of_none(self, trainer: Trainer, step: int) -> None:
-        """Say so where no checkpoint of the final sparsity was scored.
+        """Warn if no checkpoint of the final sparsity was scored.
 
         Args:
-            trainer: At the end of its training.
+            trainer: The Trainer at the end of the training.
             step: Optimizer steps taken at the last event.
         """
         for by in self._old:

@@ -21,7 +21,7 @@ from thanos_lightning.calibration.batches import count_dataloader
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.kept import KeptError
+from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 
@@ -390,7 +390,7 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     for rank in range(2):
         statistics = InputStatistics(find_targets(module))
         access = Alike(rank, world_size=2)
-        assert count_dataloader(statistics, batches, fitted, module, access, attention_mask_key="attention_mask") == 2
+        assert count_dataloader(statistics, batches, fitted, module, access, counted=token_mask) == 2
         counts.append({a.num_tokens for a in statistics.accumulators.values()})
     assert counts == [{8 * 4}, {8 * 6}]
     assert all(not part._forward_pre_hooks for part in module.modules())
@@ -419,7 +419,7 @@ def test_products_of_outputs_are_of_all_batches(
             fitted,
             module,
             Alike(rank, world_size=world_size),
-            attention_mask_key="attention_mask",
+            counted=token_mask,
             backward=backward,
             couples_rows=couples_rows,
         )
@@ -481,7 +481,7 @@ def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
         fitted,
         module,
         ReplicatedAccess(),
-        attention_mask_key=None,
+        counted=lambda _: None,
         backward=lambda output, counts: losses.append(output),
     )
     assert logged == []
@@ -515,7 +515,7 @@ def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
                 trainer(tmp_path, max_steps=1),
                 module,
                 ReplicatedAccess(),
-                attention_mask_key=None,
+                counted=lambda _: None,
             )
 
 

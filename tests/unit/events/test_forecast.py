@@ -34,7 +34,7 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
         "  weights 106.2 of 134.5 M, 79% of the model",
         "  dense   embeddings (21%), norms, lm_head",
         "  events  once, before the first of 40 steps, on 128 calibration batches",
-        "  memory  about: second moments 384 MiB, an event 901 MiB in all, masks 101 MiB",
+        "  memory  about: statistics 384 MiB, an event 901 MiB in all, masks 101 MiB",
         "  time    about 4:56 (calibrating 3:03, solving 1:53)",
     ]
 
@@ -65,7 +65,7 @@ def test_several_patterns_and_unknown_batches() -> None:
         described(patterns=[NM(2, 4), NM(2, 4), Unstructured(0.6)], calibration=unknown, outlook=outlook).split()
     )
     assert "to 2:4 (2), unstructured 0.6 (1)" in text
-    assert "about: second moments 2.0 GiB, an event 4.0 GiB in all" in text
+    assert "about: statistics 2.0 GiB, an event 4.0 GiB in all" in text
     assert "about solving 1:53, and what running the batches takes; before the first, about 1:00 to find out" in text
 
 

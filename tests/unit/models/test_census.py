@@ -23,7 +23,7 @@ def test_a_tied_embedding_counts_once() -> None:
 def test_layers_of_gpt2_have_their_own_name_and_biases_stay() -> None:
     model = tiny_gpt2()
     census = take_census(model, find_targets(model))
-    assert census.prunable == "Conv1D"
+    assert census.prunable == "Conv1D and Linear"
     assert {"embeddings", "biases", "norms"} <= set(census.dense)
 
 
@@ -37,6 +37,7 @@ def test_what_cannot_be_pruned_is_named() -> None:
         }
     )
     census = take_census(model, find_targets(model, targets="fc"))
+    assert census.num_prunable == 1
     assert census.dense["Conv2d"] == 216
     assert census.dense["MultiheadAttention's in_proj"] == 3 * 64 + 24
     assert census.shares().startswith("Conv2d (")

@@ -6,7 +6,7 @@ from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
 from thanos_lightning.models.targets import find_targets, matches, uncalled_layers
-from thanos_lightning.plan.patterns import TargetOverride, assign_patterns
+from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.solver import NM, Unstructured
 
 

@@ -49,6 +49,12 @@ def test_fractions_resolve_to_optimizer_steps() -> None:
         schedule.events()
 
 
+def test_rounding_moves_no_event_to_before_the_first_step() -> None:
+    assert SparsitySchedule(0.01, 0.02, 0.01).resolve(20).events()[0].step == 1
+    assert SparsitySchedule(0.01, 0.5, 0.1, shape="constant").resolve(20).events()[0].step == 1
+    assert SparsitySchedule(0.0, 0.5, 0.1, shape="constant").resolve(20).events()[0].step == 0
+
+
 @pytest.mark.parametrize("total", range(10, 27))
 def test_of_a_short_training_rounding_may_take_an_event(total: int) -> None:
     steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]

@@ -1,4 +1,4 @@
-"""Which pattern each layer gets."""
+"""Assigns a pattern to each layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TargetOverride:
     """Another pattern for some of the targets.
 
     Args:
-        targets: Globs or `re:` expressions, as for the targets themselves.
+        targets: Globs or `re:` expressions of module names, as for the callback's targets.
         pattern: "2:4" (any N:M), "unstructured" or "structured".
-        sparsity: Final sparsity, for the patterns that do not imply it.
+        sparsity: Final sparsity, for "unstructured" and "structured".
         outlier_fraction: Fraction of the rows that stay dense.
 
     Examples:
@@ -33,16 +33,16 @@ class TargetOverride:
         """The pattern as an object.
 
         Raises:
-            ValueError: As `parse_pattern`.
+            ValueError: If `parse_pattern` raises it.
         """
         return parse_pattern(self.pattern, self.sparsity, self.outlier_fraction)
 
 
 def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride, ...]:
-    """The overrides, of which all that doesn't depend on the model is right.
+    """Check the overrides as far as possible without a model, and return them.
 
     Raises:
-        ValueError: If they are anything else.
+        ValueError: If an override can't be right.
     """
     mend = "give a list of TargetOverride(targets, pattern)"
     if not isinstance(overrides, Sequence) or isinstance(overrides, str):
@@ -58,10 +58,10 @@ def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride
 def assign_patterns(
     layers: Mapping[str, PrunableLayer], pattern: Pattern, overrides: Sequence[TargetOverride] = ()
 ) -> dict[str, Pattern]:
-    """The final pattern of each layer; of several overrides that match a layer, the last one counts.
+    """The final pattern of each layer. If several overrides match a layer, the last one counts.
 
     Raises:
-        ValueError: If an override matches no target, or a pattern doesn't fit a layer's shape (naming the layers).
+        ValueError: If an override matches no target, or if a pattern does not fit the shape of a layer.
     """
     patterns = dict.fromkeys(layers, pattern)
     for override in overrides:

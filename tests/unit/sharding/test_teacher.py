@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from thanos_lightning import CPUDeepSpeed
-from thanos_lightning.sharding.frozen import copy_to_frozen, frozen_state, place_frozen, sharding_config
+from thanos_lightning.sharding.teacher import copy_to_frozen, frozen_state, place_frozen, sharding_config
 
 CPU = SingleDeviceStrategy(torch.device("cpu"))
 

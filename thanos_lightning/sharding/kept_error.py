@@ -1,4 +1,4 @@
-"""An error of one rank that waits until all ranks can be told."""
+"""Keeps an error of one rank until all ranks can be told."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from thanos_lightning.sharding.access import ParameterAccess
 
 
 class KeptError:
-    """Keeps the first error of this rank: raised amid a forward or a backward, it would leave the others waiting.
+    """Keeps the first error of this rank. Raised within a forward or backward, it would leave other ranks waiting.
 
     Args:
-        keeps: False where there are no other ranks: errors are raised where they come up.
+        keeps: False if there are no other ranks; errors are then raised at once.
 
     Attributes:
-        error: The one that is kept.
+        error: The error that is kept, or None.
 
     Examples:
         >>> kept = KeptError(keeps=True)
@@ -31,10 +31,10 @@ class KeptError:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Keep what the block raises."""
+        """Keep an error that the block raises."""
         try:
             yield
-        except Exception as error:  # of a device that lacks memory, too
+        except Exception as error:  # out of memory, too
             if not self._keeps:
                 raise
             self.error = self.error or error
@@ -43,14 +43,14 @@ class KeptError:
         """Raise on all ranks if one has kept an error. Talks to all ranks.
 
         Raises:
-            ValueError: With the first rank's error, if it is one.
-            RuntimeError: If it is another.
+            ValueError: If the first rank with an error has kept a ValueError.
+            RuntimeError: If that rank has kept another error.
         """
         own = None
         if self.error is not None:
             is_value = isinstance(self.error, ValueError)
             own = is_value, str(self.error) if is_value else f"{type(self.error).__name__}: {self.error}"
-        for rank, told in enumerate(access.gather(own)):
-            if told is not None:
-                is_value, message = told
+        for rank, failure in enumerate(access.gather(own)):
+            if failure is not None:
+                is_value, message = failure
                 raise (ValueError if is_value else RuntimeError)(f"{message} (on rank {rank})") from self.error

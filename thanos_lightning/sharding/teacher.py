@@ -1,4 +1,4 @@
-"""Models that are only read, beside the one that is trained: placed, and given its weights, under any strategy."""
+"""Places a frozen model beside the trained model under any strategy, and copies the trained weights to it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 
 
 def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.Module:
-    """Put a model where the strategy's forward runs. All ranks must call it.
+    """Put a frozen model where the strategy's forward runs. All ranks must call it.
 
-    Under ZeRO-3 it is sharded over the ranks like the model that is trained, else each rank holds all of it.
+    Under ZeRO-3 the frozen model is sharded like the trained model. Otherwise each rank holds all of it.
 
     Args:
-        model: In evaluation mode, its parameters without gradients and all of one dtype. Changed in place.
-        strategy: Set up.
-        first: The module of it that each pass begins with.
+        model: A model in evaluation mode, with parameters of one dtype and without gradients. Changed in place.
+        strategy: The Trainer's strategy, already set up.
+        first: The module of the model that each pass begins with.
 
     Returns:
         The model.
@@ -35,11 +35,11 @@ def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.M
 
 
 def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | None:
-    """DeepSpeed's configuration of a model that is only read, fetched like the one that is trained; None if whole.
+    """Return DeepSpeed's configuration for a frozen model, fetched like the trained one; None if it stays whole.
 
     Args:
-        strategy: Set up.
-        dtype: Of the model's parameters, which is not that of the training's configuration.
+        strategy: The Trainer's strategy, already set up.
+        dtype: Dtype of the frozen model's parameters, which need not be the training's.
     """
     if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
         return None
@@ -47,10 +47,10 @@ def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | 
     zero: dict[str, Any] = strategy.config["zero_optimization"]
     fetched = {name: value for name, value in zero.items() if name.startswith("stage3_")}
     if offloaded := zero.get("offload_param"):
-        # never to NVMe, where DeepSpeed would empty the folder that has the trained model's parameters
+        # Never on NVMe: DeepSpeed would empty the folder that holds the trained model's parameters.
         fetched["offload_param"] = {"device": "cpu", "pin_memory": offloaded.get("pin_memory", False)}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, but not used
         "zero_optimization": {"stage": 3, **fetched},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
@@ -59,12 +59,12 @@ def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | 
 
 @torch.no_grad()
 def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> None:
-    """Give a placed model the weights of the one that is trained. All ranks must call it.
+    """Copy the trained model's weights to a placed frozen model. All ranks must call it.
 
     Args:
         own: The model that is trained.
-        frozen: One of the same parameters and buffers, by name, in any dtype.
-        strategy: Under which both are.
+        frozen: A placed model with parameters and buffers of the same names, in any dtype.
+        strategy: The strategy that holds both models.
     """
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         from thanos_lightning.sharding.zero import copy_sharded
@@ -73,9 +73,9 @@ def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> Non
         return
     for module in own.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a validation leaves copies gathered, and these may be of less precision
-    for parameter, its in _pairs(own, frozen):
-        its.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+            module.reshard()  # validation leaves gathered copies, which may have less precision
+    for parameter, target in _pairs(own, frozen):
+        target.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
 
 def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -90,21 +90,21 @@ def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def require_own_gathering(model: nn.Module, base: nn.Module) -> None:
-    """Refuse a model that FSDP2 gathers as a whole only, if its base and its head are to be called one by one.
+    """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them.
 
     Args:
         model: The model that is trained.
-        base: The part of it that gives hidden states.
+        base: The part of the model that returns hidden states.
 
     Raises:
-        MisconfigurationException: With the mend.
+        MisconfigurationException: Naming the cause and the fix.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
     gathered = {id(parameter) for part in parts for parameter in part.parameters()}
     alone = (name for name, p in model.named_parameters() if isinstance(p, DTensor) and id(p) not in gathered)
     why = None
     if isinstance(base, FSDPModule):
-        # the class that fully_shard gives it is not the one for which transformers knows how to record them
+        # fully_shard changes the base's class, and transformers records hidden states by class.
         why = f"fully_shard was called on its base, a {type(base).__name__}, which gives no hidden states then"
     elif (name := next(alone, None)) is not None:
         why = f"{name} is gathered only where the whole model is called"
@@ -118,7 +118,7 @@ def require_own_gathering(model: nn.Module, base: nn.Module) -> None:
 
 @torch.no_grad()
 def frozen_state(frozen: nn.Module, strategy: Strategy) -> dict[str, Tensor]:
-    """The state dict of a placed model, whole on rank 0; elsewhere perhaps empty. All ranks must call it."""
+    """Return the state dict of a placed model, whole on rank 0, maybe empty elsewhere. All ranks must call it."""
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         from thanos_lightning.sharding.zero import gathered_state
 
