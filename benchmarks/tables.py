@@ -1,4 +1,4 @@
-"""Writes docs/results/recovery.md: all tables of the runs that recovery.py has kept.
+"""Writes the tables of docs/results from what the benchmarks have kept.
 
 python benchmarks/tables.py
 """
@@ -12,8 +12,8 @@ from typing import Any
 from recovery import DENSE, OWN
 
 HERE = Path(__file__).parent
-KEPT, PAGE = HERE / "results", HERE.parent / "docs" / "results" / "recovery.md"
-HEAD = """# Results
+KEPT, PAGES = HERE / "results", HERE.parent / "docs" / "results"
+HEAD = """# Perplexity after recovery
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
@@ -50,6 +50,32 @@ SHORT = """
 
 At a rate of 3e-4, with one order of the text. One training on two kinds of CPU ended at 21.26 and 21.11: less than a
 per cent between two rows says nothing. To repeat one, add `--steps 100 --every 100 --rates 3e-4 --seeds 1`.
+
+"""
+LAYERS = """# One layer at a time
+
+<!-- Written by benchmarks/tables.py: change that, and run it. -->
+
+Each of the {layers} layers of SmolLM2-135M is pruned alone, with Hessians of {tokens:,} tokens of Python's reference, on
+{threads} threads of an {cpu}. A cell has the error (the geometric mean over the layers) and the time, both over those
+of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch.
+
+    python benchmarks/layers.py --patterns 2:4 unstructured:0.5 unstructured:0.7 4:8 structured:0.3
+
+"""
+LAYERS_END = """
+"balanced, 8 ADMM, refine 2" is the callback's default. The picture has all methods on every fifth decoder layer:
+
+![Error against time](layers.png)
+"""
+ONE_SHOT = """
+## The whole model, pruned in one shot
+
+Perplexity of SmolLM2-135M on held-out text. It is pruned on {sequences} sequences of {length} tokens of Python's
+reference.
+
+    python benchmarks/one_shot.py --pattern 2:4
+    python benchmarks/one_shot.py --pattern unstructured
 
 """
 
@@ -99,12 +125,35 @@ def by_choice(runs: list[dict[str, Any]]) -> str:
     return table(["", *patterns], rows)
 
 
-def page() -> str:
-    """The text of the page."""
+def by_layer() -> str:
+    """The page of layers.py and one_shot.py."""
+    (of_layers,) = (json.loads(path.read_text()) for path in KEPT.glob("210-layers-*.json"))
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in of_layers["results"]:
+        loop = "" if row["time_of_column_loop"] is None else f" ({row['time_of_column_loop']:.2f})"
+        cells[row["method"]][row["pattern"]] = f"{row['error']:.3f}, {row['time']:.2f}{loop}"
+    patterns = list(dict.fromkeys(row["pattern"] for row in of_layers["results"]))
+    head = LAYERS.format(**of_layers, **of_layers["hardware"])
+    layers = table(["", *patterns], ([name, *map(found.get, patterns, [""] * 9)] for name, found in cells.items()))
+    one_shot = [json.loads(path.read_text()) for path in sorted(KEPT.glob("one-shot-*.json"))]
+    found = [{row["method"]: f"{row['perplexity']:.2f}" for row in run["results"]} for run in one_shot]
+    names = [f"{run['pattern']} {run['sparsity']:g}" for run in one_shot]
+    models = table(["", *names], ([method, *(run.get(method, "") for run in found)] for method in found[0]))
+    return head + layers + LAYERS_END + ONE_SHOT.format(**one_shot[0]) + models
+
+
+def by_training() -> str:
+    """The page of recovery.py."""
     runs = kept("recovery")
     long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%"))
     return HEAD + long + SHORT + by_choice(kept("recovery-options"))
 
 
+def pages() -> dict[str, str]:
+    """The texts, by the names of the files."""
+    return {"recovery.md": by_training(), "layers.md": by_layer()}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for name, text in pages().items():
+        (PAGES / name).write_text(text)
