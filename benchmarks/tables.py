@@ -56,9 +56,9 @@ LAYERS = """# One layer at a time
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
-Each of the {layers} layers of SmolLM2-135M is pruned alone, with Hessians of {tokens:,} tokens of Python's reference, on
-{threads} threads of an {cpu}. A cell has the error (the geometric mean over the layers) and the time, both over those
-of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch.
+Each of the {layers} layers of SmolLM2-135M is pruned alone, with Hessians of {tokens:,} tokens of Python's reference,
+on {threads} threads of an {cpu}. A cell has the error (the geometric mean over the layers) and the time, both over
+those of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch.
 
     python benchmarks/layers.py --patterns 2:4 unstructured:0.5 unstructured:0.7 4:8 structured:0.3
 

@@ -70,13 +70,11 @@ def prune_window(
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
     sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
-    # Bytes of a weight in fp32 and of its mask
-    whole = {name: 5 * layer.rows * layer.cols for name, layer in chosen.items()}
-    raise_everywhere(reserved({name: whole[name] for name in chosen if owners[name] == access.rank}, access), access)
+    own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
+    raise_everywhere(reserved(own, access), access)
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
-    split = {team: chosen[name].rows for name, team in teams.items() if len(team) > 1}
     tasks = {
         name: _Task(
             layer,
@@ -88,13 +86,35 @@ def prune_window(
         )
         for name, layer in chosen.items()
     }
+    solved = _solve_tasks(tasks, teams, access, options, f"Solving at step {window.event.step}")
+    on_writing()
+    return _write(window, chosen, solved, owners, access, enforcer)
+
+
+def _solve_tasks(
+    tasks: dict[str, _Task],
+    teams: Mapping[str, range],
+    access: ParameterAccess,
+    options: SolverOptions,
+    title: str,
+) -> dict[str, _Solved]:
+    """Solve the tasks of this rank, and raise on all ranks if one fails. All ranks must call it.
+
+    Args:
+        tasks: Name -> task, of all layers. Emptied.
+        teams: Name -> the ranks that solve the layer.
+        access: Tells the other ranks.
+        options: Options of the solver.
+        title: What the progress bar says.
+    """
+    split = {team: tasks[name].layer.rows for name, team in teams.items() if len(team) > 1}
     outlines = _outlines(tasks, access) if split else {}
+    sizes = {name: _bytes_of(task.layer) for name, task in tasks.items()}
     solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
     in_turn = FactorsInTurn()
-    mine = [name for name in chosen if access.rank in teams[name]]
-    solving = open_phase(f"Solving at step {window.event.step}", len(mine), "layers")
-    with access.in_teams(split) as team, solving as phase:
+    mine = [name for name in tasks if access.rank in teams[name]]
+    with access.in_teams(split) as team, open_phase(title, len(mine), "layers") as phase:
         for name, following in itertools.zip_longest(mine, mine[1:]):
             if error is not None:
                 break
@@ -115,15 +135,26 @@ def prune_window(
                 pass
             except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)
-        largest = max(whole, key=lambda name: whole[name])
-        raise_everywhere(error or reserved({largest: whole[largest]}, access), access)
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise_everywhere(error or reserved({largest: sizes[largest]}, access), access)
+    return solved
+
+
+def _write(
+    window: Window,
+    layers: Mapping[str, PrunableLayer],
+    solved: dict[str, _Solved],
+    owners: Mapping[str, int],
+    access: ParameterAccess,
+    enforcer: MaskEnforcer,
+) -> list[LayerReport]:
+    """Write what the owners have solved, which is emptied, and hold the masks. All ranks must call it."""
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: result.facts for name, result in solved.items()}):
         facts.update(part)
-    on_writing()
     reports = []
-    with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
-        for name, layer in chosen.items():
+    with open_phase(f"Writing at step {window.event.step}", len(layers), "layers") as phase:
+        for name, layer in layers.items():
             result = solved.pop(name, None)
             weight, keep = (None, None) if result is None else (result.pruned.weight, result.pruned.mask)
             drop = access.write(layer, weight, keep, owners[name])
@@ -142,6 +173,11 @@ def prune_window(
             )
             phase.advance()
     return reports
+
+
+def _bytes_of(layer: PrunableLayer) -> int:
+    """A weight in fp32 and its mask."""
+    return 5 * layer.rows * layer.cols
 
 
 @dataclass(frozen=True)

@@ -139,23 +139,12 @@ class PruningRun:
             check_begun(self.windows[:begun], restored["windows"][:begun], changed)
         check_ahead(self.windows[begun:], past.optimizer_steps)
         if options.monitor is not None:
-            past.report.summary.metric = options.monitor
-            if not trainer.enable_validation:
-                raise MisconfigurationException(
-                    f"monitor is {options.monitor!r}, but the Trainer has no validation: give a validation dataloader, "
-                    "or monitor=None"
-                )
+            self._check_monitor(options.monitor)
         counting = self._counting_optimizer()
         for optimizer in self.access.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         if restored is not None and restored["collected"] is not None:
-            if restored["couples_rows"] != options.calibration.couples_rows:
-                raise MisconfigurationException(
-                    "the checkpoint was saved while statistics were collected, and "
-                    f"{changed['calibration.output_weights']}: resume with what it was trained with"
-                )
-            self._collect(self.windows[past.windows_done])
-            self.collector.load(restored["collected"])
+            self._open_again(restored, changed)
         if changed:
             said = "; ".join(changed.values())
             rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
@@ -178,6 +167,24 @@ class PruningRun:
             weighs=not self._lacks_gradients and any(map(self._wants_gradients, self.windows[:1])),
         )
         self._advance()
+
+    def _check_monitor(self, monitor: str) -> None:
+        self.past.report.summary.metric = monitor
+        if not self._trainer.enable_validation:
+            raise MisconfigurationException(
+                f"monitor is {monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
+                "monitor=None"
+            )
+
+    def _open_again(self, restored: Mapping[str, Any], changed: Mapping[str, str]) -> None:
+        """Open the window in whose midst the checkpoint was saved."""
+        if restored["couples_rows"] != self._options.calibration.couples_rows:
+            raise MisconfigurationException(
+                "the checkpoint was saved while statistics were collected, and "
+                f"{changed['calibration.output_weights']}: resume with what it was trained with"
+            )
+        self._collect(self.windows[self.past.windows_done])
+        self.collector.load(restored["collected"])
 
     def _restore_masks(self, masks: Iterable[tuple[str, LayerMask]], changed: Mapping[str, str]) -> None:
         by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
