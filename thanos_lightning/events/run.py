@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,15 @@ from thanos_lightning.plan.options import PruningOptions, differences
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import check_alike, steps_of
-from thanos_lightning.plan.windows import Window, check_ahead, check_begun, reasons
+from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport
 from thanos_lightning.report.progress import ends_on_sigterm, hidden
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.choice import choose_access
-from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Pattern
-from thanos_lightning.training.enforcement import MaskEnforcer, share_masks
+from thanos_lightning.training.enforcement import MaskEnforcer
 from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
     BestScores,
@@ -47,6 +46,7 @@ from thanos_lightning.training.other_callbacks import (
     restart_averages,
     validate_quietly,
 )
+from thanos_lightning.training.saved_masks import masks_state, restore_masks
 
 
 class PruningRun:
@@ -125,8 +125,7 @@ class PruningRun:
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            masks = {name: LayerMask.from_state(state) for name, state in restored["masks"].items()}
-            self._restore_masks(share_masks(masks, self.access), changed)
+            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self._layers, self.access, changed))
         else:
             self._hold_zeros()
             if trainer.global_step > 0:  # the checkpoint was saved without the callback
@@ -185,24 +184,6 @@ class PruningRun:
             )
         self._collect(self.windows[self.past.windows_done])
         self.collector.load(restored["collected"])
-
-    def _restore_masks(self, masks: Iterable[tuple[str, LayerMask]], changed: Mapping[str, str]) -> None:
-        by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
-        for parameter_name, mask in masks:
-            name = by_parameter.get(parameter_name)
-            if name is None:
-                raise MisconfigurationException(
-                    f"the checkpoint has a mask for {parameter_name}, which is no target now{reasons(changed)}: resume "
-                    "with the model, targets and ignore that it was trained with"
-                )
-            layer = self._layers[name]
-            if mask.shape != (layer.rows, layer.cols):
-                raise MisconfigurationException(
-                    f"the checkpoint's mask for {parameter_name} has shape {mask.shape}, the layer has "
-                    f"{(layer.rows, layer.cols)}: resume with the model that it was trained with"
-                )
-            self.past.patterns[name] = mask.pattern
-            self.enforcer.set_mask(name, mask.keep)
 
     def _hold_zeros(self) -> None:
         held = hold_zeros(self._layers, self.access, self.enforcer)
@@ -515,24 +496,12 @@ class PruningRun:
         self._recorder.settle()
         return self.past.state(self._options) | {
             "windows": [window.state() for window in self.windows],
-            "masks": self._masks(),
+            "masks": masks_state(self.enforcer, self._layers, self.past.patterns, self.access),
             "collected": self.collector.state(),
             "event_parts": dict(self._clock.parts),
             # The files of all ranks share this id, which shows that they are of one save
             "save": self.access.gather(uuid.uuid4().hex)[0] if self.access.saves_every_rank else "",
         }
-
-    def _masks(self) -> dict[str, dict[str, Any]]:
-        masks = {}
-        for number, name in enumerate(self.enforcer.masked):
-            layer = self._layers[name]
-            if self.access.saves_every_rank:
-                keep = self.enforcer.collect_keep(name, owner=number % self.access.world_size)
-            else:
-                keep = self.enforcer.keep_mask(name)
-            if keep is not None:
-                masks[layer.parameter_name] = LayerMask.of(keep, self.past.patterns[name], layer.transposed).state()
-        return masks
 
 
 def _steps_without_state(trainer: Trainer) -> int:

@@ -6,7 +6,7 @@ pass through this one place, and it is known there whether the optimizer has rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakSet
 
 import torch
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits
 
 
@@ -138,29 +137,6 @@ class MaskEnforcer:
                 "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
                 "it, or ignore the layers"
             )
-
-
-def share_masks(masks: Mapping[str, LayerMask], access: ParameterAccess) -> Iterator[tuple[str, LayerMask]]:
-    """Share masks between ranks whose checkpoints may hold different ones. Talks to all ranks.
-
-    Args:
-        masks: Name -> mask, of this rank.
-        access: Lets the ranks communicate, and says whether each rank has its own checkpoint.
-
-    Yields:
-        (name, mask) in one order on all ranks, one at a time: all masks on every rank may exceed a node's memory.
-    """
-    if not access.saves_every_rank:
-        yield from masks.items()
-        return
-    outlines = access.gather({name: {**mask.state(), "bits": len(mask.bits)} for name, mask in masks.items()})
-    holders = {name: rank for rank, names in reversed(list(enumerate(outlines))) for name in names}
-    for name, holder in sorted(holders.items()):
-        bits = torch.empty(outlines[holder][name]["bits"], dtype=torch.uint8)
-        if access.rank == holder:
-            bits.copy_(masks[name].bits)
-        access.broadcast(bits, owner=holder)
-        yield name, LayerMask.from_state({**outlines[holder][name], "bits": bits})
 
 
 def _numbers(counts: Sequence[Tensor]) -> list[int]:
