@@ -117,6 +117,10 @@ def _convert(source: Path, target: Path, processes: int) -> None:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ds_to_universal.main(arguments)
     except Exception as error:
+        if isinstance(error, OSError) or "inline_container" in str(error):  # torch's writer of files
+            raise ValueError(
+                f"the resharded checkpoint can't be written ({error}): make room, or give a folder on another disk"
+            ) from error
         raise ValueError(
             f"DeepSpeed could not convert {source} ({type(error).__name__}: {error}). Its universal format knows the "
             "moments of Adam (exp_avg, exp_avg_sq): with another optimizer, resume on the number of ranks that wrote it"
