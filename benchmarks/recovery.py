@@ -168,7 +168,7 @@ OWN: dict[str, Recipe] = {
     "first step, outputs alike, distilled": Recipe(
         _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
     ),
-    "first step, allocated by outliers": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "outliers"}}),
+    "first step, allocated by outliers": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "owl"}}),
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {

@@ -1129,7 +1129,7 @@ def _scan_test_module() -> ToyLM:
     return module
 
 
-@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("by", ["loss", "owl"])
 @pytest.mark.parametrize("from_dataloader", [False, True])
 def test_an_allocation_meets_the_budget_to_the_weight(tmp_path: Path, by: Any, from_dataloader: bool) -> None:
     module = _scan_test_module()
@@ -1310,7 +1310,7 @@ def test_rows_and_columns_are_allocated_unless_layers_are_to_be_alike(
 
 
 def test_outliers_never_ask_n_m_for_more_than_it_can_prune(tmp_path: Path) -> None:
-    callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("outliers"))
+    callback = pruning("2:4", outlier_fraction=0.1, allocation=Allocation("owl"))
     trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
     sparsities = [mask.sparsity for mask in masks(callback).values()]
     assert max(sparsities) == 0.5

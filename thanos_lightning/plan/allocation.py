@@ -11,11 +11,11 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.budget import by_loss, by_outliers, in_units
 from thanos_lightning.solver import Pattern
 
-By = Literal["loss", "outliers"]
+By = Literal["loss", "owl"]
 
-# How far a layer's sparsity may be from the overall sparsity. For "outliers" this is λ of the paper: the sparsest and
+# How far a layer's sparsity may be from the overall sparsity. For "owl" this is λ of the paper: the sparsest and
 # the densest layer are 2λ apart, so one of them may be nearly 2λ from the overall sparsity.
-_DEVIATIONS: Mapping[By, float] = {"loss": 0.15, "outliers": 0.08}
+_DEVIATIONS: Mapping[By, float] = {"loss": 0.15, "owl": 0.08}
 
 SPARSEST_TRIED = 0.95  # a scan tries no higher sparsity
 
@@ -30,9 +30,9 @@ class Allocation:
 
     Args:
         by: "loss" minimises the sum of the layers' losses, which the solver predicts at a few sparsities right before
-            the first event. The losses have the callback's output weights, or are relative without these. "outliers"
+            the first event. The losses have the callback's output weights, or are relative without these. "owl"
             is OWL: decoder layers with more scores above five times the mean keep more weights. The sparsity of a
-            layer is at most 0.15 from the overall sparsity by "loss", and 0.16 by "outliers". N:M and structured
+            layer is at most 0.15 from the overall sparsity by "loss", and 0.16 by "owl". N:M and structured
             layers may exceed this by a row or a column.
 
     Raises:
@@ -51,7 +51,7 @@ class Allocation:
 
     def limits(self, sparsity: float) -> tuple[float, float]:
         """The smallest and the largest sparsity of a layer, for this overall sparsity."""
-        away = _DEVIATIONS["loss"] if self.by == "loss" else 2 * _DEVIATIONS["outliers"]
+        away = _DEVIATIONS["loss"] if self.by == "loss" else 2 * _DEVIATIONS["owl"]
         return max(0.0, round(sparsity - away, 12)), min(1.0, round(sparsity + away, 12))
 
 
@@ -154,7 +154,7 @@ def allocate(
     alike = {name: pattern.num_pruned(layer.rows, layer.cols) for name, layer in shared.items()}
     budget = sum(alike.values())
     lowest, highest = allocation.limits(pattern.sparsity)
-    if allocation.by == "outliers":
+    if allocation.by == "owl":
         lowest, highest = 0.0, 1.0
     highest = min(highest, pattern.sparsest(SPARSEST_TRIED).sparsity)
     # Include the pattern's own count, which rounding to whole weights, rows or columns can take beyond a limit
@@ -167,7 +167,7 @@ def allocate(
         counts = by_loss(losses, sizes, budget, lows, tops)
     else:
         ratios = _of_decoder_layers(sensitivities, sizes)
-        counts = by_outliers(ratios, sizes, budget, _DEVIATIONS["outliers"], lowest=lows, highest=tops)
+        counts = by_outliers(ratios, sizes, budget, _DEVIATIONS["owl"], lowest=lows, highest=tops)
     units = in_units(counts, {name: pattern.units(layer.rows, layer.cols) for name, layer in shared.items()})
     allocated = {}
     for name, planned in final.items():

@@ -101,7 +101,7 @@ def test_what_outliers_take_beyond_a_limit_stays_at_it() -> None:
     # of thirty layers one is nearly twice the deviation away from all
     one = {str(index): float(index == 0) for index in range(30)}
     assert by_outliers(one, dict.fromkeys(one, 1000), 18000, 0.15)["0"] == 310
-    assert Allocation("outliers").limits(0.6) == (0.44, 0.76)  # the paper's 0.08
+    assert Allocation("owl").limits(0.6) == (0.44, 0.76)  # the paper's 0.08
     for budget, closest in ((1000, "0.4000"), (2000, "0.6000")):
         with pytest.raises(ValueError, match=rf"between 0.4 and 0.6: the closest is {closest}"):
             by_outliers(ratios, sizes, budget, 0.1, lowest=0.4, highest=0.6)
@@ -122,7 +122,7 @@ def test_whole_units_have_the_sum_to_half_a_unit(layers: list[tuple[int, int]]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "size"}, "by is 'size': choose one of 'loss', 'outliers'"),
+        ({"by": "size"}, "by is 'size': choose one of 'loss', 'owl'"),
     ],
 )
 def test_an_allocation_that_can_not_be_right_is_refused(arguments: dict[str, float], message: str) -> None:

@@ -85,7 +85,7 @@ def test_layers_that_lose_more_stay_denser() -> None:
     assert min(sparsities[-3:]) < 0.4
 
 
-@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("by", ["loss", "owl"])
 @pytest.mark.parametrize("pattern", [NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)])
 def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Pattern) -> None:
     its = {
@@ -99,7 +99,7 @@ def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Patte
     assert abs(sum(found.values()) - sum(pattern.num_pruned(*shape) for shape in shapes.values())) <= max(units) / 2
 
 
-@pytest.mark.parametrize("by", ["loss", "outliers"])
+@pytest.mark.parametrize("by", ["loss", "owl"])
 @pytest.mark.parametrize(
     "pattern",
     [Unstructured(0.6), Unstructured(0.945), NM(2, 4, 0.02), Structured(0.56), Structured(0.85, 0.1)],
@@ -185,7 +185,7 @@ def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
         (Unstructured(0.6), Allocation("loss"), [0.45, 0.75]),
         (Unstructured(0.1), Allocation("loss"), [0.05, 0.25]),
         (Unstructured(0.9), Allocation("loss"), [0.75, 0.95]),
-        (Unstructured(0.6), Allocation("outliers"), [0.6]),
+        (Unstructured(0.6), Allocation("owl"), [0.6]),
         (Unstructured(0.6), None, [0.6]),
         (NM(2, 4, outlier_fraction=0.2), Allocation("loss"), [0.25, 0.5]),
         (Structured(0.8, outlier_fraction=0.1), Allocation("loss"), [0.65, 0.855]),
