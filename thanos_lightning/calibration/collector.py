@@ -22,7 +22,7 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.sharding.owners import PruningError, assign_teams, raise_everywhere, reserved
+from thanos_lightning.sharding.owners import PruningError, assign_teams, owners_of, raise_everywhere, reserved
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,6 @@ class Collector:
             teams,
             {name: one for name, one in accumulators.items() if name in layers},
             self._output_weights(teams, found.gradients),
-            self._couples_rows,
             found.seconds if is_new and self._calibration is None else 0.0,
             stay=self._kept is not None,
         )
@@ -224,7 +223,7 @@ class Collector:
         if gradients is None:
             return {}
         if self._couples_rows:
-            owners = {name: team[0] for name, team in teams.items()}
+            owners = owners_of(teams)
             own = [name for name, owner in owners.items() if owner == self._access.rank]
             needed = {name: 4 * self._layers[name].rows ** 2 for name in own}  # this rank's own sums stay in memory
             raise_everywhere(reserved(needed, self._access), self._access)

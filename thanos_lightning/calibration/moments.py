@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.owners import assign_teams
+from thanos_lightning.sharding.owners import assign_teams, owners_of
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -23,7 +23,6 @@ class Moments:
         output_weights: Layer name -> how much an error at each output counts, (out_features,), the same on all ranks.
             With coupled rows, how much errors at each pair of outputs count, (out_features, out_features), on the
             layer's owner only. If a layer is missing, all its outputs count alike.
-        couples_rows: Whether output weights are for pairs of outputs; the same on all ranks.
         seconds: Training time that collecting has taken.
         stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.
 
@@ -35,7 +34,6 @@ class Moments:
     teams: Mapping[str, range]
     accumulators: dict[str, HessianAccumulator] | None = None
     output_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    couples_rows: bool = False
     seconds: float = 0.0
     stay: bool = False
 
@@ -58,4 +56,4 @@ class Moments:
     @property
     def owners(self) -> dict[str, int]:
         """Layer name -> the rank that gathers the layer's sums and weight."""
-        return {name: team[0] for name, team in self.teams.items()}
+        return owners_of(self.teams)

@@ -65,7 +65,17 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, coupl
         >>> assign_owners({}, world_size=2)
         {}
     """
-    return {name: team[0] for name, team in assign_teams(layers, world_size, coupled=coupled).items()}
+    return owners_of(assign_teams(layers, world_size, coupled=coupled))
+
+
+def owners_of(teams: Mapping[str, range]) -> dict[str, int]:
+    """The owner of each layer: the first rank of its team.
+
+    Examples:
+        >>> owners_of({"a": range(2, 4)})
+        {'a': 2}
+    """
+    return {name: team[0] for name, team in teams.items()}
 
 
 def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:

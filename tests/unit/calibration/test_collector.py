@@ -173,6 +173,13 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
         collecting.take(window(module), fitted, module, gradients=True)
 
 
+def test_a_calibration_set_without_a_mask_is_told_that_padding_counts(module: ToyLM, fitted: Trainer) -> None:
+    unmasked = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in BATCHES]
+    with pytest.warns(UserWarning, match="have no 'attention_mask', so every token counts"):
+        told = collector(module, calibration=unmasked, attention_mask_key="attention_mask")
+        told.take(window(module), fitted, module, gradients=False)
+
+
 def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):
