@@ -175,8 +175,8 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
 
 def test_a_calibration_set_without_a_mask_is_told_that_padding_counts(module: ToyLM, fitted: Trainer) -> None:
     unmasked = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in BATCHES]
+    told = collector(module, calibration=unmasked, attention_mask_key="attention_mask")
     with pytest.warns(UserWarning, match="have no 'attention_mask', so every token counts"):
-        told = collector(module, calibration=unmasked, attention_mask_key="attention_mask")
         told.take(window(module), fitted, module, gradients=False)
 
 
