@@ -114,7 +114,9 @@ class CLI(LightningCLI):
             inner = listed[number]["init_args"]
             *parents, last = (part for part in key.split(".") if part != "init_args")
             for parent in parents:
-                inner = inner.setdefault(parent, {})
+                if not isinstance(inner.get(parent), dict):  # None, or the word that stands for a group
+                    inner[parent] = {}
+                inner = inner[parent]
                 if "class_path" in inner:  # parsed dataclasses have lost their class_path
                     inner = inner.setdefault("init_args", {})
             inner[last] = yaml_loader()[0](value)

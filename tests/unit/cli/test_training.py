@@ -3,7 +3,7 @@ import sys
 import pytest
 import yaml
 
-from thanos_lightning import ThanosPruningCallback
+from thanos_lightning import Allocation, ThanosPruningCallback
 from thanos_lightning.cli import main
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.solver import NM
@@ -44,6 +44,15 @@ def test_precision_is_resolved_and_said(tmp_path, monkeypatch, caplog):
 def test_a_precision_that_is_given(monkeypatch):
     cli = CLI(["--config", "quickstart", "--trainer.precision", "bf16-mixed"], run=False)
     assert cli.trainer.precision == "bf16-mixed"
+
+
+def test_an_option_of_a_group_that_is_not_given():
+    callback = "--trainer.callbacks.0"
+    others = [f"{callback}.pattern=unstructured", f"{callback}.sparsity=0.5"]
+    for asked in ("owl", "loss"):
+        cli = CLI(["--config", "quickstart", *others, f"{callback}.allocation.by={asked}"], run=False)
+        (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
+        assert pruning.options.allocation == Allocation(asked)
 
 
 @pytest.mark.parametrize("argument", ["--trainer.callbacks.0.pattern", "--trainer.callbacks.0.init_args.pattern"])
