@@ -103,7 +103,7 @@ _BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"batches": _FIRST_BATCHES}
 _COUPLED = {"output_weights": "full"}
-_ALIKE = {"allocation": "uniform"}
+_ALIKE = {"allocation": {"by": "uniform"}}
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
     "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
@@ -142,9 +142,9 @@ OWN: dict[str, Recipe] = {
     "gradual, four events, linear": Recipe(_FOUR_TIMES, shape="linear"),
     **{
         f"first step, a fifth of the rows dense{name}": Recipe(
-            _BEFORE, {**_FIRST_STEP, "outlier_fraction": 0.2, "allocation": allocation}
+            _BEFORE, {**_FIRST_STEP, "outlier_fraction": 0.2, "allocation": {"by": by}}
         )
-        for name, allocation in {"": "uniform", ", allocated": {"by": "loss"}}.items()
+        for name, by in {"": "uniform", ", allocated": "loss"}.items()
     },
     **{
         f"first step, {name}": Recipe(_BEFORE, _FIRST_STEP, training=training)
@@ -168,7 +168,6 @@ OWN: dict[str, Recipe] = {
     "first step, outputs alike, distilled": Recipe(
         _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
     ),
-    "first step, allocated by outliers": Recipe(_BEFORE, {**_FIRST_STEP, "allocation": {"by": "owl"}}),
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {
@@ -463,7 +462,7 @@ def train(
         options = dict(recipe.options)
         if "batches" not in options:
             options = {"steps": _CALIBRATION_STEPS, **options}
-        if isinstance(options.get("allocation"), dict):
+        if "allocation" in options:
             options["allocation"] = Allocation(**options["allocation"])
         if (calibration := options.get("batches")) is not None:
             number = task.calibration // task.batch if calibration == _FIRST_BATCHES else calibration

@@ -27,12 +27,12 @@ number is the perplexity at the end, on text that is held back. Each contender h
 "one-shot" contenders are pruned before the training and keep those zeros. "lightning magnitude" is Lightning's
 ModelPruning, 50 % or 60 % anywhere. "first step" is the callback with a calibration set and its defaults otherwise;
 "gradual" prunes at 10 and 20 % of the training, on training batches. "coupled" is `output_weights: full`, "alike" is
-`allocation: uniform`, and "distilled" has the model before the first event as its teacher. "all that helped" has
+`allocation: {by: uniform}`, and "distilled" has the model before the first event as its teacher. "all that helped" has
 channels in another order, `output_weights: full`, 131,072 calibration tokens, and the fine-tuned dense model as its
 teacher, whose own training comes on top.
 
 Some runs are older than the code. Outputs were weighted by the text's labels, and not by labels that the model draws,
-in these at 60 %: "alike", "allocated by outliers" and what has a teacher, of 102,400 tokens (hold them against 18.14
+in these at 60 %: "alike" and what has a teacher, of 102,400 tokens (hold them against 18.14
 for "first step"); "first step" at 1.5e-4, "first step, coupled" at 6e-4. At 2:4 likewise in "all that helped, in two
 events". The order of the channels is by each layer's loss alone in "first step, permuted, coupled", "all that helped"
 and "all that helped, in two events".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -58,13 +58,12 @@ class ThanosPruningCallback(Callback):
         solver: Options of the solver. The paper's algorithm has saliency="wanda", admm_steps=0 and refine_steps=0.
             The defaults differ from it on purpose.
         calibration: Options of the calibration: which batches, how many, and how much an error at each output counts.
-        allocation: How layers share the zeros. An `Allocation` gives layers unequal sparsities that together meet the
-            pattern's sparsity. "uniform" gives all layers the same sparsity. None is `Allocation("loss")` if output
-            weights are used and a sensitivity scan fits before the first event. Otherwise, and for N:M in all rows,
-            None is "uniform". (The default leaves out layers that no gradient reaches, with a warning: they get the
-            pattern's own sparsity.) The scan looks at all layers before the first event prunes any, on the batches of
-            that event. Under calibration.memory_gib, the scan takes calibration steps of its own. If the steps before
-            the event are too few for both, the scan takes half of them.
+        allocation: How layers share the zeros. None is `Allocation("loss")` if output weights are used and a
+            sensitivity scan fits before the first event. Otherwise, and for N:M in all rows, None is
+            `Allocation("uniform")`. (The default leaves out layers that no gradient reaches, with a warning: they get
+            the pattern's own sparsity.) The scan looks at all layers before the first event prunes any, on the batches
+            of that event. Under calibration.memory_gib, the scan takes calibration steps of its own. If the steps
+            before the event are too few for both, the scan takes half of them.
         verify_every_n_steps: Optimizer steps between two checks that all pruned weights are zero. 0 never checks.
         monitor: Metric of the validation loop to measure before the first event, after the last event, and at the end.
             The callback runs validation at these steps if none has just run.
@@ -92,7 +91,7 @@ class ThanosPruningCallback(Callback):
         overrides: Sequence[TargetOverride] = (),
         solver: SolverOptions = SolverOptions(),
         calibration: CalibrationOptions = CalibrationOptions(),
-        allocation: Allocation | Literal["uniform"] | None = None,
+        allocation: Allocation | None = None,
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:

@@ -18,7 +18,7 @@ from thanos_lightning.checkpoints.deepspeed_files import files_of, is_zero_folde
 from thanos_lightning.sharding.masks import LayerMask
 
 # What the callback writes into a trainer checkpoint
-CHECKPOINT_FORMAT = 6  # version of the state and of the note
+CHECKPOINT_FORMAT = 7  # version of the state and of the note
 CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
 NOTE_KEY = "thanos_lightning"  # key of the note about the optimizers and the Hugging Face model
 

@@ -24,7 +24,7 @@ from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.events.sensitivity import scan_window
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.plan.allocation import Allocation, default_allocation
+from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.options import PruningOptions, differences
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
@@ -207,15 +207,13 @@ class PruningRun:
 
     def _new_planner(self, schedule: SparsitySchedule) -> Planner:
         options = self._options
-        allocation: Allocation | None = None
-        if isinstance(options.allocation, Allocation):
-            allocation = options.allocation
-        elif options.allocation is None and options.weighs_outputs and not self._lacks_gradients:
-            allocation = default_allocation(options.pattern)
+        allocates = options.allocation == Allocation("loss")
+        if options.allocation is None and options.weighs_outputs and not self._lacks_gradients:
+            allocates = nothing_to_allocate(options.pattern) is None
         return Planner(
             options.pattern,
             schedule,
-            allocation,
+            allocates,
             gives_way=options.allocation is None,
             calibration_steps=options.calibration.steps if options.collects_in_training else 0,
             memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
@@ -243,7 +241,7 @@ class PruningRun:
         """Whether gradients weigh outputs: only if rows or layers compete for zeros, or rows are coupled."""
         compete = (
             self._options.calibration.couples_rows
-            or (self._planner.allocation is not None and window.scans)
+            or window.scans
             or any(pattern.rows_compete for pattern in window.patterns.values())
         )
         return self._options.weighs_outputs and bool(compete)

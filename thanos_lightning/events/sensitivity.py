@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
@@ -21,9 +20,6 @@ from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
-
-# OWL's M: a score is an outlier if it exceeds this multiple of the mean (arXiv 2310.05175, section 3.1)
-_OUTLIER = 5.0
 
 
 def scan_window(
@@ -74,7 +70,7 @@ def scan_window(
                 error = (name, failure)
                 break
     raise_everywhere(error, access)
-    unknown = {name: LayerSensitivity({}, 0.0) for name in unseen}
+    unknown = {name: LayerSensitivity({}) for name in unseen}
     return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
 
 
@@ -91,5 +87,4 @@ def _scan_layer(
         if output_weights is not None:
             alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
             weighted[level.sparsity] = float(alone.to(lost.dtype) @ lost)
-    scores = weight.float().abs() * inputs.hessian.diagonal().to(torch.float32).sqrt()
-    return LayerSensitivity(losses, float((scores > _OUTLIER * scores.mean()).float().mean()), weighted or None)
+    return LayerSensitivity(losses, weighted or None)

@@ -1,8 +1,6 @@
 """Shares one budget of zeros among layers, by pure functions of numbers.
 
-Each layer has a number of weights and a cost of pruning them. `by_outliers` is OWL (Yin et al., arXiv 2310.05175,
-section 3.2). `by_loss` minimises the sum of the losses that a solver predicts at a few sparsities. Both meet the budget
-exactly, in weights.
+Each layer has a number of weights, and losses that a solver predicts at a few sparsities.
 """
 
 from __future__ import annotations
@@ -15,62 +13,12 @@ from collections.abc import Mapping, Sequence
 _RESOLUTION = 200  # grid steps from sparsity 0 to 1 at which the loss between the levels is interpolated
 
 
-def by_outliers(
-    outlier_ratios: Mapping[str, float],
-    sizes: Mapping[str, int],
-    budget: int,
-    deviation: float,
-    lowest: float | Mapping[str, float] = 0.0,
-    highest: float | Mapping[str, float] = 1.0,
-) -> dict[str, int]:
-    """Choose how many weights of each layer to prune: the more outliers, the fewer.
-
-    The kept fraction of a layer is linear in the layer's outlier ratio. All kept fractions span an interval of width
-    2·deviation, which is shifted until the budget is met. A layer that a shift takes beyond a limit stays at the limit.
-
-    Args:
-        outlier_ratios: Layer -> fraction of its scores |W|·‖X‖ that exceed a multiple of their mean.
-        sizes: Layer -> number of its weights.
-        budget: Number of weights to prune, in all layers together.
-        deviation: λ of the paper.
-        lowest: Smallest sparsity of a layer: one number for all layers, or layer -> sparsity.
-        highest: Largest sparsity of a layer: one number for all layers, or layer -> sparsity.
-
-    Returns:
-        Layer -> number of pruned weights. Their sum is the budget.
-
-    Raises:
-        ValueError: If the limits exclude the budget. The message names the closest sparsity within the limits.
-
-    Examples:
-        >>> by_outliers({"a": 0.0, "b": 0.1}, {"a": 100, "b": 100}, 100, deviation=0.1)
-        {'a': 60, 'b': 40}
-    """
-    fewest = min(outlier_ratios.values())
-    spread = max(outlier_ratios.values()) - fewest
-    kept = {
-        name: 2 * deviation * (ratio - fewest) / spread if spread else 0.0 for name, ratio in outlier_ratios.items()
-    }
-    lows, tops = _of_each(lowest, sizes), _of_each(highest, sizes)
-    _limits(budget, sizes, lows, tops)
-
-    def moved(shift: float) -> dict[str, float]:
-        return {name: min(max(1 - shift - kept[name], lows[name]), tops[name]) * size for name, size in sizes.items()}
-
-    # Bisection: the larger the shift of the kept fractions, the fewer weights are pruned
-    less, more = -2.0, 1.0
-    for _ in range(60):
-        middle = (less + more) / 2
-        less, more = (middle, more) if sum(moved(middle).values()) > budget else (less, middle)
-    return _whole(moved(more), sizes, budget)
-
-
 def by_loss(
     losses: Mapping[str, Mapping[float, float]],
     sizes: Mapping[str, int],
     budget: int,
-    lowest: float | Mapping[str, float] = 0.0,
-    highest: float | Mapping[str, float] | None = None,
+    lowest: Mapping[str, float],
+    highest: Mapping[str, float],
 ) -> dict[str, int]:
     """Choose how many weights of each layer to prune, so that the sum of the predicted losses is minimal.
 
@@ -82,8 +30,8 @@ def by_loss(
         losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
         sizes: Layer -> number of its weights.
         budget: Number of weights to prune, in all layers together.
-        lowest: Smallest sparsity of a layer: one number for all layers, or layer -> sparsity.
-        highest: Largest sparsity of a layer, in the same form. None stands for the layer's last level.
+        lowest: Layer -> its smallest sparsity.
+        highest: Layer -> its largest sparsity.
 
     Returns:
         Layer -> number of pruned weights. Their sum is the budget.
@@ -93,15 +41,14 @@ def by_loss(
 
     Examples:
         >>> losses = {"cheap": {0.25: 1.0, 0.5: 2.0, 0.75: 4.0}, "dear": {0.25: 10.0, 0.5: 20.0, 0.75: 40.0}}
-        >>> by_loss(losses, {"cheap": 100, "dear": 100}, 100)
+        >>> sizes, lowest, highest = (dict.fromkeys(losses, number) for number in (100, 0.0, 0.75))
+        >>> by_loss(losses, sizes, 100, lowest, highest)
         {'cheap': 75, 'dear': 25}
     """
-    lows = _of_each(lowest, sizes)
-    tops = {name: max(losses[name]) for name in sizes} if highest is None else _of_each(highest, sizes)
-    least, most = _limits(budget, sizes, lows, tops)
+    least, most = _limits(budget, sizes, lowest, highest)
     counts = dict(least)
     left = budget - sum(counts.values())
-    hulls = {name: _hull(losses[name], lows[name], most[name] / size) for name, size in sizes.items()}
+    hulls = {name: _hull(losses[name], lowest[name], most[name] / size) for name, size in sizes.items()}
     # (loss per weight, layer, number of the segment)
     queue = [(hull[0][1] / sizes[name], name, 0) for name, hull in hulls.items() if hull]
     heapq.heapify(queue)
@@ -179,10 +126,6 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
     return rounded
 
 
-def _of_each(limit: float | Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
-    return limit if isinstance(limit, Mapping) else dict.fromkeys(sizes, limit)
-
-
 def _limits(
     budget: int, sizes: Mapping[str, int], lowest: Mapping[str, float], highest: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -199,13 +142,3 @@ def _limits(
             f"{max(highest.values())}: the closest is {closest:.4f}. Widen the limits, or ask for that"
         )
     return least, most
-
-
-def _whole(wanted: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Round to whole numbers with a given sum: the largest remainders are rounded up."""
-    counts = {name: min(sizes[name], math.floor(count + 1e-9)) for name, count in wanted.items()}
-    missing = budget - sum(counts.values())
-    by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])
-    for name in [name for name in by_remainder if counts[name] < sizes[name]][:missing]:
-        counts[name] += 1
-    return counts

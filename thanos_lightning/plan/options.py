@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from thanos_lightning.models.targets import check_expressions
-from thanos_lightning.plan.allocation import Allocation, check_allocation
+from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.overrides import TargetOverride, check_overrides
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.solver import Pattern
@@ -94,7 +94,7 @@ class PruningOptions:
     overrides: tuple[TargetOverride, ...]
     solver: SolverOptions
     calibration: CalibrationOptions
-    allocation: Allocation | Literal["uniform"] | None
+    allocation: Allocation | None
     verify_every_n_steps: int
     monitor: str | None
 
@@ -109,7 +109,7 @@ class PruningOptions:
         overrides: Sequence[TargetOverride],
         solver: SolverOptions,
         calibration: CalibrationOptions,
-        allocation: Allocation | Literal["uniform"] | None,
+        allocation: Allocation | None,
         verify_every_n_steps: int,
         monitor: str | None,
     ) -> PruningOptions:
@@ -136,15 +136,16 @@ class PruningOptions:
                 "calibration.output_weights is 'full', but solver.admm_steps and refine_steps are 0, and only these "
                 "steps couple rows: give some, or take 'diagonal'"
             )
-        if not (allocation in (None, "uniform") or isinstance(allocation, Allocation)):
-            raise ValueError(f"allocation is {allocation!r}: give an Allocation, 'uniform' or None")
-        if isinstance(allocation, Allocation):
+        if allocation is not None:
+            check_kind("allocation", allocation, Allocation)
+        if allocation == Allocation("loss"):
             if not solver.needs_statistics:
                 raise ValueError(
                     f"method {solver.method!r} reports no losses, and allocation needs them: choose 'thanos', "
                     "'sparsegpt' or 'wanda'"
                 )
-            check_allocation(pattern)
+            if (reason := nothing_to_allocate(pattern)) is not None:
+                raise ValueError(reason)
         check_whole("verify_every_n_steps", verify_every_n_steps, 0)
         check_name("monitor", monitor, "val/loss")
         refuse_unused(solver, calibration, [pattern, *(other.parsed() for other in overrides)])

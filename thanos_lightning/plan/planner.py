@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, levels
+from thanos_lightning.plan.allocation import LayerSensitivity, allocate, levels
 from thanos_lightning.plan.options import CALIBRATION_STEPS
 from thanos_lightning.plan.schedule import Event, SparsitySchedule
 from thanos_lightning.plan.training_steps import events_in
@@ -25,7 +25,7 @@ class Planner:
     Attributes:
         pattern: The main pattern. Its layers share one budget of zeros.
         schedule: When to prune, and to which sparsity.
-        allocation: How layers get unequal sparsities; None prunes all layers alike.
+        allocates: Whether layers get unequal sparsities, by a sensitivity scan.
         gives_way: Whether the allocation is the default, not the user's choice. The default leaves out layers whose
             losses are unknown, and prunes all layers alike if no steps are left for a scan.
         calibration_steps: Most optimizer steps that a window collects; 0 if windows collect nothing in the training.
@@ -35,7 +35,7 @@ class Planner:
 
     pattern: Pattern
     schedule: SparsitySchedule
-    allocation: Allocation | None
+    allocates: bool
     gives_way: bool
     calibration_steps: int
     memory_gib: float | None
@@ -44,7 +44,7 @@ class Planner:
     @property
     def needs_scan(self) -> bool:
         """Whether the training can't run without a sensitivity scan, because the user chose the allocation."""
-        return self.allocation is not None and not self.gives_way
+        return self.allocates and not self.gives_way
 
     def to_try(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
         """The patterns whose losses the sensitivity scan computes for each layer.
@@ -52,10 +52,7 @@ class Planner:
         Args:
             final: Name -> the pattern at the end, before the allocation.
         """
-        if self.allocation is None or self.allocation.by != "loss":
-            return {name: [pattern] for name, pattern in final.items()}
-        shared = levels(self.pattern, *self.allocation.limits(self.pattern.sparsity))
-        return {name: shared if pattern == self.pattern else [pattern] for name, pattern in final.items()}
+        return {name: levels(pattern) if pattern == self.pattern else [pattern] for name, pattern in final.items()}
 
     def plan(
         self,
@@ -83,7 +80,7 @@ class Planner:
             ValueError: If windows do not fit before their events.
         """
         events = events_in(self.schedule, trainer)
-        if self.allocation is None:
+        if not self.allocates:
             return self._plan_pruning(events, layers, final)
         first, collects = events[0].step, self.calibration_steps > 0
         needed = len(split_by_memory(list(layers.values()), self.memory_gib, coupled=self.couples_rows))
@@ -121,12 +118,11 @@ class Planner:
             # Raise before the training if the windows after the scan do not fit
             self._plan_pruning(events, layers, final, since=since)
             return scan
-        final = self._allocate(self.allocation, layers, final, sensitivities)
+        final = self._allocate(layers, final, sensitivities)
         return [*scan, *self._plan_pruning(events, layers, final, since=since)]
 
     def _allocate(
         self,
-        allocation: Allocation,
         layers: Mapping[str, PrunableLayer],
         final: Mapping[str, Pattern],
         sensitivities: Mapping[str, LayerSensitivity],
@@ -141,10 +137,10 @@ class Planner:
             rank_zero_warn(
                 f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no token, or "
                 f"no gradient, has reached them: each is pruned to {self.pattern.sparsity:.2%}, and only layers of "
-                "which it is known share their zeros. allocation='uniform' is without this warning"
+                "which it is known share their zeros. Allocation('uniform') is without this warning"
             )
         known = {name: pattern for name, pattern in final.items() if name not in unknown}
-        allocated = allocate(allocation, sensitivities, layers, known, self.pattern)
+        allocated = allocate(sensitivities, layers, known, self.pattern)
         return {
             name: final[name] if name in unknown else allocated[name]
             for name in final

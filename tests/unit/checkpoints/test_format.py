@@ -16,7 +16,7 @@ def test_a_note_names_the_parameters_of_each_optimizer() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     first, second = [module[1].weight, module[0].bias, None], [module[0].weight]
     note = training_note(module, [first, second], targets=["0"])
-    assert note == {"format": 6, "optimizer_parameters": [["1.weight", "0.bias", None], ["0.weight"]]}
+    assert note == {"format": 7, "optimizer_parameters": [["1.weight", "0.bias", None], ["0.weight"]]}
 
 
 def test_a_note_describes_the_model_with_the_targets() -> None:

@@ -49,7 +49,7 @@ def test_a_precision_that_is_given(monkeypatch):
 def test_an_option_of_a_group_that_is_not_given():
     callback = "--trainer.callbacks.0"
     others = [f"{callback}.pattern=unstructured", f"{callback}.sparsity=0.5"]
-    for asked in ("owl", "loss"):
+    for asked in ("uniform", "loss"):
         cli = CLI(["--config", "quickstart", *others, f"{callback}.allocation.by={asked}"], run=False)
         (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
         assert pruning.options.allocation == Allocation(asked)

@@ -100,7 +100,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
             "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'",
         ),
         ({"output_weights": "full", "admm_steps": 0, "refine_steps": 0}, "only these steps couple rows"),
-        ({"allocation": "loss"}, "allocation is 'loss': give an Allocation, 'uniform' or None"),
+        ({"allocation": "loss"}, "allocation is 'loss': give Allocation(...)"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
         ({"verify_every_n_steps": "often"}, "verify_every_n_steps is 'often': give a whole number"),

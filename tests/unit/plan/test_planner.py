@@ -9,13 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy import tiny_llama
 
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.plan.allocation import (
-    Allocation,
-    LayerSensitivity,
-    allocate,
-    check_allocation,
-    default_allocation,
-)
+from thanos_lightning.plan.allocation import LayerSensitivity, allocate, nothing_to_allocate
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import events_in
@@ -36,7 +30,7 @@ def planner(**settings: Any) -> Planner:
     defaults = {
         "pattern": Unstructured(0.5),
         "schedule": SparsitySchedule(20, 20, 1),
-        "allocation": Allocation("loss"),
+        "allocates": True,
         "gives_way": True,
         "calibration_steps": 4,
         "memory_gib": None,
@@ -55,7 +49,7 @@ def sensitivities(weighted: bool = True) -> dict[str, LayerSensitivity]:
     found = {}
     for number, name in enumerate(LAYERS, 1):
         losses = {level: number * level**2 for level in (0.25, 0.5, 0.75)}
-        found[name] = LayerSensitivity(losses, 0.0, losses if weighted else None)
+        found[name] = LayerSensitivity(losses, losses if weighted else None)
     return found
 
 
@@ -85,13 +79,9 @@ def test_layers_that_lose_more_stay_denser() -> None:
     assert min(sparsities[-3:]) < 0.4
 
 
-@pytest.mark.parametrize("by", ["loss", "owl"])
 @pytest.mark.parametrize("pattern", [NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)])
-def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Pattern) -> None:
-    its = {
-        name: replace(scan, outliers=number * 0.01) for number, (name, scan) in enumerate(sensitivities(False).items())
-    }
-    _, pruning = plan(planner(pattern=pattern, allocation=Allocation(by), gives_way=False), its)
+def test_rows_and_columns_have_the_budget_to_half_of_one(pattern: Pattern) -> None:
+    _, pruning = plan(planner(pattern=pattern, gives_way=False), sensitivities(weighted=False))
     shapes = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
     found = {name: pruning.patterns[name].num_pruned(*shape) for name, shape in shapes.items()}
     assert len({pruning.patterns[name].sparsity for name in LAYERS}) > 2
@@ -99,20 +89,19 @@ def test_rows_and_columns_have_the_budget_to_half_of_one(by: Any, pattern: Patte
     assert abs(sum(found.values()) - sum(pattern.num_pruned(*shape) for shape in shapes.values())) <= max(units) / 2
 
 
-@pytest.mark.parametrize("by", ["loss", "owl"])
 @pytest.mark.parametrize(
     "pattern",
     [Unstructured(0.6), Unstructured(0.945), NM(2, 4, 0.02), Structured(0.56), Structured(0.85, 0.1)],
     ids=str,
 )
-def test_large_layers_have_the_budget_to_half_a_unit_also_near_their_limits(by: Any, pattern: Pattern) -> None:
+def test_large_layers_have_the_budget_to_half_a_unit_also_near_their_limits(pattern: Pattern) -> None:
     shapes = [(11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (1024, 4096)]
     layers: Any = {str(number): SimpleNamespace(rows=rows, cols=cols) for number, (rows, cols) in enumerate(shapes)}
     its = {
-        name: LayerSensitivity({0.25: number + 1.0, 0.5: number + 2.0, 0.8: number + 4.0}, 0.01 * number)
+        name: LayerSensitivity({0.25: number + 1.0, 0.5: number + 2.0, 0.8: number + 4.0})
         for number, name in enumerate(layers)
     }
-    found = allocate(Allocation(by), its, layers, dict.fromkeys(layers, pattern), pattern)
+    found = allocate(its, layers, dict.fromkeys(layers, pattern), pattern)
     wanted = sum(pattern.num_pruned(*shape) for shape in shapes)
     total = sum(found[name].num_pruned(*shape) for name, shape in zip(layers, shapes, strict=True))
     assert total == pytest.approx(wanted, abs=0 if isinstance(pattern, Unstructured) else 28672 / 2)
@@ -180,20 +169,18 @@ def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "allocation", "expected"),
+    ("pattern", "expected"),
     [
-        (Unstructured(0.6), Allocation("loss"), [0.45, 0.75]),
-        (Unstructured(0.1), Allocation("loss"), [0.05, 0.25]),
-        (Unstructured(0.9), Allocation("loss"), [0.75, 0.95]),
-        (Unstructured(0.6), Allocation("owl"), [0.6]),
-        (Unstructured(0.6), None, [0.6]),
-        (NM(2, 4, outlier_fraction=0.2), Allocation("loss"), [0.25, 0.5]),
-        (Structured(0.8, outlier_fraction=0.1), Allocation("loss"), [0.65, 0.855]),
+        (Unstructured(0.6), [0.45, 0.75]),
+        (Unstructured(0.1), [0.05, 0.25]),
+        (Unstructured(0.9), [0.75, 0.95]),
+        (NM(2, 4, outlier_fraction=0.2), [0.25, 0.5]),
+        (Structured(0.8, outlier_fraction=0.1), [0.65, 0.855]),
     ],
     ids=str,
 )
-def test_layers_are_tried_at_the_limits(pattern: Pattern, allocation: Allocation | None, expected: list[float]) -> None:
-    found = tried(planner(pattern=pattern, allocation=allocation), other=NM(1, 4))
+def test_layers_are_tried_at_the_limits(pattern: Pattern, expected: list[float]) -> None:
+    found = tried(planner(pattern=pattern), other=NM(1, 4))
     assert found == {"shared": pytest.approx(expected), "other": [0.75]}
 
 
@@ -210,11 +197,8 @@ def test_layers_are_tried_at_the_limits(pattern: Pattern, allocation: Allocation
         (Structured(0.855, 0.1), False),
     ],
 )
-def test_the_default_is_for_what_can_be_shared(pattern: Pattern, is_for_it: bool) -> None:
-    found = default_allocation(pattern)
-    assert found == (Allocation("loss") if is_for_it else None)
-    if found is not None:
-        check_allocation(pattern)
+def test_what_can_be_shared(pattern: Pattern, is_for_it: bool) -> None:
+    assert (nothing_to_allocate(pattern) is None) == is_for_it
 
 
 def test_events_of_a_training() -> None:
