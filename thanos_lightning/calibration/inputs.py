@@ -71,11 +71,11 @@ class _Statistics:
 
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         """Count the rows with the indices `counted`, or all rows if it is None."""
+        self.last = _Seen(inputs)
         if counted is not None:
             inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
         self.accumulator.update(inputs)
         self.updates += 1
-        self.last = _Seen(inputs)
 
     def fork(self) -> _Statistics:
         """Copy the statistics for a layer that stops sharing them."""

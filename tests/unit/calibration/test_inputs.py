@@ -50,12 +50,14 @@ def test_the_sum_is_that_of_the_inputs() -> None:
     torch.testing.assert_close(accumulators["0"].sum, 5 * inputs.reshape(-1, 8).T @ inputs.reshape(-1, 8))
 
 
-def test_layers_with_one_input_share_one_accumulator() -> None:
+@pytest.mark.parametrize("paddings", [(0, 0, 0), (3, 3, 3), (0, 3, 0), (3, 0, 3)])
+def test_layers_with_one_input_share_one_accumulator(paddings: tuple[int, ...]) -> None:
     model = tiny_llama()
     statistics = started(model)
-    for _ in range(3):
-        with statistics.counting():
-            model(**batch())
+    for padding in paddings:
+        inputs = batch(padding)
+        with statistics.counting(token_mask(inputs)):
+            model(**inputs)
     found = statistics.accumulators
     layer = "model.layers.1."
     q, k, v = (found[f"{layer}self_attn.{name}_proj"] for name in "qkv")
@@ -63,7 +65,7 @@ def test_layers_with_one_input_share_one_accumulator() -> None:
     assert q is k is v
     assert gate is up
     assert len({id(accumulator) for accumulator in found.values()}) == 8
-    assert {accumulator.num_tokens for accumulator in found.values()} == {72}
+    assert {accumulator.num_tokens for accumulator in found.values()} == {72 - 3 * sum(paddings)}
 
 
 def test_views_of_one_input_share_one_accumulator() -> None:
