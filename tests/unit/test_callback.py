@@ -343,7 +343,7 @@ def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_rows_are_joined_by_what_the_loss_feels_of_two_errors(
+def test_rows_are_coupled_by_what_the_loss_feels_of_two_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
 ) -> None:
     seen = spy_output_weights(monkeypatch)
@@ -753,7 +753,7 @@ def test_resume_inside_a_window_with_other_output_weights(tmp_path: Path, before
         assert [event.step for event in resumed.report.events] == [9]
 
 
-def test_joined_rows_of_transposed_weights(tmp_path: Path) -> None:
+def test_coupled_rows_of_transposed_weights(tmp_path: Path) -> None:
     callback = pruning("2:4", method="wanda", output_weights="full", schedule=SparsitySchedule(3, 3, 1))
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=5).fit(ToyLM(tiny_gpt2()), loader(32))
@@ -761,7 +761,7 @@ def test_joined_rows_of_transposed_weights(tmp_path: Path) -> None:
     assert {layer.sparsity for layer in callback.report.events[0].layers} == {0.5}
 
 
-def test_joined_rows_with_an_allocation(tmp_path: Path) -> None:
+def test_coupled_rows_with_an_allocation(tmp_path: Path) -> None:
     callback = pruning("unstructured", 0.6, output_weights="full", schedule=SparsitySchedule(6, 6, 1))
     trainer(tmp_path, callback, max_steps=8).fit(ToyLM(), loader(64))
     layers = callback.report.events[0].layers

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import FactorizationError, damped, damped_diagonal, inverse
-from thanos_lightning.solver.pattern import NM, Pattern
+from thanos_lightning.solver.pattern import Pattern
 from thanos_lightning.solver.zeros import zero_where
 
 # Measured on some layers of a language model. Masks change less with a higher ρ, and settle later with a lower ρ. At
 # ρ = 1, without relaxation and with uncorrelated inputs, a pruned weight comes back if its loss exceeds that of the
 # kept weight that it replaces.
 _LOWEST, _LAST, _GROWTH = 0.35, 1.1, 1.07
-RELAXATION = 1.3
+_RELAXATION = 1.3
 # If first / last penalty is above this ratio, the M of their geometric mean does as well as an M for each step.
 _NEARLY_CONSTANT = 0.7
 
@@ -65,7 +65,7 @@ class Penalties:
         )
 
 
-def schedule(steps: int) -> list[float]:
+def penalty_schedule(steps: int) -> list[float]:
     """ρ of each step."""
     first = max(_LOWEST, _LAST / _GROWTH ** (steps - 1))
     return [first * (_LAST / first) ** (step / max(1, steps - 1)) for step in range(steps)]
@@ -106,7 +106,7 @@ def penalties(
     A = damped(hessian, damping)
     root = cost.sqrt()
     A.div_(root).div_(root.unsqueeze(1))
-    rho = schedule(steps)
+    rho = penalty_schedule(steps)
     maps, before = [], 0.0
     try:
         for end in ends(rho):
@@ -116,6 +116,70 @@ def penalties(
     except FactorizationError as error:
         raise FactorizationError("the Hessian has an eigenvalue that is far below zero") from error
     return Penalties(cost, hessian.diagonal() == 0, rho, maps[0], maps[1] if len(maps) > 1 else None)
+
+
+@dataclass
+class Iterates:
+    """What the steps update in place, and what they need of the layer.
+
+    Attributes:
+        original: W0.
+        U: See above; contiguous.
+        from_original: Z - U - W0; contiguous.
+        keep: True = kept; contiguous.
+        frozen: Weights that stay pruned.
+        scale: √c.
+        width: Width of a group.
+        relaxation: How far X moves away from the last Z; 1 means no relaxation.
+    """
+
+    original: Float[Tensor, "rows cols"]
+    U: Float[Tensor, "rows cols"]
+    from_original: Float[Tensor, "rows cols"]
+    keep: Bool[Tensor, "rows cols"]
+    frozen: Bool[Tensor, "rows cols"]
+    scale: Float[Tensor, " cols"]
+    width: int
+    relaxation: float = _RELAXATION
+
+    @classmethod
+    def begin(
+        cls,
+        weight: Float[Tensor, "rows cols"],
+        original: Float[Tensor, "rows cols"],
+        U: Float[Tensor, "rows cols"],
+        keep: Bool[Tensor, "rows cols"],
+        frozen: Bool[Tensor, "rows cols"],
+        scale: Float[Tensor, " cols"],
+        pattern: Pattern,
+    ) -> "Iterates":
+        """Begin with Z = ``weight``, in the groups of a pattern. ``keep`` is copied."""
+        from_original = (weight - original).contiguous().sub_(U)
+        keep = keep.clone(memory_format=torch.contiguous_format)
+        return cls(original, U, from_original, keep, frozen, scale, pattern.group_width(weight.shape[1]))
+
+    def project(self, moved: Float[Tensor, "rows cols"], ratio: float) -> None:
+        """Take the second half of a step: update the mask, U and Z - U - W0.
+
+        Args:
+            moved: X - W0; overwritten.
+            ratio: ρ of this step over ρ of the next step, since U is relative to ρ.
+        """
+        if native.usable(moved):
+            native.project(moved, self, ratio)
+            return
+        # relaxation * X + (1 - relaxation) * Z + U, with Z = from_original + U + W0
+        total = moved.mul_(self.relaxation).add_(self.original)
+        total.add_(self.from_original, alpha=1 - self.relaxation).add_(self.U, alpha=2 - self.relaxation)
+        scores = (total.abs() * self.scale).masked_fill_(self.frozen, -1)
+        self.keep.copy_(_strongest(scores, self.keep, self.width))
+        torch.mul(total, ratio, out=self.U)
+        zero_where(self.U, self.keep)
+        torch.where(self.keep, total, -self.U, out=self.from_original).sub_(self.original)
+
+    def end(self) -> Float[Tensor, "rows cols"]:
+        """Z after the last step, whose U is zero. Overwrites ``from_original``."""
+        return self.from_original.add_(self.original)
 
 
 def alternate(
@@ -144,58 +208,16 @@ def alternate(
     Returns:
         The new weights, zero where not kept, and the new mask.
     """
-    width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
-    keep = keep.clone(memory_format=torch.contiguous_format)
     # Damping gives the weights of dead inputs a cost, but they cost nothing
     scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)
     U = zero_where(residual.div_(shared.rho[0] * shared.cost), keep)
-    from_original = (weight - original).contiguous().sub_(U)
+    iterates = Iterates.begin(weight, original, U, keep, frozen, scale, pattern)
     moved = torch.empty_like(U)
     M = torch.empty_like(shared.first) if shared.last is not None else None
     for rho, following in itertools.pairwise([*shared.rho, math.inf]):
-        torch.mm(from_original, shared.towards_last(rho, M), out=moved)
-        project(moved, original, U, from_original, keep, frozen, scale, width, RELAXATION, rho / following)
-    # The last U is zero
-    return zero_where(from_original.add_(original), ~keep | shared.dead), keep
-
-
-def project(
-    moved: Float[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
-    U: Float[Tensor, "rows cols"],
-    from_original: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
-    frozen: Bool[Tensor, "rows cols"],
-    scale: Float[Tensor, " cols"],
-    width: int,
-    relaxation: float,
-    ratio: float,
-) -> None:
-    """Take the second half of a step: update the mask, U and Z - U - W0 in place.
-
-    Args:
-        moved: X - W0; overwritten.
-        original: W0.
-        U: See above; updated.
-        from_original: Z - U - W0; updated.
-        keep: True = kept; updated.
-        frozen: Weights that stay pruned.
-        scale: √c.
-        width: Width of a group.
-        relaxation: How far X moves away from the last Z; 1 means no relaxation.
-        ratio: ρ of this step over ρ of the next step, since U is relative to ρ.
-    """
-    if native.usable(moved):
-        native.project(moved, original, U, from_original, keep, frozen, scale, width, relaxation, ratio)
-        return
-    # relaxation * X + (1 - relaxation) * Z + U, with Z = from_original + U + W0
-    total = (
-        moved.mul_(relaxation).add_(original).add_(from_original, alpha=1 - relaxation).add_(U, alpha=2 - relaxation)
-    )
-    keep.copy_(_strongest((total.abs() * scale).masked_fill_(frozen, -1), keep, width))
-    torch.mul(total, ratio, out=U)
-    zero_where(U, keep)
-    torch.where(keep, total, -U, out=from_original).sub_(original)
+        torch.mm(iterates.from_original, shared.towards_last(rho, M), out=moved)
+        iterates.project(moved, rho / following)
+    return zero_where(iterates.end(), ~iterates.keep | shared.dead), iterates.keep
 
 
 def _strongest(

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.admm import RELAXATION, project, schedule, weight_costs
+from thanos_lightning.solver.admm import Iterates, penalty_schedule, weight_costs
 from thanos_lightning.solver.linalg import FactorizationError, damped, inverse_factor
-from thanos_lightning.solver.pattern import NM, Pattern
+from thanos_lightning.solver.pattern import Pattern
 from thanos_lightning.solver.refine import refine
 from thanos_lightning.solver.zeros import zero_where
 
@@ -103,8 +103,6 @@ def _alternate(
     pattern: Pattern,
     steps: int,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    keep = keep.clone(memory_format=torch.contiguous_format)
-    width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
     of_cols, of_rows = cost.sqrt(), weight_costs(G, inverse_factor(G), 0.0).sqrt()
     unit = of_rows.unsqueeze(1) * of_cols
     A_H, A_G = H / of_cols / of_cols.unsqueeze(1), G / of_rows / of_rows.unsqueeze(1)
@@ -113,14 +111,11 @@ def _alternate(
     (e_H, Q_H), (e_G, Q_G) = torch.linalg.eigh(A_H), torch.linalg.eigh(A_G)
     del A_H, A_G
     e = e_G.clamp_(min=0).unsqueeze(1) * e_H.clamp_(min=0)
-    rho = schedule(steps)
+    rho = penalty_schedule(steps)
     U = zero_where(U.div_(rho[0]), keep)
-    from_original = (weight * unit).contiguous().sub_(W0).sub_(U)
     # Damping gives the weights of dead inputs a cost, but they cost nothing
-    scale = (~dead).to(unit.dtype)
+    iterates = Iterates.begin(weight * unit, W0, U, keep, frozen, (~dead).to(unit.dtype), pattern)
     for now, following in itertools.pairwise([*rho, math.inf]):
-        turned = (Q_G.mT @ from_original @ Q_H).mul_(now).div_(e + now)
-        moved = Q_G @ turned @ Q_H.mT
-        project(moved, W0, U, from_original, keep, frozen, scale, width, RELAXATION, now / following)
-    # The last U is zero
-    return zero_where(from_original.add_(W0).div_(unit), ~keep | dead), keep
+        turned = (Q_G.mT @ iterates.from_original @ Q_H).mul_(now).div_(e + now)
+        iterates.project(Q_G @ turned @ Q_H.mT, now / following)
+    return zero_where(iterates.end().div_(unit), ~iterates.keep | dead), iterates.keep

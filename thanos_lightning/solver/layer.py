@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from thanos_lightning.solver.admm import Penalties, alternate, ends, schedule, weight_costs
+from thanos_lightning.solver.admm import Penalties, alternate, ends, penalty_schedule, weight_costs
 from thanos_lightning.solver.coupled import couple
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import (
@@ -176,20 +176,20 @@ class SolverOptions:
         numbers = [0.0]
         if self.method in ("thanos", "sparsegpt"):
             numbers += [4.6 * cols**2, cols**2 + (4.2 if self.method == "thanos" else 5.2) * size]
-        structured = isinstance(pattern, Structured)
-        if self.method == "thanos" and not structured and torch.device(device).type != "cpu":
+        exchanges = pattern is None or pattern.group_width(cols) > 0
+        if self.method == "thanos" and exchanges and torch.device(device).type != "cpu":
             sparsity = 0.5 if pattern is None else pattern.sparsity
             system = min(self.block_size, cols) * min(sparsity, 1 - sparsity)
             numbers[-1] += _OF_SYSTEMS * min(rows * system**2, SYSTEMS_AT_A_TIME / 4)
         chunk = min(size, _IMPROVED_AT_A_TIME)
-        if self.admm_steps > 0 and not structured:
-            interpolated = len(ends(schedule(self.admm_steps))) > 1
+        if self.admm_steps > 0 and exchanges:
+            interpolated = len(ends(penalty_schedule(self.admm_steps))) > 1
             numbers.append((3 if interpolated else 1) * cols**2 + 1.5 * size + 6 * chunk)
             if self.refine_steps > 0:
                 numbers.append((2 if interpolated else 1) * cols**2 + 1.5 * size + 11 * chunk)
         elif self.admm_steps + self.refine_steps > 0:
             numbers.append(2 * size + 7.5 * chunk)
-        if coupled and self.admm_steps > 0 and not structured:
+        if coupled and self.admm_steps > 0 and exchanges:
             numbers.append(2 * cols**2 + 2 * rows**2 + 14 * size)
         elif coupled and self.admm_steps + self.refine_steps > 0:
             numbers.append(2 * cols**2 + 2 * rows**2 + 9 * size)
@@ -323,7 +323,7 @@ def prune_rows(
         )
     pattern.check_shape(team.num_rows, weight.shape[1])
     if output_weights is not None and output_weights.ndim == 2 and team.num_rows != len(weight):
-        raise ValueError(f"output_weights joins the {team.num_rows} rows of the layer: solve it on one process")
+        raise ValueError(f"output_weights couples the {team.num_rows} rows of the layer: solve it on one process")
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
@@ -422,7 +422,8 @@ def _solve(
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
-    if options.admm_steps > 0 and not isinstance(pattern, Structured):
+    exchanges = pattern.group_width(original.shape[1]) > 0
+    if options.admm_steps > 0 and exchanges:
         if curvature is None:
             _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping, team)
         cost = weight_costs(H, curvature.factor, options.damping)
@@ -443,9 +444,8 @@ def _solve(
         return result, keep, loss
     cost = H.diagonal() if shared is None else shared.cost
     del shared
-    # The mask of a structured pattern stays, so that all steps refine
     admm_steps, refine_steps = options.admm_steps, options.refine_steps
-    if isinstance(pattern, Structured):
+    if not exchanges:
         admm_steps, refine_steps = 0, admm_steps + refine_steps
     try:
         weight, keep = couple(
@@ -647,7 +647,7 @@ def _check_tensors(
             )
         _check_device("frozen", frozen, weight)
     if output_weights is not None and output_weights.ndim == 2:
-        _check_joined(output_weights, weight)
+        _check_coupled(output_weights, weight)
     elif output_weights is not None:
         if output_weights.shape != weight.shape[:1] or not output_weights.is_floating_point():
             raise ValueError(
@@ -687,12 +687,12 @@ def _check_result(result: Tensor, options: SolverOptions) -> None:
         )
 
 
-def _check_joined(output_weights: Tensor, weight: Tensor) -> None:
+def _check_coupled(output_weights: Tensor, weight: Tensor) -> None:
     rows = len(weight)
     if output_weights.shape != (rows, rows) or not output_weights.is_floating_point():
         raise ValueError(
-            f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; where it joins "
-            f"the rows of the weight it has to be a floating-point ({rows}, {rows})"
+            f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; where it "
+            f"couples the rows of the weight it has to be a floating-point ({rows}, {rows})"
         )
     _check_device("output_weights", output_weights, weight)
     allowed = 1e-3 * output_weights.abs().max()

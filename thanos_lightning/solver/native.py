@@ -15,10 +15,14 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from thanos_lightning.solver.admm import Iterates
 
 # Interleaved systems of this size take 16 MiB per thread. On larger systems, one by one, LAPACK is as fast.
 LARGEST = 512
@@ -147,26 +151,16 @@ def lowest_in_groups(scores: Float[Tensor, "rows cols"], width: int, count: int)
     return chosen
 
 
-def project(
-    moved: Float[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
-    U: Float[Tensor, "rows cols"],
-    from_original: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
-    frozen: Bool[Tensor, "rows cols"],
-    scale: Float[Tensor, " cols"],
-    width: int,
-    relaxation: float,
-    ratio: float,
-) -> None:
-    """Do the same as ``admm.project``. The tensors that it writes to have to be contiguous."""
-    assert all(tensor.is_contiguous() for tensor in (moved, U, from_original, keep))
+def project(moved: Float[Tensor, "rows cols"], iterates: "Iterates", ratio: float) -> None:
+    """Do the same as ``admm.Iterates.project``."""
+    written = (moved, iterates.U, iterates.from_original, iterates.keep)
+    assert all(tensor.is_contiguous() for tensor in written)
     rows, cols = moved.shape
-    (original, weights), (frozen, zeros) = _rows_of(original), _rows_of(frozen)
-    scale = scale.contiguous()
+    (_original, weights), (_frozen, zeros) = _rows_of(iterates.original), _rows_of(iterates.frozen)
+    scale = iterates.scale.contiguous()
     failed = _loaded().thanos_project(
-        moved.data_ptr(), *weights, U.data_ptr(), from_original.data_ptr(), keep.data_ptr(), *zeros, scale.data_ptr(),
-        rows, cols, width, relaxation, ratio, torch.get_num_threads(),
+        moved.data_ptr(), *weights, *(tensor.data_ptr() for tensor in written[1:]), *zeros, scale.data_ptr(),
+        rows, cols, iterates.width, iterates.relaxation, ratio, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for rows of {cols} columns")

@@ -5,8 +5,9 @@ A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -33,15 +34,82 @@ def _check_outlier_fraction(value: object) -> None:
         )
 
 
-def _check_reachable(intermediate: float, final: float) -> None:
-    if not 0.0 < intermediate <= final:
-        raise ValueError(
-            f"sparsity={intermediate!r} is not in (0, {final:g}]: an intermediate sparsity cannot exceed the final one"
-        )
+class _Base(ABC):
+    """What a pattern has to say: to the solver, to the plan, and to the check of a mask."""
+
+    if TYPE_CHECKING:  # else a dataclass would take the property for the default of its field
+
+        @property
+        def sparsity(self) -> float:
+            """Nominal fraction of the layer's weights that are zero."""
+
+        @property
+        def outlier_fraction(self) -> float:
+            """Fraction of the rows that stay dense."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a user writes: ``"unstructured"``, ``"structured"``, or n:m such as ``"2:4"``."""
+
+    @abstractmethod
+    def check_shape(self, rows: int, cols: int) -> None:
+        """Raise where a (rows, cols) layer cannot take this pattern.
+
+        Raises:
+            ValueError: If the pattern does not fit the columns.
+        """
+
+    def num_dense_rows(self, rows: int) -> int:
+        """Number of rows that stay dense."""
+        return math.floor(self.outlier_fraction * rows)
+
+    @abstractmethod
+    def num_pruned(self, rows: int, cols: int) -> int:
+        """Exact number of zeros in a (rows, cols) layer."""
+
+    @abstractmethod
+    def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
+        """Number of kept weights that must still be pruned."""
+
+    def with_sparsity(self, sparsity: float) -> "Pattern":
+        """This pattern at an intermediate sparsity in (0, ``self.sparsity``]; n:m gets there by more dense rows."""
+        if sparsity == self.sparsity:
+            return cast("Pattern", self)
+        if not 0.0 < sparsity <= self.sparsity:
+            raise ValueError(
+                f"sparsity={sparsity!r} is not in (0, {self.sparsity:g}]: an intermediate sparsity cannot exceed the "
+                "final one"
+            )
+        return self._at(sparsity)
+
+    @abstractmethod
+    def _at(self, sparsity: float) -> "Pattern": ...
+
+    @property
+    @abstractmethod
+    def rows_compete(self) -> bool:
+        """Whether errors of different rows are compared, in the choice of weights, of columns or of dense rows."""
+
+    @abstractmethod
+    def sparsest(self, most: float) -> "Pattern":
+        """The same kind of pattern where the rows that are not dense have the sparsity ``most``; n:m keeps its own."""
+
+    @abstractmethod
+    def units(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many weights are pruned together in a (rows, cols) layer, and how many such units may go."""
+
+    @abstractmethod
+    def with_units(self, count: int, rows: int, cols: int) -> "Pattern":
+        """The same kind of pattern with ``count`` > 0 of its units pruned."""
+
+    @abstractmethod
+    def group_width(self, cols: int) -> int:
+        """Width of the groups in a row within which ADMM may exchange kept weights. 0 if the chosen mask stays."""
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_Base):
     """Zeros anywhere in the layer, as many as the sparsity asks for.
 
     Args:
@@ -63,52 +131,43 @@ class Unstructured:
 
     @property
     def name(self) -> str:
-        """``"unstructured"``."""
         return "unstructured"
 
     @property
     def outlier_fraction(self) -> float:
-        """0.0: no row is exempt."""
         return 0.0
 
     def check_shape(self, rows: int, cols: int) -> None:
-        """Accept every (rows, cols) layer."""
+        pass
 
     def num_pruned(self, rows: int, cols: int) -> int:
-        """Exact number of zeros in a (rows, cols) layer: ``int(sparsity * rows * cols)``."""
         return int(self.sparsity * rows * cols)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
-        """Number of zeros that ``keep`` lacks."""
         return max(0, self.num_pruned(*keep.shape) - int((~keep).sum()))
 
-    def with_sparsity(self, sparsity: float) -> "Unstructured":
-        """This pattern at an intermediate sparsity in (0, ``self.sparsity``]."""
-        if sparsity == self.sparsity:
-            return self
-        _check_reachable(sparsity, self.sparsity)
+    def _at(self, sparsity: float) -> "Unstructured":
         return Unstructured(sparsity)
 
     @property
     def rows_compete(self) -> bool:
-        """Whether a row may lose more weights than another one: always."""
         return True
 
     def sparsest(self, most: float) -> "Unstructured":
-        """The same kind of pattern at the sparsity ``most``."""
         return Unstructured(most)
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
-        """How many weights are pruned together in a (rows, cols) layer, and how many such units there are."""
         return 1, rows * cols
 
     def with_units(self, count: int, rows: int, cols: int) -> "Unstructured":
-        """The same kind of pattern with ``count`` > 0 of its units pruned."""
         return Unstructured((count + _ROUNDED_DOWN) / (rows * cols))
+
+    def group_width(self, cols: int) -> int:
+        return cols
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(_Base):
     """At most ``n`` nonzeros in every ``m`` consecutive inputs of a row, except in a fraction of dense rows.
 
     Args:
@@ -143,71 +202,53 @@ class NM:
 
     @property
     def name(self) -> str:
-        """Such as ``"2:4"``."""
         return f"{self.n}:{self.m}"
 
     @property
     def sparsity(self) -> float:
-        """Nominal sparsity over all rows: (1 - n/m)(1 - outlier_fraction)."""
         return (1 - self.n / self.m) * (1 - self.outlier_fraction)
 
     def check_shape(self, rows: int, cols: int) -> None:
-        """Raise where a (rows, cols) layer cannot take this pattern.
-
-        Raises:
-            ValueError: If ``m`` does not divide ``cols``.
-        """
         if cols % self.m:
             raise ValueError(
                 f"pattern {self.name} needs an input width divisible by {self.m}, and a ({rows}, {cols}) weight has "
                 f"{cols}: leave the layer out, or choose a group size that divides {cols}"
             )
 
-    def num_dense_rows(self, rows: int) -> int:
-        """Number of rows that stay dense."""
-        return math.floor(self.outlier_fraction * rows)
-
     def num_pruned(self, rows: int, cols: int) -> int:
-        """Exact number of zeros in a (rows, cols) layer."""
         self.check_shape(rows, cols)
         return (rows - self.num_dense_rows(rows)) * (cols // self.m) * (self.m - self.n)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
-        """Number of kept weights beyond ``n`` per group, outside the rows that may be dense."""
         rows, cols = keep.shape
         self.check_shape(rows, cols)
         excess = (keep.view(rows, cols // self.m, self.m).sum(2) - self.n).clamp_(min=0).sum(1)
         return int(excess.sort().values[: rows - self.num_dense_rows(rows)].sum())
 
-    def with_sparsity(self, sparsity: float) -> "NM":
-        """This pattern at an intermediate sparsity in (0, ``self.sparsity``]: the same n:m with more dense rows."""
-        if sparsity == self.sparsity:
-            return self
-        _check_reachable(sparsity, self.sparsity)
+    def _at(self, sparsity: float) -> "NM":
         # Without the rounding, 1 - 0.45 / 0.5 is slightly below 0.1, and none of ten rows would be dense.
         return replace(self, outlier_fraction=round(1 - sparsity / (1 - self.n / self.m), 12))
 
     @property
     def rows_compete(self) -> bool:
-        """Whether a row may lose more weights than another one: only where some stay dense."""
         return self.outlier_fraction > 0
 
     def sparsest(self, most: float) -> "NM":
-        """The same n:m in all rows, whatever ``most`` is."""
         return replace(self, outlier_fraction=0.0)
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
-        """How many weights are pruned together in a (rows, cols) layer, and how many such units there are: rows."""
         return cols // self.m * (self.m - self.n), rows
 
     def with_units(self, count: int, rows: int, cols: int) -> "NM":
-        """The same n:m in ``count`` > 0 rows. The other rows stay dense."""
         dense = rows - count
         return replace(self, outlier_fraction=(dense + _ROUNDED_DOWN) / rows if dense else 0.0)
 
+    def group_width(self, cols: int) -> int:
+        return self.m
+
 
 @dataclass(frozen=True)
-class Structured:
+class Structured(_Base):
     """Whole columns are removed from all rows except a fraction of dense rows.
 
     Args:
@@ -238,24 +279,14 @@ class Structured:
 
     @property
     def name(self) -> str:
-        """``"structured"``."""
         return "structured"
 
     def check_shape(self, rows: int, cols: int) -> None:
-        """Raise where a (rows, cols) layer cannot take this pattern.
-
-        Raises:
-            ValueError: If rounding up would remove every column.
-        """
         if self.num_columns(cols) >= cols:
             raise ValueError(
                 f"structured sparsity {self.sparsity:g} would remove all {cols} columns of a ({rows}, {cols}) weight: "
                 "leave the layer out, or lower the sparsity"
             )
-
-    def num_dense_rows(self, rows: int) -> int:
-        """Number of rows that stay dense."""
-        return math.floor(self.outlier_fraction * rows)
 
     def num_columns(self, cols: int) -> int:
         """Number of columns removed from each row that is no outlier."""
@@ -263,16 +294,12 @@ class Structured:
         return math.ceil(self.sparsity * cols / (1 - self.outlier_fraction) - 1e-9)
 
     def num_pruned(self, rows: int, cols: int) -> int:
-        """Exact number of zeros in a (rows, cols) layer."""
         self.check_shape(rows, cols)
         return (rows - self.num_dense_rows(rows)) * self.num_columns(cols)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
-        """Number of kept weights that must still be pruned to empty the required columns of all sparse rows.
-
-        A mask does not say which rows are dense. Two guesses are tried: the rows with the fewest zeros, and the rows
-        with the fewest zeros in the emptiest columns. The result is exact without dense rows, else an upper bound.
-        """
+        # A mask does not say which rows are dense. Two guesses are tried: the rows with the fewest zeros, and the rows
+        # with the fewest zeros in the emptiest columns. The result is exact without dense rows, else an upper bound.
         rows, cols = keep.shape
         self.check_shape(rows, cols)
         sparse_rows = rows - self.num_dense_rows(rows)
@@ -282,29 +309,24 @@ class Structured:
             for kept_per_row in (keep.sum(1), keep[:, emptiest].sum(1))
         )
 
-    def with_sparsity(self, sparsity: float) -> "Structured":
-        """This pattern at an intermediate sparsity in (0, ``self.sparsity``], with the same fraction of dense rows."""
-        if sparsity == self.sparsity:
-            return self
-        _check_reachable(sparsity, self.sparsity)
+    def _at(self, sparsity: float) -> "Structured":
         return replace(self, sparsity=sparsity)
 
     @property
     def rows_compete(self) -> bool:
-        """Whether errors of different rows are compared: always, since a column goes from all of them."""
         return True
 
     def sparsest(self, most: float) -> "Structured":
-        """The same fraction of dense rows, at the sparsity ``most`` of the other rows."""
         return replace(self, sparsity=most * (1 - self.outlier_fraction))
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
-        """How many weights are pruned together in a (rows, cols) layer, and how many such units may go: columns."""
         return rows - self.num_dense_rows(rows), cols - 1
 
     def with_units(self, count: int, rows: int, cols: int) -> "Structured":
-        """The same fraction of dense rows, with ``count`` > 0 columns removed from the others."""
         return replace(self, sparsity=count * (1 - self.outlier_fraction) / cols)
+
+    def group_width(self, cols: int) -> int:
+        return 0
 
 
 Pattern = Unstructured | NM | Structured

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import Curvature
-from thanos_lightning.solver.pattern import NM, Structured
+from thanos_lightning.solver.pattern import NM, Structured, Unstructured
 from thanos_lightning.solver.team import RowTeam
 
 Saliency = Literal["wanda", "obs", "balanced"]
@@ -65,6 +65,11 @@ def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, 
         pivots: U_jj, the diagonal of the factor.
     """
     return (W / pivots).square()
+
+
+def num_to_prune(pattern: Unstructured, frozen: Bool[Tensor, "rows cols"], team: RowTeam) -> int:
+    """How many weights of the layer go: as many as the pattern asks for, or all frozen ones if these are more."""
+    return max(pattern.num_pruned(team.num_rows, frozen.shape[1]), int(team.total(frozen.sum())))
 
 
 def lowest_weighted(

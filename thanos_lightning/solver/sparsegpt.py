@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.linalg import Curvature
-from thanos_lightning.solver.pattern import NM, Pattern, Structured
+from thanos_lightning.solver.pattern import NM, Pattern, Structured, Unstructured
 from thanos_lightning.solver.saliency import (
     choose_sparse_rows,
     conditional_importance,
@@ -51,7 +51,7 @@ def sparsegpt(
     sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
     budgets: list[int] = []
     if not isinstance(pattern, (NM, Structured)):
-        budgets = _block_budgets(frozen, pattern.num_pruned(team.num_rows, cols), block_size, team)
+        budgets = _block_budgets(frozen, pattern, block_size, team)
     else:
         sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
     if isinstance(pattern, NM):
@@ -80,12 +80,14 @@ def sparsegpt(
     return Wt.mT.masked_fill(pruned, 0), pruned
 
 
-def _block_budgets(frozen: Bool[Tensor, "rows cols"], count: int, block_size: int, team: RowTeam) -> list[int]:
+def _block_budgets(
+    frozen: Bool[Tensor, "rows cols"], pattern: Unstructured, block_size: int, team: RowTeam
+) -> list[int]:
     """How many weights each block loses: its frozen weights, and a share of the rest in proportion to its free ones."""
     blocks = [frozen[:, start : start + block_size] for start in range(0, frozen.shape[1], block_size)]
     per_block = team.total(torch.stack([block.sum() for block in blocks])).tolist()
     free = team.num_rows * frozen.shape[1] - sum(per_block)
-    rest = max(0, count - sum(per_block))
+    rest = max(0, pattern.num_pruned(team.num_rows, frozen.shape[1]) - sum(per_block))
     budgets, seen, given = [], 0, 0
     for block, required in zip(blocks, per_block, strict=True):
         seen += team.num_rows * block.shape[1] - required

@@ -163,6 +163,7 @@ class AgreeingTeam(RowTeam):
     @contextmanager
     def stage(self) -> Iterator[None]:
         """See ``RowTeam``. Stages may be nested."""
+        self._known = None
         try:
             yield
             self.agree()

@@ -21,6 +21,7 @@ from thanos_lightning.solver.saliency import (
     importance,
     lowest_in_groups,
     lowest_weighted,
+    num_to_prune,
     scales,
 )
 from thanos_lightning.solver.team import RowTeam
@@ -59,11 +60,12 @@ def thanos(
         _prune_block(W, curvature.factor, 0, pruned)
         return W, pruned
     cols = W.shape[1]
-    sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
+    sparse_rows, budget = torch.ones_like(W[:, :1], dtype=torch.bool), 0
     if isinstance(pattern, NM):
         sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
         block_size += -block_size % pattern.m
-    budget = max(pattern.num_pruned(team.num_rows, cols), int(team.total(frozen.sum())))
+    else:
+        budget = num_to_prune(pattern, frozen, team)
     pruned = torch.zeros_like(frozen)
     for start, scale in scales(saliency, curvature, block_size):
         block = slice(start, min(start + block_size, cols))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.pattern import Pattern, Unstructured
-from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row
+from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row, num_to_prune
 from thanos_lightning.solver.team import RowTeam
 
 
@@ -33,6 +33,6 @@ def wanda(
     """
     scores = importance(W, norms)
     if isinstance(pattern, Unstructured):
-        count = max(pattern.num_pruned(team.num_rows, W.shape[1]), int(team.total(frozen.sum())))
+        count = num_to_prune(pattern, frozen, team)
         return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count, team)
     return choose_regular(scores, frozen, pattern, team)

@@ -69,7 +69,7 @@ def test_the_steps_are_the_textbook_s(steps, pattern):
         H,
         start.mask,
         frozen,
-        pattern.m if isinstance(pattern, NM) else 36,
+        pattern.group_width(36),
         shared.rho,
         shared.cost,
     )

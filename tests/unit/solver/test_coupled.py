@@ -73,7 +73,7 @@ def test_steps_keep_counts_and_frozen_weights_and_never_lose_more(seed, rows, pa
     frozen = torch.rand(rows, 16, generator=torch.Generator().manual_seed(seed)) < 0.2
     pruned = prune(W0, H, pattern, frozen=frozen, **SETTINGS)
     W, keep = coupled(W0, H, G, pruned, pattern, frozen, admm_steps=12, refine_steps=4)
-    width = pattern.m if isinstance(pattern, NM) else 16
+    width = pattern.group_width(16)
     assert torch.equal(keep.view(-1, width).sum(1), pruned.mask.view(-1, width).sum(1))
     assert not (keep & frozen).any()
     assert not W[~keep].any()
@@ -116,7 +116,7 @@ def test_dead_inputs_get_no_weights():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_rows_lose_less_of_what_is_joined(pattern, dtype):
+def test_coupled_rows_lose_less_of_what_is_coupled(pattern, dtype):
     (W0, H), G = layer(24, 32), hessian_of(tokens(24, 100, count=64)).float()
     W0, H = W0.to(dtype), H.float()
     by_diagonal = prune(W0, H, pattern, **SETTINGS, output_weights=G.diagonal())
@@ -143,7 +143,7 @@ def test_every_method_and_any_layout_of_the_weight(method):
     assert naive_loss(straight.weight.double() - W0, G, H) < naive_loss(by_diagonal.weight.double() - W0, G, H)
 
 
-def test_structured_layers_without_refinement_are_joined_by_their_other_steps():
+def test_structured_layers_without_refinement_are_coupled_by_their_other_steps():
     (W0, H), G = layer(12, 16), output_factor(12)
     options = {**SETTINGS, "refine_steps": 0}
     coupled = prune(W0.double(), H, Structured(0.25), **options, output_weights=G)
@@ -153,7 +153,7 @@ def test_structured_layers_without_refinement_are_joined_by_their_other_steps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_scale_of_what_joins_rows_changes_nothing(dtype):
+def test_the_scale_of_what_couples_rows_changes_nothing(dtype):
     (W0, H), G = layer(8, 16), output_factor(8).to(dtype)
     W0, H = W0.to(dtype), H.to(dtype)
     once, more = (prune(W0, H, NM(2, 4), **SETTINGS, output_weights=scale * G) for scale in (1, 2.0**-100))
@@ -197,7 +197,7 @@ def test_a_member_of_a_team_has_not_all_rows():
     class Half(Alone):
         num_rows = 8
 
-    with pytest.raises(ValueError, match="joins the 8 rows of the layer: solve it on one process"):
+    with pytest.raises(ValueError, match="couples the 8 rows of the layer: solve it on one process"):
         prune_rows(W0[:4], Factors(H.float()), NM(2, 4), options, None, Half(4), G.float())
 
 

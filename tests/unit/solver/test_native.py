@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from require import without
 
 from thanos_lightning.solver import NM, FactorizationError, Unstructured, native, prune
-from thanos_lightning.solver.admm import project
+from thanos_lightning.solver.admm import Iterates
 from thanos_lightning.solver.linalg import solve_subsets
 from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowest_weighted
 from thanos_lightning.solver.team import Alone
@@ -157,9 +157,8 @@ def test_project(rows, groups, width, tied, seed):
     keep &= ~frozen
     before = keep.clone()
     both = [[one.clone() for one in (moved, original, U, from_original, keep)] for _ in range(2)]
-    settings_ = (frozen, scale, width, 1.5, 0.5)
-    project(*both[0], *settings_)
-    in_torch(project, *both[1], *settings_)
+    for run, (its_moved, *updated) in zip((lambda f, *to: f(*to), in_torch), both, strict=True):
+        run(Iterates(*updated, frozen, scale, width, relaxation=1.5).project, its_moved, 0.5)
     (_, _, U, from_original, keep), (_, _, its_U, its_from_original, its_keep) = both
     assert torch.equal(keep, its_keep)
     assert torch.equal(keep.view(-1, width).sum(1), before.view(-1, width).sum(1))
@@ -184,7 +183,7 @@ def test_project_takes_weights_whose_rows_are_not_side_by_side():
     results = []
     for W0 in (original, original.repeat(1, 2)[:, :12], original.T.contiguous().T):
         written = [one.clone() for one in (moved, U, from_original, keep)]
-        project(written[0], W0, *written[1:], torch.zeros_like(keep), torch.ones(12), 4, 1.0, 0.5)
+        Iterates(W0, *written[1:], torch.zeros_like(keep), torch.ones(12), 4, 1.0).project(written[0], 0.5)
         results.append(written[2])
     assert all(torch.equal(result, results[0]) for result in results)
 

@@ -32,10 +32,14 @@ def test_structured_columns_are_adapted_to_by_the_columns_to_their_right():
 
 
 def test_block_budgets_add_up():
-    frozen, team = torch.zeros(3, 10, dtype=torch.bool), Alone(3)
-    assert _block_budgets(frozen, 13, 4, team) == [5, 5, 3]
+    def budgets(count):
+        return _block_budgets(frozen, Unstructured((count + 0.5) / 30), 4, Alone(3))
+
+    frozen = torch.zeros(3, 10, dtype=torch.bool)
+    assert budgets(13) == [5, 5, 3]
     frozen[:, :4] = True
-    assert _block_budgets(frozen, 12, 4, team) == [12, 0, 0]
-    assert _block_budgets(frozen, 15, 4, team) == [12, 2, 1]
-    assert _block_budgets(frozen, 5, 4, team) == [12, 0, 0]
-    assert _block_budgets(torch.ones(3, 10, dtype=torch.bool), 5, 4, team) == [12, 12, 6]
+    assert budgets(12) == [12, 0, 0]
+    assert budgets(15) == [12, 2, 1]
+    assert budgets(5) == [12, 0, 0]
+    frozen[:] = True
+    assert budgets(5) == [12, 12, 6]
