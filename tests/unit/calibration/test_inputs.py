@@ -529,7 +529,7 @@ def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
         model(inputs)
         for _ in range(20):
             copy.deepcopy(model)(inputs)
-            gc.collect()
+        gc.collect()
     assert statistics.accumulators["0"].num_tokens == 3
 
 
