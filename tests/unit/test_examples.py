@@ -63,7 +63,7 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [("docs/index.md", "fine_tune"), ("docs/guide/teacher.md", "loss"), ("docs/guide/modules.md", "pruned")],
+    [("docs/guide/teacher.md", "loss"), ("docs/guide/modules.md", "pruned")],
 )
 def test_the_code_of_a_page_runs(page: str, name: str) -> None:
     (block,) = blocks(page)
