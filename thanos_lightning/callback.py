@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from thanos_lightning.checkpoints.format import CALLBACK_KEY, NOTE_KEY, training_note
+from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
+from thanos_lightning.checkpoints.format import CALLBACK_KEY, training_note
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.past import Past

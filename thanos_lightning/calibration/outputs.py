@@ -24,11 +24,9 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
+from thanos_lightning.solver.layer import with_floor
 from thanos_lightning.solver.linalg import exact_arithmetic
 
-# Each output's weight gains this fraction of the layer's mean, because a few thousand tokens say little about an output
-# that hardly matters to them.
-_FLOOR = 0.01
 # `OutputGradients.backward` scales the loss: the gradient of a mean over thousands of tokens underflows in float16.
 _LOSS_SCALE = 2.0**14
 
@@ -211,4 +209,4 @@ def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Floa
         >>> output_weights({"a": torch.tensor([1.0, 3.0])})
         {'a': tensor([1.0200, 3.0200])}
     """
-    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}
+    return {name: with_floor(one) for name, one in sums.items()}

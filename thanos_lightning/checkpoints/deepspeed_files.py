@@ -34,6 +34,7 @@ _MODEL_FILES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _SWAPPED = "offloaded_tensors"
+NOTE_KEY = "thanos_lightning"  # key of the callback's note, see `format.training_note`
 _MASTER = "fp32"  # the key and file name of the fp32 master
 
 
@@ -64,22 +65,16 @@ class ZeroFolder:
     """The content of a DeepSpeed checkpoint folder.
 
     Attributes:
-        path: The folder.
         content: What Lightning and its callbacks saved on rank 0.
         others: What they saved on the other ranks, if each rank wrote its own file (stage 3).
         weights: Parameter or buffer name -> its most exact copy: the fp32 master if there is one.
         beside: Parameter name -> other tensors of its shape: the moments, and the model's copy where that is whole.
-        is_universal: Whether the folder was resharded, so that it fits any number of ranks.
-        world_size: The number of ranks that wrote the folder.
     """
 
-    path: Path
     content: Mapping[str, Any]
     others: Sequence[Mapping[str, Any]]
     weights: Mapping[str, Tensor]
     beside: Mapping[str, Mapping[str, Tensor]]
-    is_universal: bool
-    world_size: int
 
 
 def is_zero_folder(path: Path) -> bool:
@@ -170,7 +165,6 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     contents = load_contents(path)
     check_one_save(path)
     content, *of_others = contents
-    world_size = int(content["dp_world_size"])
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # Buffers, and parameters that the optimizer does not update, are only in the model's copy.
     weights: dict[str, Callable[[], Tensor]] = {name: _constant(value) for name, value in module.items()}
@@ -195,7 +189,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     untrained = weights.keys() & (content.get("frozen_param_shapes") or {}).keys()
     weights.update({name: _in_fp32(weights[name]) for name in untrained})
     _share_masters(weights, module, states)
-    return ZeroFolder(path, content, of_others, LazyTensors(weights), beside, is_universal(path), world_size)
+    return ZeroFolder(content, of_others, LazyTensors(weights), beside)
 
 
 def _share_masters(
@@ -419,7 +413,7 @@ def _of_stage_12(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]])
 def _of_stage_0(content: Mapping[str, Any]) -> _States:
     """At stage 0 tensors are whole and numbered as in the optimizer. The callback's note names their parameters."""
     optimizer = content["optimizer"]
-    named = (content.get("thanos_lightning") or {}).get("optimizer_parameters")
+    named = (content.get(NOTE_KEY) or {}).get("optimizer_parameters")
     if not named or not optimizer:
         return {}
     names: list[str | None] = named[0]

@@ -14,13 +14,18 @@ import transformers
 from torch import Tensor, nn
 
 from thanos_lightning.checkpoints.checksums import require_intact
-from thanos_lightning.checkpoints.deepspeed_files import files_of, is_zero_folder, read_zero_folder, require_end
+from thanos_lightning.checkpoints.deepspeed_files import (
+    NOTE_KEY,
+    files_of,
+    is_zero_folder,
+    read_zero_folder,
+    require_end,
+)
 from thanos_lightning.sharding.masks import LayerMask
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 7  # version of the state and of the note
 CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
-NOTE_KEY = "thanos_lightning"  # key of the note about the optimizers and the Hugging Face model
 
 
 def training_note(
@@ -149,10 +154,12 @@ class TrainerCheckpoint:
     def masks(self) -> dict[str, LayerMask] | None:
         """Parameter name in the LightningModule -> mask. None if there is no state of the callback."""
         states = [pruning_state(content) for content in (self.content, *self.others)]
-        found = [state["masks"] for state in states if state is not None]
+        found = [state for state in states if state is not None]
+        for state in found:
+            self._require_format(state)
         if not found:
             return None
-        return {name: LayerMask.from_state(state) for masks in found for name, state in masks.items()}
+        return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
 
     def require_masks(self) -> dict[str, LayerMask]:
         """Return the masks, at least one.
@@ -190,12 +197,15 @@ class TrainerCheckpoint:
                 "transformers model as a submodule"
             )
         note: Mapping[str, Any] = self.content[NOTE_KEY]
-        if note["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"{self.path} has format {note['format']!r}, this version reads {CHECKPOINT_FORMAT}: use the version "
-                "of thanos_lightning that wrote it"
-            )
+        self._require_format(note)
         return note
+
+    def _require_format(self, written: Mapping[str, Any]) -> None:
+        if written.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"{self.path} has format {written.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: use the "
+                "version of thanos_lightning that wrote it"
+            )
 
 
 def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:

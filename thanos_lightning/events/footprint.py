@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.owners import assign_owners
+from thanos_lightning.sharding.owners import assign_teams, owners_of
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
@@ -67,7 +67,7 @@ def event_bytes(
     """
     counts = options.needs_statistics
     moments = moments_bytes(layers, coupled=coupled) if counts else 0
-    owners = assign_owners({layer.name: layer for layer in layers}, ranks, coupled=coupled)
+    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks, coupled=coupled))
     peak = moments
     for rank in set(owners.values()):
         own = [layer for layer in layers if owners[layer.name] == rank]

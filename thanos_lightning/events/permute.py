@@ -225,8 +225,7 @@ def _costs(
     try:
         with open_phase("Measuring inputs", len(batches), "batches") as phase:
             for batch in batches:
-                counted = token_mask(batch)
-                with statistics.counting(None if counted is None else counted.to(model.device)):
+                with statistics.counting(token_mask(batch)):
                     _logits(model, batch)
                 phase.advance()
     finally:

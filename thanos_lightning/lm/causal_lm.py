@@ -47,6 +47,7 @@ from thanos_lightning.sharding.teacher import (
     require_own_gathering,
     sharding_config,
 )
+from thanos_lightning.training.lightning_private import has_trainer
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -339,7 +340,7 @@ class CausalLM(LightningModule):
         self._is_pruned = pruning is not None and bool(pruning["report"]["events"])
         if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING:
             return
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if not has_trainer(self) or self.trainer.state.fn != "fit":
             return
         folder = checkpoint.get(_TEACHER_KEY)
         if folder is None and self._is_pruned:

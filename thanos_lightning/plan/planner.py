@@ -13,7 +13,7 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.allocation import LayerSensitivity, allocate, levels
 from thanos_lightning.plan.options import CALIBRATION_STEPS
 from thanos_lightning.plan.schedule import Event, SparsitySchedule
-from thanos_lightning.plan.training_steps import events_in
+from thanos_lightning.plan.training_steps import checked_events
 from thanos_lightning.plan.windows import Window, patterns_at, plan_windows, split_by_memory
 from thanos_lightning.solver import Pattern
 
@@ -79,7 +79,7 @@ class Planner:
                 or if too few steps are left for a scan that is needed.
             ValueError: If windows do not fit before their events.
         """
-        events = events_in(self.schedule, trainer)
+        events = checked_events(self.schedule, trainer)
         if not self.allocates:
             return self._plan_pruning(events, layers, final)
         first, collects = events[0].step, self.calibration_steps > 0

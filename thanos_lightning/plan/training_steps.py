@@ -29,7 +29,7 @@ def check_trained(trainer: Trainer) -> None:
             raise MisconfigurationException(f"{name} is 0, so nothing was trained or pruned: raise it")
 
 
-def events_in(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
+def checked_events(schedule: SparsitySchedule, trainer: Trainer) -> list[Event]:
     """The events of a schedule. Warns if the Trainer's training is too short for them.
 
     Raises:

@@ -58,16 +58,6 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, couple
     return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
 
 
-def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, int]:
-    """Assign the rank that holds each layer's sums and weight: the first of the layer's team, see `assign_teams`.
-
-    Examples:
-        >>> assign_owners({}, world_size=2)
-        {}
-    """
-    return owners_of(assign_teams(layers, world_size, coupled=coupled))
-
-
 def owners_of(teams: Mapping[str, range]) -> dict[str, int]:
     """The owner of each layer: the first rank of its team.
 

@@ -38,9 +38,8 @@ T = TypeVar("T")
 # Coupled rows take these multiples of admm_steps and refine_steps, after the steps on single rows. On the layers of a
 # language model at 2:4, half as many coupled ADMM steps gave five sixths of the gain.
 _COUPLED_ADMM, _COUPLED_REFINE = 3, 7
-# Multiples of the mean of the output factor's diagonal, added to that diagonal. _FLOOR is for rows that compete, since
-# few tokens say little about an output that hardly matters to them. _COUPLED_FLOOR is for coupled rows: 1.0 did better
-# than 0.1, 0.3 and 3.
+# Multiples of the mean of the output factor's diagonal, added to that diagonal: for rows that compete, and for coupled
+# rows, where 1.0 did better than 0.1, 0.3 and 3.
 _FLOOR, _COUPLED_FLOOR = 0.01, 1.0
 # ADMM and refinement improve so many weights at a time: 16 MiB of weights, and about ten times as much memory.
 _IMPROVED_AT_A_TIME = 2**22
@@ -534,10 +533,12 @@ class _ScaledRows:
 
 def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
     """Return how much the error of each output counts by itself, for choices between rows."""
-    if output_weights.ndim == 1:
-        return output_weights
-    diagonal = output_weights.diagonal()
-    return diagonal + _FLOOR * diagonal.mean()
+    return output_weights if output_weights.ndim == 1 else with_floor(output_weights.diagonal())
+
+
+def with_floor(squares: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Add a hundredth of the mean, since few tokens say little about an output that hardly matters to them."""
+    return squares + _FLOOR * squares.mean()
 
 
 def _scale(output_weights: Float[Tensor, " rows"] | None, like: Tensor) -> Float[Tensor, "rows 1"] | None:

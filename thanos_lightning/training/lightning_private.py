@@ -52,6 +52,11 @@ def validate(trainer: Trainer) -> None:
         connector._first_loop_iter = first
 
 
+def has_trainer(module: LightningModule) -> bool:
+    """Whether a Trainer runs the module; its public `trainer` raises where none does."""
+    return module._trainer is not None
+
+
 def average_of(callback: Callback) -> Any | None:
     """The averaged model (torch's AveragedModel) of a WeightAveraging callback; None before it exists."""
     average: nn.Module | None = getattr(callback, "_average_model", None)

@@ -284,6 +284,20 @@ def assert_unreadable(path, output, message, error=ValueError):
             read()
 
 
+@pytest.mark.parametrize("part", ["state", "note"])
+def test_a_checkpoint_of_another_version(trained, tmp_path, part):
+    def grow_old(content):
+        (state,) = content["callbacks"].values()
+        (state if part == "state" else content["thanos_lightning"])["format"] = 6
+
+    old = change_checkpoint(trained["llama"][1], tmp_path / "old.ckpt", grow_old)
+    with pytest.raises(ValueError, match="has format 6, this version reads 7: use the version"):
+        export_checkpoint(old, tmp_path / "out")
+    if part == "state":
+        with pytest.raises(ValueError, match="has format 6"):
+            verify_checkpoint(old)
+
+
 def test_missing_checkpoint(tmp_path):
     missing = tmp_path / "nowhere.ckpt"
     assert_unreadable(missing, tmp_path / "out", r"nowhere\.ckpt does not exist", FileNotFoundError)

@@ -19,7 +19,7 @@ from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
-from thanos_lightning.sharding.owners import PruningError, assign_owners, assign_teams, sum_on_owners
+from thanos_lightning.sharding.owners import PruningError, assign_teams, owners_of, sum_on_owners
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
@@ -111,13 +111,13 @@ def seconds(layer: PrunableLayer, members: int = 1) -> int:
 
 def test_owners_are_balanced_by_cost() -> None:
     layers = find_targets(nn.Sequential(nn.Linear(64, 8), *(nn.Linear(32, 8) for _ in range(8))))
-    owners = assign_owners(layers, 2)
+    owners = owners_of(assign_teams(layers, 2))
     loads = [0, 0]
     for name, owner in owners.items():
         loads[owner] += seconds(layers[name])
     assert max(loads) / sum(loads) < 0.6
-    assert set(assign_owners(layers, 1).values()) == {0}
-    assert assign_owners(layers, 2) == owners
+    assert set(owners_of(assign_teams(layers, 1)).values()) == {0}
+    assert owners_of(assign_teams(layers, 2)) == owners
     assert all(len(team) == 1 for world_size in range(1, 10) for team in assign_teams(layers, world_size).values())
 
 
@@ -134,7 +134,6 @@ def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more:
     shuffled = list(layers)
     random.shuffle(shuffled)
     assert assign_teams({name: layers[name] for name in shuffled}, world_size) == teams
-    assert assign_owners(layers, world_size) == {name: team[0] for name, team in teams.items()}
     assert teams.keys() == layers.keys()
     used = [rank for team in teams.values() for rank in team]
     assert sorted(used) == list(range(min(world_size, sum(layer.rows for layer in layers.values()))))

@@ -12,7 +12,7 @@ from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.allocation import LayerSensitivity, allocate, nothing_to_allocate
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.plan.training_steps import events_in
+from thanos_lightning.plan.training_steps import checked_events
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
 
@@ -202,15 +202,15 @@ def test_what_can_be_shared(pattern: Pattern, is_for_it: bool) -> None:
 
 
 def test_events_of_a_training() -> None:
-    assert [event.step for event in events_in(SparsitySchedule(0.25, 0.75, 0.25), numbers(40))] == [20, 30]
-    assert [event.step for event in events_in(SparsitySchedule(10, 30, 10), numbers(float("inf")))] == [20, 30]
-    assert [event.step for event in events_in(SparsitySchedule(10, 30, 10), numbers(3, fast=True))] == [3]
+    assert [event.step for event in checked_events(SparsitySchedule(0.25, 0.75, 0.25), numbers(40))] == [20, 30]
+    assert [event.step for event in checked_events(SparsitySchedule(10, 30, 10), numbers(float("inf")))] == [20, 30]
+    assert [event.step for event in checked_events(SparsitySchedule(10, 30, 10), numbers(3, fast=True))] == [3]
     for trainer in (numbers(float("inf")), numbers(-1), numbers(40, automatic=False)):
         with pytest.raises(MisconfigurationException, match="fractions of the training"):
-            events_in(SparsitySchedule(0.25, 0.75, 0.25), trainer)
+            checked_events(SparsitySchedule(0.25, 0.75, 0.25), trainer)
     with pytest.raises(MisconfigurationException, match="at optimizer step 20, but the training has 19 steps"):
-        events_in(SparsitySchedule(20, 20, 1), numbers(19))
+        checked_events(SparsitySchedule(20, 20, 1), numbers(19))
     with pytest.warns(UserWarning, match="no step is left in which the model could recover"):
-        events_in(SparsitySchedule(20, 20, 1), numbers(20))
+        checked_events(SparsitySchedule(20, 20, 1), numbers(20))
     with pytest.warns(UserWarning, match="the final sparsity will not be reached"):
-        events_in(SparsitySchedule(10, 30, 10), numbers(25))
+        checked_events(SparsitySchedule(10, 30, 10), numbers(25))

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from thanos_lightning.training.lightning_private import (
     average_of,
     callbacks_of,
+    has_trainer,
     is_compiled,
     logged_step,
     process_group_timeout,
@@ -70,6 +71,8 @@ def test_in_a_training(tmp_path):
     trainer = fitted(tmp_path, module)
     assert module.asked == [(1, {"mine"})]  # this batch is counted when its hooks have run
     assert trainer.global_step == 3
+    assert has_trainer(module)
+    assert not has_trainer(Logging())
 
 
 def test_callbacks_are_replaced():
