@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import rich
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thanos_lightning.calibration.collector import Collector
 from thanos_lightning.events.forecast import Calibration, describe, forecast, tokens_per_batch
-from thanos_lightning.events.past import Past
 from thanos_lightning.models.census import take_census
-from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.plan.options import PruningOptions
-from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
-from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.replicated import ReplicatedAccess
-from thanos_lightning.solver import Pattern
+
+if TYPE_CHECKING:
+    from thanos_lightning.events.run import PruningRun
 
 
-def announce(
-    options: PruningOptions,
-    planner: Planner,
-    layers: Mapping[str, PrunableLayer],
-    final: Mapping[str, Pattern],
-    windows: Sequence[Window],
-    module: LightningModule,
-    trainer: Trainer,
-    *,
-    past: Past,
-    access: ParameterAccess,
-    collector: Collector,
-    weighs: bool,
-) -> None:
+def announce(run: PruningRun) -> None:
     """Print the announcement on rank 0, and warn if most of the model stays dense. All ranks must call it.
 
     Args:
-        options: Options of the callback.
-        planner: Plans the windows.
-        layers: Name -> layer, for all targets.
-        final: Name -> the pattern at the end.
-        windows: The windows that are planned so far.
-        module: The model whose weights are counted.
-        trainer: The Trainer of this fit.
-        past: Its report takes the counts of weights.
-        access: Reads and writes the strategy's parameters.
-        collector: Gives the batches of the calibration set.
-        weighs: Whether backwards run on the calibration set.
+        run: The fit that begins. Its report takes the counts of weights.
     """
-    census = take_census(module, layers)
+    options, trainer, module, past = run.options, run.trainer, run.module, run.past
+    census = take_census(module, run.layers)
     summary = past.report.summary
     summary.target_weights, summary.model_weights = census.target_weights, census.model_weights
     if census.share < 0.5:
@@ -62,32 +34,32 @@ def announce(
         )
     needs = options.solver.needs_statistics
     with torch.random.fork_rng(devices=[]):  # must not change the training's random numbers
-        batches = collector.batches(trainer, module) if options.calibration.batches is not None else None
+        batches = run.collector.batches(trainer, module) if options.calibration.batches is not None else None
     if not trainer.is_global_zero:
         return
     number, tokens = tokens_per_batch(trainer.train_dataloader if batches is None else batches) if needs else (0, 0)
     if needs and batches is None:
-        steps = max((window.end_step - window.start_step for window in windows), default=0)
+        steps = max((window.end_step - window.start_step for window in run.windows), default=0)
         number = steps * trainer.accumulate_grad_batches
-    calibration = Calibration(number, tokens, batches is None, weighs, options.calibration.couples_rows)
-    events = scheduled_events(planner.schedule, trainer)
-    scanned = planner.to_try(final) if any(window.scans for window in windows) else {}
+    calibration = Calibration(number, tokens, batches is None, run.differentiates, options.calibration.couples_rows)
+    events = scheduled_events(run.planner.schedule, trainer)
+    scanned = run.planner.to_try(run.final) if any(window.scans for window in run.windows) else {}
     outlook = forecast(
-        layers,
+        run.layers,
         census,
         options.solver,
         calibration,
         trainer,
         memory_gib=options.calibration.memory_gib if needs else None,
-        is_sharded=not isinstance(access, ReplicatedAccess),
+        is_sharded=not isinstance(run.access, ReplicatedAccess),
         levels=max(map(len, scanned.values()), default=0),
         events=len(events),
         pattern=options.pattern,
     )
-    pruned = {window.event.step for window in windows[: past.windows_done] if window.is_last and not window.scans}
+    pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     text = describe(
         census,
-        final.values(),
+        run.final.values(),
         [event for event in events if event.step not in pruned],
         options.pattern,
         calibration,

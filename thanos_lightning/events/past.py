@@ -44,9 +44,14 @@ class Past:
         length = {} if self.total_steps is None else {"max_steps": str(self.total_steps)}
         return options.in_words() | length
 
-    def state(self, options: PruningOptions) -> dict[str, Any]:
-        """The state as plain values, for `of_state`, while no fit runs: without a window's sums and without masks."""
-        return {
+    def state(self, options: PruningOptions, **of_run: Any) -> dict[str, Any]:
+        """The state as plain values, for `of_state`.
+
+        Args:
+            options: Options of the callback.
+            of_run: What `PruningRun.state` adds; while no fit runs, there are no masks and no sums of a window.
+        """
+        state = {
             "format": CHECKPOINT_FORMAT,
             "arguments": self.arguments(options),
             "optimizer_steps": self.optimizer_steps,
@@ -62,6 +67,8 @@ class Past:
             "sensitivities": {name: scan.state() for name, scan in self.sensitivities.items()},
             "save": "",
         }
+        assert of_run.keys() <= state.keys()
+        return state | of_run
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Past:

@@ -61,6 +61,7 @@ class PruningRun:
         module: The module that it trains.
 
     Attributes:
+        planner: Plans the windows.
         access: Reads and writes the strategy's parameters.
         enforcer: Holds the masks.
         collector: Collects statistics for the open window.
@@ -80,9 +81,9 @@ class PruningRun:
         trainer: Trainer,
         module: LightningModule,
     ) -> None:
-        self._options, self.past = options, past
-        self._layers, self._final = layers, final
-        self._trainer, self._module = trainer, module
+        self.options, self.past = options, past
+        self.layers, self.final = layers, final
+        self.trainer, self.module = trainer, module
         self.access: ParameterAccess = choose_access(trainer.strategy, layers)
         self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
@@ -101,7 +102,7 @@ class PruningRun:
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             schedule = schedule.resolve(past.total_steps)  # as in the fit before
-        self._planner = self._new_planner(schedule)
+        self.planner = self._new_planner(schedule)
         if schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []
@@ -121,11 +122,11 @@ class PruningRun:
         Args:
             restored: The state of a checkpoint, or of the same Trainer's previous fit; None for a fresh training.
         """
-        options, past, trainer = self._options, self.past, self._trainer
+        options, past, trainer = self.options, self.past, self.trainer
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self._layers, self.access, changed))
+            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.layers, self.access, changed))
         else:
             self._hold_zeros()
             if trainer.global_step > 0:  # the checkpoint was saved without the callback
@@ -149,27 +150,15 @@ class PruningRun:
             rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
         if past.windows_done < len(self.windows):
             self._held_back = hold_back_stopping(trainer)
-        self._clock = Clock(past.report.summary, self._module.device)
+        self._clock = Clock(past.report.summary, self.module.device)
         if restored is not None:
             self._clock.parts = dict(restored["event_parts"])
-        announce(
-            options,
-            self._planner,
-            self._layers,
-            self._final,
-            self.windows,
-            self._module,
-            trainer,
-            past=past,
-            access=self.access,
-            collector=self.collector,
-            weighs=not self._lacks_gradients and any(map(self._wants_gradients, self.windows[:1])),
-        )
+        announce(self)
         self._advance()
 
     def _check_monitor(self, monitor: str) -> None:
         self.past.report.summary.metric = monitor
-        if not self._trainer.enable_validation:
+        if not self.trainer.enable_validation:
             raise MisconfigurationException(
                 f"monitor is {monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
                 "monitor=None"
@@ -177,7 +166,7 @@ class PruningRun:
 
     def _open_again(self, restored: Mapping[str, Any], changed: Mapping[str, str]) -> None:
         """Open the window in whose midst the checkpoint was saved."""
-        if restored["couples_rows"] != self._options.calibration.couples_rows:
+        if restored["couples_rows"] != self.options.calibration.couples_rows:
             raise MisconfigurationException(
                 "the checkpoint was saved while statistics were collected, and "
                 f"{changed['calibration.output_weights']}: resume with what it was trained with"
@@ -186,7 +175,7 @@ class PruningRun:
         self.collector.load(restored["collected"])
 
     def _hold_zeros(self) -> None:
-        held = hold_zeros(self._layers, self.access, self.enforcer)
+        held = hold_zeros(self.layers, self.access, self.enforcer)
         self.past.patterns.update(held)
         if held:
             first, pattern = next(iter(held.items()))
@@ -199,14 +188,14 @@ class PruningRun:
     def _counting_optimizer(self) -> Optimizer:
         """The first optimizer that updates a target. Its steps are the steps of the schedule."""
         for optimizer in self.access.optimizers:
-            if self.access.stepped_by(optimizer, self._layers):
+            if self.access.stepped_by(optimizer, self.layers):
                 return optimizer
         return self.access.optimizers[0]
 
     # The plan
 
     def _new_planner(self, schedule: SparsitySchedule) -> Planner:
-        options = self._options
+        options = self.options
         allocates = options.allocation == Allocation("loss")
         if options.allocation is None and options.weighs_outputs and not self._lacks_gradients:
             allocates = nothing_to_allocate(options.pattern) is None
@@ -224,10 +213,10 @@ class PruningRun:
         begun_with_scan = None
         if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
             begun_with_scan = bool(restored["windows"][0][-1] == "scans")
-        return self._planner.plan(
-            self._trainer,
-            self._layers,
-            self._final,
+        return self.planner.plan(
+            self.trainer,
+            self.layers,
+            self.final,
             self.past.sensitivities,
             optimizer_steps=self.past.optimizer_steps,
             begun_with_scan=begun_with_scan,
@@ -235,23 +224,28 @@ class PruningRun:
 
     @property
     def _lacks_gradients(self) -> bool:
-        return self._options.calibration.batches is not None and not self.access.can_differentiate
+        return self.options.calibration.batches is not None and not self.access.can_differentiate
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether backwards run on the calibration set, if there is one, for the first event."""
+        return not self._lacks_gradients and any(map(self._wants_gradients, self.windows[:1]))
 
     def _wants_gradients(self, window: Window) -> bool:
         """Whether gradients weigh outputs: only if rows or layers compete for zeros, or rows are coupled."""
         compete = (
-            self._options.calibration.couples_rows
+            self.options.calibration.couples_rows
             or window.scans
             or any(pattern.rows_compete for pattern in window.patterns.values())
         )
-        return self._options.weighs_outputs and bool(compete)
+        return self.options.weighs_outputs and bool(compete)
 
     # Batches
 
     def begin_batch(self, batch: Any) -> None:
         """Count the forwards of the training batch that begins."""
-        self._scores.renewed(self._trainer, "step")
-        self.collector.begin(batch, partial(loss_scale, self._trainer))
+        self._scores.renewed(self.trainer, "step")
+        self.collector.begin(batch, partial(loss_scale, self.trainer))
 
     def end_batch(self, outputs: Any) -> None:
         """Prune what is due at the end of a training batch."""
@@ -262,12 +256,12 @@ class PruningRun:
             self._steps_seen = now
             self._recorder.add(now, outputs)
             self._advance()
-            every = self._options.verify_every_n_steps
+            every = self.options.verify_every_n_steps
             if every and now // every > before // every:  # a batch may take several optimizer steps
                 self.enforcer.verify()
         if self._sparsity is None:  # a tensor on the device saves a copy per batch
-            self._sparsity = torch.tensor(self.enforcer.sparsity(), device=self._module.device)
-        self._module.log("sparsity/total", self._sparsity)
+            self._sparsity = torch.tensor(self.enforcer.sparsity(), device=self.module.device)
+        self.module.log("sparsity/total", self._sparsity)
 
     def begin_validation(self) -> None:
         """Pause the clock, since validation is no training time."""
@@ -280,8 +274,8 @@ class PruningRun:
             self.past.measured = (self.past.optimizer_steps, value)
             self.past.report.history.metrics.append(self.past.measured)
             self._recorder.settle()
-        if not self._trainer.sanity_checking:
-            self._scores.renewed(self._trainer, "validation")
+        if not self.trainer.sanity_checking:
+            self._scores.renewed(self.trainer, "validation")
 
     def _post_step(self, *, counts: bool) -> Any:
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -304,19 +298,19 @@ class PruningRun:
                     self._collect(window)
                 return
             # Measure before a scan that the first event follows at once: a checkpoint saved meanwhile has the sums
-            is_first = not past.report.events and (not window.scans or self._options.calibration.memory_gib is None)
-            if is_first and self._options.monitor is not None:
+            is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
+            if is_first and self.options.monitor is not None:
                 past.report.summary.dense = self._measure()
             self._work(window)
             past.windows_done += 1
             if past.windows_done == len(self.windows):
-                self._scores.pruned(self._trainer)
-                release_stopping(self._trainer, self._held_back)
-        if self._options.monitor is not None and past.report.summary.pruned is None and past.report.events:
+                self._scores.pruned(self.trainer)
+                release_stopping(self.trainer, self._held_back)
+        if self.options.monitor is not None and past.report.summary.pruned is None and past.report.events:
             past.report.summary.pruned = self._measure()
 
     def _work(self, window: Window) -> None:
-        shown = self._trainer.progress_bar_callback is not None  # False if the user turned progress bars off
+        shown = self.trainer.progress_bar_callback is not None  # False if the user turned progress bars off
         with self._clock.event(), hidden(not shown), ends_on_sigterm():
             if window.scans:
                 self._scan(window)
@@ -330,9 +324,9 @@ class PruningRun:
             self._finish(event)
 
     def _new_collector(self) -> Collector:
-        calibration = self._options.calibration
+        calibration = self.options.calibration
         return Collector(
-            self._layers,
+            self.layers,
             self.access,
             calibration=calibration.batches,
             attention_mask_key=calibration.attention_mask_key,
@@ -345,10 +339,10 @@ class PruningRun:
         self.collector.open(window, gradients=self._wants_gradients(window))
 
     def _moments(self, window: Window) -> Moments:
-        if self._options.solver.needs_statistics:
+        if self.options.solver.needs_statistics:
             gradients = self._wants_gradients(window)
             self._clock.now("calibrating")
-            moments = self.collector.take(window, self._trainer, self._module, gradients=gradients)
+            moments = self.collector.take(window, self.trainer, self.module, gradients=gradients)
             self._clock.add("calibrating", moments.seconds)
             self.past.report.summary.collecting_seconds += moments.seconds
         else:
@@ -358,7 +352,7 @@ class PruningRun:
         return moments
 
     def _layers_of(self, window: Window) -> dict[str, PrunableLayer]:
-        return {name: self._layers[name] for name in window.patterns}
+        return {name: self.layers[name] for name in window.patterns}
 
     def _scan(self, window: Window) -> None:
         moments = self._moments(window)
@@ -368,8 +362,8 @@ class PruningRun:
             self._layers_of(window),
             moments,
             access=self.access,
-            options=self._options.solver,
-            tried=self._planner.to_try(window.patterns),
+            options=self.options.solver,
+            tried=self.planner.to_try(window.patterns),
         )
         if window.is_last:
             self.windows = self._plan()
@@ -379,7 +373,7 @@ class PruningRun:
 
     def _prune(self, window: Window) -> None:
         report = self.past.report
-        if not report.events and (tell := getattr(self._module, "on_before_pruning", None)) is not None:
+        if not report.events and (tell := getattr(self.module, "on_before_pruning", None)) is not None:
             tell()
         moments = self._moments(window)
         self._clock.now("solving")
@@ -389,16 +383,16 @@ class PruningRun:
             moments,
             access=self.access,
             enforcer=self.enforcer,
-            options=self._options.solver,
+            options=self.options.solver,
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             on_writing=lambda: self._clock.now("writing"),
         )
         self.past.patterns.update({layer.name: window.patterns[layer.name] for layer in layers})
         self._sparsity = None
         self.past.measured = None  # the metric of the weights before this event is stale
-        restart_averages(self._trainer, self._module)
+        restart_averages(self.trainer, self.module)
         if not report.events or report.events[-1].step != window.event.step:
-            report.events.append(EventReport(window.event.step, window.event.sparsity(self._options.pattern.sparsity)))
+            report.events.append(EventReport(window.event.step, window.event.sparsity(self.options.pattern.sparsity)))
         report.events[-1].layers.extend(layers)
 
     def _finish(self, event: EventReport) -> None:
@@ -409,9 +403,9 @@ class PruningRun:
             "sparsity/target": event.target,
             "sparsity/total": self.enforcer.sparsity(),
         }
-        for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=logged_step(self._trainer))
-        if self._trainer.is_global_zero:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=logged_step(self.trainer))
+        if self.trainer.is_global_zero:
             print_event(event)
             self._write_report()
 
@@ -419,10 +413,10 @@ class PruningRun:
         """The monitored metric of the current weights, from the Trainer's own validation loop."""
         steps = self.past.optimizer_steps
         if self.past.measured is None or self.past.measured[0] != steps:
-            validate_quietly(self._trainer)
+            validate_quietly(self.trainer)
         if self.past.measured is None or self.past.measured[0] != steps:
             raise MisconfigurationException(
-                f"monitor is {self._options.monitor!r}, but validation ran without a batch: give a validation "
+                f"monitor is {self.options.monitor!r}, but validation ran without a batch: give a validation "
                 "dataloader that isn't empty, or monitor=None"
             )
         return self.past.measured[1]
@@ -431,9 +425,9 @@ class PruningRun:
 
     def end(self) -> None:
         """Count the zeros at the end of the training, warn of events that were missed, and write the report."""
-        report, trainer = self.past.report, self._trainer
+        report, trainer = self.past.report, self.trainer
         self.enforcer.verify()
-        if self._options.monitor is not None and report.events:
+        if self.options.monitor is not None and report.events:
             report.summary.recovered = self._measure()
         missed = [window for window in self.windows[self.past.windows_done :] if window.is_last]
         if missed:
@@ -463,7 +457,7 @@ class PruningRun:
 
     def stop(self) -> None:
         """Remove all hooks, and give EarlyStopping back to the Trainer. The masks stay for a checkpoint."""
-        release_stopping(self._trainer, self._held_back)
+        release_stopping(self.trainer, self._held_back)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -473,7 +467,7 @@ class PruningRun:
     @property
     def report_path(self) -> Path:
         """Path of the report."""
-        return Path(self._trainer.default_root_dir) / "pruning_report.json"
+        return Path(self.trainer.default_root_dir) / "pruning_report.json"
 
     def _write_report(self) -> None:
         self._recorder.settle()
@@ -492,14 +486,15 @@ class PruningRun:
         a file (ZeRO-3), each rank has its own sums and its share of the masks: each mask is in one of the files.
         """
         self._recorder.settle()
-        return self.past.state(self._options) | {
-            "windows": [window.state() for window in self.windows],
-            "masks": masks_state(self.enforcer, self._layers, self.past.patterns, self.access),
-            "collected": self.collector.state(),
-            "event_parts": dict(self._clock.parts),
+        return self.past.state(
+            self.options,
+            windows=[window.state() for window in self.windows],
+            masks=masks_state(self.enforcer, self.layers, self.past.patterns, self.access),
+            collected=self.collector.state(),
+            event_parts=dict(self._clock.parts),
             # The files of all ranks share this id, which shows that they are of one save
-            "save": self.access.gather(uuid.uuid4().hex)[0] if self.access.saves_every_rank else "",
-        }
+            save=self.access.gather(uuid.uuid4().hex)[0] if self.access.saves_every_rank else "",
+        )
 
 
 def _steps_without_state(trainer: Trainer) -> int:
