@@ -39,17 +39,16 @@ from thanos_lightning.report.stopwatch import finish
 
 RANKS = {"cpu": 2, "cuda": 1}
 SEQUENCES = 4
-VOCABULARY = 49152
 
 
 class Model(LightningModule):
     """A Llama with the shapes of SmolLM2-135M and random weights."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, vocabulary: int) -> None:
         super().__init__()
         self.model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=vocabulary,
                 hidden_size=576,
                 intermediate_size=1536,
                 num_hidden_layers=layers,
@@ -106,7 +105,7 @@ class Clock(Callback):
         self.enforcing.append(self._inside)
 
 
-def run_rank(stage: int, layers: int, steps: int, length: int, device: str, out: Path) -> None:
+def run_rank(stage: int, layers: int, vocabulary: int, steps: int, length: int, device: str, out: Path) -> None:
     """Train on this rank, and write what was measured."""
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
@@ -137,8 +136,8 @@ def run_rank(stage: int, layers: int, steps: int, length: int, device: str, out:
         gradient_clip_val=1.0,
         default_root_dir=out,
     )
-    sequences = torch.randint(VOCABULARY, (ranks * SEQUENCES * (3 + 3 * steps), length))
-    trainer.fit(Model(layers), torch.utils.data.DataLoader(sequences, batch_size=SEQUENCES))
+    sequences = torch.randint(vocabulary, (ranks * SEQUENCES * (3 + 3 * steps), length))
+    trainer.fit(Model(layers, vocabulary), torch.utils.data.DataLoader(sequences, batch_size=SEQUENCES))
     median = statistics.median
     results = {
         "plain": median(clock.steps[3:plain]),
@@ -151,7 +150,7 @@ def run_rank(stage: int, layers: int, steps: int, length: int, device: str, out:
     dist.destroy_process_group()
 
 
-def measure(stage: int, layers: int, steps: int, length: int, device: str) -> dict[str, float]:
+def measure(stage: int, layers: int, vocabulary: int, steps: int, length: int, device: str) -> dict[str, float]:
     """The slowest rank's seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -169,7 +168,8 @@ def measure(stage: int, layers: int, steps: int, length: int, device: str) -> di
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             command = [sys.executable, __file__, "--out", folder, "--stages", str(stage)]
-            command += ["--layers", str(layers), "--steps", str(steps), "--length", str(length), "--device", device]
+            command += ["--layers", str(layers), "--vocabulary", str(vocabulary), "--steps", str(steps)]
+            command += ["--length", str(length), "--device", device]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.wait() for process in processes]
         if any(codes):
@@ -189,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--layers", type=int, default=30, help="decoder layers; 30 are SmolLM2-135M's")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="of tokens; 49,152 are SmolLM2-135M's")
     parser.add_argument("--steps", type=int, default=7, help="of each kind")
     parser.add_argument(
         "--length", type=int, nargs="+", default=[128], help="tokens of a sequence; a step has 4 a rank"
@@ -199,11 +200,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     if arguments.out is not None:
-        run_rank(arguments.stages[0], arguments.layers, arguments.steps, arguments.length[0], device, arguments.out)
+        model = arguments.layers, arguments.vocabulary
+        run_rank(arguments.stages[0], *model, arguments.steps, arguments.length[0], device, arguments.out)
         return
     rows = []
     for stage, length in itertools.product(arguments.stages, arguments.length):
-        seconds = measure(stage, arguments.layers, arguments.steps, length, device)
+        seconds = measure(stage, arguments.layers, arguments.vocabulary, arguments.steps, length, device)
         rows.append(
             {
                 "stage": stage,

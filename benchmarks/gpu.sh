@@ -36,7 +36,7 @@ if [ "$DEVICE" = cuda ]; then
 else
   export THANOS_CUDA=dry
   solver=(--shapes 64x64 --repeats 1)
-  enforcement=(--stages 3 --layers 1 --steps 1 --length 8)
+  enforcement=(--stages 3 --layers 1 --vocabulary 512 --steps 1 --length 8)
   one_shot=(--methods thanos --sequences 2 --length 16 --validation-sequences 2)
   recovery=(--rates 3e-4 --steps 4 --batch 2 --length 16 --calibration 4 --validation 4)
 fi
