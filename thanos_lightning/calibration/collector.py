@@ -84,23 +84,14 @@ class Collector:
         return None if self._open is None else self._open.statistics
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check before the training that a promised calibration set exists.
-
-        Raises:
-            MisconfigurationException: If neither the datamodule nor the module has it.
-        """
+        """Check before the training that the datamodule or the module has a promised calibration set; raise if not."""
         if isinstance(self._calibration, str):
             self._holder(trainer, module)
 
     # In the training
 
     def open(self, window: Window, *, gradients: bool) -> None:
-        """Begin to collect from training batches.
-
-        Args:
-            window: The window that opens.
-            gradients: Whether to collect gradients for output weights, too.
-        """
+        """Begin to collect from training batches: inputs, and with `gradients` what output weights need, too."""
         statistics = self._new_statistics(window)
         self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
         statistics.start()
@@ -108,11 +99,9 @@ class Collector:
             self._open.gradients.start()
 
     def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
-        """Count the forwards from now on.
+        """Count the forwards of this training batch from now on.
 
-        Args:
-            batch: The training batch that the forwards run on.
-            loss_scale: Returns the factor on the batch's loss before the backward.
+        `loss_scale` returns the factor on the batch's loss before the backward.
         """
         if self._open is not None:
             self._open.statistics.begin(partial(self._counted, batch))
@@ -161,17 +150,11 @@ class Collector:
     # At the end of a window
 
     def take(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> Moments:
-        """Return the moments of a window that ends now. All ranks must call it.
-
-        Args:
-            window: The window.
-            trainer: Runs a calibration set.
-            module: Runs a calibration set.
-            gradients: Whether output weights are wanted.
+        """Return the moments of a window that ends now, with output weights if `gradients`. All ranks must call it.
 
         Raises:
             PruningError: If nothing was collected, or the calibration set is empty.
-            ValueError: With the error of the first rank on which a batch could not be counted.
+            ValueError, RuntimeError: With the error of the first rank on which a batch could not be counted.
             MisconfigurationException: If a promised calibration set is missing, or gives no loss where one is needed.
         """
         found, self._kept = self._kept, None
@@ -284,11 +267,7 @@ class Collector:
             )
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-        """Return the batches of the calibration set.
-
-        Raises:
-            MisconfigurationException: If neither the datamodule nor the module has them.
-        """
+        """Return the batches of the calibration set. Raise if neither the datamodule nor the module has them."""
         if not isinstance(self._calibration, str):
             assert self._calibration is not None
             return self._calibration

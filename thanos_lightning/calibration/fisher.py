@@ -22,10 +22,8 @@ def counted_predictions(
 ) -> Bool[Tensor, "batch tokens"]:
     """Mark the tokens whose next-token prediction counts.
 
-    Args:
-        batch: May have labels or an attention_mask, each (batch, tokens). A prediction counts if the next token's label
-            is not -100; without labels, if the mask is 1 for both tokens.
-        logits: The batch's logits. Only their shape and device matter.
+    A prediction counts if the next token's label is not -100; without labels, if the attention_mask is 1 for both
+    tokens. Labels and mask are (batch, tokens). Of the logits, only the shape and the device matter.
 
     Examples:
         >>> counted_predictions({"attention_mask": torch.tensor([[1, 1, 0]])}, torch.zeros(1, 3, 2))
@@ -46,14 +44,10 @@ def sampled_loss(
 ) -> Float[Tensor, ""]:
     """Cross entropy against one label for each token, drawn from the model's own distribution.
 
-    Args:
-        logits: From a forward with gradients, in any floating dtype. The loss is computed in float32.
-        counted: True where a token's prediction counts.
-        seed: Seeds a generator of its own, so that no other random numbers change.
-
-    Returns:
-        The sum over the counted tokens, divided by `LOSS_PER`, float32. It is about as large as a mean. Unlike a mean,
-        it gives the tokens of short and long batches the same weight when squared gradients of batches are added.
+    The logits are of a forward with gradients, in any floating dtype. The loss is the sum over the counted tokens,
+    divided by `LOSS_PER`, in float32. It is about as large as a mean. Unlike a mean, it gives the tokens of short and
+    long batches the same weight when squared gradients of batches are added. The seed is for a generator of its own, so
+    that no other random numbers change.
 
     Examples:
         >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both

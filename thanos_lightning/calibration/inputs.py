@@ -92,11 +92,8 @@ class InputStatistics:
     (activation checkpointing recomputes) counts nothing: its tokens were counted before. Layers that are called with
     the same tensor (q, k, v; gate, up) share one accumulator.
 
-    Args:
-        layers: Name -> layer of the window.
-        kept: Keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
-            waiting in the forward. Nothing is counted after an error.
-        stopwatch: Measures the time that the hooks take.
+    `kept` keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
+    waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
@@ -134,9 +131,8 @@ class InputStatistics:
     def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
         """Count the forwards from now on.
 
-        Args:
-            counted: Bool (batch, length), True = the token counts; None counts all. Or a function that returns such a
-                mask; its error is kept like those of the hooks.
+        `counted` is bool (batch, length), True = the token counts; None counts all. It may also be a function that
+        returns such a mask; its error is kept like those of the hooks.
         """
         with self.kept.keeping():
             mask = counted() if callable(counted) else counted
@@ -270,16 +266,9 @@ def gather_states(
 ) -> list[dict[str, Any] | None]:
     """Return the states that a checkpoint of this rank has to keep. All ranks must call it.
 
-    If rank 0 writes for all ranks, it receives the states of all. Sums are sent one by one, because a device may lack
-    the memory for all of them.
-
-    Args:
-        statistics: This rank's statistics.
-        gradients: Layer name -> this rank's sums in `OutputGradients`.
-        access: Lets the ranks communicate.
-
-    Returns:
-        For each rank, `InputStatistics.state` with the gradients; None if another rank keeps it.
+    The list has an entry for each rank: its `InputStatistics.state` with its `gradients` (the sums in
+    `OutputGradients`), or None if another rank keeps it. If rank 0 writes for all ranks, it receives the states of all.
+    Sums are sent one by one, because a device may lack the memory for all of them.
     """
     own = statistics.state()
     own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
@@ -305,8 +294,7 @@ def load_own_states(
 ) -> dict[str, Tensor]:
     """Continue from this rank's share of what `gather_states` returned, under any number of ranks.
 
-    Returns:
-        Layer name -> sums for `OutputGradients.load`, on the CPU.
+    Return layer name -> sums for `OutputGradients.load`, on the CPU.
 
     Raises:
         MisconfigurationException: If a different number of ranks wrote the states, and each rank only its own.

@@ -44,13 +44,7 @@ class Moments:
         world_size: int,
         accumulators: dict[str, HessianAccumulator] | None = None,
     ) -> Moments:
-        """Make moments without output weights, with teams decided from the layers' shapes.
-
-        Args:
-            layers: Name -> layer of the window.
-            world_size: Number of ranks.
-            accumulators: See the attribute.
-        """
+        """Make moments without output weights, with teams decided from the layers' shapes."""
         return cls(assign_teams(layers, world_size), accumulators)
 
     @property

@@ -47,17 +47,12 @@ class _Attached(torch.autograd.Function):
 class OutputGradients:
     """Sums squared gradients at the outputs of layers over the tokens of every backward, by hooks.
 
+    `sums` has the sums of squares by layer, (rows,). With `coupled`, it has the sums of products at each pair of
+    outputs, (rows, rows).
+
     Gradients that are not finite are left out; they occur when a gradient scaler is about to skip the step. Padding
-    needs no mask: its gradients are 0 if the loss ignores it.
-
-    Args:
-        layers: Name -> layer.
-        kept: Keeps an error of a hook while other ranks would wait. Nothing is counted after an error.
-        coupled: Sum the products at each pair of outputs, (rows, rows), instead of the squares, (rows,).
-
-    Attributes:
-        sums: Name -> sums.
-        stopwatch: Measures the time that summing takes.
+    needs no mask: its gradients are 0 if the loss ignores it. `kept` keeps an error of a hook while other ranks would
+    wait. Nothing is counted after an error. `stopwatch` measures the time that summing takes.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
@@ -85,11 +80,7 @@ class OutputGradients:
         self._unscale: float | Tensor = 1.0  # undoes the loss scale in a gradient
 
     def start(self, *, of_training: bool = True) -> None:
-        """Add the hooks.
-
-        Args:
-            of_training: Whether the training runs the backwards; else `backward` does.
-        """
+        """Add the hooks. `of_training` says whether the training runs the backwards; else `backward` does."""
         if not of_training:
             device = next(iter(self._layers.values())).parameter.device
             self._leaf = torch.zeros((), device=device, requires_grad=True)
@@ -111,9 +102,7 @@ class OutputGradients:
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         """Run a backward that stops at the layers' outputs, and touches no gradient of a parameter.
 
-        Args:
-            loss: The loss of a forward since `start`.
-            counts: False leaves the gradients out of the sums.
+        The loss is of a forward since `start`. If `counts` is False, the gradients are left out of the sums.
         """
         assert self._leaf is not None
         self._is_counting, self._unscale = counts, 1 / _LOSS_SCALE
@@ -180,12 +169,7 @@ class OutputGradients:
     def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
         """Add up all ranks' sums of products, each on its layer's owner. All must call it.
 
-        Args:
-            owners: Layer name -> owner, for the layers to add up.
-            access: How the strategy's parameters are reached.
-
-        Returns:
-            The totals that this rank owns. Layers without any gradient are missing. This rank's own sums stay.
+        Return the totals that this rank owns. Layers without any gradient are missing. This rank's own sums stay.
         """
         found = {}
         for name, owner in owners.items():
@@ -202,8 +186,7 @@ class OutputGradients:
 def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
     """Weigh an error at each output by the output's sum plus a hundredth of the layer's mean.
 
-    Args:
-        sums: Layer -> sums of squared gradients, not all zero.
+    A layer's sums of squared gradients must not all be zero.
 
     Examples:
         >>> output_weights({"a": torch.tensor([1.0, 3.0])})

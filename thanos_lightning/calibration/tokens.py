@@ -12,11 +12,8 @@ from torch import Tensor
 def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
     """Find the mask of the tokens that count, anywhere in a batch: bool (batch, length), or None without a mask.
 
+    The batch may nest mappings, lists and tuples. `key` names the mask in a mapping: 1 or True for a token that counts.
     The mask is returned on the CPU, because the host reads it. A mask on a device is copied once.
-
-    Args:
-        batch: Mappings, lists and tuples, nested as a dataloader gives them.
-        key: Name of the mask in a mapping: 1 or True for a token that counts.
 
     Raises:
         ValueError: If there are several masks, or the mask is additive or not of shape (batch, length).
@@ -63,8 +60,7 @@ def _find(batch: Any, key: str) -> Iterator[Any]:
 class CountedTokens:
     """The tokens of a batch that count, as row indices, so that selecting them does not make the host wait.
 
-    Args:
-        mask: Bool (batch, length), on the CPU.
+    The mask is bool (batch, length), on the CPU.
     """
 
     def __init__(self, mask: Tensor) -> None:

@@ -9,10 +9,8 @@ from pathlib import Path
 def require_intact(path: Path) -> None:
     """Check every part of a file from `torch.save` against its checksum (CRC-32), which `torch.load` does not do.
 
-    Reads the whole file. Files in the format from before torch 1.6 have no checksums and pass.
-
-    Raises:
-        ValueError: If bytes of the file have changed.
+    Reads the whole file, and raises ValueError if bytes of it have changed. Files in the format from before torch 1.6
+    have no checksums and pass.
 
     Examples:
         >>> import tempfile, torch

@@ -83,11 +83,7 @@ def is_zero_folder(path: Path) -> bool:
 
 
 def require_end(path: Path) -> None:
-    """Refuse a folder that DeepSpeed did not finish: it writes `latest` last.
-
-    Raises:
-        ValueError: If the folder is unfinished.
-    """
+    """Raise ValueError if DeepSpeed did not finish this folder: it writes `latest` last."""
     if (path / "checkpoint").is_dir() and not is_zero_folder(path):
         raise ValueError(
             f"{path} is a checkpoint folder of DeepSpeed's that was not written to its end (it has no file `latest`): "
@@ -118,11 +114,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read which training a folder fits. Reads no weights.
-
-    Raises:
-        ValueError: If a file is missing or damaged.
-    """
+    """Read which training a folder fits. Reads no weights. Raises ValueError if a file is missing or damaged."""
     content = load_file(model_files(path)[0])
     return Plan(
         stage=int(content["ds_config"].get("zero_optimization", {}).get("stage", 0)),
@@ -133,11 +125,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def require_masters(path: Path) -> None:
-    """Refuse a folder whose masters and moments were on NVMe.
-
-    Raises:
-        ValueError: If they are in files of DeepSpeed's swapper, which do not name their parameters.
-    """
+    """Raise ValueError if the masters and moments were on NVMe: DeepSpeed's swapper does not name their parameters."""
     if (path / "checkpoint" / _SWAPPED).exists():
         raise ValueError(
             f"the optimizer was offloaded to NVMe when {path} was written, and its masters and moments are in files "
@@ -244,11 +232,8 @@ def check_files(path: Path) -> None:
 def check_one_save(path: Path) -> None:
     """Refuse a folder that lacks files, or that mixes files of two saves because a rank was killed during the second.
 
-    Compares the steps that the files record: Lightning's, DeepSpeed's, Adam's and the callback's. Also compares the
-    callback's mark of the save.
-
-    Raises:
-        ValueError: Names the rank whose files are missing, or two files and their different steps.
+    Raises ValueError if the files differ in a step that they record (Lightning's, DeepSpeed's, Adam's and the
+    callback's) or in the callback's mark of the save.
     """
     if is_universal(path):
         return  # reshard_checkpoint checks its source, unless that is trusted
@@ -295,11 +280,7 @@ def model_files(path: Path) -> list[Path]:
 
 
 def load_contents(path: Path) -> list[dict[str, Any]]:
-    """Read what Lightning and its callbacks keep: on rank 0, and at stage 3 on all ranks in rank order.
-
-    Raises:
-        ValueError: If a file is missing or damaged.
-    """
+    """Read all `model_files`, in their order. Raises ValueError if one is missing or damaged."""
     files = model_files(path)
     contents = [load_file(file) for file in files]
     if any(_RANK.search(file.name) for file in files) and not is_universal(path):

@@ -11,11 +11,7 @@ from pathlib import Path
 
 
 def require_free(output: Path) -> None:
-    """Refuse an output path that is in use.
-
-    Raises:
-        ValueError: If there is anything but an empty folder at this path.
-    """
+    """Raise ValueError if there is anything but an empty folder at this path."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():

@@ -33,15 +33,12 @@ def training_note(
 ) -> dict[str, Any]:
     """Describe a training for its checkpoint: the owners of the moments, and how to rebuild the Hugging Face model.
 
-    Args:
-        module: The LightningModule.
-        stepped: The module's parameters of each optimizer, in the order in which the optimizer's state numbers them.
-            Optimizers are ordered as in the checkpoint's `optimizer_states`. None fills a number without a parameter.
-        targets: Names of the layers to prune. If there are several Hugging Face models (a teacher beside the trained
-            one), the note describes the one with the most targets. If models are nested, the outermost one wins.
+    Returns plain values to store under `NOTE_KEY`. `stepped` has the module's parameters of each optimizer, in the
+    order in which the optimizer's state numbers them. None fills a number without a parameter. Optimizers are ordered
+    as in the checkpoint's `optimizer_states`.
 
-    Returns:
-        Plain values to store under `NOTE_KEY`.
+    If there are several Hugging Face models (a teacher beside the trained one), the note describes the one with the
+    most `targets`, the names of the layers to prune. If models are nested, the outermost one wins.
 
     Examples:
         >>> layer = nn.Linear(2, 2)
@@ -51,7 +48,6 @@ def training_note(
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     note: dict[str, Any] = {
         "format": CHECKPOINT_FORMAT,
-        # an optimizer's state numbers its parameters in this order
         "optimizer_parameters": [[names.get(id(parameter)) for parameter in parameters] for parameters in stepped],
     }
     models = [
@@ -142,11 +138,7 @@ class TrainerCheckpoint:
         return cls(path, content, (), content["state_dict"], _moments(content))
 
     def require_intact(self) -> None:
-        """Check all files of the checkpoint against their checksums. Reads every file in full.
-
-        Raises:
-            ValueError: Names a file whose bytes have changed.
-        """
+        """Raise ValueError if a file's bytes do not match their checksums. Reads every file in full."""
         for file in [self.path] if self.path.is_file() else files_of(self.path):
             require_intact(file)
 
@@ -162,11 +154,7 @@ class TrainerCheckpoint:
         return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
 
     def require_masks(self) -> dict[str, LayerMask]:
-        """Return the masks, at least one.
-
-        Raises:
-            ValueError: If there is no state of the callback, or if nothing was pruned before the save.
-        """
+        """Return the masks, at least one. Raises ValueError if there is no state of the callback, or no mask in it."""
         masks = self.masks
         if masks is None:
             raise ValueError(
@@ -186,11 +174,7 @@ class TrainerCheckpoint:
         return "architecture" in (self.content.get(NOTE_KEY) or {})
 
     def require_note(self) -> Mapping[str, Any]:
-        """Return the callback's note about the Hugging Face model.
-
-        Raises:
-            ValueError: If the callback found no such model, or wrote its note in another format.
-        """
+        """Return the note about the Hugging Face model. Raises ValueError if it is missing, or of another format."""
         if not self.describes_a_model:
             raise ValueError(
                 f"{self.path} does not say which Hugging Face model it holds: train a LightningModule that keeps a "

@@ -19,15 +19,9 @@ from thanos_lightning.checkpoints.lazy import LazyTensors
 
 
 def build_model(architecture: str, config: Any, path: Path) -> transformers.PreTrainedModel:
-    """Build a model from its configuration without allocating its weights.
+    """Build a model from its configuration, or from the dict of one, without allocating its weights.
 
-    Args:
-        architecture: Name of a transformers class.
-        config: A configuration, or its dict.
-        path: The file or folder of both, for the error message.
-
-    Raises:
-        ValueError: If transformers has no such class.
+    Raises ValueError, which names `path`, if transformers has no class `architecture`.
     """
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
@@ -52,11 +46,7 @@ def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
 class SafetensorsFiles(LazyTensors):
     """The tensors of a Hugging Face folder or of one .safetensors file. Each is read on access.
 
-    Args:
-        path: The folder or the file.
-
-    Raises:
-        ValueError: If a file is damaged or missing, or the folder holds none.
+    Raises ValueError if a file is damaged or missing, or the folder holds none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,11 +91,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: If the file is no JSON.
-    """
+    """Read a JSON file. Raises ValueError if it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A mapping that makes a tensor at every access and keeps none.
-
-    Args:
-        make: Name -> function that makes the tensor.
-    """
+    """A mapping that keeps no tensors: every access calls the function of that name in `make`."""
 
     def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
         self._make = dict(make)

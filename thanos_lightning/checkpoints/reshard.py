@@ -30,7 +30,7 @@ from thanos_lightning.report.progress import open_phase
 def reshard_checkpoint(
     checkpoint: str | Path, output: str | Path | None = None, *, processes: int = 1, trusted: bool = False
 ) -> Path:
-    """Convert a checkpoint of ZeRO 1, 2 or 3 so that it resumes on any number of ranks.
+    """Convert a checkpoint of ZeRO 1, 2 or 3 into a folder from which any number of ranks resumes, and return its path.
 
     DeepSpeed converts it to its universal format, which has one file per parameter for the fp32 master and each moment.
     Masks and schedule are kept, and so are the sums of all ranks if a window was being collected.
@@ -41,9 +41,6 @@ def reshard_checkpoint(
         processes: How many processes convert at a time. Each holds one rank's part in memory.
         trusted: Whether DeepSpeed may read files with objects other than plain values and its own. Reading them may run
             any code.
-
-    Returns:
-        The folder, for `fit(ckpt_path=…)`.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.

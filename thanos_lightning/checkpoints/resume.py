@@ -35,8 +35,9 @@ _GUARDED = "_thanos_lightning_guards_resume"
 def guard_resume(strategy: DeepSpeedStrategy) -> None:
     """Check every checkpoint that this strategy loads from now on, and complete what DeepSpeed loads.
 
-    - All ranks refuse a folder with damaged files, files of several saves, or objects that are not plain values. They
-      do so before DeepSpeed reads it and may run code from it. Each rank checks the checksums of its share of files.
+    - All ranks refuse a folder with damaged files, and, unless the user trusts it (weights_only=False), with files of
+      several saves or objects that are not plain values. They do so before DeepSpeed reads it and may run code from
+      it. Each rank checks the checksums of its share of files.
     - Another number of ranks, ZeRO stage or model is refused with advice. DeepSpeed alone would fail with a message
       that does not help, or load values that do not belong there.
     - A resharded folder is recognised. DeepSpeed alone needs an entry in its configuration.

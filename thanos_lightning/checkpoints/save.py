@@ -24,13 +24,7 @@ from thanos_lightning.sharding.ranks import Ranks
 class UnwrittenError(OSError):
     """A checkpoint could not be written, and nothing of it is left.
 
-    Args:
-        path: The checkpoint's path.
-        why: The system's reason.
-        rank: The rank that could not write; None if there is only one process.
-
-    Attributes:
-        why: The system's reason.
+    `why` is the system's reason. `rank` is the one that could not write; None if there is only one process.
     """
 
     def __init__(self, path: Path, why: str, rank: int | None = None) -> None:
@@ -92,11 +86,8 @@ def _reason(error: BaseException) -> str:
 def save_whole(strategy: Strategy, *, shards: bool = False) -> None:
     """Make a strategy's checkpoints appear whole or not at all, if they are folders or Lightning's own files.
 
-    If one rank cannot write, all ranks raise its `UnwrittenError`.
-
-    Args:
-        strategy: The strategy, changed in place.
-        shards: Whether the strategy writes a folder to which each rank adds its shards.
+    Changes the strategy in place. `shards` says whether it writes a folder to which each rank adds its shards. If one
+    rank cannot write, all ranks raise its `UnwrittenError`.
     """
     if hasattr(strategy.save_checkpoint, "whole"):
         return

@@ -130,13 +130,7 @@ def verify_checkpoint(
 
 
 def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
-    """Count the zeros of one tensor against its mask.
-
-    Args:
-        name: Name of the tensor.
-        tensors: The tensors on disk. The named one may be missing.
-        mask: The tensor's mask.
-    """
+    """Check the zeros of one tensor, which may be missing on disk, against its mask."""
     return _check(name, tensors, [_expected_of_mask(mask)])
 
 
@@ -336,13 +330,7 @@ def _read_record(path: Path) -> dict[str, _Expected]:
 
 
 def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[LayerMask]) -> None:
-    """Write `sparsity.json`, which `verify_checkpoint` compares with.
-
-    Args:
-        folder: The folder with the weights.
-        reports: The report of each pruned tensor.
-        masks: The mask of each reported tensor, in the order of the reports.
-    """
+    """Write `sparsity.json`, which `verify_checkpoint` compares with. The masks are in the order of the reports."""
     record = {
         "format": _RECORD_FORMAT,
         "sparsity": sum(report.zeros for report in reports) / sum(report.numel for report in reports),

@@ -20,10 +20,7 @@ INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
+    """Run the command line with the arguments after the program's name, by default those of the process.
 
     Returns:
         The exit status: 0; 1 if tensors do not conform, or after the traceback of a program error; 2 after one line

@@ -39,12 +39,9 @@ _TYPES = {
 
 
 def one_line(message: str, options: Sequence[str], command: str) -> str:
-    r"""Reduce a message to what is wrong, where, and what would be right.
+    r"""Reduce a message of jsonargparse to what is wrong, where, and what would be right.
 
-    Args:
-        message: The message of jsonargparse.
-        options: The command's options, such as "trainer.max_steps".
-        command: The command, such as "fit".
+    `options` are those of the command, without dashes, such as "trainer.max_steps".
 
     Examples:
         >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
@@ -54,14 +51,7 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
 
 
 def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
-    """Go down to the innermost part of the message that says what is wrong.
-
-    Args:
-        lines: A part of the message, with its indentation.
-        path: The keys and classes that lead to this part.
-        options: As for `one_line`.
-        command: As for `one_line`.
-    """
+    """Go down to the innermost part that says what is wrong. `path` has the keys and classes that lead to `lines`."""
     text, rest = lines[0].strip().removeprefix("- "), lines[1:]
     if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
         return _explain([found[2], *rest] if found[2] else rest, (*path, found[1]), options, command)

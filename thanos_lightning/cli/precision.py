@@ -12,15 +12,9 @@ _CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported
 
 
 def fast_precision(accelerator: Any) -> tuple[str, str]:
-    """Choose the Trainer's `precision` for a device.
+    """Return a `precision` for the Trainer's `accelerator`, and the reason as the end of a sentence.
 
     The choice depends on the device's features and not on a measurement, so that ranks on machines of one kind agree.
-
-    Args:
-        accelerator: The Trainer's argument: "cpu", "gpu", "cuda", "auto" or another one.
-
-    Returns:
-        The precision, and the reason as the end of a sentence.
 
     Examples:
         >>> fast_precision("cpu")[0] in ("bf16-mixed", "32-true")

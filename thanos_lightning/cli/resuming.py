@@ -15,9 +15,6 @@ _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 def content_of(ckpt_path: str) -> Mapping[str, Any]:
     """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
 
-    Args:
-        ckpt_path: The Trainer's `ckpt_path`.
-
     Raises:
         Mistake: If the path is missing, or no checkpoint.
         ValueError: If the checkpoint is damaged, or holds objects that are not plain values.
@@ -35,14 +32,10 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
 
 
 def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the values in which a configuration differs from the one that a checkpoint was trained with.
+    """Yield the name, the configured value and the checkpoint's value of each argument in which the two differ.
 
-    Args:
-        section: Section `model` or `data` of a configuration, as plain values with class_path.
-        kept: The hyperparameters in the checkpoint.
-
-    Yields:
-        Name, value in the configuration, value in the checkpoint.
+    `section` is the section `model` or `data` of a configuration, as plain values with class_path. `kept` has the
+    hyperparameters in the checkpoint.
 
     Examples:
         >>> list(differences({"class_path": "a.B", "init_args": {"rate": 2}}, {"_class_path": "a.B", "rate": 1}))

@@ -33,11 +33,7 @@ def headline(file: Path) -> str:
 
 
 def find(name: str, among: Mapping[str, Path]) -> Path:
-    """Return the file of a name.
-
-    Raises:
-        ValueError: If no file has that name.
-    """
+    """Return the file of a name. Raises ValueError if no file has it."""
     if name not in among:
         close = difflib.get_close_matches(name, among, n=1)
         known = f"did you mean {close[0]}? " if close else ""

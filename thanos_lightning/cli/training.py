@@ -56,10 +56,6 @@ class _Trainer(Trainer):
 class CLI(LightningCLI):
     """Lightning's command line as `thanos-lightning` runs it.
 
-    Args:
-        args: The arguments after the program's name.
-        options: The options of LightningCLI.
-
     Examples:
         >>> CLI(["--config", "quickstart"], run=False).trainer.max_steps  # doctest: +SKIP
         32
@@ -196,14 +192,7 @@ class CLI(LightningCLI):
 
 
 def train(argv: list[str]) -> int:
-    """Run one of the Trainer's commands.
-
-    Args:
-        argv: The arguments after the program's name.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run one of the Trainer's commands, and return the exit status 0."""
     # These warnings are about calls of LightningCLI, which the user cannot change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     CLI(argv)

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def announce(run: PruningRun) -> None:
     """Print the announcement on rank 0, and warn if most of the model stays dense. All ranks must call it.
 
-    Args:
-        run: The fit that begins. Its report takes the counts of weights.
+    The run's report takes the counts of weights.
     """
     options, trainer, module, past = run.options, run.trainer, run.module, run.past
     census = take_census(module, run.layers)

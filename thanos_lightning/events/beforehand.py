@@ -20,12 +20,8 @@ _PRUNED_BEFORE = 0.1
 def check_weights(layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
     """Refuse weights that can't be pruned, before the training spends time on them. All ranks must call it.
 
-    Args:
-        layers: Name -> layer. Each rank checks its shard.
-        access: Reads the shards, and tells the other ranks.
-
     Raises:
-        PruningError: On all ranks, if a weight holds NaN or Inf. The message names a layer.
+        PruningError: On all ranks, if one rank's shard of a weight holds NaN or Inf. The message names a layer.
     """
     extremes = {}
     for name, layer in layers.items():
@@ -50,14 +46,7 @@ def hold_zeros(
     """Hold the zeros of layers that were pruned before this training. All ranks must call it.
 
     More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
-
-    Args:
-        layers: Name -> layer.
-        access: Reads and writes the strategy's parameters.
-        enforcer: Takes the masks.
-
-    Returns:
-        Name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
+    Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
     """
     counts = access.gather({name: _count_zeros(layer, access) for name, layer in layers.items()})
     held: dict[str, Unstructured] = {}

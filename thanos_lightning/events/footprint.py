@@ -36,9 +36,7 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
 def moments_bytes(layers: Sequence[PrunableLayer], *, coupled: bool = False) -> int:
     """Bytes for the second moments of a window, on each rank.
 
-    Args:
-        layers: The layers of the window.
-        coupled: Whether rows are coupled, so that second moments of output gradients are collected, too.
+    With coupled rows, second moments of output gradients are collected, too.
     """
     inputs = sum(group[0].cols ** 2 for group in sharing(layers))
     return 4 * (inputs + coupled * sum(layer.rows**2 for layer in layers))
@@ -56,14 +54,9 @@ def event_bytes(
 ) -> int:
     """Peak bytes at the end of a window, with its second moments, on the rank that needs most.
 
-    Args:
-        layers: The layers of the window, in the order in which they are pruned.
-        options: Options of the solver.
-        ranks: Number of ranks.
-        coupled: Whether rows are coupled.
-        pattern: The pattern of most layers.
-        gathers: Whether a layer's owner gets a copy of the weight, as it does of a sharded weight.
-        again: Whether the layers have masks already.
+    The layers come in the order in which they are pruned, and `pattern` is that of most of them. `gathers` says whether
+    a layer's owner gets a copy of the weight, as it does of a sharded weight. `again` says whether the layers have
+    masks already.
     """
     counts = options.needs_statistics
     moments = moments_bytes(layers, coupled=coupled) if counts else 0

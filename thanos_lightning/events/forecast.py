@@ -93,17 +93,9 @@ def forecast(
 ) -> Forecast:
     """Forecast by formulas, and by the rate of a matrix product, which is measured for a twentieth of a second.
 
-    Args:
-        layers: The layers to prune.
-        census: Counts of the model's weights.
-        options: Options of the solver.
-        calibration: The batches that an event is pruned on.
-        trainer: Gives the precision of the forward.
-        memory_gib: Memory for the second moments; None holds all at once.
-        is_sharded: Whether each rank has a shard of the masks.
-        levels: Number of sparsities at which a scan looks at each layer; 0 without a scan.
-        events: Number of events.
-        pattern: The main pattern.
+    The Trainer gives the number of ranks and the precision of the forward. `memory_gib` is for the second moments; None
+    holds all at once. `is_sharded` says whether each rank has a shard of the masks. `levels` is the number of
+    sparsities at which a scan looks at each layer; 0 without a scan. `pattern` is the main pattern.
     """
     ranks, targets = trainer.world_size, list(layers.values())
     windows = split_by_memory(targets, memory_gib, coupled=calibration.coupled)
@@ -240,15 +232,8 @@ def describe(
 ) -> str:
     """The announcement as a block of lines, none longer than 80 characters.
 
-    Args:
-        census: Counts of the model's weights.
-        patterns: The final pattern of each layer.
-        events: The events of the schedule.
-        main: The main pattern.
-        calibration: The batches that an event is pruned on.
-        outlook: The memory and the time that an event takes.
-        steps: Optimizer steps of the training; None if the number is not known.
-        steps_taken: Optimizer steps taken so far.
+    `patterns` has the final pattern of each layer, and `main` is the main pattern. `steps` is the training's number of
+    optimizer steps; None if it is not known.
     """
     layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
     weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"

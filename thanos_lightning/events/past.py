@@ -47,9 +47,7 @@ class Past:
     def state(self, options: PruningOptions, **of_run: Any) -> dict[str, Any]:
         """The state as plain values, for `of_state`.
 
-        Args:
-            options: Options of the callback.
-            of_run: What `PruningRun.state` adds; while no fit runs, there are no masks and no sums of a window.
+        `of_run` is what `PruningRun.state` adds. While no fit runs, there are no masks and no sums of a window.
         """
         state = {
             "format": CHECKPOINT_FORMAT,

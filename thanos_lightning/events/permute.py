@@ -64,10 +64,7 @@ class Reordered:
 
 
 def require_nm(pattern: Pattern | str) -> NM:
-    """The pattern as an object. Only an N:M pattern depends on the order of channels.
-
-    Raises:
-        ValueError: If the pattern is not N:M.
+    """The pattern as an object. Raise a ValueError if it is not N:M, since channel order matters to N:M only.
 
     Examples:
         >>> require_nm("2:4")

@@ -43,19 +43,10 @@ def prune_window(
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
 
-    Args:
-        window: The layers and their patterns.
-        layers: Name -> layer, of the window.
-        moments: The statistics that the layers are pruned on, and the ranks that solve each layer.
-        access: Reads and writes the strategy's parameters.
-        enforcer: Gives the masks of earlier events and takes the new ones.
-        options: Options of the solver.
-        later: The layers that a later window prunes, too. A layer that no token has reached in this window stays as it
-            is if it is one of them, and is pruned by magnitude otherwise. Both cases warn.
-        on_writing: Called when all layers are solved, before the first one is written.
-
-    Returns:
-        One report per layer, in the window's order. All ranks return the same.
+    `later` names the layers that a later window prunes, too. A layer that no token has reached in this window stays as
+    it is if it is one of them, and is pruned by magnitude otherwise. Both cases warn. `on_writing` is called when all
+    layers are solved, before the first one is written. Return one report per layer, in the window's order. All ranks
+    return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
@@ -100,12 +91,7 @@ def _solve_tasks(
 ) -> dict[str, _Solved]:
     """Solve the tasks of this rank, and raise on all ranks if one fails. All ranks must call it.
 
-    Args:
-        tasks: Name -> task, of all layers. Emptied.
-        teams: Name -> the ranks that solve the layer.
-        access: Tells the other ranks.
-        options: Options of the solver.
-        title: What the progress bar says.
+    `tasks` has the tasks of all layers. Those of this rank are removed as they are solved, to free memory.
     """
     split = {team: tasks[name].layer.rows for name, team in teams.items() if len(team) > 1}
     outlines = _outlines(tasks, access) if split else {}
@@ -205,14 +191,9 @@ def solve(
 ) -> PrunedLayer:
     """Solve a layer, or this rank's rows of it.
 
-    Args:
-        weight: (rows, in_features): the rows that this rank has.
-        inputs: The factors of the layer's Hessian. None prunes the layer by magnitude.
-        keep: The keep mask of earlier events, in the weight's shape; None if there is none.
-        pattern: The pattern of the whole layer.
-        options: Options of the solver.
-        team: The ranks that share the rows.
-        output_weights: How much an error of each of the layer's outputs counts; None counts all alike.
+    `weight` and `keep`, the keep mask of earlier events, are (rows, in_features), with the rows that this rank has. The
+    pattern and the output weights are those of the whole layer. If `inputs` is None, the layer is pruned by magnitude.
+    If `output_weights` is None, errors at all outputs count alike.
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
     if inputs is None and options.needs_statistics:
@@ -223,7 +204,7 @@ def solve(
 
 @dataclass
 class _Task:
-    """A layer to solve, and this rank's tensors of it. Ranks other than the owner have only the output weights."""
+    """A layer to solve, and this rank's tensors of it. Ranks other than the owner have at most the output weights."""
 
     layer: PrunableLayer
     pattern: Pattern

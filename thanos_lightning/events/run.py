@@ -52,20 +52,9 @@ from thanos_lightning.training.saved_masks import masks_state, restore_masks
 class PruningRun:
     """One fit of a Trainer, made once its model and optimizers are set up.
 
-    Args:
-        options: Options of the callback.
-        past: The progress of the training so far. The run keeps it up to date.
-        layers: Name -> layer, for all targets.
-        final: Name -> the pattern at the end, before an allocation.
-        trainer: The Trainer of this fit.
-        module: The module that it trains.
-
-    Attributes:
-        planner: Plans the windows.
-        access: Reads and writes the strategy's parameters.
-        enforcer: Holds the masks.
-        collector: Collects statistics for the open window.
-        windows: The plan. Windows after a sensitivity scan join when the scan is complete.
+    The run keeps `past`, the progress of the training, up to date. `layers` has all targets, and `final` has the
+    pattern of each at the end, before an allocation. Windows after a sensitivity scan join the plan, `windows`, when
+    the scan is complete.
 
     Raises:
         MisconfigurationException: On all ranks, if the options do not suit the model or the Trainer.
@@ -119,8 +108,7 @@ class PruningRun:
     def begin(self, restored: Mapping[str, Any] | None) -> None:
         """Restore the earlier state, and prune what is due before the first batch. All ranks must call it.
 
-        Args:
-            restored: The state of a checkpoint, or of the same Trainer's previous fit; None for a fresh training.
+        `restored` is the state of a checkpoint, or of the same Trainer's previous fit; None for a fresh training.
         """
         options, past, trainer = self.options, self.past, self.trainer
         changed: dict[str, str] = {}

@@ -31,18 +31,10 @@ def scan_window(
     options: SolverOptions,
     tried: Mapping[str, Sequence[Pattern]],
 ) -> dict[str, LayerSensitivity]:
-    """Scan the layers of a window. All ranks must call it.
+    """Scan the layers of a window, and return name -> sensitivity. All ranks must call it, and return the same.
 
-    Args:
-        window: The window of the scan.
-        layers: Name -> layer, of the window.
-        moments: The statistics of the layers, with accumulators.
-        access: Reads the strategy's parameters.
-        options: Options of the solver. The scan skips ADMM and refinement, which change little between layers.
-        tried: Name -> the patterns whose losses the scan computes.
-
-    Returns:
-        Name -> the sensitivity of the layer. All ranks return the same.
+    `tried` has the patterns whose losses the scan computes for each layer. The scan skips ADMM and refinement, which
+    change little between layers.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.

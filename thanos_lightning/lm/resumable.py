@@ -12,12 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, S
 class EpochSampler(DistributedSampler[int]):
     """Indices in an order that depends on the seed and the epoch alone, from a given position on.
 
-    Args:
-        dataset: A data set with a length.
-        num_replicas: Number of processes that share the samples.
-        rank: Rank of this process.
-        shuffle: Whether to permute. If not, all epochs have the order of the data set.
-        seed: Seed of the permutations.
+    If `shuffle` is False, all epochs have the order of the data set.
 
     Attributes:
         skip: Number of this process's leading indices to leave out.

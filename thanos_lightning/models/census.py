@@ -49,11 +49,7 @@ class Census:
 
 
 def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census:
-    """Count the weights of a model.
-
-    Args:
-        model: Any module.
-        layers: Name -> layer, of the layers to prune.
+    """Count the weights of a model, of which `layers` are to be pruned.
 
     Examples:
         >>> from thanos_lightning.models.targets import find_targets

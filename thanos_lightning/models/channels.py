@@ -33,13 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that may have any order, as long as it is the same in all places.
-
-    Attributes:
-        name: What the channels are.
-        size: Number of channels.
-        places: Where the channels lie.
-    """
+    """Channels that may have any order, as long as it is the same in all places."""
 
     name: str
     size: int
@@ -47,16 +41,11 @@ class Channels:
 
 
 def exchangeable_channels(model: PreTrainedModel) -> list[Channels]:
-    """The channels of a decoder whose order is free.
-
-    Args:
-        model: A causal LM that is built like Llama's.
-
-    Returns:
-        The residual stream, and for each decoder layer its MLP and its value heads.
+    """The channels whose order is free: the residual stream, and for each decoder layer its MLP and its value heads.
 
     Raises:
-        ValueError: If the model has no such layers, or a parameter for which the effect of a reordering is unknown.
+        ValueError: If the model has no decoder layers that are built like Llama's, or if it has a parameter for which
+            the effect of a reordering is unknown.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

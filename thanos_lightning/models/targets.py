@@ -89,12 +89,8 @@ def matches(name: str, expression: str) -> bool:
 def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
     """Return the expressions as a tuple, even if only one string was given.
 
-    Args:
-        argument: Name of the argument, for an error.
-        expressions: Globs or `re:` expressions of module names.
-
     Raises:
-        ValueError: If the expressions are anything else.
+        ValueError: If they are no globs or `re:` expressions. The message names the argument.
 
     Examples:
         >>> check_expressions("targets", "*.mlp.*")
@@ -151,10 +147,7 @@ def uncalled_layers(
 ) -> list[str]:
     """Names of the targets whose inputs can't be collected, because torch's attention reads their weights itself.
 
-    Args:
-        model: Any module.
-        targets: As for `find_targets`.
-        ignore: As for `find_targets`.
+    The arguments are as for `find_targets`.
 
     Examples:
         >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
@@ -186,9 +179,6 @@ def find_targets(
         model: Any module. Names are as `model.named_modules()` gives them.
         targets: Globs or `re:` expressions; each must match at least one prunable layer.
         ignore: Globs or `re:` expressions of layers to leave out. All but "lm_head" must match a module.
-
-    Returns:
-        Name -> layer.
 
     Raises:
         ValueError: If an expression matches nothing, or all of them together do; if layers are compiled, quantised or
@@ -319,11 +309,7 @@ def to_add(names: Iterable[str]) -> str:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Refuse compiled modules, because a compiled graph does not call hooks that are added after compilation.
-
-    Raises:
-        ValueError: Naming the compiled module.
-    """
+    """Raise a ValueError for a compiled module: its graph does not call hooks that are added after compilation."""
     for name, module in model.named_modules():
         if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(

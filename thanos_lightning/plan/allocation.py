@@ -85,8 +85,7 @@ class LayerSensitivity:
 def levels(pattern: Pattern) -> list[Pattern]:
     """The levels that a scan tries: the smallest and the largest sparsity that a layer may get.
 
-    Args:
-        pattern: The pattern of all layers together. If a layer may stay dense, the first level has half its sparsity.
+    If a layer may stay dense, the first level has half the pattern's sparsity.
 
     Examples:
         >>> from thanos_lightning.solver import NM, Unstructured
@@ -110,14 +109,8 @@ def allocate(
 ) -> dict[str, Pattern]:
     """The final pattern of each layer. Layers of the main pattern share one budget of zeros.
 
-    Args:
-        sensitivities: Name -> the scan's result.
-        layers: Name -> layer.
-        final: Name -> the final pattern before the allocation. Overridden patterns stay as they are.
-        pattern: The main pattern.
-
-    Returns:
-        Name -> the final pattern. Layers that stay dense are missing.
+    `final` holds the patterns before the allocation. Overridden patterns stay as they are. Layers that stay dense are
+    missing from the result.
     """
     shared = {name: layers[name] for name, planned in final.items() if planned == pattern}
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}

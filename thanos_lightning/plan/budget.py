@@ -33,9 +33,6 @@ def by_loss(
         lowest: Layer -> its smallest sparsity.
         highest: Layer -> its largest sparsity.
 
-    Returns:
-        Layer -> number of pruned weights. Their sum is the budget.
-
     Raises:
         ValueError: If the limits exclude the budget. The message names the closest sparsity within the limits.
 
@@ -67,9 +64,7 @@ def by_loss(
 def loss_at(levels: Mapping[float, float], sparsity: float) -> float:
     """The loss at a sparsity: log-linear between the levels and beyond the last, linear from 0 to the first.
 
-    Args:
-        levels: Sparsity of each level in (0, 1] -> loss. A single level makes the loss linear everywhere.
-        sparsity: The sparsity at which the loss is interpolated.
+    `levels` maps sparsities in (0, 1] to losses. A single level makes the loss linear everywhere.
 
     Examples:
         >>> round(loss_at({0.25: 1.0, 0.75: 4.0}, 0.5), 6)
@@ -107,12 +102,7 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
 
     The sums of weights before and after differ by half a unit at most, unless a layer lacks units.
 
-    Args:
-        counts: Layer -> number of weights.
-        units: Layer -> (weights in a unit, units in the layer).
-
-    Returns:
-        Layer -> number of units.
+    `units` maps each layer to (weights in a unit, units in the layer).
 
     Examples:
         >>> in_units({"a": 14, "b": 14, "c": 14}, dict.fromkeys("abc", (10, 5)))

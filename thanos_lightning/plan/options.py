@@ -74,17 +74,8 @@ class CalibrationOptions:
 class PruningOptions:
     """All options of the callback, checked as far as possible without a model.
 
-    Attributes:
-        pattern: The main pattern, for all targets without an override.
-        schedule: When to prune, and to which sparsity.
-        targets: Globs or `re:` expressions of module names.
-        ignore: Globs or `re:` expressions of module names.
-        overrides: Other patterns for some of the targets.
-        solver: Options of the solver.
-        calibration: Options of the calibration.
-        allocation: How layers share the zeros; None takes the default.
-        verify_every_n_steps: Optimizer steps between two checks of the zeros; 0 never checks.
-        monitor: Metric of the validation loop.
+    The attributes are the callback's arguments, with the default schedule filled in. `pattern` holds for all targets
+    without an override. An allocation of None still stands for the default.
     """
 
     pattern: Pattern
@@ -186,63 +177,39 @@ class PruningOptions:
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Refuse a value that is not an instance of the options class.
-
-    Raises:
-        ValueError: If it is not. The message names the class.
-    """
+    """Raise a ValueError if a value is not an instance of the options class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {described(value)}: give {kind.__name__}(...)")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse a value that is not a whole number of optimizer steps.
-
-    Raises:
-        ValueError: If it is not. The message names the argument.
-    """
+    """Raise a ValueError if a value is not a whole number of optimizer steps, or is below `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}: give a whole number of optimizer steps ≥ {least}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """Refuse a value that is not among the choices.
-
-    Raises:
-        ValueError: If it is not. The message names the choices.
-    """
+    """Raise a ValueError if a value is not among the choices."""
     if value not in choices:
         *others, last = map(repr, choices)
         raise ValueError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")
 
 
 def check_name(name: str, value: Any, example: str) -> None:
-    """Refuse a value that is neither a non-empty string nor None.
-
-    Raises:
-        ValueError: If it is neither. The message gives an example.
-    """
+    """Raise a ValueError if a value is neither a non-empty string nor None."""
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name} is {value!r}: give a name, such as {example!r}, or None")
 
 
 def check_memory(name: str, value: Any) -> None:
-    """Refuse a value that is neither a positive finite number of GiB nor None.
-
-    Raises:
-        ValueError: If it is neither. The message names the argument.
-    """
+    """Raise a ValueError if a value is neither a positive finite number of GiB nor None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value < math.inf):
         raise ValueError(f"{name} is {value!r}: give a number of GiB > 0, such as 4, or None to hold all at once")
 
 
 def check_batches(name: str, value: Any) -> None:
-    """Refuse a value that can't be a calibration set, as far as this shows without iterating over it.
-
-    Raises:
-        ValueError: If it can't be one. The message names the argument.
-    """
+    """Raise a ValueError if a value can't be a calibration set, as far as this shows without iterating over it."""
     if value is None or value == "datamodule":
         return
     mend = "give a DataLoader, a list of batches, or 'datamodule'"
@@ -259,13 +226,8 @@ def check_batches(name: str, value: Any) -> None:
 def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patterns: Sequence[Pattern]) -> None:
     """Refuse options that have no effect together with the other options, since the user expects an effect.
 
-    Args:
-        solver: Options of the solver.
-        calibration: Options of the calibration.
-        patterns: All patterns in use.
-
     Raises:
-        ValueError: If an option has no effect. The message names the first such option and the reason.
+        ValueError: If an option has no effect under any pattern. The message names the first one and the reason.
     """
     of_all = [solver.unused(pattern) for pattern in patterns]
     for name, reason in of_all[0].items():
@@ -284,11 +246,7 @@ def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patter
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """The arguments that have changed, each with a sentence that says how.
-
-    Args:
-        before: Name -> description.
-        now: Name -> description. An argument that `before` lacks is not compared.
+    """The arguments that have changed, each with a sentence that says how. Those that `before` lacks are not compared.
 
     Examples:
         >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})

@@ -39,11 +39,7 @@ class TargetOverride:
 
 
 def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride, ...]:
-    """Check the overrides as far as possible without a model, and return them.
-
-    Raises:
-        ValueError: If an override can't be right.
-    """
+    """Return the overrides, or raise a ValueError if one can't be right, as far as this shows without a model."""
     mend = "give a list of TargetOverride(targets, pattern)"
     if not isinstance(overrides, Sequence) or isinstance(overrides, str):
         raise ValueError(f"overrides is {overrides!r}: {mend}")

@@ -47,11 +47,7 @@ class Planner:
         return self.allocates and not self.gives_way
 
     def to_try(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
-        """The patterns whose losses the sensitivity scan computes for each layer.
-
-        Args:
-            final: Name -> the pattern at the end, before the allocation.
-        """
+        """The patterns whose losses the scan computes for each layer, from the final ones before the allocation."""
         return {name: levels(pattern) if pattern == self.pattern else [pattern] for name, pattern in final.items()}
 
     def plan(

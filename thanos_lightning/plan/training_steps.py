@@ -13,11 +13,7 @@ from thanos_lightning.plan.schedule import Event, SparsitySchedule
 
 
 def check_trained(trainer: Trainer) -> None:
-    """Refuse a fit that ended before its first step, since Lightning ends such a fit silently.
-
-    Raises:
-        MisconfigurationException: If nothing was trained. The message names the cause.
-    """
+    """Raise a MisconfigurationException if a fit ended before its first step. Lightning ends such a fit silently."""
     if trainer.global_step > 0:  # a finished training was resumed
         return
     if trainer.fit_loop.max_batches == 0:
@@ -69,11 +65,8 @@ def steps_of(trainer: Trainer) -> int | None:
 def check_alike(steps: Sequence[int | None]) -> None:
     """Refuse ranks whose trainings differ in length: longer trainings would wait for ranks that have ended.
 
-    Args:
-        steps: `steps_of` each rank, in the order of ranks.
-
     Raises:
-        MisconfigurationException: If two ranks differ. The message names both numbers of steps.
+        MisconfigurationException: If `steps`, which are `steps_of` each rank, differ. The message names both numbers.
     """
     other = next((rank for rank, number in enumerate(steps) if number != steps[0]), None)
     if other is not None:

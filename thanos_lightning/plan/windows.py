@@ -22,14 +22,10 @@ _BESIDE_THE_PLAN = frozenset(
 
 
 def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    """The pattern of each layer at an event.
+    """The pattern of each layer at an event, from its final pattern.
 
     All layers become sparser together: unstructured layers by single weights, N:M layers by rows (the fraction of dense
     rows falls to its final value), structured layers by columns.
-
-    Args:
-        event: The event.
-        final: Layer name -> the pattern at the end, front to back.
 
     Examples:
         >>> from thanos_lightning.solver import NM
@@ -76,12 +72,8 @@ def split_by_memory(
 ) -> list[list[PrunableLayer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
-    Only a forward shows which layers share their inputs. So each layer counts in full, which is an upper bound.
-
-    Args:
-        layers: The layers, front to back.
-        budget_gib: Memory for the second moments of a group; None makes one group.
-        coupled: Whether rows are coupled, so that second moments of output gradients count, too.
+    Only a forward shows which layers share their inputs. So each layer counts in full, which is an upper bound. If rows
+    are coupled, the second moments of output gradients count, too. Without a budget (None), there is one group.
 
     Raises:
         ValueError: If a single layer exceeds the budget. The message names the largest layer and the memory it needs.
@@ -133,9 +125,6 @@ def plan_windows(
         coupled: Whether rows are coupled, so that second moments of output gradients are collected, too.
         since: Optimizer steps taken at the last event before `work`.
         scans: Whether the windows belong to a sensitivity scan.
-
-    Returns:
-        The windows in order of time.
 
     Raises:
         ValueError: If an event has fewer steps before it than windows that collect, or if a layer exceeds the budget.
@@ -205,11 +194,7 @@ def reasons(changed: Mapping[str, str]) -> str:
 
 
 def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
-    """Refuse a plan whose next window should have begun already.
-
-    Args:
-        windows: The windows that have not begun.
-        optimizer_steps: Optimizer steps taken so far.
+    """Refuse a plan whose next window should have begun already. `windows` are those that have not begun.
 
     Raises:
         MisconfigurationException: If the next window is late. The message names the window's event.

@@ -145,9 +145,7 @@ class History:
 class Clock:
     """Measures the training, its events and the parts of each event.
 
-    Args:
-        summary: Gets the times of the training and of its events.
-        device: The device that does the work. Each part of an event waits for it.
+    The times of the training and of its events go to `summary`. Each part of an event waits for the work of `device`.
 
     Examples:
         >>> summary = Summary()
@@ -259,12 +257,7 @@ class PruningReport:
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
-        """Read the file that `write` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is no pruning report.
-        """
+        """Read what `write` wrote. Raises FileNotFoundError if there is no such file, ValueError if it is no report."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: give the pruning_report.json of a training")
         try:

@@ -26,13 +26,8 @@ _MOST_NAMES = 24  # more names would not be legible below an axis
 def plot_report(report: PruningReport, path: Path) -> None:
     """Draw how the training went, how sparse each layer is, and what each layer lost.
 
-    Args:
-        report: A report with at least one event.
-        path: The picture to write. The suffix chooses the format.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the report has no event.
+    The suffix of `path` chooses the picture's format. Raises ValueError if the report has no event, and
+    ModuleNotFoundError if matplotlib is not installed.
     """
     if not report.events:
         raise ValueError("the report has no event: nothing to plot")

@@ -56,14 +56,7 @@ def duration(seconds: float) -> str:
 
 
 class Phase:
-    """The progress of a phase.
-
-    Attributes:
-        description: What is done.
-        total: Number of units to do; None if it is not known.
-        unit: Name of the units.
-        note: Further text, which is cut if the line is full.
-    """
+    """The progress of a phase. `total` is None if it is not known. `note` is further text, cut if the line is full."""
 
     def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
         self._first = (description, total, unit)
@@ -97,12 +90,7 @@ class Phase:
             self._completed, self._advanced_at = number, time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count more units as done.
-
-        Args:
-            count: Number of units.
-            note: A new note; None keeps the current note.
-        """
+        """Count more units as done. If `note` is None, the current note stays."""
         self.completed += count
         if note is not None:
             self.note = note
@@ -243,11 +231,7 @@ _display = _Display()
 
 @contextmanager
 def hidden(is_hidden: bool = True) -> Iterator[None]:
-    """Hide all phases inside the block.
-
-    Args:
-        is_hidden: Whether to hide them; False changes nothing.
-    """
+    """Hide all phases inside the block. If `is_hidden` is False, nothing changes."""
     token = _hidden.set(is_hidden or _hidden.get())
     try:
         yield
@@ -274,16 +258,10 @@ def shown(phase: Phase) -> Iterator[Phase]:
 def open_phase(
     description: str, total: int | None = None, unit: str = "", *, adopts_bars: bool = False
 ) -> Iterator[Phase]:
-    """Show a long phase on the first rank, and let SIGTERM end it at once on every rank.
+    """Show a long phase on the first rank, and let SIGTERM end it at once on every rank by raising `Terminated`.
 
-    Args:
-        description: What is done, in a few words.
-        total: Number of units to do; None if it is not known.
-        unit: Name of the units, in the plural.
-        adopts_bars: Whether the phase shows the progress of tqdm bars that libraries would draw in the block.
-
-    Raises:
-        Terminated: If SIGTERM comes.
+    `total` is None if it is not known, and `unit` is a plural. With `adopts_bars` the phase shows the progress of tqdm
+    bars that libraries would draw in the block.
 
     Examples:
         >>> with open_phase("Counting", total=3, unit="sheep") as phase:
@@ -325,10 +303,9 @@ def _adopted_bars(phase: Phase) -> Iterator[None]:
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise inside the block at once, even if a Trainer's handler would wait for the end of a batch.
+    """Let SIGTERM raise `Terminated` in the block at once, even if a Trainer's handler would wait for a batch's end.
 
-    Raises:
-        Terminated: If SIGTERM comes. Other threads than the main one get no signals, so nothing changes in them.
+    Threads other than the main one get no signals, so nothing changes in them.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (_end, signal.SIG_IGN, None):

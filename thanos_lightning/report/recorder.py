@@ -19,9 +19,6 @@ class LossRecorder:
     The history keeps fewer than 400 losses. At 400, each pair of neighbours becomes its mean, and from then on each
     loss is the mean of twice as many steps. Losses stay on their device until `settle`.
 
-    Args:
-        history: The history that gets the losses.
-
     Examples:
         >>> history = History()
         >>> recorder = LossRecorder(history)
@@ -38,12 +35,7 @@ class LossRecorder:
         self._count = 0
 
     def add(self, step: int, outputs: Any) -> None:
-        """Count the loss of an optimizer step.
-
-        Args:
-            step: Optimizer steps taken.
-            outputs: The return value of the training step. Nothing is counted if it has no scalar loss.
-        """
+        """Count the loss of an optimizer step. A training step whose `outputs` have no scalar loss is not counted."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.ndim:
             return

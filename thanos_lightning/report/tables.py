@@ -77,13 +77,7 @@ def _listed(parts: Mapping[Part, float]) -> str:
 
 
 def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
-    """Print the final sparsity, the metric (dense, pruned and recovered) and the time that pruning took.
-
-    Args:
-        report: Report of the training.
-        sparsity: Sparsity of all layers to prune.
-        console: Where to print.
-    """
+    """Print the sparsity of all layers to prune, the metric (dense, pruned and recovered) and the time of pruning."""
     summary, console = report.summary, console or rich.get_console()
     events = f"{len(report.events)} event{'s' if len(report.events) != 1 else ''}"
     of_model = ""
@@ -119,11 +113,7 @@ def print_outcome(
 ) -> None:
     """Print the paths of the files that the training wrote, and the next command.
 
-    Args:
-        checkpoint: Checkpoint of the pruned model; None if none was saved.
-        report: File of the pruning report.
-        is_exportable: Whether the model is a Hugging Face model, to which the checkpoint can be exported.
-        console: Where to print.
+    `checkpoint` is None if none was saved. `is_exportable` says whether the model is a Hugging Face model.
     """
     console = console or rich.get_console()
     lines = [f"  report      {_shown(report)}"] if report.is_file() else []

@@ -67,14 +67,7 @@ class ParameterAccess(Protocol):
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """Replace every copy of a weight, and zero the optimizer moments of its pruned entries.
 
-        Args:
-            layer: The layer.
-            weight: (out_features, in_features) on the owner, None elsewhere.
-            keep: The weight's keep mask on the owner, None elsewhere.
-            owner: The rank that has both.
-
-        Returns:
-            This rank's drop mask.
+        `weight` and `keep` are (out_features, in_features) on the owner, None elsewhere. Return this rank's drop mask.
         """
         ...
 
@@ -137,16 +130,14 @@ class ParameterAccess(Protocol):
         ...
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0. Both return it on the CPU, other ranks None. Only those two talk."""
+        """Send the source's fp32 tensor to rank 0, to its CPU. Both return it, other ranks None. Only these talk."""
         ...
 
     def reserve(self, sizes: Iterable[int]) -> None:
         """Allocate blocks of these sizes in bytes, all at once, and free them. Talks to no rank.
 
-        A rank that runs out of memory here can tell the others. Between two messages, the others would wait for it.
-
-        Raises:
-            torch.OutOfMemoryError: If the device lacks the memory.
+        A rank that runs out of memory here raises, and can tell the others. Between two messages, the others would wait
+        for it.
         """
         ...
 
@@ -157,8 +148,7 @@ class ParameterAccess(Protocol):
     def in_teams(self, teams: Mapping[range, int]) -> AbstractContextManager[RankTeam | None]:
         """Give this rank its team, or None if it has none, while the teams solve. Talks to all.
 
-        Args:
-            teams: Ranks of a team -> number of rows of its layer. No rank is in two teams. All ranks pass the same
-                teams in the same order.
+        `teams` maps the ranks of a team to the number of rows of its layer. No rank is in two teams. All ranks pass the
+        same teams in the same order.
         """
         ...

@@ -25,11 +25,7 @@ _KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of su
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy under which zeros would be lost.
-
-    Raises:
-        MisconfigurationException: Naming the strategy, and the supported ones.
-    """
+    """Raise a MisconfigurationException, which names the supported strategies, if this one would lose zeros."""
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _KINDS_OF_THEIR_OWN):
         raise MisconfigurationException(
             f"ThanosPruningCallback does not support the strategy {type(strategy).__name__}: its zeros would be lost. "
@@ -41,9 +37,7 @@ def check_strategy(strategy: Strategy) -> None:
 def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
     """Return the access for a strategy whose model and optimizers are set up. All ranks must call it.
 
-    Args:
-        strategy: A strategy that `check_strategy` accepts.
-        layers: Name -> layer, of all that may be pruned.
+    `layers` are all that may be pruned.
 
     Raises:
         MisconfigurationException: If zeros would be lost, naming the cause.

@@ -36,10 +36,7 @@ class Range(NamedTuple):
 def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Range]]:
     """Choose the rank to take each entry from, so that each entry is taken once: (rank, range), in order.
 
-    Args:
-        ranges: What each rank holds.
-        numel: How many entries there are.
-        first: The rank that needs the result, so all that it holds is taken from it.
+    `first` is the rank that needs the result, so all that it holds is taken from it.
 
     Raises:
         ValueError: If no rank holds some entry.
@@ -72,12 +69,7 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
 class FragmentAccess(Ranks):
     """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter.
 
-    Args:
-        layers: Name -> layer, of all that may be pruned.
-        rank: This process among `world_size`.
-        world_size: Number of processes.
-        device: Where this process sends from and receives to.
-        optimizers: The optimizers that step the parameters, or their masters.
+    All ranks must create it. `layers` are all that may be pruned. `device` is as for `Ranks`.
     """
 
     def __init__(

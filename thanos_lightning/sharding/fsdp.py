@@ -34,10 +34,6 @@ def _flat(tensor: DTensor) -> Tensor:
 class FsdpAccess(FragmentAccess):
     """`ParameterAccess` under Lightning's `ModelParallelStrategy`, for parameters that `fully_shard` has sharded.
 
-    Args:
-        strategy: The Trainer's strategy, whose model and optimizers are set up.
-        layers: Name -> layer, of all that may be pruned.
-
     Raises:
         MisconfigurationException: If a layer is not sharded by rows, naming it.
     """

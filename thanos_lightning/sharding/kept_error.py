@@ -11,11 +11,7 @@ from thanos_lightning.sharding.access import ParameterAccess
 class KeptError:
     """Keeps the first error of this rank. Raised within a forward or backward, it would leave other ranks waiting.
 
-    Args:
-        keeps: False if there are no other ranks; errors are then raised at once.
-
-    Attributes:
-        error: The error that is kept, or None.
+    With `keeps=False`, where there are no other ranks, errors are raised at once.
 
     Examples:
         >>> kept = KeptError(keeps=True)

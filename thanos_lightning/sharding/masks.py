@@ -15,12 +15,6 @@ from thanos_lightning.solver import Pattern, parse_pattern
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first.
 
-    Args:
-        mask: Bool tensor.
-
-    Returns:
-        uint8 tensor of ceil(numel / 8) bytes.
-
     Examples:
         >>> pack_bits(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
@@ -32,17 +26,10 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack_bits`.
-
-    Args:
-        packed: uint8 tensor of ceil(prod(shape) / 8) bytes.
-        shape: Shape of the mask.
-
-    Returns:
-        Bool tensor of that shape, on the device of `packed`.
+    """Undo `pack_bits`: return a bool tensor of the shape, on the device of `packed`.
 
     Raises:
-        ValueError: If the number of bytes is not that of the shape.
+        ValueError: If the number of bytes is not ceil(prod(shape) / 8).
 
     Examples:
         >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
@@ -138,9 +125,5 @@ class LayerMask:
 
 
 def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
-    """Read the pattern of a mask's state, or of an entry of `sparsity.json`.
-
-    Raises:
-        ValueError: If the pattern is invalid.
-    """
+    """Read the pattern of a mask's state, or of an entry of `sparsity.json`. An invalid one raises a ValueError."""
     return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])

@@ -71,9 +71,7 @@ def owners_of(teams: Mapping[str, range]) -> dict[str, int]:
 def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
     """Test whether the memory for messages about layers is free. Return the error for `raise_everywhere`, or None.
 
-    Args:
-        blocks: Name of a layer -> bytes.
-        access: Knows the device.
+    `blocks` maps layers to sizes in bytes.
     """
     if access.world_size > 1:
         try:
@@ -121,14 +119,9 @@ def sum_on_owners(
     *,
     stay: bool = False,
 ) -> dict[str, HessianAccumulator]:
-    """Add up the statistics of all ranks, each on its layer's owner.
+    """Add up the statistics of all ranks, each on its layer's owner, and empty `accumulators`. All ranks must call it.
 
-    Args:
-        layers: Name -> layer.
-        accumulators: Name -> this rank's statistics. Emptied.
-        owners: Name -> rank.
-        access: How the strategy's parameters are reached.
-        stay: Whether the caller holds the accumulators elsewhere, too, so that emptying the dict frees no memory.
+    `stay` means that the caller holds the accumulators elsewhere, too, so that emptying the dict frees no memory.
     """
     tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
     if access.world_size == 1:

@@ -22,16 +22,9 @@ _ENTRIES_IN_FLIGHT = 2**22
 
 
 class Ranks:
-    """One process among others. With one process nothing is sent.
+    """One process among others. With one process nothing is sent. With more, torch.distributed must be initialised.
 
-    Args:
-        rank: This process among `world_size`.
-        world_size: Number of processes. Above 1, torch.distributed is initialised.
-        device: Where this process sends from and receives to.
-
-    Attributes:
-        timeout: How long a team waits for a member; by default as long as torch's backend does.
-        can_differentiate: See `ParameterAccess`.
+    `device` is where this process sends from and receives to. For the attributes, see `ParameterAccess`.
     """
 
     timeout: timedelta | None = None
@@ -51,14 +44,9 @@ class Ranks:
         del blocks
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
-        """Sum a symmetric matrix over ranks, on its owner; None elsewhere. Talks to all.
+        """See `ParameterAccess`. This rank's matrix stays unchanged. Talks to all.
 
         A reduction sends little more than the upper triangle, and at most a sixteenth of a large matrix at a time.
-
-        Args:
-            owner: The rank that gets the sum.
-            matrix: This rank's fp32 (width, width), which stays unchanged, or None for zeros.
-            width: The same on all ranks.
         """
         if self.world_size == 1:
             return matrix
@@ -86,7 +74,7 @@ class Ranks:
         return tensor
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0. Both return it on the CPU, other ranks None. Only those two talk."""
+        """Send the source's fp32 tensor to rank 0, to its CPU. Both return it, other ranks None. Only these talk."""
         if self.rank == source:
             assert tensor is not None
             if source != 0:
@@ -125,12 +113,7 @@ class Ranks:
 
     @contextmanager
     def in_teams(self, teams: Mapping[range, int]) -> Iterator[RankTeam | None]:
-        """Give this rank its team, or None if it has none, while the teams solve. Talks to all.
-
-        Args:
-            teams: Ranks of a team -> number of rows of its layer. No rank is in two teams. All ranks pass the same
-                teams in the same order.
-        """
+        """See `ParameterAccess`. Talks to all."""
         # torch requires all ranks to create each group, even a group that they are not in.
         groups = {team: dist.new_group(list(team), timeout=self.timeout) for team in teams}
         own = next((team for team in teams if self.rank in team), None)
@@ -159,12 +142,7 @@ def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
 class RankTeam(AgreeingTeam):
     """Ranks that solve a layer together. The first rank owns the layer, and holds it whole before and after.
 
-    Args:
-        ranks: The members, in the order of their rows.
-        num_rows: Rows of the layer, at least one for each member.
-        rank: This process.
-        group: Process group of the members.
-        device: Where this process sends from and receives to.
+    `ranks` are in the order of their rows. The layer has at least one row for each of them.
     """
 
     def __init__(self, ranks: Sequence[int], num_rows: int, rank: int, group: Any, device: torch.device | None) -> None:
@@ -179,13 +157,7 @@ class RankTeam(AgreeingTeam):
         return self.index == 0
 
     def from_owner(self, whole: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the owner's tensor on all members. Talks to all members.
-
-        Args:
-            whole: The tensor on the owner, None elsewhere.
-            shape: The tensor's shape.
-            dtype: The tensor's dtype.
-        """
+        """Return the owner's tensor on all members; the others pass None. Talks to all members."""
         if self.is_owner:
             assert whole is not None
             tensor = whole.to(self._device).contiguous()
@@ -199,10 +171,7 @@ class RankTeam(AgreeingTeam):
     def hand_out(self, whole: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
         """Return each member's rows of the owner's matrix. They are read-only. Talks to all members.
 
-        Args:
-            whole: (num_rows, cols) on the owner, None elsewhere.
-            cols: The matrix's width.
-            dtype: The matrix's dtype.
+        `whole` is (num_rows, cols) on the owner, None elsewhere.
         """
         if not self.is_owner:
             own = torch.empty(self.rows[self.index], cols, dtype=dtype, device=self._device)
@@ -216,11 +185,7 @@ class RankTeam(AgreeingTeam):
         return parts[0]
 
     def collect(self, own: Tensor) -> Tensor | None:
-        """Return the matrix (num_rows, cols) of all members' rows on the owner, None elsewhere. Talks to all members.
-
-        Args:
-            own: The rows of this member.
-        """
+        """Return all members' rows as a matrix (num_rows, cols) on the owner, None elsewhere. Talks to all members."""
         if not self.is_owner:
             own = own.contiguous()
             self.agree()

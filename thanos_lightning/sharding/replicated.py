@@ -16,14 +16,7 @@ from thanos_lightning.solver.zeros import zero_where
 
 
 class ReplicatedAccess(Ranks):
-    """`ParameterAccess` where the local piece is the whole parameter.
-
-    Args:
-        rank: This process among `world_size`.
-        world_size: Number of processes, each with a replica. Above 1, torch.distributed is initialised.
-        device: Where this process sends from and receives to.
-        optimizers: The optimizers that step the parameters.
-    """
+    """`ParameterAccess` where the local piece is the whole parameter. `device` is as for `Ranks`."""
 
     def __init__(
         self,

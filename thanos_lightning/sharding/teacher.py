@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 
 def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.Module:
-    """Put a frozen model where the strategy's forward runs. All ranks must call it.
+    """Put a frozen model where the strategy's forward runs, and return it. All ranks must call it.
 
     Under ZeRO-3 the frozen model is sharded like the trained model. Otherwise each rank holds all of it.
 
@@ -22,9 +22,6 @@ def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.M
         model: A model in evaluation mode, with parameters of one dtype and without gradients. Changed in place.
         strategy: The Trainer's strategy, already set up.
         first: The module of the model that each pass begins with.
-
-    Returns:
-        The model.
     """
     config = sharding_config(strategy, next(model.parameters()).dtype)
     if config is not None:
@@ -37,9 +34,7 @@ def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.M
 def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration for a frozen model, fetched like the trained one; None if it stays whole.
 
-    Args:
-        strategy: The Trainer's strategy, already set up.
-        dtype: Dtype of the frozen model's parameters, which need not be the training's.
+    The strategy is already set up. `dtype` is the frozen model's, which need not be the training's.
     """
     if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
         return None
@@ -61,10 +56,7 @@ def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | 
 def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> None:
     """Copy the trained model's weights to a placed frozen model. All ranks must call it.
 
-    Args:
-        own: The model that is trained.
-        frozen: A placed model with parameters and buffers of the same names, in any dtype.
-        strategy: The strategy that holds both models.
+    The frozen model has parameters and buffers of the same names, in any dtype.
     """
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         from thanos_lightning.sharding.zero import copy_sharded
@@ -91,10 +83,6 @@ def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]
 
 def require_own_gathering(model: nn.Module, base: nn.Module) -> None:
     """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them.
-
-    Args:
-        model: The model that is trained.
-        base: The part of the model that returns hidden states.
 
     Raises:
         MisconfigurationException: Naming the cause and the fix.

@@ -266,11 +266,7 @@ class _Stage3:
 
 
 class ZeroAccess(FragmentAccess):
-    """`ParameterAccess` under a DeepSpeed engine.
-
-    Args:
-        strategy: The Trainer's strategy, whose engine is up.
-        layers: Name -> layer, of all that may be pruned.
+    """`ParameterAccess` under a DeepSpeed engine that is up.
 
     Raises:
         MisconfigurationException: If zeros could not be kept under this kind of DeepSpeed training, naming the cause.

@@ -47,7 +47,7 @@ class Penalties:
         dead: True for inputs that were always zero.
         rho: ρ of each step.
         first: M of the first step.
-        last: M of the last step, or None where one M serves all steps.
+        last: M of the last step. None if one M serves all steps.
     """
 
     cost: Float[Tensor, " cols"]
@@ -79,26 +79,16 @@ def ends(rho: list[float]) -> list[float]:
 def weight_costs(
     hessian: Float[Tensor, "cols cols"], factor: Float[Tensor, "cols cols"], damping: float
 ) -> Float[Tensor, " cols"]:
-    """Compute c from the damped Hessian.
-
-    Args:
-        hessian: Undamped H.
-        factor: U of the damped H, see linalg.py.
-        damping: The damping of the method.
-    """
+    """Compute c of the damped Hessian, from the undamped H and from U of the damped H (linalg.py)."""
     return (damped_diagonal(hessian, damping) / factor.square().sum(0)).sqrt()
 
 
 def penalties(
     hessian: Float[Tensor, "cols cols"], cost: Float[Tensor, " cols"], damping: float, steps: int
 ) -> Penalties:
-    """Compute what all rows of a layer share.
+    """Compute what all rows of a layer share in one or more steps, from the undamped H.
 
-    Args:
-        hessian: Undamped H.
-        cost: c.
-        damping: The damping of the method: the steps minimise the damped loss.
-        steps: Number of steps, at least 1.
+    The steps minimise the damped loss, with the damping of the method.
 
     Raises:
         FactorizationError: If H is far from positive semi-definite.
@@ -161,9 +151,8 @@ class Iterates:
     def project(self, moved: Float[Tensor, "rows cols"], ratio: float) -> None:
         """Take the second half of a step: update the mask, U and Z - U - W0.
 
-        Args:
-            moved: X - W0; overwritten.
-            ratio: ρ of this step over ρ of the next step, since U is relative to ρ.
+        ``moved`` is X - W0 and is overwritten. ``ratio`` is the ρ of this step over the ρ of the next step, since U is
+        relative to ρ.
         """
         if native.usable(moved):
             native.project(moved, self, ratio)

@@ -54,12 +54,9 @@ class Factors:
         return result
 
     def penalties(self, cost: Float[Tensor, " cols"], damping: float, steps: int) -> Penalties:
-        """Compute what the steps of `admm.alternate` share.
+        """Compute what the steps of `admm.alternate` share: see `admm.penalties`.
 
-        Args:
-            cost: `admm.weight_costs` of the factor that `curvature` returned last.
-            damping: The damping of the method.
-            steps: Number of steps.
+        ``cost`` is `admm.weight_costs` of the factor that `curvature` returned last.
 
         Raises:
             FactorizationError: If the Hessian is far from positive semi-definite.
@@ -87,11 +84,7 @@ class FactorsInTurn:
         self._factors: Factors | None = None
 
     def take(self, statistics: HessianAccumulator, before: HessianAccumulator | None = None) -> Factors:
-        """Return the factors of a layer.
-
-        Args:
-            statistics: Statistics of the layer's inputs.
-            before: Statistics of the next layer; if they are the same object, the factors are kept for it.
+        """Return the factors of a layer. Keep them if ``before``, the statistics of the next layer, is the same object.
 
         Raises:
             ValueError: If no token was counted.

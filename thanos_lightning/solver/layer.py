@@ -295,18 +295,9 @@ def prune_rows(
     """Prune the rows of one member of a team. Together the members prune the layer as `prune` does in one process.
 
     All members call it within a stage of the team. All have the same Hessian, and each member factors it.
-
-    Args:
-        weight: (rows of this member, in_features).
-        inputs: Factors of the layer's Hessian, (in_features, in_features), or None.
-        pattern: Pattern of the whole layer.
-        options: How to prune.
-        frozen: bool (rows of this member, in_features), or None.
-        team: The members that have the other rows.
-        output_weights: (rows of this member,), or None on all members; (rows, rows) only if there is one member.
-
-    Returns:
-        Weight and mask of this member's rows, and the losses of the whole layer.
+    ``weight`` and ``frozen``, (rows, in_features), ``output_weights``, (rows,), and the returned weight and mask are
+    for the rows of this member. The pattern and the losses are for the whole layer. ``output_weights`` is None on all
+    members or on none, and (rows, rows) only if there is one member.
 
     Raises:
         ValueError: As `prune`, on the member that gave the argument.
@@ -352,21 +343,11 @@ def losses_at(
 ) -> tuple[list[Float[Tensor, " rows"]], Float[Tensor, " rows"]]:
     """Predict the loss of each row at several patterns, by the method alone. All patterns share one factor.
 
-    Args:
-        weight: (out_features, in_features); not changed.
-        inputs: Factors of the layer's Hessian, (in_features, in_features).
-        patterns: Patterns to try, each on the given weight.
-        options: How to prune. The steps after the method are left out.
-        output_weights: As `prune`.
+    Each pattern is tried on the given weight, which is not changed. Tensors and errors are as in `prune`.
 
     Returns:
         For each pattern (out_features,), ½ ΔW H ΔWᵀ of each row, which `PrunedLayer.loss` sums up; and ½ W H Wᵀ of each
         row.
-
-    Raises:
-        ValueError: As `prune`.
-        NonFiniteError: As `prune`.
-        FactorizationError: As `prune`.
 
     Examples:
         >>> import torch
@@ -558,8 +539,7 @@ def _improve(
 ) -> Float[Tensor, " rows"]:
     """Take the ADMM and refinement steps on some rows. Overwrite weights and mask of the rows whose loss falls.
 
-    Returns:
-        The losses of the rows, with the weights in their own dtype.
+    Return the losses of the rows, with the weights in their own dtype.
     """
     W0, W = original.to(H.dtype), pruned.to(H.dtype)
     R, losses = residual_of(W, W0, H)
@@ -605,8 +585,7 @@ def _with_enough_damping(
 ) -> tuple[T, Curvature]:
     """Call ``solve`` with the first damping of the ladder for which every factorisation succeeds on all members.
 
-    Returns:
-        The result of ``solve``, and the curvature that it got.
+    Return its result, and the curvature that it got.
     """
     for attempt in damping_ladder(damping):
         try:

@@ -56,11 +56,9 @@ class FactorizationError(SolverError):
 def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32) -> Iterator[None]:
     """Turn off gradients, autocast and the rounding of factors inside float32 products. Restore all at the end.
 
-    Args:
-        device: Device of the tensors.
-        operands: Dtype of all factors before they were widened to float32. Factors that fit a narrower type exactly
-            (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA GPUs) are multiplied in it and summed in float32.
-            The products are the same, several times faster.
+    ``operands`` is the dtype of all factors before they were widened to float32. Factors that fit a narrower type
+    exactly (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA GPUs) are multiplied in it and summed in float32. The
+    products are the same, several times faster.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -135,11 +133,9 @@ class Curvature:
 
 
 def curvature(hessian: Float[Tensor, "cols cols"], damping: float) -> Curvature:
-    """Damp and factor a Hessian.
+    """Damp and factor an undamped H, which is symmetric positive semi-definite, in float32 or float64.
 
-    Args:
-        hessian: Undamped H, symmetric positive semi-definite, float32 or float64.
-        damping: Relative to mean(diag H).
+    ``damping`` is relative to mean(diag H).
 
     Raises:
         FactorizationError: If the damped Hessian is not numerically positive definite.
@@ -193,9 +189,6 @@ def inverse_factor(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols c
 
     Equivalent to ``torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)``, without forming the inverse.
 
-    Args:
-        hessian: H, symmetric positive definite.
-
     Raises:
         FactorizationError: If H is not numerically positive definite.
     """
@@ -238,8 +231,7 @@ def _triangle(
 def inverse(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Invert a symmetric positive definite matrix, with less work than `inverse_factor`.
 
-    Args:
-        matrix: Not nearly singular: the inverse loses as many digits as two factorisations do.
+    It should not be nearly singular: the inverse loses as many digits as two factorisations do.
 
     Raises:
         FactorizationError: If it is not numerically positive definite.
@@ -281,11 +273,7 @@ def quadratic_forms(vectors: Float[Tensor, "rows n"], matrix: Float[Tensor, "n n
 def solve_spd_batch(matrices: Float[Tensor, "batch n n"], rhs: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
     """Solve A x = b for a batch of symmetric positive definite A. Overwrites ``matrices``.
 
-    Equivalent to ``torch.linalg.solve(matrices, rhs)``.
-
-    Args:
-        matrices: A; only the lower triangles are read.
-        rhs: b.
+    Equivalent to ``torch.linalg.solve(matrices, rhs)``. Only the lower triangles of A are read.
 
     Raises:
         FactorizationError: If some A is not numerically positive definite.
@@ -322,12 +310,8 @@ def solve_subsets(
     """Solve matrix[s, s] x[s] = rhs[s] for each row, where s is the set of its members; x is zero elsewhere.
 
     The systems are gathered without gaps, in chunks of rows with sets of similar size. Smaller systems of a chunk are
-    padded with the identity. ``_CHUNK_BYTES`` bounds the memory of a chunk, unless one system alone exceeds it.
-
-    Args:
-        matrix: Symmetric positive definite.
-        members: The sets, of any sizes.
-        rhs: Right-hand sides; read at the members only.
+    padded with the identity. The systems of a chunk take up to ``_CHUNK_BYTES`` on CPUs and ``SYSTEMS_AT_A_TIME``
+    elsewhere, unless one system alone exceeds it. The matrix is symmetric positive definite. Sets may have any size.
 
     Raises:
         FactorizationError: If a system is not numerically positive definite.

@@ -15,17 +15,7 @@ from thanos_lightning.solver.team import RowTeam
 def magnitude(
     W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
-    """Choose what to prune.
-
-    Args:
-        W: Weights.
-        frozen: Weights that must be pruned.
-        pattern: The pattern; unstructured compares all weights of the layer.
-        team: The members that have the other rows.
-
-    Returns:
-        True = pruned.
-    """
+    """Choose what to prune, True = pruned. An unstructured pattern compares all weights of the layer."""
     scores = W.abs()
     if isinstance(pattern, Unstructured):
         count = num_to_prune(pattern, frozen, team)

@@ -92,15 +92,8 @@ def solve_subsets(
 ) -> tuple[Float[Tensor, "rows n"], int]:
     """Do the same as ``linalg.solve_subsets``, for tensors that are ``usable``.
 
-    Args:
-        matrix: Symmetric positive definite.
-        members: The sets.
-        rhs: Right-hand sides.
-        order: All rows, with sets of similar size side by side.
-        largest: Size of the largest set.
-
-    Returns:
-        The solutions, and the number of pivots that were not positive. The solutions are valid only if it is 0.
+    ``order`` holds all rows, with sets of similar size side by side. ``largest`` is the size of the largest set. Return
+    the solutions, and the number of pivots that were not positive. The solutions are valid only if it is 0.
 
     Raises:
         MemoryError: If a thread lacks the memory for the systems that it interleaves.

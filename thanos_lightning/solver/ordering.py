@@ -29,9 +29,7 @@ _TOLERANCE, _PATIENCE = 0.001, 4
 def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
     """The sum of the scores that an N:M pattern keeps, over the sum of all scores; 1 if all scores are zero.
 
-    Args:
-        scores: (rows, cols), not negative.
-        pattern: N:M, where M divides cols.
+    The scores must not be negative, and M has to divide cols.
 
     Examples:
         >>> kept_share(torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]]), NM(2, 4))
@@ -43,14 +41,7 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
 
 
 def require_scipy() -> None:
-    """Check that the library for the search is there.
-
-    Raises:
-        ModuleNotFoundError: If SciPy is not installed.
-
-    Examples:
-        >>> require_scipy()
-    """
+    """Raise ModuleNotFoundError if SciPy, which the search needs, is not installed."""
     if importlib.util.find_spec("scipy") is None:
         raise ModuleNotFoundError(
             "the search for an order of channels needs scipy: pip install 'thanos-lightning[permute]'"

@@ -54,7 +54,7 @@ def refine(
         residual: R; overwritten with the R of the result.
         hessian: Undamped H, positive semi-definite; may be singular.
         keep: True = kept.
-        steps: Number of steps; each is one (rows, cols) by (cols, cols) product.
+        steps: Each is one (rows, cols) by (cols, cols) product.
         outputs: G, positive definite. With G all rows are one system, and each step takes one more product.
 
     Returns:

@@ -58,12 +58,7 @@ def importance(W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"]) -> 
 
 
 def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-    """W_ij² / U_jj²: SparseGPT's score, the loss of removing one weight when only columns to its right adapt.
-
-    Args:
-        W: Weights.
-        pivots: U_jj, the diagonal of the factor.
-    """
+    """W_ij² / U_jj²: SparseGPT's score, the loss of removing one weight when only columns to its right adapt."""
     return (W / pivots).square()
 
 
@@ -100,16 +95,9 @@ def lowest_weighted(
 def lowest(
     scores: Float[Tensor, "rows cols"], count: int, team: RowTeam, width: int | None = None
 ) -> Bool[Tensor, "rows width"]:
-    """Choose the ``count`` lowest of all scores, and return the choice in the first ``width`` columns.
+    """Choose the ``count`` lowest of all scores, and return the choice in the first ``width`` columns, or in all.
 
-    Args:
-        scores: Scores; -inf is allowed, NaN is not.
-        count: How many to choose in the whole layer. Ties go to the first ``width`` columns, in row order.
-        team: The members that have the other rows.
-        width: Columns of interest. None means all.
-
-    Returns:
-        True for the chosen weights in the first ``width`` columns.
+    Scores may be -inf, but not NaN. Ties go to the first ``width`` columns, in row order.
     """
     block = scores if width is None else scores[:, :width]
     if count <= 0:
@@ -182,13 +170,8 @@ def lowest_per_row(
     """Choose the lowest scores of each row, equally many per row up to one, and ``count`` in total.
 
     If the number of rows does not divide the count, the remainder goes to the rows whose next weight scores lowest. A
-    row with more frozen weights than its share loses all of them, and the other rows share the rest of the count.
-
-    Args:
-        scores: Scores, -inf where frozen.
-        frozen: Weights that must be pruned.
-        count: How many to choose in the whole layer, at least the number of frozen weights.
-        team: The members that have the other rows.
+    row with more frozen weights than its share loses all of them, and the other rows share the rest of the count. The
+    count is at least the number of frozen weights in the layer. Scores are -inf where frozen.
     """
     order = scores.argsort(dim=1, stable=True)
     ranks = torch.empty_like(order).scatter_(
@@ -211,11 +194,7 @@ def lowest_in_groups(
 ) -> Bool[Tensor, "rows cols"]:
     """The m - n lowest of every m consecutive scores of the sparse rows, and every frozen weight.
 
-    Args:
-        scores: Scores, -inf where frozen; the width is divisible by m.
-        frozen: Weights that must be pruned.
-        sparse_rows: True for rows that follow the pattern, see ``choose_sparse_rows``.
-        pattern: n:m.
+    Scores are -inf where frozen, and m divides their width. Sparse rows come from ``choose_sparse_rows``.
     """
     if native.usable(scores):
         return (native.lowest_in_groups(scores, pattern.m, pattern.m - pattern.n) & sparse_rows) | frozen
@@ -231,13 +210,8 @@ def choose_sparse_rows(
     """True for the rows that follow the pattern, False for the outliers, which stay dense (h_i in the paper).
 
     Outliers are the rows of most energy. Rows with frozen weights become outliers only if there are too few other rows,
-    and the rows with the fewest frozen weights come first.
-
-    Args:
-        energy: W_ij² ‖X_j‖², or the method's own score in its place.
-        frozen: Weights that must be pruned.
-        pattern: Says how many rows stay dense.
-        team: The members that have the other rows.
+    and the rows with the fewest frozen weights come first. ``energy`` is W_ij² ‖X_j‖², or the method's own score in its
+    place.
     """
     sparse_rows = torch.ones(team.num_rows, dtype=torch.bool, device=energy.device)
     if (num_dense := pattern.num_dense_rows(team.num_rows)) > 0:
@@ -256,14 +230,7 @@ def lowest_columns(
 ) -> Bool[Tensor, "rows cols"]:
     """The columns of least energy over the sparse rows (v_j in the paper), and every frozen weight.
 
-    Columns that hold frozen weights in sparse rows come first.
-
-    Args:
-        energy: W_ij² ‖X_j‖², or the method's own score in its place.
-        frozen: Weights that must be pruned.
-        sparse_rows: True for rows that follow the pattern.
-        pattern: Says how many columns are pruned.
-        team: The members that have the other rows.
+    Columns that hold frozen weights in sparse rows come first. Energy and sparse rows are as in ``choose_sparse_rows``.
     """
     per_column = team.total((energy * (sparse_rows & ~frozen)).sum(0))
     by_energy = per_column.argsort(stable=True)
@@ -277,13 +244,9 @@ def lowest_columns(
 def choose_regular(
     scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
-    """Choose all weights that an n:m or structured pattern prunes, by fixed scores (their squares are the energy).
+    """Choose all weights that an n:m or structured pattern prunes, by fixed scores that scale with |W|.
 
-    Args:
-        scores: Scores that scale with |W|.
-        frozen: Weights that must be pruned.
-        pattern: The pattern.
-        team: The members that have the other rows.
+    Their squares are the energy.
     """
     energy = scores.square()
     sparse_rows = choose_sparse_rows(energy, frozen, pattern, team)

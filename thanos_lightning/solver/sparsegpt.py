@@ -31,18 +31,11 @@ def sparsegpt(
     block_size: int,
     team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    """Prune by SparseGPT's algorithm.
+    """Prune by SparseGPT's algorithm. Return the new weights and the choice, True = pruned.
 
-    Args:
-        weight: Weights; not changed.
-        curvature: Damped and factored Hessian of the inputs.
-        frozen: Weights that must be pruned.
-        pattern: The pattern. Unstructured chooses per block, n:m per group, structured once, before any update.
-        block_size: Columns of a block. One product updates the columns after the block. n:m rounds up to whole groups.
-        team: The members that have the other rows.
-
-    Returns:
-        The new weights and the choice, True = pruned.
+    Unstructured weights are chosen per block, those of n:m per group, and structured columns once, before any update.
+    One product updates the columns after a block. n:m rounds the width of a block up to whole groups. ``weight`` is not
+    changed.
     """
     rows, cols = weight.shape
     U, pivots = curvature.factor, curvature.factor.diagonal()

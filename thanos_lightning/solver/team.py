@@ -76,22 +76,14 @@ class RowTeam(ABC):
         return self.share(own).sum(0)
 
     def every_row(self, own: Shaped[Tensor, " rows"]) -> Shaped[Tensor, " all_rows"]:
-        """One value for each row of the layer, from all members.
-
-        Args:
-            own: One value for each row of this member.
-        """
+        """One value for each row of the layer, from all members. ``own`` has one for each row of this member."""
         padded = own.new_zeros(max(self.rows))
         padded[: len(own)] = own
         return torch.cat([part[:count] for part, count in zip(self.share(padded), self.rows, strict=True)])
 
 
 class Alone(RowTeam):
-    """A team of one process that has all rows.
-
-    Args:
-        rows: Rows of the layer.
-    """
+    """A team of one process that has all rows."""
 
     def __init__(self, rows: int) -> None:
         self.index = 0
@@ -115,13 +107,7 @@ class _Trouble(IntEnum):
 
 
 class AgreeingTeam(RowTeam):
-    """A team of several processes. Every member learns in time when another member fails.
-
-    Args:
-        index: This member.
-        rows: How many rows each member has.
-        device: Device on which tensors are gathered.
-    """
+    """A team of several processes that gather tensors on ``device``. Each learns in time when another one fails."""
 
     def __init__(self, index: int, rows: Sequence[int], device: torch.device | None = None) -> None:
         self.index = index

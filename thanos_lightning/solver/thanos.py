@@ -37,19 +37,10 @@ def thanos(
     team: RowTeam,
     saliency: str = "wanda",
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    """Prune by the paper's algorithm.
+    """Prune by the paper's algorithm. Return the new weights and the choice, True = pruned.
 
-    Args:
-        weight: Weights; not changed.
-        curvature: Damped and factored Hessian of the inputs.
-        frozen: Weights that must be pruned.
-        pattern: The pattern. Structured prunes all its columns in one block as wide as the layer.
-        block_size: Columns pruned jointly; n:m rounds it up to whole groups.
-        team: The members that have the other rows.
-        saliency: Score of unstructured and n:m choices, see ``scales``.
-
-    Returns:
-        The new weights and the choice, True = pruned.
+    n:m rounds the width of a block up to whole groups. Structured prunes all its columns in one block as wide as the
+    layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. ``weight`` is not changed.
 
     Raises:
         FactorizationError: If a system of multipliers is not numerically positive definite.

@@ -19,17 +19,9 @@ def wanda(
     pattern: Pattern,
     team: RowTeam,
 ) -> Bool[Tensor, "rows cols"]:
-    """Choose what to prune.
+    """Choose what to prune, True = pruned. An unstructured pattern prunes equally many weights per row, up to one.
 
-    Args:
-        W: Weights.
-        norms: ‖X_j‖ up to a common scale.
-        frozen: Weights that must be pruned.
-        pattern: The pattern; unstructured prunes equally many weights per row, up to one.
-        team: The members that have the other rows.
-
-    Returns:
-        True = pruned.
+    ``norms`` are ‖X_j‖ up to a common scale.
     """
     scores = importance(W, norms)
     if isinstance(pattern, Unstructured):

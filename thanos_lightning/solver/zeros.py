@@ -10,14 +10,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Tensor:
-    """Set entries to exactly +0, also negative ones, NaN and infinity.
+    """Set the pruned entries to exactly +0, also negative ones, NaN and infinity.
 
-    Args:
-        tensor: Any real dtype; overwritten.
-        pruned: True where the tensor becomes zero.
-
-    Returns:
-        ``tensor``, or a view of it.
+    The tensor has any real dtype and is overwritten. Return it, or a view of it.
 
     Examples:
         >>> from thanos_lightning.solver.zeros import zero_where

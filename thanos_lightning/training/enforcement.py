@@ -24,12 +24,7 @@ class ZeroViolationError(RuntimeError):
 
 
 class MaskEnforcer:
-    """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank.
-
-    Args:
-        layers: Name -> layer, of all that may be pruned.
-        access: How the strategy's parameters are reached.
-    """
+    """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank."""
 
     def __init__(self, layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
         self._layers = layers
@@ -62,10 +57,7 @@ class MaskEnforcer:
     def hold(self, name: str, drop: Tensor, num_pruned: int) -> None:
         """Hold this rank's piece of a drop mask from now on.
 
-        Args:
-            name: Name of the layer.
-            drop: The piece, as `ParameterAccess.local_drop` returns it.
-            num_pruned: Number of pruned entries of the whole layer.
+        `drop` is as `ParameterAccess.local_drop` returns it. `num_pruned` counts the pruned entries of the whole layer.
         """
         self._drops[name] = drop
         self._num_pruned[name] = num_pruned
@@ -99,8 +91,7 @@ class MaskEnforcer:
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
         """Zero the gradients of pruned weights, so that a clipped norm is that of the sparse model.
 
-        Args:
-            optimizer: If it is one of the strategy's, only the weights that it updates are masked; otherwise all are.
+        If the optimizer is one of the strategy's, only the weights that it updates are masked; otherwise all are.
         """
         layers = self._masked_layers()
         names: Iterable[str] = layers

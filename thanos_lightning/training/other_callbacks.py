@@ -26,11 +26,7 @@ def _is_kind(callback: Callback, name: str) -> bool:
 
 
 def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes.
-
-    Raises:
-        MisconfigurationException: Naming the right import.
-    """
+    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes."""
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"ThanosPruningCallback is a callback of lightning.pytorch, and the Trainer is one of "
@@ -40,15 +36,7 @@ def check_trainer(trainer: object) -> None:
 
 
 def check_companions(trainer: Trainer, own: Callback) -> None:
-    """Refuse callbacks that prune, too, or that average weights in a way that would lose zeros.
-
-    Args:
-        trainer: Has the callbacks.
-        own: The callback that asks.
-
-    Raises:
-        MisconfigurationException: Naming the callback and the fix.
-    """
+    """Refuse callbacks beside `own` that prune, or that average weights in a way that would lose zeros."""
     for callback in callbacks_of(trainer):
         if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
             raise MisconfigurationException(
@@ -87,11 +75,7 @@ def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    """Take EarlyStopping out of the Trainer: until the last event, a metric says nothing about the final model.
-
-    Returns:
-        The callbacks that were taken out, for `release_stopping`.
-    """
+    """Take EarlyStopping out, and return it: until the last event, a metric says nothing about the final model."""
     callbacks = callbacks_of(trainer)
     held = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
     if held:
@@ -139,8 +123,7 @@ class BestScores:
     step, and a validation metric is old until the next validation. Scores by old metrics are forgotten, too. The old
     files are deleted one by one as later files replace them.
 
-    Args:
-        old: "step" or "validation" -> the monitors that are old until then. Changed in place.
+    `old` maps "step" and "validation" to the monitors that are old until then. It is changed in place.
     """
 
     def __init__(self, old: dict[str, list[str]]) -> None:
@@ -161,12 +144,7 @@ class BestScores:
             self._old[by] = []
 
     def warn_of_none(self, trainer: Trainer, step: int) -> None:
-        """Warn if no checkpoint of the final sparsity was scored.
-
-        Args:
-            trainer: The Trainer at the end of the training.
-            step: Optimizer steps taken at the last event.
-        """
+        """Warn at the end of the training if nothing was scored since the last event, at optimizer step `step`."""
         for by in self._old:
             self.renewed(trainer, by)
         for checkpoint in _monitored(trainer):

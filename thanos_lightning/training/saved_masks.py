@@ -22,16 +22,9 @@ def masks_state(
     patterns: Mapping[str, Pattern],
     access: ParameterAccess,
 ) -> dict[str, dict[str, Any]]:
-    """The masks that this rank saves. All ranks must call it.
+    """The masks that this rank saves: parameter name -> `LayerMask.state`. All ranks must call it.
 
-    Args:
-        enforcer: Holds the masks.
-        layers: Name -> layer, for all targets.
-        patterns: Name -> what the layer was pruned to.
-        access: If each rank writes a file of its own (ZeRO-3), each mask is in one of the files.
-
-    Returns:
-        Parameter name -> `LayerMask.state`.
+    If each rank writes a file of its own (ZeRO-3), each mask is in one of the files.
     """
     masks = {}
     for number, name in enumerate(enforcer.masked):
@@ -52,17 +45,10 @@ def restore_masks(
     access: ParameterAccess,
     changed: Mapping[str, str],
 ) -> dict[str, Pattern]:
-    """Let the enforcer hold what `masks_state` has saved. All ranks must call it.
+    """Let the enforcer hold what `masks_state` has saved, and return name -> pattern. All ranks must call it.
 
-    Args:
-        states: Those that this rank has loaded.
-        enforcer: Takes the masks.
-        layers: Name -> layer, for all targets.
-        access: Tells the ranks.
-        changed: Arguments of the callback that differ from the checkpoint's, each as a sentence.
-
-    Returns:
-        Name -> what the layer was pruned to.
+    `states` has what this rank has loaded. `changed` has the arguments of the callback that differ from the
+    checkpoint's, each as a sentence.
 
     Raises:
         MisconfigurationException: If a mask fits no target.
@@ -90,12 +76,7 @@ def restore_masks(
 def _share(masks: Mapping[str, LayerMask], access: ParameterAccess) -> Iterator[tuple[str, LayerMask]]:
     """Share masks between ranks whose checkpoints may hold different ones. Talks to all ranks.
 
-    Args:
-        masks: Name -> mask, of this rank.
-        access: Lets the ranks communicate, and says whether each rank has its own checkpoint.
-
-    Yields:
-        (name, mask) in one order on all ranks, one at a time: all masks on every rank may exceed a node's memory.
+    Yield (name, mask) in one order on all ranks, one at a time: all masks on every rank may exceed a node's memory.
     """
     if not access.saves_every_rank:
         yield from masks.items()
