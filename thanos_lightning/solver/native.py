@@ -123,9 +123,9 @@ def bracket(
     threads = torch.get_num_threads()
     (W, weights), (frozen, zeros) = _rows_of(W), _rows_of(frozen)
     scale = scale.contiguous()
-    first = torch.arange(threads + 1) * rows // threads
-    counts = torch.zeros(threads, dtype=torch.int64)
-    inside = torch.empty(rows * cols)  # the C code touches only the entries that it finds
+    first = torch.arange(threads + 1, device="cpu") * rows // threads
+    counts = torch.zeros(threads, dtype=torch.int64, device="cpu")
+    inside = W.new_empty(rows * cols)  # the C code touches only the entries that it finds
     below: int = _loaded().thanos_bracket(
         *weights, *zeros, scale.data_ptr(), cols, low, high, inside.data_ptr(), first.data_ptr(),
         counts.data_ptr(), threads,

@@ -76,10 +76,10 @@ def search_order(
     if not torch.isfinite(scores).all() or (scores < 0).any():
         raise ValueError("scores must be finite and not negative: give squares, such as those of W_ij ‖X_j‖")
     generator = torch.Generator().manual_seed(seed)
-    groups = torch.arange(scores.shape[1]).view(-1, pattern.m)
+    groups = torch.arange(scores.shape[1], device="cpu").view(-1, pattern.m)
     lost = [1 - kept_share(scores, pattern)]
     for _ in range(rounds):
-        for some in torch.split(torch.randperm(len(groups), generator=generator), _EXCHANGING):
+        for some in torch.split(torch.randperm(len(groups), generator=generator, device="cpu"), _EXCHANGING):
             groups[some] = _exchange(scores, groups[some], pattern, generator)
         lost.append(1 - kept_share(scores[:, groups.flatten().to(scores.device)], pattern))
         if len(lost) > _PATIENCE and lost[-1] >= (1 - _TOLERANCE) * lost[-1 - _PATIENCE]:
@@ -93,10 +93,10 @@ def _exchange(
     """Exchange inputs among some of the groups, in one round."""
     from scipy.optimize import linear_sum_assignment
 
-    every = torch.arange(len(groups))
-    place = torch.randint(pattern.m, (len(groups),), generator=generator)
+    every = torch.arange(len(groups), device="cpu")
+    place = torch.randint(pattern.m, (len(groups),), generator=generator, device="cpu")
     taken = groups[every, place]
-    others = groups[torch.arange(pattern.m) != place.unsqueeze(1)].view(len(groups), pattern.m - 1)
+    others = groups[torch.arange(pattern.m, device="cpu") != place.unsqueeze(1)].view(len(groups), pattern.m - 1)
     at_stake = scores[:, others.to(scores.device)].topk(pattern.n, dim=2).values[..., -1]
     distances = torch.cdist(at_stake.t().contiguous(), scores[:, taken.to(scores.device)].t().contiguous(), p=1)
     _, given = linear_sum_assignment(distances.double().cpu().numpy(), maximize=True)

@@ -78,7 +78,7 @@ def lowest_weighted(
     """Do the same as ``lowest`` with the scores |W_ij| scale_j, -inf where frozen. CPUs need not store all scores."""
     cols = W.shape[1]
     if 0 < count < W.numel() and len(team.rows) == 1 and W.numel() >= 4 * _SAMPLE and native.usable(W):
-        places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1)
+        places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1, device=W.device)
         row, column = places // cols, places % cols
         sample = (W[row, column].abs() * scale[column]).masked_fill_(frozen[row, column], -torch.inf)
         low, high = _brackets(sample.sort().values, count / W.numel())

@@ -80,6 +80,22 @@ def test_more_frozen_weights_than_asked_for_are_all_pruned_and_nothing_else(meth
         assert result.relative_loss == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_torchs_defaults_change_nothing(method, pattern):
+    weight, H = layer(150, 128)
+    H, options = H.float(), {"method": method, "block_size": 64, "admm_steps": 2, "refine_steps": 1}
+    expected = prune(weight, H, pattern, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = prune(weight, H, pattern, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.weight, expected.weight)
+    assert found.loss == expected.loss
+
+
 @property_based
 @given(methods, patterns, shapes, st.integers(0, 3))
 def test_permuting_rows_commutes(method, pattern, shape, seed):
