@@ -126,10 +126,7 @@ OWN: dict[str, Recipe] = {
         }.items()
     },
     "all that helped, on all of the text": Recipe(
-        _BEFORE,
-        {"batches": 200, "damping": 0.001, **_COUPLED},
-        {"teacher": _FINE_TUNED},
-        permuted=True,
+        _BEFORE, {"batches": 200, "damping": 0.001, **_COUPLED}, {"teacher": _FINE_TUNED}, permuted=True
     ),
     "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),

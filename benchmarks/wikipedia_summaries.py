@@ -27,10 +27,7 @@ def main() -> None:
     # in the file they are sorted by subject
     texts = list(dict.fromkeys(entry["extract"].strip() for entry in summaries.values() if entry["extract"].strip()))
     random.Random(0).shuffle(texts)
-    splits = {
-        "validation": texts[::20],
-        "train": [text for index, text in enumerate(texts) if index % 20],
-    }
+    splits = {"validation": texts[::20], "train": [text for index, text in enumerate(texts) if index % 20]}
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name, documents in splits.items():
         path = arguments.folder / f"{name}.jsonl"

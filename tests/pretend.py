@@ -86,12 +86,7 @@ def _wait(what: str) -> None:
 
 # What looks at numbers on the host, and is not marked by torch as such: errors of LAPACK's
 _LOOKS = {_aten._linalg_check_errors.default}
-_INDEXES = {
-    _aten.index.Tensor,
-    _aten.index_put.default,
-    _aten.index_put_.default,
-    _aten._unsafe_index.Tensor,
-}
+_INDEXES = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._unsafe_index.Tensor}
 # of floats, on CUDA
 _NOT_DETERMINISTIC = {_aten.cumsum.default, _aten.kthvalue.default, _aten.histc.default, _aten.median.dim}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}

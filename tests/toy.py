@@ -141,9 +141,7 @@ class ToyLM(LightningModule):
     """A user's own module around a Hugging Face model; records what a test wants to see after each step."""
 
     def __init__(
-        self,
-        model: PreTrainedModel | None = None,
-        make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+        self, model: PreTrainedModel | None = None, make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
     ) -> None:
         super().__init__()
         self.model = model if model is not None else tiny_llama()

@@ -8,12 +8,7 @@ import pytest
 import torch
 from ranks import agreement, masks, train
 
-ALLOCATED = {
-    "pattern": "unstructured",
-    "sparsity": 0.5,
-    "allocation": {"by": "loss"},
-    "schedule": (0, 8, 4),
-}
+ALLOCATED = {"pattern": "unstructured", "sparsity": 0.5, "allocation": {"by": "loss"}, "schedule": (0, 8, 4)}
 
 
 @pytest.mark.rest

@@ -23,10 +23,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero2": {"strategy": "zero2"},
     "zero3": {"strategy": "zero3", "save": True},
-    "zero3 offloaded": {
-        "strategy": "zero3",
-        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
-    },
+    "zero3 offloaded": {"strategy": "zero3", "deepspeed": {"offload_optimizer": True, "offload_parameters": True}},
     "zero3, given as an object": {
         "strategy": "zero3",
         "as_object": True,

@@ -32,12 +32,7 @@ GRID: dict[str, dict[str, Any]] = dict(
     [setting(stage, precision) for stage in range(4) for precision in range(3)]
     + [setting(stage, 1, other=1) for stage in range(4)]
 )
-CALIBRATED: dict[str, Any] = {
-    "strategy": "zero3",
-    "pattern": "unstructured",
-    "sparsity": 0.6,
-    "calibration_batches": 3,
-}
+CALIBRATED: dict[str, Any] = {"strategy": "zero3", "pattern": "unstructured", "sparsity": 0.6, "calibration_batches": 3}
 MLP = "transformers.models.llama.modeling_llama.LlamaMLP"
 KINDS: dict[str, dict[str, Any]] = {
     "stage 1, optimizer offloaded": {
@@ -79,11 +74,7 @@ KINDS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
     **{
-        f"stage {stage}, coupled rows": {
-            "strategy": f"zero{stage}",
-            "calibration_batches": 3,
-            "output_weights": "full",
-        }
+        f"stage {stage}, coupled rows": {"strategy": f"zero{stage}", "calibration_batches": 3, "output_weights": "full"}
         for stage in (2, 3)
     },
     **{

@@ -959,10 +959,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pruning(ignore=["down_proj", "lm_head"]), max_steps=10).fit(
             ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
         )
-    with pytest.raises(
-        MisconfigurationException,
-        match=r"the 2 pruning.* are not the first ones",
-    ):
+    with pytest.raises(MisconfigurationException, match=r"the 2 pruning.* are not the first ones"):
         trainer(tmp_path, pruning(schedule=SparsitySchedule(9, 9, 1)), max_steps=10).fit(
             ToyLM(), loader(64), ckpt_path=tmp_path / "a.ckpt"
         )
@@ -988,12 +985,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         # room for the inputs of a layer of 48, but not for its outputs, too
         ({"memory_gib": 4 * 48**2 / 2**30, "output_weights": "full"}, {}, "more than memory_gib"),
         (
-            {
-                "pattern": "unstructured",
-                "sparsity": 0.5,
-                "memory_gib": 2.2e-5,
-                "schedule": SparsitySchedule(10, 12, 1),
-            },
+            {"pattern": "unstructured", "sparsity": 0.5, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)},
             {"max_steps": 20},
             "step 12 needs statistics from",  # and not only when the layers have been looked at
         ),
@@ -1097,13 +1089,7 @@ def test_compiled_modules_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
 
 
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"batches": list(loader(8))}, [0]),
-        ({}, [2, 4, 6, 8]),
-    ],
-)
+@pytest.mark.parametrize(("options", "steps"), [({"batches": list(loader(8))}, [0]), ({}, [2, 4, 6, 8])])
 def test_the_schedule_without_one(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
     callback = pruning(schedule=None, **options)
     trainer(tmp_path, callback, max_steps=20).fit(ToyLM(), loader(80))
@@ -1236,12 +1222,7 @@ def test_a_scan_and_the_event_at_its_step_share_a_calibration(
     found = []
     for shared in (True, False):
         callback = pruning(
-            "unstructured",
-            0.5,
-            allocation=Allocation(),
-            schedule=schedule,
-            batches=list(loader(8)),
-            memory_gib=budget,
+            "unstructured", 0.5, allocation=Allocation(), schedule=schedule, batches=list(loader(8)), memory_gib=budget
         )
         if not shared:
             monkeypatch.setattr(room.Collector, "_kept", property(lambda _: None, lambda *_: None), raising=False)
@@ -1256,9 +1237,7 @@ def test_a_scan_and_the_event_at_its_step_share_a_calibration(
 @pytest.mark.parametrize("calibration", [None, list(loader(8))], ids=["training batches", "calibration set"])
 @pytest.mark.parametrize("output_weights", ["diagonal", "full"])
 def test_an_event_takes_what_the_scan_at_its_step_was_told(
-    tmp_path: Path,
-    output_weights: Literal["diagonal", "full"],
-    calibration: list[Any] | None,
+    tmp_path: Path, output_weights: Literal["diagonal", "full"], calibration: list[Any] | None
 ) -> None:
     callback = pruning(
         "unstructured",
@@ -1364,11 +1343,7 @@ def test_what_can_not_be_allocated_is_refused(arguments: dict[str, Any], message
 
 def test_a_scan_needs_a_step(tmp_path: Path) -> None:
     callback = pruning(
-        "unstructured",
-        0.5,
-        allocation=Allocation(),
-        schedule=SparsitySchedule(at=[1, 3, 5]),
-        memory_gib=1.0,
+        "unstructured", 0.5, allocation=Allocation(), schedule=SparsitySchedule(at=[1, 3, 5]), memory_gib=1.0
     )
     message = r"at optimizer step 1, which leaves too few to look at .* with the event \(no calibration.memory_gib\)"
     with pytest.raises(MisconfigurationException, match=message):

@@ -61,10 +61,7 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert min(zeros) >= 0.5
 
 
-@pytest.mark.parametrize(
-    ("page", "name"),
-    [("docs/guide/teacher.md", "loss"), ("docs/guide/modules.md", "pruned")],
-)
+@pytest.mark.parametrize(("page", "name"), [("docs/guide/teacher.md", "loss"), ("docs/guide/modules.md", "pruned")])
 def test_the_code_of_a_page_runs(page: str, name: str) -> None:
     (block,) = blocks(page)
     found: dict[str, Any] = {}

@@ -30,13 +30,7 @@ from thanos_lightning.plan.windows import split_by_memory
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
-from thanos_lightning.solver.linalg import (
-    FactorizationError,
-    damped,
-    damping_ladder,
-    exact_arithmetic,
-    inverse_factor,
-)
+from thanos_lightning.solver.linalg import FactorizationError, damped, damping_ladder, exact_arithmetic, inverse_factor
 from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
 
 # The search draws this many rows at random, out of the rows of all layers that read the same channels.

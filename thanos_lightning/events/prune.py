@@ -83,11 +83,7 @@ def prune_window(
 
 
 def _solve_tasks(
-    tasks: dict[str, _Task],
-    teams: Mapping[str, range],
-    access: ParameterAccess,
-    options: SolverOptions,
-    title: str,
+    tasks: dict[str, _Task], teams: Mapping[str, range], access: ParameterAccess, options: SolverOptions, title: str
 ) -> dict[str, _Solved]:
     """Solve the tasks of this rank, and raise on all ranks if one fails. All ranks must call it.
 

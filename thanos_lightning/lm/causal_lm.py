@@ -498,8 +498,5 @@ class CausalLM(LightningModule):
         trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]
         decayed = [parameter for parameter in trained if len(whole_shape(parameter)) > 1]
         others = [parameter for parameter in trained if len(whole_shape(parameter)) <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]  # DeepSpeed removes empty groups, the scheduler does not

@@ -144,11 +144,7 @@ class Planner:
         }
 
     def _plan_pruning(
-        self,
-        events: list[Event],
-        layers: Mapping[str, PrunableLayer],
-        final: Mapping[str, Pattern],
-        since: int = 0,
+        self, events: list[Event], layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], since: int = 0
     ) -> list[Window]:
         windows = plan_windows(
             [(event, patterns_at(event, final)) for event in events],

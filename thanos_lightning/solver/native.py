@@ -170,15 +170,7 @@ def _built() -> Path:
         built = Path(folder) / "native.so"
         compiler = shlex.split(os.environ.get("CC", "cc"))  # CC may be "ccache gcc"
         for flags in _FLAGS:
-            command = [
-                *compiler,
-                *flags,
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(built),
-                str(_SOURCE),
-            ]
+            command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(_SOURCE)]
             made = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
             if made.returncode == 0:
                 built.replace(library)  # atomic: other processes may look for the library

@@ -38,12 +38,7 @@ def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
 
 
 def collector(module: ToyLM, **settings: Any) -> Collector:
-    defaults = {
-        "calibration": None,
-        "attention_mask_key": None,
-        "keeps_scan": True,
-        "needs_gradients": False,
-    }
+    defaults = {"calibration": None, "attention_mask_key": None, "keeps_scan": True, "needs_gradients": False}
     return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
 
 

@@ -512,12 +512,7 @@ def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
         statistics = InputStatistics(find_targets(module))
         with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
             count_dataloader(
-                statistics,
-                batches,
-                trainer(tmp_path, max_steps=1),
-                module,
-                ReplicatedAccess(),
-                counted=lambda _: None,
+                statistics, batches, trainer(tmp_path, max_steps=1), module, ReplicatedAccess(), counted=lambda _: None
             )
 
 

@@ -45,8 +45,7 @@ def test_exported_folder_conforms(exported, name, pattern):
 @names
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)])
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [(1e-8, "are not 0"), (-0.0, "1 entries are -0"), (float("nan"), "1 entries are NaN")],
+    ("value", "message"), [(1e-8, "are not 0"), (-0.0, "1 entries are -0"), (float("nan"), "1 entries are NaN")]
 )
 def test_filled_zero_in_a_folder(copied, name, value, message, pattern):
     change_folder(copied[name], lambda tensors: fill(tensors[PRUNED[name]], value))
@@ -240,8 +239,7 @@ def adamw_beside_frozen_parameters(parameters):
 
 
 @pytest.mark.parametrize(
-    ("make_optimizer", "frozen"),
-    [(grouped_adamw, []), (adamw_beside_frozen_parameters, ["model.embed_tokens.weight"])],
+    ("make_optimizer", "frozen"), [(grouped_adamw, []), (adamw_beside_frozen_parameters, ["model.embed_tokens.weight"])]
 )
 def test_moments_of_groups_and_beside_frozen_parameters(tmp_path, make_optimizer, frozen):
     module = ToyLM(untied_llama(), make_optimizer)

@@ -60,12 +60,7 @@ class SpyCallback(ThanosPruningCallback):
 
     made: list = []  # noqa: RUF012
 
-    def __init__(
-        self,
-        pattern: str = "2:4",
-        sparsity: float | None = None,
-        schedule: SparsitySchedule | None = None,
-    ):
+    def __init__(self, pattern: str = "2:4", sparsity: float | None = None, schedule: SparsitySchedule | None = None):
         super().__init__(pattern, sparsity, schedule or AT_ONCE, solver=SolverOptions.as_published("magnitude"))
         self.made.append(self)
 

@@ -62,11 +62,7 @@ WRONG_VALUES = [
         "--trainer.callbacks.help=ThanosPruningCallback` lists all",
     ),
     (PATTERN, "solver: {block_size: 1.5}", "solver.block_size of ThanosPruningCallback is 1.5: give a whole number"),
-    (
-        "batches: datamodule",
-        "batches: 3",
-        "calibration.batches of ThanosPruningCallback is 3: give data",
-    ),
+    ("batches: datamodule", "batches: 3", "calibration.batches of ThanosPruningCallback is 3: give data"),
     ("at: .0.", "start_stp: 0", "SparsitySchedule has no option start_stp: did you mean start_step?"),
     ("at: .0.", "at: soon", "at of SparsitySchedule is 'soon': give a list of times, such as [0.1, 0.2]"),
     ("at: .0.", "at: [soon]", "a time of at is 'soon': give optimizer steps (int) or a fraction of training (float)"),
@@ -77,20 +73,12 @@ WRONG_VALUES = [
     ("max_steps: .*", "max_stps: 40", "fit has no option trainer.max_stps: did you mean trainer.max_steps? "),
     ("seed_everything: 1", "seed_evrything: 1", "fit has no option seed_evrything: did you mean seed_everything? "),
     ("batch_size: .*", "batchsize: 8", "TextData has no option batchsize: did you mean batch_size? "),
-    (
-        "ThanosPruningCallback",
-        "ThanosPruningCalback",
-        "class_path is 'thanos_lightning.ThanosPruningCalback': did ",
-    ),
+    ("ThanosPruningCallback", "ThanosPruningCalback", "class_path is 'thanos_lightning.ThanosPruningCalback': did "),
     ("thanos_lightning.ThanosPruningCallback", "ThanosPruner", "class_path is 'ThanosPruner': did you mean ThanosPru"),
     ("lm.CausalLM", "lm.CausalML", "class_path is 'thanos_lightning.lm.CausalML': did you mean thanos_lightning.lm.C"),
     ("lm.CausalLM", "ml.CausalLM", "class_path is 'thanos_lightning.ml.CausalLM': thanos_lightning has no ml"),
     ("thanos_lightning.lm.CausalLM", "nowhere.LM", "class_path is 'nowhere.LM': no module named 'nowhere': install it"),
-    (
-        "lm.TextData",
-        "lm.CausalLM",
-        "data: thanos_lightning.lm.CausalLM is no LightningDataModule: give a class",
-    ),
+    ("lm.TextData", "lm.CausalLM", "data: thanos_lightning.lm.CausalLM is no LightningDataModule: give a class"),
     ("  callbacks:\n", "  callbacks:\n    - 3\n", "trainer.callbacks: 3 is no Callback: give class_path and init_args"),
     ("batch_size: .*", "batch_size: 0", "batch_size is 0: give a whole number, at least 1"),
 ]
@@ -134,10 +122,7 @@ FIT = ("fit", "--config", "quickstart")
         ((*FIT, "--config"), "argument -c/--config: expected one argument"),
         ((*FIT, "extra"), "unrecognized arguments: extra"),
         ((*FIT, "--trainer.max_stpes=3"), "fit has no option trainer.max_stpes: did you mean trainer.max_steps? "),
-        (
-            (*FIT, "--modle.learning_rate", "1"),
-            "fit has no option modle.learning_rate: did you mean model.lear",
-        ),
+        ((*FIT, "--modle.learning_rate", "1"), "fit has no option modle.learning_rate: did you mean model.lear"),
         ((*FIT, "--model.learning_rate", "fast"), "learning_rate of CausalLM is 'fast': give a number"),
         ((*FIT, "--model.lerning_rate", "1"), "CausalLM has no option lerning_rate: did you mean learning_rate? "),
         (
@@ -237,10 +222,7 @@ TINY = ("fit", "--config", "tiny.yaml")
             "trainer.strategy is 'deepspeed_stage_3', which needs GPUs: on CPUs give thanos_lightning.CPUDeepSpeed",
         ),
         ((*TINY, "--trainer.default_root_dir", "text.txt"), "{folder}/text.txt: file exists: give another path"),
-        (
-            (*TINY, "--trainer.default_root_dir", "text.txt/a"),
-            "{folder}/text.txt/a: not a directory: give a path",
-        ),
+        ((*TINY, "--trainer.default_root_dir", "text.txt/a"), "{folder}/text.txt/a: not a directory: give a path"),
         (
             (*TINY, "--trainer.callbacks.0.calibration.batches", "[]"),
             "calibration.batches has no batch ([]): give a DataLoader",
@@ -251,10 +233,7 @@ TINY = ("fit", "--config", "tiny.yaml")
             (*TINY, "--model.model", "few"),
             "the tokenizer 'tiny' has 8 tokens and the model 4, and the text holds token 7: give the model's own",
         ),
-        (
-            (*TINY, "--data.dataset", "binary.txt"),
-            "dataset 'binary.txt' is no text ('utf-8' codec can't decode byte",
-        ),
+        ((*TINY, "--data.dataset", "binary.txt"), "dataset 'binary.txt' is no text ('utf-8' codec can't decode byte"),
         ((*TINY, "--ckpt_path", "none.ckpt"), "--ckpt_path none.ckpt does not exist (in {folder}): give a .ckpt that"),
         (
             (*TINY, "--ckpt_path", "run"),
@@ -262,35 +241,17 @@ TINY = ("fit", "--config", "tiny.yaml")
         ),
         ((*TINY, "--ckpt_path", "cut.ckpt"), "cut.ckpt is damaged or no trainer checkpoint: give a .ckpt file that "),
         ((*TINY, "--ckpt_path", "garbage.ckpt"), "garbage.ckpt is damaged or no trainer checkpoint: give a .ckpt file"),
-        (
-            (*TINY, "--ckpt_path", "other.ckpt"),
-            "other.ckpt is damaged or no trainer checkpoint: give a .ckpt file",
-        ),
-        (
-            (*TINY, "--ckpt_path", "shapes.ckpt"),
-            "shapes.ckpt is of another model than the configuration's (CausalLM: ",
-        ),
+        ((*TINY, "--ckpt_path", "other.ckpt"), "other.ckpt is damaged or no trainer checkpoint: give a .ckpt file"),
+        ((*TINY, "--ckpt_path", "shapes.ckpt"), "shapes.ckpt is of another model than the configuration's (CausalLM: "),
         (
             (*TINY, "--ckpt_path", CHECKPOINT, "--model.model", "wide"),
             f"model of CausalLM is 'wide', 'tiny' in {CHECKPOINT}, whose weights would replace it: give --model.model ",
         ),
-        (
-            ("export", "tiny", "out"),
-            "tiny is a Hugging Face folder, not a trainer's: give a .ckpt, which the ",
-        ),
+        (("export", "tiny", "out"), "tiny is a Hugging Face folder, not a trainer's: give a .ckpt, which the "),
         (("export", "run", "out"), "run is damaged or no trainer checkpoint: give a .ckpt file"),
-        (
-            ("export", CHECKPOINT, "text.txt/out"),
-            "{folder}/text.txt/out: not a directory: give a path whose",
-        ),
-        (
-            ("plot", "run/pruning_report.json", "a.xyz"),
-            "a.xyz has an ending that is no format of pictures: give .png",
-        ),
-        (
-            ("plot", "run/pruning_report.json", "text.txt/a.png"),
-            "text.txt/a.png: not a directory: give a path whose",
-        ),
+        (("export", CHECKPOINT, "text.txt/out"), "{folder}/text.txt/out: not a directory: give a path whose"),
+        (("plot", "run/pruning_report.json", "a.xyz"), "a.xyz has an ending that is no format of pictures: give .png"),
+        (("plot", "run/pruning_report.json", "text.txt/a.png"), "text.txt/a.png: not a directory: give a path whose"),
     ],
 )
 def test_files_and_parts(

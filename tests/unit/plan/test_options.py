@@ -10,13 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 from toy import grouped
 
-from thanos_lightning import (
-    CalibrationOptions,
-    SolverOptions,
-    SparsitySchedule,
-    TargetOverride,
-    ThanosPruningCallback,
-)
+from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.plan.allocation import Allocation
 
 MAGNITUDE: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
@@ -74,10 +68,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         *(({"admm_steps": value}, f"admm_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, None)),
         *(({"refine_steps": value}, f"refine_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, True)),
         *(
-            (
-                {"steps": value},
-                f"calibration.steps is {value!r}: give a whole number of optimizer steps ≥ 1",
-            )
+            ({"steps": value}, f"calibration.steps is {value!r}: give a whole number of optimizer steps ≥ 1")
             for value in (0, 0.1, "8", NAN, True)
         ),
         ({"batches": "train"}, "calibration.batches is 'train': give a DataLoader, a list of"),
@@ -95,10 +86,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
             ({"memory_gib": value}, f"calibration.memory_gib is {value!r}: give a number of GiB > 0")
             for value in (0.0, -1, NAN, INFINITY, "4GiB")
         ),
-        (
-            {"output_weights": "fisher"},
-            "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'",
-        ),
+        ({"output_weights": "fisher"}, "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'"),
         ({"output_weights": "full", "admm_steps": 0, "refine_steps": 0}, "only these steps couple rows"),
         ({"allocation": "loss"}, "allocation is 'loss': give Allocation(...)"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
@@ -116,34 +104,16 @@ def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            {"method": "wanda", "saliency": "obs"},
-            "solver.saliency is 'obs', but method 'wanda' has its own: leave",
-        ),
-        (
-            {"method": "sparsegpt", "saliency": "wanda"},
-            "solver.saliency is 'wanda', but method 'sparsegpt' has",
-        ),
-        (
-            {"method": "wanda", "block_size": 64},
-            "solver.block_size is 64, but method 'wanda' prunes no blocks",
-        ),
-        (
-            {"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1},
-            "solver.damping is 0.1, but",
-        ),
+        ({"method": "wanda", "saliency": "obs"}, "solver.saliency is 'obs', but method 'wanda' has its own: leave"),
+        ({"method": "sparsegpt", "saliency": "wanda"}, "solver.saliency is 'wanda', but method 'sparsegpt' has"),
+        ({"method": "wanda", "block_size": 64}, "solver.block_size is 64, but method 'wanda' prunes no blocks"),
+        ({"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1}, "solver.damping is 0.1, but"),
         (
             {"pattern": "structured", "sparsity": 0.3, "block_size": 64},
             "solver.block_size is 64, but method 'thanos' prunes",
         ),
-        (
-            {"pattern": "structured", "sparsity": 0.3, "saliency": "obs"},
-            "solver.saliency is 'obs', but a",
-        ),
-        (
-            {"steps": 8, "batches": BATCHES},
-            "calibration.steps is 8, but layers are",
-        ),
+        ({"pattern": "structured", "sparsity": 0.3, "saliency": "obs"}, "solver.saliency is 'obs', but a"),
+        ({"steps": 8, "batches": BATCHES}, "calibration.steps is 8, but layers are"),
         ({**MAGNITUDE, "steps": 8}, "calibration.steps is 8, but method 'magnitude' looks at no batches"),
         ({**MAGNITUDE, "batches": BATCHES}, "calibration.batches is list of 1 batch(es), but method"),
         ({**MAGNITUDE, "memory_gib": 4}, "calibration.memory_gib is 4, but method 'magnitude' looks at no batches"),

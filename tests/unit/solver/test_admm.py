@@ -63,16 +63,7 @@ def test_the_steps_are_the_textbook_s(steps, pattern):
     start = prune(weight, H, pattern, block_size=12)
     frozen = ~start.mask & (torch.rand(9, 36, generator=torch.Generator().manual_seed(0)) < 0.3)
     shared = shared_by(H, steps)
-    expected, mask = admm(
-        start.weight,
-        weight,
-        H,
-        start.mask,
-        frozen,
-        pattern.group_width(36),
-        shared.rho,
-        shared.cost,
-    )
+    expected, mask = admm(start.weight, weight, H, start.mask, frozen, pattern.group_width(36), shared.rho, shared.cost)
     W, keep = improved(start.weight, weight, H, start.mask, pattern, steps, frozen)
     # Between the ends M is interpolated, and not that of its penalty
     assert (keep == mask).double().mean() >= (1.0 if shared.last is None else 0.98)

@@ -27,11 +27,7 @@ def test_golden_layers(path):
     accumulator.update(inputs)
     pattern = parse_pattern(case["pattern"], float(case["sparsity"]), float(case["outlier_fraction"]))
     result = prune(
-        weight,
-        accumulator.compute(),
-        pattern,
-        block_size=int(case["block_size"]),
-        damping=float(case["percdamp"]),
+        weight, accumulator.compute(), pattern, block_size=int(case["block_size"]), damping=float(case["percdamp"])
     )
     agree = (result.weight != 0) == (expected != 0)
     assert agree.float().mean() >= 0.999
