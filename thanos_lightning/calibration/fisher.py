@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 # Tokens whose logits become float32 at one time: 500 MiB for a vocabulary of 128,000.
 TOKENS_PER_CHUNK = 1024
@@ -58,7 +59,11 @@ def sampled_loss(
     chosen = logits[counted]  # (counted tokens, vocabulary)
     total = logits.new_zeros((), dtype=torch.float32)
     for chunk in torch.split(chosen, TOKENS_PER_CHUNK):
-        scores = chunk.float()
-        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        total = total + functional.cross_entropy(scores, labels, reduction="sum")
+        labels = torch.multinomial(chunk.detach().float().softmax(-1), 1, generator=generator).squeeze(1)
+        part = checkpoint(_cross_entropies, chunk, labels, use_reentrant=False, preserve_rng_state=False)
+        total = total + part  # the backward keeps no float32 copy
     return total / LOSS_PER
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")

@@ -61,6 +61,14 @@ def test_draws_are_those_of_the_seed_and_touch_no_others():
     assert first == again != other
 
 
+def test_the_backward_keeps_no_copy_of_the_logits_in_float32():
+    logits = torch.randn(1, 3000, 50, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda t: t):
+        sampled_loss(logits, torch.ones(1, 3000, dtype=torch.bool), seed=1)
+    assert torch.float32 not in kept
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     logits, counted = torch.randn(2, 50, 7).to(dtype), torch.ones(2, 50, dtype=torch.bool)
