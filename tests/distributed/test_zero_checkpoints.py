@@ -369,10 +369,11 @@ def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path
 
 
 @pytest.mark.rest
-def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "*rank_0_*model_states.pt"])
+def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: str) -> None:
     checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
     shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
-    path = next((checkpoint / "checkpoint").glob("*rank_1_*optim_states.pt"))
+    path = next((checkpoint / "checkpoint").glob(file))
     torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
     assert main(["reshard", str(checkpoint), str(tmp_path / "out"), "--trusted"]) == 0
     assert made.exists()

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ _MODEL_FILES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _SWAPPED = "offloaded_tensors"
+_trusts: ContextVar[bool] = ContextVar("trusts", default=False)
 NOTE_KEY = "thanos_lightning"  # key of the callback's note, see `format.training_note`
 _MASTER = "fp32"  # the key and file name of the fp32 master
 
@@ -125,7 +128,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def require_masters(path: Path) -> None:
-    """Raise ValueError if the masters and moments were on NVMe: DeepSpeed's swapper does not name their parameters."""
+    """Raise ValueError if masters and moments were on NVMe: their files do not say which parameters they are of."""
     if (path / "checkpoint" / _SWAPPED).exists():
         raise ValueError(
             f"the optimizer was offloaded to NVMe when {path} was written, and its masters and moments are in files "
@@ -193,15 +196,29 @@ def _share_masters(
 # Files
 
 
+@contextmanager
+def trusting(trusts: bool) -> Iterator[None]:
+    """Let `load_file` read objects other than plain values inside the block, which may run any code from a file.
+
+    Args:
+        trusts: False changes nothing.
+    """
+    token = _trusts.set(trusts or _trusts.get())
+    try:
+        yield
+    finally:
+        _trusts.reset(token)
+
+
 def load_file(path: Path) -> dict[str, Any]:
-    """Read one of a folder's files. Tensors stay on disk until they are used, and no code from the file runs.
+    """Read one of a folder's files. Tensors stay on disk until they are used. No code of it runs, unless `trusting`.
 
     Raises:
         ValueError: If the file is damaged, or holds objects that are not plain values.
     """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=not _trusts.get())
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""
@@ -232,11 +249,11 @@ def check_files(path: Path) -> None:
 def check_one_save(path: Path) -> None:
     """Refuse a folder that lacks files, or that mixes files of two saves because a rank was killed during the second.
 
-    Raises ValueError if the files differ in a step that they record (Lightning's, DeepSpeed's, Adam's and the
-    callback's) or in the callback's mark of the save.
+    Raises ValueError if files are missing, or differ in a step that they record (Lightning's, DeepSpeed's, Adam's and
+    the callback's) or in the callback's mark of the save.
     """
     if is_universal(path):
-        return  # reshard_checkpoint checks its source, unless that is trusted
+        return  # reshard_checkpoint checks its source
     by_file: dict[str, dict[str, Any]] = {}
     contents = load_contents(path)
     for file, content in zip(model_files(path), contents, strict=True):

@@ -21,6 +21,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_plan,
     require_end,
     require_masters,
+    trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import pruning_state
@@ -39,8 +40,7 @@ def reshard_checkpoint(
         checkpoint: The folder that a Trainer with DeepSpeed's strategy wrote.
         output: Folder to write; it must be empty or not exist. By default the checkpoint's name with `-resharded`.
         processes: How many processes convert at a time. Each holds one rank's part in memory.
-        trusted: Whether DeepSpeed may read files with objects other than plain values and its own. Reading them may run
-            any code.
+        trusted: Whether to read files with objects other than plain values and DeepSpeed's own, which may run any code.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -58,21 +58,21 @@ def reshard_checkpoint(
             f"{path} is no checkpoint folder of DeepSpeed's: other checkpoints resume on any number of ranks as they "
             "are"
         )
-    plan = read_plan(path)
-    _check(path, plan.stage, plan.is_universal, processes)
-    if not trusted:
+    with trusting(trusted):
+        plan = read_plan(path)
+        _check(path, plan.stage, plan.is_universal, processes)
         check_files(path)
         check_one_save(path)
-    files = files_of(path)
-    with open_phase(f"Reading {path.name}", len(files), "files") as phase:
-        for file in files:
-            require_intact(file)
-            phase.advance(note=file.name)
-    with whole_folder(output) as folder:
-        with open_phase(f"Converting {path.name}", adopts_bars=True):
-            _convert(path / "checkpoint", folder / "checkpoint", processes)
-        (folder / "latest_universal").write_text("checkpoint")
-        _join_ranks(path, folder)
+        files = files_of(path)
+        with open_phase(f"Reading {path.name}", len(files), "files") as phase:
+            for file in files:
+                require_intact(file)
+                phase.advance(note=file.name)
+        with whole_folder(output) as folder:
+            with open_phase(f"Converting {path.name}", adopts_bars=True):
+                _convert(path / "checkpoint", folder / "checkpoint", processes)
+            (folder / "latest_universal").write_text("checkpoint")
+            _join_ranks(path, folder, trusted)
     return output
 
 
@@ -124,13 +124,13 @@ def _convert(source: Path, target: Path, processes: int) -> None:
         ) from error
 
 
-def _join_ranks(path: Path, folder: Path) -> None:
+def _join_ranks(path: Path, folder: Path, trusted: bool) -> None:
     """Put the masks and statistics of all writing ranks into the one file that every resuming rank reads."""
     states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
     if len(states) < 2:  # there is no callback, or one file already has everything
         return
     target = model_files(folder)[0]
-    content = dict(torch.load(target, map_location="cpu", weights_only=True))
+    content = dict(torch.load(target, map_location="cpu", weights_only=not trusted))
     joined = pruning_state(content)
     assert joined is not None, "it is a copy"
     joined["masks"] = {name: mask for state in states for name, mask in state["masks"].items()}
