@@ -93,8 +93,8 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
     ranks must iterate together.
 
     Raises:
-        ValueError: On all ranks, if one rank's dataloader is empty and another's is not.
-        RuntimeError: On all ranks, if one rank's dataloader fails; a ValueError stays one.
+        ValueError: On all ranks, if one rank's dataloader raises one, or is empty while another's is not.
+        RuntimeError: On all ranks, if one rank's dataloader raises another error.
     """
     kept = KeptError(keeps=access.world_size > 1)
     iterator = iter(batches)

@@ -84,7 +84,7 @@ class Collector:
         return None if self._open is None else self._open.statistics
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check before the training that the datamodule or the module has a promised calibration set; raise if not."""
+        """Raise a MisconfigurationException if neither the datamodule nor the module has a promised calibration set."""
         if isinstance(self._calibration, str):
             self._holder(trainer, module)
 
@@ -154,7 +154,8 @@ class Collector:
 
         Raises:
             PruningError: If nothing was collected, or the calibration set is empty.
-            ValueError, RuntimeError: With the error of the first rank on which a batch could not be counted.
+            ValueError: If a batch could not be counted on some rank, because of a ValueError; it has the same message.
+            RuntimeError: If it could not be counted because of another error.
             MisconfigurationException: If a promised calibration set is missing, or gives no loss where one is needed.
         """
         found, self._kept = self._kept, None
@@ -267,7 +268,7 @@ class Collector:
             )
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-        """Return the batches of the calibration set. Raise if neither the datamodule nor the module has them."""
+        """Return the batches of the calibration set, or raise as `check`."""
         if not isinstance(self._calibration, str):
             assert self._calibration is not None
             return self._calibration

@@ -24,7 +24,8 @@ def counted_predictions(
     """Mark the tokens whose next-token prediction counts.
 
     A prediction counts if the next token's label is not -100; without labels, if the attention_mask is 1 for both
-    tokens. Labels and mask are (batch, tokens). Of the logits, only the shape and the device matter.
+    tokens; without both, always. Labels and mask are (batch, tokens). Of the logits, only the shape and the device
+    matter.
 
     Examples:
         >>> counted_predictions({"attention_mask": torch.tensor([[1, 1, 0]])}, torch.zeros(1, 3, 2))

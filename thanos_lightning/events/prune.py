@@ -45,8 +45,8 @@ def prune_window(
 
     `later` names the layers that a later window prunes, too. A layer that no token has reached in this window stays as
     it is if it is one of them, and is pruned by magnitude otherwise. Both cases warn. `on_writing` is called when all
-    layers are solved, before the first one is written. Return one report per layer, in the window's order. All ranks
-    return the same.
+    layers are solved, before the first one is written. Return a report for each layer that was pruned, in the window's
+    order. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
@@ -187,9 +187,9 @@ def solve(
 ) -> PrunedLayer:
     """Solve a layer, or this rank's rows of it.
 
-    `weight` and `keep`, the keep mask of earlier events, are (rows, in_features), with the rows that this rank has. The
-    pattern and the output weights are those of the whole layer. If `inputs` is None, the layer is pruned by magnitude.
-    If `output_weights` is None, errors at all outputs count alike.
+    `weight` and `keep` are (rows, in_features), with the rows that this rank has. `keep` is the keep mask of earlier
+    events, True = kept; None if there is none. The pattern and the output weights are those of the whole layer. If
+    `inputs` is None, the layer is pruned by magnitude. If `output_weights` is None, errors at all outputs count alike.
     """
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
     if inputs is None and options.needs_statistics:

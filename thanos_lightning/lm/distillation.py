@@ -315,7 +315,7 @@ def head_losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Cross entropy and ``divergence`` from the last hidden states, without ever holding the logits of all tokens.
 
-    The cross entropy is a mean over targets, the divergence is a mean over the tokens that count.
+    Return both: the cross entropy as a mean over targets, and the divergence as a mean over the tokens that count.
 
     Args:
         student: The student's last hidden states, which its head takes.

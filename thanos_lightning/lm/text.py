@@ -41,9 +41,9 @@ class TextData(LightningDataModule):
     resume in the middle of an epoch. Each of several processes gets its share of the training batches.
 
     Args:
-        dataset: "python-reference" is the language reference that ships with Python, some 465,000 characters, others
-            with another Python. A path, a glob or a list of both means local text files, each of which is one document.
-            Any other value is a hub name or a local folder for `datasets.load_dataset`.
+        dataset: "python-reference" is the language reference that ships with Python: some 465,000 characters, which
+            differ between versions of Python. A path, a glob or a list of both means local text files, each of which is
+            one document. Any other value is a hub name or a local folder for `datasets.load_dataset`.
         tokenizer: A hub name, a local folder or "smollm2-135m".
         dataset_config: Name of the hub data set's configuration.
         text_column: The hub data set's column with the text.

@@ -98,10 +98,10 @@ def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
 
 
 def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Round counts to whole units of each layer, such as rows. The next layer makes up for the rounding error.
+    """Turn each layer's count of weights into a count of whole units, such as rows.
 
-    The sums of weights before and after differ by half a unit at most, unless a layer lacks units.
-
+    The next layer makes up for the rounding error. The sums of weights before and after differ by half a unit at most,
+    unless a layer lacks units.
     `units` maps each layer to (weights in a unit, units in the layer).
 
     Examples:

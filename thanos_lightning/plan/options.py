@@ -74,8 +74,9 @@ class CalibrationOptions:
 class PruningOptions:
     """All options of the callback, checked as far as possible without a model.
 
-    The attributes are the callback's arguments, with the default schedule filled in. `pattern` holds for all targets
-    without an override. An allocation of None still stands for the default.
+    The attributes are the callback's arguments, with the default schedule filled in. `pattern` is made of pattern,
+    sparsity and outlier_fraction, and holds for all targets without an override. An allocation of None still stands for
+    the default.
     """
 
     pattern: Pattern

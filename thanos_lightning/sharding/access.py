@@ -130,7 +130,7 @@ class ParameterAccess(Protocol):
         ...
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0, to its CPU. Both return it, other ranks None. Only these talk."""
+        """Send the source's fp32 tensor to rank 0's CPU. These two return it, the others None. Only these two talk."""
         ...
 
     def reserve(self, sizes: Iterable[int]) -> None:

@@ -34,6 +34,8 @@ def _flat(tensor: DTensor) -> Tensor:
 class FsdpAccess(FragmentAccess):
     """`ParameterAccess` under Lightning's `ModelParallelStrategy`, for parameters that `fully_shard` has sharded.
 
+    The strategy's model and optimizers must be set up, and all ranks must create it.
+
     Raises:
         MisconfigurationException: If a layer is not sharded by rows, naming it.
     """

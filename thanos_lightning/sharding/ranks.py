@@ -74,7 +74,7 @@ class Ranks:
         return tensor
 
     def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0, to its CPU. Both return it, other ranks None. Only these talk."""
+        """Send the source's fp32 tensor to rank 0's CPU. These two return it, the others None. Only these two talk."""
         if self.rank == source:
             assert tensor is not None
             if source != 0:

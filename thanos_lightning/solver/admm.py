@@ -86,7 +86,7 @@ def weight_costs(
 def penalties(
     hessian: Float[Tensor, "cols cols"], cost: Float[Tensor, " cols"], damping: float, steps: int
 ) -> Penalties:
-    """Compute what all rows of a layer share in one or more steps, from the undamped H.
+    """Compute what all rows of a layer share in all steps, from c and the undamped H.
 
     The steps minimise the damped loss, with the damping of the method.
 

@@ -297,7 +297,8 @@ def prune_rows(
     All members call it within a stage of the team. All have the same Hessian, and each member factors it.
     ``weight`` and ``frozen``, (rows, in_features), ``output_weights``, (rows,), and the returned weight and mask are
     for the rows of this member. The pattern and the losses are for the whole layer. ``output_weights`` is None on all
-    members or on none, and (rows, rows) only if there is one member.
+    members or on none, and (rows, rows) only if there is one member. ``inputs`` holds the Hessian and its factors.
+    Otherwise the arguments are as in `prune`.
 
     Raises:
         ValueError: As `prune`, on the member that gave the argument.

@@ -310,8 +310,9 @@ def solve_subsets(
     """Solve matrix[s, s] x[s] = rhs[s] for each row, where s is the set of its members; x is zero elsewhere.
 
     The systems are gathered without gaps, in chunks of rows with sets of similar size. Smaller systems of a chunk are
-    padded with the identity. The systems of a chunk take up to ``_CHUNK_BYTES`` on CPUs and ``SYSTEMS_AT_A_TIME``
-    elsewhere, unless one system alone exceeds it. The matrix is symmetric positive definite. Sets may have any size.
+    padded with the identity. The systems of a chunk take ``_CHUNK_BYTES`` bytes at most on CPUs, and
+    ``SYSTEMS_AT_A_TIME`` bytes elsewhere, unless one system alone exceeds it. The matrix is symmetric positive
+    definite. Sets may have any size.
 
     Raises:
         FactorizationError: If a system is not numerically positive definite.

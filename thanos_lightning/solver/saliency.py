@@ -5,8 +5,9 @@ Legend (arXiv 2504.05346):
     X_j              all values of input j; its norm comes from the Hessian's diagonal
     U                factor of the inverse Hessian, see linalg.py
 
-A choice is a bool tensor, True = to be pruned. Frozen weights score -inf, so that they are chosen before all others and
-take their share of the count. Every count is exact: among equal scores a fixed order decides.
+A choice is a bool tensor, True = to be pruned. Frozen weights have to be pruned: they score -inf, so that they are
+chosen before all others and take their share of the count. Every count is exact: among equal scores a fixed order
+decides.
 
 Scores, energies, frozen weights and choices are for the rows of one member of a team. Counts are for the whole layer.
 """

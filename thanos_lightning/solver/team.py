@@ -107,7 +107,7 @@ class _Trouble(IntEnum):
 
 
 class AgreeingTeam(RowTeam):
-    """A team of several processes that gather tensors on ``device``. Each learns in time when another one fails."""
+    """A team of several processes. Each learns in time when another fails, who says so by a tensor on ``device``."""
 
     def __init__(self, index: int, rows: Sequence[int], device: torch.device | None = None) -> None:
         self.index = index

@@ -26,7 +26,11 @@ def _is_kind(callback: Callback, name: str) -> bool:
 
 
 def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes."""
+    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes.
+
+    Raises:
+        MisconfigurationException: Naming the right import.
+    """
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"ThanosPruningCallback is a callback of lightning.pytorch, and the Trainer is one of "
@@ -36,7 +40,11 @@ def check_trainer(trainer: object) -> None:
 
 
 def check_companions(trainer: Trainer, own: Callback) -> None:
-    """Refuse callbacks beside `own` that prune, or that average weights in a way that would lose zeros."""
+    """Refuse callbacks beside `own` that prune, or that average weights in a way that would lose zeros.
+
+    Raises:
+        MisconfigurationException: Naming the callback and the fix.
+    """
     for callback in callbacks_of(trainer):
         if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
             raise MisconfigurationException(
@@ -75,7 +83,10 @@ def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def hold_back_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    """Take EarlyStopping out, and return it: until the last event, a metric says nothing about the final model."""
+    """Take EarlyStopping callbacks out of the Trainer, and return them for `release_stopping`.
+
+    Until the last event, a metric says nothing about the final model.
+    """
     callbacks = callbacks_of(trainer)
     held = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
     if held:
@@ -144,7 +155,7 @@ class BestScores:
             self._old[by] = []
 
     def warn_of_none(self, trainer: Trainer, step: int) -> None:
-        """Warn at the end of the training if nothing was scored since the last event, at optimizer step `step`."""
+        """Warn of each ModelCheckpoint with a monitor that has scored no checkpoint since the last event, at `step`."""
         for by in self._old:
             self.renewed(trainer, by)
         for checkpoint in _monitored(trainer):

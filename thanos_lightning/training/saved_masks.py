@@ -45,10 +45,10 @@ def restore_masks(
     access: ParameterAccess,
     changed: Mapping[str, str],
 ) -> dict[str, Pattern]:
-    """Let the enforcer hold what `masks_state` has saved, and return name -> pattern. All ranks must call it.
+    """Let the enforcer hold what `masks_state` has saved. All ranks must call it.
 
-    `states` has what this rank has loaded. `changed` has the arguments of the callback that differ from the
-    checkpoint's, each as a sentence.
+    Return layer name -> the pattern that it was pruned to. `states` has what this rank has loaded. `changed` has the
+    arguments of the callback that differ from the checkpoint's, each as a sentence.
 
     Raises:
         MisconfigurationException: If a mask fits no target.
