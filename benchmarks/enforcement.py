@@ -42,7 +42,7 @@ SEQUENCES = 4
 
 
 class Model(LightningModule):
-    """A Llama with the shapes of SmolLM2-135M and random weights."""
+    """A Llama with random weights, by default with the shapes of SmolLM2-135M."""
 
     def __init__(self, layers: int, vocabulary: int) -> None:
         super().__init__()
@@ -242,7 +242,8 @@ def main() -> None:
         )
     Console(width=120).print(table)
     if arguments.output is not None:
-        print(keep("enforcement", arguments.output, {"layers": arguments.layers, "results": rows}, device))
+        kept = {"layers": arguments.layers, "vocabulary": arguments.vocabulary, "results": rows}
+        print(keep("enforcement", arguments.output, kept, device))
 
 
 if __name__ == "__main__":

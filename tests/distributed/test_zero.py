@@ -323,7 +323,7 @@ def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(t
 
 
 @pytest.mark.rest
-def test_rows_are_joined_alike_where_parameters_are_sharded(trained: Trainings) -> None:
+def test_rows_are_coupled_alike_where_parameters_are_sharded(trained: Trainings) -> None:
     coupled, alone = "stage 3, coupled rows", "stage 3, a calibration set that the ranks don't divide"
     assert agreement(trained("stage 2, coupled rows"), trained(coupled)) >= 0.99
     assert agreement(trained(alone), trained(coupled)) < 0.99

@@ -231,7 +231,7 @@ class Collector:
             self._warn_once(
                 "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "
                 "whole, such as mixtures of experts (leaf_module in its configuration): errors at all outputs count "
-                "alike, and layers are pruned alike unless an allocation is given. Leave the dataloader "
+                "alike, and layers are pruned alike unless allocation.by is 'loss'. Leave the dataloader "
                 "out to have those of the training batches"
             )
             gradients = False

@@ -160,7 +160,7 @@ class OutputGradients:
     def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
         """Add up the sums of squares on all ranks. All must call it. Layers without any gradient are missing."""
         found = [
-            self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows)
+            self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows, dtype=torch.float32, device="cpu")
             for name, layer in self._layers.items()
         ]
         parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])

@@ -226,6 +226,8 @@ def load_file(path: Path) -> dict[str, Any]:
             f"{path} holds objects that are not plain values{what}, and reading these could run any code: if you trust "
             "who wrote it, say so (reshard --trusted, fit --weights_only false), else don't use it"
         ) from error
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} holds an object whose class is not to be had here ({error}): install it") from error
     except Exception as error:  # torch raises many kinds of errors for a truncated file
         raise ValueError(f"{path} is damaged, or was cut short: take another checkpoint, or copy it again") from error
     return content

@@ -82,6 +82,15 @@ def pruning_state(content: Mapping[str, Any]) -> dict[str, Any] | None:
     return states[0] if states else None  # the Trainer refuses two callbacks with the same key
 
 
+def require_format(written: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if the callback's state, or its note, is of another format."""
+    if written.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} has format {written.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: use the version of "
+            "thanos_lightning that wrote it"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class TrainerCheckpoint:
     """The content of a .ckpt that Lightning's Trainer wrote: a file or a DeepSpeed folder.
@@ -148,7 +157,7 @@ class TrainerCheckpoint:
         states = [pruning_state(content) for content in (self.content, *self.others)]
         found = [state for state in states if state is not None]
         for state in found:
-            self._require_format(state)
+            require_format(state, self.path)
         if not found:
             return None
         return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
@@ -181,15 +190,8 @@ class TrainerCheckpoint:
                 "transformers model as a submodule"
             )
         note: Mapping[str, Any] = self.content[NOTE_KEY]
-        self._require_format(note)
+        require_format(note, self.path)
         return note
-
-    def _require_format(self, written: Mapping[str, Any]) -> None:
-        if written.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"{self.path} has format {written.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: use the "
-                "version of thanos_lightning that wrote it"
-            )
 
 
 def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:

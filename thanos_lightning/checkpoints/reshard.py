@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
-from thanos_lightning.checkpoints.format import pruning_state
+from thanos_lightning.checkpoints.format import pruning_state, require_format
 from thanos_lightning.report.progress import open_phase
 
 
@@ -61,8 +62,12 @@ def reshard_checkpoint(
     with trusting(trusted):
         plan = read_plan(path)
         _check(path, plan.stage, plan.is_universal, processes)
-        check_files(path)
+        if not trusted:
+            check_files(path)
         check_one_save(path)
+        states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
+        for state in states:
+            require_format(state, path)
         files = files_of(path)
         with open_phase(f"Reading {path.name}", len(files), "files") as phase:
             for file in files:
@@ -72,7 +77,7 @@ def reshard_checkpoint(
             with open_phase(f"Converting {path.name}", adopts_bars=True):
                 _convert(path / "checkpoint", folder / "checkpoint", processes)
             (folder / "latest_universal").write_text("checkpoint")
-            _join_ranks(path, folder, trusted)
+            _join_ranks(states, folder, trusted)
     return output
 
 
@@ -124,9 +129,8 @@ def _convert(source: Path, target: Path, processes: int) -> None:
         ) from error
 
 
-def _join_ranks(path: Path, folder: Path, trusted: bool) -> None:
+def _join_ranks(states: list[dict[str, Any]], folder: Path, trusted: bool) -> None:
     """Put the masks and statistics of all writing ranks into the one file that every resuming rank reads."""
-    states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
     if len(states) < 2:  # there is no callback, or one file already has everything
         return
     target = model_files(folder)[0]

@@ -17,6 +17,13 @@ _HINTS = {  # advice for a value of the wrong type
     "calibration.batches": "give datamodule, or null to collect from the training batches",
     "at": "give a list of times, such as [0.1, 0.2]",
 }
+GROUPS = {  # what to give where an option holds others
+    "schedule": "give times, such as {at: [0.1, 0.2]}",
+    "overrides": 'give a list, such as [{targets: ["*.mlp.*"], pattern: "4:8"}]',
+    "solver": "give its options, such as {method: thanos}",
+    "calibration": "give its options, such as {batches: datamodule}",
+    "allocation": "give {by: loss} or {by: uniform}",
+}
 # Among the errors of several attempts, one that begins like these tells most.
 _TELLING = (
     "- Problem with given",
@@ -47,12 +54,14 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
         >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
         "trainer.max_steps is 'many': give a whole number"
     """
-    return _explain(message.splitlines(), (), options, command)
+    return _explain([line for line in message.splitlines() if line.strip()], (), options, command)
 
 
 def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
     """Go down to the innermost part that says what is wrong. `path` has the keys and classes that lead to `lines`."""
     text, rest = lines[0].strip().removeprefix("- "), lines[1:]
+    if len(path) > 1 and path[-1] in GROUPS and (value := _no_group(lines)) is not None:
+        return f"{_where(path)} is {_shown(value)}: {GROUPS[path[-1]]}"
     if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
         return _explain([found[2], *rest] if found[2] else rest, (*path, found[1]), options, command)
     if (found := re.match(r"Problem with given class_path '(.+)':$", text)) and rest:
@@ -92,6 +101,21 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
         return f"no model is given: {PROGRAM} {command} --config RECIPE.yaml (`{PROGRAM} recipes` lists some)"
     where = f"{_where(path)}: " if path else ""
     return where + " ".join(line.strip() for line in [text, *rest])
+
+
+def _no_group(lines: Sequence[str]) -> str | None:
+    """The value that is no keys and values where such are wanted; None if the message is of what is inside of it."""
+    found = re.match(
+        r"(?:- )?(?:Unable to load config '(.+)'|Expected a path but (.+) either not accessible or invalid"
+        r"|Expected a dot import path string: (.+)|Expected a .*Sequence.*Got value: (.+))",
+        lines[0].strip(),
+    )
+    if found:
+        return next(value for value in found.groups() if value is not None)
+    given = [line.strip().removeprefix("Given value") for line in lines if line.strip().startswith("Given value")]
+    if lines[0].strip().startswith("Does not validate") and len(given) > 1 and not given[-2].endswith("'dict'>"):
+        return given[-1].removeprefix(": ")
+    return None
 
 
 def _bullets(lines: Sequence[str]) -> list[list[str]]:

@@ -24,7 +24,7 @@ from typing_extensions import override
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.cli.mistakes import Mistake
-from thanos_lightning.cli.parsing import one_line
+from thanos_lightning.cli.parsing import GROUPS, one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
@@ -90,11 +90,22 @@ class CLI(LightningCLI):
             self.config = parser.parse_args(args)
             if of_callbacks:
                 self._override_callbacks(of_callbacks)
+            self._check_groups()
         except ArgumentError as error:
             command = args[0] if args and args[0] in self.subcommands() else "fit"
             known = getattr(self, "_subcommand_parsers", {"fit": parser})[command]._actions
             options = [option.removeprefix("--") for action in known for option in action.option_strings]
             raise Mistake(one_line(str(error), options, command)) from error
+
+    def _check_groups(self) -> None:
+        """Refuse a number or a list in place of a group's options, since jsonargparse doesn't."""
+        callbacks = self._get_section(self.config).trainer.callbacks
+        for callback in callbacks if isinstance(callbacks, list) else []:
+            for name in ("solver", "calibration"):
+                value = callback.get(f"init_args.{name}")
+                if isinstance(value, (bool, int, float, list)):
+                    owner = callback.class_path.rpartition(".")[2]
+                    raise Mistake(f"{name} of {owner} is {value!r}: {GROUPS[name]}")
 
     def _override_callbacks(self, values: dict[tuple[int, str], str]) -> None:
         """Set single arguments of callbacks in the list, because jsonargparse cannot."""

@@ -191,14 +191,15 @@ def _search(
     share = min(1.0, _ROWS / sum(rows))
     for place in readers:
         layer = layers[place.parameter]
-        chosen = torch.randperm(layer.rows, generator=generator)[: max(1, round(share * layer.rows))]
+        chosen = torch.randperm(layer.rows, generator=generator, device="cpu")[: max(1, round(share * layer.rows))]
         weight = layer.parameter.detach()
         of_layer = weight.float().square().mul_(costs[layer.name].to(weight.device))
         of_layer *= weights[layer.name].to(weight.device).unsqueeze(1)
         of_layer = of_layer[chosen.to(weight.device)]
         scores += [of_layer[:, start : start + channels.size] for start in place.starts]
     together = torch.cat(scores)
-    order = search_order(together, pattern, seed=int(torch.randint(2**31, (), generator=generator)))
+    seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
+    order = search_order(together, pattern, seed=seed)
     return Reordered(
         channels, order, kept_share(together, pattern), kept_share(together[:, order.to(together.device)], pattern)
     )
@@ -258,7 +259,7 @@ def _output_weights(
     sums = {name: squares.double() for name, squares in gradients.sums.items()}
     total = sum(float(squares.sum()) for squares in sums.values())
     sums = {name: (squares / max(total, 1e-300)).float() for name, squares in sums.items()}
-    none = {name: torch.zeros(layer.rows) for name, layer in by_name.items()}
+    none = {name: torch.zeros(layer.rows, dtype=torch.float32, device="cpu") for name, layer in by_name.items()}
     return {**none, **weights_of(sums)}
 
 

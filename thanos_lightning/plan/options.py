@@ -133,8 +133,8 @@ class PruningOptions:
         if allocation == Allocation("loss"):
             if not solver.needs_statistics:
                 raise ValueError(
-                    f"method {solver.method!r} reports no losses, and allocation needs them: choose 'thanos', "
-                    "'sparsegpt' or 'wanda'"
+                    f"method {solver.method!r} reports no losses, and allocation by 'loss' needs them: choose "
+                    "'thanos', 'sparsegpt' or 'wanda', or allocate by 'uniform'"
                 )
             if (reason := nothing_to_allocate(pattern)) is not None:
                 raise ValueError(reason)

@@ -50,10 +50,10 @@ class Ranks:
         """
         if self.world_size == 1:
             return matrix
-        total = torch.empty(width, width, device=self._device) if self.rank == owner else None
+        total = torch.empty(width, width, dtype=torch.float32, device=self._device) if self.rank == owner else None
         for strips in _batches_of_strips(width):
             shapes = [(stop - start, width - start) for start, stop in strips]
-            flat = torch.zeros(sum(rows * cols for rows, cols in shapes), device=self._device)
+            flat = torch.zeros(sum(rows * cols for rows, cols in shapes), dtype=torch.float32, device=self._device)
             parts = torch.split(flat, [rows * cols for rows, cols in shapes])
             in_flight = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
             if matrix is not None:

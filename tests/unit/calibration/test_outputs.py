@@ -137,7 +137,7 @@ def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() ->
     torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
 
 
-def test_joined_sums_are_those_of_the_products_of_each_two_outputs() -> None:
+def test_coupled_sums_are_those_of_the_products_of_each_two_outputs() -> None:
     model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
     wanted = {"0": torch.zeros(6, 6), "2": torch.zeros(4, 4)}
     for batch in batches:

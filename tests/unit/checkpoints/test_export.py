@@ -258,10 +258,6 @@ def remove_note(content):
     del content["thanos_lightning"]
 
 
-def raise_format(content):
-    content["thanos_lightning"]["format"] = 6
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -271,7 +267,6 @@ def raise_format(content):
         (reshape_weight, r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
         (rename_class, "class OfTheirOwn, which transformers .* does not have"),
         (remove_note, "does not say which Hugging Face model it holds"),
-        (raise_format, "has format 6, this version reads 7"),
     ],
 )
 def test_checkpoint_that_does_not_fit(trained, tmp_path, change, message):

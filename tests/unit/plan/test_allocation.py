@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,13 +81,6 @@ def test_limits_hold() -> None:
         "cheap": 500,
         "dear": 300,
     }
-
-
-@pytest.mark.parametrize(("budget", "closest"), [(700, "0.4000"), (1300, "0.6000")])
-def test_the_closest_budget_is_named(budget: int, closest: str) -> None:
-    losses = {"a": curve(1.0, 1.0), "b": curve(2.0, 1.0)}
-    with pytest.raises(ValueError, match=rf"between 0.4 and 0.6: the closest is {closest}"):
-        share(losses, {"a": 1000, "b": 1000}, budget, lowest=0.4, highest=0.6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=8))

@@ -40,7 +40,7 @@ def test_windows_fit_the_budget() -> None:
         split_by_memory(layers, 1.5 * one / 2**30)
 
 
-def test_the_second_moments_of_joined_outputs_need_room_too() -> None:
+def test_the_second_moments_of_coupled_outputs_need_room_too() -> None:
     layers = list(find_targets(tiny_llama()).values())
     one = 4 * 32 * 32
     groups = split_by_memory(layers, 4.5 * one / 2**30, coupled=True)

@@ -1,5 +1,8 @@
 """Layers that several solver tests draw from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -33,3 +36,14 @@ def layer(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A float32 weight and a float64 Hessian."""
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1))
     return weight, hessian_of(tokens(cols, seed))
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """What a tensor is that says nothing of itself: in bfloat16, and on a device without memory."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)

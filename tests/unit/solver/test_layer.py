@@ -4,7 +4,7 @@ import warnings
 import jaxtyping
 import pytest
 import torch
-from cases import METHODS, PATTERNS, hessian_of, layer, tokens
+from cases import METHODS, PATTERNS, hessian_of, layer, other_defaults, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,16 +84,18 @@ def test_more_frozen_weights_than_asked_for_are_all_pruned_and_nothing_else(meth
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_torchs_defaults_change_nothing(method, pattern):
     weight, H = layer(150, 128)
-    H, options = H.float(), {"method": method, "block_size": 64, "admm_steps": 2, "refine_steps": 1}
-    expected = prune(weight, H, pattern, **options)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            found = prune(weight, H, pattern, **options)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.weight, expected.weight)
-    assert found.loss == expected.loss
+    H, options = H.float(), SolverOptions(method, block_size=64, admm_steps=2, refine_steps=1)
+
+    def solved():
+        layers = [prune(weight, H, pattern, **vars(options), output_weights=G) for G in (None, outputs)]
+        lost = losses_at(weight, Factors(H), [pattern], options) if method != "magnitude" else ([], H)
+        return [*(layer.weight for layer in layers), *lost[0], lost[1]]
+
+    outputs = hessian_of(tokens(150)).float()
+    expected = solved()
+    with other_defaults():
+        found = solved()
+    assert all(map(torch.equal, found, expected))
 
 
 @property_based
