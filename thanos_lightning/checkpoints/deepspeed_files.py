@@ -224,7 +224,7 @@ def load_file(path: Path) -> dict[str, Any]:
         what = f" ({named[1]})" if named else ""
         raise ValueError(
             f"{path} holds objects that are not plain values{what}, and reading these could run any code: if you trust "
-            "who wrote it, say so (reshard --trusted, fit --weights_only false), else don't use it"
+            "who wrote it, allow the class (torch.serialization.add_safe_globals) or say reshard --trusted"
         ) from error
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path} holds an object whose class is not to be had here ({error}): install it") from error

@@ -24,7 +24,6 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_parameter_groups,
     read_plan,
     require_end,
-    trusting,
 )
 from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.report.progress import open_phase
@@ -36,9 +35,9 @@ _GUARDED = "_thanos_lightning_guards_resume"
 def guard_resume(strategy: DeepSpeedStrategy) -> None:
     """Check every checkpoint that this strategy loads from now on, and complete what DeepSpeed loads.
 
-    - All ranks refuse a folder with damaged files, files of several saves, or, unless the user trusts it
-      (weights_only=False), objects that are not plain values. They do so before DeepSpeed reads it and may run code
-      from it. Each rank checks the checksums of its share of files.
+    - All ranks refuse a folder with damaged files, files of several saves, or objects that are not plain values. They
+      do so before DeepSpeed reads it and may run code from it. (Lightning does not pass on the weights_only=False of a
+      user who trusts it.) Each rank checks the checksums of its share of files.
     - Another number of ranks, ZeRO stage or model is refused with advice. DeepSpeed alone would fail with a message
       that does not help, or load values that do not belong there.
     - A resharded folder is recognised. DeepSpeed alone needs an entry in its configuration.
@@ -64,21 +63,19 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
                 f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
                 "that strategy, or export the checkpoint and start from the exported model"
             )
-        trusted = kwargs.get("weights_only") is False
-        with trusting(trusted):
-            if fits and (plan := _read(path, strategy, trusted)) is not None:
-                _check(path, plan, strategy)
-                strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
-            loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
-            if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
-                rank_zero_warn(
-                    "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
-                    "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
-                    "stopped"
-                )
-            if fits and is_zero_folder(path) and is_universal(path):
-                _complete_optimizer(path, strategy)
-                _complete_module(path, strategy)
+        if fits and (plan := _read(path, strategy)) is not None:
+            _check(path, plan, strategy)
+            strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
+        loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
+        if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
+            rank_zero_warn(
+                "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
+                "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
+                "stopped"
+            )
+        if fits and is_zero_folder(path) and is_universal(path):
+            _complete_optimizer(path, strategy)
+            _complete_module(path, strategy)
         return loaded
 
     def guarded_load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -91,15 +88,14 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
     strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
 
 
-def _read(path: Path, strategy: DeepSpeedStrategy, trusted: bool) -> Plan | None:
+def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
     """Check a DeepSpeed folder and read its plan, None for any other path. If one rank refuses it, all ranks raise."""
     plan, refused = None, None
     try:
         require_end(path)
         if is_zero_folder(path):
             plan = read_plan(path)
-            if not trusted:
-                check_files(path)
+            check_files(path)
             check_one_save(path)
             share = files_of(path)[strategy.global_rank :: strategy.world_size]
             with open_phase(f"Reading {path.name}", len(share), "files") as phase:
