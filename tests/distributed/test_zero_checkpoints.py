@@ -369,6 +369,21 @@ def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path
 
 
 @pytest.mark.rest
+def test_a_folder_of_another_version_is_refused(
+    saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "copy.ckpt"
+    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
+        content = torch.load(file, weights_only=False)
+        (state,) = (state for key, state in content["callbacks"].items() if key.startswith("Thanos"))
+        state["format"] = content["thanos_lightning"]["format"] = 6
+        torch.save(content, file)
+    check_refused(checkpoint, "has format 6", tmp_path, capsys)
+    assert not (tmp_path / "copy.ckpt-resharded").exists()
+
+
+@pytest.mark.rest
 @pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "*rank_0_*model_states.pt"])
 def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: str) -> None:
     checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
