@@ -17,7 +17,7 @@ _HINTS = {  # advice for a value of the wrong type
     "calibration.batches": "give datamodule, or null to collect from the training batches",
     "at": "give a list of times, such as [0.1, 0.2]",
 }
-GROUPS = {  # what to give where an option holds others
+GROUPS = {  # what to give where an option of ThanosPruningCallback holds others
     "schedule": "give times, such as {at: [0.1, 0.2]}",
     "overrides": 'give a list, such as [{targets: ["*.mlp.*"], pattern: "4:8"}]',
     "solver": "give its options, such as {method: thanos}",
@@ -60,7 +60,7 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
 def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
     """Go down to the innermost part that says what is wrong. `path` has the keys and classes that lead to `lines`."""
     text, rest = lines[0].strip().removeprefix("- "), lines[1:]
-    if len(path) > 1 and path[-1] in GROUPS and (value := _no_group(lines)) is not None:
+    if is_ours(path[-2:-1]) and path[-1] in GROUPS and (value := _no_group(lines)) is not None:
         return f"{_where(path)} is {_shown(value)}: {GROUPS[path[-1]]}"
     if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
         return _explain([found[2], *rest] if found[2] else rest, (*path, found[1]), options, command)
@@ -101,6 +101,11 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
         return f"no model is given: {PROGRAM} {command} --config RECIPE.yaml (`{PROGRAM} recipes` lists some)"
     where = f"{_where(path)}: " if path else ""
     return where + " ".join(line.strip() for line in [text, *rest])
+
+
+def is_ours(class_paths: Sequence[str]) -> bool:
+    """Whether the options of ``GROUPS`` are meant: other classes may have options of these names."""
+    return any(class_path.rpartition(".")[2] == "ThanosPruningCallback" for class_path in class_paths)
 
 
 def _no_group(lines: Sequence[str]) -> str | None:

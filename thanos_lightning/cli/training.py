@@ -24,7 +24,7 @@ from typing_extensions import override
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.cli.mistakes import Mistake
-from thanos_lightning.cli.parsing import GROUPS, one_line
+from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
@@ -103,9 +103,8 @@ class CLI(LightningCLI):
         for callback in callbacks if isinstance(callbacks, list) else []:
             for name in ("solver", "calibration"):
                 value = callback.get(f"init_args.{name}")
-                if isinstance(value, (bool, int, float, list)):
-                    owner = callback.class_path.rpartition(".")[2]
-                    raise Mistake(f"{name} of {owner} is {value!r}: {GROUPS[name]}")
+                if is_ours([callback.class_path]) and isinstance(value, (bool, int, float, list)):
+                    raise Mistake(f"{name} of ThanosPruningCallback is {value!r}: {GROUPS[name]}")
 
     def _override_callbacks(self, values: dict[tuple[int, str], str]) -> None:
         """Set single arguments of callbacks in the list, because jsonargparse cannot."""

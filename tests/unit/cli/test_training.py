@@ -2,9 +2,11 @@ import sys
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
 from thanos_lightning import Allocation, ThanosPruningCallback
 from thanos_lightning.cli import main
+from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.solver import NM
 
@@ -44,6 +46,21 @@ def test_precision_is_resolved_and_said(tmp_path, monkeypatch, caplog):
 def test_a_precision_that_is_given(monkeypatch):
     cli = CLI(["--config", "quickstart", "--trainer.precision", "bf16-mixed"], run=False)
     assert cli.trainer.precision == "bf16-mixed"
+
+
+class Solves(Callback):
+    """A callback of one's own, whose options have names of ours."""
+
+    def __init__(self, solver: int, schedule: float = 1.0):
+        self.solver = solver
+
+
+def test_options_of_another_callback_are_its_own():
+    mine = [f"--trainer.callbacks+={__name__}.Solves", "--trainer.callbacks.solver=3"]
+    cli = CLI(["--config", "quickstart", *mine], run=False)
+    assert [one.solver for one in cli.trainer.callbacks if isinstance(one, Solves)] == [3]
+    with pytest.raises(Mistake, match="schedule of Solves is 'soon': give a number"):
+        CLI(["--config", "quickstart", *mine, "--trainer.callbacks.schedule=soon"], run=False)
 
 
 def test_an_option_of_a_group_that_is_not_given():
