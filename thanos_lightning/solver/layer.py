@@ -254,7 +254,7 @@ def prune(
         output_weights: (out_features,), finite and positive: how much the squared error of each output counts wherever
             rows compete, that is in all choices that are not within one row. Or (out_features, out_features), positive
             semi-definite: how much the product of two outputs' errors counts. Rows are coupled then: they compensate
-            each other's errors in 3 admm_steps and 7 refine_steps on all rows together (coupled.py), with the mean of
+            each other's errors in 3 times admm_steps and 7 times refine_steps (coupled.py), with the mean of
             the diagonal added to the diagonal. Where rows compete, the diagonal counts. None counts all outputs alike.
             The returned losses ignore output weights.
 
