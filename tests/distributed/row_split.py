@@ -118,6 +118,10 @@ def check_results() -> None:
     assert sorted(len(team) for team in assign_teams(two_layers.layers, 3).values()) == [1, 2]
     for split in (two_layers, Split(nn.Linear(16, 1)), Split(nn.Linear(512, 640))):
         split.check(Unstructured(0.5), options)
+    split = Split(nn.Linear(64, 47))
+    torch.set_default_dtype(torch.bfloat16)  # sums over ranks are in float32 all the same
+    split.check(NM(2, 4), options)
+    torch.set_default_dtype(torch.float32)
 
 
 @contextmanager
