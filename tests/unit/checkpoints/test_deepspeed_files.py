@@ -1,0 +1,35 @@
+"""Which files of a DeepSpeed checkpoint are read, as far as no rank is needed to write them."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from thanos_lightning.checkpoints.deepspeed_files import load_file, trusting
+
+
+class Mine:
+    """An object of a user's."""
+
+
+def test_a_class_that_is_allowed_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "states.pt"
+    torch.save({"hparams": Mine()}, file)
+    with pytest.raises(ValueError, match=r"not plain values \(.*Mine\).*add_safe_globals"):
+        load_file(file)
+    with torch.serialization.safe_globals([Mine]):
+        assert isinstance(load_file(file)["hparams"], Mine)
+    with trusting(True):
+        assert isinstance(load_file(file)["hparams"], Mine)
+
+
+def test_a_trusted_class_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("of_another_machine")
+    module.Mine = type("Mine", (), {"__module__": "of_another_machine"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "of_another_machine", module)
+        torch.save(module.Mine(), tmp_path / "states.pt")
+    with trusting(True), pytest.raises(ValueError, match=r"whose class is not to be had here .*of_another_machine"):
+        load_file(tmp_path / "states.pt")
