@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,19 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 LETTERS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
 
 
+def save_tiny(folder: Path, words: Sequence[str], **config: Any) -> str:
+    """A model with its tokenizer, as a folder: one word, one token; the first one ends a text."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(folder)
+    tiny_llama(vocab_size=len(words), tie_word_embeddings=False, **config).save_pretrained(folder)
+    return str(folder)
+
+
 def tiny_files(folder: Path) -> tuple[str, Path]:
     """A model with its tokenizer, as a folder, and a text, as a file, for programs that read such."""
-    letters = Tokenizer(
-        models.WordLevel({letter: index for index, letter in enumerate(LETTERS)}, unk_token="<unknown>")
-    )
-    letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    model, text = str(folder / "tiny"), folder / "text.txt"
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(model)
-    tiny_llama(vocab_size=len(LETTERS), tie_word_embeddings=False).save_pretrained(model)
+    model, text = save_tiny(folder / "tiny", LETTERS), folder / "text.txt"
     text.write_text(" ".join(LETTERS[2 + (3 * index + index // 7) % 26] for index in range(4000)))
     return model, text
 

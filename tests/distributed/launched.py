@@ -75,7 +75,14 @@ def prepare(folder: Path) -> tuple[list[str], dict[str, str]]:
     return [str(recipe), "--trainer.default_root_dir", str(folder)], env
 
 
-def noted(folder: Path) -> list[dict[str, Any]]:
-    """What the processes noted, by rank. A process that was started twice over is there twice."""
-    files = folder.glob("pid*.json")
-    return sorted((json.loads(file.read_text()) for file in files), key=lambda one: (one["rank"], one["node_rank"]))
+def check_ranks(folder: Path, places: list[tuple[int, int, int]], environment: str) -> None:
+    """Hold what the processes noted, one for each rank, against (rank, local rank, node rank) of two ranks."""
+    files = folder.glob("pid*.json")  # of a process that was started twice over there are two
+    ranks = sorted((json.loads(file.read_text()) for file in files), key=lambda one: (one["rank"], one["node_rank"]))
+    assert [(rank["rank"], rank["local_rank"], rank["node_rank"]) for rank in ranks] == places
+    for rank in ranks:
+        assert rank["world_size"] == 2
+        assert rank["environment"] == environment
+        assert rank["zeros"] == 0.5
+        assert rank["digest"] == ranks[0]["digest"]
+        assert rank["left"]  # the process group: a thread of it may abort a process that ends inside one

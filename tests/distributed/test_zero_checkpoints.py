@@ -212,11 +212,15 @@ def test_verify_and_export(saved: Trainings, tmp_path: Path, kind: str, capsys: 
         assert torch.equal(parameter, weights[f"model.{name}"])
 
 
+def copied(saved: Trainings, folder: Path, kind: str = "zero3") -> Path:
+    """A checkpoint that a test may change."""
+    return Path(shutil.copytree(saved(kind) / f"step={AFTER}.ckpt", folder / "copy.ckpt"))
+
+
 @pytest.mark.parametrize("kind", only(["zero3"], ["zero3", "zero2", "zero0 in bf16"]))
 @pytest.mark.parametrize("what", ["master", "moment"])
 def test_what_came_back_on_disk_is_found(saved: Trainings, tmp_path: Path, kind: str, what: str) -> None:
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved(kind) / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path, kind)
     for file in (checkpoint / "checkpoint").glob("*rank_0*optim_states.pt" if kind != "zero0 in bf16" else "*.pt"):
         content = torch.load(file, weights_only=False)
         inside = content["optimizer"] if "optimizer" in content else content["optimizer_state_dict"]
@@ -238,8 +242,7 @@ def test_what_came_back_on_disk_is_found(saved: Trainings, tmp_path: Path, kind:
 
 @pytest.mark.rest
 def test_incomplete_folders_are_named(saved: Trainings, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path)
     (checkpoint / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(ValueError, match="lacks the optimizer states of rank 0: copy the whole folder"):
         TrainerCheckpoint.read(checkpoint)
@@ -347,8 +350,7 @@ class Stranger:
 def test_no_code_of_a_file_is_run(
     saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint, made = copied(saved, tmp_path), tmp_path / "made"
     path = checkpoint / "checkpoint" / file
     content = torch.load(path, weights_only=False)
     torch.save({**content, "more": Stranger(made)}, path)
@@ -372,8 +374,7 @@ def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path
 def test_a_folder_of_another_version_is_refused(
     saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path)
     for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
         content = torch.load(file, weights_only=False)
         (state,) = (state for key, state in content["callbacks"].items() if key.startswith("Thanos"))
@@ -386,23 +387,24 @@ def test_a_folder_of_another_version_is_refused(
 @pytest.mark.rest
 @pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "*rank_0_*model_states.pt"])
 def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: str) -> None:
-    checkpoint, made = tmp_path / "copy.ckpt", tmp_path / "made"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint, made = copied(saved, tmp_path), tmp_path / "made"
     path = next((checkpoint / "checkpoint").glob(file))
     torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
     assert main(["reshard", str(checkpoint), str(tmp_path / "out"), "--trusted"]) == 0
     assert made.exists()
 
 
-@pytest.mark.rest
-@pytest.mark.parametrize(
+one_of_each_kind = pytest.mark.parametrize(
     "file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
 )
+
+
+@pytest.mark.rest
+@one_of_each_kind
 def test_a_file_that_was_cut_short_is_named(
     saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path)
     path = checkpoint / "checkpoint" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     words = f"{file} is damaged, or was cut short: take another checkpoint"
@@ -410,15 +412,12 @@ def test_a_file_that_was_cut_short_is_named(
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize(
-    "file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
-)
+@one_of_each_kind
 def test_a_changed_byte_ends_all_ranks(
     saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a tensor's bytes, which each reads without noticing it; each rank checks other files."""
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path)
     path = checkpoint / "checkpoint" / file
     change_a_byte(path)
     torch.load(path, weights_only=False)
@@ -442,8 +441,7 @@ def test_a_file_that_one_node_lacks_ends_all_ranks(saved: Trainings, tmp_path: P
 def test_a_folder_that_was_not_written_to_its_end_is_named(
     saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = tmp_path / "copy.ckpt"
-    shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", checkpoint)
+    checkpoint = copied(saved, tmp_path)
     (checkpoint / "latest").unlink()
     words = "copy.ckpt is a checkpoint folder of DeepSpeed's that was not written to its end"
     check_refused(checkpoint, words, tmp_path, capsys)

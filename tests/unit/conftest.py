@@ -11,29 +11,10 @@ END = "<end>"
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
     """A folder with a random two-layer Llama and a word tokenizer: one word, one token."""
-    # here, since pytest-xdist's own process reads this file, too
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from toy import save_tiny  # here, since pytest-xdist's own process reads this file, too
 
-    vocabulary = {word: index for index, word in enumerate((END, "<unknown>", *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = str(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    sizes = {"intermediate_size": 64, "num_attention_heads": 2, "bos_token_id": None, "eos_token_id": 0}
+    return save_tiny(tmp_path / "tiny", [END, "<unknown>", *WORDS], **sizes)
 
 
 @pytest.fixture

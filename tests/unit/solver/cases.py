@@ -1,6 +1,6 @@
 """Layers that several solver tests draw from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,10 +32,12 @@ def hessian_of(inputs: Tensor) -> Tensor:
     return 2 / len(inputs) * inputs.T @ inputs
 
 
-def layer(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A float32 weight and a float64 Hessian."""
+def layer(rows: int, cols: int, seed: int = 0, dead: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """A float32 weight and a float64 Hessian, of inputs of which some are always 0."""
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1))
-    return weight, hessian_of(tokens(cols, seed))
+    inputs = tokens(cols, seed)
+    inputs[:, list(dead)] = 0
+    return weight, hessian_of(inputs)
 
 
 @contextmanager
