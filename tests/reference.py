@@ -82,6 +82,28 @@ def thanos_structured(W: Tensor, H: Tensor, sparsity: float, outlier_fraction: f
     return W
 
 
+def channels(W: Tensor, H: Tensor, count: int, damping: float) -> Tensor:
+    """Removes one column after the other: the geometric mean of what it costs if all others adapt, or none."""
+    (W0, norms), Hd = _start(W, H), damped(H, damping)
+    gone: list[int] = []
+
+    def best_without(columns: list[int]) -> Tensor:
+        keep = torch.ones_like(W0, dtype=torch.bool)
+        keep[:, columns] = False
+        return optimum(W0, Hd, keep)
+
+    for _ in range(count):
+        now = best_without(gone)
+        base = float(((W0 - now) @ Hd * (W0 - now)).sum())
+        costs = {}
+        for j in set(range(W.shape[1])) - set(gone):
+            without = best_without([*gone, j])
+            adapted = max(0.0, float(((W0 - without) @ Hd * (W0 - without)).sum()) - base)
+            costs[j] = adapted * float(now[:, j].square().sum()) * float(norms[j]) ** 2
+        gone.append(min(sorted(costs), key=lambda j: costs[j]))
+    return best_without(gone)
+
+
 def sparsegpt(W: Tensor, H: Tensor, choose: str, block: int, damping: float) -> Tensor:
     """Algorithm 1 of arXiv 2301.00774; ``choose`` is "2:4", or a sparsity as text for equal shares of each block."""
     (W, _), Hd = _start(W, H), damped(H, damping)

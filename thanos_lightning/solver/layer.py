@@ -25,7 +25,7 @@ from thanos_lightning.solver.linalg import (
     input_norms,
 )
 from thanos_lightning.solver.magnitude import magnitude
-from thanos_lightning.solver.pattern import Pattern, Structured
+from thanos_lightning.solver.pattern import Channels, Pattern, Structured
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
 from thanos_lightning.solver.saliency import SALIENCIES, Saliency
 from thanos_lightning.solver.sparsegpt import sparsegpt
@@ -128,8 +128,8 @@ class SolverOptions:
             if self.admm_steps == self.refine_steps == 0:
                 unused["damping"] = f"method {self.method!r} without admm_steps and refine_steps inverts no Hessian"
         elif self.method == "thanos" and isinstance(pattern, Structured):
-            unused["block_size"] = "method 'thanos' prunes all columns of a structured pattern at once"
-            unused["saliency"] = "a structured pattern is chosen by whole columns"
+            unused["block_size"] = f"method 'thanos' prunes all columns of the pattern {pattern.name!r} at once"
+            unused["saliency"] = f"a pattern of whole columns ({pattern.name!r}) has its own"
         if self.method != "thanos":
             unused["saliency"] = f"method {self.method!r} has its own"
         return unused
@@ -242,7 +242,7 @@ def prune(
         weight: (out_features, in_features), any floating dtype, finite.
         hessian: (in_features, in_features), H = (2/T) Σ x xᵀ, on the weight's device; its scale changes only the
             loss. May be None for ``method="magnitude"`` without refinement; the losses are NaN then.
-        pattern: ``Unstructured``, ``NM`` or ``Structured``.
+        pattern: ``Unstructured``, ``NM``, ``Structured`` or ``Channels``.
         method: See ``SolverOptions``, also for the arguments up to refine_steps.
         block_size: Columns pruned jointly.
         damping: Added to the diagonal of the Hessian, relative to the mean of that diagonal.
@@ -397,8 +397,10 @@ def _solve(
     coupled: Tensor | None = None
     if output_weights is not None and output_weights.ndim == 2:
         coupled, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
+    takes_channels = isinstance(pattern, Channels)
+    root = _root(coupled) if coupled is not None and takes_channels else None
     [(result, keep)], curvature = _by_method(
-        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
+        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep), root
     )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
@@ -421,7 +423,7 @@ def _solve(
         if not isinstance(rows, slice):
             result[rows], keep[rows] = weight, rows_keep
         loss += losses.sum()
-    if coupled is None:
+    if coupled is None or takes_channels:  # the best update of whole columns is the same for any output weights
         return result, keep, loss
     cost = H.diagonal() if shared is None else shared.cost
     del shared
@@ -459,11 +461,16 @@ def _by_method(
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
+    coupled: Float[Tensor, "rows rows"] | None = None,
 ) -> tuple[list[T], Curvature | None]:
-    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results."""
+    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results.
+
+    ``coupled`` is a factor L of the output weights L Lᵀ, by which "thanos" chooses channels.
+    """
     H = inputs.hessian
     W, scale = original.to(H.dtype), _scale(output_weights, H)
-    rows = _ScaledRows(original, W if scale is None else W * scale, scale, frozen, options, team)
+    scaled = W if scale is None else W * scale
+    rows = _ScaledRows(original, scaled, scale, None if coupled is None else coupled.mT @ W, frozen, options, team)
     if options.method in ("magnitude", "wanda"):
         return [then(*rows.without_updates(pattern, H)) for pattern in patterns], None
     return _with_enough_damping(
@@ -485,6 +492,7 @@ class _ScaledRows:
     original: Float[Tensor, "rows cols"]
     scaled: Float[Tensor, "rows cols"]
     scale: Float[Tensor, "rows 1"] | None
+    compared: Float[Tensor, "rows cols"] | None
     frozen: Bool[Tensor, "rows cols"]
     options: SolverOptions
     team: RowTeam
@@ -507,10 +515,23 @@ class _ScaledRows:
         if self.options.method == "sparsegpt":
             updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size, self.team)
         else:
-            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, self.options.saliency)
+            saliency = self.options.saliency
+            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, saliency, self.compared)
         if self.scale is not None:
             updated.div_(self.scale)
         return zero_where(updated.to(self.original.dtype), pruned), ~pruned
+
+
+def _root(output_weights: Float[Tensor, "rows rows"]) -> Float[Tensor, "rows rows"]:
+    """Return L of L Lᵀ, the output weights with a hundredth of the mean of the diagonal added to it."""
+    floor = (_FLOOR * output_weights.diagonal().mean()).expand(len(output_weights))
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(output_weights + torch.diag(floor))
+    if info.item() != 0:
+        raise FactorizationError(
+            "output_weights is not positive semi-definite: it has to be a second moment of gradients"
+        )
+    return lower
 
 
 def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:

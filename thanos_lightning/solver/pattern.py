@@ -1,4 +1,4 @@
-"""What a pruned layer must look like: the three patterns, their exact counts, and the check that a mask conforms.
+"""What a pruned layer must look like: the patterns, their exact counts, and the check that a mask conforms.
 
 A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and a column is one input.
 """
@@ -6,7 +6,7 @@ A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Bool
@@ -50,7 +50,7 @@ class _Base(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What a user writes: ``"unstructured"``, ``"structured"``, or n:m such as ``"2:4"``."""
+        """What a user writes: ``"unstructured"``, ``"structured"``, ``"channels"``, or n:m such as ``"2:4"``."""
 
     @abstractmethod
     def check_shape(self, rows: int, cols: int) -> None:
@@ -329,6 +329,45 @@ class Structured(_Base):
         return 0
 
 
+@dataclass(frozen=True)
+class Channels(Structured):
+    """Whole columns are removed from all rows, chosen together: the inputs of a layer that can be taken out of a model.
+
+    A model is smaller then, not sparser: what computes such an input can be taken out, too. In a mask of that, channels
+    are whole rows.
+
+    Args:
+        sparsity: Fraction of the columns to remove, in (0, 1), rounded to whole columns.
+
+    Raises:
+        ValueError: If ``sparsity`` is out of range.
+
+    Examples:
+        >>> from thanos_lightning.solver.pattern import Channels
+        >>> Channels(0.3).num_pruned(rows=10, cols=8)
+        20
+    """
+
+    outlier_fraction: float = field(default=0.0, init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return "channels"
+
+    def num_columns(self, cols: int) -> int:
+        """Number of columns removed from each row."""
+        return round(self.sparsity * cols)
+
+    def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
+        return min(int(mask.sum(0).sort().values[: self.num_columns(mask.shape[1])].sum()) for mask in (keep, keep.mT))
+
+    def sparsest(self, most: float) -> "Channels":
+        return Channels(most)
+
+    def with_units(self, count: int, rows: int, cols: int) -> "Channels":
+        return Channels(count / cols)
+
+
 Pattern = Unstructured | NM | Structured
 
 
@@ -338,10 +377,11 @@ def parse_pattern(
     """Turn what a user writes in a YAML file into a pattern.
 
     Args:
-        pattern: ``"unstructured"``, ``"structured"`` or n:m such as ``"2:4"``; a pattern object is passed through.
-            Anything else is an error. The error for 124 explains that YAML reads an unquoted 2:4 as 124.
-        sparsity: Fraction of weights to remove. The two names require it. n:m implies it: leave it out, or give a
-            number that agrees.
+        pattern: ``"unstructured"``, ``"structured"``, ``"channels"`` or n:m such as ``"2:4"``; a pattern object is
+            passed through. Anything else is an error. The error for 124 explains that YAML reads an unquoted 2:4 as
+            124.
+        sparsity: Fraction of weights to remove. The names require it. n:m implies it: leave it out, or give a number
+            that agrees.
         outlier_fraction: Fraction of the rows kept dense; None means 0.0, or the fraction of the pattern object.
 
     Returns:
@@ -372,30 +412,32 @@ def parse_pattern(
                 f'"{n}:{m}"'
             )
         raise ValueError(
-            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured" or "structured" with a '
-            "sparsity"
+            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured", "structured" or "channels" '
+            "with a sparsity"
         )
     text = pattern.strip().lower()
     if groups := re.fullmatch(r"(\d+):(\d+)", text):
         parsed = NM(int(groups[1]), int(groups[2]), outlier_fraction or 0.0)
         _check_agreement(parsed, sparsity, outlier_fraction)
         return parsed
-    if text not in ("unstructured", "structured"):
-        raise ValueError(f'pattern={pattern!r} is not known: write "unstructured", "structured", or n:m such as "2:4"')
+    if text not in ("unstructured", "structured", "channels"):
+        raise ValueError(
+            f'pattern={pattern!r} is not known: write "unstructured", "structured", "channels", or n:m such as "2:4"'
+        )
     if sparsity is None:
         raise ValueError(f"pattern={text!r} needs a sparsity: give the fraction of weights to remove, such as 0.5")
     if text == "structured":
         return Structured(sparsity, outlier_fraction or 0.0)
-    unstructured = Unstructured(sparsity)
-    _check_agreement(unstructured, None, outlier_fraction)
-    return unstructured
+    whole: Pattern = Unstructured(sparsity) if text == "unstructured" else Channels(sparsity)
+    _check_agreement(whole, None, outlier_fraction)
+    return whole
 
 
 def _check_agreement(pattern: Pattern, sparsity: float | None, outlier_fraction: float | None) -> None:
     if outlier_fraction is not None and not abs(outlier_fraction - pattern.outlier_fraction) < _SAME:
         mend = (
-            "an unstructured mask exempts no row, so leave outlier_fraction out"
-            if isinstance(pattern, Unstructured)
+            f"the pattern {pattern.name} exempts no row, so leave outlier_fraction out"
+            if isinstance(pattern, (Unstructured, Channels))
             else "give it in one place only"
         )
         raise ValueError(f"outlier_fraction={outlier_fraction!r} contradicts {pattern!r}: {mend}")

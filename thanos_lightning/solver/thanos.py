@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from thanos_lightning.solver.elimination import eliminate
 from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
-from thanos_lightning.solver.pattern import NM, Pattern, Structured
+from thanos_lightning.solver.pattern import NM, Channels, Pattern, Structured
 from thanos_lightning.solver.saliency import (
     choose_regular,
     choose_sparse_rows,
@@ -36,18 +37,26 @@ def thanos(
     block_size: int,
     team: RowTeam,
     saliency: str = "wanda",
+    compared: Float[Tensor, "rows cols"] | None = None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by the paper's algorithm. Return the new weights and the choice, True = pruned.
 
-    n:m rounds the width of a block up to whole groups. Structured prunes all its columns in one block as wide as the
-    layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. ``weight`` is not changed.
+    n:m rounds the width of a block up to whole groups. Structured and channels prune all their columns in one block as
+    wide as the layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. Channels are chosen
+    on ``compared``, if it is given: M W for a matrix M, which changes no update of whole columns. ``weight`` is not
+    changed.
 
     Raises:
         FactorizationError: If a system of multipliers is not numerically positive definite.
     """
     W = weight.masked_fill(curvature.dead, 0)
     if isinstance(pattern, Structured):
-        pruned = choose_regular(importance(W, curvature.norms), frozen, pattern, team)
+        if isinstance(pattern, Channels):
+            whole = team.total(frozen.sum(0)) == team.num_rows
+            chosen_on = W if compared is None else compared.masked_fill(curvature.dead, 0)
+            pruned = eliminate(chosen_on, curvature, whole, pattern.num_columns(W.shape[1]), team) | frozen
+        else:
+            pruned = choose_regular(importance(W, curvature.norms), frozen, pattern, team)
         _prune_block(W, curvature.factor, 0, pruned)
         return W, pruned
     cols = W.shape[1]

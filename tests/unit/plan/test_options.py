@@ -112,7 +112,7 @@ def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: 
             {"pattern": "structured", "sparsity": 0.3, "block_size": 64},
             "solver.block_size is 64, but method 'thanos' prunes",
         ),
-        ({"pattern": "structured", "sparsity": 0.3, "saliency": "obs"}, "solver.saliency is 'obs', but a"),
+        ({"pattern": "structured", "sparsity": 0.3, "saliency": "obs"}, "solver.saliency is 'obs', but a pattern"),
         ({"steps": 8, "batches": BATCHES}, "calibration.steps is 8, but layers are"),
         ({**MAGNITUDE, "steps": 8}, "calibration.steps is 8, but method 'magnitude' looks at no batches"),
         ({**MAGNITUDE, "batches": BATCHES}, "calibration.batches is list of 1 batch(es), but method"),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
+from thanos_lightning.solver import NM, Channels, Pattern, Structured, Unstructured
 
 METHODS = ("thanos", "sparsegpt", "wanda", "magnitude")
 PATTERNS: tuple[Pattern, ...] = (
@@ -15,6 +15,7 @@ PATTERNS: tuple[Pattern, ...] = (
     NM(1, 4, outlier_fraction=0.2),
     Structured(0.3),
     Structured(0.25, outlier_fraction=0.2),
+    Channels(0.3),
 )
 
 

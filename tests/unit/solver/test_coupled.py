@@ -114,7 +114,7 @@ def test_dead_inputs_get_no_weights():
 # through the one door
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS[:-1])  # of channels the update is the same
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_coupled_rows_lose_less_of_what_is_coupled(pattern, dtype):
     (W0, H), G = layer(24, 32), hessian_of(tokens(24, 100, count=64)).float()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import PATTERNS
 
-from thanos_lightning.solver import NM, Structured, Unstructured, parse_pattern
+from thanos_lightning.solver import NM, Channels, Structured, Unstructured, parse_pattern
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from thanos_lightning.solver import NM, Structured, Unstructured, parse_pattern
         (("Unstructured", 0.6), Unstructured(0.6)),
         (("unstructured", 0.6, 0.0), Unstructured(0.6)),
         (("structured", 0.3, 0.1), Structured(0.3, 0.1)),
+        (("channels", 0.3, 0.0), Channels(0.3)),
         ((NM(2, 4, 0.1), 0.45, 0.1), NM(2, 4, 0.1)),
         ((Unstructured(0.5),), Unstructured(0.5)),
     ],
@@ -43,6 +44,8 @@ def test_parse_pattern(arguments, expected):
         (("2:4", None, "0.1"), "outlier_fraction='0.1' is not a number"),
         (("unstructured",), "needs a sparsity"),
         (("structured",), "needs a sparsity"),
+        (("channels",), "needs a sparsity"),
+        (("channels", 0.3, 0.1), "the pattern channels exempts no row"),
         (("unstructured", 0), "between 0 and 1"),
         (("unstructured", 1), "between 0 and 1"),
         (("unstructured", -0.1), "between 0 and 1"),
@@ -73,6 +76,7 @@ def test_names_and_sparsities():
         ("1:4", 0.6, 0.2),
         ("structured", 0.3, 0.0),
         ("structured", 0.25, 0.2),
+        ("channels", 0.3, 0.0),
     ]
 
 

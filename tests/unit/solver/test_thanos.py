@@ -5,10 +5,10 @@ import torch
 from cases import layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import damped, optimum, thanos_nm, thanos_structured, thanos_unstructured
+from reference import channels, damped, optimum, thanos_nm, thanos_structured, thanos_unstructured
 from safetensors import safe_open
 
-from thanos_lightning.solver import NM, HessianAccumulator, Structured, Unstructured, parse_pattern, prune
+from thanos_lightning.solver import NM, Channels, HessianAccumulator, Structured, Unstructured, parse_pattern, prune
 
 GOLDEN = sorted((Path(__file__).parents[2] / "data").glob("*.safetensors"))
 
@@ -47,6 +47,8 @@ def test_against_the_reference(block_size, dead):
         (NM(1, 8, 0.3), thanos_nm(weight, H, 1, 8, 0.3, block_size, 0.01)),
         (Structured(0.3), thanos_structured(weight, H, 0.3, 0.0, 0.01)),
         (Structured(0.4, 0.3), thanos_structured(weight, H, 0.4, 0.3, 0.01)),
+        (Channels(0.3), channels(weight, H, 7, 0.01)),
+        (Channels(0.8), channels(weight, H, 19, 0.01)),
     ):
         result = prune(weight.double(), H, pattern, block_size=block_size)
         torch.testing.assert_close(result.weight, expected)

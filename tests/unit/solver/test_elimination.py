@@ -1,0 +1,103 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import hessian_of, layer, tokens
+
+from thanos_lightning.solver import Channels, Structured, prune
+from thanos_lightning.solver.elimination import eliminate
+from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.linalg import FactorizationError
+from thanos_lightning.solver.team import Alone
+
+
+def test_one_of_two_inputs_that_say_the_same_stays():
+    """Each alone costs nothing, and both together cost most of the layer."""
+    inputs = tokens(12)
+    inputs[:, 5] = inputs[:, 3]
+    weight, H = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), hessian_of(inputs)
+    gone = (~prune(weight, H, Channels(0.25), damping=1e-6).mask).all(0)
+    assert int(gone[[3, 5]].sum()) == 1
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+def test_it_loses_less_than_columns_that_are_chosen_alone(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 20, generator=generator) @ torch.randn(20, 60, generator=generator)
+    inputs += 0.3 * torch.randn(500, 60, generator=generator)
+    weight = torch.randn(40, 60, generator=generator)
+    together, alone = (prune(weight, hessian_of(inputs), kind(sparsity)) for kind in (Channels, Structured))
+    assert together.loss < 0.96 * alone.loss
+
+
+def test_large_layers_go_in_rounds_and_keep_the_count():
+    weight, H = layer(8, 700)
+    first = torch.zeros(700, dtype=torch.bool)
+    first[::10] = True
+    gone = eliminate(weight, Factors(H.float()).curvature(1.0), first, 600, Alone(8))
+    assert int(gone.sum()) == 600
+    assert gone[first].all()
+
+
+def test_more_frozen_columns_than_asked_for_all_go():
+    weight, H = layer(4, 10)
+    frozen = torch.zeros(4, 10, dtype=torch.bool)
+    frozen[:, :5] = True
+    assert prune(weight, H, Channels(0.3), frozen=frozen).mask.logical_not().equal(frozen)
+
+
+def test_single_frozen_weights_make_no_column_go():
+    weight, H = layer(4, 10)
+    frozen = torch.zeros(4, 10, dtype=torch.bool)
+    frozen[0] = True
+    mask = prune(weight, H, Channels(0.3), frozen=frozen).mask
+    assert not mask[0].any()
+    assert int((~mask[1:]).all(0).sum()) == 3
+
+
+def test_columns_that_can_not_be_told_apart_are_an_error():
+    nothing = replace(Factors(torch.eye(2)).curvature(0.01), factor=torch.zeros(2, 2))
+    with pytest.raises(FactorizationError, match="not positive"):
+        eliminate(torch.ones(2, 2), nothing, torch.tensor([True, False]), 1, Alone(2))
+
+
+def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
+    keep = torch.ones(6, 10, dtype=torch.bool)
+    keep[:, [1, 4, 8]] = False
+    assert Channels(0.3).violations(keep) == Channels(0.3).violations(keep.T) == 0
+    keep[2, 4] = True
+    assert Channels(0.3).violations(keep) == 1
+    assert Channels(0.3).violations(keep.T) == 1
+
+
+def test_coupled_outputs_choose_channels_by_what_they_do_together():
+    """The two first outputs cancel each other in the loss, and so does what the first three columns give."""
+    weight, H = torch.eye(8), torch.eye(8, dtype=torch.float64)
+    weight[:2, :3] = torch.tensor([[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]])
+    together = torch.eye(8, dtype=torch.float64)
+    together[0, 1] = together[1, 0] = -1
+    options = {"refine_steps": 1}
+    alone = prune(weight, H, Channels(0.375), output_weights=together.diagonal(), **options)
+    coupled = prune(weight, H, Channels(0.375), output_weights=together, **options)
+    assert alone.mask[:, :3].all()
+    assert not coupled.mask[:, :2].any()
+    assert coupled.weight[:, ~coupled.mask.any(0)].eq(0).all()
+
+
+def test_output_weights_change_the_choice_and_not_the_update():
+    weight, H = layer(6, 12)
+    frozen = torch.zeros(6, 12, dtype=torch.bool)
+    frozen[:, 2:5] = True
+    G = torch.cov(torch.randn(6, 40, generator=torch.Generator().manual_seed(0))).double()
+    results = [
+        prune(weight.double(), H, Channels(0.25), frozen=frozen, output_weights=g) for g in (None, G.diagonal(), G)
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(other.weight, results[0].weight)
+
+
+def test_output_weights_that_are_no_second_moment():
+    weight, H = layer(4, 8)
+    wrong = torch.ones(4, 4) + 3 * torch.ones(4, 4).fill_diagonal_(0)
+    with pytest.raises(FactorizationError, match="output_weights is not positive semi-definite"):
+        prune(weight, H, Channels(0.25), output_weights=wrong)
