@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """A weight matrix that can be pruned, and the modules that multiply by it.
+    """A weight matrix that can be pruned, and the modules that multiply by it; or a bias, as a matrix of one column.
 
     Attributes:
-        name: Fully qualified name of the (first) module.
+        name: Fully qualified name of the (first) module, or of a bias.
         modules: The modules that hold the weight: one, unless layers share it.
         rows: out_features.
-        cols: in_features.
+        cols: in_features; 1 of a bias.
         transposed: True where the parameter is stored as (in_features, out_features): transformers' Conv1D.
+        part: Which of the module's parameters it is.
     """
 
     name: str
@@ -36,22 +37,33 @@ class PrunableLayer:
     rows: int
     cols: int
     transposed: bool
+    part: Literal["weight", "bias"] = "weight"
 
     @property
     def parameter_name(self) -> str:
         """Name of the weight among the model's parameters."""
-        return f"{self.name}.weight"
+        return self.name if self.part == "bias" else f"{self.name}.weight"
 
     @property
     def parameter(self) -> nn.Parameter:
         """The weight, as the module stores it. It is read anew each time, because wrappers and moves may replace it."""
-        weight = self.modules[0].weight
+        weight = getattr(self.modules[0], self.part)
         assert isinstance(weight, nn.Parameter), "checked by find_targets"
         return weight
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """Convert between the parameter's layout and (out_features, in_features), by a view."""
+        if self.part == "bias":
+            return tensor.squeeze(1) if tensor.ndim == 2 else tensor.unsqueeze(1)
         return tensor.t() if self.transposed else tensor
+
+    @property
+    def bias(self) -> PrunableLayer | None:
+        """The bias of the layer, or None if it has none."""
+        module = self.modules[0]
+        if not isinstance(module.bias, nn.Parameter):
+            return None
+        return PrunableLayer(f"{self.name}.bias", self.modules, self.rows, 1, False, part="bias")
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ def _held_entries(parameter: DTensor) -> Range:
             part = -(-rows // parameter.device_mesh.size(dimension))
             first = min(part * parameter.device_mesh.get_local_rank(dimension), rows)
             start, rows = start + first, min(part, rows - first)
-    width = parameter.shape[1]
+    width = parameter.shape[1:].numel()
     return Range(start * width, rows * width)
 
 

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import nn
+
+from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LLAMA = ("model.layers.{}.mlp.down_proj", ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"))
+MODELS: dict[str, tuple[Any, Any, tuple[str, tuple[str, ...]]]] = {
+    "llama": (t.LlamaForCausalLM, t.LlamaConfig(**GROUPED), LLAMA),
+    "mistral": (t.MistralForCausalLM, t.MistralConfig(**GROUPED), LLAMA),
+    "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**GROUPED), LLAMA),
+    "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config(**GROUPED, head_dim=8), LLAMA),
+    "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**GROUPED, head_dim=8), LLAMA),
+    "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**GROUPED, head_dim=8), LLAMA),
+    "phi3": (
+        t.Phi3ForCausalLM,
+        t.Phi3Config(**GROUPED, pad_token_id=0),
+        ("model.layers.{}.mlp.down_proj", ("model.layers.{}.mlp.gate_up_proj",)),
+    ),
+    "gpt2": (
+        t.GPT2LMHeadModel,
+        t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_inner=48),
+        ("transformer.h.{}.mlp.c_proj", ("transformer.h.{}.mlp.c_fc",)),
+    ),
+    "opt": (
+        t.OPTForCausalLM,
+        t.OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+                    word_embed_proj_dim=32),
+        ("model.decoder.layers.{}.fc2", ("model.decoder.layers.{}.fc1",)),
+    ),
+    "gpt-neox": (
+        t.GPTNeoXForCausalLM,
+        t.GPTNeoXConfig(**SMALL),
+        ("gpt_neox.layers.{}.mlp.dense_4h_to_h", ("gpt_neox.layers.{}.mlp.dense_h_to_4h",)),
+    ),
+    "bert": (
+        t.BertForMaskedLM,
+        t.BertConfig(**SMALL),
+        ("bert.encoder.layer.{}.output.dense", ("bert.encoder.layer.{}.intermediate.dense",)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_found_by_what_layers_do(name: str) -> None:
+    kind, config, (down, ups) = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    tokens = torch.arange(1, 9).unsqueeze(0)
+    assert find_feed_forwards(model, lambda: model(input_ids=tokens)) == [
+        FeedForward(down.format(layer), tuple(up.format(layer) for up in ups)) for layer in range(2)
+    ]
+
+
+def test_a_vision_transformer() -> None:
+    torch.manual_seed(0)
+    config = t.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=8, patch_size=2)
+    model = t.ViTForImageClassification(config).eval()
+    pixels = torch.randn(1, 3, 8, 8)
+    assert len(find_feed_forwards(model, lambda: model(pixel_values=pixels))) == 2
+
+
+class Mixed(nn.Module):
+    """Its second layer's rows reach columns in another order, or its input is read elsewhere, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.down, self.kind = nn.Linear(8, 12), nn.Linear(12, 8), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        if self.kind == "rolled":
+            hidden = hidden.roll(1, -1)
+        if self.kind == "normalised":
+            hidden = nn.functional.layer_norm(hidden, (12,))
+        result = self.down(hidden)
+        return result + hidden[..., :8] if self.kind == "read twice" else result
+
+
+@pytest.mark.parametrize(("kind", "found"), [("plain", 1), ("rolled", 0), ("normalised", 0), ("read twice", 0)])
+def test_only_rows_that_are_columns_make_a_block(kind: str, found: int) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(kind).eval(), torch.randn(1, 8, 8)
+    assert len(find_feed_forwards(model, lambda: model(x))) == found
+
+
+def run_of(model: nn.Module, x: torch.Tensor | None = None) -> Any:
+    x = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)) if x is None else x
+    return lambda: model(x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_found_is_proven(name: str) -> None:
+    kind, config, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    tokens = torch.arange(1, 9).unsqueeze(0)
+
+    def run() -> Any:
+        return model(input_ids=tokens)
+
+    check_feed_forwards(model, find_feed_forwards(model, run), run)
+
+
+@pytest.mark.parametrize("kind", ["rolled", "normalised", "read twice"])
+def test_a_declared_block_that_is_none_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Mixed(kind).eval()
+    with pytest.raises(ValueError, match="channels of the feed-forward block of down are read elsewhere"):
+        check_feed_forwards(model, [FeedForward("down", ["up"])], run_of(model))
+
+
+class Shared(nn.Module):
+    """Its layers are called twice, which the search leaves out and a user may declare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = x + self.down(torch.tanh(self.up(x)))
+        return x
+
+
+def test_a_declared_block_is_proven_and_the_wrong_one_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Shared(), Mixed("rolled")).eval()
+    run = run_of(model)
+    assert find_feed_forwards(model, run) == []
+    right, wrong = FeedForward("0.down", ["0.up"]), FeedForward("1.down", ["1.up"])
+    check_feed_forwards(model, [right], run)
+    with pytest.raises(ValueError, match=r"block of 1\.down are read elsewhere"):
+        check_feed_forwards(model, [right, wrong], run)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (FeedForward("down", ["gate"]), "names 'gate', which is no Linear or Conv1D layer of the model"),
+        (FeedForward("out", ["up"]), "names 'out', which is no"),
+        (FeedForward("up", ["down"]), r"has 8 channels, .*\{'down': 12\}"),
+        (FeedForward("down", []), "has 12 channels"),
+    ],
+)
+def test_a_declared_block_of_other_layers(block: FeedForward, message: str) -> None:
+    model = nn.ModuleDict(
+        {"up": nn.Linear(8, 12), "down": nn.Linear(8, 12) if block.down == "up" else nn.Linear(12, 8)}
+    )
+    if block.down == "up":
+        model["down"] = nn.Linear(8, 12)
+    with pytest.raises(ValueError, match=message):
+        check_feed_forwards(model, [block], lambda: None)

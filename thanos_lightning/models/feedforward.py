@@ -1,0 +1,254 @@
+"""The feed-forward blocks of a model, found by what its layers do to each other and not by their names.
+
+A block has channels: channel i is column i of its `down` layer, and row i of each layer before it (gate, up). All
+that a channel owns can be removed, and the model computes what it computed with zeros in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from thanos_lightning.models.targets import PRUNABLE, PrunableModule, whole_shape
+
+TOKENS = 6  # that a run has to have at least; at each of them another row of a layer is tried
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward block: down(f(up_1(x), up_2(x), …)) for a function f that treats each channel alone.
+
+    A LightningModule can name the blocks of its model that the callback does not find, by a method `feed_forwards`.
+
+    Args:
+        down: Name of the layer whose column i is channel i.
+        ups: Names of the layers whose row i is channel i. A fused layer has several rows for it: i, width + i, …
+
+    Examples:
+        >>> class Module(nn.Module):
+        ...     def feed_forwards(self):
+        ...         return [FeedForward(down=f"blocks.{i}.out", ups=[f"blocks.{i}.up"]) for i in range(4)]
+    """
+
+    down: str
+    ups: Sequence[str]
+
+
+def find_feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]:
+    """Find the feed-forward blocks of a model, in the order in which they are called.
+
+    A first forward records the output of each layer. In the others, one for each kind of layer (alike but for the
+    numbers in their names), layers give what they gave, but for some entries of this kind, at one row for each
+    token. Their effect ends at the next layers, and shows which columns of which inputs they reach.
+
+    Args:
+        model: In eval mode.
+        run: Runs the model on always the same input, one sequence of `TOKENS` tokens or more.
+    """
+    layers = _layers(model)
+    calls: list[_Call] = []
+    with torch.no_grad():
+        with _hooked(layers, partial(_record, calls)):
+            whole = run()
+        kinds: dict[str, set[str]] = {}
+        for call in calls:
+            kinds.setdefault(kind_of(call.name), set()).add(call.name)
+        several = {name for name, number in Counter(call.name for call in calls).items() if number > 1}
+        ups: dict[str, list[str]] = {}
+        for names in kinds.values():
+            replay = _Replay(calls, names)
+            with _hooked(layers, replay.hook):
+                again = run()
+            if not (names & several) and _same(whole, again):
+                for down, up in replay.pairs():
+                    ups.setdefault(down, []).append(up)
+    order = [call.name for call in calls]
+    return [FeedForward(down, tuple(ups[down])) for down in order if down in ups]
+
+
+def check_feed_forwards(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[[], Any]) -> None:
+    """Prove on an input that nothing else in the model reads the channels of the blocks.
+
+    Half of the channels are zero where the down layers read them. Then whatever the up layers give for these must not
+    change what the model computes, so that the model without them computes the same as with zeros.
+
+    Args:
+        model: In eval mode.
+        blocks: Found, or declared by a user.
+        run: Runs the model on always the same input.
+
+    Raises:
+        ValueError: If something changes, or a block has a layer that the model lacks. The message names the block.
+    """
+    layers = _layers(model)
+    for block in blocks:
+        for name in (block.down, *block.ups):
+            if name not in layers:
+                raise ValueError(
+                    f"the feed-forward block of {block.down} names {name!r}, which is no Linear or Conv1D layer of the "
+                    "model: correct feed_forwards()"
+                )
+        rows = {up: width_of(layers[up], dim=0) for up in block.ups}
+        width = width_of(layers[block.down], dim=1)
+        if not block.ups or any(number % width for number in rows.values()):
+            raise ValueError(
+                f"the feed-forward block of {block.down} has {width} channels, and its ups have other numbers of rows "
+                f"({rows}): correct feed_forwards()"
+            )
+    if blocks and not _is_proven(layers, blocks, run):
+        wrong = next((block for block in blocks if not _is_proven(layers, [block], run)), blocks[0])
+        raise ValueError(
+            f"channels of the feed-forward block of {wrong.down} are read elsewhere, too, or not one by one (a norm "
+            "over channels, or rows in another order), so that they can't be taken out: leave it out of feed_forwards()"
+        )
+
+
+def _is_proven(layers: Mapping[str, PrunableModule], blocks: Sequence[FeedForward], run: Callable[[], Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    chosen: dict[str, Bool[Tensor, " width"]] = {}
+    for block in blocks:
+        width = width_of(layers[block.down], dim=1)
+        chosen[block.down] = torch.rand(width, generator=generator, device="cpu") < 0.5
+        for up in block.ups:
+            chosen[up] = chosen[block.down].repeat(width_of(layers[up], dim=0) // width)
+
+    def without(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first, *others = args or kwargs.values()
+        zeroed = first.masked_fill(chosen[name].to(first.device), 0)
+        return ((zeroed, *others), kwargs) if args else ((), dict(zip(kwargs, (zeroed, *others), strict=True)))
+
+    def disturb(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return torch.where(chosen[name].to(output.device), output + 1 + output.abs(), output)
+
+    downs = {block.down: layers[block.down] for block in blocks}
+    ups = {up: layers[up] for block in blocks for up in block.ups}
+    handles = [
+        module.register_forward_pre_hook(partial(without, name), with_kwargs=True) for name, module in downs.items()
+    ]
+    try:
+        with torch.no_grad():
+            one = run()
+            with _hooked(ups, disturb):
+                other = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _same(one, other)
+
+
+def kind_of(name: str) -> str:
+    """The name of a module without the numbers of what it is part of: layers of one kind are alike in it.
+
+    Examples:
+        >>> kind_of("model.layers.10.mlp.2")  # in a Sequential, another number is another kind
+        'model.layers.#.mlp.2'
+    """
+    return re.sub(r"(?<![^.])\d+(?=[.])", "#", name)
+
+
+def width_of(module: PrunableModule, dim: int) -> int:
+    """The number of a layer's outputs (dim 0) or inputs (dim 1).
+
+    Examples:
+        >>> width_of(nn.Linear(8, 4), dim=0)
+        4
+    """
+    return whole_shape(module.weight)[1 - dim if isinstance(module, Conv1D) else dim]
+
+
+def _layers(model: nn.Module) -> dict[str, PrunableModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+
+
+@dataclass
+class _Call:
+    """What a layer saw and gave in the first forward."""
+
+    name: str
+    inputs: Tensor
+    output: Tensor
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(partial(hook, name), with_kwargs=True) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(
+    calls: list[_Call], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+    calls.append(_Call(name, inputs.detach().clone(), output.detach().clone()))
+
+
+class _Replay:
+    """Replaces outputs by the recorded ones, and those of one kind by others; notes which inputs differ then."""
+
+    def __init__(self, calls: list[_Call], kind: Collection[str]) -> None:
+        self._calls, self._kind = calls, kind
+        self._next = 0
+        self._reached: dict[str, list[list[int]]] = {}  # layer -> (token, column) of the entries that differ
+
+    def hook(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        call = self._calls[self._next]
+        assert call.name == name, "the run is the same"
+        self._next += 1
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        differs = (inputs != call.inputs).flatten(0, -2)
+        if differs.any():
+            self._reached[name] = differs.nonzero().tolist()
+        if name not in self._kind:
+            return call.output
+        changed = call.output.clone()
+        flat = changed.view(-1, changed.shape[-1])
+        for token, row in _tried(flat):
+            flat[token, row] += 1 + flat[token, row].abs()
+        return changed
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Pairs of layers (down, up) of this kind; none unless each entry reaches one column of one layer only."""
+        found: list[tuple[str, str]] = []
+        last: _Call | None = None
+        for call in self._calls:
+            if (reached := self._reached.get(call.name)) is not None:
+                width = call.inputs.shape[-1]
+                if last is None or last.output.shape[-1] % width:
+                    return []
+                if sorted(reached) != sorted([token, row % width] for token, row in _tried(last.output)):
+                    return []
+                found.append((call.name, last.name))
+                last = None
+            if call.name in self._kind:
+                last = call
+        return found
+
+
+def _tried(output: Tensor) -> list[tuple[int, int]]:
+    """Entries (token, row): the first row, the last, and some between, so that a fused layer shows its order."""
+    tokens, rows = output[..., 0].numel(), output.shape[-1]
+    return list(enumerate([0, rows - 1, rows // 2, rows // 2 - 1, rows // 3, 2 * rows // 3][:tokens]))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    values = list(one.values()) if isinstance(one, Mapping) else one if isinstance(one, (list, tuple)) else []
+    others = list(other.values()) if isinstance(other, Mapping) else other if isinstance(other, (list, tuple)) else []
+    return len(values) == len(others) and all(map(_same, values, others))
