@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
     from thanos_lightning.events.permute import permute_channels
+    from thanos_lightning.models.feedforward import FeedForward
     from thanos_lightning.plan.allocation import Allocation
     from thanos_lightning.plan.options import CalibrationOptions
     from thanos_lightning.plan.overrides import TargetOverride
@@ -19,6 +20,7 @@ _ROOMS = {
     "Allocation": "plan.allocation",
     "CPUDeepSpeed": "sharding.cpu_deepspeed",
     "CalibrationOptions": "plan.options",
+    "FeedForward": "models.feedforward",
     "SolverOptions": "solver.layer",
     "SparsitySchedule": "plan.schedule",
     "TargetOverride": "plan.overrides",
@@ -32,6 +34,7 @@ __all__ = [
     "Allocation",
     "CPUDeepSpeed",
     "CalibrationOptions",
+    "FeedForward",
     "SolverOptions",
     "SparsitySchedule",
     "TargetOverride",

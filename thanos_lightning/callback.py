@@ -18,11 +18,12 @@ from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
 from thanos_lightning.checkpoints.format import CALLBACK_KEY, training_note
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
+from thanos_lightning.events.blocks import Taken, take_channels
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.plan.options import CalibrationOptions, PruningOptions
+from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import check_trained
@@ -31,7 +32,7 @@ from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.loading import explain_loading
-from thanos_lightning.solver import Pattern, parse_pattern
+from thanos_lightning.solver import Channels, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.training.lightning_private import is_compiled, saves_shards
 from thanos_lightning.training.other_callbacks import check_companions, check_trainer, saved_checkpoint
@@ -46,8 +47,9 @@ class ThanosPruningCallback(Callback):
     Masks are nested: a pruned weight stays pruned. A model that is already pruned keeps its zeros, too.
 
     Args:
-        pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured" or "structured".
-        sparsity: Final fraction of zeros, for "unstructured" and "structured".
+        pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured", "structured", or "channels": whole channels
+            of feed-forward blocks, which an export takes out of the model (docs/guide).
+        sparsity: Final fraction of zeros, for "unstructured", "structured" and "channels" (of the channels).
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
         schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
@@ -56,6 +58,8 @@ class ThanosPruningCallback(Callback):
         targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer.
         ignore: Globs or `re:` expressions of layers to leave out. Each except "lm_head" must match a module.
         overrides: Other patterns for some of the targets.
+        multiple_of: "channels" keeps a multiple of this number in each block, the one nearest to what the sparsity asks
+            for: hardware multiplies such matrices fast.
         solver: Options of the solver. The paper's algorithm has saliency="wanda", admm_steps=0 and refine_steps=0.
             The defaults differ from it on purpose.
         calibration: Options of the calibration: which batches, how many, and how much an error at each output counts.
@@ -90,6 +94,7 @@ class ThanosPruningCallback(Callback):
         *,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
+        multiple_of: int = MULTIPLE_OF,
         solver: SolverOptions = SolverOptions(),
         calibration: CalibrationOptions = CalibrationOptions(),
         allocation: Allocation | None = None,
@@ -102,6 +107,7 @@ class ThanosPruningCallback(Callback):
             targets=targets,
             ignore=ignore,
             overrides=overrides,
+            multiple_of=multiple_of,
             solver=solver,
             calibration=calibration,
             allocation=allocation,
@@ -162,7 +168,11 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = PruningRun(self.options, self._past, self._layers, self._final, trainer, pl_module)
+        options, taken = self.options, Taken(self._layers, self._final)
+        if any(isinstance(pattern, Channels) for pattern in self._final.values()):
+            taken = take_channels(pl_module, self._layers, self._final, options.multiple_of)
+            options = options.with_pattern(taken.final)
+        run = PruningRun(options, self._past, taken, trainer, pl_module)
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "

@@ -23,7 +23,7 @@ def announce(run: PruningRun) -> None:
     The run's report takes the counts of weights.
     """
     options, trainer, module, past = run.options, run.trainer, run.module, run.past
-    census = take_census(module, run.layers)
+    census = take_census(module, run.masked)
     summary = past.report.summary
     summary.target_weights, summary.model_weights = census.target_weights, census.model_weights
     if census.share < 0.5:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.events.blocks import keep_of_owned
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
@@ -38,15 +39,16 @@ def prune_window(
     access: ParameterAccess,
     enforcer: MaskEnforcer,
     options: SolverOptions,
+    owned: Mapping[str, Sequence[PrunableLayer]] | None = None,
     later: Collection[str] = (),
     on_writing: Callable[[], None] = lambda: None,
 ) -> list[LayerReport]:
     """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
 
-    `later` names the layers that a later window prunes, too. A layer that no token has reached in this window stays as
-    it is if it is one of them, and is pruned by magnitude otherwise. Both cases warn. `on_writing` is called when all
-    layers are solved, before the first one is written. Return a report for each layer that was pruned, in the window's
-    order. All ranks return the same.
+    `owned` has what the channels of a layer own, which is pruned with them. `later` names the layers that a later
+    window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
+    pruned by magnitude otherwise. Both cases warn. `on_writing` is called when all layers are solved, before the first
+    one is written. Return a report for each layer that was pruned, in the window's order. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
@@ -79,7 +81,7 @@ def prune_window(
     }
     solved = _solve_tasks(tasks, teams, access, options, f"Solving at step {window.event.step}")
     on_writing()
-    return _write(window, chosen, solved, owners, access, enforcer)
+    return _write(window, chosen, solved, owners, access, enforcer, owned or {})
 
 
 def _solve_tasks(
@@ -129,6 +131,7 @@ def _write(
     owners: Mapping[str, int],
     access: ParameterAccess,
     enforcer: MaskEnforcer,
+    owned: Mapping[str, Sequence[PrunableLayer]],
 ) -> list[LayerReport]:
     """Write what the owners have solved, which is emptied, and hold the masks. All ranks must call it."""
     facts: dict[str, tuple[int, float, float, float]] = {}
@@ -142,6 +145,8 @@ def _write(
             drop = access.write(layer, weight, keep, owners[name])
             num_pruned, loss, relative_loss, seconds = facts[name]
             enforcer.hold(name, drop, num_pruned)
+            for one in owned.get(name, ()):
+                _write_owned(one, keep, owners[name], access, enforcer)
             reports.append(
                 LayerReport(
                     name=name,
@@ -155,6 +160,20 @@ def _write(
             )
             phase.advance()
     return reports
+
+
+def _write_owned(
+    part: PrunableLayer, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer
+) -> None:
+    """Prune what the channels own that a down layer has lost. `keep` is the down layer's, on its owner."""
+    weight, earlier = access.collect_weight(part, owner), enforcer.collect_keep(part.name, owner)
+    own = None
+    if keep is not None and weight is not None:
+        own = keep_of_owned(keep, part).to(weight.device)
+        own = own if earlier is None else own & earlier.to(own.device)
+        weight = weight.where(own, 0)
+    num_pruned = access.gather(0 if own is None else own.numel() - int(own.count_nonzero()))[owner]
+    enforcer.hold(part.name, access.write(part, weight, own, owner), num_pruned)
 
 
 def _bytes_of(layer: PrunableLayer) -> int:

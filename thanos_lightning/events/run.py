@@ -20,6 +20,7 @@ from thanos_lightning.calibration.collector import Collector, loss_scale
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.announce import announce
 from thanos_lightning.events.beforehand import check_weights, hold_zeros
+from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.events.sensitivity import scan_window
@@ -36,7 +37,6 @@ from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.choice import choose_access
-from thanos_lightning.solver import Pattern
 from thanos_lightning.training.enforcement import MaskEnforcer
 from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
@@ -52,9 +52,9 @@ from thanos_lightning.training.saved_masks import masks_state, restore_masks
 class PruningRun:
     """One fit of a Trainer, made once its model and optimizers are set up.
 
-    The run keeps `past`, the progress of the training, up to date. `layers` has all targets, and `final` has the
-    pattern of each at the end, before an allocation. Windows after a sensitivity scan join the plan, `windows`, when
-    the scan is complete.
+    The run keeps `past`, the progress of the training, up to date. `layers` has all layers to solve, and `final` has
+    the pattern of each at the end, before an allocation. `masked` has all that may get a mask: the layers, and what
+    their channels own. Windows after a sensitivity scan join the plan, `windows`, when the scan is complete.
 
     Raises:
         MisconfigurationException: On all ranks, if the options do not suit the model or the Trainer.
@@ -62,18 +62,13 @@ class PruningRun:
     """
 
     def __init__(
-        self,
-        options: PruningOptions,
-        past: Past,
-        layers: Mapping[str, PrunableLayer],
-        final: Mapping[str, Pattern],
-        trainer: Trainer,
-        module: LightningModule,
+        self, options: PruningOptions, past: Past, taken: Taken, trainer: Trainer, module: LightningModule
     ) -> None:
         self.options, self.past = options, past
-        self.layers, self.final = layers, final
+        self.layers, self.final, self._owned = taken.layers, taken.final, taken.owned
+        self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
-        self.access: ParameterAccess = choose_access(trainer.strategy, layers)
+        self.access: ParameterAccess = choose_access(trainer.strategy, self.masked)
         self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
         if options.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
@@ -83,8 +78,10 @@ class PruningRun:
                 "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
                 "'uniform'"
             )
-        check_weights(layers, self.access)
-        self.enforcer = MaskEnforcer(layers, self.access)
+        if taken.owned:
+            self.access.release()  # what the search for feed-forward blocks left
+        check_weights(self.masked, self.access)
+        self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
         self.collector = self._new_collector()
         self.collector.check(trainer, module)
@@ -114,7 +111,7 @@ class PruningRun:
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.layers, self.access, changed))
+            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.masked, self.access, changed))
         else:
             self._hold_zeros()
             if trainer.global_step > 0:  # the checkpoint was saved without the callback
@@ -163,7 +160,8 @@ class PruningRun:
         self.collector.load(restored["collected"])
 
     def _hold_zeros(self) -> None:
-        held = hold_zeros(self.layers, self.access, self.enforcer)
+        weights = {name: layer for name, layer in self.masked.items() if layer.part == "weight"}
+        held = hold_zeros(weights, self.access, self.enforcer)
         self.past.patterns.update(held)
         if held:
             first, pattern = next(iter(held.items()))
@@ -372,10 +370,13 @@ class PruningRun:
             access=self.access,
             enforcer=self.enforcer,
             options=self.options.solver,
+            owned=self._owned,
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             on_writing=lambda: self._clock.now("writing"),
         )
-        self.past.patterns.update({layer.name: window.patterns[layer.name] for layer in layers})
+        for layer in layers:
+            names = [layer.name, *(part.name for part in self._owned.get(layer.name, ()))]
+            self.past.patterns |= dict.fromkeys(names, window.patterns[layer.name])
         self._sparsity = None
         self.past.measured = None  # the metric of the weights before this event is stale
         restart_averages(self.trainer, self.module)
@@ -477,7 +478,7 @@ class PruningRun:
         return self.past.state(
             self.options,
             windows=[window.state() for window in self.windows],
-            masks=masks_state(self.enforcer, self.layers, self.past.patterns, self.access),
+            masks=masks_state(self.enforcer, self.masked, self.past.patterns, self.access),
             collected=self.collector.state(),
             event_parts=dict(self._clock.parts),
             # The files of all ranks share this id, which shows that they are of one save

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.budget import by_loss, in_units
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import Channels, Pattern
 
 By = Literal["loss", "uniform"]
 
@@ -51,6 +51,8 @@ def nothing_to_allocate(pattern: Pattern) -> str | None:
         >>> from thanos_lightning.solver import Unstructured
         >>> nothing_to_allocate(Unstructured(0.6))
     """
+    if isinstance(pattern, Channels):
+        return "channels go in equal number from each block, since a model has one width: leave the allocation out"
     if not pattern.rows_compete:
         return (
             f"{pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction of the "

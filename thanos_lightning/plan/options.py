@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from thanos_lightning.models.targets import check_expressions
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.overrides import TargetOverride, check_overrides
 from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import Channels, Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
 CALIBRATION_STEPS = 32  # the default of calibration.steps
+MULTIPLE_OF = 64  # the default of multiple_of
 _AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
@@ -84,6 +85,7 @@ class PruningOptions:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     overrides: tuple[TargetOverride, ...]
+    multiple_of: int
     solver: SolverOptions
     calibration: CalibrationOptions
     allocation: Allocation | None
@@ -99,6 +101,7 @@ class PruningOptions:
         targets: str | Sequence[str],
         ignore: str | Sequence[str],
         overrides: Sequence[TargetOverride],
+        multiple_of: int,
         solver: SolverOptions,
         calibration: CalibrationOptions,
         allocation: Allocation | None,
@@ -139,20 +142,33 @@ class PruningOptions:
             if (reason := nothing_to_allocate(pattern)) is not None:
                 raise ValueError(reason)
         check_whole("verify_every_n_steps", verify_every_n_steps, 0)
+        patterns = [pattern, *(other.parsed() for other in overrides)]
+        if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+            raise ValueError(f"multiple_of is {multiple_of!r}: give a whole number of channels ≥ 1, such as 64")
+        if multiple_of != MULTIPLE_OF and not any(isinstance(one, Channels) for one in patterns):
+            raise ValueError(
+                f"multiple_of is {multiple_of}, but no pattern is 'channels', whose number it rounds: leave it out"
+            )
         check_name("monitor", monitor, "val/loss")
-        refuse_unused(solver, calibration, [pattern, *(other.parsed() for other in overrides)])
+        refuse_unused(solver, calibration, patterns)
         return cls(
             pattern,
             schedule,
             targets,
             ignore,
             overrides,
+            multiple_of,
             solver,
             calibration,
             allocation,
             verify_every_n_steps,
             monitor,
         )
+
+    def with_pattern(self, final: Mapping[str, Pattern]) -> PruningOptions:
+        """The same options with the sparsity of channels that was really taken, in the final patterns, for asked."""
+        taken = next(pattern for pattern in final.values() if isinstance(pattern, Channels))
+        return replace(self, pattern=taken) if isinstance(self.pattern, Channels) else self
 
     @property
     def weighs_outputs(self) -> bool:

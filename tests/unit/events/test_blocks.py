@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from toy import VOCABULARY, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, trainer
+
+from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.plan.allocation import Allocation
+from thanos_lightning.solver import Channels
+
+LLAMA = [f"model.model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
+
+
+def channels(sparsity: float = 0.25, **options: Any) -> ThanosPruningCallback:
+    settings: dict[str, Any] = {"schedule": SparsitySchedule(at=[1, 4]), "multiple_of": 4, "steps": 2}
+    if "batches" in options:
+        del settings["steps"]
+    return ThanosPruningCallback("channels", sparsity, **grouped(**{**settings, **options}))
+
+
+class Probe(Callback):
+    """After every batch, looks at all that the lost channels own, and at its moments."""
+
+    def __init__(self, blocks: dict[str, list[str]], width: int) -> None:
+        self.blocks, self.width = blocks, width
+        self.gone: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+        named = dict(pl_module.named_parameters())
+        gone: dict[str, Tensor] = {}
+        for down, owned in self.blocks.items():
+            columns = named[down].T if named[down].shape[1] == self.width else named[down]
+            gone[down] = columns.eq(0).all(1)
+            for name in (down, *owned):
+                state = trainer.optimizers[0].state[named[name]]
+                for tensor in (named[name], *(value for value in state.values() if value.shape == named[name].shape)):
+                    dim = next(dim for dim, size in enumerate(tensor.shape) if size % self.width == 0)
+                    for part in tensor.detach().movedim(dim, 0).split(self.width):
+                        assert part[gone[down]].eq(0).all()
+                        assert not part[gone[down]].signbit().any()
+        self.gone.append(gone)
+
+
+def blocks_of(downs: list[str], owned: list[str]) -> dict[str, list[str]]:
+    return {down.format(layer): [name.format(layer) for name in owned] for layer in range(2) for down in downs}
+
+
+PHI3 = t.Phi3Config(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
+    pad_token_id=0,
+)  # fmt: skip
+OPT = t.OPTConfig(
+    hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
+    word_embed_proj_dim=32, max_position_embeddings=64,
+)  # fmt: skip
+KINDS: dict[str, tuple[Any, int, dict[str, list[str]]]] = {
+    "llama": (
+        tiny_llama,
+        48,
+        blocks_of(
+            ["model.model.layers.{}.mlp.down_proj.weight"],
+            ["model.model.layers.{}.mlp.gate_proj.weight", "model.model.layers.{}.mlp.up_proj.weight"],
+        ),
+    ),
+    "gpt2, transposed and with biases": (
+        tiny_gpt2,
+        128,
+        blocks_of(
+            ["model.transformer.h.{}.mlp.c_proj.weight"],
+            ["model.transformer.h.{}.mlp.c_fc.weight", "model.transformer.h.{}.mlp.c_fc.bias"],
+        ),
+    ),
+    "phi3, gate and up in one": (
+        lambda: t.Phi3ForCausalLM(PHI3),
+        48,
+        blocks_of(["model.model.layers.{}.mlp.down_proj.weight"], ["model.model.layers.{}.mlp.gate_up_proj.weight"]),
+    ),
+    "opt, with biases": (
+        lambda: t.OPTForCausalLM(OPT),
+        48,
+        blocks_of(
+            ["model.model.decoder.layers.{}.fc2.weight"],
+            ["model.model.decoder.layers.{}.fc1.weight", "model.model.decoder.layers.{}.fc1.bias"],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_a_channel_owns_is_zero_after_every_step(tmp_path: Path, kind: str, precision: Any) -> None:
+    build, width, blocks = KINDS[kind]
+    torch.manual_seed(0)
+    callback, probe = channels(), Probe(blocks, width)
+    module = ToyLM(build())
+    trainer(tmp_path, callback, probe, max_steps=8, precision=precision).fit(module, loader(32))
+    numbers = [{int(gone.sum()) for gone in seen.values()} for seen in probe.gone]
+    last = width // 4
+    assert numbers[-1] == {last}
+    (first,) = numbers[1]
+    assert 0 < first < last
+    for before, after in zip(probe.gone, probe.gone[1:], strict=False):
+        for name, gone in before.items():
+            assert after[name][gone].all()  # nested
+    masked = {name for owner, owned in blocks.items() for name in (owner, *owned)}
+    assert callback.state_dict()["masks"].keys() == masked
+    down = next(iter(blocks))
+    solved = {layer.name for layer in callback.report.events[-1].layers}
+    assert solved == {name.removesuffix(".weight") for name in blocks}
+    assert callback.report.events[-1].target == pytest.approx(0.25)
+    assert dict(module.named_parameters())[down].count_nonzero() > 0
+
+
+def test_each_block_keeps_the_nearest_multiple(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = channels(0.3, multiple_of=16)
+    trainer(tmp_path, callback, max_steps=5).fit(ToyLM(), loader(32))
+    assert {layer.sparsity for layer in callback.report.events[-1].layers} == {1 / 3}
+    assert callback.report.events[-1].target == 1 / 3
+    assert "0.3333" in capsys.readouterr().out
+
+
+def test_a_calibration_set_and_zeros_that_were_there(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, :8] = 0
+    callback = channels(0.25, batches=list(loader(8)), schedule=SparsitySchedule(at=[0]))
+    with pytest.warns(UserWarning, match="2 target.* are pruned already"):
+        trainer(tmp_path, callback, max_steps=2).fit(ToyLM(model), loader(8))
+    for layer in model.model.layers:
+        gone = layer.mlp.down_proj.weight.eq(0).all(0)
+        assert int(gone.sum()) == 12
+        assert gone[:8].all()
+        assert layer.mlp.up_proj.weight[gone].eq(0).all()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_other_methods_choose_channels_too(tmp_path: Path, method: Any) -> None:
+    callback = channels(method=method)
+    trainer(tmp_path, callback, max_steps=6).fit(ToyLM(), loader(32))
+    for state in callback.state_dict()["masks"].values():
+        assert state["pattern"] == "channels"
+
+
+def test_other_layers_may_have_another_pattern(tmp_path: Path) -> None:
+    callback = channels(overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
+    trainer(tmp_path, callback, max_steps=5).fit(ToyLM(), loader(32))
+    patterns = {name.split(".")[4]: state["pattern"] for name, state in callback.state_dict()["masks"].items()}
+    assert patterns == {"self_attn": "2:4", "mlp": "channels"}
+
+
+class Own(LightningModule):
+    """A model whose block is called twice, so that the search leaves it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.head = nn.Linear(16, VOCABULARY)
+        self.example_input_array = torch.arange(8).unsqueeze(0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for _ in range(2):
+            x = x + self.down(torch.relu(self.up(x)))
+        return self.head(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch["input_ids"])
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self.parameters())
+
+
+class Declared(Own):
+    def feed_forwards(self) -> list[FeedForward]:
+        return [FeedForward(down="down", ups=["up"])]
+
+
+def test_a_block_of_ones_own(tmp_path: Path) -> None:
+    module = Declared()
+    trainer(tmp_path, channels(), max_steps=6).fit(module, loader(32))
+    gone = module.down.weight.eq(0).all(0)
+    assert int(gone.sum()) == 8
+    assert module.up.bias[gone].eq(0).all()
+    with pytest.raises(ValueError, match=r"no feed-forward block was found in Own .* feed_forwards\(\)"):
+        trainer(tmp_path, channels(), max_steps=6).fit(Own(), loader(32))
+
+
+def test_a_module_that_can_not_be_run_says_what_it_lacks(tmp_path: Path) -> None:
+    module = Declared()
+    module.example_input_array = None
+    with pytest.raises(ValueError, match="set its example_input_array"):
+        trainer(tmp_path, channels(), max_steps=6).fit(module, loader(32))
+
+
+def test_the_search_leaves_the_training_as_it_was(tmp_path: Path) -> None:
+    """A search that the pattern does not use changes no loss and no mode."""
+    losses = []
+    for callback in (channels(schedule=SparsitySchedule(at=[6])), None):
+        model = tiny_llama(attention_dropout=0.2)
+        module = ToyLM(model)
+        torch.manual_seed(1)
+        trainer(tmp_path, *([callback] if callback else []), max_steps=7).fit(module, loader(32))
+        losses.append(module.losses[:6])
+        assert model.training
+    assert losses[0] == losses[1]
+
+
+def unequal() -> Any:
+    model = tiny_llama()
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
+    mlp.down_proj = nn.Linear(64, 32, bias=False)
+    return model
+
+
+def shared() -> Any:
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    return model
+
+
+def shared_up() -> Any:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def mixtral() -> Any:
+    return t.MixtralForCausalLM(
+        t.MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (tiny_llama, {"sparsity": 0.95}, r"leaves 2.4 of 48 channels, fewer than 4 \(multiple_of\)"),
+        (tiny_llama, {"sparsity": 0.01}, "takes 0.48 of 48 channels, which rounds to none"),
+        (tiny_llama, {"multiple_of": 64}, "multiple_of is 64, which does not divide the 48 channels .* such as 48"),
+        (tiny_llama, {"multiple_of": 7}, "multiple_of is 7, which does not divide .* such as 6"),
+        (tiny_llama, {"targets": ["*.q_proj"]}, "no target is the down layer of one: add to targets model.*down_proj"),
+        (
+            tiny_llama,
+            {"ignore": ["*.0.mlp.down_proj", "lm_head"]},
+            "all 2 .* and model.model.layers.0.mlp.down_proj is not among",
+        ),
+        (
+            tiny_llama,
+            {"overrides": [TargetOverride(["*.up_proj"], "2:4")]},
+            "layer model.model.layers.0.mlp.up_proj has the pattern 2:4, but its rows are channels of",
+        ),
+        (
+            tiny_llama,
+            {"overrides": [TargetOverride(["*.1.mlp.down_proj"], "2:4")]},
+            "and model.model.layers.1.mlp.down_proj has the pattern 2:4: give all",
+        ),
+        (
+            tiny_llama,
+            {"overrides": [TargetOverride(["*.1.*"], "channels", 0.5)]},
+            "are to lose 0.25 or 0.5 of their channels, but a model has one width",
+        ),
+        (unequal, {}, r"unequal widths \(model.*layers.0.*has 48, model.*layers.1.*has 64\)"),
+        (shared, {}, "shares its weight with another layer"),
+        (shared_up, {}, "shares its weight with another layer"),
+        (mixtral, {}, "experts fused into one parameter, such as model.model.layers.0.*can't be pruned yet"),
+    ],
+)
+def test_what_can_not_be_taken_out_is_refused_before_the_training(
+    tmp_path: Path, build: Any, options: dict[str, Any], message: str
+) -> None:
+    module = ToyLM(build())
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, channels(**options), max_steps=5).fit(module, loader(32))
+    assert module.losses == []
+
+
+class Routed(LightningModule):
+    """Two experts, of which one is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(2))
+        self.example_input_array = torch.arange(8).unsqueeze(0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.experts[0](self.embed(tokens))
+
+    training_step, configure_optimizers = Own.training_step, Own.configure_optimizers
+
+
+def test_an_expert_that_is_not_reached_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 layer\(s\), such as experts.1.0, are named like those of feed-forward"):
+        trainer(tmp_path, channels(), max_steps=2).fit(Routed(), loader(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"multiple_of": 0}, "multiple_of is 0: give a whole number of channels"),
+        ({"multiple_of": 2.5}, "multiple_of is 2.5: give a whole number of channels"),
+        ({"allocation": Allocation("loss")}, "channels go in equal number from each block"),
+        ({"outlier_fraction": 0.1}, "the pattern channels exempts no row"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        channels(**options)
+
+
+def test_a_multiple_without_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple_of is 32, but no pattern is 'channels'"):
+        ThanosPruningCallback("2:4", multiple_of=32)
+
+
+def test_an_image_model(tmp_path: Path) -> None:
+    config = t.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=2,
+        num_labels=3,
+    )  # fmt: skip
+
+    class Images(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = t.ViTForImageClassification(config)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return adamw(self.parameters())
+
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    module, callback = Images(), channels(attention_mask_key=None)
+    trainer(tmp_path, callback, max_steps=6).fit(module, DataLoader([batch] * 8, batch_size=None))  # type: ignore[arg-type]
+    masks = callback.state_dict()["masks"]
+    assert len(masks) == 6
+    assert {name.rpartition(".")[2] for name in masks} == {"weight", "bias"}
+
+
+def test_a_resumed_training_is_the_one_that_was_not_stopped(tmp_path: Path) -> None:
+    whole = ToyLM(tiny_gpt2())
+    fit = trainer(tmp_path, channels(), max_steps=3)
+    fit.fit(whole, loader(32))
+    fit.save_checkpoint(tmp_path / "amid.ckpt")
+    going_on = copy.deepcopy(whole.model.state_dict())
+    resumed, callback = ToyLM(tiny_gpt2(seed=5)), channels()
+    trainer(tmp_path, callback, max_steps=8).fit(resumed, loader(32), ckpt_path=tmp_path / "amid.ckpt")
+    assert callback._run is not None
+    for name, keep in ((n, s) for n, s in callback.state_dict()["masks"].items() if n.endswith(".bias")):
+        assert keep["shape"] == [128, 1], name
+    assert all(isinstance(pattern, Channels) for pattern in callback._past.patterns.values())
+    for name, value in going_on.items():
+        if name.endswith("c_fc.bias"):
+            assert resumed.model.state_dict()[name][value == 0].eq(0).all()

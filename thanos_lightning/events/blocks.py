@@ -1,0 +1,175 @@
+"""Takes the channels of feed-forward blocks for units of pruning, and finds all that a channel owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from thanos_lightning.calibration.tiny_input import tiny_run
+from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, kind_of
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
+from thanos_lightning.solver import Channels, Pattern
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is pruned where channels are.
+
+    Attributes:
+        layers: Name -> layer to solve. Of a feed-forward block it is the down layer.
+        final: Name of such a layer -> its pattern at the end.
+        owned: Name of a down layer -> the weights and biases that compute its inputs: entry i, width + i, … along their
+            rows is of channel i.
+    """
+
+    layers: Mapping[str, PrunableLayer]
+    final: Mapping[str, Pattern]
+    owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+
+
+def take_channels(
+    module: LightningModule, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], multiple_of: int
+) -> Taken:
+    """Replace the layers with the pattern `Channels` by the feed-forward blocks of the module. All ranks must call it.
+
+    Of these layers, those that are no down layer of a block are not pruned. All blocks keep the same number of
+    channels, the multiple of `multiple_of` that is nearest to what the pattern asks for.
+
+    Raises:
+        ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
+    """
+    with tiny_run(module) as run:
+        declared = getattr(module, "feed_forwards", None)
+        blocks = find_feed_forwards(module, run) if declared is None else list(declared())
+        check_feed_forwards(module, blocks, run)
+    if not blocks:
+        raise ValueError(_why_none(module))
+    downs = {block.down for block in blocks}
+    asked = {name: pattern for name, pattern in final.items() if isinstance(pattern, Channels)}
+    chosen = {name: pattern for name, pattern in asked.items() if name in downs}
+    for name in chosen:
+        if len(layers[name].modules) > 1:
+            raise ValueError(_shared(name))
+    _check_all_taken(module, blocks, chosen, final)
+    if len(set(chosen.values())) > 1:
+        raise ValueError(
+            f"feed-forward blocks are to lose {' or '.join(sorted({f'{p.sparsity:g}' for p in chosen.values()}))} of "
+            "their channels, but a model has one width: give one sparsity"
+        )
+    widths = {name: layers[name].cols for name in chosen}
+    if len(set(widths.values())) > 1:
+        narrow, wide = min(widths, key=lambda name: widths[name]), max(widths, key=lambda name: widths[name])
+        raise ValueError(
+            f"feed-forward blocks have unequal widths ({narrow} has {widths[narrow]}, {wide} has {widths[wide]}), and "
+            "channels go in equal number from each: take another pattern"
+        )
+    pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
+    ups = {up: block.down for block in blocks for up in block.ups}
+    owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
+    for name, layer in find_targets(module, list(ups), ignore=()).items():
+        if len(layer.modules) > 1:
+            raise ValueError(_shared(name))
+        owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
+    kept = {
+        name: pattern if name in chosen else other
+        for name, other in final.items()
+        if name not in asked or name in chosen
+    }
+    return Taken({name: layers[name] for name in kept}, kept, owned)
+
+
+def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:
+    if width % multiple_of:
+        raise ValueError(
+            f"multiple_of is {multiple_of}, which does not divide the {width} channels of a feed-forward block: give a "
+            f"number that does, such as {max(n for n in range(1, multiple_of + 1) if width % n == 0)}"
+        )
+    kept = round((1 - pattern.sparsity) * width / multiple_of) * multiple_of
+    if (1 - pattern.sparsity) * width < multiple_of:
+        raise ValueError(
+            f"a sparsity of {pattern.sparsity:g} leaves {(1 - pattern.sparsity) * width:g} of {width} channels, fewer "
+            f"than {multiple_of} (multiple_of): lower one of them"
+        )
+    if kept == width:
+        raise ValueError(
+            f"a sparsity of {pattern.sparsity:g} takes {pattern.sparsity * width:g} of {width} channels, which rounds "
+            f"to none in multiples of {multiple_of} (multiple_of): raise the sparsity, or lower multiple_of"
+        )
+    return Channels((width - kept) / width)
+
+
+def _check_all_taken(
+    module: LightningModule, blocks: Sequence[FeedForward], chosen: Mapping[str, Pattern], final: Mapping[str, Pattern]
+) -> None:
+    names = [name for name, part in module.named_modules() if isinstance(part, PRUNABLE)]
+    kinds = {kind_of(part) for block in blocks for part in (block.down, *block.ups)}
+    found = {part for block in blocks for part in (block.down, *block.ups)}
+    if unlike := [name for name in names if kind_of(name) in kinds and name not in found]:
+        raise ValueError(
+            f"{len(unlike)} layer(s), such as {unlike[0]}, are named like those of feed-forward blocks but are none "
+            "(an expert that no token reached? a layer that is never called?), and a model has one width: take another "
+            "pattern"
+        )
+    if not chosen:
+        raise ValueError(
+            "the pattern 'channels' is for feed-forward blocks, and no target is the down layer of one: add to targets "
+            f"{examples([block.down for block in blocks])}"
+        )
+    ups = {up: block.down for block in blocks for up in block.ups}
+    for name, pattern in final.items():
+        if name in ups and not isinstance(pattern, Channels):
+            raise ValueError(
+                f"layer {name} has the pattern {pattern.name}, but its rows are channels of {ups[name]} and go with "
+                "them: leave it out of the overrides"
+            )
+    left = [block.down for block in blocks if block.down not in chosen]
+    if left:
+        why = f"has the pattern {final[left[0]].name}" if left[0] in final else "is not among the targets"
+        raise ValueError(
+            f"channels are taken from all {len(blocks)} feed-forward blocks or from none, since a model has one width, "
+            f"and {left[0]} {why}: give all of them the pattern 'channels'"
+        )
+
+
+def _shared(name: str) -> str:
+    return (
+        f"layer {name} of a feed-forward block shares its weight with another layer, whose channels would go, too: "
+        "take another pattern"
+    )
+
+
+def _why_none(module: LightningModule) -> str:
+    fused = next(
+        (
+            name
+            for name, parameter in module.named_parameters()
+            if len(whole_shape(parameter)) == 3 and "conv" not in name.lower()
+        ),
+        None,
+    )
+    if fused is not None:
+        return (
+            f"the model has experts fused into one parameter, such as {fused}, whose channels can't be pruned yet: "
+            "take another pattern for its other layers"
+        )
+    return (
+        f"no feed-forward block was found in {type(module).__name__} (an up layer, called once, each row of which is "
+        "read by one column of a down layer alone): if it has some, name them in a method feed_forwards() of it that "
+        "returns a list of FeedForward(down, ups), or take another pattern"
+    )
+
+
+def keep_of_owned(keep: Tensor, part: PrunableLayer) -> Tensor:
+    """The keep mask (rows, cols) of a weight or bias that a down layer's channels own, from the mask of that layer.
+
+    Examples:
+        >>> import torch
+        >>> up = PrunableLayer("up", (), rows=4, cols=1, transposed=False)
+        >>> keep_of_owned(torch.tensor([[True, False], [False, False]]), up).tolist()
+        [[True], [False], [True], [False]]
+    """
+    rows = keep.any(0).repeat(part.rows // keep.shape[1])
+    return rows.unsqueeze(1).expand(part.rows, part.cols)
