@@ -11,10 +11,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
+from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, some_of
-from thanos_lightning.checkpoints.verify import TensorReport, check_mask, write_record
+from thanos_lightning.checkpoints.shrink import channel_masks, shrink
+from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
 from thanos_lightning.report.progress import open_phase
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
@@ -38,11 +40,13 @@ def export_checkpoint(
     *,
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    keep_shape: bool = False,
 ) -> list[TensorReport]:
     """Turn a trainer checkpoint into a Hugging Face folder, and count its zeros on disk.
 
-    The folder holds the weights as safetensors, the configurations, the tokenizer, and `sparsity.json`, the
-    record that `verify_checkpoint` compares with later. The folder appears whole or not at all.
+    The folder holds the weights as safetensors, the configurations, the tokenizer, a model card, and `sparsity.json`,
+    the record that `verify_checkpoint` compares with later. The folder appears whole or not at all. Channels that were
+    pruned are taken out: the model is smaller, computes the same, and is one like any other.
 
     Args:
         checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file or a DeepSpeed folder. One
@@ -50,6 +54,7 @@ def export_checkpoint(
         output: Folder to write. It must be empty or not exist.
         dtype: Dtype of the written parameters, such as "bfloat16"; by default the checkpoint's.
         tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
+        keep_shape: Whether channels stay in the model, as zeros.
 
     Returns:
         A report for each pruned tensor, in the order of the model. All of them conform.
@@ -57,7 +62,7 @@ def export_checkpoint(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the output is taken, the path is no checkpoint or holds no masks yet, the weights do not fit
-            the model, or the tokenizer cannot be loaded.
+            the model, the model can't be made smaller, or the tokenizer cannot be loaded.
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
 
     Examples:
@@ -89,6 +94,11 @@ def export_checkpoint(
     inside = {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
     model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
+    channels = {} if keep_shape else channel_masks(inside)
+    if channels:
+        state = model.state_dict()
+        _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
+        model = shrink(model, channels, path)
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
             try:
@@ -104,18 +114,24 @@ def export_checkpoint(
         reports = []
         with open_phase("Counting zeros", len(inside), "tensors") as phase:
             for name, mask in inside.items():
-                reports.append(check_mask(tensors.stored_name(aliases[name]), tensors, mask))
+                check = check_shrunk if name in channels else check_mask
+                reports.append(check(tensors.stored_name(aliases[name]), tensors, mask))
                 phase.advance(note=name)
-        failed = [report for report in reports if not report.ok]
-        if failed:
-            raise NonconformingError(
-                f"{len(failed)} of {len(reports)} pruned tensors of {path} do not conform "
-                f"({failed[0].name}: {'; '.join(failed[0].problems)}), so nothing was exported: export another "
-                "checkpoint, or another dtype if the numbers overflowed",
-                reports,
-            )
+        _require_zeros(reports, path)
         write_record(folder, reports, inside.values())
+        write_card(folder, trained, reports)
     return reports
+
+
+def _require_zeros(reports: list[TensorReport], path: Path) -> None:
+    failed = [report for report in reports if not report.ok]
+    if failed:
+        raise NonconformingError(
+            f"{len(failed)} of {len(reports)} pruned tensors of {path} do not conform "
+            f"({failed[0].name}: {'; '.join(failed[0].problems)}), so nothing was exported: export another "
+            "checkpoint, or another dtype if the numbers overflowed",
+            reports,
+        )
 
 
 # The Hugging Face model

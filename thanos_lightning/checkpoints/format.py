@@ -195,7 +195,7 @@ class TrainerCheckpoint:
 
 
 def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
-    """Map parameter names to the moments of matrices by name. Returns None if the moments have no known owners."""
+    """Map parameter names to their moments by name. Returns None if the moments have no known owners."""
     optimizers = content.get("optimizer_states", [])
     named: Sequence[Sequence[str | None]] | None = content.get(NOTE_KEY, {}).get("optimizer_parameters")
     if named is None:
@@ -205,7 +205,7 @@ def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
         for index, state in optimizer["state"].items():
             name = names[index]
             if name is not None:
-                moments[name] = _matrix_moments(state)
+                moments[name] = _tensors_of(state)
     return moments
 
 
@@ -230,9 +230,9 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if "GLOBAL" in line or "class" in line), lines[0])
 
 
-def _matrix_moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+        if isinstance(value, Tensor) and value.dim() in (1, 2) and value.is_floating_point()
     }

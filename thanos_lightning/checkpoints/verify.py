@@ -18,6 +18,7 @@ from torch import Tensor
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, read_json
+from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.masks import LayerMask, recorded_pattern
@@ -39,6 +40,7 @@ class TensorReport:
         zeros: How many entries are exactly 0.
         violations: Entries that should be 0 but are not, are not finite, or have moments that should be 0 but are not.
         problems: The violations in words.
+        dense_shape: The tensor's shape before an export took channels out of it; None if none did.
     """
 
     name: str
@@ -48,6 +50,7 @@ class TensorReport:
     zeros: int
     violations: int
     problems: tuple[str, ...] = ()
+    dense_shape: tuple[int, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -71,6 +74,7 @@ class _Expected:
         zeros: The exact number of zeros, if it was recorded.
         mask: The layer's mask, which is unpacked only while the tensor is checked.
         moments: Name -> another tensor in the parameter's layout that the mask must hold for, such as a moment.
+        dense_shape: The shape before channels were taken out. Nothing of what is left has to be 0.
     """
 
     pattern: Pattern
@@ -79,6 +83,7 @@ class _Expected:
     zeros: int | None = None
     mask: LayerMask | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    dense_shape: tuple[int, ...] | None = None
 
 
 def verify_checkpoint(
@@ -132,6 +137,29 @@ def verify_checkpoint(
 def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
     """Check the zeros of one tensor, which may be missing on disk, against its mask."""
     return _check(name, tensors, [_expected_of_mask(mask)])
+
+
+def check_shrunk(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
+    """Check the shape of one tensor from which the channels that its mask prunes were taken out."""
+    shape = shrunk_shape(mask)
+    return _check(name, tensors, [_Expected(mask.pattern, mask.transposed, shape, dense_shape=mask.stored_shape)])
+
+
+def smaller_shapes(reports: Iterable[TensorReport]) -> str:
+    """The dimensions that channels were taken out of, before and after, for a message; "" if there are none.
+
+    Examples:
+        >>> smaller_shapes([TensorReport("down", (4, 6), "channels", 0.0, 0, 0, dense_shape=(4, 8))])
+        '8 channels became 6'
+    """
+    pairs = {
+        pair
+        for report in reports
+        for pair in zip(report.dense_shape or (), report.shape, strict=bool(report.dense_shape))
+        if pair[0] != pair[1]
+    }
+    before, after = min(pairs, default=(0, 0))
+    return f"{before:,} channels became {after:,}" if pairs else ""
 
 
 # What is expected
@@ -252,7 +280,7 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
             violations=torch.Size(shape).numel() if shape else 1,
             problems=("the tensor is missing",),
         )
-    tensor = tensors[name]
+    tensor = _as_matrix(tensors[name])
     missing_zeros, other, problems = 0, 0, []
     not_finite = tensor.numel() - int(tensor.isfinite().count_nonzero())
     if not_finite:
@@ -273,7 +301,7 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
         problems += found
         for moment_name, moment in expected.moments.items():
             assert drop is not None, "moments come with a mask"
-            alive = int((_is_value(moment) & drop).count_nonzero())
+            alive = int((_is_value(_as_matrix(moment)) & drop).count_nonzero())
             if alive:
                 other += alive
                 problems.append(f"{alive} pruned entries of its moment {moment_name} are not 0")
@@ -282,13 +310,26 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
         problems.append(f"{negative} entries are -0, which is not counted as 0")
     problems = list(dict.fromkeys(problems))  # the recorded and the given pattern may find the same problem
     return TensorReport(
-        name, tuple(tensor.shape), asked.name, asked.sparsity, zeros, missing_zeros + other, tuple(problems)
+        name,
+        tuple(tensor.shape),
+        asked.name,
+        asked.sparsity if expectations[-1].dense_shape is None else 0.0,
+        zeros,
+        missing_zeros + other,
+        tuple(problems),
+        expectations[0].dense_shape,
     )
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor  # a bias is a matrix of one column
 
 
 def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor | None) -> tuple[int, list[str]]:
     """Return the largest number of entries by which a check is off, and the problems of all checks."""
     problems: list[str] = []
+    if expected.dense_shape is not None:
+        return 0, problems
     try:
         excess = expected.pattern.violations(_oriented(values, expected))
     except ValueError as error:  # the pattern doesn't divide the layer
@@ -324,6 +365,7 @@ def _read_record(path: Path) -> dict[str, _Expected]:
             transposed=entry["transposed"],
             shape=tuple(entry["shape"]),
             zeros=entry["zeros"],
+            dense_shape=tuple(entry["dense_shape"]) if "dense_shape" in entry else None,
         )
         for name, entry in record["tensors"].items()
     }
@@ -338,10 +380,11 @@ def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[
             report.name: {
                 "shape": list(report.shape),
                 "pattern": report.pattern,
-                "sparsity": report.sparsity,
+                "sparsity": mask.pattern.sparsity,
                 "outlier_fraction": mask.pattern.outlier_fraction,
                 "zeros": report.zeros,
                 "transposed": mask.transposed,
+                **({} if report.dense_shape is None else {"dense_shape": list(report.dense_shape)}),
             }
             for report, mask in zip(reports, masks, strict=True)
         },

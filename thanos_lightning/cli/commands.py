@@ -70,6 +70,7 @@ def command_parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="trainer checkpoint (.ckpt)")
     export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
+    export.add_argument("--keep-shape", action="store_true", help="leave channels that were pruned in, as zeros")
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
 
     text = "convert a DeepSpeed checkpoint folder so that any number of ranks resumes it"
@@ -256,6 +257,8 @@ def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from thanos_lightning.checkpoints.verify import smaller_shapes
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a log file has no right edge, so names stay whole
@@ -278,5 +281,7 @@ def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
         patterns = ", ".join(sorted({report.pattern for report in reports}))
         share = sum(report.zeros for report in reports) / sum(report.numel for report in reports)
         summary = f"{len(reports)} tensors conform ({patterns}), {share:.2%} of their entries are 0"
+        if shapes := smaller_shapes(reports):
+            summary += f"; {shapes}"
     console.print(f"{what}: {summary}", markup=False, soft_wrap=True)
     return 1 if failed else 0

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from checkpoint_cases import change_checkpoint, failed, train, untied_llama
+from safetensors.torch import load_file, save_file
+from toy import VOCABULARY, ToyLM, tiny_gpt2
+
+from thanos_lightning import TargetOverride
+from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
+from thanos_lightning.checkpoints.verify import verify_checkpoint
+from thanos_lightning.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
+CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+# name -> model, the configuration's name of the width, widths before and after
+MODELS: dict[str, tuple[Any, str, tuple[int, int]]] = {
+    "llama": (untied_llama, "intermediate_size", (48, 36)),
+    "as wide as the residual stream": (lambda: untied_llama(intermediate_size=32), "intermediate_size", (32, 24)),
+    "gpt2": (tiny_gpt2, "n_inner", (128, 96)),
+    "mistral": (lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED)), "intermediate_size", (48, 36)),
+    "qwen2": (lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)), "intermediate_size", (48, 36)),
+    "qwen3": (lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
+    "gemma2": (lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
+    "gemma3": (lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
+    "phi3": (lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED, pad_token_id=0)), "intermediate_size", (48, 36)),
+    "opt": (
+        lambda: t.OPTForCausalLM(t.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)),
+        "ffn_dim",
+        (48, 36),
+    ),
+    "gpt-neox": (
+        lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL, intermediate_size=48)),
+        "intermediate_size",
+        (48, 36),
+    ),
+    "bert": (lambda: t.BertForMaskedLM(t.BertConfig(**SMALL, intermediate_size=48)), "intermediate_size", (48, 36)),
+}
+TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose channels are pruned, not to be written to."""
+    return train(tmp_path_factory.mktemp("channels"), ToyLM(untied_llama()), **CHANNELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_smaller_model_computes_what_the_masked_one_does(tmp_path: Path, name: str) -> None:
+    build, entry, (before, after) = MODELS[name]
+    torch.manual_seed(0)
+    checkpoint = train(tmp_path, ToyLM(build()), **CHANNELS)
+    reports = export_checkpoint(checkpoint, tmp_path / "small")
+    export_checkpoint(checkpoint, tmp_path / "masked", keep_shape=True)
+    kind = t.AutoModelForMaskedLM if name == "bert" else t.AutoModelForCausalLM
+    small, masked = (kind.from_pretrained(tmp_path / one).eval() for one in ("small", "masked"))
+    assert getattr(small.config, entry) == after
+    assert getattr(masked.config, entry) in (before, None)
+    assert not failed(verify_checkpoint(checkpoint))
+    assert not failed(verify_checkpoint(tmp_path / "small"))
+    assert not failed(verify_checkpoint(tmp_path / "masked"))
+    assert {(before, after), (2 * before, 2 * after)} >= {
+        pair
+        for report in reports
+        for pair in zip(report.dense_shape or (), report.shape, strict=True)
+        if pair[0] != pair[1]
+    }
+    with torch.no_grad():
+        one, other = small(TOKENS).logits, masked(TOKENS).logits
+    assert (one - other).norm() <= 1e-5 * other.norm()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+def test_it_is_a_normal_model(trained: Path, tmp_path: Path) -> None:
+    export_checkpoint(trained, tmp_path / "small", dtype="bfloat16")
+    model = t.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 15)
+    module = ToyLM(t.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32))
+    again = train(tmp_path, module, **{**CHANNELS, "sparsity": 0.5, "multiple_of": 6})
+    export_checkpoint(again, tmp_path / "smaller")
+    assert t.AutoConfig.from_pretrained(tmp_path / "smaller").intermediate_size == 18
+
+
+def test_what_the_commands_say(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(trained), str(out)]) == 0
+    assert (
+        "6 tensors conform (channels), 0.00% of their entries are 0; 48 channels became 36" in capsys.readouterr().out
+    )
+    assert main(["verify", str(out)]) == 0
+    assert "48 channels became 36" in capsys.readouterr().out
+    assert main(["export", str(trained), str(tmp_path / "masked"), "--keep-shape"]) == 0
+    said = capsys.readouterr().out
+    assert "25.00% of their entries are 0" in said
+    assert "became" not in said
+    assert main(["export", str(trained), str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_other_layers_keep_their_zeros(tmp_path: Path) -> None:
+    module = ToyLM(untied_llama())
+    checkpoint = train(tmp_path, module, **CHANNELS, overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
+    reports = {report.name: report for report in export_checkpoint(checkpoint, tmp_path / "out")}
+    assert not failed(verify_checkpoint(tmp_path / "out"))
+    assert reports["model.layers.0.self_attn.q_proj.weight"].zeros == 512
+    assert reports["model.layers.0.self_attn.q_proj.weight"].dense_shape is None
+    assert reports["model.layers.0.mlp.down_proj.weight"].shape == (32, 36)
+
+
+@pytest.mark.parametrize("part", ["weights", "channel"])
+def test_zeros_that_are_no_whole_channels_are_named(trained: Path, tmp_path: Path, part: str) -> None:
+    name = "model.model.layers.1.mlp.up_proj.weight"
+
+    def fill(content: dict[str, Any]) -> None:
+        row = content["state_dict"][name].eq(0).all(1).nonzero()[0]
+        content["state_dict"][name][row, 3 if part == "weights" else slice(None)] = 0.5
+
+    broken = change_checkpoint(trained, tmp_path / "broken.ckpt", fill)
+    with pytest.raises(NonconformingError, match=r"1 of 6 .*\(model.layers.1.mlp.up_proj.weight: .* are not 0"):
+        export_checkpoint(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_width_of_which_the_configuration_knows_nothing(trained: Path, tmp_path: Path) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        state = content["state_dict"]
+        for layer in range(2):  # another number of channels in each of its layers is no width of any configuration
+            name = f"model.model.layers.{layer}.mlp"
+            for state_name in list(content["callbacks"]["ThanosPruningCallback"]["masks"]):
+                if state_name.startswith(name) and layer == 1:
+                    del content["callbacks"]["ThanosPruningCallback"]["masks"][state_name]
+        assert state
+
+    partly = change_checkpoint(trained, tmp_path / "partly.ckpt", rename)
+    with pytest.raises(ValueError, match=r"no entry that makes feed-forward blocks 36 channels wide .* --keep-shape"):
+        export_checkpoint(partly, tmp_path / "out")
+
+
+def test_a_changed_shape_is_found(trained: Path, tmp_path: Path) -> None:
+    export_checkpoint(trained, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(32, 48)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (report,) = failed(verify_checkpoint(tmp_path / "out"))
+    assert report.problems == ("the shape is (32, 48), not (32, 36)",)
+
+
+def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
+    export_checkpoint(trained, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert record["tensors"]["model.layers.0.mlp.down_proj.weight"] == {
+        "shape": [32, 36],
+        "pattern": "channels",
+        "sparsity": 0.25,
+        "outlier_fraction": 0.0,
+        "zeros": 0,
+        "transposed": False,
+        "dense_shape": [32, 48],
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "48 channels became 36" in card
+    assert "    pattern = Channels(sparsity=0.25)" in card
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,69 @@
+"""Writes a model card: how an exported model was made, and how it was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
+from thanos_lightning.checkpoints.verify import TensorReport, smaller_shapes
+from thanos_lightning.report.data import PruningReport
+
+_CARD = "README.md"
+
+
+def write_card(folder: Path, checkpoint: TrainerCheckpoint, reports: Sequence[TensorReport]) -> None:
+    """Write the card of an exported folder from what its checkpoint says of the training."""
+    note = checkpoint.require_note()
+    state = pruning_state(checkpoint.content)
+    assert state is not None, "it has masks"
+    base = note["config"].get("_name_or_path") or note["tokenizer"]
+    source = f" from {base}" if base else ""
+    zeros, numel = sum(report.zeros for report in reports), sum(report.numel for report in reports)
+    patterns = ", ".join(sorted({report.pattern for report in reports}))
+    what = f"{len(reports)} weights were pruned to the pattern {patterns}"
+    if shapes := smaller_shapes(reports):
+        what += f", and what was zero as a whole was taken out: {shapes}"
+    if zeros:
+        what += f". {zeros / numel:.2%} of their entries are zero"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pruned, thanos-lightning]",
+        "---",
+        "",
+        f"# {note['architecture']}, pruned",
+        "",
+        f"Made{source} by thanos-lightning {importlib.metadata.version('thanos-lightning')}, in a training of "
+        f"{state['optimizer_steps']} optimizer steps: {what}. It loads as any model of transformers does.",
+        "",
+        *_measured(PruningReport.from_state(state["report"])),
+        *_options(state["arguments"]),
+    ]
+    (folder / _CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _measured(report: PruningReport) -> list[str]:
+    summary = report.summary
+    if summary.metric is None:
+        return []
+    # The checkpoint may have been saved before the end
+    last = (
+        summary.recovered
+        if summary.recovered is not None
+        else next((value for _, value in reversed(report.history.metrics)), None)
+    )
+    rows = (
+        ("before pruning", summary.dense),
+        ("right after the last event", summary.pruned),
+        ("last measured in the training", last),
+    )
+    table = [f"| {label} | {value:.4g} |" for label, value in rows if value is not None]
+    return [f"| {summary.metric} | |", "|---|---|", *table, ""] if table else []
+
+
+def _options(arguments: Mapping[str, Any]) -> list[str]:
+    lines = [f"{name} = {value}" for name, value in arguments.items() if value != "None"]
+    return ["The options of ThanosPruningCallback were:", "", *(f"    {line}" for line in lines), ""]
