@@ -59,6 +59,7 @@ class Case:
     optimizer: str = "adamw"
     pattern: str = "2:4"
     sparsity: float | None = None
+    multiple_of: int = 64
     accumulate: int = 1
     batch_size: int = 4
     max_steps: int = 10
@@ -215,6 +216,8 @@ class Module(ToyLM):
 
             kind = {"cpu_adam": DeepSpeedCPUAdam, "fused_adam": FusedAdam}[self.case.optimizer]
             return kind(parameters, lr=3e-3, weight_decay=0.1)
+        if self.case.pattern == "channels":  # biases are looked at, and DeepSpeed doesn't tell of a second group
+            return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](parameters)
         decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
         others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
         return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](
@@ -249,10 +252,17 @@ def masks_of(pruning: ThanosPruningCallback) -> dict[str, LayerMask]:
     enforcer, patterns = pruning._run.enforcer, pruning._past.patterns
     masks = {}
     for name in enforcer.masked:
-        layer, keep = pruning._layers[name], enforcer.keep_mask(name)
+        layer, keep = pruning._run.masked[name], enforcer.keep_mask(name)
         assert keep is not None
         masks[layer.parameter_name] = LayerMask.of(keep, patterns[name], layer.transposed)
     return masks
+
+
+def as_stored(name: str, mask: LayerMask) -> Tensor:
+    """The keep mask in the layout of the parameter."""
+    if name.endswith(".bias"):
+        return mask.keep.squeeze(1)
+    return mask.keep.T if mask.transposed else mask.keep
 
 
 class Watch(Callback):
@@ -332,8 +342,7 @@ class Watch(Callback):
                 continue
             gradient = safe_get_full_grad(parameter)
             if name in masks:
-                keep = masks[name].keep
-                gradient = gradient * (keep.T if masks[name].transposed else keep)
+                gradient = gradient * as_stored(name, masks[name])
             total += float(gradient.double().square().sum())
         # gradients in fp16 are scaled; in others some of DeepSpeed's optimizers have None there
         self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
@@ -362,7 +371,7 @@ class Watch(Callback):
         with together():
             states = {name: list(held_states(trainer, parameters[name])) for name in masks}
         for (name, mask), weight in zip(masks.items(), weights, strict=True):
-            drop = held_like(parameters[name], ~mask.keep.T if mask.transposed else ~mask.keep)
+            drop = held_like(parameters[name], ~as_stored(name, mask))
             for what, held in [("weight", weight), *states[name]]:
                 self.checked[what] = self.checked.get(what, 0) + 1
                 values = held.reshape(drop.shape)[drop]
@@ -389,8 +398,7 @@ class ClippedNorm(Callback):
             for name, parameter in pl_module.named_parameters():
                 gradient = parameter.grad.full_tensor()
                 if name in masks:
-                    keep = masks[name].keep
-                    gradient = gradient * (keep.T if masks[name].transposed else keep)
+                    gradient = gradient * as_stored(name, masks[name])
                 total += float(gradient.double().square().sum())
             norm: Any = clip(*args, **kwargs)
             self.norms.append((total**0.5, float(norm.full_tensor())))
@@ -749,6 +757,7 @@ def train(case: Case) -> None:
         case.sparsity,
         schedule=SparsitySchedule(*case.schedule),
         targets=case.targets,
+        multiple_of=case.multiple_of,
         calibration=CalibrationOptions(
             batches=calibration,
             **({"steps": case.calibration_steps} if calibration is None else {}),

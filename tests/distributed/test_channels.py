@@ -1,0 +1,99 @@
+"""Channels on real ranks: what they own is zero wherever a strategy keeps it, and taken out at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Trainings, agreement, masks, only, results, train
+from toy import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.checkpoints.verify import verify_checkpoint
+
+CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4, "max_steps": 12}
+GPT2: dict[str, Any] = {**CHANNELS, "model": "gpt2"}  # which has biases
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {**GPT2, "strategy": "ddp", "precision": "bf16-mixed", "optimizer": "sgd"},
+    "fsdp": {**GPT2, "strategy": "fsdp"},
+    "fsdp, all as one": {**CHANNELS, "strategy": "fsdp", "fsdp": {"how": "root"}},
+    **{
+        f"zero{stage}": {**GPT2, "strategy": f"zero{stage}", "precision": "bf16-mixed" if stage != 2 else "32-true"}
+        for stage in range(4)
+    },
+    "zero3, llama": {**CHANNELS, "strategy": "zero3"},
+    "zero3, offloaded": {
+        **GPT2,
+        "strategy": "zero3",
+        "precision": "bf16-mixed",
+        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+    },
+    "zero3, model built in configure_model": {**GPT2, "strategy": "zero3", "configure_model": True},
+    "zero3, a calibration set": {**GPT2, "strategy": "zero3", "calibration_batches": 3},
+}
+SAVED = ["zero3", "zero2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    cases = {name: {**case, **({"save": [5, 12]} if name in SAVED else {})} for name, case in CASES.items()}
+    return Trainings(tmp_path_factory.mktemp("channels"), cases)
+
+
+@pytest.mark.parametrize("name", only(["zero3", "fsdp"], CASES))
+def test_all_that_a_channel_owns_is_zero(trained: Trainings, name: str) -> None:
+    for rank in results(trained(name)):
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert rank["collectives"] == []
+        assert rank["steps"] == 12
+        assert rank["events"] == [3, 6, 7]
+        assert min(rank["checked"].values()) >= 6 * 5
+        for sparse, clipped_by in rank["norms"]:
+            assert clipped_by == pytest.approx(sparse, rel=1e-2)
+    kept = masks(trained(name))
+    assert len(kept) == 6  # two layers, each with two weights and a bias or three weights
+    width = 128 if CASES[name].get("model") == "gpt2" else 48
+    for mask_name, keep in kept.items():
+        is_down = mask_name.endswith(("mlp.c_proj.weight", "down_proj.weight"))
+        lines = keep.T if is_down else keep
+        assert lines.shape[0] == width
+        assert int(lines.all(1).sum()) == width * 3 // 4
+        assert int((~lines).all(1).sum()) == width // 4
+        assert torch.equal(keep, masks(trained(name), 1)[mask_name])
+        first = next(other for other in kept if other.split("mlp")[0] == mask_name.split("mlp")[0])
+        assert torch.equal(lines.any(1), (kept[first].T if kept[first].shape[1] == width else kept[first]).any(1))
+
+
+@pytest.mark.rest
+def test_strategies_choose_alike(trained: Trainings) -> None:
+    assert agreement(trained("fsdp"), trained("zero2")) >= 0.999
+    assert agreement(trained("fsdp, all as one"), trained("zero3, llama")) >= 0.999
+
+
+@pytest.mark.parametrize("name", only(["zero3"], SAVED))
+def test_a_resumed_run_is_the_run_that_was_never_stopped(trained: Trainings, tmp_path: Path, name: str) -> None:
+    whole = results(trained(name))
+    resumed = train(tmp_path, **CASES[name], resume=str(trained(name) / "step=5.ckpt"))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["error"] is None
+        assert after["violations"] == []
+        assert after["losses"] == before["losses"][5:]
+        assert after["digest"] == before["digest"]
+
+
+@pytest.mark.parametrize("name", only(["zero3"], SAVED))
+def test_a_smaller_model_comes_out(trained: Trainings, tmp_path: Path, name: str) -> None:
+    checkpoint = trained(name) / "step=12.ckpt"
+    assert all(report.ok for report in verify_checkpoint(checkpoint))
+    export_checkpoint(checkpoint, tmp_path / "small")
+    export_checkpoint(checkpoint, tmp_path / "masked", keep_shape=True)
+    small, masked = (AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval() for kind in ("small", "masked"))
+    assert (small.config.n_inner, masked.config.n_inner) == (96, None)
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = small(tokens).logits, masked(tokens).logits
+    assert (one - other).norm() <= 1e-5 * other.norm()
