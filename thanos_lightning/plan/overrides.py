@@ -15,8 +15,8 @@ class TargetOverride:
 
     Args:
         targets: Globs or `re:` expressions of module names, as for the callback's targets.
-        pattern: "2:4" (any N:M), "unstructured" or "structured".
-        sparsity: Final sparsity, for "unstructured" and "structured".
+        pattern: "2:4" (any N:M), "unstructured", "structured" or "channels".
+        sparsity: Final sparsity, for all but N:M.
         outlier_fraction: Fraction of the rows that stay dense.
 
     Examples:

@@ -27,7 +27,7 @@ class LayerReport:
     Attributes:
         name: Fully qualified module name.
         shape: (out_features, in_features).
-        pattern: "2:4", "unstructured" or "structured".
+        pattern: "2:4", "unstructured", "structured" or "channels".
         sparsity: Fraction of the entries that are pruned after the event.
         loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed.
         relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight.
