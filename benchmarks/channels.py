@@ -5,8 +5,8 @@
     python benchmarks/channels.py --text pydocs --validation-split validation --only-report --output results
 
 (`python_documentation.py` makes that folder.) All blocks keep the same number of channels, a multiple of 64. Task,
-text, training and held-back text are those of `recovery.py`, whose "dense" contender is trained here, too. A run that
-has been finished is kept in --runs and not repeated.
+text, training and held-back text are those of `recovery.py`, whose "dense" contender is read from its kept runs. A run
+that has been finished is kept in --runs and not repeated.
 
 "once" and "four events" are ThanosPruningCallback with `pattern: channels` and its defaults: before the first step on
 the calibration sequences, and at 10, 20, 30 and 40 % of the training on its batches. All others choose channels of each
@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import recovery
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from machine import add_device, hardware, keep, multiply_bf16_in_fp32
@@ -48,6 +49,7 @@ from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Channels, Structured, prune
 
+KEPT = Path(__file__).parent / "results"
 MULTIPLE_OF = 64
 ONE_SHOT = ("random", "magnitude", "activation", "wanda-sp", "flap", "structured")
 LAYERS = "layers"
@@ -196,7 +198,7 @@ def train(
         callbacks.append(pruning)
     elif contender == LAYERS:
         model = without_layers(model, sparsity, calibration)
-    elif contender != DENSE:
+    else:
         model = without_channels(model, contender, sparsity, calibration, seed)
     choosing = time.perf_counter() - begin
     model.set_attn_implementation("eager")  # of short sequences on CPUs: a tenth of a step less than by sdpa
@@ -221,7 +223,7 @@ def train(
     trainer.fit(module, Continued(batches(task, seed, task.steps), task.steps))
     seconds = time.perf_counter() - begin - curve.seconds
     size = sum(parameter.numel() for parameter in model.parameters())
-    events = choosing if contender != DENSE else 0.0
+    events = choosing
     if pruning is not None:
         summary = pruning.report.summary
         events = summary.event_seconds + summary.collecting_seconds
@@ -241,13 +243,16 @@ def train(
 
 def key(contender: str, sparsity: float, rate: float, seed: int) -> str:
     """The name of a run's file."""
-    what = DENSE if contender == DENSE else f"{contender.replace(' ', '_')}_{sparsity:g}"
-    return f"{what}_{rate:g}_{seed}"
+    return f"{contender.replace(' ', '_')}_{sparsity:g}_{rate:g}_{seed}"
 
 
-def finished(runs: Path, task: Task, name: str) -> dict[str, Any] | None:
+def finished(runs: Path, task: Task, contender: str, sparsity: float, rate: float, seed: int) -> dict[str, Any] | None:
     """A run that is kept, None where there is none for this task."""
-    path = runs / f"{name}.json"
+    if contender == DENSE:
+        found = recovery.finished(KEPT / "recovery", task, DENSE, "2:4", rate, seed)
+        before = None if found is None else found["curve"][0]["perplexity"]
+        return found and {**found, "sparsity": 0.0, "before": before, "size": 1.0, "event_seconds": 0.0}
+    path = runs / f"{key(contender, sparsity, rate, seed)}.json"
     if not path.exists():
         return None
     run: dict[str, Any] = json.loads(path.read_text())
@@ -271,7 +276,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=256, help="sequences to choose channels on")
     parser.add_argument("--validation", type=int, default=160, help="sequences to validate on")
     parser.add_argument("--every", type=int, default=40, help="steps between points of a curve")
-    parser.add_argument("--runs", type=Path, default=Path(__file__).parent / "results" / "channels", help="kept runs")
+    parser.add_argument("--runs", type=Path, default=KEPT / "channels", help="kept runs")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--only-report", action="store_true", help="train nothing, show the runs that are kept")
     parser.add_argument("--output", type=Path, help="folder for a JSON file, named after the hardware")
@@ -292,15 +297,15 @@ def main() -> None:
             tried: list[dict[str, Any]] = []
             for rate in arguments.rates:
                 for seed in arguments.seeds:
-                    name = key(contender, sparsity, rate, seed)
-                    found = finished(arguments.runs, task, name)
-                    if found is None and not arguments.only_report:
+                    found = finished(arguments.runs, task, contender, sparsity, rate, seed)
+                    if found is None and not arguments.only_report and contender != DENSE:
                         print(f"{contender}, {sparsity:.0%}, learning rate {rate:g}, seed {seed}", flush=True)
                         result = train(task, contender, sparsity, rate, seed, arguments.every, arguments.device)
                         made = {"contender": contender, "sparsity": sparsity, "rate": rate, "seed": seed}
                         machine = hardware(arguments.device)
                         found = {"task": task.described(), **made, **result, "hardware": machine}
-                        (arguments.runs / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+                        path = arguments.runs / f"{key(contender, sparsity, rate, seed)}.json"
+                        path.write_text(json.dumps(found, indent=1) + "\n")
                     if found is not None:
                         tried.append(found)
             if not tried:

@@ -1,0 +1,219 @@
+"""How much faster a language model with fewer feed-forward channels runs, in transformers and in OpenVINO.
+
+    python benchmarks/runtimes.py
+    pip install 'optimum-intel[openvino]' && python benchmarks/runtimes.py --runtimes transformers openvino
+
+(optimum-intel wants a transformers of its own, so give it an environment of its own, too.) The smaller models are made
+of the dense one by `export`'s own code; which channels they lose changes no time. Each is saved and loaded as a user
+would do it. Dense and smaller models take turns, and each time is the median of --repeats. Tokens per second are of a
+prompt of 512 tokens (prefill), and of 64 tokens that `generate` adds to a prompt of 16, for 1 and 8 sequences. Beside
+their ratio to the dense model's stands what the bytes that a token reads (decode) or its multiplications (prefill)
+promise: the ratio of the weights in matrices, of which the embedding counts as the head.
+
+The logits of each runtime are compared with those of transformers on the dense model with the same channels at zero.
+Peak memory is of a process that loads the model and generates once.
+"""
+
+import argparse
+import gc
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import keep
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning.checkpoints.shrink import shrink
+from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.solver import Channels
+
+PROMPT, SHORT_PROMPT, NEW = 512, 16, 64
+
+
+def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) -> dict[str, Path]:
+    """The dense model and the smaller ones, each with its masked twin beside it."""
+    folders = {"dense": folder / "dense"}
+    if not folders["dense"].exists():
+        load_pretrained(source, dtype).save_pretrained(folders["dense"])
+    for sparsity in sparsities:
+        name = f"{sparsity:.0%}"
+        folders[name] = folder / f"{sparsity:g}"
+        if folders[name].exists():
+            continue
+        model: Any = load_pretrained(source, dtype)
+        width = model.config.intermediate_size
+        kept = round((1 - sparsity) * width / 64) * 64
+        pattern, masks = Channels(1 - kept / width), {}
+        with torch.no_grad():
+            for number, layer in enumerate(model.model.layers):
+                keep_mask = torch.rand(width, generator=torch.Generator().manual_seed(number)).argsort() < kept
+                for part, columns in (("down_proj", True), ("gate_proj", False), ("up_proj", False)):
+                    weight = getattr(layer.mlp, part).weight
+                    mask = keep_mask.expand_as(weight) if columns else keep_mask.unsqueeze(1).expand_as(weight)
+                    weight.mul_(mask)
+                    masks[f"model.layers.{number}.mlp.{part}.weight"] = LayerMask.of(mask, pattern)
+            model.save_pretrained(folder / f"{sparsity:g}-masked")
+            shrink(model, masks, folder).save_pretrained(folders[name])
+    return folders
+
+
+def load(runtime: str, folder: Path, *, exact: bool = False) -> Any:
+    """The model in a runtime; `exact` computes in float32."""
+    if runtime == "transformers":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if exact else "auto").eval()
+    from optimum.intel import OVModelForCausalLM  # type: ignore[import-not-found]
+
+    converted = folder.with_name(f"{folder.name}-openvino")
+    if not converted.exists():
+        OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
+            converted
+        )
+    config = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
+    return OVModelForCausalLM.from_pretrained(converted, ov_config=config)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """(batch, tokens, vocabulary), float32."""
+    found: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    return found.float()
+
+
+@torch.no_grad()
+def generated(model: Any, batch: int, new: int) -> float:
+    """Seconds to add so many tokens to each sequence."""
+    tokens = torch.arange(batch * SHORT_PROMPT).view(batch, -1) + 100
+    begin = time.perf_counter()
+    model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False
+    )
+    return time.perf_counter() - begin
+
+
+def decode(batch: int) -> Callable[[Any], float]:
+    """Measures tokens per second of generation; the prompt's time is taken off."""
+    return lambda model: batch * (NEW - 1) / (generated(model, batch, NEW) - generated(model, batch, 1))
+
+
+@torch.no_grad()
+def prefill(model: Any) -> float:
+    """Tokens per second of a prompt."""
+    tokens = torch.arange(PROMPT).unsqueeze(0) + 100
+    begin = time.perf_counter()
+    model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    return PROMPT / (time.perf_counter() - begin)
+
+
+MEASURED: dict[str, Callable[[Any], float]] = {"prefill": prefill, "decode": decode(1), "decode of 8": decode(8)}
+
+
+def matrices(folder: Path) -> int:
+    """Weights that a token is multiplied with."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    linear = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    return int(linear + model.lm_head.weight.numel())
+
+
+def file_size(folder: Path) -> int:
+    """Bytes of the weights on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def peak_memory(runtime: str, folder: Path) -> int:
+    """Bytes, in a process of its own."""
+    ended = subprocess.run([sys.executable, __file__, "--peak", runtime, str(folder)], capture_output=True, check=True)
+    return int(ended.stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure, print, and write where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a Llama: hub name, local folder or smollm2-135m")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3, 0.5], help="of channels")
+    parser.add_argument("--runtimes", nargs="+", choices=("transformers", "openvino"), default=["transformers"])
+    parser.add_argument("--dtype", default="float32", help="of the saved weights")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--folder", type=Path, default=Path("runs/runtimes"), help="for the models")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file, named after the hardware")
+    parser.add_argument("--peak", nargs=2, metavar=("RUNTIME", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak is not None:
+        generated(load(arguments.peak[0], Path(arguments.peak[1])), 1, 8)
+        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+    folders = save_models(arguments.model, arguments.dtype, arguments.sparsities, arguments.folder)
+    weights = {name: matrices(folder) for name, folder in folders.items()}
+    table = Table(title=f"{Path(arguments.model).name}, {arguments.dtype}")
+    columns = ("channels gone", "promised", *MEASURED, "logits differ by", "file, MiB", "peak, MiB")
+    table.add_column("runtime")
+    for column in columns:
+        table.add_column(column, justify="right")
+    lines: list[dict[str, Any]] = []
+    tokens = torch.arange(2 * 24).view(2, -1) + 100
+    for runtime in arguments.runtimes:
+        differences: dict[str, float] = {}
+        for name, folder in folders.items():
+            masked = folder if name == "dense" else folder.with_name(f"{folder.name}-masked")
+            one, other = (
+                logits(load(runtime, folder, exact=True), tokens),
+                logits(load("transformers", masked, exact=True), tokens),
+            )
+            differences[name] = float((one - other).norm() / other.norm())
+        gc.collect()
+        models = {name: load(runtime, folder) for name, folder in folders.items()}
+        found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in MEASURED} for name in folders}
+        for number in range(arguments.repeats + 1):
+            for what, measure in MEASURED.items():
+                for name, model in models.items():
+                    rate = measure(model)
+                    if number:  # the first one warms up
+                        found[name][what].append(rate)
+        del models
+        for name, folder in folders.items():
+            rates = {what: statistics.median(values) for what, values in found[name].items()}
+            ratios = {
+                what: statistics.median(
+                    own / dense for own, dense in zip(found[name][what], found["dense"][what], strict=True)
+                )
+                for what in MEASURED
+            }
+            line = {
+                "runtime": runtime,
+                "channels": name,
+                "promised": round(weights["dense"] / weights[name], 3),
+                "tokens_per_second": {what: round(rate, 1) for what, rate in rates.items()},
+                "ratios": {what: round(ratio, 3) for what, ratio in ratios.items()},
+                "logits_differ": differences[name],
+                "file_bytes": file_size(folder),
+                "peak_bytes": peak_memory(runtime, folder),
+            }
+            lines.append(line)
+            table.add_row(
+                runtime,
+                name,
+                f"{line['promised']:.2f}",
+                *(f"{rates[what]:.0f}/s, {ratios[what]:.2f}" for what in MEASURED),
+                f"{differences[name]:.0e}",
+                f"{line['file_bytes'] / 2**20:.0f}",
+                f"{line['peak_bytes'] / 2**20:.0f}",
+            )
+    Console(width=160).print(table)
+    if arguments.output is not None:
+        document = {"model": Path(arguments.model).name, "dtype": arguments.dtype, "results": lines}
+        print(keep(f"runtimes {Path(arguments.model).name} {arguments.dtype}", arguments.output, document))
+
+
+if __name__ == "__main__":
+    main()
