@@ -29,6 +29,16 @@ class Taken:
     final: Mapping[str, Pattern]
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
 
+    @property
+    def in_words(self) -> str | None:
+        """How many channels each block keeps at the end; None if channels are no units of pruning."""
+        for name in self.owned:
+            pattern, width = self.final[name], self.layers[name].cols
+            assert isinstance(pattern, Channels)
+            kept = width - pattern.num_columns(width)
+            return f"{kept:,} of {width:,} channels stay in each of {len(self.owned)} feed-forward blocks"
+        return None
+
 
 def take_channels(
     module: LightningModule, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], multiple_of: int

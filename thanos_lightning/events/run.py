@@ -65,7 +65,7 @@ class PruningRun:
         self, options: PruningOptions, past: Past, taken: Taken, trainer: Trainer, module: LightningModule
     ) -> None:
         self.options, self.past = options, past
-        self.layers, self.final, self._owned = taken.layers, taken.final, taken.owned
+        self.layers, self.final, self.taken = taken.layers, taken.final, taken
         self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
         self.access: ParameterAccess = choose_access(trainer.strategy, self.masked)
@@ -370,12 +370,12 @@ class PruningRun:
             access=self.access,
             enforcer=self.enforcer,
             options=self.options.solver,
-            owned=self._owned,
+            owned=self.taken.owned,
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             on_writing=lambda: self._clock.now("writing"),
         )
         for layer in layers:
-            names = [layer.name, *(part.name for part in self._owned.get(layer.name, ()))]
+            names = [layer.name, *(part.name for part in self.taken.owned.get(layer.name, ()))]
             self.past.patterns |= dict.fromkeys(names, window.patterns[layer.name])
         self._sparsity = None
         self.past.measured = None  # the metric of the weights before this event is stale

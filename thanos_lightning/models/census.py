@@ -61,7 +61,8 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
     uncalled = uncalled_layers(model)
     modules = [m for name, m in model.named_modules() if isinstance(m, PRUNABLE) and name not in uncalled]
     names = {"Linear" if isinstance(module, nn.Linear) else type(module).__name__ for module in modules}
-    census = Census(len(layers), len(modules), " and ".join(sorted(names)))
+    weights = sum(layer.part == "weight" for layer in layers.values())
+    census = Census(weights, len(modules), " and ".join(sorted(names)))
     targets = {id(layer.parameter) for layer in layers.values()}
     counted: set[int] = set()
     for name, module in model.named_modules():
