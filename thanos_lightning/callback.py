@@ -54,7 +54,7 @@ class ThanosPruningCallback(Callback):
         schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
             layers become sparser at every event: unstructured layers by single weights, N:M layers by rows (the
-            fraction of dense rows falls to its final value), structured layers by columns.
+            fraction of dense rows falls to its final value), structured layers and channels by columns.
         targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer.
         ignore: Globs or `re:` expressions of layers to leave out. Each except "lm_head" must match a module.
         overrides: Other patterns for some of the targets.
@@ -170,7 +170,7 @@ class ThanosPruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options, taken = self.options, Taken(self._layers, self._final)
         if any(isinstance(pattern, Channels) for pattern in self._final.values()):
-            taken = take_channels(pl_module, self._layers, self._final, options.multiple_of)
+            taken = take_channels(trainer, pl_module, self._layers, self._final, options.multiple_of)
             options = options.with_pattern(taken.final)
         run = PruningRun(options, self._past, taken, trainer, pl_module)
         if self._forgets_masks and self._restored is None:
@@ -242,7 +242,7 @@ class ThanosPruningCallback(Callback):
             return
         self._run.enforcer.verify()  # again: other callbacks may write weights in on_train_end
         if trainer.is_global_zero:
-            is_exportable = "architecture" in training_note(pl_module, [], self._layers)
+            is_exportable = "architecture" in training_note(pl_module, [], self._run.masked)
             print_outcome(saved_checkpoint(trainer), self._run.report_path, is_exportable=is_exportable)
 
     @override
@@ -289,5 +289,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add a note: verification reads the moments by it, and export rebuilds the Hugging Face model from it."""
-        stepped = [] if self._run is None else self._run.access.numbered_parameters()  # no fit has begun
-        checkpoint[NOTE_KEY] = training_note(pl_module, stepped, self._layers)
+        if self._run is None:  # no fit has begun
+            checkpoint[NOTE_KEY] = training_note(pl_module, [], self._layers)
+        else:
+            checkpoint[NOTE_KEY] = training_note(pl_module, self._run.access.numbered_parameters(), self._run.masked)

@@ -17,6 +17,7 @@ from thanos_lightning.checkpoints.verify import verify_checkpoint
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4, "max_steps": 12}
 GPT2: dict[str, Any] = {**CHANNELS, "model": "gpt2"}  # which has biases
 CASES: dict[str, dict[str, Any]] = {
+    "zero2, llama": {**CHANNELS, "strategy": "zero2"},
     "ddp": {**GPT2, "strategy": "ddp", "precision": "bf16-mixed", "optimizer": "sgd"},
     "fsdp": {**GPT2, "strategy": "fsdp"},
     "fsdp, all as one": {**CHANNELS, "strategy": "fsdp", "fsdp": {"how": "root"}},
@@ -34,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3, model built in configure_model": {**GPT2, "strategy": "zero3", "configure_model": True},
     "zero3, a calibration set": {**GPT2, "strategy": "zero3", "calibration_batches": 3},
 }
-SAVED = ["zero3", "zero2"]
+SAVED = ["zero3", "zero2", "zero3, llama"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,8 @@ def test_a_smaller_model_comes_out(trained: Trainings, tmp_path: Path, name: str
     export_checkpoint(checkpoint, tmp_path / "small")
     export_checkpoint(checkpoint, tmp_path / "masked", keep_shape=True)
     small, masked = (AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval() for kind in ("small", "masked"))
-    assert (small.config.n_inner, masked.config.n_inner) == (96, None)
+    entry, before, after = ("intermediate_size", 48, 36) if "llama" in name else ("n_inner", None, 96)
+    assert [getattr(model.config, entry) for model in (small, masked)] == [after, before]
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         one, other = small(tokens).logits, masked(tokens).logits

@@ -20,6 +20,7 @@ def test_public_names() -> None:
         "Allocation",
         "CPUDeepSpeed",
         "CalibrationOptions",
+        "FeedForward",
         "SolverOptions",
         "SparsitySchedule",
         "TargetOverride",

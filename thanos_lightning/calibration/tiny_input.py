@@ -5,71 +5,81 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _TOKENS = 8
 
 
 @contextmanager
-def tiny_run(module: LightningModule) -> Iterator[Callable[[], Any]]:
-    """Yield a function that runs the module in evaluation mode, on always the same input.
+def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Any]]:
+    """Yield a function that runs the module in evaluation mode, on always the same input, the same on all ranks.
 
     The input is the module's `example_input_array` if it has one. Else it is a few token ids, or one image, for the
     transformers model in it: through the module's forward if that takes any keyword, else through the model's.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is neither, or the module can't run on it.
     """
-    inputs = _inputs(module)
+    called, args, kwargs = _inputs(module)
+    args, kwargs = trainer.strategy.broadcast((args, kwargs))  # an example may be drawn at random
+    args, kwargs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input((args, kwargs)))
+
+    def run() -> Any:
+        with trainer.precision_plugin.forward_context():
+            return called(*args, **kwargs)
+
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.random.fork_rng():
-            yield inputs
+        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+            try:
+                with torch.no_grad():
+                    run()
+            except Exception as error:  # whatever a model raises on an input that it doesn't take
+                raise ValueError(
+                    f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
+                    f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
+                    "example_input_array, as a sequence of some tokens"
+                ) from error
+            yield run
     finally:
         for part, mode in modes:
             part.training = mode
 
 
-def _inputs(module: LightningModule) -> Callable[[], Any]:
+def _inputs(module: LightningModule) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     example = module.example_input_array
     if isinstance(example, Mapping):
-        return partial(module, **{name: _moved(value, module) for name, value in example.items()})
+        return module, (), dict(example)
     if example is not None:
-        values = example if isinstance(example, (tuple, list)) else (example,)
-        return partial(module, *(_moved(value, module) for value in values))
+        return module, tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     # a teacher may stand beside the model that is trained
     model = max(models, key=lambda part: any(p.requires_grad for p in part.parameters()), default=None)
-    if model is None:
+    if model is None or model.main_input_name not in ("input_ids", "pixel_values"):
         raise ValueError(
             f"the feed-forward blocks of {type(module).__name__} are found by running it on a small input, and it has "
             "none: set its example_input_array, as a sequence of some tokens"
         )
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
     takes_any = inspect.Parameter.VAR_KEYWORD in kinds and type(module).forward is not LightningModule.forward
-    return partial(module if takes_any else model, **_of_transformers(model, module.device))
+    return module if takes_any else model, (), _of_transformers(model)
 
 
-def _of_transformers(model: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:
+def _of_transformers(model: PreTrainedModel) -> dict[str, Tensor]:
     config: Any = model.config
     if model.main_input_name == "pixel_values":
-        side = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
+        size = getattr(config, "image_size", None) or 224
+        sides = (size, size) if isinstance(size, int) else tuple(size)
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(1, config.num_channels, side, side, generator=generator, device="cpu")
-        return {"pixel_values": pixels.to(device, model.dtype)}
+        pixels = torch.randn(1, config.num_channels, *sides, generator=generator, device="cpu")
+        return {"pixel_values": pixels.to(model.dtype)}
     vocabulary = config.get_text_config().vocab_size
     # The first tokens may be padding, whose embeddings may be zero and hide what a layer does
-    tokens = torch.arange(vocabulary // 2, vocabulary // 2 + _TOKENS, device=device).remainder(vocabulary).unsqueeze(0)
-    decoded = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
-    return {model.main_input_name: tokens, **decoded}
-
-
-def _moved(value: Any, module: LightningModule) -> Any:
-    return value.to(module.device) if isinstance(value, Tensor) else value
+    tokens = torch.arange(vocabulary // 2, vocabulary // 2 + _TOKENS, device="cpu").remainder(vocabulary).unsqueeze(0)
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}

@@ -61,16 +61,19 @@ def training_note(
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
-            # fully_shard puts its own class before the model's
-            "architecture": next(
-                kind.__name__ for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed.")
-            ),
+            "architecture": architecture_of(model),
             "config": model.config.to_dict(),
             "generation_config": None if generation is None else generation.to_dict(),
             "tokenizer": getattr(module, "tokenizer_name", None) or model.config.name_or_path or None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         }
     return note
+
+
+def architecture_of(model: transformers.PreTrainedModel) -> str:
+    """The name of a model's class in transformers: fully_shard puts its own class before it."""
+    kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+    return next(kinds).__name__
 
 
 # Trainer checkpoints
@@ -205,7 +208,8 @@ def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
         for index, state in optimizer["state"].items():
             name = names[index]
             if name is not None:
-                moments[name] = _tensors_of(state)
+                like = content["state_dict"].get(name)
+                moments[name] = {what: value for what, value in state.items() if _is_moment(value, like)}
     return moments
 
 
@@ -230,9 +234,6 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if "GLOBAL" in line or "class" in line), lines[0])
 
 
-def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.dim() in (1, 2) and value.is_floating_point()
-    }
+def _is_moment(value: Any, like: Tensor | None) -> bool:
+    """Whether an optimizer's value has an entry for each of the parameter's. Factored moments have not."""
+    return isinstance(value, Tensor) and value.is_floating_point() and like is not None and value.shape == like.shape

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 
+from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Channels
 
 
 def channel_masks(masks: Mapping[str, LayerMask]) -> dict[str, LayerMask]:
-    """Those of the masks that are of channels."""
-    return {name: mask for name, mask in masks.items() if isinstance(mask.pattern, Channels)}
+    """Those of the masks that are of channels, of which some are pruned."""
+    return {name: mask for name, mask in masks.items() if isinstance(mask.pattern, Channels) and not _kept(mask).all()}
 
 
 def shrink(
     model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
 ) -> transformers.PreTrainedModel:
-    """Make a model without the rows and columns that the masks prune as a whole. It shares the other tensors.
-
-    The configuration says how wide feed-forward blocks are. Which entry of it does is found by trying: the model that
-    is built from the changed configuration has to have the shapes that are left.
+    """Make a model without the channels that the masks prune. It shares the other tensors.
 
     Args:
         model: With its weights, of which all that the masks prune are zero.
@@ -33,56 +31,74 @@ def shrink(
         path: Of the checkpoint, for messages.
 
     Raises:
-        ValueError: If the configuration has no such entry.
+        ValueError: If no entry of the configuration makes the blocks so wide.
     """
     state = dict(model.state_dict())
     for name, mask in masks.items():
         state[name] = _without(state[name], mask)
-    before, after = _widths(masks)
-    shapes = {name: value.shape for name, value in state.items()}
-    config = model.config.to_dict()
-    for entry in _entries(config, before):
-        changed = _changed(config, entry, after)
-        smaller = build_model(type(model).__name__, changed, path)
-        if {name: value.shape for name, value in smaller.state_dict().items()} == shapes:
-            smaller.load_state_dict(state, assign=True)
-            smaller.tie_weights()
-            smaller.generation_config = model.generation_config
-            return smaller
-    raise ValueError(
-        f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {after} channels "
-        f"wide instead of {before}: export it with --keep-shape, which leaves the zeros"
-    )
+    widths = min((kept.numel(), int(kept.count_nonzero())) for kept in map(_kept, masks.values()))
+    config = narrower(model, {name: value.shape for name, value in state.items()}, widths, path)
+    if config is None:
+        raise ValueError(
+            f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
+            f"channels wide instead of {widths[0]}: export it with --keep-shape, which leaves the zeros"
+        )
+    smaller = build_model(type(model).__name__, config, path)
+    smaller.load_state_dict(state, assign=True)
+    smaller.tie_weights()
+    if model.can_generate():
+        smaller.generation_config = model.generation_config
+    return smaller
 
 
-def _widths(masks: Mapping[str, LayerMask]) -> tuple[int, int]:
-    """How many channels blocks have, and how many are left: what the narrowest dimension that shrinks tells."""
-    pairs = [
-        (size, kept)
-        for mask in masks.values()
-        for size, kept in zip(mask.shape, _kept(mask), strict=True)
-        if kept < size
-    ]
-    return min(pairs)
+def narrower(
+    model: transformers.PreTrainedModel, shapes: Mapping[str, Sequence[int]], widths: tuple[int, int], path: Path
+) -> dict[str, Any] | None:
+    """Find the configuration of a model whose blocks are narrower, by trying; None if there is none.
 
+    What is tried is each entry that is as large as the width, and all of them together. The model that is built from
+    it has to have the shapes that are left.
 
-def _kept(mask: LayerMask) -> tuple[int, int]:
-    keep = mask.keep
-    return int(keep.any(1).count_nonzero()), int(keep.any(0).count_nonzero())
+    Args:
+        model: As it is.
+        shapes: Name of a parameter or buffer -> shape, of the smaller model.
+        widths: Number of channels in the model, and in the smaller one.
+        path: For messages.
+    """
+    config: dict[str, Any] = model.config.to_dict()
+    entries = list(_entries(config, widths[0]))
+    wanted = {name: tuple(shape) for name, shape in shapes.items()}
+    for tried in (*([entry] for entry in entries), entries):
+        changed = config
+        for entry in tried:
+            changed = _changed(changed, entry, widths[1])
+        try:
+            smaller = build_model(architecture_of(model), changed, path)
+        except Exception:  # another size, such as one that the number of heads has to divide
+            continue
+        if {name: tuple(value.shape) for name, value in smaller.state_dict().items()} == wanted:
+            return changed
+    return None
 
 
 def shrunk_shape(mask: LayerMask) -> tuple[int, ...]:
-    """The shape of a parameter without what its mask prunes as a whole, as a matrix that the model stores."""
-    rows, cols = _kept(mask)
-    return (cols, rows) if mask.transposed else (rows, cols)
+    """The shape of a parameter without the channels that its mask prunes, as a matrix that the model stores."""
+    assert isinstance(mask.pattern, Channels)
+    sizes = list(mask.shape)
+    sizes[mask.pattern.dim] = int(_kept(mask).count_nonzero())
+    return (sizes[1], sizes[0]) if mask.transposed else tuple(sizes)
+
+
+def _kept(mask: LayerMask) -> Tensor:
+    """Bool (channels,): those of which some entry is kept."""
+    assert isinstance(mask.pattern, Channels)
+    return mask.keep.any(1 - mask.pattern.dim)
 
 
 def _without(value: Tensor, mask: LayerMask) -> Tensor:
-    keep = mask.keep
-    rows, cols = keep.any(1), keep.any(0)
-    if value.ndim == 1:  # a bias is a matrix of one column
-        return value[rows]
-    return value[cols][:, rows].contiguous() if mask.transposed else value[rows][:, cols].contiguous()
+    assert isinstance(mask.pattern, Channels)
+    dim = mask.pattern.dim if value.ndim == 2 else 0  # a bias has but one
+    return value.index_select(1 - dim if mask.transposed else dim, _kept(mask).nonzero().squeeze(1))
 
 
 def _entries(config: Mapping[str, Any], width: int) -> Iterator[tuple[str, ...]]:

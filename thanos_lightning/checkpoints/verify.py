@@ -21,8 +21,8 @@ from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_mod
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
 from thanos_lightning.report.progress import open_phase
-from thanos_lightning.sharding.masks import LayerMask, recorded_pattern
-from thanos_lightning.solver import Pattern
+from thanos_lightning.sharding.masks import LayerMask, dim_of_channels, recorded_pattern
+from thanos_lightning.solver import Channels, Pattern
 
 _RECORD = "sparsity.json"
 _RECORD_FORMAT = 1
@@ -96,12 +96,13 @@ def verify_checkpoint(
     """Count zeros on disk, and compare them with the record of the training or export and with a pattern.
 
     A record is always checked: the counts in a `sparsity.json`, or the masks in a trainer checkpoint. Weights that a
-    mask prunes must be 0, and so must their optimizer moments.
+    mask prunes must be 0, and so must their optimizer moments. Of a model that channels were taken out of, the shapes
+    are checked.
 
     Args:
         path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file or a DeepSpeed folder.
             In the latter, the fp32 masters, the moments and, where it is whole, the model's copy are checked.
-        pattern: The pattern that every targeted layer must conform to. Optional if there is a record.
+        pattern: The pattern that every targeted layer must conform to; any but channels. Optional if there is a record.
         targets: Globs or `re:` expressions of the module names that `pattern` applies to. The model that the
             configuration describes says which tensors are layers. Without a model, every matrix counts as a layer.
         ignore: Globs or `re:` expressions of the layers to leave out.
@@ -121,6 +122,8 @@ def verify_checkpoint(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a Hugging Face folder, a .safetensors or a .ckpt file")
+    if isinstance(pattern, Channels):
+        raise ValueError("channels are checked by what was recorded, which says where they lie: leave --pattern out")
     if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
         tensors, expected = _expect_of_files(path, pattern, targets, ignore)
     else:
@@ -328,10 +331,9 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor | None) -> tuple[int, list[str]]:
     """Return the largest number of entries by which a check is off, and the problems of all checks."""
     problems: list[str] = []
-    if expected.dense_shape is not None:
-        return 0, problems
     try:
-        excess = expected.pattern.violations(_oriented(values, expected))
+        # Of what is left where channels were taken out, nothing has to be 0
+        excess = 0 if expected.dense_shape is not None else expected.pattern.violations(_oriented(values, expected))
     except ValueError as error:  # the pattern doesn't divide the layer
         return values.numel(), [str(error)]
     if excess:
@@ -382,6 +384,7 @@ def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[
                 "pattern": report.pattern,
                 "sparsity": mask.pattern.sparsity,
                 "outlier_fraction": mask.pattern.outlier_fraction,
+                **dim_of_channels(mask.pattern),
                 "zeros": report.zeros,
                 "transposed": mask.transposed,
                 **({} if report.dense_shape is None else {"dense_shape": list(report.dense_shape)}),

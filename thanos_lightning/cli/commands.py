@@ -58,7 +58,7 @@ def command_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help=text, description=text, argument_default=argparse.SUPPRESS)
     verify.set_defaults(run=_verify)
     verify.add_argument("checkpoint", help="Hugging Face folder, .safetensors file, or trainer checkpoint (.ckpt)")
-    verify.add_argument("--pattern", help='"2:4" (any N:M), "unstructured" or "structured"; else what was recorded')
+    verify.add_argument("--pattern", help='"2:4" (any N:M), "unstructured", "structured"; else what was recorded')
     verify.add_argument("--sparsity", type=float, help="fraction of zeros, where the pattern does not imply it")
     verify.add_argument("--outlier-fraction", type=float, metavar="FRACTION", help="fraction of rows that are dense")
     verify.add_argument("--targets", nargs="+", metavar="NAME", help="layers that the pattern is for: globs or re:…")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from thanos_lightning.calibration.tiny_input import tiny_run
+from thanos_lightning.checkpoints.shrink import narrower
 from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, kind_of
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
 from thanos_lightning.solver import Channels, Pattern
@@ -29,6 +34,16 @@ class Taken:
     final: Mapping[str, Pattern]
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
 
+    def check_zeros(self, name: str, zeros: int) -> None:
+        """Refuse a down layer of which more channels than asked for were zero before the training."""
+        pattern, width = self.final[name], self.layers[name].cols
+        assert isinstance(pattern, Channels)
+        if zeros > pattern.num_columns(width):
+            raise ValueError(
+                f"{zeros} of {width} channels of {name} are zero already, and {pattern.num_columns(width)} are to be "
+                "pruned in each block: raise the sparsity"
+            )
+
     @property
     def in_words(self) -> str | None:
         """How many channels each block keeps at the end; None if channels are no units of pruning."""
@@ -41,20 +56,25 @@ class Taken:
 
 
 def take_channels(
-    module: LightningModule, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], multiple_of: int
+    trainer: Trainer,
+    module: LightningModule,
+    layers: Mapping[str, PrunableLayer],
+    final: Mapping[str, Pattern],
+    multiple_of: int,
 ) -> Taken:
     """Replace the layers with the pattern `Channels` by the feed-forward blocks of the module. All ranks must call it.
 
-    Of these layers, those that are no down layer of a block are not pruned. All blocks keep the same number of
-    channels, the multiple of `multiple_of` that is nearest to what the pattern asks for.
+    Of these layers, those that are no down layer of a block are not pruned. All blocks of a model keep the same number
+    of channels, the multiple of `multiple_of` that is nearest to what the pattern asks for. Warn if the model's
+    configuration has no entry for that, so that an export can't make it smaller.
 
     Raises:
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
     """
-    with tiny_run(module) as run:
+    with tiny_run(trainer, module) as run:
         declared = getattr(module, "feed_forwards", None)
         blocks = find_feed_forwards(module, run) if declared is None else list(declared())
-        check_feed_forwards(module, blocks, run)
+        check_feed_forwards(module, blocks, run, found=declared is None)
     if not blocks:
         raise ValueError(_why_none(module))
     downs = {block.down for block in blocks}
@@ -77,9 +97,9 @@ def take_channels(
             "channels go in equal number from each: take another pattern"
         )
     pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
-    ups = {up: block.down for block in blocks for up in block.ups}
+    ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
     owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
-    for name, layer in find_targets(module, list(ups), ignore=()).items():
+    for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
         if len(layer.modules) > 1:
             raise ValueError(_shared(name))
         owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
@@ -88,7 +108,9 @@ def take_channels(
         for name, other in final.items()
         if name not in asked or name in chosen
     }
-    return Taken({name: layers[name] for name in kept}, kept, owned)
+    taken = Taken({name: layers[name] for name in kept}, kept, owned)
+    _warn_if_fixed(module, taken)
+    return taken
 
 
 def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:
@@ -128,20 +150,50 @@ def _check_all_taken(
             "the pattern 'channels' is for feed-forward blocks, and no target is the down layer of one: add to targets "
             f"{examples([block.down for block in blocks])}"
         )
-    ups = {up: block.down for block in blocks for up in block.ups}
+    ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
     for name, pattern in final.items():
         if name in ups and not isinstance(pattern, Channels):
             raise ValueError(
                 f"layer {name} has the pattern {pattern.name}, but its rows are channels of {ups[name]} and go with "
-                "them: leave it out of the overrides"
+                "them: give it the pattern 'channels', too, or add it to ignore"
             )
-    left = [block.down for block in blocks if block.down not in chosen]
+    models = {name for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
+    homes = {_home(name, models) for name in chosen}
+    left = [block.down for block in blocks if block.down not in chosen and _home(block.down, models) in homes]
     if left:
         why = f"has the pattern {final[left[0]].name}" if left[0] in final else "is not among the targets"
         raise ValueError(
-            f"channels are taken from all {len(blocks)} feed-forward blocks or from none, since a model has one width, "
-            f"and {left[0]} {why}: give all of them the pattern 'channels'"
+            f"channels are taken from all {len(chosen) + len(left)} feed-forward blocks or from none, since a model "
+            f"has one width, and {left[0]} {why}: give all of them the pattern 'channels'"
         )
+
+
+def _home(name: str, models: Collection[str]) -> str:
+    """The outermost of the models that a layer is in; "" if it is in none, or if all is one model."""
+    return min((model for model in models if name.startswith(f"{model}.") or not model), key=len, default="")
+
+
+def _warn_if_fixed(module: LightningModule, taken: Taken) -> None:
+    """Warn if a model's configuration can't say how many channels are left."""
+    models = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
+    for home in sorted({_home(name, models) for name in taken.owned} & models.keys()):
+        prefix = f"{home}." if home else ""
+        shapes = {name: list(whole_shape(value)) for name, value in models[home].state_dict(keep_vars=True).items()}
+        widths = (0, 0)
+        for name, parts in taken.owned.items():
+            pattern, width = taken.final[name], taken.layers[name].cols
+            assert isinstance(pattern, Channels)
+            widths = (width, width - pattern.num_columns(width))
+            for part in (taken.layers[name], *parts):
+                if part.parameter_name.startswith(prefix) and _home(part.name, models) == home:
+                    shape = shapes[part.parameter_name.removeprefix(prefix)]
+                    dim = (part.name == name) != part.transposed
+                    shape[dim] = shape[dim] // widths[0] * widths[1]
+        if narrower(models[home], shapes, widths, Path(home or type(module).__name__)) is None:
+            rank_zero_warn(
+                f"the configuration of {type(models[home]).__name__} has no entry that makes its feed-forward blocks "
+                f"{widths[1]} channels wide: an export has to keep its shape (--keep-shape), and be no faster"
+            )
 
 
 def _shared(name: str) -> str:
@@ -156,7 +208,7 @@ def _why_none(module: LightningModule) -> str:
         (
             name
             for name, parameter in module.named_parameters()
-            if len(whole_shape(parameter)) == 3 and "conv" not in name.lower()
+            if len(whole_shape(parameter)) == 3 and whole_shape(parameter)[0] > 1 and "conv" not in name.lower()
         ),
         None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.choice import choose_access
+from thanos_lightning.solver import Channels
 from thanos_lightning.training.enforcement import MaskEnforcer
 from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
@@ -162,6 +164,9 @@ class PruningRun:
     def _hold_zeros(self) -> None:
         weights = {name: layer for name, layer in self.masked.items() if layer.part == "weight"}
         held = hold_zeros(weights, self.access, self.enforcer)
+        for name in self.taken.owned:
+            keep = self.enforcer.keep_mask(name)
+            self.taken.check_zeros(name, 0 if keep is None else int((~keep).all(0).count_nonzero()))
         self.past.patterns.update(held)
         if held:
             first, pattern = next(iter(held.items()))
@@ -375,8 +380,10 @@ class PruningRun:
             on_writing=lambda: self._clock.now("writing"),
         )
         for layer in layers:
-            names = [layer.name, *(part.name for part in self.taken.owned.get(layer.name, ()))]
-            self.past.patterns |= dict.fromkeys(names, window.patterns[layer.name])
+            pattern = self.past.patterns[layer.name] = window.patterns[layer.name]
+            if isinstance(pattern, Channels):
+                rows = replace(pattern, dim=0)
+                self.past.patterns |= {part.name: rows for part in self.taken.owned[layer.name]}
         self._sparsity = None
         self.past.measured = None  # the metric of the weights before this event is stale
         restart_averages(self.trainer, self.module)

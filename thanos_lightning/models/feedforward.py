@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.targets import PRUNABLE, PrunableModule, whole_shape
 
-TOKENS = 6  # that a run has to have at least; at each of them another row of a layer is tried
+TOKENS = 6  # at each of them another row of a layer is tried; attention mixes them, unlike a feed-forward block
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ class FeedForward:
 def find_feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]:
     """Find the feed-forward blocks of a model, in the order in which they are called.
 
-    A first forward records the output of each layer. In the others, one for each kind of layer (alike but for the
-    numbers in their names), layers give what they gave, but for some entries of this kind, at one row for each
-    token. Their effect ends at the next layers, and shows which columns of which inputs they reach.
+    In a first forward each layer gives some number between 1 and 2 in place of each output, so that no gate hides
+    another layer. In the others, one for each kind of layer (alike but for the numbers in their names), layers give the
+    same again, but for some entries of this kind, at one row for each token. Their effect ends at the next layers, and
+    shows which columns of which inputs they reach. Layers that are called twice, or with fewer than `TOKENS` tokens in
+    a sequence, are left out.
 
     Args:
         model: In eval mode.
-        run: Runs the model on always the same input, one sequence of `TOKENS` tokens or more.
+        run: Runs the model on always the same input.
     """
     layers = _layers(model)
     calls: list[_Call] = []
@@ -76,7 +78,9 @@ def find_feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedFor
     return [FeedForward(down, tuple(ups[down])) for down in order if down in ups]
 
 
-def check_feed_forwards(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[[], Any]) -> None:
+def check_feed_forwards(
+    model: nn.Module, blocks: Sequence[FeedForward], run: Callable[[], Any], *, found: bool = False
+) -> None:
     """Prove on an input that nothing else in the model reads the channels of the blocks.
 
     Half of the channels are zero where the down layers read them. Then whatever the up layers give for these must not
@@ -86,30 +90,36 @@ def check_feed_forwards(model: nn.Module, blocks: Sequence[FeedForward], run: Ca
         model: In eval mode.
         blocks: Found, or declared by a user.
         run: Runs the model on always the same input.
+        found: Whether they were found.
 
     Raises:
-        ValueError: If something changes, or a block has a layer that the model lacks. The message names the block.
+        ValueError: If something changes, if a block has a layer that the model lacks or that another block has, or if
+            the model returns nothing to compare. The message names the block.
     """
     layers = _layers(model)
+    mend = "take another pattern, or name blocks in feed_forwards() without it" if found else "correct feed_forwards()"
+    users = Counter(name for block in blocks for name in (block.down, *block.ups))
     for block in blocks:
         for name in (block.down, *block.ups):
             if name not in layers:
                 raise ValueError(
                     f"the feed-forward block of {block.down} names {name!r}, which is no Linear or Conv1D layer of the "
-                    "model: correct feed_forwards()"
+                    f"model: {mend}"
                 )
+            if users[name] > 1:
+                raise ValueError(f"layer {name} is in two feed-forward blocks, and can lose channels of one: {mend}")
         rows = {up: width_of(layers[up], dim=0) for up in block.ups}
         width = width_of(layers[block.down], dim=1)
         if not block.ups or any(number % width for number in rows.values()):
             raise ValueError(
                 f"the feed-forward block of {block.down} has {width} channels, and its ups have other numbers of rows "
-                f"({rows}): correct feed_forwards()"
+                f"({rows}): {mend}"
             )
     if blocks and not _is_proven(layers, blocks, run):
         wrong = next((block for block in blocks if not _is_proven(layers, [block], run)), blocks[0])
         raise ValueError(
             f"channels of the feed-forward block of {wrong.down} are read elsewhere, too, or not one by one (a norm "
-            "over channels, or rows in another order), so that they can't be taken out: leave it out of feed_forwards()"
+            f"over channels, or rows in another order), so that they can't be taken out: {mend}"
         )
 
 
@@ -143,6 +153,11 @@ def _is_proven(layers: Mapping[str, PrunableModule], blocks: Sequence[FeedForwar
     finally:
         for handle in handles:
             handle.remove()
+    if not _tensors(one):
+        raise ValueError(
+            "on a small input the module returns no tensor by which its feed-forward blocks could be proven: let its "
+            "forward return the logits"
+        )
     return _same(one, other)
 
 
@@ -172,7 +187,7 @@ def _layers(model: nn.Module) -> dict[str, PrunableModule]:
 
 @dataclass
 class _Call:
-    """What a layer saw and gave in the first forward."""
+    """What a layer saw and gave in the first forward. A clone was given, which the model may change in place."""
 
     name: str
     inputs: Tensor
@@ -191,9 +206,11 @@ def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterat
 
 def _record(
     calls: list[_Call], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> None:
+) -> Tensor:
     inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-    calls.append(_Call(name, inputs.detach().clone(), output.detach().clone()))
+    given = 1 + output.detach().sigmoid()
+    calls.append(_Call(name, inputs.detach().clone(), given))
+    return given.clone()
 
 
 class _Replay:
@@ -202,34 +219,39 @@ class _Replay:
     def __init__(self, calls: list[_Call], kind: Collection[str]) -> None:
         self._calls, self._kind = calls, kind
         self._next = 0
+        self._is_alike = True  # whether the layers were called as in the first forward
         self._reached: dict[str, list[list[int]]] = {}  # layer -> (token, column) of the entries that differ
 
     def hook(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        call = self._calls[self._next]
-        assert call.name == name, "the run is the same"
+        call = self._calls[self._next] if self._next < len(self._calls) else None
         self._next += 1
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-        differs = (inputs != call.inputs).flatten(0, -2)
+        if call is None or call.name != name or call.inputs.shape != inputs.shape:  # a router chose other experts
+            self._is_alike = False
+            return output
+        differs = (inputs != call.inputs).reshape(-1, inputs.shape[-1])
         if differs.any():
             self._reached[name] = differs.nonzero().tolist()
-        if name not in self._kind:
-            return call.output
         changed = call.output.clone()
-        flat = changed.view(-1, changed.shape[-1])
-        for token, row in _tried(flat):
-            flat[token, row] += 1 + flat[token, row].abs()
+        if name in self._kind:
+            flat = changed.view(-1, changed.shape[-1])
+            for token, row in _tried(flat):
+                flat[token, row] += 1
         return changed
 
     def pairs(self) -> list[tuple[str, str]]:
         """Pairs of layers (down, up) of this kind; none unless each entry reaches one column of one layer only."""
+        if not self._is_alike or self._next != len(self._calls):
+            return []
         found: list[tuple[str, str]] = []
         last: _Call | None = None
         for call in self._calls:
             if (reached := self._reached.get(call.name)) is not None:
                 width = call.inputs.shape[-1]
-                if last is None or last.output.shape[-1] % width:
+                is_short = call.inputs.ndim < 2 or call.inputs.shape[-2] < TOKENS
+                if last is None or last.output.shape[-1] % width or is_short:
                     return []
                 if sorted(reached) != sorted([token, row % width] for token, row in _tried(last.output)):
                     return []
@@ -247,8 +269,16 @@ def _tried(output: Tensor) -> list[tuple[int, int]]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    values = list(one.values()) if isinstance(one, Mapping) else one if isinstance(one, (list, tuple)) else []
-    others = list(other.values()) if isinstance(other, Mapping) else other if isinstance(other, (list, tuple)) else []
-    return len(values) == len(others) and all(map(_same, values, others))
+    ours, theirs = _tensors(one), _tensors(other)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in what a model returns."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (list, tuple)) else []

@@ -41,12 +41,12 @@ class PrunableLayer:
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight among the model's parameters."""
+        """Name of the weight, or of the bias, among the model's parameters."""
         return self.name if self.part == "bias" else f"{self.name}.weight"
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight, as the module stores it. It is read anew each time, because wrappers and moves may replace it."""
+        """The parameter as it is stored. It is read anew each time, because wrappers and moves may replace it."""
         weight = getattr(self.modules[0], self.part)
         assert isinstance(weight, nn.Parameter), "checked by find_targets"
         return weight

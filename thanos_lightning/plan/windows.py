@@ -25,7 +25,7 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
     """The pattern of each layer at an event, from its final pattern.
 
     All layers become sparser together: unstructured layers by single weights, N:M layers by rows (the fraction of dense
-    rows falls to its final value), structured layers by columns. Layers keep their order, front to back.
+    rows falls to its final value), structured layers and channels by columns. Layers keep their order, front to back.
 
     Examples:
         >>> from thanos_lightning.solver import NM

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thanos_lightning.solver import Pattern, parse_pattern
+from thanos_lightning.solver import Channels, Pattern, parse_pattern
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -111,6 +111,7 @@ class LayerMask:
             "pattern": self.pattern.name,
             "sparsity": self.pattern.sparsity,
             "outlier_fraction": self.pattern.outlier_fraction,
+            **dim_of_channels(self.pattern),
         }
 
     @classmethod
@@ -124,6 +125,12 @@ class LayerMask:
         return cls(state["bits"], (rows, cols), recorded_pattern(state), state["transposed"])
 
 
+def dim_of_channels(pattern: Pattern) -> dict[str, int]:
+    """What a record of a pattern needs beside its name and fractions: where channels lie, if it is of channels."""
+    return {"dim": pattern.dim} if isinstance(pattern, Channels) else {}
+
+
 def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
     """Read the pattern of a mask's state, or of an entry of `sparsity.json`. An invalid one raises a ValueError."""
-    return parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])
+    pattern = parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])
+    return replace(pattern, dim=entry["dim"]) if isinstance(pattern, Channels) else pattern

@@ -39,6 +39,7 @@ def eliminate(
         scores = (energy * curvature.norms / V.diagonal().sqrt()).masked_fill_(gone, torch.inf)
         chosen = torch.zeros_like(gone)
         chosen[scores.argsort(stable=True)[: min(left, at_once)]] = True
+        chosen = team.share(chosen.to(torch.int32))[0].bool()  # members may round V otherwise
         _remove(W, V, chosen)
         gone |= chosen
         left -= at_once

@@ -398,7 +398,7 @@ def _solve(
     if output_weights is not None and output_weights.ndim == 2:
         coupled, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
     takes_channels = isinstance(pattern, Channels)
-    root = _root(coupled) if coupled is not None and takes_channels else None
+    root = _root(coupled) if coupled is not None and takes_channels and options.method == "thanos" else None
     [(result, keep)], curvature = _by_method(
         original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep), root
     )

@@ -7,7 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -333,39 +333,39 @@ class Structured(_Base):
 class Channels(Structured):
     """Whole columns are removed from all rows, chosen together: the inputs of a layer that can be taken out of a model.
 
-    A model is smaller then, not sparser: what computes such an input can be taken out, too. In a mask of that, channels
-    are whole rows.
+    A model is smaller then, not sparser: what computes such an input can be taken out, too.
 
     Args:
         sparsity: Fraction of the columns to remove, in (0, 1), rounded to whole columns.
+        dim: 1 where channels are columns, 0 where they are rows: in a mask of what computes these inputs. The solver
+            prunes columns only.
 
     Raises:
         ValueError: If ``sparsity`` is out of range.
 
     Examples:
-        >>> from thanos_lightning.solver.pattern import Channels
+        >>> from thanos_lightning.solver import Channels
         >>> Channels(0.3).num_pruned(rows=10, cols=8)
         20
     """
 
     outlier_fraction: float = field(default=0.0, init=False, repr=False)
+    dim: Literal[0, 1] = field(default=1, repr=False)
 
     @property
     def name(self) -> str:
         return "channels"
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        pass
 
     def num_columns(self, cols: int) -> int:
         """Number of columns removed from each row."""
         return round(self.sparsity * cols)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
-        return min(int(mask.sum(0).sort().values[: self.num_columns(mask.shape[1])].sum()) for mask in (keep, keep.mT))
-
-    def sparsest(self, most: float) -> "Channels":
-        return Channels(most)
-
-    def with_units(self, count: int, rows: int, cols: int) -> "Channels":
-        return Channels(count / cols)
+        kept = keep.sum(1 - self.dim).sort().values
+        return int(kept[: self.num_columns(len(kept))].sum())
 
 
 Pattern = Unstructured | NM | Structured

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,12 @@ from toy import VOCABULARY, ToyLM, tiny_gpt2
 
 from thanos_lightning import TargetOverride
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
+from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.cli import main
+from thanos_lightning.models.feedforward import find_feed_forwards
+from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.solver import Channels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}
@@ -42,6 +45,28 @@ MODELS: dict[str, tuple[Any, str, tuple[int, int]]] = {
         "intermediate_size",
         (48, 36),
     ),
+    "bart, whose encoder and decoder have a width each": (
+        lambda: t.BartForConditionalGeneration(
+            t.BartConfig(
+                vocab_size=VOCABULARY,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                max_position_embeddings=64,
+            )
+        ),
+        "decoder_ffn_dim",
+        (48, 36),
+    ),
+    "another size that heads have to divide": (
+        lambda: untied_llama(intermediate_size=32, head_dim=8),
+        "intermediate_size",
+        (32, 24),
+    ),
     "bert": (lambda: t.BertForMaskedLM(t.BertConfig(**SMALL, intermediate_size=48)), "intermediate_size", (48, 36)),
 }
 TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -57,10 +82,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_smaller_model_computes_what_the_masked_one_does(tmp_path: Path, name: str) -> None:
     build, entry, (before, after) = MODELS[name]
     torch.manual_seed(0)
-    checkpoint = train(tmp_path, ToyLM(build()), **CHANNELS)
+    ignored = {"ignore": ["*decoder"]} if name == "bert" else {}
+    checkpoint = train(tmp_path, ToyLM(build()), **CHANNELS, **ignored)
     reports = export_checkpoint(checkpoint, tmp_path / "small")
     export_checkpoint(checkpoint, tmp_path / "masked", keep_shape=True)
-    kind = t.AutoModelForMaskedLM if name == "bert" else t.AutoModelForCausalLM
+    kind = {"bert": t.AutoModelForMaskedLM, "bart": t.AutoModelForSeq2SeqLM}.get(name[:4], t.AutoModelForCausalLM)
     small, masked = (kind.from_pretrained(tmp_path / one).eval() for one in ("small", "masked"))
     assert getattr(small.config, entry) == after
     assert getattr(masked.config, entry) in (before, None)
@@ -131,18 +157,57 @@ def test_zeros_that_are_no_whole_channels_are_named(trained: Path, tmp_path: Pat
 
 
 def test_a_width_of_which_the_configuration_knows_nothing(trained: Path, tmp_path: Path) -> None:
-    def rename(content: dict[str, Any]) -> None:
-        state = content["state_dict"]
-        for layer in range(2):  # another number of channels in each of its layers is no width of any configuration
-            name = f"model.model.layers.{layer}.mlp"
-            for state_name in list(content["callbacks"]["ThanosPruningCallback"]["masks"]):
-                if state_name.startswith(name) and layer == 1:
-                    del content["callbacks"]["ThanosPruningCallback"]["masks"][state_name]
-        assert state
+    def leave_one_block_out(content: dict[str, Any]) -> None:
+        masks = content["callbacks"]["ThanosPruningCallback"]["masks"]
+        for name in [name for name in masks if ".layers.1." in name]:
+            del masks[name]
 
-    partly = change_checkpoint(trained, tmp_path / "partly.ckpt", rename)
+    partly = change_checkpoint(trained, tmp_path / "partly.ckpt", leave_one_block_out)
     with pytest.raises(ValueError, match=r"no entry that makes feed-forward blocks 36 channels wide .* --keep-shape"):
         export_checkpoint(partly, tmp_path / "out")
+
+
+def test_an_image_model(tmp_path: Path) -> None:
+    config = t.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=2
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = t.ViTForImageClassification(config).eval()
+    masks: dict[str, LayerMask] = {}
+    named = dict(model.named_parameters())
+    kept = torch.arange(48) % 4 > 0
+    pixels = torch.randn(2, 3, 8, 8)
+    for block in find_feed_forwards(model, lambda: model(pixels)):
+        for name, dim in ((f"{block.down}.weight", 1), *((f"{block.ups[0]}.{part}", 0) for part in ("weight", "bias"))):
+            value = named[name].data
+            shape = value.shape if value.ndim == 2 else (48, 1)
+            keep = kept.expand(shape) if dim else kept.unsqueeze(1).expand(shape)
+            value.mul_(keep.reshape(value.shape))
+            masks[name] = LayerMask.of(keep, Channels(0.25, dim=dim))
+    assert len(masks) == 6
+    shrink(model, masks, tmp_path).save_pretrained(tmp_path / "small")
+    small = t.AutoModelForImageClassification.from_pretrained(tmp_path / "small").eval()
+    assert small.config.intermediate_size == 36
+    torch.testing.assert_close(small(pixels).logits, model(pixels).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_before_any_channel_is_gone_the_model_stays(tmp_path: Path) -> None:
+    """The first of many events may ask for less than one channel."""
+    checkpoint = train(tmp_path, ToyLM(untied_llama()), **CHANNELS)
+
+    def fill(content: dict[str, Any]) -> None:
+        for mask in content["callbacks"]["ThanosPruningCallback"]["masks"].values():
+            mask["bits"].fill_(255)
+            mask["sparsity"] = 0.001
+
+    early = change_checkpoint(checkpoint, tmp_path / "early.ckpt", fill)
+    export_checkpoint(early, tmp_path / "out")
+    assert t.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 48
+
+
+def test_channels_are_not_verified_by_a_pattern(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"channels are checked by what was recorded.*leave --pattern out"):
+        verify_checkpoint(trained, Channels(0.25))
 
 
 def test_a_changed_shape_is_found(trained: Path, tmp_path: Path) -> None:
@@ -163,6 +228,7 @@ def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
         "pattern": "channels",
         "sparsity": 0.25,
         "outlier_fraction": 0.0,
+        "dim": 1,
         "zeros": 0,
         "transposed": False,
         "dense_shape": [32, 48],
@@ -171,4 +237,3 @@ def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "48 channels became 36" in card
     assert "    pattern = Channels(sparsity=0.25)" in card
-    shutil.rmtree(tmp_path / "out")

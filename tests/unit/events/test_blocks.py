@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,15 @@ import pytest
 import torch
 import transformers as t
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import VOCABULARY, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from toy import VOCABULARY, ResumableBatches, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.solver import Channels
+from thanos_lightning.sharding.masks import LayerMask
 
 LLAMA = [f"model.model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
 
@@ -148,8 +149,9 @@ def test_a_calibration_set_and_zeros_that_were_there(tmp_path: Path) -> None:
 def test_other_methods_choose_channels_too(tmp_path: Path, method: Any) -> None:
     callback = channels(method=method)
     trainer(tmp_path, callback, max_steps=6).fit(ToyLM(), loader(32))
-    for state in callback.state_dict()["masks"].values():
-        assert state["pattern"] == "channels"
+    for name, state in callback.state_dict()["masks"].items():
+        lines = LayerMask.from_state(state).keep.all(0 if name.endswith("down_proj.weight") else 1)
+        assert int(lines.sum()) == 36
 
 
 def test_other_layers_may_have_another_pattern(tmp_path: Path) -> None:
@@ -195,6 +197,17 @@ def test_a_block_of_ones_own(tmp_path: Path) -> None:
     assert module.up.bias[gone].eq(0).all()
     with pytest.raises(ValueError, match=r"no feed-forward block was found in Own .* feed_forwards\(\)"):
         trainer(tmp_path, channels(), max_steps=6).fit(Own(), loader(32))
+
+
+class Picky(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.randn(1, 8)
+
+
+def test_an_example_that_does_not_fit_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Picky can't be run on a small input.*\(RuntimeError: .*example_input_array"):
+        trainer(tmp_path, channels(), max_steps=2).fit(Picky(), loader(8))
 
 
 def test_a_module_that_can_not_be_run_says_what_it_lacks(tmp_path: Path) -> None:
@@ -262,7 +275,7 @@ def mixtral() -> Any:
         (
             tiny_llama,
             {"overrides": [TargetOverride(["*.up_proj"], "2:4")]},
-            "layer model.model.layers.0.mlp.up_proj has the pattern 2:4, but its rows are channels of",
+            "layer model.model.layers.0.mlp.up_proj has the pattern 2:4, but its rows .* or add it to ignore",
         ),
         (
             tiny_llama,
@@ -355,18 +368,145 @@ def test_an_image_model(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in masks} == {"weight", "bias"}
 
 
-def test_a_resumed_training_is_the_one_that_was_not_stopped(tmp_path: Path) -> None:
-    whole = ToyLM(tiny_gpt2())
-    fit = trainer(tmp_path, channels(), max_steps=3)
-    fit.fit(whole, loader(32))
-    fit.save_checkpoint(tmp_path / "amid.ckpt")
-    going_on = copy.deepcopy(whole.model.state_dict())
-    resumed, callback = ToyLM(tiny_gpt2(seed=5)), channels()
-    trainer(tmp_path, callback, max_steps=8).fit(resumed, loader(32), ckpt_path=tmp_path / "amid.ckpt")
-    assert callback._run is not None
-    for name, keep in ((n, s) for n, s in callback.state_dict()["masks"].items() if n.endswith(".bias")):
-        assert keep["shape"] == [128, 1], name
-    assert all(isinstance(pattern, Channels) for pattern in callback._past.patterns.values())
-    for name, value in going_on.items():
-        if name.endswith("c_fc.bias"):
-            assert resumed.model.state_dict()[name][value == 0].eq(0).all()
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_a_resumed_training_is_the_one_that_was_not_stopped(tmp_path: Path, build: Any) -> None:
+    """After an event gate and up of a channel are both zero, and hide each other from the search."""
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    whole, before = ToyLM(build()), channels()
+    data = {"train_dataloaders": ResumableBatches(64)}
+    trainer(tmp_path, before, saving, max_steps=8, enable_checkpointing=True).fit(whole, **data)
+    assert len(before.state_dict()["masks"]) == 6
+    for step in (3, 6):
+        resumed, callback = ToyLM(build(seed=5)), channels()
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        data = {"train_dataloaders": ResumableBatches(64), "ckpt_path": checkpoint}
+        trainer(tmp_path, callback, max_steps=8).fit(resumed, **data)
+        assert resumed.losses == whole.losses[step:]
+        for (name, one), other in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
+        for name, state in callback.state_dict()["masks"].items():
+            assert torch.equal(state["bits"], before.state_dict()["masks"][name]["bits"])
+            assert state["dim"] == (1 if name.endswith(("down_proj.weight", "c_proj.weight")) else 0)
+
+
+def test_the_same_trainer_goes_on(tmp_path: Path) -> None:
+    callback, module = channels(), ToyLM()
+    fit = trainer(tmp_path, callback, max_steps=5)
+    fit.fit(module, loader(64))
+    fit.fit_loop.epoch_loop.max_steps = 7
+    fit.fit(module, loader(64))
+    assert module.model.model.layers[0].mlp.down_proj.weight.eq(0).all(0).sum() == 12
+
+
+class Relu(nn.Module):
+    """A gate that is zero for half of what it sees, and sums in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.down(self.act(self.gate(x)) * self.up(x))
+        given += x
+        return given
+
+
+class Gated(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Relu(), Relu())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(tokens)))
+
+
+def test_a_gate_that_is_zero_hides_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback = Gated(), channels(ignore=["re:up|down|head"])
+    trainer(tmp_path, callback, max_steps=6).fit(module, loader(32))
+    owned = {name.removeprefix("blocks.0.") for name in callback.state_dict()["masks"] if name.startswith("blocks.0.")}
+    assert owned == {"gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight"}
+
+
+class Three(Own):
+    """Its middle layer leads out of one block and into another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        gelu = nn.GELU()
+        self.net = nn.Sequential(nn.Linear(16, 24), gelu, nn.Linear(24, 24), gelu, nn.Linear(24, 16))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.net(self.embed(tokens)))
+
+
+class FirstOfThree(Three):
+    def feed_forwards(self) -> list[FeedForward]:
+        return [FeedForward("net.2", ["net.0"])]
+
+
+def test_a_layer_of_two_blocks_is_named_and_one_of_them_can_be_declared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"layer net.2 is in two feed-forward blocks.* name blocks in feed_forwards"):
+        trainer(tmp_path, channels(), max_steps=2).fit(Three(), loader(8))
+    callback = channels()
+    trainer(tmp_path, callback, max_steps=6).fit(FirstOfThree(), loader(32))
+    assert callback.state_dict()["masks"].keys() == {"net.2.weight", "net.0.weight", "net.0.bias"}
+
+
+class Taught(ToyLM):
+    """A frozen teacher runs in the forward, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.ModuleDict({"model": tiny_llama(seed=3)}).requires_grad_(False)
+
+    def forward(self, **batch: Tensor) -> Any:
+        self.teacher["model"](input_ids=batch["input_ids"])
+        return self.model(**batch)
+
+
+def test_a_teacher_in_the_forward_stays_as_it_is(tmp_path: Path) -> None:
+    callback = channels(ignore=["lm_head", "teacher.*"])
+    module = Taught()
+    fit = trainer(tmp_path, callback, max_steps=6)
+    fit.fit(module, loader(32))
+    fit.save_checkpoint(tmp_path / "taught.ckpt")
+    assert {name.split(".")[0] for name in callback.state_dict()["masks"]} == {"model"}
+    export_checkpoint(tmp_path / "taught.ckpt", tmp_path / "small")
+    assert t.AutoConfig.from_pretrained(tmp_path / "small").intermediate_size == 36
+
+
+def test_more_zeros_than_asked_for_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, :24] = 0
+    with pytest.raises(ValueError, match=r"24 of 48 channels of model.*layers.1.*are zero already, and 12 are to be"):
+        trainer(tmp_path, channels(), max_steps=5).fit(ToyLM(model), loader(32))
+
+
+def test_a_configuration_that_knows_no_width_is_warned_of(tmp_path: Path) -> None:
+    config = t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    with pytest.warns(UserWarning, match="BloomForCausalLM has no entry .* 96 channels wide"):
+        trainer(tmp_path, channels(), max_steps=6).fit(ToyLM(t.BloomForCausalLM(config)), loader(32))
+
+
+class Examined(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Relu(), Relu())
+        self.example_input_array = torch.randn(1, 8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(self.embed(batch["input_ids"])).square().mean()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_an_example_is_converted_as_batches_are(tmp_path: Path, precision: Any) -> None:
+    torch.manual_seed(0)
+    callback = channels(ignore=["re:up|down|head"])
+    trainer(tmp_path, callback, max_steps=5, precision=precision).fit(Examined(), loader(32))
+    assert len(callback.state_dict()["masks"]) == 10

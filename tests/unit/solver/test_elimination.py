@@ -64,10 +64,10 @@ def test_columns_that_can_not_be_told_apart_are_an_error():
 def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
     keep = torch.ones(6, 10, dtype=torch.bool)
     keep[:, [1, 4, 8]] = False
-    assert Channels(0.3).violations(keep) == Channels(0.3).violations(keep.T) == 0
+    assert Channels(0.3).violations(keep) == Channels(0.3, dim=0).violations(keep.T) == 0
     keep[2, 4] = True
     assert Channels(0.3).violations(keep) == 1
-    assert Channels(0.3).violations(keep.T) == 1
+    assert Channels(0.3, dim=0).violations(keep.T) == 1
 
 
 def test_coupled_outputs_choose_channels_by_what_they_do_together():
