@@ -56,6 +56,11 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "coupled rows": ({"pattern": "unstructured", "sparsity": 0.5, "output_weights": "full"}, {}),
     "a calibration set, coupled rows": (calibrated(pattern="2:4", output_weights="full"), {}),
     "columns": ({"pattern": "structured", "sparsity": 0.3, "outlier_fraction": 0.1}, {}),
+    "channels": ({"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}, {}),
+    "channels by coupled outputs": (
+        calibrated(pattern="channels", sparsity=0.25, multiple_of=4, output_weights="full"),
+        {},
+    ),
     "bf16": ({}, {"precision": "bf16-true"}),
 }
 
