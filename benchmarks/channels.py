@@ -140,7 +140,7 @@ def without_channels(
         masks[f"{name}.down_proj.weight"] = LayerMask.of(keep.expand(len(mlp.down_proj.weight), -1), pattern)
         for owned in ("gate_proj", "up_proj"):
             rows = keep.unsqueeze(1).expand(-1, mlp.gate_proj.in_features)
-            masks[f"{name}.{owned}.weight"] = LayerMask.of(rows, pattern)
+            masks[f"{name}.{owned}.weight"] = LayerMask.of(rows, Channels(gone / width, dim=0))
     smaller = shrink(model, masks, Path("."))
     config = type(model.config)(**{**smaller.config.to_dict(), "mlp_bias": method == "flap"})
     made = LlamaForCausalLM(config)  # with the buffers that no file holds

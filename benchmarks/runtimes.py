@@ -53,7 +53,7 @@ def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) 
         model: Any = load_pretrained(source, dtype)
         width = model.config.intermediate_size
         kept = round((1 - sparsity) * width / 64) * 64
-        pattern, masks = Channels(1 - kept / width), {}
+        masks = {}
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
                 keep_mask = torch.rand(width, generator=torch.Generator().manual_seed(number)).argsort() < kept
@@ -61,6 +61,7 @@ def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) 
                     weight = getattr(layer.mlp, part).weight
                     mask = keep_mask.expand_as(weight) if columns else keep_mask.unsqueeze(1).expand_as(weight)
                     weight.mul_(mask)
+                    pattern = Channels(1 - kept / width, dim=1 if columns else 0)
                     masks[f"model.layers.{number}.mlp.{part}.weight"] = LayerMask.of(mask, pattern)
             model.save_pretrained(folder / f"{sparsity:g}-masked")
             shrink(model, masks, folder).save_pretrained(folders[name])
