@@ -34,9 +34,9 @@ from typing import Any
 
 import recovery
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from machine import add_device, hardware, keep, multiply_bf16_in_fp32
-from recovery import DENSE, Continued, Curve, Task, batches, perplexity, prunable, validation_batches
+from recovery import DENSE, Continued, Curve, Task, batches, perplexity, prunable, quiet_trainer, validation_batches
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -206,19 +206,7 @@ def train(
     callbacks.append(curve)
     seed_everything(seed, verbose=False)
     module = CausalLM(model, learning_rate=rate, warmup=task.warmup, lr_schedule="cosine")
-    trainer = Trainer(
-        accelerator=device,
-        devices=1,
-        precision="bf16-mixed",
-        max_steps=task.steps,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir="runs/channels",
-    )
+    trainer = quiet_trainer(task, callbacks, Path("runs/channels"), device)
     begin = time.perf_counter()
     trainer.fit(module, Continued(batches(task, seed, task.steps), task.steps))
     seconds = time.perf_counter() - begin - curve.seconds

@@ -423,6 +423,23 @@ def lightning_pruning(model: nn.Module, final: float, epochs: int) -> ModelPruni
     )
 
 
+def quiet_trainer(task: Task, callbacks: list[Callback], root: Path, device: str) -> Trainer:
+    """The Trainer of all contenders."""
+    return Trainer(
+        accelerator=device,
+        devices=1,
+        precision="bf16-mixed",
+        max_steps=task.steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+    )
+
+
 def train(
     task: Task,
     contender: str,
@@ -488,19 +505,7 @@ def train(
     seed_everything(seed, verbose=False)
     training = {"warmup": task.warmup, "lr_schedule": "cosine", **({} if recipe is None else recipe.training)}
     module = CausalLM(model, learning_rate=rate, distillation=distillation, **training)
-    trainer = Trainer(
-        accelerator=device,
-        devices=1,
-        precision="bf16-mixed",
-        max_steps=task.steps,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=pruned,
-    )
+    trainer = quiet_trainer(task, callbacks, pruned, device)
     begin = time.perf_counter()
     trainer.fit(module, Continued(batches(task, seed, task.steps), per_epoch))
     seconds = time.perf_counter() - begin - curve.seconds

@@ -237,3 +237,18 @@ def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "48 channels became 36" in card
     assert "    pattern = Channels(sparsity=0.25)" in card
+
+
+def test_the_card_has_what_was_measured(trained: Path, tmp_path: Path) -> None:
+    def measure(content: dict[str, Any]) -> None:
+        report = content["callbacks"]["ThanosPruningCallback"]["report"]
+        report["summary"] |= {"metric": "val/perplexity", "dense": 12.5, "pruned": 40.25}
+        report["history"]["metrics"] = [(0, 12.5), (1, 40.25), (3, 20.5)]  # saved before the end
+
+    measured = change_checkpoint(trained, tmp_path / "measured.ckpt", measure)
+    export_checkpoint(measured, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| val/perplexity | |" in card
+    assert "| before pruning | 12.5 |" in card
+    assert "| right after the last event | 40.25 |" in card
+    assert "| last measured in the training | 20.5 |" in card
