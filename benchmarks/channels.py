@@ -20,13 +20,12 @@ block before the first step, on the same sequences, take them out, and train the
     flap        the smallest variance of the input of down times ‖W_:j‖²; a bias stands for the mean of what is taken
                 out (FLAP, arXiv 2312.11983)
     structured  `pattern: structured` of this package's solver on down: Wanda's score, and the kept columns make up
-    layers      no channels: as many whole decoder layers as have about as many weights, one after the other the one
-                without which the loss on 4,096 calibration tokens is lowest
+    layers      no channels: as many whole decoder layers as have about as many weights, by `drop_layers` on 4,096
+                tokens
 """
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,13 +35,13 @@ import recovery
 import torch
 from lightning.pytorch import Callback, seed_everything
 from machine import add_device, hardware, keep, multiply_bf16_in_fp32
-from recovery import DENSE, Continued, Curve, Task, batches, perplexity, prunable, quiet_trainer, validation_batches
+from recovery import DENSE, Continued, Curve, Task, batches, prunable, quiet_trainer, validation_batches
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback, drop_layers
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -149,33 +148,15 @@ def without_channels(
     return made
 
 
-@torch.no_grad()
 def without_layers(
     model: LlamaForCausalLM, sparsity: float, calibration: Iterable[Mapping[str, Tensor]]
-) -> LlamaForCausalLM:
-    """The model without decoder layers that have about as many weights as such channels, one by one the cheapest."""
-    layers = list(model.model.layers)
+) -> PreTrainedModel:
+    """The model without decoder layers that have about as many weights as such channels."""
+    layers: Any = model.model.layers
     width = model.config.intermediate_size
     of_channels = len(layers) * 3 * model.config.hidden_size * (width - kept_channels(sparsity, width))
     number = round(of_channels / sum(parameter.numel() for parameter in layers[0].parameters()))
-    held = list(calibration)[:_SCORED_BATCHES]
-    left = list(layers)
-    for _ in range(number):
-        losses = []
-        for layer in left:
-            take(model, [other for other in left if other is not layer])
-            losses.append(math.log(perplexity(model, held)))
-        left.pop(losses.index(min(losses)))
-    take(model, left)
-    return model
-
-
-def take(model: LlamaForCausalLM, layers: list[Any]) -> None:
-    """Give the model these decoder layers."""
-    model.model.layers = nn.ModuleList(layers)
-    model.config.num_hidden_layers = len(layers)
-    for number, layer in enumerate(layers):
-        layer.self_attn.layer_idx = number
+    return drop_layers(model, list(calibration)[:_SCORED_BATCHES], number).model
 
 
 # Training

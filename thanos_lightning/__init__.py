@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from thanos_lightning.callback import ThanosPruningCallback
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
+    from thanos_lightning.events.drop import drop_layers
     from thanos_lightning.events.permute import permute_channels
     from thanos_lightning.models.feedforward import FeedForward
     from thanos_lightning.plan.allocation import Allocation
@@ -25,6 +26,7 @@ _ROOMS = {
     "SparsitySchedule": "plan.schedule",
     "TargetOverride": "plan.overrides",
     "ThanosPruningCallback": "callback",
+    "drop_layers": "events.drop",
     "export_checkpoint": "checkpoints.export",
     "permute_channels": "events.permute",
     "verify_checkpoint": "checkpoints.verify",
@@ -39,6 +41,7 @@ __all__ = [
     "SparsitySchedule",
     "TargetOverride",
     "ThanosPruningCallback",
+    "drop_layers",
     "export_checkpoint",
     "permute_channels",
     "verify_checkpoint",

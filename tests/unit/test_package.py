@@ -25,6 +25,7 @@ def test_public_names() -> None:
         "SparsitySchedule",
         "TargetOverride",
         "ThanosPruningCallback",
+        "drop_layers",
         "export_checkpoint",
         "permute_channels",
         "verify_checkpoint",

@@ -37,7 +37,8 @@ def shrink(
     for name, mask in masks.items():
         state[name] = _without(state[name], mask)
     widths = min((kept.numel(), int(kept.count_nonzero())) for kept in map(_kept, masks.values()))
-    config = narrower(model, {name: value.shape for name, value in state.items()}, widths, path)
+    shapes = {name: value.shape for name, value in state.items()}
+    config = resized(architecture_of(model), model.config.to_dict(), shapes, widths, path)
     if config is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
@@ -51,29 +52,33 @@ def shrink(
     return smaller
 
 
-def narrower(
-    model: transformers.PreTrainedModel, shapes: Mapping[str, Sequence[int]], widths: tuple[int, int], path: Path
+def resized(
+    architecture: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    sizes: tuple[int, int],
+    path: Path,
 ) -> dict[str, Any] | None:
-    """Find the configuration of a model whose blocks are narrower, by trying; None if there is none.
+    """Find the configuration of a smaller model by trying; None if there is none.
 
-    What is tried is each entry that is as large as the width, and all of them together. The model that is built from
-    it has to have the shapes that are left.
+    What is tried is each entry that is the old size, and all of them together. The model that is built from it has to
+    have the shapes that are left.
 
     Args:
-        model: As it is.
+        architecture: The model's class in transformers.
+        config: Of the model as it is.
         shapes: Name of a parameter or buffer -> shape, of the smaller model.
-        widths: Number of channels in the model, and in the smaller one.
+        sizes: Number of channels or layers in the model, and in the smaller one.
         path: For messages.
     """
-    config: dict[str, Any] = model.config.to_dict()
-    entries = list(_entries(config, widths[0]))
+    entries = list(_entries(config, sizes[0]))
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     for tried in (*([entry] for entry in entries), entries):
-        changed = config
+        changed = dict(config)
         for entry in tried:
-            changed = _changed(changed, entry, widths[1])
+            changed = _changed(changed, entry, sizes[1])
         try:
-            smaller = build_model(architecture_of(model), changed, path)
+            smaller = build_model(architecture, changed, path)
         except Exception:  # another size, such as one that the number of heads has to divide
             continue
         if {name: tuple(value.shape) for name, value in smaller.state_dict().items()} == wanted:
@@ -101,15 +106,15 @@ def _without(value: Tensor, mask: LayerMask) -> Tensor:
     return value.index_select(1 - dim if mask.transposed else dim, _kept(mask).nonzero().squeeze(1))
 
 
-def _entries(config: Mapping[str, Any], width: int) -> Iterator[tuple[str, ...]]:
-    """Entries that are the width, or that could be: GPT-2's n_inner is None where it is four times another."""
+def _entries(config: Mapping[str, Any], size: int) -> Iterator[tuple[str, ...]]:
+    """Entries that are the size, or that could be: GPT-2's n_inner is None where it is four times another."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from ((name, *inner) for inner in _entries(value, width))
-        elif (value == width and not isinstance(value, bool)) or (value is None and "inner" in name):
+            yield from ((name, *inner) for inner in _entries(value, size))
+        elif (value == size and not isinstance(value, bool)) or (value is None and "inner" in name):
             yield (name,)
 
 
-def _changed(config: Mapping[str, Any], entry: tuple[str, ...], value: int) -> dict[str, Any]:
+def _changed(config: Mapping[str, Any], entry: tuple[str, ...], value: Any) -> dict[str, Any]:
     first, *inner = entry
     return {**config, first: _changed(config[first], tuple(inner), value) if inner else value}

@@ -1,4 +1,4 @@
-"""The commands that aren't LightningCLI's: recipes, verify, export, reshard, permute, plot."""
+"""The commands that aren't LightningCLI's: recipes, verify, export, reshard, permute, drop, plot."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from thanos_lightning.cli import shipped
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel
+
     from thanos_lightning.checkpoints.verify import TensorReport
     from thanos_lightning.events.permute import Reordered
 
@@ -86,19 +89,17 @@ def command_parser() -> argparse.ArgumentParser:
     text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less (needs scipy)"
     permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)
     permute.set_defaults(run=_permute)
-    permute.add_argument("model", help="hub name or folder, as for training")
-    permute.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
-    permute.add_argument("--text", required=True, nargs="+", help="to measure the channels on: TextData's dataset")
-    permute.add_argument("--text-column", metavar="NAME", help="of a hub data set (text)")
-    permute.add_argument("--dataset-config", metavar="NAME", help="of a hub data set")
-    permute.add_argument("--blocks", type=int, metavar="N", help="blocks of text to measure them on (256)")
-    permute.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (128)")
+    _add_model_and_text(permute, blocks=256)
     permute.add_argument("--pattern", help="the N:M that the model will be pruned to (2:4)")
     permute.add_argument("--targets", nargs="+", metavar="NAME", help="layers that will be pruned: globs or re:…")
     permute.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that won't (lm_head)")
     permute.add_argument("--memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
-    permute.add_argument("--dtype", help="of the written weights (float32)")
-    permute.add_argument("--device", help="such as cuda (cpu)")
+
+    text = "drop whole decoder layers, those that the loss on a text misses least: a shallower dense model"
+    drop = commands.add_parser("drop", help=text, description=text, argument_default=argparse.SUPPRESS)
+    drop.set_defaults(run=_drop)
+    _add_model_and_text(drop, blocks=32)
+    drop.add_argument("--layers", type=int, required=True, metavar="N", help="how many go")
 
     text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
@@ -106,6 +107,18 @@ def command_parser() -> argparse.ArgumentParser:
     plot.add_argument("report", help="the pruning_report.json of a training")
     plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
     return parser
+
+
+def _add_model_and_text(parser: argparse.ArgumentParser, *, blocks: int) -> None:
+    parser.add_argument("model", help="hub name or folder, as for training")
+    parser.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--text", required=True, nargs="+", help="to measure the model on: TextData's dataset")
+    parser.add_argument("--text-column", metavar="NAME", help="of a hub data set (text)")
+    parser.add_argument("--dataset-config", metavar="NAME", help="of a hub data set")
+    parser.add_argument("--blocks", type=int, metavar="N", help=f"blocks of text to measure it on ({blocks})")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (128)")
+    parser.add_argument("--dtype", help="of the written weights (float32)")
+    parser.add_argument("--device", help="such as cuda (cpu)")
 
 
 def _recipes(name: str | None) -> int:
@@ -142,31 +155,56 @@ def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
     return 0
 
 
-def _permute(
+def _permute(model: str, output: str, pattern: str = "2:4", blocks: int = 256, **options: Any) -> int:
+    from thanos_lightning.events.permute import permute_channels, require_nm
+    from thanos_lightning.solver.ordering import require_scipy
+
+    wanted = require_nm(pattern)
+    require_scipy()
+    of_search = {name: options.pop(name) for name in ("targets", "ignore", "memory_gib") if name in options}
+    loaded, batches = _model_and_text(model, output, blocks, **options)
+    reordered = permute_channels(loaded, batches, wanted, **of_search)
+    _save(loaded, model, output)
+    for kind, these in _by_kind(reordered).items():
+        before, now = (sum(getattr(f, share) for f in these) / len(these) for share in ("kept_before", "kept"))
+        sys.stdout.write(f"{kind}: the pattern keeps {now:.2%} of what the weights are worth, {before:.2%} before\n")
+    sys.stdout.write(f"{output}: train and prune this one; it computes what {model} does\n")
+    return 0
+
+
+def _drop(model: str, output: str, layers: int, blocks: int = 32, **options: Any) -> int:
+    from thanos_lightning.events.drop import drop_layers
+
+    loaded, batches = _model_and_text(model, output, blocks, **options)
+    dropped = drop_layers(loaded, batches, layers)
+    _save(dropped.model, model, output)
+    sys.stdout.write(f"the loss on the text was {dropped.losses[0]:.3f}\n")
+    for layer, loss in zip(dropped.layers, dropped.losses[1:], strict=True):
+        sys.stdout.write(f"{loss:.3f} without layer {layer}, too\n")
+    sys.stdout.write(f"{output}: train this one, so that it recovers\n")
+    return 0
+
+
+def _model_and_text(
     model: str,
     output: str,
+    blocks: int,
+    *,
     text: list[str],
-    pattern: str = "2:4",
-    blocks: int = 256,
     dtype: str = "float32",
     device: str = "cpu",
     block_size: int = 128,
     text_column: str = "text",
     dataset_config: str | None = None,
-    **options: Any,
-) -> int:
-    from thanos_lightning.checkpoints.folders import require_free, whole_folder
-    from thanos_lightning.events.permute import permute_channels, require_nm
+) -> tuple[PreTrainedModel, DataLoader[Any]]:
+    """Load both, once it is known that `output` can be written."""
+    from thanos_lightning.checkpoints.folders import require_free
     from thanos_lightning.lm import TextData
-    from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
-    from thanos_lightning.solver.ordering import require_scipy
+    from thanos_lightning.lm.pretrained import load_pretrained
 
-    wanted = require_nm(pattern)
-    require_scipy()
     if blocks < 1:
         raise ValueError(f"--blocks is {blocks}: give at least 1, and better some hundred")
-    free = Path(output).resolve()
-    require_free(free)
+    require_free(Path(output).resolve())
     data = TextData(
         text[0] if len(text) == 1 else text,
         model,
@@ -182,15 +220,17 @@ def _permute(
     except (AssertionError, RuntimeError) as error:  # torch has no such device
         raise ValueError(f"device {device!r} can't be used ({str(error).splitlines()[0]}): leave it out") from error
     data.setup("fit")
-    reordered = permute_channels(loaded, data.calibration_dataloader(), wanted, **options)
-    with whole_folder(free) as folder:
-        loaded.save_pretrained(folder)
-        load_tokenizer(model).save_pretrained(folder)
-    for kind, these in _by_kind(reordered).items():
-        before, now = (sum(getattr(f, share) for f in these) / len(these) for share in ("kept_before", "kept"))
-        sys.stdout.write(f"{kind}: the pattern keeps {now:.2%} of what the weights are worth, {before:.2%} before\n")
-    sys.stdout.write(f"{output}: train and prune this one; it computes what {model} does\n")
-    return 0
+    return loaded, data.calibration_dataloader()
+
+
+def _save(model: PreTrainedModel, source: str, output: str) -> None:
+    """Write the folder, with the tokenizer of the model that it was made of."""
+    from thanos_lightning.checkpoints.folders import whole_folder
+    from thanos_lightning.lm.pretrained import load_tokenizer
+
+    with whole_folder(Path(output).resolve()) as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
 
 
 def _by_kind(reordered: Sequence[Reordered]) -> dict[str, list[Reordered]]:

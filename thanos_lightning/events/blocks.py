@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thanos_lightning.calibration.tiny_input import tiny_run
-from thanos_lightning.checkpoints.shrink import narrower
+from thanos_lightning.checkpoints.format import architecture_of
+from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, kind_of
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
 from thanos_lightning.solver import Channels, Pattern
@@ -189,7 +190,8 @@ def _warn_if_fixed(module: LightningModule, taken: Taken) -> None:
                     shape = shapes[part.parameter_name.removeprefix(prefix)]
                     dim = (part.name == name) != part.transposed
                     shape[dim] = shape[dim] // widths[0] * widths[1]
-        if narrower(models[home], shapes, widths, Path(home or type(module).__name__)) is None:
+        model, path = models[home], Path(home or type(module).__name__)
+        if resized(architecture_of(model), model.config.to_dict(), shapes, widths, path) is None:
             rank_zero_warn(
                 f"the configuration of {type(models[home]).__name__} has no entry that makes its feed-forward blocks "
                 f"{widths[1]} channels wide: an export has to keep its shape (--keep-shape), and be no faster"

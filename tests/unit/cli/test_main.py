@@ -139,7 +139,7 @@ def test_help_lists_all_commands(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "verify", "export", "permute"):
+    for command in ("fit", "validate", "test", "predict", "verify", "export", "permute", "drop"):
         assert f"\n    {command} " in shown
 
 
@@ -461,6 +461,29 @@ def test_permute(tiny, text_files, tmp_path, monkeypatch, capsys):
     assert "device 'xpu:7' can't be used" in capsys.readouterr().err
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_drop(tiny, text_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    out = tmp_path / "shallower"
+    arguments = ["drop", tiny, str(out), "--layers", "1", "--text", text_files, "--block-size", "8", "--blocks", "20"]
+    assert main(arguments) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"the loss on the text was \d\.\d{3}", first)
+    assert re.fullmatch(r"\d\.\d{3} without layer [01], too", second)
+    assert last == f"{out}: train this one, so that it recovers"
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 1
+    assert (
+        AutoTokenizer.from_pretrained(out)("the cat").input_ids
+        == AutoTokenizer.from_pretrained(tiny)("the cat").input_ids
+    )
+
+    assert main(arguments) == 2
+    assert "shallower exists already: give another folder, or remove it first" in capsys.readouterr().err
+    for layers in ("0", "2"):
+        assert main(["drop", tiny, str(tmp_path / "b"), "--layers", layers, *arguments[5:]]) == 2
+        assert f"{layers} of the 2 layers can't be dropped: give 1 to 1" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
