@@ -97,6 +97,18 @@ def test_the_cheapest_layers_go_and_the_folder_loads(tmp_path: Path, name: str) 
     assert len(model.get_submodule(stack)) == 4  # type: ignore[arg-type]
 
 
+def test_a_layer_takes_its_kind_along() -> None:
+    model: Any = spread(MODELS["gemma2, every other layer with a window"]())
+    first = model.model.layers[0]
+    with torch.no_grad():
+        for adds in (first.self_attn.o_proj, first.mlp.down_proj):
+            adds.weight.zero_()  # nothing, so that it is the cheapest
+    found = drop_layers(model, batches(), 1)
+    assert found.layers == [0]
+    assert found.losses[1] == pytest.approx(found.losses[0], rel=1e-5)
+    assert found.model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+
+
 def test_only_what_counts_is_measured() -> None:
     model = spread(tiny_llama(num_hidden_layers=3))
     mask = torch.ones(2, 12, dtype=torch.long)
