@@ -78,6 +78,35 @@ reference.
     python benchmarks/one_shot.py --pattern unstructured
 
 """
+CHANNELS = """# Fewer channels, fewer layers
+
+<!-- Written by benchmarks/tables.py: change that, and run it. -->
+
+A smaller dense model, by what was taken out of it. SmolLM2-135M is trained on 204,800 tokens of Python's documentation,
+as [here](recovery.md), with one order of the text. "Before" is the perplexity of the smaller model before its training;
+then come those at the end, by learning rate. Fine-tuned whole, the model ends at {dense:.2f}.
+
+    python benchmarks/channels.py --text pydocs --validation-split validation --contenders once flap
+
+"once" and "four events" are `pattern: channels` with its defaults: before the first step on 32,768 calibration tokens,
+and at 10, 20, 30 and 40 % of the training. All others choose before the first step on the same tokens, and train the
+smaller model; the [benchmark's head](../../benchmarks/channels.py) says how. "layers" drops whole decoder layers that
+have about as many weights (`thanos-lightning drop`).
+"""
+WIDTH = """
+## {sparsity:.0%} of the channels
+
+"""
+SPEED = """
+## Speed
+
+Over the dense model, in one run on {threads} threads of an {cpu}: a prompt of 512 tokens (prefill), and 64 tokens
+after a prompt of 16, for 1 and 8 sequences. "Promised" is what the weights in matrices promise. In brackets are the
+dense model's tokens per second.
+
+    python benchmarks/runtimes.py --runtimes transformers openvino  # its head says what to install
+
+"""
 
 
 def kept(folder: str) -> list[dict[str, Any]]:
@@ -149,9 +178,58 @@ def by_training() -> str:
     return HEAD + long + SHORT + by_choice(kept("recovery-options"))
 
 
+def by_width() -> str:
+    """The page of channels.py and runtimes.py."""
+    runs = kept("channels")
+    rates = sorted({run["rate"] for run in runs})
+    dense = min(run["perplexity"] for run in kept("recovery") if run["contender"] == DENSE)
+    page = CHANNELS.format(dense=dense)
+    for sparsity in sorted({run["sparsity"] for run in runs}):
+        found: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
+        for run in runs:
+            if run["sparsity"] == sparsity:
+                found[run["contender"]][run["rate"]] = run
+        rows = []
+        for name, tried in found.items():
+            best = min(run["perplexity"] for run in tried.values())
+            ends = [tried[rate]["perplexity"] if rate in tried else None for rate in rates]
+            cells = ["" if end is None else f"**{end:.2f}**" if end == best else f"{end:.2f}" for end in ends]
+            one = next(iter(tried.values()))
+            before = "" if one["before"] is None else f"{one['before']:,.2f}"
+            rows.append((best, [name, f"{one['size']:.1%}", before, *cells]))
+        ordered = (row for _, row in sorted(rows, key=lambda found: -found[0]))
+        page += WIDTH.format(sparsity=sparsity)
+        page += table(["", "weights", "before", *(f"{rate:g}" for rate in rates)], ordered)
+    return page + by_runtime()
+
+
+def by_runtime() -> str:
+    """How much faster the smaller models are."""
+    text = ""
+    for path in sorted(KEPT.glob("runtimes-*.json")):
+        measured = json.loads(path.read_text())
+        text = text or SPEED.format(**measured["hardware"])
+        what = list(measured["results"][0]["ratios"])
+        dense = {
+            line["runtime"]: line["tokens_per_second"] for line in measured["results"] if line["channels"] == "dense"
+        }
+        rows = []
+        for line in measured["results"]:
+            sizes = [f"{line[name] / 2**20:,.0f}" for name in ("file_bytes", "peak_bytes")]
+            ratios = (
+                f"({dense[line['runtime']][one]:,.1f})" if line["channels"] == "dense" else f"{line['ratios'][one]:.2f}"
+                for one in what
+            )
+            promised = "" if line["channels"] == "dense" else f"{line['promised']:.2f}"
+            rows.append([f"{line['runtime']}, {line['channels']}", promised, *ratios, *sizes])
+        head = [f"{measured['model']}, {measured['dtype']}", "promised", *what, "file, MiB", "peak, MiB"]
+        text += table(head, rows) + "\n"
+    return text.removesuffix("\n")
+
+
 def pages() -> dict[str, str]:
     """The texts, by the names of the files."""
-    return {"recovery.md": by_training(), "layers.md": by_layer()}
+    return {"recovery.md": by_training(), "layers.md": by_layer(), "channels.md": by_width()}
 
 
 if __name__ == "__main__":

@@ -103,13 +103,13 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
 
 
 def _stack(model: PreTrainedModel) -> str:
-    """The name of the one list of layers whose length the configuration gives."""
+    """The name of the one list of layers whose length the configuration gives, and which is in no other one."""
     sizes = set(_leaves(model.config.to_dict()))
-    found: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) in sizes and len({type(layer) for layer in module}) == 1
-    ]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) in sizes and len({type(layer) for layer in module}) == 1:
+            if not any(name.startswith(f"{outer}.") for outer in found):  # such as the experts of a layer
+                found.append(name)
     if len(found) != 1 or not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} is no causal language model with one stack of layers that its configuration "

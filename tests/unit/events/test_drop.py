@@ -122,6 +122,14 @@ def test_only_what_counts_is_measured() -> None:
         assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
+def test_a_list_within_a_layer_is_no_stack() -> None:
+    model = spread(MODELS["gpt-neox"]())
+    expected = drop_layers(model, batches(), 1).layers
+    for layer in model.gpt_neox.layers:
+        layer.attention.experts = nn.ModuleList(nn.Identity() for _ in range(4))
+    assert drop_layers(model, batches(), 1).layers == expected
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_stay(training: bool) -> None:
     model = tiny_llama(num_hidden_layers=3).train(training)
