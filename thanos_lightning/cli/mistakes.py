@@ -40,6 +40,11 @@ def users_mistake(error: BaseException) -> str | None:
         if isinstance(current, OSError) and current.errno in _OF_THE_MACHINE:
             where = "" if current.filename is None else f"{os.fspath(current.filename)}: "
             return f"{where}{os.strerror(current.errno).lower()}: {_OF_THE_MACHINE[current.errno]}"
+        mark = getattr(current, "problem_mark", None)  # of a YAMLError
+        if mark is not None and mark.buffer is not None:
+            text = " ".join(mark.buffer.rstrip("\0").split())
+            mend = "put names that begin with * in quotes" if "*" in text else "close each bracket and quote"
+            return f"{text} is no YAML: {getattr(current, 'problem', current)}; {mend}"
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return None
 

@@ -107,9 +107,10 @@ def _stack(model: PreTrainedModel) -> str:
     sizes = set(_leaves(model.config.to_dict()))
     found: list[str] = []
     for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found):  # such as the experts of a layer
+            continue
         if isinstance(module, nn.ModuleList) and len(module) in sizes and len({type(layer) for layer in module}) == 1:
-            if not any(name.startswith(f"{outer}.") for outer in found):  # such as the experts of a layer
-                found.append(name)
+            found.append(name)
     if len(found) != 1 or not model.can_generate():
         raise ValueError(
             f"{type(model).__name__} is no causal language model with one stack of layers that its configuration "
