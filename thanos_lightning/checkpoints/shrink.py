@@ -61,8 +61,8 @@ def resized(
 ) -> dict[str, Any] | None:
     """Find the configuration of a smaller model by trying; None if there is none.
 
-    What is tried is each entry that is the old size, and all of them together. The model that is built from it has to
-    have the shapes that are left.
+    What is tried is each entry that is the old size, or None where its name says inner, and all of them together. The
+    model that is built from it has to have the shapes that are left.
 
     Args:
         architecture: The model's class in transformers.

@@ -177,10 +177,11 @@ def _drop(model: str, output: str, layers: int, blocks: int = 32, **options: Any
 
     loaded, batches = _model_and_text(model, output, blocks, **options)
     dropped = drop_layers(loaded, batches, layers)
+    sys.stdout.write(f"loss on the text: {dropped.losses[0]:.3f} with all layers, which count from 0\n")
+    for number, loss in enumerate(dropped.losses[1:], 1):
+        these = ", ".join(map(str, dropped.layers[:number]))
+        sys.stdout.write(f"{loss:.3f} without layer{'s' if number > 1 else ''} {these}\n")
     _save(dropped.model, model, output)
-    sys.stdout.write(f"the loss on the text was {dropped.losses[0]:.3f}\n")
-    for layer, loss in zip(dropped.layers, dropped.losses[1:], strict=True):
-        sys.stdout.write(f"{loss:.3f} without layer {layer}, too\n")
     sys.stdout.write(f"{output}: train this one, so that it recovers\n")
     return 0
 
@@ -203,7 +204,7 @@ def _model_and_text(
     from thanos_lightning.lm.pretrained import load_pretrained
 
     if blocks < 1:
-        raise ValueError(f"--blocks is {blocks}: give at least 1, and better some hundred")
+        raise ValueError(f"--blocks is {blocks}: give at least 1")
     require_free(Path(output).resolve())
     data = TextData(
         text[0] if len(text) == 1 else text,
@@ -219,6 +220,9 @@ def _model_and_text(
         loaded = loaded.to(device)
     except (AssertionError, RuntimeError) as error:  # torch has no such device
         raise ValueError(f"device {device!r} can't be used ({str(error).splitlines()[0]}): leave it out") from error
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise ValueError(f"--block-size is {block_size}, but {model} has {positions} positions: give at most as many")
     data.setup("fit")
     return loaded, data.calibration_dataloader()
 

@@ -43,8 +43,10 @@ def users_mistake(error: BaseException) -> str | None:
         mark = getattr(current, "problem_mark", None)  # of a YAMLError
         if mark is not None and mark.buffer is not None:
             text = " ".join(mark.buffer.rstrip("\0").split())
-            mend = "put names that begin with * in quotes" if "*" in text else "close each bracket and quote"
-            return f"{text} is no YAML: {getattr(current, 'problem', current)}; {mend}"
+            problem = str(getattr(current, "problem", current))
+            is_alias = "alphabetic or numeric" in problem or "alias" in problem
+            mend = "put names that begin with * in quotes" if is_alias else "close each bracket and quote"
+            return f"{text} is no YAML: {problem}; {mend}"
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,10 @@ from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.models.targets import refuse_compiled
 from thanos_lightning.report.progress import open_phase
 
-# Largest error of the logits over their norm: for float32 and float64, and for narrower dtypes. Rounding errs by less.
-_TOLERANCE, _TOLERANCE_OF_HALVES = 1e-4, 0.1
+# Largest error of the logits over their norm: for float32 and float64, and for narrower dtypes. Both models have the
+# same layers and kernels, so on a CPU not even rounding differs.
+_TOLERANCE, _TOLERANCE_OF_HALVES = 1e-4, 1e-2
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Dropped:
     """A model without some of its decoder layers.
 
     Attributes:
-        model: The smaller model. It shares its weights with the one that it was made of.
-        layers: Numbers of the layers that went, counted in the first model, in the order in which they went.
+        model: The smaller model. It shares its weights with the one that it was made of: training one changes both.
+        layers: Numbers of the layers that went, counted from 0 in the first model, in the order in which they went.
         losses: Mean loss for each predicted token: of the whole model, then after each layer that went.
     """
 
@@ -43,8 +47,9 @@ class Dropped:
 def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], number: int) -> Dropped:
     """Drop decoder layers one after the other, each time the one without which the loss on the batches is lowest.
 
-    The smaller model is built from a configuration with fewer layers, and checked: it computes what the model computes
-    if these layers pass on what they get.
+    A layer stays if the configuration can't describe the model without it, such as the one dense layer of some mixtures
+    of experts. The smaller model is built from its configuration, and checked: it computes what the model computes if
+    the dropped layers pass on what they get.
 
     Args:
         model: A causal LM, in any floating dtype, on one device. It keeps its layers.
@@ -55,8 +60,8 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
 
     Raises:
         ValueError: If so many layers can't go, if the model has no stack of layers that its configuration counts, or
-            more than one, or if there is nothing to predict in the batches.
-        RuntimeError: If the smaller model computes something else.
+            more than one, if there is nothing to predict in the batches, or their loss is not finite, or if the smaller
+            model computes something else.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,14 +82,23 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
         model.eval()
         gone: list[int] = []
         losses = [_loss(model, batches)]
+        if not math.isfinite(losses[0]):
+            raise ValueError(f"the loss on the batches is {losses[0]}: load the model in another dtype")
         choices = sum(len(layers) - before for before in range(number))
         with open_phase("Searching for layers", choices, "choices") as phase:
             for _ in range(number):
                 found: dict[int, float] = {}
                 for tried in (other for other in range(len(layers)) if other not in gone):
-                    with _passing_on([layers[index] for index in (*gone, tried)]):
-                        found[tried] = _loss(model, batches)
+                    if _configuration(model, stack, (*gone, tried)) is not None:
+                        with _passing_on([layers[index] for index in (*gone, tried)]):
+                            loss = _loss(model, batches)
+                        found[tried] = loss if math.isfinite(loss) else math.inf
                     phase.advance()
+                if not found:
+                    raise ValueError(
+                        f"no configuration of {architecture_of(model)} describes it with "
+                        f"{len(layers) - len(gone) - 1} of its {len(layers)} layers: drop {len(gone) or 'none'}"
+                    )
                 gone.append(min(found, key=found.__getitem__))
                 losses.append(found[gone[-1]])
         smaller = _without(model, stack, gone)
@@ -95,9 +109,10 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
         for module, mode in modes:
             module.training = mode
     if not error <= (_TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALVES):
-        raise RuntimeError(
-            f"without layers {', '.join(map(str, gone))} the {type(model).__name__} computes other logits than if "
-            f"they pass on what they get, by {error:.1e} of their norm: its layers depend on their number, keep them"
+        raise ValueError(
+            f"what a layer of {architecture_of(model)} computes depends on where it is: built from its configuration "
+            f"without layer(s) {', '.join(map(str, gone))}, it computes other logits than if these pass on what they "
+            f"get ({error:.1%} of their norm). Don't drop layers of this model"
         )
     return Dropped(smaller.train(model.training), gone, losses)
 
@@ -111,12 +126,15 @@ def _stack(model: PreTrainedModel) -> str:
             continue
         if isinstance(module, nn.ModuleList) and len(module) in sizes and len({type(layer) for layer in module}) == 1:
             found.append(name)
-    if len(found) != 1 or not model.can_generate():
-        raise ValueError(
-            f"{type(model).__name__} is no causal language model with one stack of layers that its configuration "
-            f"counts (it has {', '.join(found) or 'none'}): prune it in another way"
-        )
-    return found[0]
+    if len(found) == 1 and model.can_generate():
+        return found[0]
+    if not model.can_generate():
+        why = "is no causal language model"
+    elif found:
+        why = f"has {len(found)} stacks of layers ({', '.join(found)})"
+    else:
+        why = "has no stack of layers of one kind whose number is in its configuration"
+    raise ValueError(f"{architecture_of(model)} {why}, and no layer can be dropped: prune it in another way")
 
 
 @contextmanager
@@ -135,34 +153,42 @@ def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+def _kept(model: PreTrainedModel, stack: str, gone: Collection[int]) -> list[int]:
+    size = len(list(model.get_submodule(stack).children()))
+    return [index for index in range(size) if index not in gone]
+
+
+def _configuration(model: PreTrainedModel, stack: str, gone: Collection[int]) -> dict[str, Any] | None:
+    """The configuration of the model that is left; None if there is none."""
+    kept = _kept(model, stack, gone)
+    size = len(kept) + len(gone)
+    shapes = {name: value.shape for name, value in _renumbered(model.state_dict(), stack, kept).items()}
+    whole = _filtered(model.config.to_dict(), size, kept)
+    return resized(architecture_of(model), whole, shapes, (size, len(kept)), Path(architecture_of(model)))
+
+
 def _without(model: PreTrainedModel, stack: str, gone: Collection[int]) -> PreTrainedModel:
     """Build the model that is left, on the same weights."""
-    size = len(list(model.get_submodule(stack).children()))
-    kept = [index for index in range(size) if index not in gone]
-    state = _renumbered(model.state_dict(), stack, kept)
-    shapes = {name: value.shape for name, value in state.items()}
-    whole = _filtered(model.config.to_dict(), size, kept)
-    config = resized(architecture_of(model), whole, shapes, (size, len(kept)), Path(type(model).__name__))
-    if config is None:
-        raise ValueError(
-            f"no entry of the configuration of {type(model).__name__} makes it {len(kept)} layers deep instead of "
-            f"{size}: prune it in another way"
-        )
-    smaller = build_model(architecture_of(model), config, Path(type(model).__name__))
-    smaller.load_state_dict(state, assign=True)
+    kept = _kept(model, stack, gone)
+    smaller = build_model(architecture_of(model), _configuration(model, stack, gone), Path(architecture_of(model)))
+    smaller.load_state_dict(_renumbered(model.state_dict(), stack, kept), assign=True)
     for name, value in _renumbered(dict(model.named_buffers()), stack, kept).items():  # also those that no file holds
         home, _, own = name.rpartition(".")
         smaller.get_submodule(home)._buffers[own] = value
     smaller.tie_weights()
-    smaller.generation_config = model.generation_config
+    smaller.set_attn_implementation(model.config._attn_implementation)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, is_trained in _renumbered(trained, stack, kept).items():
+        smaller.get_parameter(name).requires_grad_(is_trained)
+    smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.eval()
 
 
-def _renumbered(tensors: Mapping[str, Tensor], stack: str, kept: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors without those of layers that went, by their new names."""
+def _renumbered(values: Mapping[str, _Value], stack: str, kept: Sequence[int]) -> dict[str, _Value]:
+    """The values by name, without those of layers that went, by their new names."""
     new = {old: index for index, old in enumerate(kept)}
-    renumbered: dict[str, Tensor] = {}
-    for name, value in tensors.items():
+    renumbered: dict[str, _Value] = {}
+    for name, value in values.items():
         if not name.startswith(f"{stack}."):
             renumbered[name] = value
             continue
@@ -173,12 +199,15 @@ def _renumbered(tensors: Mapping[str, Tensor], stack: str, kept: Sequence[int]) 
 
 
 def _filtered(config: Mapping[str, Any], size: int, kept: Sequence[int]) -> dict[str, Any]:
-    """The configuration with what its lists say of the layers that are kept, such as each layer's kind."""
+    """The configuration with what its lists say of the layers that are kept, such as each layer's kind.
+
+    Lists of another kind may be as long: several tokens that end a text, factors of a rotary embedding.
+    """
     filtered: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not str(name).startswith("rope_"):
             filtered[name] = _filtered(value, size, kept)
-        elif isinstance(value, (list, tuple)) and len(value) == size:
+        elif isinstance(value, (list, tuple)) and len(value) == size and not str(name).endswith("_token_id"):
             filtered[name] = [value[index] for index in kept]
         else:
             filtered[name] = value
@@ -202,7 +231,8 @@ def _loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float
     for batch in batches:
         logits = _logits(model, batch)
         counted = counted_predictions(batch, logits)
-        following = torch.roll(batch.get("labels", batch["input_ids"]), -1, dims=1).to(logits.device)
+        following = batch["labels"] if "labels" in batch else batch["input_ids"]
+        following = torch.roll(following, -1, dims=1).to(logits.device)
         for of_chunk, labels in zip(
             torch.split(logits[counted], TOKENS_PER_CHUNK),
             torch.split(following[counted], TOKENS_PER_CHUNK),

@@ -325,6 +325,6 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"module {name or type(module).__name__!r} is compiled (torch.compile): the statistics of its layers "
-                "can't be collected. Prune the model uncompiled, and compile the exported one"
+                f"module {name or type(module).__name__!r} is compiled (torch.compile): hooks on its layers would "
+                "not be called. Prune the model uncompiled, and compile the exported one"
             )

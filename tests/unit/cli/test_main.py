@@ -470,8 +470,8 @@ def test_drop(tiny, text_files, tmp_path, monkeypatch, capsys):
     arguments = ["drop", tiny, str(out), "--layers", "1", "--text", text_files, "--block-size", "8", "--blocks", "20"]
     assert main(arguments) == 0
     first, second, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"the loss on the text was \d\.\d{3}", first)
-    assert re.fullmatch(r"\d\.\d{3} without layer [01], too", second)
+    assert re.fullmatch(r"loss on the text: \d\.\d{3} with all layers, which count from 0", first)
+    assert re.fullmatch(r"\d\.\d{3} without layer [01]", second)
     assert last == f"{out}: train this one, so that it recovers"
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 1
     assert (
@@ -484,6 +484,8 @@ def test_drop(tiny, text_files, tmp_path, monkeypatch, capsys):
     for layers in ("0", "2"):
         assert main(["drop", tiny, str(tmp_path / "b"), "--layers", layers, *arguments[5:]]) == 2
         assert f"{layers} of the 2 layers can't be dropped: give 1 to 1" in capsys.readouterr().err
+    assert main([*arguments[:2], str(tmp_path / "b"), *arguments[3:-3], "99999", "--blocks", "1"]) == 2
+    assert re.search(r"--block-size is 99999, but .* has \d+ positions: give at most as many", capsys.readouterr().err)
     assert not (tmp_path / "b").exists()
 
 

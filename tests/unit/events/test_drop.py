@@ -158,15 +158,77 @@ def test_models_without_a_stack_of_their_own() -> None:
             max_position_embeddings=64,
         )
     )
-    for model, stacks in ((bert, "bert.encoder.layer"), (bart, "model.encoder.layers, model.decoder.layers")):
-        with pytest.raises(ValueError, match=rf"counts \(it has {stacks}\): prune it in another way"):
+    of_two_kinds = MODELS["llama"]()
+    of_two_kinds.model.layers[1] = nn.Identity()
+    for model, why in (
+        (bert, "BertForMaskedLM is no causal language model"),
+        (bart, r"has 2 stacks of layers \(model.encoder.layers, model.decoder.layers\)"),
+        (of_two_kinds, "has no stack of layers of one kind whose number is in its configuration"),
+    ):
+        with pytest.raises(ValueError, match=rf"{why}, and no layer can be dropped: prune it in another way$"):
             drop_layers(model, batches(), 1)
 
 
-def test_layers_that_depend_on_their_number() -> None:
-    model = spread(gpt2(scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(RuntimeError, match="its layers depend on their number, keep them"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_depend_on_where_they_are(dtype: torch.dtype) -> None:
+    model = spread(gpt2(scale_attn_by_inverse_layer_idx=True)).to(dtype)
+    with pytest.raises(ValueError, match=r"depends on where it is: .* \(\d+\.\d% of their norm\)\. Don't drop layers"):
         drop_layers(model, batches(), 2)
+
+
+def test_a_layer_that_no_configuration_can_miss_stays() -> None:
+    sizes = {**GROUPED, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
+    model: Any = spread(t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**sizes, mlp_only_layers=[0])))
+    with torch.no_grad():
+        for adds in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            adds.weight.zero_()  # it would be the cheapest
+    found = drop_layers(model, batches(), 2)
+    assert 0 not in found.layers
+    assert found.model.config.num_hidden_layers == 2
+    with pytest.raises(ValueError, match=r"^no configuration of \w+ describes it with 3 of its 4 layers: drop none$"):
+        drop_layers(subclass_of_llama(), batches(), 1)
+
+
+def subclass_of_llama() -> t.PreTrainedModel:
+    """Which transformers does not have under its name."""
+
+    class Own(t.LlamaForCausalLM):
+        pass
+
+    return Own(t.LlamaConfig(**GROUPED))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_configuration_does_not_hold_stays(dtype: torch.dtype) -> None:
+    model = tiny_llama(num_hidden_layers=3).to(dtype)
+    model.set_attn_implementation("eager")
+    model.config.eos_token_id = [2, 3, 4]  # as many as layers
+    model.get_input_embeddings().weight.requires_grad_(False)
+    smaller = drop_layers(model, batches(), 1).model
+    assert smaller.config._attn_implementation == "eager"
+    assert smaller.config.eos_token_id == [2, 3, 4]
+    frozen = [name for name, parameter in smaller.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+    assert {parameter.dtype for parameter in smaller.parameters()} == {dtype}
+    assert smaller.generation_config is not model.generation_config
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    model: Any = spread(MODELS["llama"]())
+    embedded: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, __, output: embedded.append(output))
+
+    def fail(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0] * torch.nan,) if torch.equal(args[0], embedded[-1]) else args
+
+    model.model.layers[1].register_forward_pre_hook(fail)  # only where the first layer is left out
+    found = drop_layers(model, batches(), 1)
+    assert found.layers != [0]
+    assert all(map(math.isfinite, found.losses))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"^the loss on the batches is nan: load the model in another dtype$"):
+        drop_layers(model, batches(), 1)
 
 
 @pytest.mark.parametrize("nothing", [[], batches(labels=torch.full((2, 12), -100))])
