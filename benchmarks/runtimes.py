@@ -3,6 +3,13 @@
     python benchmarks/runtimes.py
     pip install 'optimum-intel[openvino]' && python benchmarks/runtimes.py --runtimes transformers openvino
 
+A larger model, of random weights, with --model llama-3.2-1b-shape --dtype bfloat16 --repeats 3, once this has made it:
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    config = LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True)
+    LlamaForCausalLM(config).bfloat16().save_pretrained("llama-3.2-1b-shape")
+
 (optimum-intel wants a transformers of its own, so give it an environment of its own, too.) The smaller models are made
 of the dense one by `export`'s own code; which channels they lose changes no time. Each is saved and loaded as a user
 would do it. Dense and smaller models take turns, and each time is the median of --repeats. Tokens per second are of a
@@ -16,7 +23,6 @@ Peak memory is of a process that loads the model and generates once.
 
 import argparse
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -152,7 +158,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.peak is not None:
         generated(load(arguments.peak[0], Path(arguments.peak[1])), 1, 8)
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # not ru_maxrss, which begins with what the parent has
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
         return
     folders = save_models(arguments.model, arguments.dtype, arguments.sparsities, arguments.folder)
     weights = {name: matrices(folder) for name, folder in folders.items()}

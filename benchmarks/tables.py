@@ -78,7 +78,7 @@ reference.
     python benchmarks/one_shot.py --pattern unstructured
 
 """
-CHANNELS = """# Fewer channels, fewer layers
+CHANNELS = """# Fewer channels
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
@@ -90,8 +90,7 @@ then come those at the end, by learning rate. Fine-tuned whole, the model ends a
 
 "once" and "four events" are `pattern: channels` with its defaults: before the first step on 32,768 calibration tokens,
 and at 10, 20, 30 and 40 % of the training. All others choose before the first step on the same tokens, and train the
-smaller model; the [benchmark's head](../../benchmarks/channels.py) says how. "layers" drops whole decoder layers that
-have about as many weights (`thanos-lightning drop`).
+smaller model; the benchmark's head says how. What has no number was not run.
 """
 WIDTH = """
 ## {sparsity:.0%} of the channels
@@ -102,6 +101,8 @@ SPEED = """
 
 Over the dense model, in one run: a prompt of 512 tokens (prefill), and 64 tokens after a prompt of 16, for 1 and 8
 sequences. "Promised" is what the weights in matrices promise. In brackets are the dense model's tokens per second.
+"llama-3.2-1b-shape" has the sizes of Llama 3.2 1B and random weights, so that a token takes long enough for the
+program's own work to matter less; its ratios are of three repeats, and vary by some per cent.
 
     python benchmarks/runtimes.py --runtimes transformers openvino  # its head says what to install
 """
