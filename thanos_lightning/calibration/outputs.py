@@ -110,7 +110,7 @@ class OutputGradients:
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self._leaf is not None and torch.is_grad_enabled():
-            output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call]
+            output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call, unused-ignore]
         # Activation checkpointing runs two forwards and differentiates one. A hook on the other's output never fires.
         if output.requires_grad:
             output.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
