@@ -156,7 +156,9 @@ def without_layers(
     width = model.config.intermediate_size
     of_channels = len(layers) * 3 * model.config.hidden_size * (width - kept_channels(sparsity, width))
     number = round(of_channels / sum(parameter.numel() for parameter in layers[0].parameters()))
-    return drop_layers(model, list(calibration)[:_SCORED_BATCHES], number).model
+    few = list(calibration)[:_SCORED_BATCHES]
+    with torch.autocast(model.device.type, torch.bfloat16):  # as it is trained
+        return drop_layers(model, few, number).model
 
 
 # Training

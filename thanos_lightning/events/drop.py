@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.models.targets import refuse_compiled
-from thanos_lightning.report.progress import open_phase
+from thanos_lightning.report.progress import Phase, open_phase
 
 # Largest error of the logits over their norm: for float32 and float64, and for narrower dtypes. Both models have the
 # same layers and kernels, so on a CPU not even rounding differs.
@@ -54,8 +55,8 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
     Args:
         model: A causal LM, in any floating dtype, on one device. It keeps its layers.
         batches: Arguments of the model's forward, such as {"input_ids": (batch, length)}; labels or an attention_mask
-            say which predictions count. They are run once for each layer that is left, each time one goes: some
-            thousand tokens are enough.
+            say which predictions count. Each time a layer goes, they are run once for each layer that is left, from
+            there on: some thousand tokens are enough. What each layer gets for one batch is held in memory.
         number: How many layers go, at least 1; at least one stays.
 
     Raises:
@@ -81,24 +82,21 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
     try:
         model.eval()
         gone: list[int] = []
-        losses = [_loss(model, batches)]
-        if not math.isfinite(losses[0]):
-            raise ValueError(f"the loss on the batches is {losses[0]}: load the model in another dtype")
-        choices = sum(len(layers) - before for before in range(number))
-        with open_phase("Searching for layers", choices, "choices") as phase:
-            for _ in range(number):
-                found: dict[int, float] = {}
-                for tried in (other for other in range(len(layers)) if other not in gone):
-                    if _configuration(model, stack, (*gone, tried)) is not None:
-                        with _passing_on([layers[index] for index in (*gone, tried)]):
-                            loss = _loss(model, batches)
-                        found[tried] = loss if math.isfinite(loss) else math.inf
-                    phase.advance()
-                if not found:
+        losses: list[float] = []
+        rounds = [len(layers) - before for before in range(number)]
+        with open_phase("Searching for layers", sum(rounds) * len(batches), "forwards") as phase:
+            for left in rounds:
+                tried = [index for index in range(len(layers)) if index not in gone]
+                tried = [index for index in tried if _configuration(model, stack, (*gone, index)) is not None]
+                if not tried:
                     raise ValueError(
-                        f"no configuration of {architecture_of(model)} describes it with "
-                        f"{len(layers) - len(gone) - 1} of its {len(layers)} layers: drop {len(gone) or 'none'}"
+                        f"no configuration of {architecture_of(model)} describes it with {left - 1} of its "
+                        f"{len(layers)} layers: drop {len(gone) or 'none'}"
                     )
+                phase.advance((left - len(tried)) * len(batches))
+                before, found = _losses_without_each(model, batches, layers, gone, tried, phase)
+                if not gone:
+                    losses.append(before)
                 gone.append(min(found, key=found.__getitem__))
                 losses.append(found[gone[-1]])
         smaller = _without(model, stack, gone)
@@ -137,13 +135,43 @@ def _stack(model: PreTrainedModel) -> str:
     raise ValueError(f"{architecture_of(model)} {why}, and no layer can be dropped: prune it in another way")
 
 
+def _losses_without_each(
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Any]],
+    layers: Sequence[nn.Module],
+    gone: Collection[int],
+    tried: Sequence[int],
+    phase: Phase,
+) -> tuple[float, dict[int, float]]:
+    """Mean loss of the model without the layers that are gone, and that of each try: without one more.
+
+    Raises:
+        ValueError: If the first one is not finite, or there is nothing to predict.
+    """
+    before, number = 0.0, 0
+    without = dict.fromkeys(tried, 0.0)
+    for batch in batches:
+        with _passing_on([layers[index] for index in gone]), _seeing(layers) as seen:
+            loss, counted = _loss(model, batch)
+        before, number = before + loss, number + counted
+        for index in tried:
+            with _beginning_after(index, layers, gone, seen):
+                without[index] += _loss(model, batch)[0]
+            phase.advance()
+    if number == 0:
+        raise ValueError("there is nothing to predict in the batches: give some, such as of the training text")
+    if not math.isfinite(before):
+        raise ValueError(f"the loss on the batches is {before}: load the model in another dtype")
+    means = {index: loss / number for index, loss in without.items()}
+    return before / number, {index: mean if math.isfinite(mean) else math.inf for index, mean in means.items()}
+
+
 @contextmanager
 def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make layers give what they get."""
 
     def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = args[0] if args else next(iter(kwargs.values()))
-        return (given, *output[1:]) if isinstance(output, tuple) else given
+        return _in_place_of(output, _given(args, kwargs))
 
     handles = [layer.register_forward_hook(replace, with_kwargs=True) for layer in layers]
     try:
@@ -151,6 +179,61 @@ def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _seeing(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
+    """Note what each layer gets, and its output."""
+    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen[layer] = _given(args, kwargs), output
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _beginning_after(
+    first: int, layers: Sequence[nn.Module], gone: Collection[int], seen: Mapping[nn.Module, tuple[Tensor, Any]]
+) -> Iterator[None]:
+    """Compute no layer up to `first`, nor those that are gone: the next ones get what `first` got, as was seen."""
+    skipped = [layer for index, layer in enumerate(layers) if index <= first or index in gone]
+    own = [layer.__dict__.get("forward") for layer in skipped]
+    for layer in skipped:
+        given, output = seen[layer]
+        if layer is layers[first]:
+            layer.forward = partial(_give, output, given)
+        else:
+            layer.forward = partial(_pass_on, output)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(skipped, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _give(output: Any, given: Tensor, *_: Any, **__: Any) -> Any:
+    return _in_place_of(output, given)
+
+
+def _pass_on(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return _in_place_of(output, _given(args, kwargs))
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _in_place_of(output: Any, hidden: Any) -> Any:
+    """Hidden states in the form of a layer's output."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _kept(model: PreTrainedModel, stack: str, gone: Collection[int]) -> list[int]:
@@ -225,24 +308,17 @@ def _leaves(config: Mapping[str, Any]) -> Iterator[Any]:
 # Forwards of the model
 
 
-def _loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float:
-    """Mean over all predictions that count."""
-    total, number = 0.0, 0
-    for batch in batches:
-        logits = _logits(model, batch)
-        counted = counted_predictions(batch, logits)
-        following = batch["labels"] if "labels" in batch else batch["input_ids"]
-        following = torch.roll(following, -1, dims=1).to(logits.device)
-        for of_chunk, labels in zip(
-            torch.split(logits[counted], TOKENS_PER_CHUNK),
-            torch.split(following[counted], TOKENS_PER_CHUNK),
-            strict=True,
-        ):
-            total += float(functional.cross_entropy(of_chunk.float(), labels, reduction="sum"))
-        number += int(counted.count_nonzero())
-    if number == 0:
-        raise ValueError("there is nothing to predict in the batches: give some, such as of the training text")
-    return total / number
+def _loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[float, int]:
+    """The sum over all predictions that count, and their number."""
+    logits = _logits(model, batch)
+    counted = counted_predictions(batch, logits)
+    following = batch["labels"] if "labels" in batch else batch["input_ids"]
+    following = torch.roll(following, -1, dims=1).to(logits.device)
+    chunks = zip(
+        torch.split(logits[counted], TOKENS_PER_CHUNK), torch.split(following[counted], TOKENS_PER_CHUNK), strict=True
+    )
+    losses = [functional.cross_entropy(of_chunk.float(), labels, reduction="sum") for of_chunk, labels in chunks]
+    return float(sum(losses)), int(counted.count_nonzero())
 
 
 def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:

@@ -97,6 +97,22 @@ def test_the_cheapest_layers_go_and_the_folder_loads(tmp_path: Path, name: str) 
     assert len(model.get_submodule(stack)) == 4  # type: ignore[arg-type]
 
 
+def test_a_try_begins_after_the_layer_that_is_tried() -> None:
+    model: Any = spread(MODELS["llama"]())
+    calls = dict.fromkeys(range(4), 0)
+    for index, layer in enumerate(model.model.layers):
+
+        def count(*_: Any, index: int = index) -> None:
+            calls[index] += 1
+
+        layer.mlp.register_forward_hook(count)
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = own  # as of a package that wraps it
+    drop_layers(model, batches(1), 1)
+    assert calls == {0: 2, 1: 3, 2: 4, 3: 5}  # of the whole model, tries of all layers before, of the check
+    assert [layer.__dict__.get("forward") for layer in model.model.layers] == [None, own, None, None]
+
+
 def test_a_layer_takes_its_kind_along() -> None:
     model: Any = spread(MODELS["gemma2, every other layer with a window"]())
     first = model.model.layers[0]
