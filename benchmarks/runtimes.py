@@ -220,7 +220,8 @@ def main() -> None:
             )
     Console(width=160).print(table)
     if arguments.output is not None:
-        document = {"model": Path(arguments.model).name, "dtype": arguments.dtype, "results": lines}
+        of_all = {"model": Path(arguments.model).name, "dtype": arguments.dtype, "repeats": arguments.repeats}
+        document = {**of_all, "results": lines}
         print(keep(f"runtimes {Path(arguments.model).name} {arguments.dtype}", arguments.output, document))
 
 

@@ -102,7 +102,7 @@ SPEED = """
 Over the dense model, in one run: a prompt of 512 tokens (prefill), and 64 tokens after a prompt of 16, for 1 and 8
 sequences. "Promised" is what the weights in matrices promise. In brackets are the dense model's tokens per second.
 "llama-3.2-1b-shape" has the sizes of Llama 3.2 1B and random weights, so that a token takes long enough for the
-program's own work to matter less; its ratios are of three repeats, and vary by some per cent.
+program's own work to matter less; of few repeats, its ratios vary by some per cent.
 
     python benchmarks/runtimes.py --runtimes transformers openvino  # its head says what to install
 """
@@ -132,13 +132,19 @@ def by_rate(runs: list[dict[str, Any]], pattern: str) -> str:
     for run in own:
         if run["seed"] != 1 and run["rate"] == min(found[run["contender"]], key=found[run["contender"]].__getitem__):
             others[run["contender"]] = run["perplexity"]
-    rows = []
-    for name in sorted(found, key=lambda name: -min(found[name].values())):
-        best = min(found[name].values())
-        cells = [found[name].get(rate) for rate in rates]
-        numbers = ["" if one is None else f"**{one:.2f}**" if one == best else f"{one:.2f}" for one in cells]
-        rows.append([name, *numbers, f"{others[name]:.2f}" if name in others else ""])
+    rows = [
+        [name, *marked(found[name], rates), f"{others[name]:.2f}" if name in others else ""]
+        for name in sorted(found, key=lambda name: -min(found[name].values()))
+    ]
     return table(["", *(f"{rate:g}" for rate in rates), "other order"], rows)
+
+
+def marked(found: dict[float, float], rates: Iterable[float]) -> list[str]:
+    """Perplexities by learning rate, with the best one in bold."""
+    cells = {rate: f"{one:.2f}" for rate, one in found.items()}
+    best = min(found, key=found.__getitem__)
+    cells[best] = f"**{cells[best]}**"
+    return [cells.get(rate, "") for rate in rates]
 
 
 def by_choice(runs: list[dict[str, Any]]) -> str:
@@ -191,12 +197,10 @@ def by_width() -> str:
                 found[run["contender"]][run["rate"]] = run
         rows = []
         for name, tried in found.items():
-            best = min(run["perplexity"] for run in tried.values())
-            ends = [tried[rate]["perplexity"] if rate in tried else None for rate in rates]
-            cells = ["" if end is None else f"**{end:.2f}**" if end == best else f"{end:.2f}" for end in ends]
+            ends = {rate: run["perplexity"] for rate, run in tried.items()}
             one = next(iter(tried.values()))
             before = "" if one["before"] is None else f"{one['before']:,.2f}"
-            rows.append((best, [name, f"{one['size']:.1%}", before, *cells]))
+            rows.append((min(ends.values()), [name, f"{one['size']:.1%}", before, *marked(ends, rates)]))
         ordered = (row for _, row in sorted(rows, key=lambda found: -found[0]))
         page += WIDTH.format(sparsity=sparsity)
         page += table(["", "weights", "before", *(f"{rate:g}" for rate in rates)], ordered)
@@ -224,7 +228,8 @@ def by_runtime() -> str:
             rows.append([f"{line['runtime']}, {line['channels']}", promised, *ratios, *sizes])
         head = [f"{measured['model']}, {measured['dtype']}", "promised", *what, "file, MiB", "peak, MiB"]
         hardware = measured["hardware"]
-        text += f"\n{hardware['threads']} threads of an {hardware['cpu']}:\n\n" + table(head, rows)
+        how = f"{hardware['threads']} threads of an {hardware['cpu']}, the median of {measured['repeats']} repeats"
+        text += f"\n{how}:\n\n" + table(head, rows)
     return text
 
 
