@@ -21,7 +21,7 @@ block before the first step, on the same sequences, take them out, and train the
                 out (FLAP, arXiv 2312.11983)
     structured  `pattern: structured` of this package's solver on down: Wanda's score, and the kept columns make up
     layers      no channels: as many whole decoder layers as have about as many weights, by `drop_layers` on 4,096
-                tokens
+                tokens; the first ones of a kept run that dropped more, without a search
 """
 
 import argparse
@@ -39,7 +39,7 @@ from recovery import DENSE, Continued, Curve, Task, batches, prunable, quiet_tra
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback, drop_layers
 from thanos_lightning.checkpoints.shrink import shrink
@@ -148,26 +148,34 @@ def without_channels(
     return made
 
 
-def without_layers(
-    model: LlamaForCausalLM, sparsity: float, calibration: Iterable[Mapping[str, Tensor]]
-) -> PreTrainedModel:
-    """The model without decoder layers that have about as many weights as such channels."""
+def drop(
+    model: LlamaForCausalLM, sparsity: float, calibration: Iterable[Mapping[str, Tensor]], found: Iterable[list[int]]
+) -> list[int]:
+    """Drop decoder layers that have about as many weights as such channels, and return which, the first one first.
+
+    `found` has what other searches on this calibration set have dropped.
+    """
     layers: Any = model.model.layers
     width = model.config.intermediate_size
     of_channels = len(layers) * 3 * model.config.hidden_size * (width - kept_channels(sparsity, width))
     number = round(of_channels / sum(parameter.numel() for parameter in layers[0].parameters()))
-    few = list(calibration)[:_SCORED_BATCHES]
-    with torch.autocast(model.device.type, torch.bfloat16):  # as it is trained
-        return drop_layers(model, few, number).model
+    dropped = next((these[:number] for these in found if len(these) >= number), None)
+    if dropped is None:
+        with torch.autocast(model.device.type, torch.bfloat16):  # as it is trained
+            dropped = drop_layers(model, list(calibration)[:_SCORED_BATCHES], number).layers
+    model.model.layers = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in dropped)
+    model.config.num_hidden_layers = len(model.model.layers)
+    return dropped
 
 
 # Training
 
 
 def train(
-    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str
+    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str, runs: Path
 ) -> dict[str, Any]:
     """One run."""
+    dropped: list[int] | None = None
     model: Any = load_pretrained(task.model, "float32")
     dense_size = sum(parameter.numel() for parameter in model.parameters())
     calibration = batches(task, 1, task.calibration // task.batch)
@@ -180,7 +188,9 @@ def train(
         pruning = ThanosPruningCallback("channels", sparsity, schedule, multiple_of=MULTIPLE_OF, calibration=on)
         callbacks.append(pruning)
     elif contender == LAYERS:
-        model = without_layers(model, sparsity, calibration)
+        kept_runs = (json.loads(path.read_text()) for path in sorted(runs.glob(f"{LAYERS}_*.json")))
+        found = (run["dropped"] for run in kept_runs if run["task"] == task.described())
+        dropped = drop(model, sparsity, calibration, found)
     else:
         model = without_channels(model, contender, sparsity, calibration, seed)
     choosing = time.perf_counter() - begin
@@ -206,6 +216,7 @@ def train(
         "size": round(size / dense_size, 4),
         "seconds": round(seconds, 1),
         "event_seconds": round(events, 1),
+        **({} if dropped is None else {"dropped": dropped}),
     }
 
 
@@ -271,7 +282,8 @@ def main() -> None:
                     found = finished(arguments.runs, task, contender, sparsity, rate, seed)
                     if found is None and not arguments.only_report and contender != DENSE:
                         print(f"{contender}, {sparsity:.0%}, learning rate {rate:g}, seed {seed}", flush=True)
-                        result = train(task, contender, sparsity, rate, seed, arguments.every, arguments.device)
+                        how = (arguments.every, arguments.device, arguments.runs)
+                        result = train(task, contender, sparsity, rate, seed, *how)
                         made = {"contender": contender, "sparsity": sparsity, "rate": rate, "seed": seed}
                         machine = hardware(arguments.device)
                         found = {"task": task.described(), **made, **result, "hardware": machine}
