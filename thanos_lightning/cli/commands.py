@@ -231,9 +231,11 @@ def _save(model: PreTrainedModel, source: str, output: str) -> None:
     """Write the folder, with the tokenizer of the model that it was made of."""
     from thanos_lightning.checkpoints.folders import whole_folder
     from thanos_lightning.lm.pretrained import load_tokenizer
+    from thanos_lightning.report.progress import open_phase
 
     with whole_folder(Path(output).resolve()) as folder:
-        model.save_pretrained(folder)
+        with open_phase(f"Writing {Path(output).name}", adopts_bars=True):
+            model.save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
 
 
