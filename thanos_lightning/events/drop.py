@@ -146,22 +146,25 @@ def _losses_without_each(
     """Mean loss of the model without the layers that are gone, and that of each try: without one more.
 
     Raises:
-        ValueError: If the first one is not finite, or there is nothing to predict.
+        ValueError: If the first one is not finite, before any try, or there is nothing to predict.
     """
     before, number = 0.0, 0
     without = dict.fromkeys(tried, 0.0)
     for batch in batches:
         with _passing_on([layers[index] for index in gone]), _seeing(layers) as seen:
             loss, counted = _loss(model, batch)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss on the batches is {loss}: load the model in another dtype")
         before, number = before + loss, number + counted
+        if not counted:
+            phase.advance(len(tried))
+            continue
         for index in tried:
             with _beginning_after(index, layers, gone, seen):
                 without[index] += _loss(model, batch)[0]
             phase.advance()
     if number == 0:
         raise ValueError("there is nothing to predict in the batches: give some, such as of the training text")
-    if not math.isfinite(before):
-        raise ValueError(f"the loss on the batches is {before}: load the model in another dtype")
     means = {index: loss / number for index, loss in without.items()}
     return before / number, {index: mean if math.isfinite(mean) else math.inf for index, mean in means.items()}
 
@@ -206,10 +209,7 @@ def _beginning_after(
     own = [layer.__dict__.get("forward") for layer in skipped]
     for layer in skipped:
         given, output = seen[layer]
-        if layer is layers[first]:
-            layer.forward = partial(_give, output, given)
-        else:
-            layer.forward = partial(_pass_on, output)
+        layer.forward = partial(_stand_in, output, given if layer is layers[first] else None)
     try:
         yield
     finally:
@@ -219,12 +219,8 @@ def _beginning_after(
                 layer.forward = forward
 
 
-def _give(output: Any, given: Tensor, *_: Any, **__: Any) -> Any:
-    return _in_place_of(output, given)
-
-
-def _pass_on(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return _in_place_of(output, _given(args, kwargs))
+def _stand_in(output: Any, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    return _in_place_of(output, _given(args, kwargs) if given is None else given)
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -243,8 +243,10 @@ def test_a_loss_that_is_not_finite() -> None:
     assert all(map(math.isfinite, found.losses))
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
+    embedded.clear()
     with pytest.raises(ValueError, match=r"^the loss on the batches is nan: load the model in another dtype$"):
         drop_layers(model, batches(), 1)
+    assert len(embedded) == 1  # no try before it is said
 
 
 @pytest.mark.parametrize("nothing", [[], batches(labels=torch.full((2, 12), -100))])
