@@ -29,6 +29,7 @@ TRAINER_COMMANDS = {
     "test": "run the test loop",
     "predict": "run the prediction loop",
 }
+_TOKENS_PER_BATCH = 1024  # on which a model is measured at a time
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,6 +200,8 @@ def _model_and_text(
     dataset_config: str | None = None,
 ) -> tuple[PreTrainedModel, DataLoader[Any]]:
     """Load both, once it is known that `output` can be written."""
+    from torch.utils.data import DataLoader
+
     from thanos_lightning.checkpoints.folders import require_free
     from thanos_lightning.lm import TextData
     from thanos_lightning.lm.pretrained import load_pretrained
@@ -224,7 +227,9 @@ def _model_and_text(
     if positions is not None and block_size > positions:
         raise ValueError(f"--block-size is {block_size}, but {model} has {positions} positions: give at most as many")
     data.setup("fit")
-    return loaded, data.calibration_dataloader()
+    single = data.calibration_dataloader()
+    several = max(1, _TOKENS_PER_BATCH // block_size)  # one small block after the other takes half as long again
+    return loaded, DataLoader(single.dataset, batch_size=several, collate_fn=single.collate_fn)
 
 
 def _save(model: PreTrainedModel, source: str, output: str) -> None:
