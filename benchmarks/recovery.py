@@ -79,6 +79,8 @@ class Recipe:
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
         permuted: Whether the model's channels are put into another order before, on what the one-shot methods
             calibrate on.
+        fine_tuned: Whether the dense contender at the end of its training, as above, is pruned and trained on: twice
+            the tokens in all.
         shape: Of the schedule.
         training: Other arguments of `CausalLM`.
     """
@@ -88,6 +90,7 @@ class Recipe:
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
     permuted: bool = False
+    fine_tuned: bool = False
     shape: Shape = "cubic"
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,6 +132,8 @@ OWN: dict[str, Recipe] = {
         _BEFORE, {"batches": 200, "damping": 0.001, **_COUPLED}, {"teacher": _FINE_TUNED}, permuted=True
     ),
     "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
+    "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
+    "two stages, first step": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
@@ -358,15 +363,18 @@ class SrSte(nn.Module):
         return masked
 
 
-def one_shot_folder(task: Task, pruned: Path, pattern: str, method: str, console: Console) -> Path:
-    """The model pruned by a method, in a folder that is written at the first call."""
+def one_shot_folder(
+    task: Task, pruned: Path, pattern: str, method: str, console: Console, fine_tuned: Path | None = None
+) -> Path:
+    """The model, or the one that was fine-tuned, pruned by a method, in a folder that is written at the first call."""
     read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
-    described = json.dumps([*read, pattern, method, METHODS[method]], sort_keys=True)
-    folder = pruned / f"{pattern.replace(':', '-')}-{method}"
+    before = [] if fine_tuned is None else [(fine_tuned / "task.json").read_text()]
+    described = json.dumps([*read, pattern, method, METHODS[method], *before], sort_keys=True)
+    folder = pruned / f"{pattern.replace(':', '-')}-{method}{'' if fine_tuned is None else f'-of-{fine_tuned.name}'}"
     note = folder / "task.json"
     if note.exists() and note.read_text() == described:
         return folder
-    model = load_pretrained(task.model, "float32")
+    model = load_pretrained(str(fine_tuned or task.model), "float32")
     sequences = torch.cat([batch["input_ids"] for batch in batches(task, 1, task.calibration // task.batch)])
     with torch.no_grad():
         layers, embedded = capture(model, sequences, PATTERNS[pattern])
@@ -456,8 +464,12 @@ def train(
     final: Pattern = PATTERNS[pattern]
     recipe = ALL.get(contender)
     source = task.model
+    fine_tuned = None
+    if recipe is not None and recipe.fine_tuned:
+        fine_tuned = fine_tuned_folder(task, pruned, seed, device)
+        source = str(fine_tuned)
     if recipe is not None and recipe.pruned is not None:
-        source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console))
+        source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console, fine_tuned))
     elif recipe is not None and recipe.permuted:
         source = str(permuted_folder(task, pruned, pattern))
     model = load_pretrained(source, "float32")
@@ -548,6 +560,8 @@ def settings(contender: str) -> Any:
     made = asdict(recipe)
     if not recipe.permuted:
         del made["permuted"]  # which kept runs don't say
+    if not recipe.fine_tuned:
+        del made["fine_tuned"]
     if recipe.shape == "cubic":
         del made["shape"]
     if not recipe.training:
