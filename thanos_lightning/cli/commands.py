@@ -228,7 +228,7 @@ def _model_and_text(
         raise ValueError(f"--block-size is {block_size}, but {model} has {positions} positions: give at most as many")
     data.setup("fit")
     single = data.calibration_dataloader()
-    several = max(1, _TOKENS_PER_BATCH // block_size)  # one small block after the other takes half as long again
+    several = max(1, _TOKENS_PER_BATCH // block_size)  # one small block after the other takes longer
     return loaded, DataLoader(single.dataset, batch_size=several, collate_fn=single.collate_fn)
 
 
