@@ -35,9 +35,6 @@ from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
 T = TypeVar("T")
-# Coupled rows take these multiples of admm_steps and refine_steps, after the steps on single rows. On the layers of a
-# language model at 2:4, half as many coupled ADMM steps gave five sixths of the gain.
-_COUPLED_ADMM, _COUPLED_REFINE = 3, 7
 # Multiples of the mean of the output factor's diagonal, added to that diagonal: for rows that compete, and for coupled
 # rows, where 1.0 did better than 0.1, 0.3 and 3.
 _FLOOR, _COUPLED_FLOOR = 0.01, 1.0
@@ -254,8 +251,8 @@ def prune(
         output_weights: (out_features,), finite and positive: how much the squared error of each output counts wherever
             rows compete, that is in all choices that are not within one row. Or (out_features, out_features), positive
             semi-definite: how much the product of two outputs' errors counts. Rows are coupled then: they compensate
-            each other's errors in 3 times admm_steps and 7 times refine_steps (coupled.py), with the mean of
-            the diagonal added to the diagonal. Where rows compete, the diagonal counts. None counts all outputs alike.
+            each other's errors in as many steps again (coupled.py), with the mean of the diagonal added to the
+            diagonal. Where rows compete, the diagonal counts. None counts all outputs alike.
             The returned losses ignore output weights.
 
     Returns:
@@ -441,8 +438,8 @@ def _solve(
             cost,
             pattern,
             damping=options.damping,
-            admm_steps=_COUPLED_ADMM * admm_steps,
-            refine_steps=_COUPLED_REFINE * refine_steps,
+            admm_steps=admm_steps,
+            refine_steps=refine_steps,
         )
     except FactorizationError as error:
         raise FactorizationError(
