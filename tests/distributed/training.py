@@ -314,9 +314,9 @@ class Watch(Callback):
         # of the last event, which has the masks of others to tell, too: to look at each operation takes a while
         is_last = window is self.pruning._run.windows[-1]
         with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
-            reports = thanos_lightning.events.prune.prune_window(window, layers, moments, **arguments)
+            result = thanos_lightning.events.prune.prune_window(window, layers, moments, **arguments)
         self.event_calls |= set(mode.calls if mode is not None else ())
-        return reports
+        return result
 
     def _count_gathered(self, layers: Any) -> Callable[[], None]:
         def count() -> None:
@@ -827,6 +827,7 @@ def train(case: Case) -> None:
         "held": {} if pruning._run is None else {n: d.numel() for n, d in pruning._run.enforcer._drops.items()},
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
+        "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},
         "scanned": len(pruning._past.sensitivities),
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.plan.options import number_of_batches
 from thanos_lightning.report.progress import open_phase
@@ -37,6 +38,7 @@ def count_dataloader(
     counted: Callable[[Any], Tensor | None],
     backward: Callable[[Any, bool], None] | None = None,
     couples_rows: bool = False,
+    states: HiddenStates | None = None,
 ) -> int:
     """Run the module on a calibration set in evaluation mode, and return how many batches this rank counted.
 
@@ -52,6 +54,7 @@ def count_dataloader(
             in four, whatever the number of ranks, or for every batch with coupled rows. If they count on one rank, all
             ranks call it, because a backward may need all. Other batches run without gradients, as do all if None.
         couples_rows: Whether rows are coupled.
+        states: Records what blocks get and give. This function adds and removes the hooks.
 
     Raises:
         MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
@@ -61,16 +64,27 @@ def count_dataloader(
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     statistics.start()
+    if states is not None:
+        states.start()
     try:
         phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
         with phase_of as phase, _all_called(), _checkpointing(module):
             for batch, is_own, in_round in _rounds(batches, access):
                 on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                counting = statistics.counting(partial(counted, on_device)) if is_own else nullcontext()
+                mask = partial(counted, on_device)
+                counting = statistics.counting(mask) if is_own else nullcontext()
+                recording = nullcontext() if states is None or not is_own else states.recording(
+                    seen + access.rank, mask, access.world_size
+                )  # fmt: skip
                 numbers = range(seen, seen + in_round)
                 differentiated = [number for number in numbers if number % per_backward == 0]
                 differentiates = backward is not None and bool(differentiated)
-                with torch.set_grad_enabled(differentiates), trainer.precision_plugin.forward_context(), counting:
+                with (
+                    torch.set_grad_enabled(differentiates),
+                    trainer.precision_plugin.forward_context(),
+                    counting,
+                    recording,
+                ):
                     output = _forward(module, on_device)
                 if backward is not None and differentiates:
                     backward(output, is_own and seen + access.rank in differentiated)
@@ -80,6 +94,8 @@ def count_dataloader(
                 phase.advance(in_round)
     finally:
         statistics.stop()
+        if states is not None:
+            states.stop()
         for part, mode in modes:
             part.training = mode
     return num_batches

@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from thanos_lightning.calibration.batches import count_dataloader, loss_of
+from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics, gather_states, load_own_states
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.calibration.outputs import OutputGradients, output_weights
 from thanos_lightning.calibration.tokens import has_text, token_mask
+from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
@@ -31,6 +33,7 @@ class _Open:
 
     statistics: InputStatistics
     gradients: OutputGradients | None
+    states: HiddenStates | None = None
 
     @property
     def seconds(self) -> float:
@@ -55,6 +58,8 @@ class Collector:
         keeps_scan: Whether the statistics of a sensitivity scan may be kept for the event at the same step.
         needs_gradients: Whether a calibration batch without a loss is an error when gradients are wanted.
         couples_rows: Whether output weights are a matrix over pairs of outputs.
+        blocks: Name -> block that is trained at an event, on the calibration set.
+        block_steps: For how many steps.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class Collector:
         keeps_scan: bool,
         needs_gradients: bool,
         couples_rows: bool = False,
+        blocks: Mapping[str, Block] | None = None,
+        block_steps: int = 0,
     ) -> None:
         self._layers, self._access = layers, access
         self._calibration = calibration
@@ -74,6 +81,7 @@ class Collector:
         self._keeps_scan = keeps_scan
         self._needs_gradients = needs_gradients
         self._couples_rows = couples_rows
+        self._blocks, self._block_steps = blocks or {}, block_steps
         self._open: _Open | None = None
         self._kept: _Open | None = None  # statistics of a scan, valid until the weights change
         self._warned: set[str] = set()
@@ -175,6 +183,7 @@ class Collector:
             {name: one for name, one in accumulators.items() if name in layers},
             self._output_weights(teams, found.gradients),
             found.seconds if is_new and self._calibration is None else 0.0,
+            states=None if window.scans else found.states,
             stay=self._kept is not None,
         )
 
@@ -235,7 +244,11 @@ class Collector:
                 "out to have those of the training batches"
             )
             gradients = False
-        found = _Open(statistics, self._new_gradients(statistics) if gradients else None)
+        found = _Open(
+            statistics,
+            self._new_gradients(statistics) if gradients else None,
+            self._new_states(window, statistics.kept),
+        )
         if found.gradients is not None:
             found.gradients.start(of_training=False)
         try:
@@ -248,6 +261,7 @@ class Collector:
                 counted=self._counted,
                 backward=None if found.gradients is None else partial(self._backward, found.gradients),
                 couples_rows=self._couples_rows,
+                states=found.states,
             )
         finally:
             found.stop()
@@ -255,6 +269,17 @@ class Collector:
             raise PruningError("calibration.batches gave no batch: give one that isn't empty")
         statistics.kept.raise_everywhere(self._access)
         return found
+
+    def _new_states(self, window: Window, kept: KeptError) -> HiddenStates | None:
+        """Where the calls of the window's blocks are recorded; None if no event takes them."""
+        blocks = {
+            name: block.module
+            for name, block in self._blocks.items()
+            if not window.patterns.keys().isdisjoint(block.layers)
+        }
+        if not blocks or (window.scans and not self._keeps_scan):
+            return None
+        return HiddenStates(blocks, self._block_steps, kept)
 
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
         loss = loss_of(output)

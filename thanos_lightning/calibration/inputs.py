@@ -282,10 +282,12 @@ def gather_states(
     for rank, state in enumerate(states):
         for name, shape in state["gradients"].items():
             mine = own["gradients"][name] if rank == access.rank else None
-            state["gradients"][name] = access.to_first(mine, source=rank, shape=shape)
+            found = access.send(mine, source=rank, destination=0, shape=shape)
+            state["gradients"][name] = None if found is None else found.cpu()
         for name, entry in state["sums"].items():
             mine = own["sums"][name]["sum"] if rank == access.rank else None
-            entry["sum"] = access.to_first(mine, source=rank, shape=entry["sum"])
+            found = access.send(mine, source=rank, destination=0, shape=entry["sum"])
+            entry["sum"] = None if found is None else found.cpu()
     return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
 
 

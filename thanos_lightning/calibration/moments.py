@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.owners import assign_teams, owners_of
 from thanos_lightning.solver import HessianAccumulator
@@ -24,6 +25,7 @@ class Moments:
             With coupled rows, how much errors at each pair of outputs count, (out_features, out_features), on the
             layer's owner only. If a layer is missing, all its outputs count alike.
         seconds: Training time that collecting has taken.
+        states: What the window's blocks got and gave on this rank; None if no block is trained.
         stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.
 
     Examples:
@@ -35,6 +37,7 @@ class Moments:
     accumulators: dict[str, HessianAccumulator] | None = None
     output_weights: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    states: HiddenStates | None = None
     stay: bool = False
 
     @classmethod

@@ -40,7 +40,15 @@ def announce(run: PruningRun) -> None:
     if needs and batches is None:
         steps = max((window.end_step - window.start_step for window in run.windows), default=0)
         number = steps * trainer.accumulate_grad_batches
-    calibration = Calibration(number, tokens, batches is None, run.differentiates, options.calibration.couples_rows)
+    calibration = Calibration(
+        number,
+        tokens,
+        of_training=batches is None,
+        differentiates=run.differentiates,
+        coupled=options.calibration.couples_rows,
+        blocks=len(run.blocks),
+        block_steps=options.block_steps,
+    )
     events = scheduled_events(run.planner.schedule, trainer)
     scanned = run.planner.to_try(run.final) if any(window.scans for window in run.windows) else {}
     outlook = forecast(

@@ -16,7 +16,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from thanos_lightning.calibration.batches import BATCHES_PER_BACKWARD
+from thanos_lightning.calibration.hidden_states import TOKENS_PER_STEP
 from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
+from thanos_lightning.events.reconstruct import MOST_PASSES
 from thanos_lightning.models.census import Census
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
@@ -34,6 +36,7 @@ _MOST_EVENTS = 6  # a longer schedule is abridged
 # of an AMD EPYC: the forecast is within a factor of 1.5.
 _METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
 _COUPLED = 8.0  # a solve with coupled rows takes so many times as long
+_FORWARDS = 3  # as many forwards take as long as a step in which a block is trained
 _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
 _rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision; a process measures each once
 
@@ -49,6 +52,8 @@ class Forecast:
         calibrating_seconds: Time to run a calibration set, or to count training batches. None if it is not known.
         scanning_seconds: Time of the sensitivity scan before the first event.
         solving_seconds: Time of all solves.
+        states: Bytes of the CPU's memory for what blocks get and give, on each rank, beside what an event takes.
+        reconstructing_seconds: Time to train the blocks.
     """
 
     moments: int
@@ -57,6 +62,8 @@ class Forecast:
     calibrating_seconds: float | None
     scanning_seconds: float
     solving_seconds: float
+    states: int = 0
+    reconstructing_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Calibration:
         of_training: Whether these are training batches, so that only counting them takes time.
         differentiates: Whether backwards run on the calibration set, for output weights.
         coupled: Whether rows are coupled.
+        blocks: Number of blocks that are trained on them.
+        block_steps: For how many steps.
     """
 
     batches: int | None
@@ -76,6 +85,8 @@ class Calibration:
     of_training: bool
     differentiates: bool
     coupled: bool = False
+    blocks: int = 0
+    block_steps: int = 0
 
 
 def forecast(
@@ -122,7 +133,22 @@ def forecast(
         else 0.0,
         scanning_seconds=levels * sum(scans) / ranks,
         solving_seconds=max(sum(solves) / ranks, max(solves)),
+        states=_states(targets, calibration, len(windows)) // ranks,
+        reconstructing_seconds=_FORWARDS * 2 * census.target_weights * _tokens_of_steps(calibration) / forward / ranks,
     )
+
+
+def _tokens_of_steps(calibration: Calibration) -> int:
+    wanted = calibration.block_steps * TOKENS_PER_STEP if calibration.blocks else 0
+    there = (calibration.batches or 0) * (calibration.tokens or 0)
+    return min(wanted, MOST_PASSES * there)
+
+
+def _states(layers: Sequence[PrunableLayer], calibration: Calibration, windows: int) -> int:
+    """Of one window: what its first block gets, and what each block gives."""
+    there = (calibration.batches or 0) * (calibration.tokens or 0)
+    tokens = min(_tokens_of_steps(calibration), there)
+    return 2 * layers[0].cols * tokens * (calibration.blocks // windows + 1)
 
 
 def _operations(layer: PrunableLayer, options: SolverOptions, coupled: bool) -> float:
@@ -251,6 +277,7 @@ def describe(
             (f"statistics {_bytes(outlook.moments)}", outlook.moments),
             (f"an event {_bytes(outlook.event)} in all", outlook.event),
             (f"masks {_bytes(outlook.masks)}", outlook.masks),
+            (f"hidden states {_bytes(outlook.states)} of the CPU's", outlook.states),
         ]
         needs = ", ".join(text for text, size in sizes if size)
         lines.append(_wrapped("memory", f"about: {needs}"))
@@ -284,6 +311,8 @@ def _how_long(outlook: Forecast, calibration: Calibration, events: int) -> str:
     parts = [("solving", outlook.solving_seconds)]
     if outlook.calibrating_seconds is not None and calibration.batches != 0:
         parts.insert(0, ("counting" if calibration.of_training else "calibrating", outlook.calibrating_seconds))
+    if outlook.reconstructing_seconds:
+        parts.append(("reconstructing", outlook.reconstructing_seconds))
     told = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts)
     each = " an event" if events > 1 else ""
     text = (

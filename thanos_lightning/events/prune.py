@@ -17,9 +17,11 @@ from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
+from thanos_lightning.events.reconstruct import Kept, reconstruct
+from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.report.data import LayerReport
+from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
@@ -41,14 +43,16 @@ def prune_window(
     options: SolverOptions,
     owned: Mapping[str, Sequence[PrunableLayer]] | None = None,
     later: Collection[str] = (),
-    on_writing: Callable[[], None] = lambda: None,
-) -> list[LayerReport]:
+    blocks: Mapping[str, Block] | None = None,
+    now: Callable[[Part], None] = lambda _: None,
+) -> tuple[list[LayerReport], list[BlockReport]]:
     """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
 
     `owned` has what the channels of a layer own, which is pruned with them. `later` names the layers that a later
     window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
-    pruned by magnitude otherwise. Both cases warn. `on_writing` is called when all layers are solved, before the first
-    one is written. Return a report for each layer that was pruned, in the window's order. All ranks return the same.
+    pruned by magnitude otherwise. Both cases warn. `blocks` are trained after the solves, if the moments have what they
+    got and gave. `now` is called when another part of the event begins. Return a report for each layer that was pruned,
+    in the window's order, and for each block that was trained. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
@@ -80,8 +84,23 @@ def prune_window(
         for name, layer in chosen.items()
     }
     solved = _solve_tasks(tasks, teams, access, options, f"Solving at step {window.event.step}")
-    on_writing()
-    return _write(window, chosen, solved, owners, access, enforcer, owned or {})
+    facts: dict[str, tuple[int, float, float, float]] = {}
+    for part in access.gather({name: result.facts for name, result in solved.items()}):
+        facts.update(part)
+    kept = {name: Kept(result.pruned.weight, result.pruned.mask) for name, result in solved.items()}
+    del solved
+    trained: list[BlockReport] = []
+    if moments.states is not None and blocks:
+        now("reconstructing")
+        targets = {
+            name: [chosen[layer] for layer in block.layers if layer in chosen]
+            for name, block in blocks.items()
+            if not chosen.keys().isdisjoint(block.layers)
+        }
+        title = f"Reconstructing at step {window.event.step}"
+        owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
+    now("writing")
+    return _write(window, chosen, kept, facts, owners, access, enforcer, owned or {}), trained
 
 
 def _solve_tasks(
@@ -127,21 +146,19 @@ def _solve_tasks(
 def _write(
     window: Window,
     layers: Mapping[str, PrunableLayer],
-    solved: dict[str, _Solved],
+    kept: dict[str, Kept],
+    facts: Mapping[str, tuple[int, float, float, float]],
     owners: Mapping[str, int],
     access: ParameterAccess,
     enforcer: MaskEnforcer,
     owned: Mapping[str, Sequence[PrunableLayer]],
 ) -> list[LayerReport]:
-    """Write what the owners have solved, which is emptied, and hold the masks. All ranks must call it."""
-    facts: dict[str, tuple[int, float, float, float]] = {}
-    for part in access.gather({name: result.facts for name, result in solved.items()}):
-        facts.update(part)
+    """Write what the owners have, which is emptied, and hold the masks. All ranks must call it."""
     reports = []
     with open_phase(f"Writing at step {window.event.step}", len(layers), "layers") as phase:
         for name, layer in layers.items():
-            result = solved.pop(name, None)
-            weight, keep = (None, None) if result is None else (result.pruned.weight, result.pruned.mask)
+            own = kept.pop(name, None)
+            weight, keep = (None, None) if own is None else (own.weight, own.keep)
             drop = access.write(layer, weight, keep, owners[name])
             num_pruned, loss, relative_loss, seconds = facts[name]
             enforcer.hold(name, drop, num_pruned)
@@ -183,7 +200,7 @@ def _bytes_of(layer: PrunableLayer) -> int:
 
 @dataclass(frozen=True)
 class _Solved:
-    """The result of a layer that this rank owns."""
+    """The result of a layer that this rank has solved."""
 
     pruned: PrunedLayer
     num_pruned: int

@@ -25,6 +25,7 @@ from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.events.sensitivity import scan_window
+from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.options import PruningOptions, differences
@@ -85,6 +86,7 @@ class PruningRun:
         check_weights(self.masked, self.access)
         self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
+        self.blocks = find_blocks(module, self.layers) if options.block_steps else {}
         self.collector = self._new_collector()
         self.collector.check(trainer, module)
         schedule = options.schedule
@@ -324,6 +326,8 @@ class PruningRun:
             keeps_scan=calibration.memory_gib is None,
             needs_gradients=calibration.output_weights is not None,
             couples_rows=calibration.couples_rows,
+            blocks=self.blocks,
+            block_steps=self.options.block_steps,
         )
 
     def _collect(self, window: Window) -> None:
@@ -368,7 +372,7 @@ class PruningRun:
             tell()
         moments = self._moments(window)
         self._clock.now("solving")
-        layers = prune_window(
+        layers, blocks = prune_window(
             window,
             self._layers_of(window),
             moments,
@@ -377,7 +381,8 @@ class PruningRun:
             options=self.options.solver,
             owned=self.taken.owned,
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
-            on_writing=lambda: self._clock.now("writing"),
+            blocks=self.blocks,
+            now=self._clock.now,
         )
         for layer in layers:
             pattern = self.past.patterns[layer.name] = window.patterns[layer.name]
@@ -390,6 +395,7 @@ class PruningRun:
         if not report.events or report.events[-1].step != window.event.step:
             report.events.append(EventReport(window.event.step, window.event.sparsity(self.options.pattern.sparsity)))
         report.events[-1].layers.extend(layers)
+        report.events[-1].blocks.extend(blocks)
 
     def _finish(self, event: EventReport) -> None:
         metrics = {

@@ -16,6 +16,7 @@ from thanos_lightning.solver.layer import SolverOptions
 
 CALIBRATION_STEPS = 32  # the default of calibration.steps
 MULTIPLE_OF = 64  # the default of multiple_of
+BLOCK_STEPS = 64  # the default of calibration.block_steps, on a calibration set
 _AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
@@ -43,6 +44,10 @@ class CalibrationOptions:
             rows of a layer compensate each other's errors. It was measured to lose less (docs/guide), but each layer
             needs a matrix (out_features, out_features) more, and solves take some four times as long. "uniform"
             counts all outputs alike, as the papers do. None is "diagonal" for the method "thanos", else "uniform".
+        block_steps: Adam steps after the solves of an event, in which the kept weights of each block, such as a decoder
+            layer, are trained to give what the block gave before the event. It takes `batches`, of which each step has
+            512 tokens, or a sequence. 0 leaves what the solver gives. None is 64 with `batches` and the method
+            "thanos", else 0.
 
     Raises:
         ValueError: If an option can't be right. The message names the option and the fix.
@@ -57,6 +62,7 @@ class CalibrationOptions:
     attention_mask_key: str | None = "attention_mask"
     memory_gib: float | None = None
     output_weights: Literal["diagonal", "full", "uniform"] | None = None
+    block_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_batches("calibration.batches", self.batches)
@@ -64,6 +70,13 @@ class CalibrationOptions:
         check_name("calibration.attention_mask_key", self.attention_mask_key, "attention_mask")
         check_memory("calibration.memory_gib", self.memory_gib)
         check_choice("calibration.output_weights", self.output_weights, ("diagonal", "full", "uniform", None))
+        if self.block_steps is not None:
+            check_whole("calibration.block_steps", self.block_steps, 0)
+        if self.block_steps and self.batches is None:
+            raise ValueError(
+                f"calibration.block_steps is {self.block_steps}, but there are no calibration.batches to train blocks "
+                "on: give some, or leave it out"
+            )
 
     @property
     def couples_rows(self) -> bool:
@@ -175,6 +188,13 @@ class PruningOptions:
         """Whether errors at some outputs count more than at others."""
         weights = self.calibration.output_weights or ("diagonal" if self.solver.method == "thanos" else "uniform")
         return weights != "uniform"
+
+    @property
+    def block_steps(self) -> int:
+        """Steps in which each block is trained at an event."""
+        if self.calibration.block_steps is not None:
+            return self.calibration.block_steps
+        return BLOCK_STEPS if self.calibration.batches is not None and self.solver.method == "thanos" else 0
 
     @property
     def collects_in_training(self) -> bool:

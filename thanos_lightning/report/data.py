@@ -17,7 +17,7 @@ import torch
 from thanos_lightning.report.stopwatch import finish
 
 _CPU = torch.device("cpu")
-Part = Literal["calibrating", "scanning", "solving", "writing"]
+Part = Literal["calibrating", "scanning", "solving", "reconstructing", "writing"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ class LayerReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class BlockReport:
+    """The result of training a block, such as a decoder layer, to give what it gave before an event.
+
+    Attributes:
+        name: Fully qualified module name.
+        error_solved: Mean over tokens of ‖Y' - Y‖² / ‖Y‖², of the outputs Y' with the weights that the solver gave, on
+            the inputs that the block got before the event, when it gave Y.
+        error: The same after the training.
+        seconds: Time of the training.
+    """
+
+    name: str
+    error_solved: float
+    error: float
+    seconds: float
+
+
 def mean_loss(layers: Sequence[LayerReport]) -> float:
     """Mean of the known relative losses; NaN if none is known."""
     known = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
@@ -60,7 +78,9 @@ class EventReport:
         calibrating_seconds: Time to run a calibration set, or to collect statistics of training batches before it.
         scanning_seconds: Time to measure what each layer would lose; 0 if there was no such scan.
         solving_seconds: Time from the first layer's solve to the last one's, on rank 0.
+        reconstructing_seconds: Time to train blocks after that.
         writing_seconds: Remaining time of the event: writing weights and masks back, and informing the ranks.
+        blocks: Reports of the blocks that were trained after the solves.
     """
 
     step: int
@@ -69,7 +89,9 @@ class EventReport:
     calibrating_seconds: float = 0.0
     scanning_seconds: float = 0.0
     solving_seconds: float = 0.0
+    reconstructing_seconds: float = 0.0
     writing_seconds: float = 0.0
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -249,7 +271,14 @@ class PruningReport:
             return [(step, math.nan if value is None else value) for step, value in entries]
 
         events = [
-            EventReport(**{**event, "layers": [layer(entry) for entry in event["layers"]]}) for event in state["events"]
+            EventReport(
+                **{
+                    **event,
+                    "layers": [layer(entry) for entry in event["layers"]],
+                    "blocks": [BlockReport(**entry) for entry in event["blocks"]],
+                }
+            )
+            for event in state["events"]
         ]
         past = state["history"]
         history = History(points(past["losses"]), points(past["metrics"]), past["every"])

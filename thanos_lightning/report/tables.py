@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport, mean_loss
 
 _WIDTH = 80
+_RARE = ("scanning", "reconstructing")  # parts that many events lack
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, str]:
@@ -69,11 +71,18 @@ def print_event(event: EventReport, console: Console | None = None) -> None:
     console = console or rich.get_console()
     console.print(f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)", highlight=False)
     console.print(table, width=min(_WIDTH, console.width))
-    console.print(f"{_listed(event.parts)}: {event.seconds:.1f} s in all", highlight=False)
+    if event.blocks:
+        before = sum(block.error_solved for block in event.blocks) / len(event.blocks)
+        after = sum(block.error for block in event.blocks) / len(event.blocks)
+        console.print(
+            f"{len(event.blocks)} blocks reconstructed: squared error of outputs {before:.2g}, then {after:.2g}",
+            highlight=False,
+        )
+    console.print(textwrap.fill(f"{_listed(event.parts)}: {event.seconds:.1f} s in all", _WIDTH), highlight=False)
 
 
 def _listed(parts: Mapping[Part, float]) -> str:
-    return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds or part != "scanning")
+    return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds or part not in _RARE)
 
 
 def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
@@ -103,7 +112,7 @@ def print_summary(report: PruningReport, sparsity: float, console: Console | Non
         pruning = summary.event_seconds + summary.collecting_seconds
         console.print(
             f"Pruning took {pruning / summary.training_seconds:.1%} of {summary.training_seconds:.1f} s of training, "
-            f"{pruning:.1f} s:\n{_listed(parts)}",
+            f"{pruning:.1f} s:\n{textwrap.fill(_listed(parts), _WIDTH)}",
             highlight=False,
         )
 

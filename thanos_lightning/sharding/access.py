@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import NamedTuple, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
@@ -62,6 +63,10 @@ class ParameterAccess(Protocol):
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
         """Assemble the keep mask (out_features, in_features) on the owner from every rank's `drop`."""
+        ...
+
+    def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
+        """Return copies of all parameters of a module, whole, by name, on the owner. They are the model's copies."""
         ...
 
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
@@ -129,8 +134,16 @@ class ParameterAccess(Protocol):
         """Overwrite a tensor, of one shape and dtype on all ranks, with the owner's values. Talks to all."""
         ...
 
-    def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0's CPU. These two return it, the others None. Only these two talk."""
+    def send(
+        self,
+        tensor: Tensor | None,
+        *,
+        source: int,
+        destination: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor | None:
+        """Send the source's tensor, of a shape and dtype, to a rank. Both return it, others None. Only these talk."""
         ...
 
     def reserve(self, sizes: Iterable[int]) -> None:

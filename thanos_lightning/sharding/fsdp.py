@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
@@ -58,6 +58,16 @@ class FsdpAccess(FragmentAccess):
         """See `ParameterAccess`."""
         for module in self._sharded_modules:  # a forward without a backward leaves gathered parameters behind
             module.reshard()
+
+    @torch.no_grad()
+    def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
+        """See `ParameterAccess`."""
+        whole = {}
+        for name, parameter in module.named_parameters():
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
+            if self.rank == owner:
+                whole[name] = value
+        return whole if self.rank == owner else None
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""

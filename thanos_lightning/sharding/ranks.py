@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from thanos_lightning.solver.team import AgreeingTeam, split_rows
 
@@ -73,18 +73,33 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def to_first(self, tensor: Tensor | None, *, source: int, shape: tuple[int, ...]) -> Tensor | None:
-        """Send the source's fp32 tensor to rank 0's CPU. These two return it, the others None. Only these two talk."""
+    def send(
+        self,
+        tensor: Tensor | None,
+        *,
+        source: int,
+        destination: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor | None:
+        """See `ParameterAccess`."""
         if self.rank == source:
             assert tensor is not None
-            if source != 0:
-                self._exchange([(dist.isend, tensor.to(self._device), 0)])
+            if source != destination:
+                self._exchange([(dist.isend, tensor.to(self._device).contiguous(), destination)])
             return tensor
-        if self.rank != 0:
+        if self.rank != destination:
             return None
-        received = torch.empty(shape, dtype=torch.float32, device=self._device)
+        received = torch.empty(shape, dtype=dtype, device=self._device)
         self._exchange([(dist.irecv, received, source)])
-        return received.cpu()
+        return received
+
+    @torch.no_grad()
+    def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
+        """See `ParameterAccess`."""
+        if self.rank != owner:
+            return None
+        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @staticmethod
     def _exchange(messages: Sequence[tuple[Any, Tensor, int]], group: Any = None) -> None:

@@ -349,6 +349,14 @@ class ZeroAccess(FragmentAccess):
         for name in self._moments(master):
             yield LocalPiece(name, safe_get_local_optimizer_state(layer.parameter, name)[: master.held.numel])
 
+    @torch.no_grad()
+    def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
+        """See `ParameterAccess`."""
+        if not isinstance(self._layout, _Stage3):
+            return super().collect_parameters(module, owner)
+        with GatheredParameters(list(module.parameters())):
+            return super().collect_parameters(module, owner)
+
     def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
         """See `ParameterAccess`."""
         # Before the boundary, gradients are not yet where the step will read them.

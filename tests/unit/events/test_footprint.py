@@ -125,8 +125,8 @@ def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: li
     else:
         held = timeline.before("prune_window") - base
         assert timeline.peak("step 3") - base < 1.2 * (held + activations)
-    assert held == pytest.approx(outlook.moments, rel=0.02)
-    assert timeline.peak("prune_window") - base == pytest.approx(outlook.event, rel=0.2)
+    assert held == pytest.approx(outlook.moments + outlook.states, rel=0.02)
+    assert timeline.peak("prune_window") - base == pytest.approx(outlook.event + outlook.states, rel=0.2)
     assert timeline.after("step 4") - base == pytest.approx(outlook.masks, rel=0.02)
 
 

@@ -37,7 +37,7 @@ def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS
         model(inputs)
     statistics.stop()
     access = ReplicatedAccess()
-    return prune_window(
+    reports, _ = prune_window(
         Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True),
         layers,
         Moments.of_window(layers, access.world_size, statistics.accumulators),
@@ -45,6 +45,7 @@ def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS
         enforcer=MaskEnforcer(layers, access),
         options=options,
     )
+    return reports
 
 
 def test_layers_become_what_the_solver_returns() -> None:

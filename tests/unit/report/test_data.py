@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from thanos_lightning.report.data import Clock, EventReport, History, LayerReport, PruningReport, Summary
+from thanos_lightning.report.data import BlockReport, Clock, EventReport, History, LayerReport, PruningReport, Summary
 
 ZEROS = {
     **dict.fromkeys(("training_seconds", "event_seconds", "collecting_seconds"), 0.0),
@@ -23,7 +23,9 @@ def report() -> PruningReport:
     ]
     history = History([(1, 3.0), (2, math.nan)], [(0, 10.0), (20, 20.0)])
     return PruningReport(
-        [EventReport(20, 0.5, layers, 4.0, 3.0, 2.0, 1.0)], Summary("val/perplexity", 10.0, 20.0, None), history
+        [EventReport(20, 0.5, layers, 4.0, 3.0, 1.0, 1.0, 1.0, [BlockReport("model.layers.1", 0.05, 0.03, 1.5)])],
+        Summary("val/perplexity", 10.0, 20.0, None),
+        history,
     )
 
 
@@ -71,10 +73,11 @@ def test_the_parts_of_an_event_add_up() -> None:
         clock.now("scanning")
     with clock.event():
         clock.now("solving")
+        clock.now("reconstructing")
         clock.now("writing")
     event = EventReport(20, 0.5)
     event.add(clock.take())
-    assert set(event.parts) == {"calibrating", "scanning", "solving", "writing"}
+    assert set(event.parts) == {"calibrating", "scanning", "solving", "reconstructing", "writing"}
     assert event.seconds == pytest.approx(5.0 + summary.event_seconds)
     assert all(event.parts.values())
     assert not clock.take()

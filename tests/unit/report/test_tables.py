@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thanos_lightning.report.data import EventReport, LayerReport, PruningReport, Summary
+from thanos_lightning.report.data import BlockReport, EventReport, LayerReport, PruningReport, Summary
 from thanos_lightning.report.tables import kinds_of, print_event, print_outcome, print_summary
 
 
@@ -46,7 +46,7 @@ def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
         layer("layers.0.self_attn.proj"),
         layer("l.0.mlp.proj"),
     ]
-    text = printed(print_event, EventReport(20, 0.5, layers, 100.0, 0.0, 4938.0, 2.5), width=width)
+    text = printed(print_event, EventReport(20, 0.5, layers, 100.0, 0.0, 4938.0, writing_seconds=2.5), width=width)
     assert "optimizer step 20 to 50.0%" in text
     (up,) = [line for line in text.splitlines() if "up_proj" in line]
     row = ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
@@ -55,10 +55,19 @@ def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
     assert {"self_attn.proj", "mlp.proj"} <= {word for line in text.splitlines() for word in line.split()[:1]}
 
 
+def test_the_event_says_what_reconstruction_gained() -> None:
+    blocks = [BlockReport("l.0", 0.04, 0.03, 1.0), BlockReport("l.1", 0.08, 0.05, 1.0)]
+    event = EventReport(20, 0.5, [layer("l.0.up_proj")], 100.0, 30.0, 4938.0, 200.0, 2.5, blocks)
+    lines = printed(print_event, event).splitlines()
+    assert "2 blocks reconstructed: squared error of outputs 0.06, then 0.04" in lines
+    assert "calibrating 100.0 s, scanning 30.0 s, solving 4938.0 s, reconstructing 200.0 s," in lines
+    assert "writing 2.5 s: 5270.5 s in all" in lines
+
+
 def test_the_summary_has_both_shares_and_what_was_measured() -> None:
     events = [
-        EventReport(20, 0.5, [layer("a")], 4.0, 0.0, 2.0, 1.0),
-        EventReport(30, 0.5, [layer("a")], 4.0, 3.0, 2.0, 1.0),
+        EventReport(20, 0.5, [layer("a")], 4.0, 0.0, 2.0, writing_seconds=1.0),
+        EventReport(30, 0.5, [layer("a")], 4.0, 3.0, 2.0, writing_seconds=1.0),
     ]
     summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000)
     text = printed(print_summary, PruningReport(events, summary), 0.5)

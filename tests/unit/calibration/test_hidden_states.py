@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from toy import Sequences, tiny_llama
+
+from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, SharedStates, collect_calls, resolved
+from thanos_lightning.calibration.tokens import token_mask
+from thanos_lightning.models.stack import find_blocks
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+
+def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
+    data = Sequences(number, length=8, padding=padding)
+    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
+
+
+def of(model: nn.Module, steps: int = 64) -> HiddenStates:
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, steps)
+    states.start()
+    return states
+
+
+def test_a_block_gets_what_the_one_before_gave() -> None:
+    model, states = tiny_llama().eval(), None
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    states = of(model)
+    inputs = batch()
+    with states.recording(0, None):
+        logits = model(**inputs).logits
+    handle.remove()
+    first, second = (states.calls[f"model.layers.{index}"][0] for index in (0, 1))
+    assert second.inputs is first.outputs, "kept once"
+    torch.testing.assert_close(second.inputs.float(), seen[0], rtol=1e-2, atol=1e-3)
+    assert second.inputs.dtype == torch.bfloat16
+    assert second.dtype == torch.float32
+    assert second.computes_in is None
+    states.stop()
+    with torch.no_grad():  # what was recorded is all that the block takes
+        block = model.model.layers[1]
+        kwargs = resolved(second.kwargs, states.others)
+        given = block(second.inputs.float(), *resolved(second.args, states.others), **kwargs)
+        head = model.lm_head(model.model.norm(given))
+    torch.testing.assert_close(head, logits, rtol=5e-2, atol=2e-2)
+
+
+def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None:
+    model = tiny_llama().eval()
+    states = of(model)
+    model(**batch())
+    states.stop()
+    with states.recording(1, None):
+        model(**batch())
+    assert states.calls == {}
+
+
+def test_as_many_batches_are_recorded_as_the_steps_take() -> None:
+    model = tiny_llama().eval()
+    states = of(model, steps=4)
+    for number in range(8):
+        with states.recording(number, None):
+            model(**batch())  # one step has up to 64 such sequences
+    assert list(states.calls["model.layers.0"]) == [0, 1, 2, 3]
+    states = of(model, steps=4)
+    for number in range(1, 8, 2):
+        with states.recording(number, None, ranks=2):
+            model(**batch())
+    assert list(states.calls["model.layers.0"]) == [1, 3], "each of two ranks has its half"
+
+
+def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
+    model = tiny_llama().eval()
+    states = of(model)
+    for number, padding in enumerate((2, 2, 0)):
+        inputs = batch(padding)
+        with states.recording(number, lambda inputs=inputs: token_mask(inputs)):  # type: ignore[misc]
+            model(**inputs)
+    calls = states.calls["model.layers.1"]
+    assert calls[0].counted == calls[1].counted
+    assert calls[2].counted is None
+    assert resolved(calls[0].counted, states.others).equal(batch(2)["attention_mask"].bool())
+    assert calls[0].kwargs["position_embeddings"] == calls[2].kwargs["position_embeddings"]
+    assert len({one.data_ptr() for one in states.others.values()}) == len(states.others) < 8
+
+
+def test_a_cache_is_left_out() -> None:
+    model = tiny_llama().eval()
+    states = of(model)
+    with states.recording(0, None):
+        model(**batch(), use_cache=True)
+    assert states.refused == {}
+    plain = (type(None), bool, tuple, Reference)
+    assert all(isinstance(value, plain) for value in states.calls["model.layers.0"][0].kwargs.values())
+
+
+def test_recomputed_forwards_are_not_recorded() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2)])
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            for layer in self.layers:
+                hidden = checkpoint(layer, hidden, use_reentrant=False)
+            return hidden
+
+    model = Checkpointed()
+    states = of(model)
+    with states.recording(0, None):
+        model(torch.randn(2, 3, 4, requires_grad=True)).sum().backward()
+    assert states.refused == {}
+    assert list(states.calls["layers.1"]) == [0]
+
+
+class Odd(nn.Module):
+    """Calls its block in a way that can't be repeated."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList([OddBlock(how)]), how
+
+    def forward(self, hidden: Tensor) -> Any:
+        block = self.layers[0]
+        if self.how == "twice":
+            return block(block(hidden))
+        if self.how == "object":
+            return block(hidden, state=object())
+        if self.how == "tokens":
+            return block(hidden.argmax(-1))
+        if self.how == "flat":
+            return block(hidden.flatten(0, 1))
+        return block(hidden)
+
+
+class OddBlock(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(4, 8), nn.Linear(8, 4), how
+
+    def forward(self, hidden: Tensor, state: Any = None) -> Any:
+        if not hidden.is_floating_point():
+            hidden = hidden[..., None].expand(*hidden.shape, 4).float()
+        hidden = self.down(self.up(hidden))
+        return {"hidden": hidden} if self.how == "mapping" else hidden.mean(1) if self.how == "pooled" else hidden
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("twice", "is called more than once in a forward"),
+        ("object", "gets state=a object"),
+        ("tokens", "gets no hidden states (batch, length, width) first, but a tensor (2, 3) of torch.int64"),
+        ("flat", "gets no hidden states (batch, length, width) first, but a tensor (6, 4) of torch.float32"),
+        ("mapping", "gives no hidden states (batch, length, width) first, but a dict"),
+        ("pooled", "gives no hidden states (batch, length, width) first, but a tensor (2, 4) of torch.float32"),
+    ],
+)
+def test_a_block_that_can_not_be_called_again_says_why(how: str, why: str) -> None:
+    model = Odd(how)
+    states = of(model)
+    for number in range(2):
+        with states.recording(number, None):
+            model(torch.randn(2, 3, 4))
+    assert states.refused == {"layers.0": why}
+    assert states.calls == {}
+
+
+def test_a_mask_that_does_not_fit_is_a_reason() -> None:
+    model = Odd("")
+    states = of(model)
+    with states.recording(0, lambda: torch.tensor([[True, True, False, False]])):
+        model(torch.randn(2, 3, 4))
+    assert states.refused == {"layers.0": "gets (2, 3) hidden states, of which no mask says which count"}
+
+
+def test_one_rank_collects_its_own_calls_and_forgets_them() -> None:
+    model, access = tiny_llama().eval(), ReplicatedAccess()
+    states = of(model)
+    for number in range(2):
+        with states.recording(number, None):
+            model(**batch())
+    expected = dict(states.calls["model.layers.0"])
+    shared = SharedStates.of(states, access)
+    assert collect_calls("model.layers.0", states, shared, 0, access) == list(expected.values())
+    assert list(states.calls) == ["model.layers.1"]

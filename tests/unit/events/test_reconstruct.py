@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import Sequences, ToyLM, loader, tiny_gpt2, tiny_llama, trainer
+
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback
+from thanos_lightning.calibration.hidden_states import HiddenStates
+from thanos_lightning.events.reconstruct import Kept, reconstruct
+from thanos_lightning.models.stack import find_blocks
+from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.sharding.owners import PruningError
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+FORWARDS = 16
+
+
+def batch(number: int, padding: int = 0) -> dict[str, Tensor]:
+    data = Sequences(4 * (number + 1), length=24, padding=padding)
+    rows = [data[index] for index in range(4 * number, 4 * number + 4)]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def recorded(model: nn.Module, steps: int = 64, padding: int = 0) -> HiddenStates:
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, steps)
+    states.start()
+    for number in range(FORWARDS):
+        inputs = batch(number, padding)
+        with states.recording(number, lambda inputs=inputs: inputs["attention_mask"].bool()):  # type: ignore[misc]
+            model(**inputs)
+    states.stop()
+    return states
+
+
+def halves(layers: Mapping[str, PrunableLayer]) -> dict[str, Kept]:
+    """The larger half of each layer's weights."""
+    kept = {}
+    for name, layer in layers.items():
+        weight = layer.oriented(layer.parameter.detach()).clone()
+        keep = weight.abs() > weight.abs().median()
+        kept[name] = Kept(weight * keep, keep)
+    return kept
+
+
+def trained(model: nn.Module, states: HiddenStates, kept: dict[str, Kept]) -> list[Any]:
+    layers = find_targets(model)
+    targets = {name: [layers[layer] for layer in block.layers] for name, block in find_blocks(model, layers).items()}
+    owners, reports = reconstruct(states, targets, kept, dict.fromkeys(layers, 0), ReplicatedAccess(), "")
+    assert owners == dict.fromkeys(layers, 0)
+    return reports
+
+
+def outputs(
+    model: nn.Module, name: str, inputs: Mapping[str, Tensor], kept: Mapping[str, Kept]
+) -> tuple[Tensor, Tensor]:
+    """What a block gives with its own weights, and with these, on what it gets: float64, by the model's own hooks."""
+    given: list[Tensor] = []
+    block, layers = model.get_submodule(name), find_targets(model)
+    own = {which: layer.parameter.detach().clone() for which, layer in layers.items() if which.startswith(f"{name}.")}
+    again = True
+
+    def both(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal again
+        given.append(output if isinstance(output, Tensor) else output[0])
+        if again:
+            again = False
+            for which in own:
+                layers[which].parameter.data.copy_(layers[which].oriented(kept[which].weight))
+            module(*args, **kwargs)
+            for which, weight in own.items():
+                layers[which].parameter.data.copy_(weight)
+
+    handle = block.register_forward_hook(both, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    handle.remove()
+    return given[0], given[1]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_each_block_gives_more_of_what_it_gave(build: Any) -> None:
+    model = build().eval()
+    layers = find_targets(model)
+    states, kept = recorded(model), halves(layers)
+    solved = {name: Kept(one.weight.clone(), one.keep.clone()) for name, one in kept.items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reports = trained(model, states, kept)
+    assert [report.name for report in reports] == list(find_blocks(model, layers))
+    assert all(value.equal(model.state_dict()[name]) for name, value in before.items()), "the model waits for the write"
+    model.double()
+    for report in reports:
+        assert report.error < 0.8 * report.error_solved
+        errors = []
+        for weights in (solved, kept):
+            wanted, given = zip(
+                *(outputs(model, report.name, batch(seed), weights) for seed in range(FORWARDS)), strict=True
+            )
+            error = (torch.cat(given) - torch.cat(wanted)).square().sum(-1) / torch.cat(wanted).square().sum(-1)
+            errors.append(float(error.mean()))
+        assert [report.error_solved, report.error] == pytest.approx(errors, rel=0.2)
+    for name, one in kept.items():
+        assert one.keep.equal(solved[name].keep)
+        assert not one.weight[~one.keep].any()
+        assert not one.weight.equal(solved[name].weight)
+
+
+def test_text_that_was_not_seen_gains_too() -> None:
+    model = tiny_llama().eval()
+    states, kept = recorded(model), halves(find_targets(model))
+    solved = {name: Kept(one.weight.clone(), one.keep.clone()) for name, one in kept.items()}
+    trained(model, states, kept)
+    for name in ("model.layers.0", "model.layers.1"):
+        unseen = batch(FORWARDS + 1)
+        wanted, before = outputs(model, name, unseen, solved)
+        _, after = outputs(model, name, unseen, kept)
+        assert (after - wanted).norm() < 0.9 * (before - wanted).norm()
+
+
+def test_padding_teaches_nothing() -> None:
+    model = tiny_llama().eval()
+    results = []
+    for noise in (0.0, 1e4):
+        states, kept = recorded(model, padding=10), halves(find_targets(model))
+        for calls in states.calls.values():
+            for call in calls.values():
+                call.outputs[:, -10:] += noise  # where there is padding
+        trained(model, states, kept)
+        results.append(torch.cat([one.weight.flatten() for one in kept.values()]))
+    torch.testing.assert_close(*results)
+
+
+def test_what_gets_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos_lightning.events.reconstruct._RATE", 1e3)
+    model = tiny_llama().eval()
+    states, kept = recorded(model), halves(find_targets(model))
+    solved = {name: one.weight.clone() for name, one in kept.items()}
+    reports = trained(model, states, kept)
+    assert all(report.error == report.error_solved for report in reports)
+    assert all(one.weight.equal(solved[name]) for name, one in kept.items())
+
+
+def test_the_same_calls_give_the_same_weights_and_leave_random_numbers_alone() -> None:
+    results = []
+    for _ in range(2):
+        model = tiny_llama().eval()
+        states, kept = recorded(model, steps=5), halves(find_targets(model))
+        torch.manual_seed(len(results))
+        state = torch.get_rng_state()
+        trained(model, states, kept)
+        assert state.equal(torch.get_rng_state())
+        results.append(kept)
+    assert all(one.weight.equal(results[1][name].weight) for name, one in results[0].items())
+
+
+def test_a_copy_that_computes_something_else_leaves_the_block_alone() -> None:
+    class Counting(nn.Module):
+        """Gives something else at each call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), 0
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.calls += 1
+            return self.calls * self.second(self.first(hidden))  # type: ignore[no-any-return]
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Counting()])})
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, 4)
+    states.start()
+    with states.recording(0, None):
+        model["layers"][0](torch.randn(2, 3, 8))
+    kept = halves(find_targets(model))
+    solved = {name: one.weight.clone() for name, one in kept.items()}
+    with pytest.warns(UserWarning, match=r"1 block.*layers.0 gives something else.*calibration.block_steps=0"):
+        assert trained(model, states, kept) == []
+    assert all(one.weight.equal(solved[name]) for name, one in kept.items())
+
+
+def test_a_failure_is_an_error_with_the_blocks_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("thanos_lightning.events.reconstruct._descend", fail)
+    model = tiny_llama().eval()
+    with pytest.raises(PruningError, match=r"model.layers.0: MemoryError: no memory.*No layer of this window"):
+        trained(model, recorded(model), halves(find_targets(model)))
+
+
+# In a training
+
+
+def run(folder: Path, **calibration: Any) -> ThanosPruningCallback:
+    pruning = ThanosPruningCallback("2:4", calibration=CalibrationOptions(**calibration))
+    trainer(folder, pruning, max_steps=2).fit(ToyLM(), loader())
+    return pruning
+
+
+def test_a_calibration_set_trains_blocks_unless_told_otherwise(tmp_path: Path) -> None:
+    batches = [batch(seed) for seed in range(8)]
+    default = run(tmp_path, batches=batches)
+    (event,) = default.report.events
+    assert [block.name for block in event.blocks] == ["model.model.layers.0", "model.model.layers.1"]
+    assert all(block.error < block.error_solved for block in event.blocks)
+    assert event.reconstructing_seconds >= sum(block.seconds for block in event.blocks) > 0
+    assert run(tmp_path, batches=batches, block_steps=0).report.events[0].blocks == []
+    assert run(tmp_path, steps=1).report.events[0].blocks == []
+
+
+def test_steps_without_a_calibration_set_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"calibration.block_steps is 8, but there are no calibration.batches"):
+        CalibrationOptions(block_steps=8)
+    with pytest.raises(ValueError, match=r"calibration.block_steps is -1"):
+        CalibrationOptions(batches=[batch(0)], block_steps=-1)

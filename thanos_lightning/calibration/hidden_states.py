@@ -1,0 +1,347 @@
+"""What each block of a model gets and gives in the forwards of a calibration set, in 16 bits on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.kept_error import KeptError
+
+TOKENS_PER_STEP = 512  # of a step in which a block is trained, where one sequence has fewer
+
+
+class Reference(NamedTuple):
+    """Stands for a tensor in `HiddenStates.others`."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block, with one batch of sequences.
+
+    Attributes:
+        inputs: The hidden states that the block got, (batch, length, width), float16 or bfloat16.
+        outputs: Those that it gave, (batch, length, any width).
+        args: Its other positional arguments, with a `Reference` for each tensor.
+        kwargs: Its keyword arguments likewise.
+        keyword: Name of the argument that has the hidden states; None if it is the first positional one.
+        counted: Of the mask of tokens that count, (batch, length); None if all do.
+        dtype: Of the hidden states in the model.
+        computes_in: The 16-bit dtype of matrix products, None for float32.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None
+    counted: Reference | None
+    dtype: torch.dtype
+    computes_in: torch.dtype | None
+
+    @property
+    def sequences_per_step(self) -> int:
+        """How many sequences have so many tokens as a step wants."""
+        return min(len(self.inputs), max(1, TOKENS_PER_STEP // self.inputs[0, ..., 0].numel()))
+
+
+class _Begun(NamedTuple):
+    """The first part of a call, with the meaning of `Call`."""
+
+    inputs: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None
+    dtype: torch.dtype
+    computes_in: torch.dtype | None
+
+
+class _RefusedError(Exception):
+    """A block can't be called again with what it got."""
+
+
+@dataclass
+class HiddenStates:
+    """Records the calls of blocks, by hooks, during the forwards inside `recording`.
+
+    Attributes:
+        blocks: Name -> block.
+        steps: How many steps of training the recorded batches are wanted for. Further batches are not recorded.
+        kept: Keeps an error of a hook while other ranks would wait.
+        calls: Block name -> number of the batch -> its call.
+        others: The other tensors that blocks got, on the CPU, by their digests.
+        refused: Name of each block that can't be called again with what it got -> the reason.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        >>> states = HiddenStates({"1": model[1]}, steps=4)
+        >>> states.start()
+        >>> with states.recording(0, None):
+        ...     _ = model(torch.ones(1, 5, 2))
+        >>> states.stop()
+        >>> states.calls["1"][0].inputs.shape
+        torch.Size([1, 5, 3])
+    """
+
+    blocks: Mapping[str, nn.Module]
+    steps: int
+    kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
+    calls: dict[str, dict[int, Call]] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _number: int | None = None  # of the batch
+    _counted: Reference | None = None
+    _begun: dict[str, _Begun] = field(default_factory=dict)
+    _known: dict[int, tuple[Tensor, Reference]] = field(default_factory=dict)  # by id, within a batch
+    _last: tuple[Tensor, int, Tensor] | None = None  # the last output, its version, and its copy
+
+    def start(self) -> None:
+        """Add the hooks."""
+        for name, block in self.blocks.items():
+            self._handles.append(block.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(partial(self._after, name)))
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self, number: int, counted: Callable[[], Tensor | None] | None, ranks: int = 1) -> Iterator[None]:
+        """Record the forward of a batch, unless the batches so far are enough for this rank's share of the steps.
+
+        `counted` returns the mask of tokens that count, bool (batch, length), or None for all.
+        """
+        steps = [self._steps_of(calls) for name, calls in self.calls.items() if name not in self.refused]
+        if (not self.calls or (steps and max(steps) * ranks < self.steps)) and self.kept.error is None:
+            with self.kept.keeping():
+                mask = None if counted is None else counted()
+                self._counted = None if mask is None or bool(mask.all()) else self._reference(mask)
+            self._number = number
+        try:
+            yield
+        finally:
+            self._number, self._counted, self._last = None, None, None
+            self._begun.clear()
+            self._known.clear()
+
+    @staticmethod
+    def _steps_of(calls: Mapping[int, Call]) -> int:
+        return sum(-(-len(call.inputs) // call.sequences_per_step) for call in calls.values())
+
+    # Hooks
+
+    def _is_recording(self, name: str) -> bool:
+        is_again = torch._C._current_graph_task_id() != -1  # activation checkpointing recomputes
+        return self._number is not None and name not in self.refused and self.kept.error is None and not is_again
+
+    def _before(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_recording(name):
+            return
+        with self.kept.keeping():
+            try:
+                self._begin(name, args, kwargs)
+            except _RefusedError as why:
+                self._refuse(name, str(why))
+
+    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in self._begun or self._number in self.calls.get(name, {}):
+            raise _RefusedError("is called more than once in a forward")
+        keyword = None if args else next(iter(kwargs), None)
+        hidden = args[0] if args else kwargs.get(keyword or "")
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 3:
+            raise _RefusedError(f"gets no hidden states (batch, length, width) first, but {_said(hidden)}")
+        args = tuple(self._plain("", value) for value in args[1:])
+        kwargs = {which: self._plain(which, value) for which, value in kwargs.items() if which != keyword}
+        last = self._last
+        if last is not None and _is_same(last[0], hidden) and hidden._version == last[1]:
+            stored = last[2]  # what one block gives is what the next one gets
+        else:
+            stored = _stored(hidden)
+        self._begun[name] = _Begun(stored, args, kwargs, keyword, hidden.dtype, _computes_in(hidden))
+
+    def _after(self, name: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._is_recording(name) or name not in self._begun:
+            return
+        with self.kept.keeping():
+            begun = self._begun.pop(name)
+            hidden, shape = first_of(output), begun.inputs.shape
+            if not isinstance(hidden, Tensor) or hidden.shape[:-1] != shape[:-1]:
+                self._refuse(name, f"gives no hidden states (batch, length, width) first, but {_said(hidden)}")
+                return
+            if self._counted is not None and self.others[self._counted.digest].shape != shape[:2]:
+                self._refuse(name, f"gets {tuple(shape[:2])} hidden states, of which no mask says which count")
+                return
+            given = _stored(hidden)
+            self._last = hidden.detach(), hidden._version, given
+            assert self._number is not None
+            self.calls.setdefault(name, {})[self._number] = Call(
+                begun.inputs, given, begun.args, begun.kwargs, begun.keyword, self._counted, begun.dtype,
+                begun.computes_in,
+            )  # fmt: skip
+
+    def _refuse(self, name: str, why: str) -> None:
+        self.refused[name] = why
+        self.calls.pop(name, None)
+
+    def _plain(self, name: str, value: Any) -> Any:
+        """The value with a reference for each tensor."""
+        if isinstance(value, Tensor):
+            return self._reference(value)
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+            return value
+        if isinstance(value, Cache):
+            return None  # it was empty before this forward, which doesn't read what it writes
+        if type(value) in (tuple, list):
+            return type(value)(self._plain(name, entry) for entry in value)
+        if type(value) is dict:
+            return {key: self._plain(key, entry) for key, entry in value.items()}
+        raise _RefusedError(f"gets {f'{name}=' if name else ''}{_said(value)}")
+
+    def _reference(self, tensor: Tensor) -> Reference:
+        if id(tensor) not in self._known:
+            own = tensor.detach().to("cpu", copy=True).contiguous()
+            described = f"{own.dtype} {tuple(own.shape)}".encode()
+            data = own.reshape(-1).view(torch.uint8).numpy().tobytes()
+            reference = Reference(hashlib.sha256(described + data).hexdigest())
+            self.others.setdefault(reference.digest, own)
+            self._known[id(tensor)] = tensor, reference  # with the tensor, so that no other one gets its id
+        return self._known[id(tensor)][1]
+
+
+def first_of(output: Any) -> Any:
+    """The hidden states in a block's output."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def resolved(value: Any, others: Mapping[str, Tensor]) -> Any:
+    """The value with the tensors in place of their references."""
+    if isinstance(value, Reference):
+        return others[value.digest]
+    if isinstance(value, (tuple, list)):
+        return type(value)(resolved(entry, others) for entry in value)
+    if isinstance(value, Mapping):
+        return {key: resolved(entry, others) for key, entry in value.items()}
+    return value
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _stored(hidden: Tensor) -> Tensor:
+    return hidden.detach().to("cpu", torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    def place(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    return place(one) == place(other)
+
+
+def _computes_in(hidden: Tensor) -> torch.dtype | None:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype if hidden.dtype in (torch.float16, torch.bfloat16) else None
+
+
+class Outline(NamedTuple):
+    """All of a call but its tensors, and their shapes."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    stored: torch.dtype
+    rest: tuple[Any, ...]
+
+
+def outline_of(call: Call) -> Outline:
+    """The outline, which other ranks are told."""
+    rest = call.args, call.kwargs, call.keyword, call.counted, call.dtype, call.computes_in
+    return Outline(tuple(call.inputs.shape), tuple(call.outputs.shape), call.inputs.dtype, rest)
+
+
+@dataclass(frozen=True)
+class SharedStates:
+    """The calls that all ranks have recorded.
+
+    Attributes:
+        outlines: Block name -> number of the batch -> (rank that has recorded it, its outline), in order of batches.
+        others: All tensors that calls refer to.
+        refused: Blocks that can't be called again -> the reason.
+    """
+
+    outlines: Mapping[str, Mapping[int, tuple[int, Outline]]]
+    others: Mapping[str, Tensor]
+    refused: Mapping[str, str]
+
+    @classmethod
+    def of(cls, states: HiddenStates, access: ParameterAccess) -> SharedStates:
+        """Tell all ranks what each has recorded. All ranks must call it, and get the same."""
+        own = {
+            name: {number: outline_of(call) for number, call in calls.items()} for name, calls in states.calls.items()
+        }
+        shapes = {digest: (tuple(one.shape), one.dtype) for digest, one in states.others.items()}
+        everywhere = access.gather((own, shapes, states.refused))
+        refused: dict[str, str] = {}
+        for _, _, of_rank in everywhere:
+            refused = {**of_rank, **refused}
+        outlines: dict[str, Mapping[int, tuple[int, Outline]]] = {}
+        for name in states.blocks:
+            found = {
+                number: (rank, outline)
+                for rank, (calls, _, _) in enumerate(everywhere)
+                for number, outline in calls.get(name, {}).items()
+            }
+            if name not in refused:
+                outlines[name] = dict(sorted(found.items()))
+        others = dict(states.others)
+        described = {digest: shape for _, table, _ in everywhere for digest, shape in table.items()}
+        for digest in sorted(described):
+            holders = [rank for rank, (_, table, _) in enumerate(everywhere) if digest in table]
+            if len(holders) < access.world_size:
+                shape, dtype = described[digest]
+                tensor = others.get(digest, torch.empty(shape, dtype=dtype))
+                access.broadcast(tensor, holders[0])
+                others[digest] = tensor
+        return cls(outlines, others, refused)
+
+
+def collect_calls(
+    name: str, states: HiddenStates, shared: SharedStates, owner: int, access: ParameterAccess
+) -> list[Call] | None:
+    """Return all calls of a block on its owner, in order of batches, and forget this rank's own. All must call it."""
+    own = states.calls.pop(name, {})
+    calls = []
+    for number, (rank, outline) in shared.outlines[name].items():
+        if rank == access.rank == owner:
+            calls.append(own[number])
+            continue
+        if access.rank not in (rank, owner):
+            continue
+        both = []
+        for which, shape in (("inputs", outline.inputs), ("outputs", outline.outputs)):
+            mine = getattr(own[number], which) if rank == access.rank else None
+            both.append(access.send(mine, source=rank, destination=owner, shape=shape, dtype=outline.stored))
+        if access.rank == owner:
+            inputs, outputs = both
+            assert inputs is not None
+            assert outputs is not None
+            calls.append(Call(inputs.cpu(), outputs.cpu(), *outline.rest))
+    return calls if access.rank == owner else None

@@ -1,0 +1,274 @@
+"""Trains the kept weights of one block at a time to give what the block gave before it was pruned.
+
+A layer's solve sees this layer alone. Within a block, such as a decoder layer, layers can make up for each other's
+errors. The inputs and outputs are those of the model before the event, so that blocks don't depend on each other, and
+each rank trains its share of them. (That a block's outputs teach more than a layer's: arXiv 2510.14444.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from thanos_lightning.calibration.hidden_states import (
+    Call,
+    HiddenStates,
+    SharedStates,
+    collect_calls,
+    first_of,
+    resolved,
+)
+from thanos_lightning.models.stack import replica
+from thanos_lightning.models.targets import PrunableLayer, examples
+from thanos_lightning.report.data import BlockReport
+from thanos_lightning.report.progress import open_phase
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.owners import raise_everywhere, reserved
+
+_RATE = 0.015  # of Adam, for weights whose root mean square is 1
+_BETAS = (0.9, 0.95)
+_WARM_UP = 8  # steps
+MOST_PASSES = 2  # over the recorded sequences
+_MEASURED = 4  # batches of so many steps show a block's error before and after
+# Largest squared error of a copy's outputs over their squared norm, before it is pruned: they are kept in 16 bits
+_TOLERANCE = 1e-3
+_LOSS_SCALE = 2.0**14  # gradients of a mean underflow in float16; Adam's steps don't depend on the scale
+
+
+@dataclass
+class Kept:
+    """A layer's new weight and its keep mask, both (out_features, in_features)."""
+
+    weight: Tensor
+    keep: Tensor
+
+
+def reconstruct(
+    states: HiddenStates,
+    targets: Mapping[str, Sequence[PrunableLayer]],
+    solved: dict[str, Kept],
+    owners: Mapping[str, int],
+    access: ParameterAccess,
+    title: str,
+) -> tuple[dict[str, int], list[BlockReport]]:
+    """Train the blocks whose calls were recorded. All ranks must call it.
+
+    Args:
+        states: The calls. They are forgotten one by one.
+        targets: Block name -> the layers in it that were solved.
+        solved: Layer name -> what its owner has solved. A block's layers move to the rank that trains it.
+        owners: Layer name -> the rank that has solved it.
+        access: How parameters are reached.
+        title: What the progress bar says.
+
+    Returns:
+        The new owners, and a report of each block that was trained; the same on all ranks.
+
+    Raises:
+        PruningError: On all ranks, if one fails, such as from lack of memory. No layer has changed.
+    """
+    shared = SharedStates.of(states, access)
+    dtypes = {name: dtype for part in access.gather({name: one.weight.dtype for name, one in solved.items()})
+              for name, dtype in part.items()}  # fmt: skip
+    moved = dict(owners)
+    names = [name for name in targets if shared.outlines.get(name)]
+    reports: dict[str, BlockReport | str] = dict(shared.refused)
+    error: tuple[str, Exception] | None = None
+    with open_phase(title, len(names), "blocks") as phase:
+        for begin in range(0, len(names), access.world_size):
+            in_round = names[begin : begin + access.world_size]
+            own = in_round[access.rank : access.rank + 1]
+            needed = {name: _bytes_of(states.blocks[name]) for name in own}
+            raise_everywhere(error or reserved(needed, access), access)
+            mine: _Task | None = None
+            for owner, name in enumerate(in_round):
+                for layer in targets[name]:
+                    _move(layer, solved, moved, owner, dtypes[layer.name], access)
+                values = access.collect_parameters(states.blocks[name], owner)
+                calls = collect_calls(name, states, shared, owner, access)
+                if values is not None and calls is not None:
+                    mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name])
+            note = ""
+            if mine is not None:
+                try:
+                    found = reports[mine.name] = _train(mine, solved, states.steps, seed=begin + access.rank)
+                    if isinstance(found, BlockReport):
+                        note = f"{found.error_solved:.2g} to {found.error:.2g} {mine.name}"
+                except Exception as failure:  # even out of memory, since the other ranks wait for this one
+                    error = (mine.name, failure)
+            phase.advance(len(in_round), note=note)
+        raise_everywhere(error, access)
+    everywhere: dict[str, BlockReport | str] = {}
+    for part in access.gather(reports):
+        everywhere |= part
+    left = {name: why for name, why in everywhere.items() if isinstance(why, str)}
+    if left:
+        rank_zero_warn(
+            f"{len(left)} block(s) stay as the solver left them, since a copy of them can't be trained: "
+            f"{examples(f'{name} {why}' for name, why in left.items())}. (calibration.block_steps=0 trains none)"
+        )
+    return moved, [report for name in names if isinstance(report := everywhere[name], BlockReport)]
+
+
+def _bytes_of(block: nn.Module) -> int:
+    """In fp32."""
+    return 4 * sum(math.prod(getattr(one, "ds_shape", one.shape)) for one in block.parameters())
+
+
+def _move(
+    layer: PrunableLayer,
+    solved: dict[str, Kept],
+    owners: dict[str, int],
+    destination: int,
+    dtype: torch.dtype,
+    access: ParameterAccess,
+) -> None:
+    source, shape = owners[layer.name], (layer.rows, layer.cols)
+    owners[layer.name] = destination
+    if source == destination:
+        return
+    own = solved.pop(layer.name, None)
+    weight, keep = (None, None) if own is None else (own.weight, own.keep)
+    weight = access.send(weight, source=source, destination=destination, shape=shape, dtype=dtype)
+    keep = access.send(keep, source=source, destination=destination, shape=shape, dtype=torch.bool)
+    if access.rank == destination:
+        assert weight is not None
+        assert keep is not None
+        solved[layer.name] = Kept(weight, keep)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A block to train, with all that it takes."""
+
+    name: str
+    block: nn.Module
+    values: dict[str, Tensor]
+    calls: list[Call]
+    others: Mapping[str, Tensor]
+    targets: Sequence[PrunableLayer]
+
+
+def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> BlockReport | str:
+    """Train the kept weights of a block, which replace those in `solved` if they are better; or return why not."""
+    begin = time.perf_counter()
+    copy = replica(task.block, task.values)
+    device = next(copy.parameters()).device
+    parts = [(call, part) for call in task.calls for part in _parts(call, task.others)]
+    if not parts:
+        return "got no token that counts"
+    try:
+        with torch.no_grad():
+            unlike = float(_error(copy, *parts[0], task.others, device))
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as failure:
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise
+        return f"fails when it is called on its own ({type(failure).__name__}: {failure})"
+    if not unlike <= _TOLERANCE:
+        return f"gives something else when it is called on its own (squared error {unlike:.2g} of its outputs)"
+    groups = []
+    trained: list[tuple[PrunableLayer, nn.Parameter, Tensor]] = []
+    for layer in task.targets:
+        own = solved[layer.name]
+        parameter = copy.get_parameter(layer.parameter_name.removeprefix(f"{task.name}."))
+        parameter.data = layer.oriented(own.weight).to(device, torch.float32, copy=True)
+        parameter.requires_grad_(True)
+        keep = layer.oriented(own.keep).to(device)
+        scale = float(parameter.detach().square().sum() / keep.count_nonzero().clamp(min=1)) ** 0.5
+        groups.append({"params": [parameter], "lr": _RATE * scale})
+        trained.append((layer, parameter, keep))
+    measured = parts[:: max(1, len(parts) // _MEASURED)]
+    before = _mean_error(copy, measured, task.others, device)
+    _descend(copy, groups, trained, _steps(parts, steps, seed), task.others, device)
+    after = _mean_error(copy, measured, task.others, device)
+    if after < before:
+        for layer, parameter, keep in trained:
+            own = solved[layer.name]
+            own.weight = layer.oriented((parameter.detach() * keep).to(own.weight.dtype)).to(own.weight.device)
+    return BlockReport(task.name, before, min(before, after), time.perf_counter() - begin)
+
+
+def _parts(call: Call, others: Mapping[str, Tensor]) -> Iterator[slice]:
+    """The sequences of each step; without those of padding alone."""
+    counted = resolved(call.counted, others)
+    for first in range(0, len(call.inputs), call.sequences_per_step):
+        part = slice(first, first + call.sequences_per_step)
+        if counted is None or counted[part].any():
+            yield part
+
+
+def _steps(parts: Sequence[tuple[Call, slice]], steps: int, seed: int) -> list[tuple[Call, slice]]:
+    """What each step trains on: every part once, in a random order, before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    some = parts[:steps]
+    orders = (torch.randperm(len(some), generator=generator).tolist() for _ in range(MOST_PASSES))
+    return [some[index] for index in itertools.islice(itertools.chain.from_iterable(orders), steps)]
+
+
+def _descend(
+    copy: nn.Module,
+    groups: list[dict[str, Any]],
+    trained: Sequence[tuple[PrunableLayer, nn.Parameter, Tensor]],
+    parts: Sequence[tuple[Call, slice]],
+    others: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, foreach=False)
+    rates = [group["lr"] for group in groups]
+    with torch.enable_grad():
+        for step, (call, part) in enumerate(parts):
+            factor = min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / len(parts)))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
+            torch.autograd.backward(_LOSS_SCALE * _error(copy, call, part, others, device))
+            for _, parameter, keep in trained:
+                assert parameter.grad is not None
+                parameter.grad.mul_(keep)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _mean_error(
+    copy: nn.Module, parts: Sequence[tuple[Call, slice]], others: Mapping[str, Tensor], device: torch.device
+) -> float:
+    return sum(float(_error(copy, call, part, others, device)) for call, part in parts) / len(parts)
+
+
+def _error(copy: nn.Module, call: Call, part: slice, others: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """The mean squared error of the outputs for some sequences of a call, over each token's own squared norm."""
+    hidden = call.inputs[part].to(device, call.dtype)
+    rest = resolved((call.args, dict(call.kwargs), call.counted), others)
+    args, kwargs, counted = _cut(rest, part, len(call.inputs), device)
+    if call.keyword is None:
+        args = (hidden, *args)
+    else:
+        kwargs = {call.keyword: hidden, **kwargs}
+    with torch.autocast(device.type, call.computes_in, enabled=call.computes_in is not None):
+        output = first_of(copy(*args, **kwargs)).float()
+    wanted = call.outputs[part].to(device).float()
+    if counted is not None:
+        output, wanted = output[counted], wanted[counted]
+    norms = wanted.square().sum(-1)
+    error: Tensor = ((output - wanted).square().sum(-1) / norms.clamp(min=1e-3 * float(norms.mean()))).mean()
+    return error
+
+
+def _cut(value: Any, part: slice, number: int, device: torch.device) -> Any:
+    """The part of a value that belongs to some of so many sequences, on the device."""
+    if isinstance(value, Tensor):
+        is_of_batch = value.ndim > 1 and len(value) == number > 1
+        return (value[part] if is_of_batch else value).to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(entry, part, number, device) for entry in value)
+    if isinstance(value, dict):
+        return {key: _cut(entry, part, number, device) for key, entry in value.items()}
+    return value

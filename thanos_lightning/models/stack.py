@@ -1,0 +1,94 @@
+"""Finds the blocks of a model, such as decoder layers, and copies one so that it computes on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from thanos_lightning.models.targets import PrunableLayer
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module with several layers to prune, and their names in the model."""
+
+    module: nn.Module
+    layers: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> dict[str, Block]:
+    """Find each block with at least two of the layers, by name.
+
+    A block is an entry of an `nn.ModuleList` that is in no other one. A layer that is outside of the block, too, since
+    modules share its weight, is not counted.
+
+    Examples:
+        >>> from thanos_lightning.models.targets import find_targets
+        >>> block = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 2)})
+        >>> {name: block.layers for name, block in find_blocks(model, find_targets(model)).items()}
+        {'layers.0': ('layers.0.0', 'layers.0.2')}
+    """
+    blocks: dict[str, nn.Module] = {}
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        lists.append(name)
+        blocks |= {f"{name}.{number}" if name else number: block for number, block in module.named_children()}
+    inside = {name: set(block.modules()) for name, block in blocks.items()}
+    found: dict[str, list[str]] = {}
+    for layer in layers.values():
+        homes = [name for name, modules in inside.items() if not modules.isdisjoint(layer.modules)]
+        if len(homes) == 1 and inside[homes[0]].issuperset(layer.modules):
+            found.setdefault(homes[0], []).append(layer.name)
+    return {name: Block(blocks[name], tuple(own)) for name, own in found.items() if len(own) > 1}
+
+
+def replica(module: _Module, values: Mapping[str, Tensor]) -> _Module:
+    """Copy a module for computing on its own: without hooks, in evaluation mode, with these values as its parameters.
+
+    The copy has its own modules and parameters, and shares all else, buffers and plain attributes. Whatever places the
+    module's parameters on several ranks is left behind: hooks, and the class that `fully_shard` derives.
+
+    Args:
+        module: Any module.
+        values: Name of each parameter of the module -> its whole value, in any dtype.
+
+    Examples:
+        >>> linear = nn.Linear(2, 1)
+        >>> copied = replica(linear, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+        >>> copied(torch.tensor([1.0, 2.0]))
+        tensor([3.])
+    """
+    parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    first: dict[int, nn.Parameter] = {}
+    for name, own in module.named_parameters(remove_duplicate=False):
+        if name in parameters:
+            first.setdefault(id(own), parameters[name])
+    return _copied(module, first, {})
+
+
+def _copied(module: _Module, parameters: Mapping[int, nn.Parameter], done: dict[nn.Module, nn.Module]) -> _Module:
+    if module in done:
+        return done[module]  # type: ignore[return-value]
+    kind = type(module)
+    if isinstance(module, FSDPModule):
+        kind = kind.__mro__[2]  # fully_shard derives a class of FSDPModule and the module's own
+    copy: _Module = object.__new__(kind)
+    copy.__dict__.update(vars(module))
+    copy.__dict__.update(vars(nn.Module()))  # without hooks
+    done[module] = copy
+    copy._parameters = {name: None if own is None else parameters[id(own)] for name, own in module._parameters.items()}
+    copy._buffers = dict(module._buffers)
+    copy._modules = {
+        name: None if child is None else _copied(child, parameters, done) for name, child in module._modules.items()
+    }
+    copy.training = False
+    return copy
