@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,10 +51,17 @@ class Call:
     dtype: torch.dtype
     computes_in: torch.dtype | None
 
-    @property
-    def sequences_per_step(self) -> int:
-        """How many sequences have so many tokens as a step wants."""
-        return min(len(self.inputs), max(1, TOKENS_PER_STEP // self.inputs[0, ..., 0].numel()))
+
+def parts_of(shape: tuple[int, ...]) -> list[slice]:
+    """The sequences of each step on a batch of hidden states of this shape, (batch, length, width).
+
+    Examples:
+        >>> parts_of((3, 256, 8))
+        [slice(0, 2, None), slice(2, 4, None)]
+    """
+    number, *length, _ = shape
+    together = max(1, TOKENS_PER_STEP // max(1, math.prod(length)))
+    return [slice(first, first + together) for first in range(0, number, together)]
 
 
 class _Begun(NamedTuple):
@@ -140,7 +148,7 @@ class HiddenStates:
 
     @staticmethod
     def _steps_of(calls: Mapping[int, Call]) -> int:
-        return sum(-(-len(call.inputs) // call.sequences_per_step) for call in calls.values())
+        return sum(len(parts_of(tuple(call.inputs.shape))) for call in calls.values())
 
     # Hooks
 

@@ -24,6 +24,7 @@ from thanos_lightning.calibration.hidden_states import (
     SharedStates,
     collect_calls,
     first_of,
+    parts_of,
     resolved,
 )
 from thanos_lightning.models.stack import replica
@@ -80,6 +81,8 @@ def reconstruct(
               for name, dtype in part.items()}  # fmt: skip
     moved = dict(owners)
     names = [name for name in targets if shared.outlines.get(name)]
+    if names:
+        _warn_of_few([outline.inputs for _, outline in shared.outlines[names[0]].values()], states.steps)
     reports: dict[str, BlockReport | str] = dict(shared.refused)
     error: tuple[str, Exception] | None = None
     with open_phase(title, len(names), "blocks") as phase:
@@ -116,6 +119,16 @@ def reconstruct(
             f"{examples(f'{name} {why}' for name, why in left.items())}. (calibration.block_steps=0 trains none)"
         )
     return moved, [report for name in names if isinstance(report := everywhere[name], BlockReport)]
+
+
+def _warn_of_few(shapes: Sequence[tuple[int, ...]], steps: int) -> None:
+    able = MOST_PASSES * sum(len(parts_of(shape)) for shape in shapes)
+    if able < steps:
+        there = sum(math.prod(shape[:-1]) for shape in shapes)
+        rank_zero_warn(
+            f"calibration.batches has {there:,} tokens, on which a block is trained for {able} steps, not for {steps}: "
+            f"give {math.ceil(there * steps / able):,} tokens, or calibration.block_steps={able}"
+        )
 
 
 def _bytes_of(block: nn.Module) -> int:
@@ -199,8 +212,7 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
 def _parts(call: Call, others: Mapping[str, Tensor]) -> Iterator[slice]:
     """The sequences of each step; without those of padding alone."""
     counted = resolved(call.counted, others)
-    for first in range(0, len(call.inputs), call.sequences_per_step):
-        part = slice(first, first + call.sequences_per_step)
+    for part in parts_of(tuple(call.inputs.shape)):
         if counted is None or counted[part].any():
             yield part
 

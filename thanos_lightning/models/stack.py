@@ -62,6 +62,7 @@ def replica(module: _Module, values: Mapping[str, Tensor]) -> _Module:
         values: Name of each parameter of the module -> its whole value, in any dtype.
 
     Examples:
+        >>> import torch
         >>> linear = nn.Linear(2, 1)
         >>> copied = replica(linear, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
         >>> copied(torch.tensor([1.0, 2.0]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,15 @@ def test_a_calibration_set_trains_blocks_unless_told_otherwise(tmp_path: Path) -
     assert event.reconstructing_seconds >= sum(block.seconds for block in event.blocks) > 0
     assert run(tmp_path, batches=batches, block_steps=0).report.events[0].blocks == []
     assert run(tmp_path, steps=1).report.events[0].blocks == []
+
+
+def test_a_small_calibration_set_says_how_many_tokens_it_wants(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has 384 tokens, on which a block is trained for 8 steps, not for 64: give"):
+        run(tmp_path, batches=[batch(seed) for seed in range(4)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tmp_path, batches=[batch(seed) for seed in range(4)], block_steps=8)
+    assert not any("tokens" in str(one.message) for one in caught)
 
 
 def test_steps_without_a_calibration_set_are_refused() -> None:
