@@ -37,6 +37,7 @@ from thanos_lightning.sharding.owners import raise_everywhere, reserved
 _RATE = 0.015  # of Adam, for weights whose root mean square is 1
 _BETAS = (0.9, 0.95)
 _WARM_UP = 8  # steps
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch steps Adam in one kernel
 MOST_PASSES = 2  # over the recorded sequences
 _MEASURED = 4  # batches of so many steps show a block's error before and after
 # Largest squared error of a copy's outputs over their squared norm, before it is pruned: they are kept in 16 bits
@@ -233,7 +234,7 @@ def _descend(
     others: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
-    optimizer = torch.optim.Adam(groups, betas=_BETAS, foreach=False)
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=device.type in _FUSED)
     rates = [group["lr"] for group in groups]
     with torch.enable_grad():
         for step, (call, part) in enumerate(parts):
