@@ -81,6 +81,7 @@ class Recipe:
             calibrate on.
         fine_tuned: Whether the dense contender at the end of its training, as above, is pruned and trained on: twice
             the tokens in all.
+        blocks: Whether blocks are trained at the events, as is the callback's default on a calibration set.
         shape: Of the schedule.
         training: Other arguments of `CausalLM`.
     """
@@ -91,6 +92,7 @@ class Recipe:
     pruned: str | None = None
     permuted: bool = False
     fine_tuned: bool = False
+    blocks: bool = False
     shape: Shape = "cubic"
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -133,7 +135,11 @@ OWN: dict[str, Recipe] = {
     ),
     "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
-    "two stages, first step": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True),
+    "two stages, first step, blocks": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True),
+    "first step, blocks": Recipe(_BEFORE, _FIRST_STEP, blocks=True),
+    "first step, blocks, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True),
+    "first step, permuted, blocks, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, permuted=True, blocks=True),
+    "late, blocks": Recipe(_LATE, _FIRST_STEP, blocks=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
@@ -493,6 +499,8 @@ def train(
         if (calibration := options.get("batches")) is not None:
             number = task.calibration // task.batch if calibration == _FIRST_BATCHES else calibration
             options["batches"] = batches(task, 1, number)
+            if not recipe.blocks:
+                options["block_steps"] = 0
         for group, kind in (("solver", SolverOptions), ("calibration", CalibrationOptions)):
             own = {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}
             options[group] = kind(**own)
@@ -523,13 +531,19 @@ def train(
     seconds = time.perf_counter() - begin - curve.seconds
     if save_to is not None:
         model.save_pretrained(save_to)
-    summary = None if pruning is None or recipe is None or recipe.pruned else pruning.report.summary
+    event_seconds = 0.0
+    if recipe is not None and recipe.pruned is not None:  # what the method took when the folder was made
+        outcome = json.loads((Path(source) / "outcome.json").read_text())
+        event_seconds = sum(outcome["seconds"].values())
+        seconds += event_seconds
+    elif pruning is not None:
+        event_seconds = pruning.report.summary.event_seconds + pruning.report.summary.collecting_seconds
     return {
         "curve": curve.points,
         "perplexity": curve.points[-1]["perplexity"],
         "sparsity": curve.points[-1]["sparsity"],
         "seconds": round(seconds, 1),
-        "event_seconds": round(summary.event_seconds + summary.collecting_seconds, 1) if summary else 0.0,
+        "event_seconds": round(event_seconds, 1),
     }
 
 
@@ -562,6 +576,8 @@ def settings(contender: str) -> Any:
         del made["permuted"]  # which kept runs don't say
     if not recipe.fine_tuned:
         del made["fine_tuned"]
+    if not recipe.blocks:
+        del made["blocks"]
     if recipe.shape == "cubic":
         del made["shape"]
     if not recipe.training:
@@ -683,6 +699,45 @@ def draw(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
     return figure
 
 
+def draw_time(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
+    """Perplexity against time, in steps of the run's own training, of contenders whose times are kept."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    lines = [line for line in lines if _has_times(line["runs"][0])]
+    patterns = list(dict.fromkeys(line["pattern"] for line in lines))
+    figure = Figure(figsize=(6 * len(patterns), 5), layout="constrained")
+    for axis, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
+        for line in lines:
+            if line["pattern"] == pattern:
+                style = "-" if line["contender"] in OWN else "--"
+                color = {"color": "black"} if line["contender"] == DENSE else {}
+                points = timed(line["runs"][0], task)
+                axis.plot(*zip(*points, strict=True), style, label=line["contender"], marker="o", markersize=4, **color)
+        axis.set(
+            title=pattern, xlabel="time, in steps of 1,024 tokens", ylabel="perplexity", yscale="log", xlim=(0, None)
+        )
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(ScalarFormatter())
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    return figure
+
+
+def _has_times(run: Mapping[str, Any]) -> bool:
+    is_one_shot = run["settings"] is not None and run["settings"]["pruned"] is not None
+    return bool(run["event_seconds"] if is_one_shot else run["event_seconds"] is not None)  # early ones have 0
+
+
+def timed(run: Mapping[str, Any], task: Task) -> list[tuple[float, float]]:
+    """(Time in training steps, perplexity) of a run whose events are all alike in time, or which has none."""
+    step = (run["seconds"] - run["event_seconds"]) / task.steps
+    fractions = [0.0] if run["settings"] is None else run["settings"]["schedule"]
+    event = run["event_seconds"] / step / len(fractions)
+    points = [(point["tokens"] / (task.batch * task.length), point["perplexity"]) for point in run["curve"]]
+    return [(steps + event * sum(one * task.steps <= steps for one in fractions), found) for steps, found in points]
+
+
 def main() -> None:
     """Train what is missing, print, and write where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -770,6 +825,7 @@ def main() -> None:
         document = {"task": task.described(), "results": lines}
         path = keep(f"recovery {Path(task.model).name}", arguments.output, document, arguments.device)
         draw(lines, task).savefig(path.with_suffix(".png"), dpi=110)
+        draw_time(lines, task).savefig(path.with_name(f"{path.stem}-time.png"), dpi=110)
         print(path)
 
 

@@ -132,6 +132,17 @@ def test_a_picture_has_a_column_for_each_pattern_and_all_contenders() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "sr-ste", "gradual"]
 
 
+def test_the_time_of_an_event_is_counted_where_it_was() -> None:
+    task = recovery.Task(**PYDOCS, steps=10, batch=2, length=4, calibration=8, validation=8)
+    curve = [{"tokens": 8 * step, "perplexity": 20.0 - step} for step in (0, 5, 10)]
+    run = {"seconds": 50.0, "event_seconds": 30.0, "settings": {"schedule": [0.2, 0.7]}, "curve": curve}  # 2 s a step
+
+    assert recovery.timed(run, task) == [(0.0, 20.0), (5 + 7.5, 15.0), (10 + 15.0, 10.0)]
+
+    at_once = {**run, "settings": {"schedule": [0]}}
+    assert recovery.timed(at_once, task) == [(15.0, 20.0), (5 + 15.0, 15.0), (10 + 15.0, 10.0)]
+
+
 # What is kept
 
 
