@@ -253,7 +253,8 @@ def _said(value: Any) -> str:
 
 
 def _stored(hidden: Tensor) -> Tensor:
-    return hidden.detach().to("cpu", torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16)
+    kept = torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
+    return hidden.detach().to("cpu", kept, copy=True)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

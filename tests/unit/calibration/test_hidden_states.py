@@ -51,6 +51,22 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
     torch.testing.assert_close(head, logits, rtol=5e-2, atol=2e-2)
 
 
+def test_what_a_block_changes_in_place_was_kept_before() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(2))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.second(self.first(hidden.add_(1)))  # type: ignore[no-any-return]
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([InPlace()])})
+    states = of(model)
+    with torch.no_grad(), states.recording(0, None):
+        model["layers"][0](torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert not states.calls["layers.0"][0].inputs.any()
+
+
 def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None:
     model = tiny_llama().eval()
     states = of(model)
