@@ -78,13 +78,15 @@ def reconstruct(
         PruningError: On all ranks, if one fails, such as from lack of memory. No layer has changed.
     """
     shared = SharedStates.of(states, access)
-    dtypes = {name: dtype for part in access.gather({name: one.weight.dtype for name, one in solved.items()})
-              for name, dtype in part.items()}  # fmt: skip
+    dtypes: dict[str, torch.dtype] = {}
+    for of_rank in access.gather({name: one.weight.dtype for name, one in solved.items()}):
+        dtypes |= of_rank
     moved = dict(owners)
     names = [name for name in targets if shared.outlines.get(name)]
     if names:
         _warn_of_few([outline.inputs for _, outline in shared.outlines[names[0]].values()], states.steps)
-    reports: dict[str, BlockReport | str] = dict(shared.refused)
+    reports: dict[str, BlockReport | str] = {name: "was not called" for name in targets if name not in names}
+    reports |= shared.refused
     error: tuple[str, Exception] | None = None
     with open_phase(title, len(names), "blocks") as phase:
         for begin in range(0, len(names), access.world_size):

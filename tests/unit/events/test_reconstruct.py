@@ -184,6 +184,14 @@ def test_a_copy_that_computes_something_else_leaves_the_block_alone() -> None:
     assert all(one.weight.equal(solved[name]) for name, one in kept.items())
 
 
+def test_a_block_that_was_not_called_is_named() -> None:
+    model = tiny_llama().eval()
+    states, kept = recorded(model), halves(find_targets(model))
+    del states.calls["model.layers.1"]
+    with pytest.warns(UserWarning, match=r"1 block.*model.layers.1 was not called"):
+        assert [report.name for report in trained(model, states, kept)] == ["model.layers.0"]
+
+
 def test_a_failure_is_an_error_with_the_blocks_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError("no memory")
