@@ -60,6 +60,8 @@ def reconstruct(
     owners: Mapping[str, int],
     access: ParameterAccess,
     title: str,
+    *,
+    rows: Mapping[str, tuple[PrunableLayer, Tensor]] | None = None,
 ) -> tuple[dict[str, int], list[BlockReport]]:
     """Train the blocks whose calls were recorded. All ranks must call it.
 
@@ -70,6 +72,7 @@ def reconstruct(
         owners: Layer name -> the rank that has solved it.
         access: How parameters are reached.
         title: What the progress bar says.
+        rows: Parameter name -> the layer or bias, and the new order of its rows, which solved weights have already.
 
     Returns:
         The new owners, and a report of each block that was trained; the same on all ranks.
@@ -101,7 +104,7 @@ def reconstruct(
                 values = access.collect_parameters(states.blocks[name], owner)
                 calls = collect_calls(name, states, shared, owner, access)
                 if values is not None and calls is not None:
-                    mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name])
+                    mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name], rows or {})
             note = ""
             if mine is not None:
                 try:
@@ -171,6 +174,7 @@ class _Task:
     calls: list[Call]
     others: Mapping[str, Tensor]
     targets: Sequence[PrunableLayer]
+    rows: Mapping[str, tuple[PrunableLayer, Tensor]]
 
 
 def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> BlockReport | str:
@@ -190,6 +194,10 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
         return f"fails when it is called on its own ({type(failure).__name__}: {failure})"
     if not unlike <= _TOLERANCE:
         return f"gives something else when it is called on its own (squared error {unlike:.2g} of its outputs)"
+    for name, parameter in copy.named_parameters():
+        if (ordered := task.rows.get(f"{task.name}.{name}")) is not None:
+            part, order = ordered
+            parameter.data = part.oriented(part.oriented(parameter.data)[order.to(parameter.device)])
     groups = []
     trained: list[tuple[PrunableLayer, nn.Parameter, Tensor]] = []
     for layer in task.targets:
