@@ -56,7 +56,8 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     module = Module()
     assert "max_steps=2000" in training
-    exec(training.replace("max_steps=2000", "max_steps=20").replace(", my_data", ""), {"my_module": module})
+    own = {"my_module": module, "my_batches": list(loader(64))}
+    exec(training.replace("max_steps=2000", "max_steps=20").replace(", my_data", ""), own)
     zeros = [(p == 0).float().mean().item() for n, p in module.named_parameters() if "proj" in n]
     assert min(zeros) >= 0.5
 

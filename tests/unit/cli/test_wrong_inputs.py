@@ -65,7 +65,11 @@ WRONG_VALUES = [
     (PATTERN, "allocation: 3", "allocation of ThanosPruningCallback is 3: give {by: loss} or"),
     (PATTERN, "solver: wanda", "solver of ThanosPruningCallback is 'wanda': give its options, such as {method: "),
     (PATTERN, "solver: [1]", "solver of ThanosPruningCallback is [1]: give its options"),
-    (r"calibration:\n +batches: datamodule", "calibration: 5", "calibration of ThanosPruningCallback is 5: give its"),
+    (
+        r"calibration:\n +batches: datamodule.*\n.*",
+        "calibration: 5",
+        "calibration of ThanosPruningCallback is 5: give its",
+    ),
     ("schedule: {.*}", "schedule: 0.5", "schedule of ThanosPruningCallback is 0.5: give times, such as {at: [0.1, "),
     (PATTERN, "overrides: [up_proj]", "overrides of ThanosPruningCallback is 'up_proj': give a list, such as [{tar"),
     (PATTERN, "solver: {block_size: 1.5}", "solver.block_size of ThanosPruningCallback is 1.5: give a whole number"),
