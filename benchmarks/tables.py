@@ -25,11 +25,11 @@ number is the perplexity at the end, on text that is held back. Each contender h
     python benchmarks/recovery.py --text pydocs --validation-split validation --contenders "first step"
 
 "one-shot" contenders are pruned before the training and keep those zeros. "lightning magnitude" is Lightning's
-ModelPruning, 50 % or 60 % anywhere. "defaults" is the callback with a calibration set and its defaults otherwise: once
-before the first step, with channels in another order, and blocks trained after the solves. All others keep the order
-(`reorder: false`), and train no blocks (`block_steps: 0`) if their names don't say so. "gradual" prunes at 10 and 20 %
-of the training, on training batches, "late" at 30 %. "two stages" prunes the fine-tuned dense model and trains it on
-for as many tokens, of the same text in the same order. "coupled" is `output_weights: full`, "alike" is
+ModelPruning, 50 % or 60 % anywhere. "first step, blocks" is the callback with a calibration set and its defaults
+otherwise; "first step", and whatever else has a calibration set but no "blocks" in its name, leaves out the training of
+blocks (`block_steps: 0`). "gradual" prunes at 10 and 20 % of the training, on training batches, "late" at 30 %. "two
+stages" prunes the fine-tuned dense model and trains it on for as many tokens, of the same text in the same order.
+"coupled" is `output_weights: full`, "alike" is
 `allocation: {by: uniform}`, and "distilled" has the model before the first event as its teacher. "all that helped" has
 channels in another order, `output_weights: full`, 131,072 calibration tokens, and the fine-tuned dense model as its
 teacher, whose own training comes on top.

@@ -172,6 +172,8 @@ class HiddenStates:
         hidden = args[0] if args else kwargs.get(keyword or "")
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 3:
             raise _RefusedError(f"gets no hidden states (batch, length, width) first, but {_said(hidden)}")
+        if hidden.is_inference():
+            raise _RefusedError("is called under torch.inference_mode, whose tensors can't be trained on")
         args = tuple(self._plain("", value) for value in args[1:])
         kwargs = {which: self._plain(which, value) for which, value in kwargs.items() if which != keyword}
         last = self._last
@@ -272,18 +274,18 @@ def _computes_in(hidden: Tensor) -> torch.dtype | None:
 
 
 class Outline(NamedTuple):
-    """All of a call but its tensors, and their shapes."""
+    """All of a call but its tensors, and their shapes and dtypes."""
 
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    stored: torch.dtype
+    inputs: tuple[tuple[int, ...], torch.dtype]
+    outputs: tuple[tuple[int, ...], torch.dtype]
     rest: tuple[Any, ...]
 
 
 def outline_of(call: Call) -> Outline:
     """The outline, which other ranks are told."""
     rest = call.args, call.kwargs, call.keyword, call.counted, call.dtype, call.computes_in
-    return Outline(tuple(call.inputs.shape), tuple(call.outputs.shape), call.inputs.dtype, rest)
+    inputs, outputs = ((tuple(one.shape), one.dtype) for one in (call.inputs, call.outputs))
+    return Outline(inputs, outputs, rest)
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ class SharedStates:
             holders = [rank for rank, (_, table, _) in enumerate(everywhere) if digest in table]
             if len(holders) < access.world_size:
                 shape, dtype = described[digest]
-                tensor = others.get(digest, torch.empty(shape, dtype=dtype))
+                tensor = others.get(digest, torch.empty(shape, dtype=dtype, device="cpu"))
                 access.broadcast(tensor, holders[0])
                 others[digest] = tensor
         return cls(outlines, others, refused)
@@ -345,9 +347,9 @@ def collect_calls(
         if access.rank not in (rank, owner):
             continue
         both = []
-        for which, shape in (("inputs", outline.inputs), ("outputs", outline.outputs)):
+        for which, (shape, dtype) in (("inputs", outline.inputs), ("outputs", outline.outputs)):
             mine = getattr(own[number], which) if rank == access.rank else None
-            both.append(access.send(mine, source=rank, destination=owner, shape=shape, dtype=outline.stored))
+            both.append(access.send(mine, source=rank, destination=owner, shape=shape, dtype=dtype))
         if access.rank == owner:
             inputs, outputs = both
             assert inputs is not None

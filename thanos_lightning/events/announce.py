@@ -36,7 +36,8 @@ def announce(run: PruningRun) -> None:
         batches = run.collector.batches(trainer, module) if options.calibration.batches is not None else None
     if not trainer.is_global_zero:
         return
-    number, tokens = tokens_per_batch(trainer.train_dataloader if batches is None else batches) if needs else (0, 0)
+    looked_at = trainer.train_dataloader if batches is None else batches
+    number, tokens, length = tokens_per_batch(looked_at) if needs else (0, 0, 0)
     if needs and batches is None:
         steps = max((window.end_step - window.start_step for window in run.windows), default=0)
         number = steps * trainer.accumulate_grad_batches
@@ -46,6 +47,7 @@ def announce(run: PruningRun) -> None:
         of_training=batches is None,
         differentiates=run.differentiates,
         coupled=options.calibration.couples_rows,
+        length=length,
         blocks=len(run.blocks),
         block_steps=options.block_steps,
     )
@@ -74,6 +76,5 @@ def announce(run: PruningRun) -> None:
         steps=steps_of(trainer),
         steps_taken=past.optimizer_steps,
         channels=run.taken.in_words,
-        order=run.taken.order_in_words,
     )
     rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)

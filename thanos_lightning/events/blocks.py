@@ -1,10 +1,10 @@
-"""Finds all that the channels of feed-forward blocks own, to prune them as units or to give them another order."""
+"""Takes the channels of feed-forward blocks for units of pruning, and finds all that a channel owns."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +17,7 @@ from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, kind_of
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
-from thanos_lightning.solver import NM, Channels, Pattern
+from thanos_lightning.solver import Channels, Pattern
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,11 @@ class Taken:
         final: Name of such a layer -> its pattern at the end.
         owned: Name of a down layer -> the weights and biases that compute its inputs: entry i, width + i, … along their
             rows is of channel i.
-        free: The same for down layers of which the channels get another order before the first event.
-        keeps_order: Why no channels get another order; None if some do, or none was asked for.
     """
 
     layers: Mapping[str, PrunableLayer]
     final: Mapping[str, Pattern]
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
-    free: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
-    keeps_order: str | None = None
 
     def check_zeros(self, name: str, zeros: int) -> None:
         """Refuse a down layer of which more channels than asked for were zero before the training."""
@@ -59,15 +55,6 @@ class Taken:
             return f"{kept:,} of {width:,} channels stay in each of {len(self.owned)} feed-forward blocks"
         return None
 
-    @property
-    def order_in_words(self) -> str | None:
-        """Whether channels get another order; None if none was asked for."""
-        if self.keeps_order is not None:
-            return f"channels keep theirs: {self.keeps_order}"
-        return (
-            f"channels of {len(self.free)} feed-forward blocks get one in which they lose less" if self.free else None
-        )
-
 
 def take_channels(
     trainer: Trainer,
@@ -85,7 +72,12 @@ def take_channels(
     Raises:
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
     """
-    blocks = _blocks_of(trainer, module)
+    with tiny_run(trainer, module) as run:
+        declared = getattr(module, "feed_forwards", None)
+        blocks = find_feed_forwards(module, run) if declared is None else list(declared())
+        check_feed_forwards(module, blocks, run, found=declared is None)
+    if not blocks:
+        raise ValueError(_why_none(module))
     downs = {block.down for block in blocks}
     asked = {name: pattern for name, pattern in final.items() if isinstance(pattern, Channels)}
     chosen = {name: pattern for name, pattern in asked.items() if name in downs}
@@ -106,11 +98,12 @@ def take_channels(
             "channels go in equal number from each: take another pattern"
         )
     pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
-    owned = _owned(module, [block for block in blocks if block.down in chosen])
-    for parts in owned.values():
-        for part in parts:
-            if len(part.modules) > 1:
-                raise ValueError(_shared(part.name))
+    ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
+    owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
+    for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
+        if len(layer.modules) > 1:
+            raise ValueError(_shared(name))
+        owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
     kept = {
         name: pattern if name in chosen else other
         for name, other in final.items()
@@ -119,50 +112,6 @@ def take_channels(
     taken = Taken({name: layers[name] for name in kept}, kept, owned)
     _warn_if_fixed(module, taken)
     return taken
-
-
-def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) -> Taken:
-    """Add the channels that may get another order: those of feed-forward blocks whose down layer gets N:M.
-
-    All ranks must call it. If there are none, the reason is added.
-    """
-    try:
-        blocks = {block.down: block for block in _blocks_of(trainer, module)}
-    except ValueError as error:
-        return replace(taken, keeps_order=str(error).rpartition(": ")[0])  # what follows is how to mend it
-    fitting = [
-        block
-        for name, block in blocks.items()
-        if isinstance(pattern := taken.final.get(name), NM) and taken.layers[name].cols % pattern.m == 0
-    ]
-    free = {
-        name: parts
-        for name, parts in _owned(module, fitting).items()
-        if all(len(part.modules) == 1 for part in (taken.layers[name], *parts))
-    }
-    why = None if free else "no target with N:M is the down layer of a feed-forward block of its own"
-    return replace(taken, free=free, keeps_order=why)
-
-
-def _blocks_of(trainer: Trainer, module: LightningModule) -> list[FeedForward]:
-    """The feed-forward blocks of a module, declared or found, and proven. Raise a ValueError if there are none."""
-    with tiny_run(trainer, module) as run:
-        declared = getattr(module, "feed_forwards", None)
-        blocks = find_feed_forwards(module, run) if declared is None else list(declared())
-        check_feed_forwards(module, blocks, run, found=declared is None)
-    if not blocks:
-        raise ValueError(_why_none(module))
-    return blocks
-
-
-def _owned(module: LightningModule, blocks: Sequence[FeedForward]) -> dict[str, list[PrunableLayer]]:
-    """Name of each block's down layer -> the weights and biases of the layers before it."""
-    ups = {up: block.down for block in blocks for up in block.ups}
-    owned: dict[str, list[PrunableLayer]] = {block.down: [] for block in blocks}
-    if ups:
-        for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
-            owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
-    return owned
 
 
 def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:

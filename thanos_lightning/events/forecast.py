@@ -76,6 +76,7 @@ class Calibration:
         of_training: Whether these are training batches, so that only counting them takes time.
         differentiates: Whether backwards run on the calibration set, for output weights.
         coupled: Whether rows are coupled.
+        length: Tokens in each sequence; None if it is not known.
         blocks: Number of blocks that are trained on them.
         block_steps: For how many steps.
     """
@@ -85,6 +86,7 @@ class Calibration:
     of_training: bool
     differentiates: bool
     coupled: bool = False
+    length: int | None = None
     blocks: int = 0
     block_steps: int = 0
 
@@ -139,7 +141,7 @@ def forecast(
 
 
 def _tokens_of_steps(calibration: Calibration) -> int:
-    wanted = calibration.block_steps * TOKENS_PER_STEP if calibration.blocks else 0
+    wanted = calibration.block_steps * max(TOKENS_PER_STEP, calibration.length or 0) if calibration.blocks else 0
     there = (calibration.batches or 0) * (calibration.tokens or 0)
     return min(wanted, MOST_PASSES * there)
 
@@ -213,33 +215,36 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 # What a batch holds
 
 
-def tokens_per_batch(batches: Any) -> tuple[int | None, int | None]:
-    """The number of batches of a list or a dataloader, and the tokens in each batch; None for what is not known.
+def tokens_per_batch(batches: Any) -> tuple[int | None, int | None, int | None]:
+    """The batches of a list or a dataloader, the tokens in each, and in each sequence; None for what is not known.
 
     Looks at one sample at most, and leaves the training's random numbers as they are.
 
     Examples:
         >>> tokens_per_batch([{"input_ids": torch.zeros(8, 128, dtype=torch.long)}] * 3)
-        (3, 1024)
+        (3, 1024, 128)
     """
-    number = tokens = None
+    number = tokens = length = None
     with suppress(Exception), torch.random.fork_rng(devices=[]):  # a forecast must not end a training
         number = len(batches)
     with suppress(Exception), torch.random.fork_rng(devices=[]):
         if isinstance(batches, Sequence):
-            tokens = _tokens(batches[0])
-        elif (found := _tokens(batches.dataset[0])) is not None:
-            tokens = found * batches.batch_size
-    return number, tokens
+            tokens, length = _tokens(batches[0])
+        else:
+            found, length = _tokens(batches.dataset[0])
+            tokens = None if found is None else found * batches.batch_size
+    return number, tokens, length
 
 
-def _tokens(batch: Any) -> int | None:
-    """Number of tokens in `input_ids`, or else in the first tensor; None if that tensor is floating-point."""
+def _tokens(batch: Any) -> tuple[int, int] | tuple[None, None]:
+    """The tokens of `input_ids`, or else of the first tensor, and of a sequence; None if that is floating-point."""
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids", next(iter(batch.values())))
     while isinstance(batch, (list, tuple)):
         batch = batch[0]
-    return batch.numel() if isinstance(batch, Tensor) and batch.ndim and not batch.is_floating_point() else None
+    if isinstance(batch, Tensor) and batch.ndim and not batch.is_floating_point():
+        return batch.numel(), batch.shape[-1]
+    return None, None
 
 
 # The forecast as text
@@ -256,13 +261,11 @@ def describe(
     steps: int | None,
     steps_taken: int,
     channels: str | None = None,
-    order: str | None = None,
 ) -> str:
     """The announcement as a block of lines, none longer than 80 characters.
 
     `patterns` has the final pattern of each layer, and `main` is the main pattern. `steps` is the training's number of
-    optimizer steps; None if it is not known. `channels` says how many are kept, where some are pruned, and
-    `order` whether they get another order.
+    optimizer steps; None if it is not known. `channels` says how many are kept, where some are pruned.
     """
     layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
     weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"
@@ -271,8 +274,6 @@ def describe(
     lines.append(_wrapped("weights", f"{weights}, {census.share:.0%} of the model"))
     if channels is not None:
         lines.append(_wrapped("blocks", channels))
-    if order is not None:
-        lines.append(_wrapped("order", order))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
-from thanos_lightning.events.order import in_order, rows_of, search_orders, write_in_order
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
@@ -27,7 +26,7 @@ from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
 from thanos_lightning.sharding.ranks import RankTeam
-from thanos_lightning.solver import NM, HessianAccumulator, Pattern, PrunedLayer
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
@@ -44,7 +43,6 @@ def prune_window(
     options: SolverOptions,
     owned: Mapping[str, Sequence[PrunableLayer]] | None = None,
     later: Collection[str] = (),
-    free: Mapping[str, Sequence[PrunableLayer]] | None = None,
     blocks: Mapping[str, Block] | None = None,
     now: Callable[[Part], None] = lambda _: None,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
@@ -52,10 +50,9 @@ def prune_window(
 
     `owned` has what the channels of a layer own, which is pruned with them. `later` names the layers that a later
     window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
-    pruned by magnitude otherwise. Both cases warn. `free` has what the channels of a layer own that get another order,
-    if none of it has a mask. `blocks` are trained after the solves, if the moments have what they got and gave. `now`
-    is called when another part of the event begins. Return a report for each layer that was pruned, in the window's
-    order, and for each block that was trained. All ranks return the same.
+    pruned by magnitude otherwise. Both cases warn. `blocks` are trained after the solves, if the moments have what they
+    got and gave. `now` is called when another part of the event begins. Return a report for each layer that was pruned,
+    in the window's order, and for each block that was trained. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
@@ -86,7 +83,6 @@ def prune_window(
         )
         for name, layer in chosen.items()
     }
-    orders = _reorder(tasks, free or {}, enforcer, owners, access, f"Ordering channels at step {window.event.step}")
     solved = _solve_tasks(tasks, teams, access, options, f"Solving at step {window.event.step}")
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: result.facts for name, result in solved.items()}):
@@ -102,54 +98,9 @@ def prune_window(
             if not chosen.keys().isdisjoint(block.layers)
         }
         title = f"Reconstructing at step {window.event.step}"
-        rows = {
-            part.parameter_name: (part, rows_of(order, part))
-            for name, order in orders.items()
-            for part in (free or {})[name]
-        }
-        owners, trained = reconstruct(moments.states, targets, kept, owners, access, title, rows=rows)
+        owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
     now("writing")
-    reports = _write(window, chosen, kept, facts, owners, access, enforcer, owned or {})
-    for name, order in orders.items():
-        unsolved = [part for part in (free or {})[name] if part.name not in chosen]
-        write_in_order(unsolved, order, owners[name], access)
-    return reports, trained
-
-
-def _reorder(
-    tasks: Mapping[str, _Task],
-    free: Mapping[str, Sequence[PrunableLayer]],
-    enforcer: MaskEnforcer,
-    owners: Mapping[str, int],
-    access: ParameterAccess,
-    title: str,
-) -> dict[str, Tensor]:
-    """Put the tasks of feed-forward blocks into an order of their channels that suits the pattern. All must call it.
-
-    Return the name of each down layer -> the order of its channels.
-    """
-    masked = set(enforcer.masked)
-    able = [
-        name
-        for name, parts in free.items()
-        if name in tasks and masked.isdisjoint((name, *(part.name for part in parts)))
-    ]
-    if not able:
-        return {}
-    own = {name: tasks[name] for name in able if tasks[name].weight is not None and tasks[name].statistics is not None}
-    orders = search_orders(
-        {name: task.weight for name, task in own.items() if task.weight is not None},
-        {name: task.statistics for name, task in own.items() if task.statistics is not None},
-        {name: task.pattern for name, task in own.items() if isinstance(task.pattern, NM)},
-        access,
-        title,
-    )
-    for name, order in orders.items():
-        tasks[name].order_columns(order)
-        for part in free[name]:
-            if part.name in tasks:
-                tasks[part.name].order_rows(rows_of(order, part))
-    return orders
+    return _write(window, chosen, kept, facts, owners, access, enforcer, owned or {}), trained
 
 
 def _solve_tasks(
@@ -293,23 +244,6 @@ class _Task:
     keep: Tensor | None
     statistics: HessianAccumulator | None
     output_weights: Tensor | None
-
-    def order_columns(self, order: Tensor) -> None:
-        """Put the inputs into another order: place -> column."""
-        if self.weight is not None:
-            self.weight = self.weight[:, order.to(self.weight.device)]
-        if self.statistics is not None:
-            self.statistics = in_order(self.statistics, order)
-
-    def order_rows(self, order: Tensor) -> None:
-        """Put the outputs into another order: place -> row."""
-        if self.weight is not None:
-            self.weight = self.weight[order.to(self.weight.device)]
-        if self.output_weights is not None:
-            order = order.to(self.output_weights.device)
-            self.output_weights = self.output_weights[order]
-            if self.output_weights.ndim == 2:
-                self.output_weights = self.output_weights[:, order]
 
     def take_hessian(self) -> Tensor | None:
         """The Hessian on the owner. The task drops the sum from which it is computed, to free memory."""

@@ -42,6 +42,7 @@ MOST_PASSES = 2  # over the recorded sequences
 _MEASURED = 4  # batches of so many steps show a block's error before and after
 # Largest squared error of a copy's outputs over their squared norm, before it is pruned: they are kept in 16 bits
 _TOLERANCE = 1e-3
+_MODELS_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LOSS_SCALE = 2.0**14  # gradients of a mean underflow in float16; Adam's steps don't depend on the scale
 
 
@@ -60,8 +61,6 @@ def reconstruct(
     owners: Mapping[str, int],
     access: ParameterAccess,
     title: str,
-    *,
-    rows: Mapping[str, tuple[PrunableLayer, Tensor]] | None = None,
 ) -> tuple[dict[str, int], list[BlockReport]]:
     """Train the blocks whose calls were recorded. All ranks must call it.
 
@@ -72,7 +71,6 @@ def reconstruct(
         owners: Layer name -> the rank that has solved it.
         access: How parameters are reached.
         title: What the progress bar says.
-        rows: Parameter name -> the layer or bias, and the new order of its rows, which solved weights have already.
 
     Returns:
         The new owners, and a report of each block that was trained; the same on all ranks.
@@ -87,7 +85,7 @@ def reconstruct(
     moved = dict(owners)
     names = [name for name in targets if shared.outlines.get(name)]
     if names:
-        _warn_of_few([outline.inputs for _, outline in shared.outlines[names[0]].values()], states.steps)
+        _warn_of_few([outline.inputs[0] for _, outline in shared.outlines[names[0]].values()], states.steps)
     reports: dict[str, BlockReport | str] = {name: "was not called" for name in targets if name not in names}
     reports |= shared.refused
     error: tuple[str, Exception] | None = None
@@ -104,7 +102,7 @@ def reconstruct(
                 values = access.collect_parameters(states.blocks[name], owner)
                 calls = collect_calls(name, states, shared, owner, access)
                 if values is not None and calls is not None:
-                    mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name], rows or {})
+                    mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name])
             note = ""
             if mine is not None:
                 try:
@@ -174,7 +172,6 @@ class _Task:
     calls: list[Call]
     others: Mapping[str, Tensor]
     targets: Sequence[PrunableLayer]
-    rows: Mapping[str, tuple[PrunableLayer, Tensor]]
 
 
 def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> BlockReport | str:
@@ -186,18 +183,11 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
     if not parts:
         return "got no token that counts"
     try:
-        with torch.no_grad():
-            unlike = float(_error(copy, *parts[0], task.others, device))
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as failure:
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise
-        return f"fails when it is called on its own ({type(failure).__name__}: {failure})"
+        unlike = _mean_error(copy, parts[:1], task.others, device)
+    except _MODELS_ERRORS as failure:
+        return _why_not(failure)
     if not unlike <= _TOLERANCE:
         return f"gives something else when it is called on its own (squared error {unlike:.2g} of its outputs)"
-    for name, parameter in copy.named_parameters():
-        if (ordered := task.rows.get(f"{task.name}.{name}")) is not None:
-            part, order = ordered
-            parameter.data = part.oriented(part.oriented(parameter.data)[order.to(parameter.device)])
     groups = []
     trained: list[tuple[PrunableLayer, nn.Parameter, Tensor]] = []
     for layer in task.targets:
@@ -210,14 +200,23 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
         groups.append({"params": [parameter], "lr": _RATE * scale})
         trained.append((layer, parameter, keep))
     measured = parts[:: max(1, len(parts) // _MEASURED)]
-    before = _mean_error(copy, measured, task.others, device)
-    _descend(copy, groups, trained, _steps(parts, steps, seed), task.others, device)
-    after = _mean_error(copy, measured, task.others, device)
+    try:
+        before = _mean_error(copy, measured, task.others, device)
+        _descend(copy, groups, trained, _steps(parts, steps, seed), task.others, device)
+        after = _mean_error(copy, measured, task.others, device)
+    except _MODELS_ERRORS as failure:
+        return _why_not(failure)
     if after < before:
         for layer, parameter, keep in trained:
             own = solved[layer.name]
             own.weight = layer.oriented((parameter.detach() * keep).to(own.weight.dtype)).to(own.weight.device)
     return BlockReport(task.name, before, min(before, after), time.perf_counter() - begin)
+
+
+def _why_not(failure: Exception) -> str:
+    if isinstance(failure, torch.OutOfMemoryError):
+        raise failure
+    return f"fails when it is called on its own ({type(failure).__name__}: {failure})"
 
 
 def _parts(call: Call, others: Mapping[str, Tensor]) -> Iterator[slice]:
@@ -232,7 +231,7 @@ def _steps(parts: Sequence[tuple[Call, slice]], steps: int, seed: int) -> list[t
     """What each step trains on: every part once, in a random order, before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     some = parts[:steps]
-    orders = (torch.randperm(len(some), generator=generator).tolist() for _ in range(MOST_PASSES))
+    orders = (torch.randperm(len(some), generator=generator, device="cpu").tolist() for _ in range(MOST_PASSES))
     return [some[index] for index in itertools.islice(itertools.chain.from_iterable(orders), steps)]
 
 
@@ -253,8 +252,8 @@ def _descend(
                 group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
             torch.autograd.backward(_LOSS_SCALE * _error(copy, call, part, others, device))
             for _, parameter, keep in trained:
-                assert parameter.grad is not None
-                parameter.grad.mul_(keep)
+                if parameter.grad is not None:  # an expert that got no token in this step
+                    parameter.grad.mul_(keep)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -268,7 +267,7 @@ def _mean_error(
 
 def _error(copy: nn.Module, call: Call, part: slice, others: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """The mean squared error of the outputs for some sequences of a call, over each token's own squared norm."""
-    hidden = call.inputs[part].to(device, call.dtype)
+    hidden = call.inputs[part].to(device, call.dtype, copy=True)  # which the block may change in place
     rest = resolved((call.args, dict(call.kwargs), call.counted), others)
     args, kwargs, counted = _cut(rest, part, len(call.inputs), device)
     if call.keyword is None:

@@ -71,7 +71,7 @@ class PruningRun:
         self.layers, self.final, self.taken = taken.layers, taken.final, taken
         self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
-        self.access = self._choose_access()
+        self.access: ParameterAccess = choose_access(trainer.strategy, self.masked)
         self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
         if options.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
@@ -81,12 +81,17 @@ class PruningRun:
                 "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
                 "'uniform'"
             )
-        if taken.owned or taken.free:
+        if taken.owned:
             self.access.release()  # what the search for feed-forward blocks left
         check_weights(self.masked, self.access)
         self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
         self.blocks = find_blocks(module, self.layers) if options.block_steps else {}
+        if (steps := options.calibration.block_steps) and not self.blocks:
+            rank_zero_warn(
+                f"calibration.block_steps is {steps}, but no block has two layers to prune (an entry of an "
+                "nn.ModuleList, such as a decoder layer): leave it out"
+            )
         self.collector = self._new_collector()
         self.collector.check(trainer, module)
         schedule = options.schedule
@@ -103,17 +108,6 @@ class PruningRun:
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
-
-    def _choose_access(self) -> ParameterAccess:
-        """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
-        ordered = {part.name: part for parts in self.taken.free.values() for part in parts}
-        try:
-            return choose_access(self.trainer.strategy, {**ordered, **self.masked})
-        except MisconfigurationException as error:
-            if not ordered:
-                raise
-            self.taken = replace(self.taken, free={}, keeps_order=str(error).partition(": ")[0])
-            return choose_access(self.trainer.strategy, self.masked)
 
     # The beginning
 
@@ -391,7 +385,6 @@ class PruningRun:
             enforcer=self.enforcer,
             options=self.options.solver,
             owned=self.taken.owned,
-            free=self.taken.free if self.past.optimizer_steps == 0 else None,  # later there are moments, too
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             blocks=self.blocks,
             now=self._clock.now,

@@ -275,7 +275,7 @@ class PruningReport:
                 **{
                     **event,
                     "layers": [layer(entry) for entry in event["layers"]],
-                    "blocks": [BlockReport(**entry) for entry in event["blocks"]],
+                    "blocks": [BlockReport(**entry) for entry in event.get("blocks", ())],
                 }
             )
             for event in state["events"]

@@ -64,7 +64,9 @@ class FsdpAccess(FragmentAccess):
         """See `ParameterAccess`."""
         whole = {}
         for name, parameter in module.named_parameters():
-            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
+            value = parameter.detach().to(self._device, copy=True)  # NCCL sends no offloaded shards
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
             if self.rank == owner:
                 whole[name] = value
         return whole if self.rank == owner else None

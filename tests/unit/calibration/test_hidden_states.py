@@ -188,6 +188,14 @@ def test_a_block_that_can_not_be_called_again_says_why(how: str, why: str) -> No
     assert states.calls == {}
 
 
+def test_inference_mode_is_a_reason() -> None:
+    model = Odd("")
+    states = of(model)
+    with torch.inference_mode(), states.recording(0, None):
+        model(torch.randn(2, 3, 4))
+    assert "torch.inference_mode" in states.refused["layers.0"]
+
+
 def test_a_mask_that_does_not_fit_is_a_reason() -> None:
     model = Odd("")
     states = of(model)

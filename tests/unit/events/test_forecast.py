@@ -70,10 +70,11 @@ def test_several_patterns_and_unknown_batches() -> None:
 
 
 def test_tokens_are_counted_without_a_batch() -> None:
-    assert tokens_per_batch(loader(32, 4)) == (8, 4 * 16)
-    assert tokens_per_batch(list(loader(32, 4))) == (8, 4 * 16)
-    assert tokens_per_batch([(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long))]) == (1, None)  # features: no tokens
-    assert tokens_per_batch(iter([])) == (None, None)
+    assert tokens_per_batch(loader(32, 4)) == (8, 4 * 16, 16)
+    assert tokens_per_batch(list(loader(32, 4))) == (8, 4 * 16, 16)
+    features = [(torch.zeros(4, 8), torch.zeros(4, dtype=torch.long))]  # no tokens
+    assert tokens_per_batch(features) == (1, None, None)
+    assert tokens_per_batch(iter([])) == (None, None, None)
 
     class Random(Sequences):
         def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def test_tokens_are_counted_without_a_batch() -> None:
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert tokens_per_batch(DataLoader(Random(8), batch_size=2)) == (4, 32)
+    assert tokens_per_batch(DataLoader(Random(8), batch_size=2)) == (4, 32, 16)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -192,6 +192,60 @@ def test_a_block_that_was_not_called_is_named() -> None:
         assert [report.name for report in trained(model, states, kept)] == ["model.layers.0"]
 
 
+class Experts(nn.Module):
+    """Its second expert gets the sequences whose first entry is positive, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = hidden[:, 0, 0] > 0
+        given = hidden + self.one(hidden)
+        if chosen.any():
+            given = given.index_add(0, chosen.nonzero()[:, 0], self.other(hidden[chosen]))
+        return given
+
+
+def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Experts()])})
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, 16)
+    states.start()
+    for number in range(8):
+        hidden = torch.randn(1, 600, 8)
+        hidden[0, 0, 0] = 1 if number == 3 else -1
+        with torch.no_grad(), states.recording(number, None):
+            model["layers"][0](hidden)
+    kept = halves(find_targets(model))
+    solved = {name: one.weight.clone() for name, one in kept.items()}
+    (report,) = trained(model, states, kept)
+    assert report.error < report.error_solved
+    assert not any(one.weight.equal(solved[name]) for name, one in kept.items())
+
+
+def test_a_block_that_fails_on_a_later_batch_is_left_alone() -> None:
+    class Short(Experts):
+        def forward(self, hidden: Tensor) -> Tensor:
+            if hidden.shape[1] > 4 and hidden.requires_grad is False and torch.is_grad_enabled():
+                raise ValueError("too long")
+            return super().forward(hidden)
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Short()])})
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, 4)
+    states.start()
+    for number, length in enumerate((4, 8)):
+        with torch.no_grad(), states.recording(number, None):
+            model["layers"][0](torch.randn(2, length, 8))
+    kept = halves(find_targets(model))
+    solved = {name: one.weight.clone() for name, one in kept.items()}
+    with pytest.warns(UserWarning, match=r"layers.0 fails when it is called on its own \(ValueError: too long\)"):
+        assert trained(model, states, kept) == []
+    assert all(one.weight.equal(solved[name]) for name, one in kept.items())
+
+
 def test_a_failure_is_an_error_with_the_blocks_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError("no memory")
@@ -229,6 +283,14 @@ def test_a_small_calibration_set_says_how_many_tokens_it_wants(tmp_path: Path) -
         warnings.simplefilter("always")
         run(tmp_path, batches=[batch(seed) for seed in range(4)], block_steps=8)
     assert not any("tokens" in str(one.message) for one in caught)
+
+
+def test_steps_without_blocks_are_said_to_be_for_nothing(tmp_path: Path) -> None:
+    pruning = ThanosPruningCallback(
+        "2:4", targets=["*q_proj"], calibration=CalibrationOptions(batches=[batch(0)], block_steps=8)
+    )
+    with pytest.warns(UserWarning, match=r"block_steps is 8, but no block has two layers to prune"):
+        trainer(tmp_path, pruning, max_steps=1).fit(ToyLM(), loader())
 
 
 def test_steps_without_a_calibration_set_are_refused() -> None:
