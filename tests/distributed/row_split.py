@@ -65,7 +65,7 @@ class Split:
     def prune(self, pattern: Pattern, options: SolverOptions) -> list[LayerReport]:
         # the last rank has seen all, so that the sums are those of one process to the last bit
         accumulators = {name: self.accumulator(name) for name in self.layers if RANK == WORLD_SIZE - 1}
-        return prune_window(
+        reports, _ = prune_window(
             Window(Event(1, 1.0), dict.fromkeys(self.layers, pattern), 0, 1, is_last=True),
             self.layers,
             Moments.of_window(self.layers, WORLD_SIZE, accumulators if options.needs_statistics else None),
@@ -73,6 +73,7 @@ class Split:
             enforcer=self.enforcer,
             options=options,
         )
+        return reports
 
     def expected(self, name: str, pattern: Pattern, options: SolverOptions) -> PrunedLayer:
         layer, keep = self.layers[name], self.enforcer.keep_mask(name)
