@@ -138,7 +138,6 @@ OWN: dict[str, Recipe] = {
     "two stages, first step, blocks": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True),
     "first step, blocks": Recipe(_BEFORE, _FIRST_STEP, blocks=True),
     "first step, blocks, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True),
-    "first step, permuted, blocks, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, permuted=True, blocks=True),
     "late, blocks": Recipe(_LATE, _FIRST_STEP, blocks=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
