@@ -82,6 +82,7 @@ class Recipe:
         fine_tuned: Whether the dense contender at the end of its training, as above, is pruned and trained on: twice
             the tokens in all.
         blocks: Whether blocks are trained at the events, as is the callback's default on a calibration set.
+        reordered: Whether channels get another order at an event before the first step, as is its default, too.
         shape: Of the schedule.
         training: Other arguments of `CausalLM`.
     """
@@ -93,6 +94,7 @@ class Recipe:
     permuted: bool = False
     fine_tuned: bool = False
     blocks: bool = False
+    reordered: bool = False
     shape: Shape = "cubic"
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,9 +137,10 @@ OWN: dict[str, Recipe] = {
     ),
     "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
-    "two stages, first step, blocks": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True),
+    "defaults": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True),
+    "defaults, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True, reordered=True),
+    "two stages, defaults": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True, reordered=True),
     "first step, blocks": Recipe(_BEFORE, _FIRST_STEP, blocks=True),
-    "first step, blocks, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True),
     "late, blocks": Recipe(_LATE, _FIRST_STEP, blocks=True),
     "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
@@ -490,7 +493,7 @@ def train(
         once = SparsitySchedule(at=[0])
         pruning = ThanosPruningCallback(**of_pattern, schedule=once, solver=SolverOptions.as_published("magnitude"))
     elif recipe is not None:
-        options = dict(recipe.options)
+        options = {"reorder": recipe.reordered, **recipe.options}
         if "batches" not in options:
             options = {"steps": _CALIBRATION_STEPS, **options}
         if "allocation" in options:
@@ -575,8 +578,9 @@ def settings(contender: str) -> Any:
         del made["permuted"]  # which kept runs don't say
     if not recipe.fine_tuned:
         del made["fine_tuned"]
-    if not recipe.blocks:
-        del made["blocks"]
+    for name in ("blocks", "reordered"):
+        if not made[name]:
+            del made[name]
     if recipe.shape == "cubic":
         del made["shape"]
     if not recipe.training:

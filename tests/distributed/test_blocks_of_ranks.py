@@ -1,4 +1,4 @@
-"""Blocks are trained by one rank each, and every strategy gives what one process gives."""
+"""Blocks are trained, and their channels ordered, by one rank each; every strategy gives what one process gives."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def test_blocks_become_what_one_process_makes_of_them(tmp_path: Path, trained: T
     several = results(trained(name))
     assert one["error"] is None
     assert [rank["error"] for rank in several] == [None, None]
-    assert len(one["blocks"]) == 2
+    assert len(one["blocks"]) == len(one["ordered"]) == 2
     for rank in several:
         assert rank["violations"] == []
+        assert rank["ordered"] == one["ordered"]
         assert rank["blocks"] == pytest.approx(one["blocks"], rel=5e-2 if "bf16" in name else 1e-3)
     assert agreement(tmp_path, trained(name)) >= (0.99 if "bf16" in name else 0.999)
 

@@ -828,6 +828,7 @@ def train(case: Case) -> None:
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},
+        "ordered": [] if pruning._run is None else list(pruning._run.taken.free),
         "scanned": len(pruning._past.sensitivities),
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }

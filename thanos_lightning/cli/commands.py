@@ -87,7 +87,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="read other objects than plain values, which may run code"
     )
 
-    text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less (needs scipy)"
+    text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less"
     permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)
     permute.set_defaults(run=_permute)
     _add_model_and_text(permute, blocks=256)
@@ -158,10 +158,8 @@ def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
 
 def _permute(model: str, output: str, pattern: str = "2:4", blocks: int = 256, **options: Any) -> int:
     from thanos_lightning.events.permute import permute_channels, require_nm
-    from thanos_lightning.solver.ordering import require_scipy
 
     wanted = require_nm(pattern)
-    require_scipy()
     of_search = {name: options.pop(name) for name in ("targets", "ignore", "memory_gib") if name in options}
     loaded, batches = _model_and_text(model, output, blocks, **options)
     reordered = permute_channels(loaded, batches, wanted, **of_search)

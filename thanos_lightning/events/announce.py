@@ -76,5 +76,6 @@ def announce(run: PruningRun) -> None:
         steps=steps_of(trainer),
         steps_taken=past.optimizer_steps,
         channels=run.taken.in_words,
+        order=run.taken.order_in_words,
     )
     rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)

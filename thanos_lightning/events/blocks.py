@@ -1,23 +1,30 @@
-"""Takes the channels of feed-forward blocks for units of pruning, and finds all that a channel owns."""
+"""Finds all that the channels of feed-forward blocks own, to prune them as units or to give them another order."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.shrink import resized
-from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, kind_of
+from thanos_lightning.models.feedforward import (
+    FeedForward,
+    check_feed_forwards,
+    find_feed_forwards,
+    in_any_order,
+    kind_of,
+)
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
-from thanos_lightning.solver import Channels, Pattern
+from thanos_lightning.solver import NM, Channels, Pattern
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,15 @@ class Taken:
         final: Name of such a layer -> its pattern at the end.
         owned: Name of a down layer -> the weights and biases that compute its inputs: entry i, width + i, … along their
             rows is of channel i.
+        free: The same for down layers of which the channels get another order before the first event.
+        keeps_order: Why no channels get another order; None if some do, or none was asked for.
     """
 
     layers: Mapping[str, PrunableLayer]
     final: Mapping[str, Pattern]
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+    free: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+    keeps_order: str | None = None
 
     def check_zeros(self, name: str, zeros: int) -> None:
         """Refuse a down layer of which more channels than asked for were zero before the training."""
@@ -45,6 +56,13 @@ class Taken:
                 "pruned in each block: raise the sparsity"
             )
 
+    def without_order(self, held: Set[str]) -> Taken:
+        """The same, where down layers that have zeros already keep the order of their channels."""
+        if not self.free or held.isdisjoint(self.free):
+            return self
+        free = {name: parts for name, parts in self.free.items() if name not in held}
+        return replace(self, free=free, keeps_order=None if free else "the down layers are pruned already")
+
     @property
     def in_words(self) -> str | None:
         """How many channels each block keeps at the end; None if channels are no units of pruning."""
@@ -54,6 +72,15 @@ class Taken:
             kept = width - pattern.num_columns(width)
             return f"{kept:,} of {width:,} channels stay in each of {len(self.owned)} feed-forward blocks"
         return None
+
+    @property
+    def order_in_words(self) -> str | None:
+        """Whether channels get another order; None if none was asked for."""
+        if self.keeps_order is not None:
+            return f"channels keep theirs: {self.keeps_order}"
+        if not self.free:
+            return None
+        return f"channels of {len(self.free)} feed-forward blocks get one in which less is lost"
 
 
 def take_channels(
@@ -73,11 +100,7 @@ def take_channels(
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
     """
     with tiny_run(trainer, module) as run:
-        declared = getattr(module, "feed_forwards", None)
-        blocks = find_feed_forwards(module, run) if declared is None else list(declared())
-        check_feed_forwards(module, blocks, run, found=declared is None)
-    if not blocks:
-        raise ValueError(_why_none(module))
+        blocks = _blocks_of(module, run)
     downs = {block.down for block in blocks}
     asked = {name: pattern for name, pattern in final.items() if isinstance(pattern, Channels)}
     chosen = {name: pattern for name, pattern in asked.items() if name in downs}
@@ -98,12 +121,11 @@ def take_channels(
             "channels go in equal number from each: take another pattern"
         )
     pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
-    ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
-    owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
-    for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
-        if len(layer.modules) > 1:
-            raise ValueError(_shared(name))
-        owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
+    owned = _owned(module, [block for block in blocks if block.down in chosen])
+    for parts in owned.values():
+        for part in parts:
+            if len(part.modules) > 1:
+                raise ValueError(_shared(part.name))
     kept = {
         name: pattern if name in chosen else other
         for name, other in final.items()
@@ -112,6 +134,62 @@ def take_channels(
     taken = Taken({name: layers[name] for name in kept}, kept, owned)
     _warn_if_fixed(module, taken)
     return taken
+
+
+def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) -> Taken:
+    """Add the channels that may get another order: those of feed-forward blocks whose down layer gets N:M.
+
+    All ranks must call it. If there are none, the reason is added.
+    """
+    blocks: list[FeedForward] = []
+    why: str | None = "no target with N:M is the down layer of a feed-forward block"
+    try:
+        with tiny_run(trainer, module) as run:
+            blocks = in_any_order(module, _blocks_of(module, run), run)
+    except ValueError as error:
+        why = str(error).rpartition(": ")[0] or str(error)  # what follows is how to mend it
+    except Exception as error:  # whatever a model raises: the training can do without another order
+        why = f"the search for feed-forward blocks ended in {type(error).__name__}"
+    blocks, why = trainer.strategy.broadcast((blocks, why))
+    fitting = [
+        block
+        for block in blocks
+        if isinstance(pattern := taken.final.get(block.down), NM)
+        and taken.layers[block.down].cols % pattern.m == 0
+        and all(_has_nothing_else(module.get_submodule(name)) for name in (block.down, *block.ups))
+    ]
+    free = {
+        name: parts
+        for name, parts in _owned(module, fitting).items()
+        if all(len(part.modules) == 1 for part in (taken.layers[name], *parts))
+    }
+    return replace(taken, free=free, keeps_order=None if free else why)
+
+
+def _has_nothing_else(module: nn.Module) -> bool:
+    """Whether a layer has no other tensors than a weight and a bias, such as scales of its rows."""
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return names <= {"weight", "bias"}
+
+
+def _blocks_of(module: LightningModule, run: Callable[[], Any]) -> list[FeedForward]:
+    """The feed-forward blocks of a module, declared or found, and proven. Raise a ValueError if there are none."""
+    declared = getattr(module, "feed_forwards", None)
+    blocks = find_feed_forwards(module, run) if declared is None else list(declared())
+    check_feed_forwards(module, blocks, run, found=declared is None)
+    if not blocks:
+        raise ValueError(_why_none(module))
+    return blocks
+
+
+def _owned(module: LightningModule, blocks: Sequence[FeedForward]) -> dict[str, list[PrunableLayer]]:
+    """Name of each block's down layer -> the weights and biases of the layers before it."""
+    ups = {up: block.down for block in blocks for up in block.ups}
+    owned: dict[str, list[PrunableLayer]] = {block.down: [] for block in blocks}
+    if ups:
+        for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
+            owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
+    return owned
 
 
 def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:

@@ -261,11 +261,13 @@ def describe(
     steps: int | None,
     steps_taken: int,
     channels: str | None = None,
+    order: str | None = None,
 ) -> str:
     """The announcement as a block of lines, none longer than 80 characters.
 
     `patterns` has the final pattern of each layer, and `main` is the main pattern. `steps` is the training's number of
-    optimizer steps; None if it is not known. `channels` says how many are kept, where some are pruned.
+    optimizer steps; None if it is not known. `channels` says how many are kept, where some are pruned, and
+    `order` whether they get another order.
     """
     layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
     weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"
@@ -274,6 +276,8 @@ def describe(
     lines.append(_wrapped("weights", f"{weights}, {census.share:.0%} of the model"))
     if channels is not None:
         lines.append(_wrapped("blocks", channels))
+    if order is not None:
+        lines.append(_wrapped("order", order))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))

@@ -31,7 +31,7 @@ from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import NM, Pattern, parse_pattern
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.linalg import FactorizationError, damped, damping_ladder, exact_arithmetic, inverse_factor
-from thanos_lightning.solver.ordering import kept_share, require_scipy, search_order
+from thanos_lightning.solver.ordering import kept_share, search_order
 
 # The search draws this many rows at random, out of the rows of all layers that read the same channels.
 _ROWS = 16384
@@ -105,7 +105,6 @@ def permute_channels(
     Raises:
         ValueError: If the pattern is not N:M or fits no channels, if the model is not supported, if there are no
             batches, or if no token reaches a target.
-        ModuleNotFoundError: If SciPy is not installed.
         RuntimeError: If the reordered model computes other logits. The model has its old order then.
 
     Examples:
@@ -117,7 +116,6 @@ def permute_channels(
         True
     """
     parsed = require_nm(pattern)
-    require_scipy()
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to measure the channels on: give some, such as of the training text")
@@ -232,7 +230,7 @@ def _costs(
             )
         accumulator = accumulators[name]
         if id(accumulator) not in by_accumulator:
-            by_accumulator[id(accumulator)] = _cost(name, accumulator.compute())
+            by_accumulator[id(accumulator)] = cost_of_inputs(name, accumulator.compute())
         costs[name] = by_accumulator[id(accumulator)]
     return costs
 
@@ -263,7 +261,7 @@ def _output_weights(
     return {**none, **weights_of(sums)}
 
 
-def _cost(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
+def cost_of_inputs(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " cols"]:
     """The cost c of one layer's inputs; 0 for inputs that were always zero."""
     with exact_arithmetic(hessian.device):
         for damping in damping_ladder(_DAMPING):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
+from thanos_lightning.events.order import of_ordered_inputs, of_ordered_outputs, order_channels, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
@@ -43,6 +44,7 @@ def prune_window(
     options: SolverOptions,
     owned: Mapping[str, Sequence[PrunableLayer]] | None = None,
     later: Collection[str] = (),
+    free: Mapping[str, Sequence[PrunableLayer]] | None = None,
     blocks: Mapping[str, Block] | None = None,
     now: Callable[[Part], None] = lambda _: None,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
@@ -50,13 +52,14 @@ def prune_window(
 
     `owned` has what the channels of a layer own, which is pruned with them. `later` names the layers that a later
     window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
-    pruned by magnitude otherwise. Both cases warn. `blocks` are trained after the solves, if the moments have what they
-    got and gave. `now` is called when another part of the event begins. Return a report for each layer that was pruned,
-    in the window's order, and for each block that was trained. All ranks return the same.
+    pruned by magnitude otherwise. Both cases warn. `free` has the same as `owned` for channels that get another order
+    before. `blocks` are trained after the solves, if the moments have what they got and gave. `now` is called when
+    another part of the event begins. Return a report for each layer that was pruned, in the window's order, and for
+    each block that was trained. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
-            changed.
+            changed, but for the order of its channels.
     """
     chosen = dict(layers)
     blind: list[str] = []
@@ -69,6 +72,16 @@ def prune_window(
     sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
     own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
     raise_everywhere(reserved(own, access), access)
+    output_weights = dict(moments.output_weights)
+    if sums is not None and (ordered := {name: parts for name, parts in (free or {}).items() if name in seen}):
+        title = f"Ordering channels at step {window.event.step}"
+        orders = order_channels(ordered, layers, window.patterns, sums, owners, access, enforcer, title)
+        for name, order in orders.items():
+            if name in sums:
+                sums[name] = of_ordered_inputs(sums[name], order)
+            for one in ordered[name]:
+                if one.name in output_weights:
+                    output_weights[one.name] = of_ordered_outputs(output_weights[one.name], rows_of(order, one))
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -79,7 +92,7 @@ def prune_window(
             weights.pop(name),
             earlier.pop(name),
             (sums or {}).pop(name, None),
-            moments.output_weights.get(name),
+            output_weights.get(name),
         )
         for name, layer in chosen.items()
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ class PruningRun:
         self.layers, self.final, self.taken = taken.layers, taken.final, taken
         self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
-        self.access: ParameterAccess = choose_access(trainer.strategy, self.masked)
+        self.access = self._choose_access()
         self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
         if options.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
@@ -81,7 +81,7 @@ class PruningRun:
                 "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
                 "'uniform'"
             )
-        if taken.owned:
+        if taken.owned or taken.free or taken.keeps_order:
             self.access.release()  # what the search for feed-forward blocks left
         check_weights(self.masked, self.access)
         self.enforcer = MaskEnforcer(self.masked, self.access)
@@ -108,6 +108,17 @@ class PruningRun:
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
+
+    def _choose_access(self) -> ParameterAccess:
+        """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
+        ordered = {part.name: part for parts in self.taken.free.values() for part in parts}
+        try:
+            return choose_access(self.trainer.strategy, {**ordered, **self.masked})
+        except MisconfigurationException as error:
+            if not ordered:
+                raise
+            self.taken = replace(self.taken, free={}, keeps_order=str(error).partition(": ")[0])
+            return choose_access(self.trainer.strategy, self.masked)
 
     # The beginning
 
@@ -174,6 +185,7 @@ class PruningRun:
         for name in self.taken.owned:
             keep = self.enforcer.keep_mask(name)
             self.taken.check_zeros(name, 0 if keep is None else int((~keep).all(0).count_nonzero()))
+        self.taken = self.taken.without_order(held.keys())
         self.past.patterns.update(held)
         if held:
             first, pattern = next(iter(held.items()))
@@ -351,6 +363,12 @@ class PruningRun:
         self.access.release()
         return moments
 
+    def _free_in(self, window: Window) -> dict[str, Sequence[PrunableLayer]]:
+        """The feed-forward blocks of a window whose channels may get another order, by their down layers."""
+        if self.past.optimizer_steps > 0:
+            return {}  # the optimizers have moments, in the old order
+        return {name: parts for name, parts in self.taken.free.items() if name in window.patterns}
+
     def _layers_of(self, window: Window) -> dict[str, PrunableLayer]:
         return {name: self.layers[name] for name in window.patterns}
 
@@ -385,6 +403,7 @@ class PruningRun:
             enforcer=self.enforcer,
             options=self.options.solver,
             owned=self.taken.owned,
+            free=self._free_in(window),
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             blocks=self.blocks,
             now=self._clock.now,

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.targets import PRUNABLE, PrunableModule, whole_shape
 
+# Largest error of what a down layer gets in another order, over its norm: a vector of numbers may be rounded unlike one
+_TOLERANCE = 0.01
 TOKENS = 6  # at each of them another row of a layer is tried; attention mixes them, unlike a feed-forward block
 
 
@@ -123,6 +125,56 @@ def check_feed_forwards(
         )
 
 
+def in_any_order(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[[], Any]) -> list[FeedForward]:
+    """Those of proven blocks whose channels may have any order, since what is between the layers treats all alike.
+
+    In a second forward the up layers give their outputs in another order of the channels, and each down layer must get
+    what it got, in that order. (The gate of an attention fails: what it gates keeps its order.) Each down layer then
+    goes on with what it got before, so that no block disturbs another.
+
+    Args:
+        model: In eval mode.
+        blocks: Proven by `check_feed_forwards`.
+        run: Runs the model on always the same input.
+    """
+    layers = _layers(model)
+    generator = torch.Generator().manual_seed(0)
+    orders = {
+        block.down: torch.randperm(width_of(layers[block.down], dim=1), generator=generator, device="cpu")
+        for block in blocks
+    }
+    down_of = {up: block.down for block in blocks for up in block.ups}
+    got: dict[str, Tensor] = {}
+    unlike: set[str] = set()
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        got[name] = _first(args, kwargs).detach().clone()
+
+    def exchange(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        order = orders[down_of[name]].to(output.device)
+        return torch.cat([part[..., order] for part in torch.split(output, len(order), dim=-1)], dim=-1)
+
+    def compare(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, now = got[name], _first(args, kwargs)
+        expected = before[..., orders[name].to(before.device)]
+        if now.shape != expected.shape or not _relative_error(now, expected) <= _TOLERANCE:
+            unlike.add(name)
+        return _with_first(args, kwargs, before)
+
+    downs, ups = {name: layers[name] for name in orders}, {name: layers[name] for name in down_of}
+    with torch.no_grad():
+        with _hooked_before(downs, note):
+            run()
+        with _hooked(ups, exchange, first=True), _hooked_before({name: layers[name] for name in got}, compare):
+            run()
+    return [block for block in blocks if block.down in got and block.down not in unlike]
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    error, norm = (torch.linalg.vector_norm(part.float()) for part in (found - expected, expected))
+    return float(error / norm)
+
+
 def _is_proven(layers: Mapping[str, PrunableModule], blocks: Sequence[FeedForward], run: Callable[[], Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
     chosen: dict[str, Bool[Tensor, " width"]] = {}
@@ -133,26 +185,18 @@ def _is_proven(layers: Mapping[str, PrunableModule], blocks: Sequence[FeedForwar
             chosen[up] = chosen[block.down].repeat(width_of(layers[up], dim=0) // width)
 
     def without(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first, *others = args or kwargs.values()
-        zeroed = first.masked_fill(chosen[name].to(first.device), 0)
-        return ((zeroed, *others), kwargs) if args else ((), dict(zip(kwargs, (zeroed, *others), strict=True)))
+        first = _first(args, kwargs)
+        return _with_first(args, kwargs, first.masked_fill(chosen[name].to(first.device), 0))
 
     def disturb(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return torch.where(chosen[name].to(output.device), output + 1 + output.abs(), output)
 
     downs = {block.down: layers[block.down] for block in blocks}
     ups = {up: layers[up] for block in blocks for up in block.ups}
-    handles = [
-        module.register_forward_pre_hook(partial(without, name), with_kwargs=True) for name, module in downs.items()
-    ]
-    try:
-        with torch.no_grad():
-            one = run()
-            with _hooked(ups, disturb):
-                other = run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), _hooked_before(downs, without):
+        one = run()
+        with _hooked(ups, disturb):
+            other = run()
     if not _tensors(one):
         raise ValueError(
             "on a small input the module returns no tensor by which its feed-forward blocks could be proven: let its "
@@ -195,8 +239,12 @@ class _Call:
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(partial(hook, name), with_kwargs=True) for name, module in layers.items()]
+def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:
+    """Call a hook after each layer's forward: before or after the hooks that are there."""
+    handles = [
+        module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=first)
+        for name, module in layers.items()
+    ]
     try:
         yield
     finally:
@@ -204,10 +252,33 @@ def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterat
             handle.remove()
 
 
+@contextmanager
+def _hooked_before(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called on."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def _with_first(args: tuple[Any, ...], kwargs: Mapping[str, Any], first: Tensor) -> tuple[tuple[Any, ...], Any]:
+    """The arguments of a call with another tensor in the place of the first."""
+    return ((first, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): first})
+
+
 def _record(
     calls: list[_Call], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+    inputs = _first(args, kwargs)
     given = 1 + output.detach().sigmoid()
     calls.append(_Call(name, inputs.detach().clone(), given))
     return given.clone()
@@ -227,7 +298,7 @@ class _Replay:
     ) -> Tensor:
         call = self._calls[self._next] if self._next < len(self._calls) else None
         self._next += 1
-        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        inputs = _first(args, kwargs)
         if call is None or call.name != name or call.inputs.shape != inputs.shape:  # a router chose other experts
             self._is_alike = False
             return output

@@ -11,7 +11,7 @@ from thanos_lightning.models.targets import check_expressions
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.overrides import TargetOverride, check_overrides
 from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.solver import Channels, Pattern
+from thanos_lightning.solver import NM, Channels, Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
 CALIBRATION_STEPS = 32  # the default of calibration.steps
@@ -99,6 +99,7 @@ class PruningOptions:
     ignore: tuple[str, ...]
     overrides: tuple[TargetOverride, ...]
     multiple_of: int
+    reorder: bool
     solver: SolverOptions
     calibration: CalibrationOptions
     allocation: Allocation | None
@@ -115,6 +116,7 @@ class PruningOptions:
         ignore: str | Sequence[str],
         overrides: Sequence[TargetOverride],
         multiple_of: int,
+        reorder: bool,
         solver: SolverOptions,
         calibration: CalibrationOptions,
         allocation: Allocation | None,
@@ -162,6 +164,8 @@ class PruningOptions:
             raise ValueError(
                 f"multiple_of is {multiple_of}, but no pattern is 'channels', whose number it rounds: leave it out"
             )
+        if not isinstance(reorder, bool):
+            raise ValueError(f"reorder is {reorder!r}: give True or False")
         check_name("monitor", monitor, "val/loss")
         refuse_unused(solver, calibration, patterns)
         return cls(
@@ -171,6 +175,7 @@ class PruningOptions:
             ignore,
             overrides,
             multiple_of,
+            reorder,
             solver,
             calibration,
             allocation,
@@ -188,6 +193,18 @@ class PruningOptions:
         """Whether errors at some outputs count more than at others."""
         weights = self.calibration.output_weights or ("diagonal" if self.solver.method == "thanos" else "uniform")
         return weights != "uniform"
+
+    @property
+    def reorders(self) -> bool:
+        """Whether channels get another order, where they may: only before optimizers have moments of the weights."""
+        patterns = [self.pattern, *(other.parsed() for other in self.overrides)]
+        has_statistics = self.solver.needs_statistics and not self.collects_in_training
+        return (
+            self.reorder
+            and has_statistics
+            and any(isinstance(one, NM) for one in patterns)
+            and self.schedule.resolve(2**31).events()[0].step == 0
+        )
 
     @property
     def block_steps(self) -> int:

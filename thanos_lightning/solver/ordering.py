@@ -12,8 +12,6 @@ maximises the sum of Σ_r max(B_rg, S_rc), which is ½ Σ_r |B_rg - S_rc| plus a
 makes the order worse, since each input may return to its group.
 """
 
-import importlib.util
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,14 +38,6 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
     return float(kept.sum(dtype=torch.float64)) / total if total else 1.0
 
 
-def require_scipy() -> None:
-    """Raise ModuleNotFoundError if SciPy, which the search needs, is not installed."""
-    if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError(
-            "the search for an order of channels needs scipy: pip install 'thanos-lightning[permute]'"
-        )
-
-
 def search_order(
     scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 60, seed: int = 0
 ) -> Int[Tensor, " cols"]:
@@ -64,14 +54,12 @@ def search_order(
 
     Raises:
         ValueError: If the groups don't fit, or scores are negative or not finite.
-        ModuleNotFoundError: If SciPy is not installed.
 
     Examples:
         >>> scores = torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
         >>> kept_share(scores[:, search_order(scores, NM(2, 4))], NM(2, 4))
         1.0
     """
-    require_scipy()
     pattern.check_shape(*scores.shape)
     if not torch.isfinite(scores).all() or (scores < 0).any():
         raise ValueError("scores must be finite and not negative: give squares, such as those of W_ij ‖X_j‖")
@@ -91,7 +79,7 @@ def _exchange(
     scores: Float[Tensor, "rows cols"], groups: Int[Tensor, "groups m"], pattern: NM, generator: torch.Generator
 ) -> Int[Tensor, "groups m"]:
     """Exchange inputs among some of the groups, in one round."""
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # slow to import
 
     every = torch.arange(len(groups), device="cpu")
     place = torch.randint(pattern.m, (len(groups),), generator=generator, device="cpu")

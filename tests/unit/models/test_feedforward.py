@@ -7,7 +7,7 @@ import torch
 import transformers as t
 from torch import nn
 
-from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards
+from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, in_any_order
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
@@ -106,7 +106,53 @@ def test_what_is_found_is_proven(name: str) -> None:
     def run() -> Any:
         return model(input_ids=tokens)
 
-    check_feed_forwards(model, find_feed_forwards(model, run), run)
+    blocks = find_feed_forwards(model, run)
+    check_feed_forwards(model, blocks, run)
+    assert in_any_order(model, blocks, run) == blocks
+
+
+def test_the_gate_of_an_attention_keeps_the_order_of_what_it_gates() -> None:
+    torch.manual_seed(0)
+    config = t.AfmoeConfig(**GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=2, num_dense_layers=2)
+    model = t.AfmoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for norm in (part for name, part in model.named_modules() if name.endswith("norm")):
+            norm.weight.fill_(1)
+    tokens = torch.arange(1, 9).unsqueeze(0)
+
+    def run() -> Any:
+        return model(input_ids=tokens)
+
+    blocks = find_feed_forwards(model, run)
+    check_feed_forwards(model, blocks, run)
+    assert {block.down.rpartition(".")[2] for block in blocks} == {"o_proj", "down_proj"}
+    free = in_any_order(model, blocks, run)
+    assert {block.down for block in free} == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
+
+
+@pytest.mark.parametrize("where", ["up", "down"])
+def test_what_a_hook_does_to_channels_keeps_their_order(where: str) -> None:
+    torch.manual_seed(0)
+    model = Mixed("plain").eval()
+    scale = torch.linspace(0.5, 1, 12)
+    if where == "up":
+        model.up.register_forward_hook(lambda module, args, output: output * scale)
+    else:
+        model.down.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
+    blocks = [FeedForward("down", ["up"])]
+    check_feed_forwards(model, blocks, run_of(model))
+    assert in_any_order(model, blocks, run_of(model)) == []
+
+
+def test_a_block_that_was_not_called_keeps_its_order() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})
+    assert in_any_order(model, [FeedForward("down", ["up"])], lambda: torch.zeros(1)) == []
+
+
+def test_a_block_that_is_called_twice_keeps_its_order() -> None:
+    torch.manual_seed(0)
+    model = Shared().eval()
+    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
 
 
 @pytest.mark.parametrize("kind", ["rolled", "normalised", "read twice"])

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
+
+import thanos_lightning.events.prune as room
+from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.events.order import of_ordered_inputs, order_channels
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import NM, HessianAccumulator, PrunedLayer
+from thanos_lightning.solver.ordering import kept_share
+from thanos_lightning.training.enforcement import MaskEnforcer
+
+SET = list(loader(64, length=24))
+BATCH = SET[0]["input_ids"]
+
+
+def tiny_phi3() -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes))
+
+
+def still(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def pruned(folder: Path, model: nn.Module, make: Any = still, **options: Any) -> ThanosPruningCallback:
+    options = {"pattern": "2:4", "batches": SET, "block_steps": 0, **options}
+    callback = ThanosPruningCallback(**grouped(**options))
+    trainer(folder, callback, max_steps=1).fit(ToyLM(model, make_optimizer=make), loader())
+    return callback
+
+
+@pytest.fixture
+def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver leaves every weight as it is."""
+
+    def nothing(weight: Tensor, *_: Any) -> PrunedLayer:
+        return PrunedLayer(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
+
+    monkeypatch.setattr(room, "solve", nothing)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "down"),
+    [
+        (tiny_llama, {}, "model.layers.1.mlp.down_proj"),
+        (tiny_llama, {"ignore": ["*gate_proj", "lm_head"]}, "model.layers.1.mlp.down_proj"),
+        (tiny_llama, {"targets": ["*down_proj"], "output_weights": "full"}, "model.layers.1.mlp.down_proj"),
+        (tiny_gpt2, {}, "transformer.h.1.mlp.c_proj"),  # with biases, and transposed
+        (tiny_phi3, {}, "model.layers.1.mlp.down_proj"),  # gate and up are one layer
+    ],
+)
+@pytest.mark.usefixtures("keeps_all")
+def test_another_order_changes_nothing_that_the_model_computes(
+    build: Callable[[], PreTrainedModel], options: dict[str, Any], down: str, tmp_path: Path
+) -> None:
+    model = build().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+        before, weight = model(BATCH).logits, model.get_submodule(down).weight.clone()
+    pruned(tmp_path, model, **options)
+    model.eval()
+    with torch.no_grad():
+        after = model(BATCH).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    now = model.get_submodule(down).weight
+    dim = 0 if build is tiny_gpt2 else 1
+    assert not now.equal(weight)
+    assert now.sum(1 - dim).sort().values.allclose(weight.sum(1 - dim).sort().values)
+
+
+def test_the_pattern_keeps_more_and_the_layer_loses_less(tmp_path: Path) -> None:
+    losses, kept = {}, {}
+    for reorder in (False, True):
+        model = tiny_llama(hidden_size=64, intermediate_size=192)
+        (event,) = pruned(tmp_path, model, reorder=reorder).report.events
+        losses[reorder] = sum(layer.relative_loss for layer in event.layers if layer.name.endswith("down_proj"))
+        kept[reorder] = [layer.relative_loss for layer in event.layers if not layer.name.endswith("down_proj")]
+    assert losses[True] < losses[False]
+    assert kept[True] == pytest.approx(kept[False], rel=1e-4), "the order of rows changes nothing"
+
+
+def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 32) * torch.linspace(0.1, 3, 32)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(32, 16))  # rows i and 32 + i are of channel i
+    before, weight = (layer.weight.detach().clone() for layer in model)
+    statistics = HessianAccumulator(32)
+    statistics.update(inputs)
+    layers = find_targets(model, "*", ())
+    access = ReplicatedAccess()
+    enforcer = MaskEnforcer(layers, access)
+    enforcer.begin()
+    keep = torch.rand(64, 8) < 0.5
+    enforcer.set_mask("0", keep)
+    (order,) = order_channels(
+        {"1": [layers["0"]]}, layers, {"1": NM(2, 4)}, {"1": statistics}, {"1": 0}, access, enforcer, ""
+    ).values()
+    assert order.sort().values.equal(torch.arange(32))
+    assert not order.equal(torch.arange(32))
+    scores = weight.square() * inputs.square().sum(0)
+    assert kept_share(scores[:, order], NM(2, 4)) > kept_share(scores, NM(2, 4))
+    rows = torch.cat([order, 32 + order])
+    assert model[1].weight.equal(weight[:, order])
+    assert model[0].weight.equal(before[rows])
+    assert enforcer.keep_mask("0").equal(keep[rows])
+    assert enforcer.sparsity() == pytest.approx(float((~keep).sum()) / (keep.numel() + weight.numel()))
+    moved = of_ordered_inputs(statistics, order)
+    torch.testing.assert_close(moved.compute(), 2 / 400 * inputs[:, order].T @ inputs[:, order])
+    assert moved.num_tokens == 400
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reorder": False},
+        {"schedule": SparsitySchedule(at=[1])},
+        {"pattern": "unstructured", "sparsity": 0.5},
+        {"overrides": [TargetOverride("*down_proj", "unstructured", 0.5)]},
+    ],
+)
+@pytest.mark.usefixtures("keeps_all")
+def test_the_order_stays_where_another_one_gains_nothing_or_was_not_asked_for(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    pruned(tmp_path, model, **options)
+    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
+
+
+def test_the_order_of_a_pruned_model_stays(tmp_path: Path) -> None:
+    model = tiny_llama()
+    pruned(tmp_path, model, reorder=False)
+    zeros = model.model.layers[0].mlp.down_proj.weight == 0
+    with pytest.warns(UserWarning, match="pruned already"):
+        pruned(tmp_path, model)
+    assert (model.model.layers[0].mlp.down_proj.weight == 0).equal(zeros)
+
+
+def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned(tmp_path, tiny_llama())
+    assert "order   channels of 2 feed-forward blocks get one in which less is lost" in capsys.readouterr().out
+    pruned(tmp_path, tiny_llama(), targets=["*q_proj"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "order channels keep theirs: no target with N:M is the down layer of a feed-forward block" in said
+
+
+def test_reorder_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="reorder is 'yes': give True or False"):
+        ThanosPruningCallback("2:4", reorder="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("keeps_all")
+def test_layers_of_an_earlier_window_get_the_order_too(tmp_path: Path) -> None:
+    model = tiny_llama().eval()
+    with torch.no_grad():
+        before = model(BATCH).logits
+    callback = pruned(tmp_path, model, memory_gib=1e-5)
+    assert callback._run is not None
+    assert len(callback._run.windows) > 4
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
+    model = tiny_llama()
+    pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # the callback counts violations at the end
+    for name, part in model.named_modules():
+        if name.endswith("proj"):
+            assert (part.weight.unflatten(1, (-1, 4)) == 0).sum(-1).min() == 2
+
+
+class Scaled(nn.Linear):
+    """A quantised layer, as it were: its rows have scales."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        super().__init__(cols, rows)
+        self.register_buffer("scales", torch.linspace(0.5, 1, rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scales
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter, which has its own rows for the channels."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.a = inner, nn.Linear(inner.in_features, 4, bias=False)
+        self.b = nn.Linear(4, inner.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("what", ["scales", "adapter before", "adapter after", "tied"])
+@pytest.mark.usefixtures("keeps_all")
+def test_what_something_else_indexes_computes_the_same(what: str, tmp_path: Path) -> None:
+    model = tiny_llama().eval()
+    for layer in model.model.layers:
+        if what == "scales":
+            layer.mlp.up_proj = Scaled(*layer.mlp.up_proj.weight.shape)
+        if what == "adapter before":
+            layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
+        if what == "adapter after":
+            layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
+        if what == "tied":
+            layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+    with torch.no_grad():
+        before = model(BATCH).logits
+    pruned(tmp_path, model)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("keeps_all")
+def test_a_search_that_fails_leaves_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("layer")
+
+    monkeypatch.setattr("thanos_lightning.events.blocks.find_feed_forwards", fail)
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    pruned(tmp_path, model)
+    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "order channels keep theirs: the search for feed-forward blocks ended in KeyError" in said
+
+
+@pytest.mark.usefixtures("keeps_all")
+def test_a_module_that_can_not_be_run_on_a_small_input_keeps_its_order(tmp_path: Path, capsys: Any) -> None:
+    class Own(ToyLM):
+        def forward(self, **batch: Any) -> Any:
+            if len(batch["input_ids"]) == 1:
+                raise RuntimeError("not this way")
+            return super().forward(**batch)
+
+    callback = ThanosPruningCallback(**grouped(pattern="2:4", batches=SET, block_steps=0))
+    trainer(tmp_path, callback, max_steps=1).fit(Own(tiny_llama(), make_optimizer=still), loader())
+    assert "order   channels keep theirs: " in capsys.readouterr().out
