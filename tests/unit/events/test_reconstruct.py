@@ -225,6 +225,27 @@ def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
     assert not any(one.weight.equal(solved[name]) for name, one in kept.items())
 
 
+def test_a_block_that_changes_what_it_gets_is_given_a_copy() -> None:
+    class InPlace(Experts):
+        def forward(self, hidden: Tensor) -> Tensor:
+            hidden.mul_(2)
+            return hidden + self.other(self.one(hidden).relu())
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([InPlace()])}).bfloat16()
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, 16)
+    states.start()
+    given = [torch.randn(1, 600, 8, dtype=torch.bfloat16) for _ in range(8)]
+    for number, hidden in enumerate(given):
+        with torch.no_grad(), states.recording(number, None):
+            model["layers"][0](hidden.clone())
+    calls = list(states.calls["layers.0"].values())
+    (report,) = trained(model, states, halves(find_targets(model)))
+    assert report.error < report.error_solved
+    assert all(call.inputs.equal(hidden) for call, hidden in zip(calls, given, strict=True))
+
+
 def test_a_block_that_fails_on_a_later_batch_is_left_alone() -> None:
     class Short(Experts):
         def forward(self, hidden: Tensor) -> Tensor:
