@@ -741,6 +741,20 @@ def make_strategy(case: Case) -> Any:
     return strategy
 
 
+def note_orders() -> list[str]:
+    """Note the down layers whose channels get another order, as it happens."""
+    ordered: list[str] = []
+    order_channels = thanos_lightning.events.prune.order_channels
+
+    def order(*args: Any) -> dict[str, Tensor]:
+        orders = order_channels(*args)
+        ordered.extend(orders)
+        return orders
+
+    thanos_lightning.events.prune.order_channels = order
+    return ordered
+
+
 def train(case: Case) -> None:
     out = Path(case.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -752,6 +766,7 @@ def train(case: Case) -> None:
         del calibration[batch]["labels"]
     if calibration is not None and os.environ.get("RANK") == "1":
         calibration = Stream(calibration[: len(calibration) - case.fewer])  # whose length nobody knows before
+    ordered = note_orders()
     pruning = ThanosPruningCallback(
         case.pattern,
         case.sparsity,
@@ -828,7 +843,7 @@ def train(case: Case) -> None:
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},
-        "ordered": [] if pruning._run is None else list(pruning._run.taken.free),
+        "ordered": ordered,
         "scanned": len(pruning._past.sensitivities),
         "sparsity": {name: 1 - w.count_nonzero().item() / w.numel() for name, w in weights.items()},
     }

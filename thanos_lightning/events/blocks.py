@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.checkpoints.format import architecture_of
@@ -23,7 +25,7 @@ from thanos_lightning.models.feedforward import (
     in_any_order,
     kind_of,
 )
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, whole_shape
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, layer_of, whole_shape
 from thanos_lightning.solver import NM, Channels, Pattern
 
 
@@ -100,7 +102,10 @@ def take_channels(
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
     """
     with tiny_run(trainer, module) as run:
-        blocks = _blocks_of(module, run)
+        blocks = _found_or_declared(module, run)
+        check_feed_forwards(module, blocks, run, found=not hasattr(module, "feed_forwards"))
+    if not blocks:
+        raise ValueError(_why_none(module))
     downs = {block.down for block in blocks}
     asked = {name: pattern for name, pattern in final.items() if isinstance(pattern, Channels)}
     chosen = {name: pattern for name, pattern in asked.items() if name in downs}
@@ -121,11 +126,12 @@ def take_channels(
             "channels go in equal number from each: take another pattern"
         )
     pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
-    owned = _owned(module, [block for block in blocks if block.down in chosen])
-    for parts in owned.values():
-        for part in parts:
-            if len(part.modules) > 1:
-                raise ValueError(_shared(part.name))
+    ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
+    owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
+    for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
+        if len(layer.modules) > 1:
+            raise ValueError(_shared(name))
+        owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
     kept = {
         name: pattern if name in chosen else other
         for name, other in final.items()
@@ -142,54 +148,44 @@ def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) 
     All ranks must call it. If there are none, the reason is added.
     """
     blocks: list[FeedForward] = []
-    why: str | None = "no target with N:M is the down layer of a feed-forward block"
+    why = "no target with N:M is the down layer of a feed-forward block that computes the same in another one"
     try:
         with tiny_run(trainer, module) as run:
-            blocks = in_any_order(module, _blocks_of(module, run), run)
+            blocks = in_any_order(module, _found_or_declared(module, run), run)
     except ValueError as error:
         why = str(error).rpartition(": ")[0] or str(error)  # what follows is how to mend it
     except Exception as error:  # whatever a model raises: the training can do without another order
         why = f"the search for feed-forward blocks ended in {type(error).__name__}"
     blocks, why = trainer.strategy.broadcast((blocks, why))
-    fitting = [
-        block
-        for block in blocks
-        if isinstance(pattern := taken.final.get(block.down), NM)
-        and taken.layers[block.down].cols % pattern.m == 0
-        and all(_has_nothing_else(module.get_submodule(name)) for name in (block.down, *block.ups))
-    ]
-    free = {
-        name: parts
-        for name, parts in _owned(module, fitting).items()
-        if all(len(part.modules) == 1 for part in (taken.layers[name], *parts))
-    }
+    holders = Counter(id(parameter) for part in module.modules() for parameter in part.parameters(recurse=False))
+    free: dict[str, list[PrunableLayer]] = {}
+    for block in blocks:
+        down, ups = module.get_submodule(block.down), {up: module.get_submodule(up) for up in block.ups}
+        pattern = taken.final.get(block.down)
+        if (
+            isinstance(pattern, NM)
+            and taken.layers[block.down].cols % pattern.m == 0
+            and all(_is_plain(part, holders) for part in (down, *ups.values()))
+        ):
+            layers = [layer_of(name, part) for name, part in ups.items()]
+            free[block.down] = [part for layer in layers for part in (layer, layer.bias) if part is not None]
     return replace(taken, free=free, keeps_order=None if free else why)
 
 
-def _has_nothing_else(module: nn.Module) -> bool:
-    """Whether a layer has no other tensors than a weight and a bias, such as scales of its rows."""
+def _is_plain(module: nn.Module, holders: Mapping[int, int]) -> bool:
+    """Whether a layer is a product with its weight and no more, and shares neither weight nor bias."""
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    return names <= {"weight", "bias"}
+    has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    return (
+        names <= {"weight", "bias"}
+        and not has_own_forward
+        and all(holders[id(parameter)] == 1 and parameter.is_floating_point() for parameter in module.parameters())
+    )
 
 
-def _blocks_of(module: LightningModule, run: Callable[[], Any]) -> list[FeedForward]:
-    """The feed-forward blocks of a module, declared or found, and proven. Raise a ValueError if there are none."""
+def _found_or_declared(module: LightningModule, run: Callable[[], Any]) -> list[FeedForward]:
     declared = getattr(module, "feed_forwards", None)
-    blocks = find_feed_forwards(module, run) if declared is None else list(declared())
-    check_feed_forwards(module, blocks, run, found=declared is None)
-    if not blocks:
-        raise ValueError(_why_none(module))
-    return blocks
-
-
-def _owned(module: LightningModule, blocks: Sequence[FeedForward]) -> dict[str, list[PrunableLayer]]:
-    """Name of each block's down layer -> the weights and biases of the layers before it."""
-    ups = {up: block.down for block in blocks for up in block.ups}
-    owned: dict[str, list[PrunableLayer]] = {block.down: [] for block in blocks}
-    if ups:
-        for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
-            owned[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
-    return owned
+    return find_feed_forwards(module, run) if declared is None else list(declared())
 
 
 def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:

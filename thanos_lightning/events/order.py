@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from thanos_lightning.events.permute import cost_of_inputs
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import raise_everywhere
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern
 from thanos_lightning.solver.ordering import search_order
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -48,28 +48,31 @@ def order_channels(
         title: What the progress bar says.
 
     Returns:
-        The new order of each block's channels, place -> old channel, on all ranks.
-
-    Raises:
-        PruningError: On all ranks, if a search fails on one. No weight has changed.
+        The new order of each block's channels, place -> old channel, on all ranks. A block whose search fails is left
+        out, and a warning names it.
     """
     samples = {name: _some_rows(access.collect_weight(layers[name], owners[name])) for name in free}
     own: dict[str, Tensor] = {}
-    error: tuple[str, Exception] | None = None
+    failed: dict[str, str] = {}
     mine = {name: sample for name, sample in samples.items() if sample is not None and name in sums}
     with open_phase(title, len(mine), "feed-forward blocks") as phase:
         for name, sample in mine.items():
-            pattern = patterns[name]
-            assert isinstance(pattern, NM)
             try:
+                pattern = patterns[name]
+                assert isinstance(pattern, NM)
                 cost = cost_of_inputs(name, sums[name].compute()).to(sample.device)
                 own[name] = search_order(sample.square() * cost, pattern, rounds=_ROUNDS)
-            except Exception as failure:  # even out of memory, since the other ranks wait for this one
-                error = (name, failure)
-                break
+            except Exception as failure:  # even out of memory: the event can do without
+                failed[name] = f"{type(failure).__name__}: {failure}"
             phase.advance()
-    raise_everywhere(error, access)
-    orders = {name: order for part in access.gather(own) for name, order in part.items()}
+    every = access.gather((own, failed))
+    orders = {name: order for part, _ in every for name, order in part.items()}
+    if failures := {name: why for _, part in every for name, why in part.items()}:
+        name, why = next(iter(failures.items()))
+        rank_zero_warn(
+            f"the channels of {len(failures)} feed-forward block(s) keep their order, since the search for another one "
+            f"failed, such as those of {name} ({why})"
+        )
     for name, order in orders.items():
         owner = owners[name]
         weight = access.collect_weight(layers[name], owner)
@@ -97,15 +100,17 @@ def of_ordered_inputs(statistics: HessianAccumulator, order: Int[Tensor, " cols"
     return HessianAccumulator.of_sum(whole[order][:, order], statistics.num_tokens)
 
 
-def of_ordered_outputs(weights: Tensor, order: Int[Tensor, " rows"]) -> Tensor:
-    """Output weights (rows,), or (rows, rows) of coupled rows, for outputs in another order.
+def order_outputs(weights: Tensor, order: Int[Tensor, " rows"]) -> None:
+    """Put output weights (rows,), or (rows, rows) of coupled rows, into another order of the outputs, in place.
 
     Examples:
-        >>> of_ordered_outputs(torch.tensor([1.0, 2.0]), torch.tensor([1, 0]))
+        >>> weights = torch.tensor([1.0, 2.0])
+        >>> order_outputs(weights, torch.tensor([1, 0]))
+        >>> weights
         tensor([2., 1.])
     """
-    order = order.to(weights.device)
-    return weights[order] if weights.ndim == 1 else weights[order][:, order]
+    for dim in range(weights.ndim):
+        weights.copy_(weights.index_select(dim, order.to(weights.device)))
 
 
 def _some_rows(weight: Float[Tensor, "rows cols"] | None) -> Float[Tensor, "some cols"] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
-from thanos_lightning.events.order import of_ordered_inputs, of_ordered_outputs, order_channels, rows_of
+from thanos_lightning.events.order import of_ordered_inputs, order_channels, order_outputs, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
@@ -58,8 +58,8 @@ def prune_window(
     each block that was trained. All ranks return the same.
 
     Raises:
-        PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer has
-            changed, but for the order of its channels.
+        PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer is
+            pruned.
     """
     chosen = dict(layers)
     blind: list[str] = []
@@ -71,17 +71,19 @@ def prune_window(
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
     sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
     own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
+    ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
+    for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
+        own[name] = max(own[name], 2 * max(_bytes_of(part) for part in (layers[name], *ordered[name])))
     raise_everywhere(reserved(own, access), access)
-    output_weights = dict(moments.output_weights)
-    if sums is not None and (ordered := {name: parts for name, parts in (free or {}).items() if name in seen}):
+    if sums is not None and ordered:
         title = f"Ordering channels at step {window.event.step}"
         orders = order_channels(ordered, layers, window.patterns, sums, owners, access, enforcer, title)
         for name, order in orders.items():
             if name in sums:
                 sums[name] = of_ordered_inputs(sums[name], order)
             for one in ordered[name]:
-                if one.name in output_weights:
-                    output_weights[one.name] = of_ordered_outputs(output_weights[one.name], rows_of(order, one))
+                if one.name in moments.output_weights:
+                    order_outputs(moments.output_weights[one.name], rows_of(order, one))
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -92,7 +94,7 @@ def prune_window(
             weights.pop(name),
             earlier.pop(name),
             (sums or {}).pop(name, None),
-            output_weights.get(name),
+            moments.output_weights.get(name),
         )
         for name, layer in chosen.items()
     }

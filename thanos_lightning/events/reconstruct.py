@@ -76,7 +76,7 @@ def reconstruct(
         The new owners, and a report of each block that was trained; the same on all ranks.
 
     Raises:
-        PruningError: On all ranks, if one fails, such as from lack of memory. No layer has changed.
+        PruningError: On all ranks, if one fails, such as from lack of memory. No layer is pruned.
     """
     shared = SharedStates.of(states, access)
     dtypes: dict[str, torch.dtype] = {}

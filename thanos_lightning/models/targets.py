@@ -66,6 +66,19 @@ class PrunableLayer:
         return PrunableLayer(f"{self.name}.bias", self.modules, self.rows, 1, False, part="bias")
 
 
+def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
+    """The layer of modules that hold one weight.
+
+    Examples:
+        >>> layer_of("up", nn.Linear(8, 4)).rows
+        4
+    """
+    transposed = isinstance(modules[0], Conv1D)
+    shape = whole_shape(modules[0].weight)
+    rows, cols = reversed(shape) if transposed else shape
+    return PrunableLayer(name, modules, rows, cols, transposed)
+
+
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the whole shape of a parameter, even if this rank holds only a piece of it.
 
@@ -247,11 +260,7 @@ def find_targets(
         outside = [other for other in names if other not in chosen]
         if outside:
             shared[name] = outside[0]
-        transposed = isinstance(module, Conv1D)
-        shape = whole_shape(module.weight)
-        rows, cols = reversed(shape) if transposed else shape
-        modules = tuple(chosen[other] for other in names if other in chosen)
-        layers[name] = PrunableLayer(name, modules, rows, cols, transposed)
+        layers[name] = layer_of(name, *(chosen[other] for other in names if other in chosen))
     if shared:
         pairs = [f"layer {name} shares its weight with {outside}" for name, outside in shared.items()]
         raise ValueError(

@@ -203,7 +203,7 @@ class PruningOptions:
             self.reorder
             and has_statistics
             and any(isinstance(one, NM) for one in patterns)
-            and self.schedule.resolve(2**31).events()[0].step == 0
+            and self.schedule.begins_at_once
         )
 
     @property

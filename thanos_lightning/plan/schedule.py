@@ -137,6 +137,17 @@ class SparsitySchedule:
         """Whether the length of the training must be known to place the events."""
         return any(map(_is_fraction, (*self._times, self.every_n_steps or 0)))
 
+    @property
+    def begins_at_once(self) -> bool:
+        """Whether the first event is before the first step, however long the training is.
+
+        Examples:
+            >>> SparsitySchedule(at=[0, 0.5]).begins_at_once, SparsitySchedule(0, 0.5, 0.1).begins_at_once
+            (True, False)
+        """
+        first, last = self._times[0], self._times[-1]
+        return first == 0 and (self.at is not None or last == 0 or self.shape == "constant")
+
     def resolve(self, total_steps: int) -> SparsitySchedule:
         """The same schedule in whole optimizer steps, for a training of `total_steps` optimizer steps.
 

@@ -16,7 +16,7 @@ _EIGENVECTORS, _COUPLED_STEPS = 3, 20
 
 
 class PruningError(RuntimeError):
-    """A layer could not be pruned. No layer of its window has been changed."""
+    """A layer could not be pruned. No layer of its window has been."""
 
 
 def _cost(layer: PrunableLayer, members: int, *, coupled: bool = False) -> int:
@@ -90,7 +90,7 @@ def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcces
     for rank, message in enumerate(access.gather(own)):
         if message is not None:
             where = f" (on rank {rank})" if access.world_size > 1 else ""
-            raise PruningError(f"{message}{where}. No layer of this window was changed") from cause
+            raise PruningError(f"{message}{where}. No layer of this window was pruned") from cause
 
 
 def unseen_layers(
@@ -106,7 +106,7 @@ def unseen_layers(
     if not reached:
         raise PruningError(
             "no token was counted at all: every batch was empty or all padding. Check the batches, and their attention "
-            "mask. No layer of this window was changed"
+            "mask. No layer of this window was pruned"
         )
     return [name for name in layers if name not in reached]
 

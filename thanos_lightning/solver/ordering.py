@@ -19,7 +19,7 @@ from torch import Tensor
 from thanos_lightning.solver.pattern import NM
 
 # Number of groups that exchange inputs in a round. Time and memory grow with the square of this number.
-_EXCHANGING = 512
+_EXCHANGING = 128
 # A search ends when _PATIENCE rounds together reduce the lost score by less than _TOLERANCE of it.
 _TOLERANCE, _PATIENCE = 0.001, 4
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def pruned(folder: Path, model: nn.Module, make: Any = still, **options: Any) ->
     callback = ThanosPruningCallback(**grouped(**options))
     trainer(folder, callback, max_steps=1).fit(ToyLM(model, make_optimizer=make), loader())
     return callback
+
+
+@contextmanager
+def ordered_blocks() -> Iterator[list[str]]:
+    """The down layers whose channels get another order, as it happens."""
+    ordered: list[str] = []
+
+    def order(*args: Any) -> dict[str, Tensor]:
+        orders = order_channels(*args)
+        ordered.extend(orders)
+        return orders
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "order_channels", order)
+        yield ordered
 
 
 @pytest.fixture
@@ -167,10 +183,11 @@ def test_reorder_is_true_or_false() -> None:
 def test_layers_of_an_earlier_window_get_the_order_too(tmp_path: Path) -> None:
     model = tiny_llama().eval()
     with torch.no_grad():
-        before = model(BATCH).logits
+        before, weight = model(BATCH).logits, model.model.layers[1].mlp.down_proj.weight.clone()
     callback = pruned(tmp_path, model, memory_gib=1e-5)
     assert callback._run is not None
     assert len(callback._run.windows) > 4
+    assert not model.model.layers[1].mlp.down_proj.weight.equal(weight)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
@@ -178,7 +195,9 @@ def test_layers_of_an_earlier_window_get_the_order_too(tmp_path: Path) -> None:
 
 def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
     model = tiny_llama()
-    pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # the callback counts violations at the end
+    with ordered_blocks() as ordered:
+        pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # the callback counts violations at the end
+    assert ordered == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     for name, part in model.named_modules():
         if name.endswith("proj"):
             assert (part.weight.unflatten(1, (-1, 4)) == 0).sum(-1).min() == 2
@@ -207,25 +226,80 @@ class Adapted(nn.Module):
         return self.inner(x) + self.b(self.a(x))
 
 
-@pytest.mark.parametrize("what", ["scales", "adapter before", "adapter after", "tied"])
+class Quantised(nn.Linear):
+    """It multiplies by a weight whose precision depends on groups of inputs, as in a training for quantisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.weight.unflatten(1, (-1, 8))
+        step = groups.abs().amax(-1, keepdim=True) / 7
+        return nn.functional.linear(x, ((groups / step).round() * step).flatten(1))
+
+
+def _scales(first: nn.Module, mlp: Any) -> None:
+    mlp.up_proj = Scaled(*mlp.up_proj.weight.shape)
+
+
+def _adapter_before(first: nn.Module, mlp: Any) -> None:
+    mlp.up_proj = Adapted(mlp.up_proj)
+
+
+def _adapter_after(first: nn.Module, mlp: Any) -> None:
+    mlp.down_proj = Adapted(mlp.down_proj)
+
+
+def _tied(first: nn.Module, mlp: Any) -> None:
+    mlp.up_proj.weight = mlp.gate_proj.weight
+
+
+def _tied_across(first: Any, mlp: Any) -> None:
+    mlp.up_proj.weight = first.up_proj.weight
+
+
+def _a_bias_for_two(first: Any, mlp: Any) -> None:
+    if mlp is first:
+        mlp.up_proj.bias = nn.Parameter(torch.randn(mlp.up_proj.out_features))
+    mlp.up_proj.bias = first.up_proj.bias
+
+
+def _quantised(first: nn.Module, mlp: Any) -> None:
+    mlp.down_proj = Quantised(mlp.down_proj.in_features, mlp.down_proj.out_features)
+
+
+@pytest.mark.parametrize(
+    "change", [_scales, _adapter_before, _adapter_after, _tied, _tied_across, _a_bias_for_two, _quantised]
+)
 @pytest.mark.usefixtures("keeps_all")
-def test_what_something_else_indexes_computes_the_same(what: str, tmp_path: Path) -> None:
+def test_what_something_else_indexes_keeps_its_order(change: Callable[[Any, Any], None], tmp_path: Path) -> None:
     model = tiny_llama().eval()
     for layer in model.model.layers:
-        if what == "scales":
-            layer.mlp.up_proj = Scaled(*layer.mlp.up_proj.weight.shape)
-        if what == "adapter before":
-            layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
-        if what == "adapter after":
-            layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
-        if what == "tied":
-            layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+        change(model.model.layers[0].mlp, layer.mlp)
     with torch.no_grad():
         before = model(BATCH).logits
-    pruned(tmp_path, model)
+    with ordered_blocks() as ordered:
+        pruned(tmp_path, model)
+    assert not [name for name in ordered if name.endswith(("down_proj", "inner"))]
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
+    with ordered_blocks() as ordered:
+        pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1], shape="linear"))
+    assert len(ordered) == 2
+
+
+@pytest.mark.usefixtures("keeps_all")
+def test_an_order_that_can_not_be_found_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("no scipy")
+
+    monkeypatch.setattr("thanos_lightning.events.order.search_order", fail)
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    with pytest.warns(UserWarning, match=r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(ModuleNot"):
+        pruned(tmp_path, model)
+    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
 
 
 @pytest.mark.usefixtures("keeps_all")

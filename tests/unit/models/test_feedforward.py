@@ -144,6 +144,42 @@ def test_what_a_hook_does_to_channels_keeps_their_order(where: str) -> None:
     assert in_any_order(model, blocks, run_of(model)) == []
 
 
+@pytest.mark.parametrize("channel", range(12))
+def test_a_single_channel_that_is_read_elsewhere_keeps_the_order(channel: int) -> None:
+    class Read(Mixed):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            hidden = self.up(x).relu()
+            return self.down(hidden), hidden[..., channel]
+
+    torch.manual_seed(0)
+    model = Read("plain").eval()
+    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channel", range(12))
+def test_a_single_channel_that_is_treated_otherwise_keeps_the_order(channel: int, dtype: torch.dtype) -> None:
+    class Masked(Mixed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.up(x))
+            return self.down(hidden * (torch.arange(12) != channel))
+
+    torch.manual_seed(0)
+    model, x = Masked("plain").eval().to(dtype), torch.randn(1, 8, 8).to(dtype)
+    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model, x)) == []
+
+
+def test_one_odd_block_leaves_the_others_free() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixed("plain"), Mixed("rolled"), nn.Linear(8, 8)).eval()
+    model[0], model[1] = nn.Sequential(model[0]), nn.ModuleDict({"odd": model[1]})
+    model[1].forward = lambda x: model[1]["odd"](x)
+    blocks = [FeedForward("0.0.down", ["0.0.up"]), FeedForward("1.odd.down", ["1.odd.up"])]
+    assert in_any_order(model, blocks, run_of(model)) == blocks[:1]
+    twice = [FeedForward("0.0.down", ["0.0.up"]), FeedForward("1.odd.down", ["0.0.up"]), FeedForward("2", ["gone"])]
+    assert in_any_order(model, twice, run_of(model)) == []
+
+
 def test_a_block_that_was_not_called_keeps_its_order() -> None:
     model = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})
     assert in_any_order(model, [FeedForward("down", ["up"])], lambda: torch.zeros(1)) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -131,6 +132,25 @@ def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, fi
 def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SparsitySchedule(**{"start_step": 0, "end_step": 10, "every_n_steps": 5, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("total", [20, 1000])
+@pytest.mark.parametrize("shape", ["constant", "linear", "cubic", "cosine"])
+@pytest.mark.parametrize(
+    "times",
+    [
+        *({"at": at} for at in ([0], [0, 0.5], [0.0, 3], [0.2, 8], [0.001], [5])),
+        *(
+            {"start_step": start, "end_step": end, "every_n_steps": every}
+            for start, end, every in ((0, 0, 1), (0, 0.5, 1), (0.0, 0.5, 0.1), (0.1, 0.5, 3), (2, 2, 1), (0.1, 15, 2))
+        ),
+    ],
+)
+def test_whether_it_begins_at_once(times: dict[str, Any], shape: Any, total: int) -> None:
+    schedule = SparsitySchedule(**times, shape=shape)
+    if (total == 1000 and times.get("end_step") == 15) or times.get("at") == [0.2, 8]:
+        total = 20
+    assert schedule.begins_at_once == (schedule.resolve(total).events()[0].step == 0)
 
 
 def test_mixed_kinds_are_ordered_when_resolved() -> None:
