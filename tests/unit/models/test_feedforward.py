@@ -169,6 +169,16 @@ def test_a_single_channel_that_is_treated_otherwise_keeps_the_order(channel: int
     assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model, x)) == []
 
 
+def test_scales_that_are_nearly_alike_keep_the_order() -> None:
+    class Scaled(Mixed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.tanh(self.up(x)) * torch.linspace(0.994, 1.006, 12))
+
+    torch.manual_seed(0)
+    model = Scaled("plain").eval()
+    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
+
+
 def test_one_odd_block_leaves_the_others_free() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Mixed("plain"), Mixed("rolled"), nn.Linear(8, 8)).eval()
