@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import Trainings, agreement, only, results, train
+from torch import Tensor
+from toy import tiny_gpt2, tiny_llama
 
-AT_ONCE: dict[str, Any] = {"schedule": (0, 0, 1), "calibration_batches": 6, "max_steps": 1, "optimizer": "sgd"}
+AT_ONCE: dict[str, Any] = {"schedule": (0, 0, 1), "calibration_batches": 6, "max_steps": 1, "optimizer": "still"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero1, bf16": {"strategy": "zero1", "precision": "bf16-true"},
@@ -40,6 +42,19 @@ def test_blocks_become_what_one_process_makes_of_them(tmp_path: Path, trained: T
         assert rank["ordered"] == one["ordered"]
         assert rank["blocks"] == pytest.approx(one["blocks"], rel=5e-2 if "bf16" in name else 1e-3)
     assert agreement(tmp_path, trained(name)) >= (0.99 if "bf16" in name else 0.999)
+    one_gives, several_give = (logits(folder, case.get("model")) for folder in (tmp_path, trained(name)))
+    error = torch.linalg.vector_norm(several_give - one_gives) / torch.linalg.vector_norm(one_gives)
+    assert error < (0.05 if "bf16" in name else 1e-4)
+
+
+def logits(folder: Path, model: str | None) -> Tensor:
+    """What the model computes with the weights that a training has left."""
+    own = (tiny_gpt2() if model == "gpt2" else tiny_llama()).eval()
+    _, unexpected = own.load_state_dict(torch.load(folder / "state0.pt")["weights"], strict=False)
+    assert not unexpected
+    with torch.no_grad():
+        given: Tensor = own(torch.arange(64).view(4, 16)).logits
+    return given
 
 
 @pytest.mark.parametrize("name", only(["zero3"], ["zero3", "zero3, all offloaded", "fsdp", "fsdp, all as one"]))

@@ -48,6 +48,8 @@ NORMS = 6  # that are compared in a training
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
 
+OPTIMIZERS = {"adamw": adamw, "sgd": momentum_sgd, "still": partial(torch.optim.SGD, lr=0.0, momentum=0.9)}
+
 
 @dataclasses.dataclass
 class Case:
@@ -217,12 +219,10 @@ class Module(ToyLM):
             kind = {"cpu_adam": DeepSpeedCPUAdam, "fused_adam": FusedAdam}[self.case.optimizer]
             return kind(parameters, lr=3e-3, weight_decay=0.1)
         if self.case.pattern == "channels":  # biases are looked at, and DeepSpeed doesn't tell of a second group
-            return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](parameters)
+            return OPTIMIZERS[self.case.optimizer](parameters)
         decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
         others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
-        return {"adamw": adamw, "sgd": momentum_sgd}[self.case.optimizer](
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        )
+        return OPTIMIZERS[self.case.optimizer]([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
 
     def train_dataloader(self) -> Share:
         fewer = self.case.fewer if self.case.calibration_batches is None else 0
@@ -859,6 +859,7 @@ def put_back() -> Iterator[None]:
     replaced = [
         (thanos_lightning.events.run, "prune_window"),
         (thanos_lightning.events.prune, "solve"),
+        (thanos_lightning.events.prune, "order_channels"),
         (Ranks, "reserve"),
         (HessianAccumulator, "update"),
         (torch, "save"),
