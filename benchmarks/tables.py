@@ -25,14 +25,14 @@ number is the perplexity at the end, on text that is held back. Each contender h
     python benchmarks/recovery.py --text pydocs --validation-split validation --contenders "first step"
 
 "one-shot" contenders are pruned before the training and keep those zeros. "lightning magnitude" is Lightning's
-ModelPruning, 50 % or 60 % anywhere. "first step, blocks" is the callback with a calibration set and its defaults
-otherwise; "first step", and whatever else has a calibration set but no "blocks" in its name, leaves out the training of
-blocks (`block_steps: 0`). "gradual" prunes at 10 and 20 % of the training, on training batches, "late" at 30 %. "two
-stages" prunes the fine-tuned dense model and trains it on for as many tokens, of the same text in the same order.
-"coupled" is `output_weights: full`, "alike" is
+ModelPruning, 50 % or 60 % anywhere. "defaults" is the callback with a calibration set and its defaults otherwise: once
+before the first step, with channels in another order (2:4), and blocks trained after the solves. All others keep the
+order (`reorder: false`), and train no blocks (`block_steps: 0`) unless their names say so. "gradual" prunes at 10 and
+20 % of the training, on training batches, "late" at 30 %. "two stages" prunes the fine-tuned dense model and trains it
+on for as many tokens, of the same text in the same order. "coupled" is `output_weights: full`, "alike" is
 `allocation: {by: uniform}`, and "distilled" has the model before the first event as its teacher. "all that helped" has
-channels in another order, `output_weights: full`, 131,072 calibration tokens, and the fine-tuned dense model as its
-teacher, whose own training comes on top.
+the channels of the whole model in another order (`permute`), `output_weights: full`, 131,072 calibration tokens, and
+the fine-tuned dense model as its teacher, whose own training comes on top.
 
 Some runs are older than the code. Outputs were weighted by the text's labels, and not by labels that the model draws,
 in these at 60 %: "alike" and what has a teacher, of 102,400 tokens (hold them against 18.14
@@ -54,6 +54,12 @@ SHORT = """
 
 At a rate of 3e-4, with one order of the text. One training on two kinds of CPU ended at 21.26 and 21.11: less than a
 per cent between two rows says nothing. To repeat one, add `--steps 100 --every 100 --rates 3e-4 --seeds 1`.
+
+"""
+LONGER = """
+## Longer: 2:4, 1,024,000 tokens
+
+Each training has its own cosine, and one order of the text. Add `--steps 1000 --every 100` to repeat one.
 
 """
 LAYERS = """# One layer at a time
@@ -152,6 +158,21 @@ def marked(found: dict[float, float], rates: Iterable[float]) -> list[str]:
     return [cells.get(rate, "") for rate in rates]
 
 
+def by_length(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
+    """Contenders of long trainings beside short ones at the same learning rate."""
+    short = {(run["contender"], run["rate"]): f"{run['perplexity']:.2f}" for run in runs if run["seed"] == 1}
+    rows = [
+        [
+            run["contender"],
+            f"{run['rate']:g}",
+            short.get((run["contender"], run["rate"]), ""),
+            f"{run['perplexity']:.2f}",
+        ]
+        for run in sorted(longer, key=lambda run: -run["perplexity"])
+    ]
+    return table(["", "learning rate", "204,800 tokens", "1,024,000 tokens"], rows)
+
+
 def by_choice(runs: list[dict[str, Any]]) -> str:
     """Contenders by pattern, the baselines first."""
     patterns = sorted({run["pattern"] for run in runs})
@@ -185,7 +206,8 @@ def by_training() -> str:
     """The page of recovery.py."""
     runs = kept("recovery")
     long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%"))
-    return HEAD + long + SHORT + by_choice(kept("recovery-options"))
+    longer = LONGER + by_length([run for run in runs if run["pattern"] == "2:4"], kept("recovery-long"))
+    return HEAD + long + longer + SHORT + by_choice(kept("recovery-options"))
 
 
 def by_width() -> str:
