@@ -286,7 +286,7 @@ def describe(
             (f"statistics {_bytes(outlook.moments)}", outlook.moments),
             (f"an event {_bytes(outlook.event)} in all", outlook.event),
             (f"masks {_bytes(outlook.masks)}", outlook.masks),
-            (f"hidden states {_bytes(outlook.states)} of the CPU's", outlook.states),
+            (f"hidden states {_bytes(outlook.states)} on the CPU", outlook.states),
         ]
         needs = ", ".join(text for text, size in sizes if size)
         lines.append(_wrapped("memory", f"about: {needs}"))
