@@ -262,7 +262,7 @@ def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.
     real = room.prune_window
 
     def prune_window(window: Any, layers: Any, moments: Any, **kwargs: Any) -> Any:
-        seen.append(moments.output_weights)
+        seen.append({name: weights.clone() for name, weights in moments.output_weights.items()})
         return real(window, layers, moments, **kwargs)
 
     monkeypatch.setattr(room, "prune_window", prune_window)
