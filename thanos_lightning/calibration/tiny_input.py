@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thanos_lightning.report.progress import hidden, open_phase
+
 _TOKENS = 8
 
 
@@ -33,20 +35,29 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
         with trainer.precision_plugin.forward_context():
             return called(*args, **kwargs)
 
+    def counted() -> Any:
+        given = run()
+        phase.advance()
+        return given
+
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
+            hidden(trainer.progress_bar_callback is None),
+            open_phase("Looking for feed-forward blocks", unit="forwards") as phase,
+        ):
             try:
                 with torch.no_grad():
-                    run()
+                    counted()
             except Exception as error:  # whatever a model raises on an input that it doesn't take
                 raise ValueError(
                     f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
                     f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
                     "example_input_array, as a sequence of some tokens"
                 ) from error
-            yield run
+            yield counted
     finally:
         for part, mode in modes:
             part.training = mode

@@ -53,9 +53,9 @@ def prune_window(
     `owned` has what the channels of a layer own, which is pruned with them. `later` names the layers that a later
     window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
     pruned by magnitude otherwise. Both cases warn. `free` has the same as `owned` for channels that get another order
-    before. `blocks` are trained after the solves, if the moments have what they got and gave. `now` is called when
-    another part of the event begins. Return a report for each layer that was pruned, in the window's order, and for
-    each block that was trained. All ranks return the same.
+    before, and the moments' output weights with them. `blocks` are trained after the solves, if the moments have what
+    they got and gave. `now` is called when another part of the event begins. Return a report for each layer that was
+    pruned, in the window's order, and for each block that was trained. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer is
