@@ -103,7 +103,7 @@ def take_channels(
     """
     with tiny_run(trainer, module) as run:
         blocks = _found_or_declared(module, run)
-        check_feed_forwards(module, blocks, run, found=not hasattr(module, "feed_forwards"))
+        check_feed_forwards(module, blocks, run, found=getattr(module, "feed_forwards", None) is None)
     if not blocks:
         raise ValueError(_why_none(module))
     downs = {block.down for block in blocks}
