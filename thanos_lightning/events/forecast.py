@@ -36,7 +36,9 @@ _MOST_EVENTS = 6  # a longer schedule is abridged
 # of an AMD EPYC: the forecast is within a factor of 1.5.
 _METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
 _COUPLED = 8.0  # a solve with coupled rows takes so many times as long
-_FORWARDS = 3  # as many forwards take as long as a step in which a block is trained
+# The products of a step in which a block is trained take as long as so many forwards, and all else (casts, masks, Adam)
+# as long as so many operations in float32 for each weight. Measured on SmolLM2-135M, on one thread of an Intel Xeon.
+_FORWARDS, _ALL_ELSE = 3, 1600
 _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
 _rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision; a process measures each once
 
@@ -136,8 +138,15 @@ def forecast(
         scanning_seconds=levels * sum(scans) / ranks,
         solving_seconds=max(sum(solves) / ranks, max(solves)),
         states=_states(targets, calibration, len(windows)) // ranks,
-        reconstructing_seconds=_FORWARDS * 2 * census.target_weights * _tokens_of_steps(calibration) / forward / ranks,
+        reconstructing_seconds=reconstructing_seconds(census, calibration, exact, forward) / ranks,
     )
+
+
+def reconstructing_seconds(census: Census, calibration: Calibration, exact: float, forward: float) -> float:
+    """Time to train all blocks on one rank, by the rates of float32 products and of the forward's products."""
+    tokens = _tokens_of_steps(calibration)
+    steps = tokens / max(TOKENS_PER_STEP, calibration.length or 0)
+    return census.target_weights * (_FORWARDS * 2 * tokens / forward + _ALL_ELSE * steps / exact)
 
 
 def _tokens_of_steps(calibration: Calibration) -> int:
