@@ -35,7 +35,7 @@ _MOST_EVENTS = 6  # a longer schedule is abridged
 # Each later step takes as long as two products of weight and Hessian. Measured on 256 to 2,048 columns, on one thread
 # of an AMD EPYC: the forecast is within a factor of 1.5.
 _METHOD = {"thanos": 2.4, "sparsegpt": 2.4, "wanda": 1.0, "magnitude": 0.3}
-_COUPLED = 8.0  # a solve with coupled rows takes so many times as long
+_COUPLED = 2.5  # a solve with coupled rows takes so many times as long
 # The products of a step in which a block is trained take as long as so many forwards, and all else (casts, masks, Adam)
 # as long as so many operations in float32 for each weight. Measured on SmolLM2-135M, on one thread of an Intel Xeon.
 _FORWARDS, _ALL_ELSE = 3, 1600

@@ -108,7 +108,7 @@ def _alternate(
     A_H, A_G = H / of_cols / of_cols.unsqueeze(1), G / of_rows / of_rows.unsqueeze(1)
     W0 = original * unit
     U = A_G @ (W0 - weight * unit) @ A_H
-    (e_H, Q_H), (e_G, Q_G) = torch.linalg.eigh(A_H), torch.linalg.eigh(A_G)
+    (e_H, Q_H), (e_G, Q_G) = _eigenvectors(A_H), _eigenvectors(A_G)
     del A_H, A_G
     e = e_G.clamp_(min=0).unsqueeze(1) * e_H.clamp_(min=0)
     rho = penalty_schedule(steps)
@@ -119,3 +119,9 @@ def _alternate(
         turned = (Q_G.mT @ iterates.from_original @ Q_H).mul_(now).div_(e + now)
         iterates.project(Q_G @ turned @ Q_H.mT, now / following)
     return zero_where(iterates.end().div_(unit), ~iterates.keep | dead), iterates.keep
+
+
+def _eigenvectors(matrix: Float[Tensor, "size size"]) -> tuple[Float[Tensor, " size"], Float[Tensor, "size size"]]:
+    # On MPS older versions of torch can't, and newer ones take as long as the CPU
+    values, vectors = torch.linalg.eigh(matrix.cpu() if matrix.device.type == "mps" else matrix)
+    return values.to(matrix.device), vectors.to(matrix.device)

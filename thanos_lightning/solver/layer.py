@@ -401,32 +401,35 @@ def _solve(
     )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
+    if takes_channels:
+        coupled = None  # the best update of whole columns is the same for any output weights
     shared: Penalties | None = None
-    exchanges = pattern.group_width(original.shape[1]) > 0
-    if options.admm_steps > 0 and exchanges:
+    cost = H.diagonal()
+    admm_steps, refine_steps = options.admm_steps, options.refine_steps
+    exchanges = admm_steps > 0 and pattern.group_width(original.shape[1]) > 0
+    # ADMM on coupled rows begins where the method ended, if that has adapted the kept weights
+    in_rows = coupled is None or not exchanges or options.method in ("magnitude", "wanda")
+    if exchanges:
         if curvature is None:
             _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping, team)
         cost = weight_costs(H, curvature.factor, options.damping)
-        del curvature
-        shared = inputs.penalties(cost, options.damping, options.admm_steps)
+        if in_rows:
+            shared = inputs.penalties(cost, options.damping, admm_steps)
     else:
-        del curvature
-    loss = H.new_zeros(())
-    # The other rows stay dense or were pruned before: they have lost nothing, and have nothing to gain
-    lossy = (original != 0).logical_and_(~keep).any(dim=1)
-    for rows in _row_chunks(lossy, original.shape[1]):
-        weight, rows_keep = result[rows], keep[rows]
-        losses = _improve(original[rows], weight, rows_keep, frozen[rows], H, pattern, shared, options)
-        if not isinstance(rows, slice):
-            result[rows], keep[rows] = weight, rows_keep
-        loss += losses.sum()
-    if coupled is None or takes_channels:  # the best update of whole columns is the same for any output weights
-        return result, keep, loss
-    cost = H.diagonal() if shared is None else shared.cost
-    del shared
-    admm_steps, refine_steps = options.admm_steps, options.refine_steps
-    if not exchanges:
         admm_steps, refine_steps = 0, admm_steps + refine_steps
+    del curvature
+    loss = H.new_zeros(())
+    if in_rows:
+        # The other rows stay dense or were pruned before: they have lost nothing, and have nothing to gain
+        lossy = (original != 0).logical_and_(~keep).any(dim=1)
+        for rows in _row_chunks(lossy, original.shape[1]):
+            weight, rows_keep = result[rows], keep[rows]
+            losses = _improve(original[rows], weight, rows_keep, frozen[rows], H, pattern, shared, options)
+            if not isinstance(rows, slice):
+                result[rows], keep[rows] = weight, rows_keep
+            loss += losses.sum()
+    if coupled is None:
+        return result, keep, loss
     try:
         weight, keep = couple(
             result.to(H.dtype),
