@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +74,10 @@ def split_by_memory(
 ) -> list[list[PrunableLayer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
-    Only a forward shows which layers share their inputs. So each layer counts in full, which is an upper bound. If rows
-    are coupled, the second moments of output gradients count, too. Without a budget (None), there is one group.
+    Layers whose names agree up to their first number, such as those of a decoder layer, stay together where the budget
+    allows it, since blocks are trained as a whole. Only a forward shows which layers share their inputs. So each layer
+    counts in full, which is an upper bound. If rows are coupled, the second moments of output gradients count, too.
+    Without a budget (None), there is one group.
 
     Raises:
         ValueError: If a single layer exceeds the budget. The message names the largest layer and the memory it needs.
@@ -93,14 +97,22 @@ def split_by_memory(
         )
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
-    for layer in layers:
-        needed = hessian_bytes(layer, coupled=coupled)
-        if held + needed > budget and groups[-1]:
-            groups.append([])
-            held = 0
-        groups[-1].append(layer)
-        held += needed
+    for _, block in itertools.groupby(layers, key=_block_of):
+        together = list(block)
+        whole = sum(hessian_bytes(layer, coupled=coupled) for layer in together)
+        for part in [together] if whole <= budget else [[layer] for layer in together]:
+            needed = sum(hessian_bytes(layer, coupled=coupled) for layer in part)
+            if held + needed > budget and groups[-1]:
+                groups.append([])
+                held = 0
+            groups[-1].extend(part)
+            held += needed
     return groups
+
+
+def _block_of(layer: PrunableLayer) -> str:
+    numbered = re.match(r"(.*?\.)?\d+\.", layer.name)
+    return numbered.group() if numbered else layer.name
 
 
 def plan_windows(

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
 from torch import nn
 from toy import tiny_llama
 
@@ -38,6 +42,24 @@ def test_windows_fit_the_budget() -> None:
     assert split_by_memory(layers, None) == [layers]
     with pytest.raises(ValueError, match=r"layer .*down_proj \(and of 1 more\): .* GiB.*, more than memory_gib"):
         split_by_memory(layers, 1.5 * one / 2**30)
+
+
+@given(st.integers(1, 40))
+def test_a_window_has_whole_blocks_where_they_fit(units: int) -> None:
+    layers = list(find_targets(tiny_llama()).values())
+    one = 4 * 32 * 32
+    largest = max(4 * layer.cols**2 for layer in layers)
+    budget = largest + units * one
+    of_block = sum(4 * layer.cols**2 for layer in layers if layer.name.startswith("model.layers.0."))
+    groups = split_by_memory(layers, budget / 2**30)
+    assert [layer for group in groups for layer in group] == layers
+    assert all(sum(4 * layer.cols**2 for layer in group) <= budget for group in groups)
+    homes = [
+        {layer.name.split(".")[2] for layer in group if layer.name.startswith("model.layers.")} for group in groups
+    ]
+    is_whole = all(first.isdisjoint(second) for first, second in itertools.combinations(homes, 2))
+    assert is_whole or of_block > budget
+    event(f"whole: {is_whole}")
 
 
 def test_the_second_moments_of_coupled_outputs_need_room_too() -> None:
