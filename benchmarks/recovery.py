@@ -138,6 +138,7 @@ OWN: dict[str, Recipe] = {
     "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
     "defaults": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True),
+    "defaults, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True, reordered=True),
     "two stages, defaults": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True, reordered=True),
     "first step, blocks": Recipe(_BEFORE, _FIRST_STEP, blocks=True),
     "late, blocks": Recipe(_LATE, _FIRST_STEP, blocks=True),
