@@ -102,12 +102,7 @@ def windows_of(cli: LightningCLI) -> list[Window]:
     events = pruning.options.schedule.resolve(cli.trainer.max_steps).events()
     final = assign_patterns(layers, pruning.options.pattern, ())
     work = [(event, patterns_at(event, final)) for event in events]
-    return plan_windows(
-        work,
-        layers,
-        calibration_steps=0,
-        budget_gib=pruning.options.calibration.memory_gib,
-    )
+    return plan_windows(work, layers, calibration_steps=0, budget_gib=pruning.options.calibration.memory_gib)
 
 
 def test_the_promised_recipes_are_there() -> None:

@@ -37,7 +37,8 @@ class CalibrationOptions:
             back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
         memory_gib: Memory for the second moments of inputs and of output gradients. Layers are split, front to back,
-            into windows that fit, of whole blocks where these fit. Each window collects after the earlier ones are pruned. None holds all at once.
+            into windows that fit, of whole blocks where these fit. Each window collects after the earlier ones are
+            pruned. None holds all at once.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "full" takes the whole output factor, so that the
