@@ -124,7 +124,7 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert len(events) > 1, "not gradual"
         assert events[0].step >= pruning.options.calibration.steps
     else:
-        assert [event.step for event in events] in ([0], [total // 10, total // 5]), "not what was measured best"
+        assert [event.step for event in events] == [0], "not what was measured best"
         assert pruning.options.calibration.batches == "datamodule"
     assert events[-1].step <= 0.75 * total, "no time to recover"
     assert events[-1].sparsity(pruning.options.pattern.sparsity) == pruning.options.pattern.sparsity

@@ -43,7 +43,7 @@ class CalibrationOptions:
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "full" takes the whole output factor, so that the
             rows of a layer compensate each other's errors. It was measured to lose less (docs/guide), but each layer
-            needs a matrix (out_features, out_features) more, and solves take two to three times as long. "uniform"
+            needs a matrix (out_features, out_features) more, and solves take 2.5 times as long. "uniform"
             counts all outputs alike, as the papers do. None is "diagonal" for the method "thanos", else "uniform".
         block_steps: Adam steps after the solves of an event, in which the kept weights of each block, such as a decoder
             layer, are trained to give what the block gave right before. It takes `batches`, of which each step has
