@@ -62,6 +62,13 @@ LONGER = """
 Each training has its own cosine, and one order of the text. Add `--steps 1000 --every 100` to repeat one.
 
 """
+TWICE = """
+## Twice the tokens: 2:4, 409,600 in all
+
+With one order of the text, at the best of the rates that were tried. "defaults" is one training of 400 steps (add
+`--steps 400` to repeat it). For all others 200 steps come before, of the teacher or of the dense model that is pruned.
+
+"""
 LAYERS = """# One layer at a time
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
@@ -173,6 +180,23 @@ def by_length(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
     return table(["", "learning rate", "204,800 tokens", "1,024,000 tokens"], rows)
 
 
+def by_twice(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
+    """Contenders that had twice the tokens, those that end best at last."""
+    after_another = [run for run in runs if run["seed"] == 1 and takes_fine_tuned(run["settings"])]
+    best: dict[str, dict[str, Any]] = {}
+    for run in sorted([*after_another, *longer], key=lambda run: run["perplexity"]):
+        best.setdefault(run["contender"], run)
+    rows = [[name, f"{run['rate']:g}", f"{run['perplexity']:.2f}"] for name, run in reversed(best.items())]
+    return table(["", "learning rate", "perplexity"], rows)
+
+
+def takes_fine_tuned(settings: dict[str, Any] | None) -> bool:
+    """Whether the contender needs the fine-tuned model, as its teacher or to begin with."""
+    if settings is None:
+        return False
+    return settings.get("fine_tuned", False) or (settings["distillation"] or {}).get("teacher") == "fine-tuned"
+
+
 def by_choice(runs: list[dict[str, Any]]) -> str:
     """Contenders by pattern, the baselines first."""
     patterns = sorted({run["pattern"] for run in runs})
@@ -207,7 +231,8 @@ def by_training() -> str:
     runs = kept("recovery")
     long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%"))
     longer = LONGER + by_length([run for run in runs if run["pattern"] == "2:4"], kept("recovery-long"))
-    return HEAD + long + longer + SHORT + by_choice(kept("recovery-options"))
+    twice = TWICE + by_twice([run for run in runs if run["pattern"] == "2:4"], kept("recovery-twice"))
+    return HEAD + long + twice + longer + SHORT + by_choice(kept("recovery-options"))
 
 
 def by_width() -> str:
