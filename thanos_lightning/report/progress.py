@@ -289,7 +289,8 @@ def _adopted_bars(phase: Phase) -> Iterator[None]:
             if bar not in bars:
                 bars.add(bar)
                 description = (bar.desc or phase.description).rstrip(": .…")
-                phase.become(description, None if bar.total is None else int(bar.total / scale), unit)
+                total = int(bar.total / scale) if bar.total else None  # datasets writes 0 for what it doesn't know
+                phase.become(description, total, unit)
             phase.completed = int(bar.n / scale)
         return True
 

@@ -174,6 +174,9 @@ def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[
             bar.update(2_000_000)
             bar.refresh()
             assert (phase.description, phase.completed, phase.total, phase.unit) == ("model.safetensors", 2, 3, "MB")
+        with tqdm(total=0, desc="Generating train split", mininterval=0) as bar:  # datasets doesn't know the number
+            bar.update(2)
+            assert (phase.completed, phase.total, phase.seconds_left) == (2, None, None)
     text = capsys.readouterr().err
     assert "Tokenising: " in text
     assert text.splitlines()[-1].startswith("Preparing the text: done in")
