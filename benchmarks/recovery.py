@@ -26,7 +26,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -703,11 +703,14 @@ def draw(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
 
 
 def draw_time(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
-    """Perplexity against time, in steps of the run's own training, of contenders whose times are kept."""
+    """Perplexity against time, in steps of the run's own training, of contenders whose times are kept.
+
+    Where no time is kept of a pruning in one shot, it counts as nothing.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    lines = [line for line in lines if _has_times(line["runs"][0])]
+    lines = [line for line in lines if any(run["event_seconds"] is not None for run in line["runs"])]
     patterns = list(dict.fromkeys(line["pattern"] for line in lines))
     figure = Figure(figsize=(6 * len(patterns), 5), layout="constrained")
     for axis, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
@@ -715,7 +718,7 @@ def draw_time(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
             if line["pattern"] == pattern:
                 style = "-" if line["contender"] in OWN else "--"
                 color = {"color": "black"} if line["contender"] == DENSE else {}
-                points = timed(line["runs"][0], task)
+                points = timed(line["runs"], task)
                 axis.plot(*zip(*points, strict=True), style, label=line["contender"], marker="o", markersize=4, **color)
         axis.set(
             title=pattern, xlabel="time, in steps of 1,024 tokens", ylabel="perplexity", yscale="log", xlim=(0, None)
@@ -727,17 +730,16 @@ def draw_time(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
     return figure
 
 
-def _has_times(run: Mapping[str, Any]) -> bool:
-    is_one_shot = run["settings"] is not None and run["settings"]["pruned"] is not None
-    return bool(run["event_seconds"] if is_one_shot else run["event_seconds"] is not None)  # early ones have 0
+def timed(runs: Sequence[Mapping[str, Any]], task: Task) -> list[tuple[float, float]]:
+    """(Time in training steps, perplexity) of the first run of a contender whose events are all alike in time.
 
-
-def timed(run: Mapping[str, Any], task: Task) -> list[tuple[float, float]]:
-    """(Time in training steps, perplexity) of a run whose events are all alike in time, or which has none."""
-    step = (run["seconds"] - run["event_seconds"]) / task.steps
-    fractions = [0.0] if run["settings"] is None else run["settings"]["schedule"]
-    event = run["event_seconds"] / step / len(fractions)
-    points = [(point["tokens"] / (task.batch * task.length), point["perplexity"]) for point in run["curve"]]
+    The time of an event is that of the first run of which it is kept.
+    """
+    times = next(run for run in runs if run["event_seconds"] is not None)
+    step = (times["seconds"] - times["event_seconds"]) / task.steps
+    fractions = [0.0] if times["settings"] is None else times["settings"]["schedule"]
+    event = times["event_seconds"] / step / len(fractions)
+    points = [(point["tokens"] / (task.batch * task.length), point["perplexity"]) for point in runs[0]["curve"]]
     return [(steps + event * sum(one * task.steps <= steps for one in fractions), found) for steps, found in points]
 
 

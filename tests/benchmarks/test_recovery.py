@@ -137,10 +137,13 @@ def test_the_time_of_an_event_is_counted_where_it_was() -> None:
     curve = [{"tokens": 8 * step, "perplexity": 20.0 - step} for step in (0, 5, 10)]
     run = {"seconds": 50.0, "event_seconds": 30.0, "settings": {"schedule": [0.2, 0.7]}, "curve": curve}  # 2 s a step
 
-    assert recovery.timed(run, task) == [(0.0, 20.0), (5 + 7.5, 15.0), (10 + 15.0, 10.0)]
+    assert recovery.timed([run], task) == [(0.0, 20.0), (5 + 7.5, 15.0), (10 + 15.0, 10.0)]
 
     at_once = {**run, "settings": {"schedule": [0]}}
-    assert recovery.timed(at_once, task) == [(15.0, 20.0), (5 + 15.0, 15.0), (10 + 15.0, 10.0)]
+    assert recovery.timed([at_once], task) == [(15.0, 20.0), (5 + 15.0, 15.0), (10 + 15.0, 10.0)]
+
+    without_times = {**at_once, "seconds": None, "event_seconds": None, "curve": curve[1:]}
+    assert recovery.timed([without_times, at_once], task) == [(5 + 15.0, 15.0), (10 + 15.0, 10.0)]
 
 
 # What is kept
