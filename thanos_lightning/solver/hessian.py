@@ -75,7 +75,9 @@ class HessianAccumulator:
         """
         width = len(self.triangle)
         if inputs.ndim == 0 or inputs.shape[-1] != width:
-            raise ValueError(f"inputs of shape {tuple(inputs.shape)} do not end in in_features={width}")
+            raise ValueError(
+                f"inputs of shape {tuple(inputs.shape)} do not end in in_features={width}: give batches that fit it"
+            )
         if token_mask is not None and token_mask.shape != inputs.shape[:-1]:
             raise ValueError(
                 f"token_mask of shape {tuple(token_mask.shape)} does not fit inputs of shape {tuple(inputs.shape)}: "
