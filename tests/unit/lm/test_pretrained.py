@@ -80,7 +80,7 @@ def test_the_cache_appears_whole_and_is_used_again(monkeypatch, fake_package):
         assert not (fake_package / "smollm2-135m-9.9").exists()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
     for _ in range(2):
         folder = Path(pretrained._resolve("smollm2-135m"))
     assert calls == ["model.gguf"]
@@ -93,7 +93,7 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch, fake_package):
         (folder / "half").touch()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
     with pytest.raises(OSError, match="No space left"):
         pretrained._resolve("smollm2-135m")
     assert os.listdir(fake_package) == []
@@ -113,7 +113,7 @@ def test_a_faster_process_wins(monkeypatch, fake_package):
         (fake_package / "smollm2-135m-9.9").mkdir()
         (fake_package / "smollm2-135m-9.9" / "theirs").touch()
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
     assert os.listdir(pretrained._resolve("smollm2-135m")) == ["theirs"]
     assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
 
