@@ -67,7 +67,8 @@ TIME = """
 
 In steps of each contender's own training, so that its machine counts little: an event of the defaults took as long as
 55 steps at 2:4, and 62 at 60 %. Of SparseGPT only the training is counted. All are trainings of 200 steps with the
-first order of the text, at the best rate: a shorter one would have a cosine of its own.
+first order of the text, at the best rate: a shorter one would have a cosine of its own. With `--only-report --output .
+--contenders dense "one-shot sparsegpt" "first step" defaults` it is drawn again from the runs that are kept.
 
 ![Perplexity against time](recovery-time.png)
 """
