@@ -7,6 +7,7 @@ No rank writes before every layer of the window is solved.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
+from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
@@ -64,8 +65,10 @@ def prune_window(
     chosen = dict(layers)
     blind: list[str] = []
     if moments.accumulators is not None:
-        unseen = unseen_layers(chosen, moments.accumulators, access)
-        postponed, blind = _divide(unseen, later)
+        tokens = tokens_seen(chosen, moments.accumulators, access)
+        postponed, blind = _divide([name for name, seen in tokens.items() if not seen], later)
+        if options.uses_correlations:
+            _warn_of_few(tokens, chosen)
         chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
@@ -311,6 +314,17 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
     if whole is None or mask is None:
         return None
     return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
+
+
+def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, PrunableLayer]) -> None:
+    few = {name: layers[name].cols / seen for name, seen in tokens.items() if 0 < seen < layers[name].cols}
+    if few:
+        worst = max(few, key=lambda name: few[name])
+        rank_zero_warn(
+            f"{len(few)} layer(s) saw fewer tokens than they have inputs, such as {worst} ({tokens[worst]:,} for "
+            f"{layers[worst].cols:,}), too few to tell the inputs apart: give {math.ceil(few[worst])} times as many, "
+            "or better 100,000 (calibration.batches, or calibration.steps without them)"
+        )
 
 
 def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], list[str]]:

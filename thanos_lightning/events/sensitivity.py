@@ -16,7 +16,7 @@ from thanos_lightning.plan.allocation import LayerSensitivity
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, unseen_layers
+from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
@@ -40,8 +40,8 @@ def scan_window(
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.
     """
     assert moments.accumulators is not None, "refused where a method has no statistics"
-    unseen = unseen_layers(layers, moments.accumulators, access)
-    chosen = {name: layer for name, layer in layers.items() if name not in unseen}
+    tokens = tokens_seen(layers, moments.accumulators, access)
+    chosen = {name: layer for name, layer in layers.items() if tokens[name]}
     owners = moments.owners
     sums = sum_on_owners(chosen, moments.accumulators, owners, access, stay=moments.stay)
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
@@ -62,7 +62,7 @@ def scan_window(
                 error = (name, failure)
                 break
     raise_everywhere(error, access)
-    unknown = {name: LayerSensitivity({}) for name in unseen}
+    unknown = {name: LayerSensitivity({}) for name, seen in tokens.items() if not seen}
     return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
 
 

@@ -93,22 +93,22 @@ def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAcces
             raise PruningError(f"{message}{where}. No layer of this window was pruned") from cause
 
 
-def unseen_layers(
+def tokens_seen(
     layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
-) -> list[str]:
-    """Return the layers that no token has reached on any rank. All ranks must call it, and get the same.
+) -> dict[str, int]:
+    """Return how many tokens have reached each layer on all ranks. All ranks must call it, and get the same.
 
     Raises:
         PruningError: If no token has reached any layer.
     """
-    seen = access.gather([name for name, accumulator in accumulators.items() if accumulator.num_tokens])
-    reached = set(itertools.chain.from_iterable(seen))
-    if not reached:
+    by_rank = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
+    seen = {name: sum(counts.get(name, 0) for counts in by_rank) for name in layers}
+    if not any(seen.values()):
         raise PruningError(
             "no token was counted at all: every batch was empty or all padding. Check the batches, and their attention "
             "mask. No layer of this window was pruned"
         )
-    return [name for name in layers if name not in reached]
+    return seen
 
 
 def sum_on_owners(

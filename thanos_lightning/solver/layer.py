@@ -136,6 +136,11 @@ class SolverOptions:
         """Whether pruning a layer needs statistics of its inputs."""
         return self.method != "magnitude" or self.admm_steps > 0 or self.refine_steps > 0
 
+    @property
+    def uses_correlations(self) -> bool:
+        """Whether pruning a layer needs products of different inputs, and not the squares alone."""
+        return self.method not in ("magnitude", "wanda") or self.admm_steps > 0 or self.refine_steps > 0
+
     def peak_bytes(
         self,
         rows: int,

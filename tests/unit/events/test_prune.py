@@ -48,6 +48,25 @@ def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS
     return reports
 
 
+def test_fewer_tokens_than_inputs_are_warned_of_where_products_of_inputs_count(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def said(tokens: int, method: str) -> list[str]:
+        recwarn.clear()
+        model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 4))
+        run(model, torch.randn(tokens, 64), SolverOptions.as_published(method))
+        return [str(one.message) for one in recwarn]
+
+    (text,) = said(6, "thanos")
+    assert "2 layer(s) saw fewer tokens than they have inputs, such as 0 (6 for 64)" in text
+    assert "give 11 times as many" in text
+    (text,) = said(8, "sparsegpt")
+    assert "1 layer(s)" in text
+    assert not said(64, "thanos")
+    assert not said(6, "wanda")
+    assert not said(6, "magnitude")
+
+
 def test_layers_become_what_the_solver_returns() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
