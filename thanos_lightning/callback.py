@@ -21,6 +21,7 @@ from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
+from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions
@@ -31,10 +32,10 @@ from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
 from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.loading import explain_loading
+from thanos_lightning.sharding.configuring import explain_configuring
 from thanos_lightning.solver import Channels, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.training.lightning_private import is_compiled, saves_shards
+from thanos_lightning.training.lightning_private import after_configure_model, saves_shards
 from thanos_lightning.training.other_callbacks import check_companions, check_trainer, saved_checkpoint
 
 
@@ -139,6 +140,8 @@ class ThanosPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_trainer(trainer)
         self._is_set_up = True
+        compile_in_place(pl_module)  # before strategies and checkpoints use the names
+        after_configure_model(pl_module, compile_in_place)
         if stage != "fit":
             return
         if trainer.global_step > 0:  # the same Trainer continues its training
@@ -153,11 +156,6 @@ class ThanosPruningCallback(Callback):
         save_whole(trainer.strategy, shards=saves_shards(trainer.strategy))
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             guard_resume(trainer.strategy)
-        if is_compiled(pl_module):
-            raise MisconfigurationException(
-                "the LightningModule is compiled (torch.compile): the statistics of its layers can't be collected. "
-                "Pass the uncompiled module to fit, and compile the exported model"
-            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,7 +254,7 @@ class ThanosPruningCallback(Callback):
         if isinstance(exception, Terminated) and trainer.strategy.launcher is not None:
             # As Lightning does, end the ranks that it started: they may run for long before they miss this rank
             trainer.strategy.launcher.kill(signal.SIGTERM)
-        if (mend := explain_loading(trainer.strategy, exception)) is not None:
+        if (mend := explain_configuring(trainer.strategy, exception)) is not None:
             rank_zero_warn(mend)
         if self._run is not None:
             self._run.stop()

@@ -69,6 +69,7 @@ class Case:
     calibration_steps: int = 2
     targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     model: str = "llama"
+    compiled: str | None = None  # in configure_model: "wrapped" by torch.compile, or "in place"
     configure_model: bool = False  # build the model there, and not before
     pretrained: str | None = None  # a folder, out of which from_pretrained loads it there
     tells_transformers: bool = False  # of ZeRO-3, when it does
@@ -210,6 +211,10 @@ class Module(ToyLM):
                 parameter.requires_grad = False
         if self.case.strategy == "fsdp":
             shard(self.model, self.device_mesh, **self.case.fsdp)
+        if self.case.compiled == "in place":
+            self.model.compile(backend="eager")
+        elif self.case.compiled == "wrapped":
+            self.model = torch.compile(self.model, backend="eager")  # type: ignore[assignment]
 
     def _make(self, parameters: Any) -> Optimizer:
         parameters = [p for name, p in self.named_parameters() if not matches(name, self.case.left_out)]

@@ -1080,15 +1080,6 @@ def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magn
             assert values[chosen].min() >= values[~chosen].max()
 
 
-def test_compiled_modules_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="LightningModule is compiled"):
-        trainer(tmp_path, pruning(), max_steps=8).fit(torch.compile(ToyLM()), loader(64))
-    module = ToyLM()
-    module.model = torch.compile(module.model)
-    with pytest.raises(ValueError, match="'model' is compiled"):
-        trainer(tmp_path, pruning(), max_steps=8).fit(module, loader(64))
-
-
 @pytest.mark.parametrize(("options", "steps"), [({"batches": list(loader(8))}, [0]), ({}, [2, 4, 6, 8])])
 def test_the_schedule_without_one(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
     callback = pruning(schedule=None, **options)

@@ -19,6 +19,7 @@ from thanos_lightning.calibration.inputs import InputStatistics, gather_states, 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.calibration.outputs import OutputGradients, output_weights
 from thanos_lightning.calibration.tokens import has_text, token_mask
+from thanos_lightning.models.compiled import compiled_parts
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
@@ -173,6 +174,7 @@ class Collector:
                 found = self._close(window)
             else:
                 found = self._run_calibration(window, trainer, module, gradients=gradients)
+            self._check_compiled(found.statistics, module)
         if window.scans and self._keeps_scan:
             self._kept = found
         layers = {name: self._layers[name] for name in window.patterns}
@@ -204,6 +206,21 @@ class Collector:
             # A scan compares the layers of several windows, so their sums become means.
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
+
+    def _check_compiled(self, statistics: InputStatistics, module: LightningModule) -> None:
+        """Raise if the graph of a compiled module may have run, which calls no hooks."""
+        parts = compiled_parts(module)
+        if not parts:
+            return
+        seen = set().union(*self._access.gather(set(statistics.accumulators)))
+        for part in parts:
+            inside = [name for name in statistics.layers if name.startswith(f"{part}.") or name == part]
+            if inside and seen.isdisjoint(inside):
+                raise PruningError(
+                    f"no token has reached the {len(inside)} layer(s) to prune of module {part!r}, which is compiled: "
+                    "either it was not called, or its graph ran, though torch.compiler.set_stance('force_eager') was "
+                    f"set. Add '{part}*' to ignore, or compile it after the last event"
+                )
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         kept = KeptError(keeps=self._access.world_size > 1)

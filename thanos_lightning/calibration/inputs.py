@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -113,11 +113,14 @@ class InputStatistics:
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
+    _eager: ExitStack = field(default_factory=ExitStack)
     _is_counting: bool = False
     _counted: CountedTokens | None = None
 
     def start(self) -> None:
         """Add the hooks."""
+        # The graph of a compiled module calls only the hooks that were there when it was traced. It stays for later
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in self.layers.items():
             for module in layer.modules:
                 self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
@@ -127,6 +130,7 @@ class InputStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eager.close()
 
     def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
         """Count the forwards from now on.

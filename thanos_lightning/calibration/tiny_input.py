@@ -44,6 +44,7 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
     module.eval()
     try:
         with (
+            torch.compiler.set_stance("force_eager"),  # as in InputStatistics
             torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
             hidden(trainer.progress_bar_callback is None),
             open_phase("Looking for feed-forward blocks", unit="forwards") as phase,

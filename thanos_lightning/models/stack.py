@@ -84,7 +84,8 @@ def _copied(module: _Module, parameters: Mapping[int, nn.Parameter], done: dict[
         kind = kind.__mro__[2]  # fully_shard derives a class of FSDPModule and the module's own
     copy: _Module = object.__new__(kind)
     copy.__dict__.update(vars(module))
-    copy.__dict__.pop("forward", None)  # of what places or watches this very module
+    for own in ("forward", "_compiled_call_impl"):  # of what places, watches or has compiled this very module
+        copy.__dict__.pop(own, None)
     copy.__dict__.update(vars(nn.Module()))  # without hooks
     done[module] = copy
     copy._parameters = {name: None if own is None else parameters[id(own)] for name, own in module._parameters.items()}

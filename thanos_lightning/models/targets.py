@@ -206,7 +206,7 @@ def find_targets(
         ignore: Globs or `re:` expressions of layers to leave out. All but "lm_head" must match a module.
 
     Raises:
-        ValueError: If an expression matches nothing, or all of them together do; if layers are compiled, quantised or
+        ValueError: If an expression matches nothing, or all of them together do; if layers are quantised or
             reparametrised; if a target shares its weight with a module that is no target (a tied embedding); if a bare
             "*" matches a frozen teacher, LoRA adapters, or the layers that they adapt.
 
@@ -216,7 +216,6 @@ def find_targets(
         ['0']
     """
     targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
-    refuse_compiled(model)
     prunable = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
     uncalled = {name: prunable.pop(name) for name in uncalled_layers(model)}
     for expression in targets:
@@ -330,10 +329,10 @@ def to_add(names: Iterable[str]) -> str:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise a ValueError for a compiled module: its graph does not call hooks that are added after compilation."""
+    """Raise a ValueError if a module is compiled, for functions that take a model apart."""
     for name, module in model.named_modules():
         if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"module {name or type(module).__name__!r} is compiled (torch.compile): hooks on its layers would "
-                "not be called. Prune the model uncompiled, and compile the exported one"
+                f"module {name or type(module).__name__!r} is compiled (torch.compile): compile the model that this "
+                "returns instead"
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 
@@ -22,9 +24,19 @@ def replace_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
     trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
-def is_compiled(module: LightningModule) -> bool:
-    """Whether `torch.compile` was called on the module, which the Trainer has unwrapped since."""
-    return module._compiler_ctx is not None
+def after_configure_model(module: LightningModule, then: Callable[[LightningModule], None]) -> None:
+    """Call `then(module)` after the module's next `configure_model`, for which there is no hook."""
+    if not is_overridden("configure_model", module):
+        return
+    configure = module.configure_model
+
+    @wraps(configure)
+    def configure_model() -> None:
+        del module.configure_model  # this function, which hides the module's own
+        configure()
+        then(module)
+
+    module.configure_model = configure_model  # type: ignore[method-assign]
 
 
 def training_metrics(trainer: Trainer) -> Collection[str]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
-from thanos_lightning.models.targets import find_targets, matches, uncalled_layers
+from thanos_lightning.models.targets import find_targets, matches, refuse_compiled, uncalled_layers
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.solver import NM, Unstructured
 
@@ -182,13 +182,13 @@ def test_what_attention_reads_without_a_call_is_left_out() -> None:
         find_targets(model, ["linear1", "*.out_proj"])
 
 
-def test_compiled_modules_are_refused() -> None:
+def test_compiled_modules_are_refused_where_a_model_is_taken_apart() -> None:
     model = tiny_llama()
     model.model.layers[0].compile()
     with pytest.raises(ValueError, match=r"model\.layers\.0' is compiled"):
-        find_targets(model)
+        refuse_compiled(model)
     with pytest.raises(ValueError, match="compiled"):
-        find_targets(nn.Sequential(torch.compile(nn.Linear(4, 4))))  # type: ignore[arg-type]
+        refuse_compiled(nn.Sequential(torch.compile(nn.Linear(4, 4))))  # type: ignore[arg-type]
 
 
 def test_computed_and_quantised_weights_are_refused() -> None:

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from thanos_lightning.training.lightning_private import (
+    after_configure_model,
     average_of,
     callbacks_of,
     has_trainer,
-    is_compiled,
     logged_step,
     process_group_timeout,
     replace_callbacks,
@@ -87,18 +87,24 @@ def test_no_metric_before_a_training():
     assert not training_metrics(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
 
 
-def test_a_compiled_module():
-    module = BoringModel()
-    assert not is_compiled(module)
-    seen = []
+def test_what_comes_after_configure_model():
+    order = []
 
-    class Asks(BoringModel):
-        def on_fit_start(self):
-            seen.append(is_compiled(self))
+    class Configured(BoringModel):
+        def configure_model(self):
+            order.append("configured")
 
-    trainer = Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(torch.compile(Asks(), backend="eager"))
-    assert seen == [True]
+    class Follows(Callback):
+        def setup(self, trainer, pl_module, stage):
+            after_configure_model(pl_module, lambda module: order.append(type(module).__name__))
+
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    for module in (Configured(), BoringModel()):
+        trainer = Trainer(fast_dev_run=1, callbacks=[Follows()], **settings)
+        trainer.fit(module)
+        trainer.validate(module)
+        assert "configure_model" not in vars(module)
+    assert order == ["configured", "Configured"] * 2
 
 
 def test_the_average_of_weights(tmp_path):

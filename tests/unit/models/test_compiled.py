@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from thanos_lightning.models.compiled import compile_in_place, compiled_parts
+
+
+def model_of(counter: CompileCounter) -> nn.Module:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    head = torch.compile(nn.Linear(4, 2), backend=counter)
+    return nn.ModuleDict({"list": nn.ModuleList([torch.compile(inner, backend=counter)]), "head": head})
+
+
+def test_wrappers_go_and_graphs_stay() -> None:
+    torch.manual_seed(0)
+    counter = CompileCounter()
+    model, inputs = model_of(counter), torch.randn(3, 4)
+    before = model["head"](model["list"][0](inputs))
+    assert "list.0._orig_mod.0.weight" in model.state_dict()
+    compile_in_place(model)
+    assert list(model.state_dict()) == ["list.0.0.weight", "list.0.0.bias", "head.weight", "head.bias"]
+    assert compiled_parts(model) == ["list.0", "head"]
+    after = model["head"](model["list"][0](inputs))
+    assert torch.equal(after, before)
+    assert counter.frame_count == 2  # of before; none of them was traced again
+    compile_in_place(model)
+    assert compiled_parts(model) == ["list.0", "head"]
+
+
+def test_a_wrapper_with_hooks_of_its_own_is_refused() -> None:
+    model = model_of(CompileCounter())
+    model["list"][0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"'list.0' is a wrapper of torch.compile that has hooks .* add them to"):
+        compile_in_place(model)

@@ -1,0 +1,200 @@
+"""The callback on what `torch.compile` compiled, in every form, with a backend that runs the graph as it was traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch._dynamo.utils import counters
+from toy import ToyLM, grouped, loader, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint, verify_checkpoint
+from thanos_lightning.sharding.owners import PruningError
+from thanos_lightning.solver import NM
+
+BATCHES = list(loader(16))
+
+
+def compiled(target: Any) -> Any:
+    return torch.compile(target, backend="eager")
+
+
+class Quiet(ToyLM):
+    """Records nothing: the growing list would be traced anew at each step."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self(**batch).loss
+        return loss
+
+
+class InConfigureModel(Quiet):
+    def configure_model(self) -> None:
+        self.model = compiled(self.model)
+
+
+class InInit(Quiet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = compiled(self.model)
+
+
+def of_blocks() -> Quiet:
+    module = Quiet()
+    for block in module.model.model.layers:
+        block.compile(backend="eager")
+    return module
+
+
+def of_wrapped_blocks() -> Quiet:
+    module = Quiet()
+    layers = module.model.model.layers
+    for index in range(len(layers)):
+        layers[index] = compiled(layers[index])
+    return module
+
+
+def of_forward() -> Quiet:
+    module = Quiet()
+    module.model.forward = compiled(module.model.forward)
+    return module
+
+
+FORMS: dict[str, Callable[[], Any]] = {
+    "the LightningModule": lambda: compiled(Quiet()),
+    "in configure_model": InConfigureModel,
+    "in __init__": InInit,
+    "blocks in place": of_blocks,
+    "wrapped blocks": of_wrapped_blocks,
+    "a function": of_forward,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "from training batches": {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2},
+    "a calibration set": {"schedule": SparsitySchedule(at=[0, 6]), "batches": BATCHES},
+}
+
+
+PROMPTLY = [("the LightningModule", "from training batches"), ("blocks in place", "a calibration set")]
+
+
+class Graphs(Callback):
+    """How much was traced until the end of each batch."""
+
+    def __init__(self) -> None:
+        self.traced: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.traced.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def train(module: Any, root: Path, *callbacks: Callback, **options: Any) -> LightningModule:
+    torch.manual_seed(1)
+    fit = trainer(root, *callbacks, max_steps=12, **options)
+    fit.fit(module, loader(64))
+    fit.save_checkpoint(root / "end.ckpt")
+    trained: LightningModule = fit.lightning_module
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("form", "way"),
+    [
+        pytest.param(form, way, marks=() if (form, way) in PROMPTLY else pytest.mark.rest)
+        for form in FORMS
+        for way in WAYS
+    ],
+)
+def test_every_form_is_pruned_as_if_it_were_not_compiled(form: str, way: str, tmp_path: Path) -> None:
+    plain = train(Quiet(), tmp_path / "plain", ThanosPruningCallback("2:4", **grouped(**WAYS[way]))).state_dict()
+    graphs = Graphs()
+    pruned = train(
+        FORMS[form](), tmp_path / "compiled", ThanosPruningCallback("2:4", **grouped(**WAYS[way])), graphs
+    ).state_dict()
+    assert graphs.traced[-1][0] > 0, "nothing was compiled"
+    assert pruned.keys() == plain.keys()
+    for name, value in plain.items():
+        assert torch.equal(value == 0, pruned[name] == 0), name
+        torch.testing.assert_close(value, pruned[name])
+    exported = tmp_path / "exported"
+    export_checkpoint(tmp_path / "compiled/end.ckpt", exported)
+    for path in (exported, tmp_path / "compiled/end.ckpt"):
+        reports = verify_checkpoint(path, NM(2, 4))
+        assert reports
+        assert all(report.ok for report in reports)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback(form: str, tmp_path: Path) -> None:
+    without = Graphs()
+    train(FORMS[form](), tmp_path / "without", without)
+    torch._dynamo.reset()
+    counters.clear()
+    beside = Graphs()
+    train(
+        FORMS[form](),
+        tmp_path / "with",
+        ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"])),
+        beside,
+    )
+    # windows are steps 3 and 4, 7 and 8: nothing is traced in them, nor anew after them
+    assert beside.traced == without.traced
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_graph_that_runs_in_a_window_is_noticed(tmp_path: Path) -> None:
+    class Stubborn(Quiet):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            with torch.compiler.set_stance("default"):
+                return super().training_step(batch, batch_idx)
+
+    module = Stubborn()
+    module.model.compile(backend="eager")
+    callback = ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
+    with pytest.raises(
+        PruningError, match=r"14 layer\(s\) to prune of module 'model', which is compiled: either it was"
+    ):
+        train(module, tmp_path, callback)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_training_that_was_compiled_otherwise_resumes(tmp_path: Path) -> None:
+    def pruning() -> ThanosPruningCallback:
+        return ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
+
+    torch.manual_seed(1)
+    first = trainer(tmp_path, pruning(), max_steps=7)  # in the midst of a window
+    first.fit(InConfigureModel(), loader(64))
+    first.save_checkpoint(tmp_path / "midst.ckpt")
+    resumed = []
+    for module in (InConfigureModel(), of_blocks(), Quiet()):
+        torch.manual_seed(2)
+        fit = trainer(tmp_path, pruning(), max_steps=12)
+        fit.fit(module, loader(64), ckpt_path=tmp_path / "midst.ckpt")
+        resumed.append(module.state_dict())
+    for name, value in resumed[-1].items():
+        for other in resumed[:-1]:
+            torch.testing.assert_close(other[name], value)
+    assert sum(int((value == 0).sum()) for value in resumed[-1].values()) == 15_360 / 2
+
+
+def test_a_dense_checkpoint_with_the_names_of_wrappers_is_resumed_without_them(tmp_path: Path) -> None:
+    dense = train(InInit(), tmp_path)
+    assert "model._orig_mod.lm_head.weight" in dense.state_dict()
+    fit = trainer(
+        tmp_path, ThanosPruningCallback("2:4", **grouped(steps=2, schedule=SparsitySchedule(at=[14]))), max_steps=16
+    )
+    fit.fit(module := InInit(), loader(64), ckpt_path=tmp_path / "end.ckpt")
+    assert sum(int((value == 0).sum()) for value in module.state_dict().values()) == 15_360 / 2
+    assert not [name for name in module.state_dict() if "_orig_mod" in name]

@@ -1,0 +1,53 @@
+"""Modules on which `torch.compile` was called, without the wrappers that change their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+
+def compile_in_place(root: nn.Module) -> None:
+    """Turn `parent.child = torch.compile(child)` inside of `root` into `child.compile()`, with the same options.
+
+    A wrapper puts `_orig_mod.` into the names of what is in it. Compiled in place, a module keeps its names, and has
+    the same graph. It still loads what was saved under the wrapper's names.
+
+    Raises:
+        ValueError: If a wrapper has hooks, which would be lost with it.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
+        >>> compile_in_place(model)
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
+        >>> list(compiled_parts(model))
+        ['0']
+    """
+    for name, parent in list(root.named_modules()):
+        for child_name, child in parent._modules.items():
+            if isinstance(child, OptimizedModule):
+                if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+                    where = f"{name}.{child_name}".removeprefix(".")
+                    raise ValueError(
+                        f"{where!r} is a wrapper of torch.compile that has hooks of its own, which would be lost: add "
+                        f"them to the module that it wraps, or compile that in place ({child_name}.compile())"
+                    )
+                inner: nn.Module = child._orig_mod
+                inner._compiled_call_impl = child.dynamo_ctx(inner._call_impl)
+                inner.register_load_state_dict_pre_hook(_without_wrapper)  # type: ignore[no-untyped-call]
+                parent._modules[child_name] = inner
+
+
+def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what was saved while the module was wrapped."""
+    wrapped = f"{prefix}_orig_mod."
+    for name in [name for name in state_dict if name.startswith(wrapped)]:
+        state_dict[prefix + name.removeprefix(wrapped)] = state_dict.pop(name)
+
+
+def compiled_parts(root: nn.Module) -> list[str]:
+    """The names of the modules that were compiled in place."""
+    return [name for name, module in root.named_modules() if module._compiled_call_impl is not None]
