@@ -36,7 +36,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
 SPARSITIES = {
     "smollm2-135m-2of4-distilled": 0.5,
-    "smollm2-135m-2of4-adapted": 0.5,
+    "smollm2-135m-2of4": 0.5,
     "smollm2-135m-unstructured60": 0.6,
     "smollm2-135m-channels30": 0.3,
     "llama-3.2-1b-channels30": 0.3,
@@ -46,7 +46,7 @@ SPARSITIES = {
     "llama-3.2-1b-unstructured60-squarehead": 0.6,
     "qwen3-0.6b-unstructured70-squarehead": 0.7,
 }
-TAUGHT = ("distilled", "adapted", "squarehead")
+TAUGHT = ("distilled", "squarehead")
 SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64)}
 
 
