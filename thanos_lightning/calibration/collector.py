@@ -208,19 +208,15 @@ class Collector:
         return opened
 
     def _check_compiled(self, statistics: InputStatistics, module: LightningModule) -> None:
-        """Raise if the graph of a compiled module may have run, which calls no hooks."""
+        """Raise if graphs have run, which call no hooks: then no layer of any compiled module has seen a token."""
         parts = compiled_parts(module)
-        if not parts:
-            return
-        seen = set().union(*self._access.gather(set(statistics.accumulators)))
-        for part in parts:
-            inside = [name for name in statistics.layers if name.startswith(f"{part}.") or name == part]
-            if inside and seen.isdisjoint(inside):
-                raise PruningError(
-                    f"no token has reached the {len(inside)} layer(s) to prune of module {part!r}, which is compiled: "
-                    "either it was not called, or its graph ran, though torch.compiler.set_stance('force_eager') was "
-                    f"set. Add '{part}*' to ignore, or compile it after the last event"
-                )
+        inside = [name for name in statistics.layers if any(f"{name}.".startswith(f"{part}.") for part in parts)]
+        if inside and all(self._access.gather(statistics.accumulators.keys().isdisjoint(inside))):
+            raise PruningError(
+                f"no token has reached the {len(inside)} layer(s) to prune in compiled modules, such as {inside[0]}: "
+                "they were not called, or their graphs ran, though torch.compiler.set_stance('force_eager') was set. "
+                "Leave that stance alone, or compile after the last event"
+            )
 
     def _new_statistics(self, window: Window) -> InputStatistics:
         kept = KeptError(keeps=self._access.world_size > 1)
