@@ -24,6 +24,13 @@ BATCHES = list(loader(12))
 LAYER = "model.model.layers.1.mlp.down_proj"
 
 
+@pytest.fixture(autouse=True)
+def compiling() -> Iterator[None]:
+    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
+    yield
+    torch.compiler.set_stance("default")
+
+
 @pytest.fixture
 def module() -> ToyLM:
     return ToyLM()

@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+
+@pytest.fixture(autouse=True)
+def compiling() -> Iterator[None]:
+    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
+    yield
+    torch.compiler.set_stance("default")
 
 
 def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any
 
@@ -27,6 +27,13 @@ from thanos_lightning.solver.linalg import Curvature, curvature
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
 
 OPTIONS = SolverOptions.as_published()
+
+
+@pytest.fixture(autouse=True)
+def compiling() -> Iterator[None]:
+    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
+    yield
+    torch.compiler.set_stance("default")
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
