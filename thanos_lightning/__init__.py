@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from thanos_lightning.plan.schedule import SparsitySchedule
     from thanos_lightning.sharding.cpu_deepspeed import CPUDeepSpeed
     from thanos_lightning.solver.layer import SolverOptions
+    from thanos_lightning.training.adapters import mask_adapters
 
 _ROOMS = {
     "Allocation": "plan.allocation",
@@ -28,6 +29,7 @@ _ROOMS = {
     "ThanosPruningCallback": "callback",
     "drop_layers": "events.drop",
     "export_checkpoint": "checkpoints.export",
+    "mask_adapters": "training.adapters",
     "permute_channels": "events.permute",
     "verify_checkpoint": "checkpoints.verify",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "ThanosPruningCallback",
     "drop_layers",
     "export_checkpoint",
+    "mask_adapters",
     "permute_channels",
     "verify_checkpoint",
 ]

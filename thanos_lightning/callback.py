@@ -21,6 +21,7 @@ from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
+from thanos_lightning.models.adapters import tuner_layers
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
@@ -35,6 +36,7 @@ from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.configuring import explain_configuring
 from thanos_lightning.solver import Channels, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
+from thanos_lightning.training.adapters import prepare_adapters
 from thanos_lightning.training.lightning_private import after_configure_model, saves_shards
 from thanos_lightning.training.other_callbacks import check_companions, check_trainer, saved_checkpoint
 
@@ -140,8 +142,13 @@ class ThanosPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_trainer(trainer)
         self._is_set_up = True
-        compile_in_place(pl_module)  # before strategies and checkpoints use the names
-        after_configure_model(pl_module, compile_in_place)
+
+        def prepare(module: LightningModule) -> None:
+            compile_in_place(module)  # before strategies and checkpoints use the names
+            prepare_adapters(module, trainer.strategy)
+
+        prepare(pl_module)
+        after_configure_model(pl_module, prepare)
         if stage != "fit":
             return
         if trainer.global_step > 0:  # the same Trainer continues its training
@@ -165,6 +172,11 @@ class ThanosPruningCallback(Callback):
             rank_zero_info(
                 f"{len(uncalled)} layer(s) of torch's MultiheadAttention stay dense, such as {uncalled[0]}: it reads "
                 "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"
+            )
+        if adapted := [name for name in tuner_layers(pl_module) if name not in self._layers]:
+            rank_zero_warn(
+                f"{len(adapted)} adapter(s) of peft are on layers that are not pruned, such as {adapted[0]}: what they "
+                "learn merges as dense as it is. Name these layers in targets, or leave them out of target_modules"
             )
         self._final = assign_patterns(self._layers, options.pattern, options.overrides)
 

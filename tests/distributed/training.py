@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -39,11 +39,13 @@ from transformers import LlamaForCausalLM
 import thanos_lightning.events.prune
 import thanos_lightning.events.run
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.lm.adapters import add_lora
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import HessianAccumulator
 
+PROBED = torch.arange(16).unsqueeze(0)  # tokens
 NORMS = 6  # that are compared in a training
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
@@ -70,6 +72,8 @@ class Case:
     targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])
     model: str = "llama"
     compiled: str | None = None  # in configure_model: "wrapped" by torch.compile, or "in place"
+    direct: bool = False  # the LightningModule has no forward, and calls its model
+    lora: bool = False  # train adapters on all layers but the head, and nothing else
     configure_model: bool = False  # build the model there, and not before
     pretrained: str | None = None  # a folder, out of which from_pretrained loads it there
     tells_transformers: bool = False  # of ZeRO-3, when it does
@@ -148,7 +152,8 @@ def shard(
         model: Llama or GPT-2.
         device_mesh: Lightning's.
         how: "layers" (each decoder layer and the rest, as in Lightning's documentation), "root" (all as one), "first"
-            (the first decoder layer alone), "tensor" (tensor parallel) or "both" (that and by layers).
+            (the first decoder layer alone), "linears" (each Linear in them), "tensor" (tensor parallel) or "both" (that
+            and by layers).
         replicas: So many groups of ranks share one copy each.
         columns: Parameters that are sharded on dimension 1.
         bf16: Gather parameters in bf16.
@@ -172,6 +177,9 @@ def shard(
         for block in blocks:
             plan = {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
             parallelize_module(block, device_mesh["tensor_parallel"], plan)
+    if how == "linears":
+        for part in [part for block in blocks for part in block.modules() if isinstance(part, torch.nn.Linear)]:
+            fully_shard(part, mesh=mesh, **arguments)
     for block in {"layers": blocks, "both": blocks, "first": blocks[:1]}.get(how, []):
         fully_shard(block, mesh=mesh, **arguments)
     if how in ("layers", "both", "root"):
@@ -182,7 +190,7 @@ class Module(ToyLM):
     def __init__(self, case: Case) -> None:
         build = {"llama": tiny_llama, "gpt2": tiny_gpt2, "narrow": narrow_llama, "wide": wide_llama}[case.model]
         self.build = build
-        super().__init__(None if case.configure_model else build(), make_optimizer=self._make)
+        super().__init__(None if case.configure_model else adapted(build(), case), make_optimizer=self._make)
         if case.configure_model:
             self.model = None  # type: ignore[assignment]
         self.case = case
@@ -202,10 +210,10 @@ class Module(ToyLM):
             from transformers.integrations import HfDeepSpeedConfig
 
             known = HfDeepSpeedConfig(self.trainer.strategy.config) if self.case.tells_transformers else None
-            self.model = LlamaForCausalLM.from_pretrained(self.case.pretrained)
+            self.model = adapted(LlamaForCausalLM.from_pretrained(self.case.pretrained), self.case)
             del known
         if self.model is None:
-            self.model = self.build()
+            self.model = adapted(self.build(), self.case)
         for name, parameter in self.named_parameters():
             if matches(name, self.case.frozen):
                 parameter.requires_grad = False
@@ -218,6 +226,8 @@ class Module(ToyLM):
 
     def _make(self, parameters: Any) -> Optimizer:
         parameters = [p for name, p in self.named_parameters() if not matches(name, self.case.left_out)]
+        if self.case.lora:
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if self.case.optimizer in ("cpu_adam", "fused_adam"):
             from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -234,8 +244,43 @@ class Module(ToyLM):
         return Share(self.case.batch_size, self.case.uncounted, fewer)
 
 
+class Direct(Module):
+    forward = LightningModule.forward
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def calibration_step(self, batch: dict[str, Tensor]) -> Any:
+        return self.model(**batch).loss
+
+
+def adapted(model: Any, case: Case) -> Any:
+    if case.lora:
+        torch.manual_seed(2)
+        add_lora(model, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
+    return model
+
+
 def matches(name: str, globs: list[str]) -> bool:
     return any(fnmatch.fnmatch(name, glob) for glob in globs)
+
+
+def held_masks(enforcer: Any) -> dict[str, int]:
+    """The size of each mask that this rank holds."""
+    return {name: drop.numel() for name, drop in enforcer._drops.items() if drop is not None}
+
+
+class Probe(Callback):
+    """What the model gives at the end, called by itself and not by its LightningModule."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        logits = pl_module.model(input_ids=PROBED).logits
+        torch.save(logits, self.out / f"logits{trainer.global_rank}.pt")
 
 
 class CountCollectives(TorchDispatchMode):
@@ -401,6 +446,8 @@ class ClippedNorm(Callback):
             masks = masks_of(self.pruning)
             total = 0.0
             for name, parameter in pl_module.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 gradient = parameter.grad.full_tensor()
                 if name in masks:
                     gradient = gradient * as_stored(name, masks[name])
@@ -792,6 +839,8 @@ def train(case: Case) -> None:
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
     if case.watch:
         callbacks.append(watch)
+    if case.lora:
+        callbacks.append(Probe(out))
     clipped = ClippedNorm(pruning)
     if case.strategy == "fsdp":
         callbacks.append(clipped)
@@ -804,7 +853,7 @@ def train(case: Case) -> None:
         callbacks.append(ModelCheckpoint(out, **over))
     elif case.save:
         callbacks.append(SavedAt(out, list(range(1, case.max_steps + 1)) if case.save is True else case.save))
-    module = Module(case)
+    module = Direct(case) if case.direct else Module(case)
     fitted = trainer(
         out,
         *callbacks,
@@ -844,7 +893,7 @@ def train(case: Case) -> None:
         "losses": watch.losses,
         "steps": pruning._past.optimizer_steps,
         "batches_seen": int(module.batches_seen),
-        "held": {} if pruning._run is None else {n: d.numel() for n, d in pruning._run.enforcer._drops.items()},
+        "held": {} if pruning._run is None else held_masks(pruning._run.enforcer),
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},

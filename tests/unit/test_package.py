@@ -27,6 +27,7 @@ def test_public_names() -> None:
         "ThanosPruningCallback",
         "drop_layers",
         "export_checkpoint",
+        "mask_adapters",
         "permute_channels",
         "verify_checkpoint",
     ]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
 
+from thanos_lightning.checkpoints.adapters import NO_ADAPTERS, merge_adapters, plain_name, write_adapter
 from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
@@ -41,12 +41,13 @@ def export_checkpoint(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     keep_shape: bool = False,
+    keep_adapter: bool = False,
 ) -> list[TensorReport]:
     """Turn a trainer checkpoint into a Hugging Face folder, and count its zeros on disk.
 
     The folder holds the weights as safetensors, the configurations, the tokenizer, a model card, and `sparsity.json`,
     the record that `verify_checkpoint` compares with later. The folder appears whole or not at all. Channels that were
-    pruned are taken out: the model is smaller, computes the same, and is one like any other.
+    pruned are taken out: the model is smaller, computes the same, and is one like any other. LoRA adapters are merged.
 
     Args:
         checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file or a DeepSpeed folder. One
@@ -55,6 +56,8 @@ def export_checkpoint(
         dtype: Dtype of the written parameters, such as "bfloat16"; by default the checkpoint's.
         tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
         keep_shape: Whether channels stay in the model, as zeros.
+        keep_adapter: Whether LoRA adapters are written beside the sparse weights, each into a folder of its name as
+            peft does, and not merged. A model that loads them needs `mask_adapters`, or it is not what was trained.
 
     Returns:
         A report for each pruned tensor, in the order of the model. All of them conform.
@@ -62,7 +65,7 @@ def export_checkpoint(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the output is taken, the path is no checkpoint or holds no masks yet, the weights do not fit
-            the model, the model can't be made smaller, or the tokenizer cannot be loaded.
+            the model, the model can't be made smaller, there is no adapter to keep, or the tokenizer cannot be loaded.
         NonconformingError: If a pruned entry isn't 0, or an entry isn't finite.
 
     Examples:
@@ -91,9 +94,9 @@ def export_checkpoint(
             f"{some_of(outside)}",
             stacklevel=2,
         )
-    inside = {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
+    inside = {plain_name(name.removeprefix(prefix)): mask for name, mask in masks.items() if name.startswith(prefix)}
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
-    model = _assemble(trained, None if dtype is None else _parse_dtype(dtype))
+    model = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
     channels = {} if keep_shape else channel_masks(inside)
     if channels:
         state = model.state_dict()
@@ -107,6 +110,9 @@ def export_checkpoint(
                 raise ValueError(
                     f"{output} can't be written ({error}): make room, or give a folder on another disk"
                 ) from error
+        if keep_adapter:
+            own = {name.removeprefix(prefix): value for name, value in trained.state_dict.items() if ".lora_" in name}
+            write_adapter(folder, own, note["adapters"])
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         tensors = SafetensorsFiles(folder)
@@ -137,7 +143,9 @@ def _require_zeros(reports: list[TensorReport], path: Path) -> None:
 # The Hugging Face model
 
 
-def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+def _assemble(
+    checkpoint: TrainerCheckpoint, dtype: torch.dtype | None, *, keep_adapter: bool
+) -> transformers.PreTrainedModel:
     """Build the trained model from the checkpoint's own tensors. Only a change of dtype copies them."""
     note, path = checkpoint.require_note(), checkpoint.path
     model = build_model(note["architecture"], note["config"], path)
@@ -146,18 +154,19 @@ def _assemble(checkpoint: TrainerCheckpoint, dtype: torch.dtype | None) -> trans
     prefix: str = note["model_prefix"]
     # Buffers keep their dtype, because models have some in fp32 on purpose.
     cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights: dict[str, Tensor] = {}
-    for full_name in checkpoint.state_dict:
-        if full_name.startswith(prefix):
-            name = full_name.removeprefix(prefix)
-            value = checkpoint.state_dict[full_name]
-            weights[name] = value.to(dtype) if name in cast else value
+    own = {
+        name.removeprefix(prefix): checkpoint.state_dict[name]
+        for name in checkpoint.state_dict
+        if name.startswith(prefix)
+    }
+    own = merge_adapters(own, note.get("adapters") or NO_ADAPTERS, keep=keep_adapter)
+    weights = {name: value.to(dtype) if name in cast else value for name, value in own.items()}
     adapted = [name for name in weights if ".lora_" in name]
     if adapted:
         raise ValueError(
-            f"{path} has LoRA adapters, such as {prefix}{adapted[0]}, for which {note['architecture']} has no place: "
-            "in Python load its state_dict, merge_and_unload() and save_pretrained(). That writes over the zeros of "
-            "layers that have an adapter; to keep those, merge before the training and prune the merged model"
+            f"{path} has adapters that add no product of two matrices to a Linear or Conv1D layer, such as "
+            f"{prefix}{adapted[0]}, and can't be merged here: load its state_dict in Python, merge_and_unload() and "
+            "save_pretrained()"
         )
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
     try:

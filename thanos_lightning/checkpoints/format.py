@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from thanos_lightning.checkpoints.adapters import adapters_note
 from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     NOTE_KEY,
@@ -61,6 +62,7 @@ def training_note(
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
+            "adapters": adapters_note(model),
             "architecture": architecture_of(model),
             "config": model.config.to_dict(),
             "generation_config": None if generation is None else generation.to_dict(),

@@ -75,6 +75,7 @@ def command_parser() -> argparse.ArgumentParser:
     export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
     export.add_argument("--keep-shape", action="store_true", help="leave channels that were pruned in, as zeros")
+    export.add_argument("--keep-adapter", action="store_true", help="write LoRA adapters beside the sparse weights")
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
 
     text = "convert a DeepSpeed checkpoint folder so that any number of ranks resumes it"

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.shrink import resized
+from thanos_lightning.models.adapters import MaskedAdapter, base_of
 from thanos_lightning.models.feedforward import (
     FeedForward,
     check_feed_forwards,
@@ -25,7 +26,14 @@ from thanos_lightning.models.feedforward import (
     in_any_order,
     kind_of,
 )
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, examples, find_targets, layer_of, whole_shape
+from thanos_lightning.models.targets import (
+    PrunableLayer,
+    examples,
+    find_targets,
+    layer_of,
+    prunable_modules,
+    whole_shape,
+)
 from thanos_lightning.solver import NM, Channels, Pattern
 
 
@@ -174,6 +182,7 @@ def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) 
 
 def _is_plain(module: nn.Module, holders: Mapping[int, int]) -> bool:
     """Whether a layer is a product with its weight and no more, and shares neither weight nor bias."""
+    module = base_of(module) if isinstance(module, MaskedAdapter) else module  # what is added is merged before
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
     return (
@@ -211,7 +220,7 @@ def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:
 def _check_all_taken(
     module: LightningModule, blocks: Sequence[FeedForward], chosen: Mapping[str, Pattern], final: Mapping[str, Pattern]
 ) -> None:
-    names = [name for name, part in module.named_modules() if isinstance(part, PRUNABLE)]
+    names = list(prunable_modules(module))
     kinds = {kind_of(part) for block in blocks for part in (block.down, *block.ups)}
     found = {part for block in blocks for part in (block.down, *block.ups)}
     if unlike := [name for name in names if kind_of(name) in kinds and name not in found]:

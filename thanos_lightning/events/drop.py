@@ -20,7 +20,7 @@ from thanos_lightning.calibration.fisher import TOKENS_PER_CHUNK, counted_predic
 from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.checkpoints.shrink import resized
-from thanos_lightning.models.targets import refuse_compiled
+from thanos_lightning.models.targets import refuse_wrapped
 from thanos_lightning.report.progress import Phase, open_phase
 
 # Largest error of the logits over their norm: for float32 and float64, and for narrower dtypes. Both models have the
@@ -72,7 +72,7 @@ def drop_layers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], nu
         >>> dropped.model.config.num_hidden_layers, len(dropped.layers), len(dropped.losses)
         (2, 1, 2)
     """
-    refuse_compiled(model)
+    refuse_wrapped(model)
     batches = list(batches)
     stack = _stack(model)
     layers = list(model.get_submodule(stack).children())

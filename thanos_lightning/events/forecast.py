@@ -119,6 +119,7 @@ def forecast(
     solves = [_operations(layer, options, calibration.coupled) / exact for layer in targets]
     scans = [_operations(layer, SolverOptions.as_published(options.method), False) / exact for layer in targets]
     coupled = calibration.coupled
+    shown = sum(layer.rows * layer.cols for layer in layers.values() if layer.shows_its_mask)
     at_peak = partial(
         event_bytes,
         options=options,
@@ -131,7 +132,7 @@ def forecast(
     return Forecast(
         moments=max(moments_bytes(window, coupled=coupled) for window in windows) if options.needs_statistics else 0,
         event=max(map(at_peak, windows)),
-        masks=census.target_weights // (ranks if is_sharded else 1),
+        masks=(census.target_weights - shown) // (ranks if is_sharded else 1),
         calibrating_seconds=_calibrating(targets, census, calibration, ranks, exact, forward, len(windows))
         if options.needs_statistics
         else 0.0,
@@ -287,6 +288,9 @@ def describe(
         lines.append(_wrapped("blocks", channels))
     if order is not None:
         lines.append(_wrapped("order", order))
+    if census.adapters:
+        text = f"of {_millions(census.adapters)} M weights are trained, masked, and merged in an export"
+        lines.append(_wrapped("lora", text))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))

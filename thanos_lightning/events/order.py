@@ -17,6 +17,7 @@ from thanos_lightning.events.permute import cost_of_inputs
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.adapters import collect_merged, write_merged
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern
 from thanos_lightning.solver.ordering import search_order
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -51,7 +52,7 @@ def order_channels(
         The new order of each block's channels, place -> old channel, on all ranks. A block whose search fails is left
         out, and a warning names it.
     """
-    samples = {name: _some_rows(access.collect_weight(layers[name], owners[name])) for name in free}
+    samples = {name: _some_rows(collect_merged(layers[name], owners[name], access)) for name in free}
     own: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
     mine = {name: sample for name, sample in samples.items() if sample is not None and name in sums}
@@ -75,9 +76,9 @@ def order_channels(
         )
     for name, order in orders.items():
         owner = owners[name]
-        weight = access.collect_weight(layers[name], owner)
+        weight = collect_merged(layers[name], owner, access)
         columns = None if weight is None else weight[:, order.to(weight.device)]
-        access.write(layers[name], columns, _all_of(columns), owner)
+        write_merged(layers[name], columns, _all_of(columns), owner, access)
         for part in free[name]:
             _write_rows(part, rows_of(order, part), owner, access, enforcer)
     return orders
@@ -124,11 +125,11 @@ def _write_rows(
     part: PrunableLayer, order: Int[Tensor, " rows"], owner: int, access: ParameterAccess, enforcer: MaskEnforcer
 ) -> None:
     is_masked = part.name in enforcer.masked
-    weight = access.collect_weight(part, owner)
+    weight = collect_merged(part, owner, access)
     keep = enforcer.collect_keep(part.name, owner) if is_masked else _all_of(weight)
     if weight is not None and keep is not None:
         weight, keep = weight[order.to(weight.device)], keep[order.to(keep.device)]
-    drop = access.write(part, weight, keep, owner)
+    drop = write_merged(part, weight, keep, owner, access)
     if is_masked:
         num_pruned = 0 if keep is None else keep.numel() - int(keep.count_nonzero())
         enforcer.hold(part.name, drop, access.gather(num_pruned)[owner])

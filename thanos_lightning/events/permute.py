@@ -25,7 +25,7 @@ from thanos_lightning.calibration.outputs import OutputGradients
 from thanos_lightning.calibration.outputs import output_weights as weights_of
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.channels import Channels, exchangeable_channels, reorder
-from thanos_lightning.models.targets import PrunableLayer, find_targets, refuse_compiled
+from thanos_lightning.models.targets import PrunableLayer, find_targets, refuse_wrapped
 from thanos_lightning.plan.windows import split_by_memory
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import NM, Pattern, parse_pattern
@@ -119,7 +119,7 @@ def permute_channels(
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to measure the channels on: give some, such as of the training text")
-    refuse_compiled(model)
+    refuse_wrapped(model)
     layers = {layer.parameter_name: layer for layer in find_targets(model, targets, ignore).values()}
     read = [
         channels

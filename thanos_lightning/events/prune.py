@@ -26,6 +26,7 @@ from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged, write_merged
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
@@ -88,7 +89,7 @@ def prune_window(
                 if one.name in moments.output_weights:
                     order_outputs(moments.output_weights[one.name], rows_of(order, one))
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
-    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
     tasks = {
         name: _Task(
@@ -177,7 +178,7 @@ def _write(
         for name, layer in layers.items():
             own = kept.pop(name, None)
             weight, keep = (None, None) if own is None else (own.weight, own.keep)
-            drop = access.write(layer, weight, keep, owners[name])
+            drop = write_merged(layer, weight, keep, owners[name], access)
             num_pruned, loss, relative_loss, seconds = facts[name]
             enforcer.hold(name, drop, num_pruned)
             for one in owned.get(name, ()):
@@ -201,14 +202,14 @@ def _write_owned(
     part: PrunableLayer, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer
 ) -> None:
     """Prune what the channels own that a down layer has lost. `keep` is the down layer's, on its owner."""
-    weight, earlier = access.collect_weight(part, owner), enforcer.collect_keep(part.name, owner)
+    weight, earlier = collect_merged(part, owner, access), enforcer.collect_keep(part.name, owner)
     own = None
     if keep is not None and weight is not None:
         own = keep_of_owned(keep, part).to(weight.device)
         own = own if earlier is None else own & earlier.to(own.device)
         weight = weight.where(own, 0)
     num_pruned = access.gather(0 if own is None else own.numel() - int(own.count_nonzero()))[owner]
-    enforcer.hold(part.name, access.write(part, weight, own, owner), num_pruned)
+    enforcer.hold(part.name, write_merged(part, weight, own, owner, access), num_pruned)
 
 
 def _bytes_of(layer: PrunableLayer) -> int:
@@ -258,7 +259,7 @@ class _Task:
 
     layer: PrunableLayer
     pattern: Pattern
-    weight: Tensor | None
+    weight: Adapted | None
     keep: Tensor | None
     statistics: HessianAccumulator | None
     output_weights: Tensor | None
@@ -281,7 +282,7 @@ class _Outline:
 def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, _Outline]:
     """The outlines of all tasks. All ranks return the same."""
     own = {
-        name: _Outline(task.weight.dtype, task.keep is not None, task.statistics is not None)
+        name: _Outline(task.weight.weight.dtype, task.keep is not None, task.statistics is not None)
         for name, task in tasks.items()
         if task.weight is not None
     }
@@ -296,7 +297,7 @@ def _solve_alone(
     inputs = None if statistics is None else in_turn.take(statistics, before)
     del statistics  # frees the sum, unless another layer shares it
     alone = Alone(task.layer.rows)
-    return solve(task.weight, inputs, task.keep, task.pattern, options, alone, task.output_weights)
+    return solve(task.weight.merged(), inputs, task.keep, task.pattern, options, alone, task.output_weights)
 
 
 def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
@@ -306,7 +307,7 @@ def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team:
         hessian = task.take_hessian()
         if outline.has_statistics:
             hessian = team.from_owner(hessian, (cols, cols), torch.float32)
-        weight = team.hand_out(task.weight, cols, outline.dtype)
+        weight = team.hand_out(None if task.weight is None else task.weight.merged(), cols, outline.dtype)
         keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
         inputs = None if hessian is None else Factors(hessian)
         pruned = solve(weight, inputs, keep, task.pattern, options, team, task.output_weights)

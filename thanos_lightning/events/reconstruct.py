@@ -195,6 +195,8 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
         parameter = copy.get_parameter(layer.parameter_name.removeprefix(f"{task.name}."))
         parameter.data = layer.oriented(own.weight).to(device, torch.float32, copy=True)
         parameter.requires_grad_(True)
+        for adapter in layer.adapters:  # which the solved weight has in it
+            copy.get_parameter(adapter.up.parameter_name.removeprefix(f"{task.name}.")).data.zero_()
         keep = layer.oriented(own.keep).to(device)
         scale = float(parameter.detach().square().sum() / keep.count_nonzero().clamp(min=1)) ** 0.5
         groups.append({"params": [parameter], "lr": _RATE * scale})

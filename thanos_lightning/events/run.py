@@ -38,6 +38,7 @@ from thanos_lightning.report.progress import ends_on_sigterm, hidden
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.solver import Channels
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -113,12 +114,12 @@ class PruningRun:
         """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
         ordered = {part.name: part for parts in self.taken.free.values() for part in parts}
         try:
-            return choose_access(self.trainer.strategy, {**ordered, **self.masked})
+            return choose_access(self.trainer.strategy, with_adapters({**ordered, **self.masked}))
         except MisconfigurationException as error:
             if not ordered:
                 raise
             self.taken = replace(self.taken, free={}, keeps_order=str(error).partition(": ")[0])
-            return choose_access(self.trainer.strategy, self.masked)
+            return choose_access(self.trainer.strategy, with_adapters(self.masked))
 
     # The beginning
 

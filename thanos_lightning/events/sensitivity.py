@@ -16,6 +16,7 @@ from thanos_lightning.plan.allocation import LayerSensitivity
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.adapters import collect
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
@@ -46,7 +47,7 @@ def scan_window(
     sums = sum_on_owners(chosen, moments.accumulators, owners, access, stay=moments.stay)
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
     raise_everywhere(reserved(in_fp32, access), access)
-    weights = {name: access.collect_weight(layer, owners[name]) for name, layer in chosen.items()}
+    weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     scanned: dict[str, LayerSensitivity] = {}
     error: tuple[str, Exception] | None = None
     mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
@@ -56,7 +57,9 @@ def scan_window(
             assert weight is not None
             try:
                 inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
-                scanned[name] = _scan_layer(weight, inputs, tried[name], options, moments.output_weights.get(name))
+                scanned[name] = _scan_layer(
+                    weight.merged(), inputs, tried[name], options, moments.output_weights.get(name)
+                )
                 phase.advance(note=name)
             except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)

@@ -28,6 +28,7 @@ from typing_extensions import override
 from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.checkpoints.folders import new_folder
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
+from thanos_lightning.lm.adapters import add_lora
 from thanos_lightning.lm.distillation import (
     BEFORE_PRUNING,
     START,
@@ -129,6 +130,9 @@ class CausalLM(LightningModule):
             under "32-true" and the mixed precisions, which keep the weights that AdamW updates in float32.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         attn_implementation: The argument of transformers. None leaves the choice to transformers.
+        lora: Arguments of peft's LoraConfig, such as {r: 16, lora_alpha: 32, target_modules: all-linear}: only the
+            adapters are trained. With a `ThanosPruningCallback`, what they learn stays where weights are not pruned,
+            and an export merges it. Needs peft.
         distillation: A `Distillation` makes the model learn from a dense teacher, too. None learns from the text alone.
             In bfloat16 the teacher takes 2 bytes per parameter on each rank, or over all ranks together under ZeRO-3.
             Checkpoints do not contain the teacher. A "before-pruning" teacher cannot be made again, so the first
@@ -160,6 +164,7 @@ class CausalLM(LightningModule):
         dtype: str | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        lora: dict[str, Any] | None = None,
         distillation: Distillation | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -180,8 +185,14 @@ class CausalLM(LightningModule):
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.lora = lora
         if isinstance(distillation, Mapping):  # from a checkpoint
             distillation = Distillation(**distillation)
+        if lora is not None and distillation is not None and distillation.teacher == BEFORE_PRUNING:
+            raise ValueError(
+                f"the teacher is {BEFORE_PRUNING!r}, which has no place for adapters (lora): take {START!r}, the same "
+                "where the model is pruned before the first step"
+            )
         self.distillation = distillation
         self._teacher: _Teacher | None = None
         self._teaches = False
@@ -357,6 +368,8 @@ class CausalLM(LightningModule):
             copy_to_frozen(self._load_teacher(folder), self._teacher.model, self.trainer.strategy)
 
     def _adopt(self, model: PreTrainedModel) -> None:
+        if self.lora is not None:
+            add_lora(model, self.lora)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()  # from_pretrained leaves it in evaluation mode

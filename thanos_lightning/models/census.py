@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, uncalled_layers, whole_shape
+from thanos_lightning.models.adapters import base_of
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, prunable_modules, uncalled_layers, whole_shape
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Census:
         target_weights: Weights of the layers to prune.
         model_weights: All weights.
         dense: Kind -> weights that stay dense. A weight that an earlier kind shares adds 0.
+        adapters: Weights of adapters, which are no weights of the model: merged, they are gone.
     """
 
     num_targets: int
@@ -30,6 +32,7 @@ class Census:
     target_weights: int = 0
     model_weights: int = 0
     dense: dict[str, int] = field(default_factory=dict)
+    adapters: int = 0
 
     @property
     def share(self) -> float:
@@ -59,7 +62,7 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
         (32, 122, {'embeddings': 80, '2': 8, 'biases': 2})
     """
     uncalled = uncalled_layers(model)
-    modules = [m for name, m in model.named_modules() if isinstance(m, PRUNABLE) and name not in uncalled]
+    modules = [base_of(module) for name, module in prunable_modules(model).items() if name not in uncalled]
     names = {"Linear" if isinstance(module, nn.Linear) else type(module).__name__ for module in modules}
     weights = sum(layer.part == "weight" for layer in layers.values())
     census = Census(weights, len(modules), " and ".join(sorted(names)))
@@ -69,6 +72,9 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
         for parameter_name, parameter in module.named_parameters(recurse=False):
             size = 0 if id(parameter) in counted else math.prod(whole_shape(parameter))
             counted.add(id(parameter))
+            if ".lora_" in name:
+                census.adapters += size
+                continue
             census.model_weights += size
             if id(parameter) in targets:
                 census.target_weights += size

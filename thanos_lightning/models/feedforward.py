@@ -19,7 +19,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.targets import PRUNABLE, PrunableModule, whole_shape
+from thanos_lightning.models.adapters import base_of
+from thanos_lightning.models.targets import PrunableModule, prunable_modules, whole_shape
 
 # Largest error, beside that of the last bits, of what a down layer gets in another order, over the largest number there
 _TOLERANCE = 1e-5
@@ -60,7 +61,7 @@ def find_feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedFor
         model: In eval mode.
         run: Runs the model on always the same input.
     """
-    layers = _layers(model)
+    layers = prunable_modules(model)
     calls: list[_Call] = []
     with torch.no_grad():
         with _hooked(layers, partial(_record, calls)):
@@ -99,7 +100,7 @@ def check_feed_forwards(
         ValueError: If something changes, if a block has a layer that the model lacks or that another block has, or if
             the model returns nothing to compare. The message names the block.
     """
-    layers = _layers(model)
+    layers = prunable_modules(model)
     mend = "take another pattern, or name blocks in feed_forwards() without it" if found else "correct feed_forwards()"
     users = Counter(name for block in blocks for name in (block.down, *block.ups))
     for block in blocks:
@@ -142,7 +143,7 @@ def in_any_order(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[
     Raises:
         ValueError: If the model returns nothing to compare.
     """
-    layers = _layers(model)
+    layers = prunable_modules(model)
     users = Counter(name for block in blocks for name in (block.down, *block.ups))
     kinds: dict[str, list[FeedForward]] = {}
     for block in blocks:
@@ -248,11 +249,7 @@ def width_of(module: PrunableModule, dim: int) -> int:
         >>> width_of(nn.Linear(8, 4), dim=0)
         4
     """
-    return whole_shape(module.weight)[1 - dim if isinstance(module, Conv1D) else dim]
-
-
-def _layers(model: nn.Module) -> dict[str, PrunableModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    return whole_shape(module.weight)[1 - dim if isinstance(base_of(module), Conv1D) else dim]
 
 
 @dataclass

@@ -9,12 +9,13 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-PrunableModule: TypeAlias = nn.Linear | Conv1D
+from thanos_lightning.models.adapters import MaskedAdapter, base_of, tuner_layers
+
+PrunableModule: TypeAlias = nn.Linear | Conv1D  # or what peft puts in its place, which has its weight and its bias
 PRUNABLE = (nn.Linear, Conv1D)
 IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
@@ -42,7 +43,28 @@ class PrunableLayer:
     @property
     def parameter_name(self) -> str:
         """Name of the weight, or of the bias, among the model's parameters."""
-        return self.name if self.part == "bias" else f"{self.name}.weight"
+        module = self.name.removesuffix(".bias") if self.part == "bias" else self.name
+        is_adapted = bool(self.modules) and isinstance(self.modules[0], MaskedAdapter)
+        return f"{module}.base_layer.{self.part}" if is_adapted else f"{module}.{self.part}"
+
+    @property
+    def shows_its_mask(self) -> bool:
+        """Whether the mask can be read off the weight: adapters are trained, and no optimizer steps the weight."""
+        return bool(self.adapters) and not self.parameter.requires_grad
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The low-rank matrices that are added where the weight is not 0."""
+        if self.part == "bias" or not self.modules or not isinstance(self.modules[0], MaskedAdapter):
+            return []
+        return [
+            Adapter(
+                layer_of(f"{self.name}.lora_A.{rank.name}", rank.down),
+                layer_of(f"{self.name}.lora_B.{rank.name}", rank.up),
+                rank.scale,
+            )
+            for rank in self.modules[0].low_ranks()
+        ]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -66,6 +88,15 @@ class PrunableLayer:
         return PrunableLayer(f"{self.name}.bias", self.modules, self.rows, 1, False, part="bias")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """scale · up · down is added to the weight of a layer where it is not 0."""
+
+    down: PrunableLayer
+    up: PrunableLayer
+    scale: float
+
+
 def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
     """The layer of modules that hold one weight.
 
@@ -73,7 +104,7 @@ def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
         >>> layer_of("up", nn.Linear(8, 4)).rows
         4
     """
-    transposed = isinstance(modules[0], Conv1D)
+    transposed = isinstance(base_of(modules[0]), Conv1D)
     shape = whole_shape(modules[0].weight)
     rows, cols = reversed(shape) if transposed else shape
     return PrunableLayer(name, modules, rows, cols, transposed)
@@ -167,6 +198,22 @@ def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Itera
             )
 
 
+def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
+    """All Linear and Conv1D layers by name. One that peft has adapted is under the name that it had before.
+
+    Examples:
+        >>> list(prunable_modules(nn.Sequential(nn.Linear(8, 4), nn.ReLU())))
+        ['0']
+    """
+    adapted = tuner_layers(model)
+    inside = tuple(f"{name}." for name in adapted)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(base_of(module) if name in adapted else module, PRUNABLE) and not name.startswith(inside)
+    }
+
+
 def uncalled_layers(
     model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = ()
 ) -> list[str]:
@@ -206,9 +253,9 @@ def find_targets(
         ignore: Globs or `re:` expressions of layers to leave out. All but "lm_head" must match a module.
 
     Raises:
-        ValueError: If an expression matches nothing, or all of them together do; if layers are quantised or
-            reparametrised; if a target shares its weight with a module that is no target (a tied embedding); if a bare
-            "*" matches a frozen teacher, LoRA adapters, or the layers that they adapt.
+        ValueError: If an expression matches nothing, or all of them together do; if layers are quantised,
+            reparametrised, or have adapters that can't keep zeros; if a target shares its weight with a module that is
+            no target (a tied embedding); if a bare "*" matches a frozen teacher.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -216,8 +263,8 @@ def find_targets(
         ['0']
     """
     targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
-    prunable = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
-    uncalled = {name: prunable.pop(name) for name in uncalled_layers(model)}
+    prunable = prunable_modules(model)
+    uncalled = {name: prunable.pop(name) for name in uncalled_layers(model) if name in prunable}
     for expression in targets:
         if not any(matches(name, expression) for name in prunable):
             if any(matches(name, expression) for name in uncalled):
@@ -246,7 +293,8 @@ def find_targets(
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
+            holders.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    _check_adapters(chosen)
     _check_weights(chosen)
     layers: dict[str, PrunableLayer] = {}
     seen: set[int] = set()
@@ -270,7 +318,7 @@ def find_targets(
 
 
 def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
-    """Refuse a bare "*" that matches a teacher beside the trained model, LoRA adapters, or the layers they adapt."""
+    """Refuse a bare "*" that matches a teacher beside the trained model."""
     caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
     roots: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
@@ -284,30 +332,33 @@ def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], t
                     f"target '*' means the layers of {root!r} too, a model of which nothing is trained (a teacher?), "
                     f"beside one that is: add '{root}.*' to ignore, or to targets if you mean it"
                 )
-    adapted = [name for name in chosen if _is_adapted(model, name)]
-    adapters = [name for name in chosen if any(part.startswith("lora_") for part in name.split("."))]
-    meant = [name for name in [*adapted, *adapters] if name in caught]
-    if meant:
-        raise ValueError(
-            f"target '*' means {len(meant)} layer(s) of LoRA, such as {meant[0]}, and merging an adapter writes over "
-            "the zeros of its layer: merge before the training (merge_and_unload) and prune the merged model, or add "
-            "'*lora_*' and '*.base_layer' to ignore and prune only the layers without an adapter"
-        )
-    if adapted:
-        rank_zero_warn(
-            f"{len(adapted)} target(s) have LoRA adapters ({examples(adapted)}): their zeros last only until an "
-            "adapter is merged. To merge, do it before the training, and prune the merged model"
-        )
 
 
-def _is_adapted(model: nn.Module, name: str) -> bool:
-    beside = model.get_submodule(name.rpartition(".")[0])
-    return any(child.startswith("lora_") for child, _ in beside.named_children())
+def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
+    """Refuse adapters whose merge would write over zeros."""
+    for name, module in layers.items():
+        base = base_of(module)
+        if base is module or isinstance(module, MaskedAdapter):
+            if getattr(module, "merged", False):
+                raise ValueError(f"the adapter of {name} is merged: call unmerge_adapter(), or merge_and_unload()")
+            continue
+        if type(base).__module__.startswith("bitsandbytes"):
+            why = f"is on a {type(base).__name__} of bitsandbytes, which can't be pruned: load it in bf16 or fp32"
+        else:
+            variants = [type(one).__name__ for one in getattr(module, "lora_variant", {}).values()]
+            kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.")
+            why = (
+                f"({', '.join([kind, *variants])}) does more than to add a product of two matrices, so that merging it "
+                "would write over zeros: take plain LoRA (peft.LoraConfig without use_dora or lora_bias)"
+            )
+        raise ValueError(f"the adapter of {name} {why}, merge it before the training, or add {name!r} to ignore")
 
 
 def _check_weights(layers: Mapping[str, PrunableModule]) -> None:
     computed = [
-        name for name, module in layers.items() if not isinstance(module._parameters.get("weight"), nn.Parameter)
+        name
+        for name, module in layers.items()
+        if not isinstance(base_of(module)._parameters.get("weight"), nn.Parameter)
     ]
     if computed:
         raise ValueError(
@@ -328,8 +379,13 @@ def to_add(names: Iterable[str]) -> str:
     return " and ".join(map(repr, names)) if len(names) < 3 else "them, or a glob that matches them,"
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise a ValueError if a module is compiled, for functions that take a model apart."""
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise a ValueError if a module is compiled or adapted, for functions that take a model apart."""
+    if adapted := list(tuner_layers(model)):
+        raise ValueError(
+            f"module {adapted[0]!r} has an adapter of peft: merge it before (merge_and_unload), or put it on the model "
+            "that this returns"
+        )
     for name, module in model.named_modules():
         if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(

@@ -12,6 +12,7 @@ Only this file and checkpoints/reshard.py import deepspeed. Each of DeepSpeed's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -469,6 +470,19 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
             f"ThanosPruningCallback does not know where {why} keeps weights, so its zeros would be lost: use plain "
             "ZeRO 0 to 3, with optimizer and parameters offloaded as a whole or not at all"
         )
+
+
+def gather_together(module: nn.Module) -> None:
+    """Let stage 3 gather all that is inside of a module when this is called, not when its parts are."""
+    for parameter in module.parameters():
+        register_external_parameter(module, parameter)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gather parameters of stage 3; all ranks keep what rank 0 has written to them. All ranks must call it."""
+    with GatheredParameters(parameters, modifier_rank=0):
+        yield
 
 
 def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -45,3 +45,16 @@ def count_unless_zero(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*s
         tensor(1)
     """
     return ((tensor.view(_INTEGERS[tensor.element_size()]) != 0) & pruned).count_nonzero()
+
+
+@torch.no_grad()
+def missing_zeros(tensor: Shaped[Tensor, "*shape"], number: int) -> Int64[Tensor, ""]:
+    """Count how many of a number of zeros are not there any more; -0 is none. The count is on the tensor's device.
+
+    Examples:
+        >>> from thanos_lightning.solver.zeros import missing_zeros
+        >>> missing_zeros(torch.tensor([-0.0, 2.0, 0.0]), 2)
+        tensor(1)
+    """
+    zeros = (tensor.view(_INTEGERS[tensor.element_size()]) == 0).count_nonzero()
+    return (number - zeros).clamp(min=0)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits
+from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits, missing_zeros
 
 
 class ZeroViolationError(RuntimeError):
@@ -29,7 +29,8 @@ class MaskEnforcer:
     def __init__(self, layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
         self._layers = layers
         self._access = access
-        self._drops: dict[str, Tensor] = {}
+        self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
+        self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
         self._num_pruned: dict[str, int] = {}
 
     def begin(self) -> None:
@@ -59,18 +60,26 @@ class MaskEnforcer:
 
         `drop` is as `ParameterAccess.local_drop` returns it. `num_pruned` counts the pruned entries of the whole layer.
         """
-        self._drops[name] = drop
+        is_read = self._layers[name].shows_its_mask
+        self._drops[name] = None if is_read else drop
+        self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
         self._num_pruned[name] = num_pruned
+
+    def _drop(self, name: str) -> Tensor:
+        drop = self._drops[name]
+        if drop is None:
+            drop = next(self._access.local_tensors(self._layers[name])).tensor == 0
+        return drop
 
     def keep_mask(self, name: str) -> Tensor | None:
         """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks."""
-        drop = self._drops.get(name)
-        return None if drop is None else self._access.full_keep(self._layers[name], drop)
+        return self._access.full_keep(self._layers[name], self._drop(name)) if name in self._drops else None
 
     def collect_keep(self, name: str, owner: int) -> Tensor | None:
         """As `keep_mask`, but on one rank only. Talks to all ranks."""
-        drop = self._drops.get(name)
-        return None if drop is None else self._access.collect_keep(self._layers[name], drop, owner)
+        if name not in self._drops:
+            return None
+        return self._access.collect_keep(self._layers[name], self._drop(name), owner)
 
     def _masked_layers(self) -> dict[str, PrunableLayer]:
         return {name: self._layers[name] for name in self._drops}
@@ -83,7 +92,7 @@ class MaskEnforcer:
     def enforce(self, optimizer: Optimizer) -> None:
         """Zero what this optimizer has just written to pruned weights and their moments."""
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
-            kept = kept_bits(self._drops[name])
+            kept = kept_bits(self._drop(name))
             for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
                 clear_bits(tensor, kept[place])
 
@@ -99,7 +108,8 @@ class MaskEnforcer:
             assert optimizer is not None
             names = self._access.stepped_by(optimizer, layers)
         for name in names:
-            self._access.mask_gradient(layers[name], self._drops[name])
+            if (drop := self._drops[name]) is not None:
+                self._access.mask_gradient(layers[name], drop)
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -108,16 +118,21 @@ class MaskEnforcer:
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
         """
-        looked: list[tuple[str, Tensor]] = []
+        looked: list[tuple[str, Tensor | int]] = []
         counts: list[Tensor] = []
         for name, drop in self._drops.items():
             layer = self._layers[name]
             for what, tensor, place in self._access.local_tensors(layer):
-                pruned = drop[place].to(tensor.device)  # at its end, a fit moves the model to the CPU
-                looked.append((f"pruned entries of {layer.parameter_name} ({what})", pruned))
-                counts.append(count_unless_zero(tensor, pruned))
+                where = f"pruned entries of {layer.parameter_name} ({what})"
+                if drop is None:
+                    looked.append((where, self._zeros[name]))
+                    counts.append(missing_zeros(tensor, self._zeros[name]))
+                else:
+                    pruned = drop[place].to(tensor.device)  # at its end, a fit moves the model to the CPU
+                    looked.append((where, pruned))
+                    counts.append(count_unless_zero(tensor, pruned))
         found = [
-            f"{count} of {int(pruned.count_nonzero())} {where}"
+            f"{count} of {pruned if isinstance(pruned, int) else int(pruned.count_nonzero())} {where}"
             for (where, pruned), count in zip(looked, _numbers(counts), strict=True)
             if count
         ]

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.lm import CausalLM
+from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.causal_lm import lr_factor
 from thanos_lightning.lm.pretrained import load_pretrained
 
@@ -309,3 +309,45 @@ def test_a_pruned_model_is_not_trained_without_the_callback_in_silence(tiny, tmp
         _trainer(max_steps=4, callbacks=[ThanosPruningCallback(schedule=SparsitySchedule(1, 1, 1))]).fit(
             CausalLM(tiny, lr_schedule="constant"), _batches(), ckpt_path=tmp_path / "a.ckpt"
         )
+
+
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_lora_trains_adapters_and_nothing_else(tiny, loaded):
+    lm = CausalLM(load_pretrained(tiny) if loaded else tiny, learning_rate=1e-2, lora=LORA)
+    before = dict(load_pretrained(tiny).named_parameters())
+    _trainer(max_steps=4).fit(lm, _batches(4))
+    trained = {name for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 28
+    assert all(".lora_" in name for name in trained)
+    for name, value in lm.model.named_parameters():
+        plain = name.replace(".base_layer", "")
+        assert (plain in before) == (name not in trained)
+        assert name in trained or torch.equal(value, before[plain])
+    assert any(bool(value.any()) for name, value in lm.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 0}, "which peft refuses .*should be a positive integer.*give arguments of its LoraConfig"),
+        ({"rank": 4}, "which peft refuses .*unexpected keyword argument 'rank'"),
+        ({"r": 2, "target_modules": ["q"]}, r"which peft refuses .*Target modules \{'q'\} not found"),
+    ],
+)
+def test_arguments_that_peft_refuses_are_named(tiny, lora, message):
+    with pytest.raises(ValueError, match=f"(?s)^lora is .*{message}"):
+        CausalLM(tiny, lora=lora).configure_model()
+
+
+def test_lora_without_peft_says_what_to_install(tiny, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"lora needs peft: pip install 'thanos-lightning\[lora\]'"):
+        CausalLM(load_pretrained(tiny), lora=LORA)
+
+
+def test_a_teacher_from_before_pruning_has_no_adapters(tiny):
+    with pytest.raises(ValueError, match=r"'before-pruning', which has no place for adapters \(lora\): take 'start'"):
+        CausalLM(tiny, lora=LORA, distillation=Distillation(teacher="before-pruning"))

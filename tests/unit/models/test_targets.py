@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
-from thanos_lightning.models.targets import find_targets, matches, refuse_compiled, uncalled_layers
+from thanos_lightning.models.targets import find_targets, matches, refuse_wrapped, uncalled_layers
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.solver import NM, Unstructured
+from thanos_lightning.training.adapters import mask_adapters
 
 
 def test_llama_layers_in_order_without_the_head() -> None:
@@ -151,26 +158,58 @@ def test_a_frozen_teacher_is_not_pruned_by_accident() -> None:
     assert len(find_targets(tiny_llama().requires_grad_(False))) == 14  # nothing beside it is trained
 
 
-class Adapted(nn.Module):
-    """A layer as peft replaces it."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 4)})
+def adapted(**config: Any) -> nn.Module:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["up_proj", "k_proj"], **config))
+    mask_adapters(model)
+    return model
 
 
-def test_adapters_and_what_they_adapt_are_not_pruned_by_accident() -> None:
-    model = tiny_llama()
-    model.model.layers[0].mlp.up_proj = Adapted(model.model.layers[0].mlp.up_proj)
-    for ignore in (["lm_head"], ["lm_head", "*lora_*"]):
-        with pytest.raises(
-            ValueError, match=r"such as model.*up_proj\.base_layer, and merging.*merge before the training"
-        ):
-            find_targets(model, ignore=ignore)
-    assert len(find_targets(model, ignore=["lm_head", "*lora_*", "*.base_layer"])) == 13
-    with pytest.warns(UserWarning, match=r"1 target\(s\) have LoRA adapters \(model\.layers\.0\.mlp\.up_proj\.base"):
-        assert len(find_targets(model, ["*.up_proj.*"], ignore=["*lora_*"])) == 1
+def test_an_adapted_layer_keeps_its_name_and_its_adapter_is_no_target() -> None:
+    layers = find_targets(adapted(), ["*.mlp.*"])
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    assert list(layers)[:3] == [name.replace("up_", part) for part in ("gate_", "up_", "down_")]
+    assert layers[name].parameter_name == f"{name}.base_layer.weight"
+    assert [(one.up.name, one.down.cols, one.scale) for one in layers[name].adapters] == [
+        (f"{name}.lora_B.default", 32, 4.0)
+    ]
+    assert len(layers) == 6
+    assert len(find_targets(adapted())) == 14
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (partial(adapted, use_dora=True), r"k_proj \(lora\.layer\.Linear, DoraLinearVariant\) does more than to add"),
+        (
+            lambda: get_peft_model(
+                tiny_llama(), IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"])
+            ),
+            r"up_proj \(ia3\.layer\.Linear\) does more than to add",
+        ),
+    ],
+)
+def test_adapters_whose_merge_would_lose_zeros_are_refused(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message + r".*take plain LoRA .*or add 'base_model.*_proj' to ignore"):
+        find_targets(model())
+    assert len(find_targets(model(), ["*.mlp.down_proj"])) == 2  # elsewhere they are none of our business
+
+
+def test_an_adapter_that_is_merged_is_refused() -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"k_proj is merged: call unmerge_adapter"):
+        find_targets(model)
+
+
+def test_weights_of_four_bits_are_refused_by_name() -> None:
+    model = adapted()
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer.__class__ = lora.layer.Linear  # peft has a layer of its own for them
+    layer.base_layer.__class__ = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    with pytest.raises(
+        ValueError, match=r"up_proj is on a Linear4bit of bitsandbytes, which can't be pruned: load it in"
+    ):
+        find_targets(model)
 
 
 def test_what_attention_reads_without_a_call_is_left_out() -> None:
@@ -182,13 +221,15 @@ def test_what_attention_reads_without_a_call_is_left_out() -> None:
         find_targets(model, ["linear1", "*.out_proj"])
 
 
-def test_compiled_modules_are_refused_where_a_model_is_taken_apart() -> None:
+def test_compiled_and_adapted_modules_are_refused_where_a_model_is_taken_apart() -> None:
     model = tiny_llama()
     model.model.layers[0].compile()
     with pytest.raises(ValueError, match=r"model\.layers\.0' is compiled"):
-        refuse_compiled(model)
+        refuse_wrapped(model)
     with pytest.raises(ValueError, match="compiled"):
-        refuse_compiled(nn.Sequential(torch.compile(nn.Linear(4, 4))))  # type: ignore[arg-type]
+        refuse_wrapped(nn.Sequential(torch.compile(nn.Linear(4, 4))))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"k_proj' has an adapter of peft: merge it before"):
+        refuse_wrapped(adapted())
 
 
 def test_computed_and_quantised_weights_are_refused() -> None:

@@ -1,0 +1,298 @@
+"""Trainings of LoRA adapters on layers that are pruned before or meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import Tensor
+from toy import ResumableBatches, ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning import (
+    SparsitySchedule,
+    ThanosPruningCallback,
+    export_checkpoint,
+    mask_adapters,
+    verify_checkpoint,
+)
+from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.solver import NM
+from thanos_lightning.training.enforcement import ZeroViolationError
+
+BATCHES = list(loader(16))
+DURING: dict[str, Any] = {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2}
+BEFORE: dict[str, Any] = {"schedule": SparsitySchedule(at=[0]), "batches": BATCHES}
+BOTH: dict[str, Any] = {"schedule": SparsitySchedule(at=[0, 6]), "batches": BATCHES}
+
+
+def adapt(model: Any, **config: Any) -> Any:
+    """Inject adapters in place, as `CausalLM` does."""
+    torch.manual_seed(2)
+    inject_adapter_in_model(LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **config}), model)
+    return model
+
+
+def wrapped(model: Any) -> Any:
+    """As peft's own documentation does it."""
+    torch.manual_seed(2)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+
+
+def in_16_bits(model: Any) -> Any:
+    for parameter in model.parameters():  # buffers stay in float32, as in what is loaded
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+class Lora(ToyLM):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, lambda ps: torch.optim.AdamW([p for p in ps if p.requires_grad], lr=1e-2))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "injected": lambda: adapt(tiny_llama()),
+    "wrapped": lambda: wrapped(tiny_llama()),
+    "GPT-2": lambda: adapt(tiny_gpt2()),
+    "with a trained norm": lambda: adapt(tiny_llama(), modules_to_save=["norm"]),
+    "with dropout": lambda: adapt(tiny_llama(), lora_dropout=0.2),
+    "in 16 bits": lambda: adapt(in_16_bits(tiny_llama())),
+}
+
+
+def train(module: Any, root: Path, *callbacks: Callback, steps: int = 12, **options: Any) -> Any:
+    torch.manual_seed(1)
+    fit = trainer(root, *callbacks, max_steps=steps, **options)
+    fit.fit(module, ResumableBatches())
+    fit.save_checkpoint(root / "end.ckpt")
+    return fit
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(**BATCHES[0]).logits
+
+
+def exported(root: Path, name: str = "exported", **options: Any) -> Any:
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        export_checkpoint(root / "end.ckpt", root / name, **options)
+    return AutoModelForCausalLM.from_pretrained(root / name)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("injected", DURING),
+        ("injected", BEFORE),
+        ("wrapped", BOTH),
+        ("GPT-2", BOTH),
+        ("with a trained norm", BOTH),
+        ("with dropout", DURING),
+        ("in 16 bits", BOTH),
+    ],
+)
+def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(
+    model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = Lora(MODELS[model]())
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    pruning = ThanosPruningCallback("2:4", **grouped(**options))
+    train(module, tmp_path, pruning)
+    assert {name for name, parameter in module.named_parameters() if not parameter.requires_grad} == frozen
+    assert module.losses[-1] < module.losses[0]
+    merged = exported(tmp_path)
+    assert not hasattr(merged, "peft_config")
+    assert torch.equal(logits(merged), logits(module))
+    reports = verify_checkpoint(tmp_path / "exported")
+    assert [(report.ok, report.sparsity) for report in reports] == [(True, 0.5)] * len(reports)
+    assert len(reports) == (8 if model == "GPT-2" else 14)
+    # the same without the callback: peft's own merge
+    plain = copy.deepcopy(module.model)
+    if isinstance(plain, PeftModel):
+        plain = plain.merge_and_unload()
+        assert torch.equal(logits(plain), logits(merged))
+        for name, weight in plain.named_parameters():
+            if "_proj" in name:
+                assert NM(2, 4).violations(weight != 0) == 0
+
+
+def test_the_solver_sees_what_adapters_have_learnt(tmp_path: Path) -> None:
+    """Merged before the event and pruned without adapters, the same weights get the same zeros."""
+    module = Lora(adapt(tiny_llama()))
+    train(module, tmp_path / "learn", steps=6)
+    mask_adapters(module)  # dense weights: masks that drop nothing
+    plain = ToyLM(wrapped(tiny_llama()))
+    plain.model.load_state_dict(
+        {f"base_model.model.{name}": value for name, value in module.model.state_dict().items()}
+    )
+    plain = ToyLM(plain.model.merge_and_unload().requires_grad_(True))
+    masks, blocks = [], []
+    for number, one in enumerate((module, plain)):
+        pruning = ThanosPruningCallback("unstructured", 0.5, **grouped(**BEFORE))
+        root = tmp_path / str(number)
+        train(one, root, pruning, steps=1)
+        blocks.append([block.error_solved for block in pruning.report.events[0].blocks])
+        masks.append({name.replace(".base_layer", ""): kept for name, kept in masks_in(root / "end.ckpt").items()})
+    assert masks[0].keys() == masks[1].keys()
+    same = [float((kept == masks[1][name]).float().mean()) for name, kept in masks[0].items()]
+    assert min(same) > 0.98, same  # sums in another order round otherwise
+    assert len(blocks[0]) == 2
+    assert blocks[0] == pytest.approx(blocks[1], rel=0.02)
+
+
+def masks_in(checkpoint: Path) -> dict[str, Tensor]:
+    states = torch.load(checkpoint, weights_only=True)["callbacks"]["ThanosPruningCallback"]["masks"]
+    return {name: LayerMask.from_state(state).keep for name, state in states.items()}
+
+
+def test_an_adapter_goes_on_after_an_event_from_what_it_had_learnt(tmp_path: Path) -> None:
+    seen: list[tuple[bool, float]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            layer = pl_module.model.model.layers[0].mlp.up_proj
+            up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            moment = trainer.optimizers[0].state[up]["exp_avg"]
+            seen.append((bool((up == 0).all()), float(moment.abs().sum() * down.abs().sum())))
+
+    train(Lora(adapt(tiny_llama())), tmp_path, ThanosPruningCallback("2:4", **grouped(**DURING)), Look(), steps=9)
+    # this callback looks after the one that prunes, at the steps 1 to 9: lora_B is 0 after an event and only then
+    assert [is_zero for is_zero, _ in seen] == [step in (4, 8) for step in range(1, 10)]
+    assert all(left > 0 for _, left in seen)
+
+
+def test_the_adapter_beside_its_sparse_base_is_what_was_trained(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()))
+    train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**BOTH)))
+    base = exported(tmp_path, "beside", keep_adapter=True)
+    assert all(report.ok for report in verify_checkpoint(tmp_path / "beside"))
+    model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default")
+    assert not torch.equal(logits(model), logits(module))
+    mask_adapters(model)
+    assert torch.equal(logits(model), logits(module))
+    assert torch.equal(logits(model.merge_and_unload()), logits(exported(tmp_path)))
+
+
+def test_there_is_no_adapter_to_keep(tmp_path: Path) -> None:
+    train(ToyLM(), tmp_path, ThanosPruningCallback("2:4", **grouped(**BEFORE)), steps=1)
+    with pytest.raises(ValueError, match="no LoRA adapter of a pruned layer to keep: leave out --keep-adapter"):
+        exported(tmp_path, keep_adapter=True)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_resumed_training_is_the_same(tmp_path: Path) -> None:
+    def pruning() -> ThanosPruningCallback:
+        return ThanosPruningCallback("2:4", **grouped(**DURING))
+
+    whole = Lora(adapt(tiny_llama()))
+    train(whole, tmp_path / "whole", pruning())
+    train(Lora(adapt(tiny_llama())), tmp_path / "first", pruning(), steps=6)
+    resumed = Lora(adapt(tiny_llama()))
+    fit = trainer(tmp_path / "second", pruning(), max_steps=12)
+    fit.fit(resumed, ResumableBatches(), ckpt_path=tmp_path / "first" / "end.ckpt")
+    assert resumed.losses == whole.losses[6:]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_masks_of_frozen_weights_are_not_held_and_still_proven(tmp_path: Path) -> None:
+    pruning = ThanosPruningCallback("2:4", **grouped(**BEFORE), verify_every_n_steps=1)
+    module = Lora(adapt(tiny_llama()))
+    train(module, tmp_path, pruning, steps=3)
+    assert pruning._run is not None
+    enforcer = pruning._run.enforcer
+    assert len(enforcer.masked) == 14
+    assert not any(isinstance(drop, Tensor) for drop in enforcer._drops.values())
+    enforcer.verify()
+    layer = module.model.model.layers[1].mlp.down_proj
+    row = layer.weight.data[0]
+    row[row == 0] = 1.0
+    with pytest.raises(ZeroViolationError, match=r"24 of 768 pruned entries of model.*layers\.1\.mlp\.down_proj\.base"):
+        enforcer.verify()
+
+
+def test_weights_that_are_trained_beside_their_adapters_keep_their_zeros(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()).requires_grad_(True))
+    pruning = ThanosPruningCallback("2:4", **grouped(**BOTH), verify_every_n_steps=1)
+    train(module, tmp_path, pruning)
+    assert pruning._run is not None
+    assert all(isinstance(drop, Tensor) for drop in pruning._run.enforcer._drops.values())
+    assert torch.equal(logits(exported(tmp_path)), logits(module))
+    assert all(report.ok for report in verify_checkpoint(tmp_path / "exported"))
+
+
+@pytest.mark.parametrize("pattern", ["channels", "structured"])
+def test_adapters_of_whole_columns_and_channels_are_merged_and_taken_out(pattern: str, tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()))
+    options: dict[str, Any] = {"multiple_of": 8} if pattern == "channels" else {}
+    pruning = ThanosPruningCallback(pattern, 0.5, **options, **grouped(schedule=SparsitySchedule(at=[4, 8]), steps=2))
+    train(module, tmp_path, pruning)
+    smaller = exported(tmp_path)
+    torch.testing.assert_close(logits(smaller), logits(module), rtol=1e-4, atol=1e-5)
+    assert all(report.ok for report in verify_checkpoint(tmp_path / "exported"))
+    width = smaller.config.intermediate_size
+    assert width == (24 if pattern == "channels" else 48)
+
+
+def test_adapters_of_layers_that_are_not_pruned_are_said_and_merged(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()))
+    pruning = ThanosPruningCallback("2:4", targets="*.mlp.*", **grouped(**BEFORE))
+    with pytest.warns(
+        UserWarning, match=r"8 adapter\(s\) of peft are on layers that are not pruned, such as model\.mod"
+    ):
+        train(module, tmp_path, pruning)
+    merged = exported(tmp_path)
+    assert torch.equal(logits(merged), logits(module))
+    assert bool((merged.model.layers[0].self_attn.q_proj.weight != 0).all())
+    assert len(verify_checkpoint(tmp_path / "exported")) == 6
+
+
+def test_validation_without_a_fit_computes_what_was_trained(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()))
+    fit = train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**BEFORE)))
+    (expected,) = fit.validate(module, loader(8), verbose=False)
+    other = trainer(tmp_path, ThanosPruningCallback("2:4", **grouped(**BEFORE)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (found,) = other.validate(Lora(adapt(tiny_llama())), loader(8), str(tmp_path / "end.ckpt"), verbose=False)
+    assert found == expected
+
+
+COMPILED = """
+import sys
+import torch
+from pathlib import Path
+from test_adapters_training import DURING, Lora, adapt, train
+from toy import grouped, tiny_llama
+from thanos_lightning import ThanosPruningCallback
+
+ends = []
+for compiled in (False, True):
+    module = Lora(adapt(tiny_llama()))
+    if compiled:
+        for block in module.model.model.layers:
+            block.compile(backend="eager", fullgraph=True)
+    train(module, Path(sys.argv[1]) / str(compiled), ThanosPruningCallback("2:4", **grouped(**DURING)))
+    ends.append(module.state_dict())
+torch.testing.assert_close(*ends)
+"""
+
+
+def test_compiled_adapters_are_trained_as_if_they_were_not(tmp_path: Path) -> None:
+    # a process of its own, since torch.compile can't trace what checks shapes in the solver's tests
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,129 @@
+"""LoRA adapters in a trainer checkpoint: merged into the weights of an export, or written beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from thanos_lightning.models.adapters import MaskedAdapter
+from thanos_lightning.models.targets import layer_of
+from thanos_lightning.solver.low_rank import effective
+
+_BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
+
+NO_ADAPTERS: Mapping[str, Any] = {"layers": {}, "configs": {}}
+
+
+def adapters_note(model: nn.Module) -> dict[str, Any]:
+    """What an export has to know of the adapters that keep zeros in a model; plain values.
+
+    Returns layers: {layer name: {transposed, scales: {adapter name: scale}}}, and configs: {adapter name: what peft
+    would save}. Both are empty without adapters.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedAdapter):
+            layer = layer_of(name, module)
+            scales = {rank.name: rank.scale for rank in module.low_ranks()}
+            layers[name] = {"transposed": layer.transposed, "scales": scales}
+    configs: dict[str, Any] = {}
+    for module in model.modules():
+        found = getattr(module, "peft_config", None)
+        if isinstance(found, Mapping):
+            configs |= {name: _plain(config.to_dict()) for name, config in found.items()}
+    return {"layers": layers, "configs": configs if layers else {}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter had before peft put an adapter on its layer.
+
+    Examples:
+        >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
+        'model.layers.0.mlp.up_proj.weight'
+    """
+    return name.replace(_BASE, ".")
+
+
+def merge_adapters(weights: Mapping[str, Tensor], note: Mapping[str, Any], *, keep: bool = False) -> dict[str, Tensor]:
+    """Return the weights under the names of a model without adapters; what these add is added where a weight isn't 0.
+
+    Args:
+        weights: As in the state dict of the model with adapters.
+        note: Of `adapters_note`.
+        keep: Whether the adapters are left out instead, as with `write_adapter`.
+    """
+    layers: Mapping[str, Any] = note["layers"]
+    merged: dict[str, Tensor] = {}
+    replaced: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        layer = name.partition(_BASE)[0]
+        if any(name.startswith(f"{layer}.lora_") for layer in _parents(name) if layer in layers):
+            continue
+        if _ORIGINAL in name:
+            merged.setdefault(name.replace(_ORIGINAL, "."), value)
+        elif _SAVED in name:  # a copy that peft has trained in the place of the original
+            before, _, after = name.partition(_SAVED)
+            replaced[f"{before}.{after.partition('.')[2]}"] = value
+        elif not keep and layer in layers and name == f"{layer}{_BASE}weight":
+            merged[plain_name(name)] = _effective(layer, value, weights, layers[layer])
+        else:
+            merged[plain_name(name)] = value
+    return merged | replaced
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:number]) for number in range(1, len(parts))]
+
+
+def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+    dtype = weight.dtype
+    for adapter, scale in about["scales"].items():
+        down, up = (weights[f"{layer}.{part}.{adapter}.weight"] for part in ("lora_A", "lora_B"))
+        oriented = weight.t() if about["transposed"] else weight
+        whole = effective(oriented, down.to(weight.device), up.to(weight.device) * scale)
+        weight = whole.t() if about["transposed"] else whole
+    return weight.to(dtype).contiguous()
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Tensor], note: Mapping[str, Any]) -> list[str]:
+    """Write each adapter as peft does, into a folder of its name. Return the names.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    names = sorted({adapter for about in note["layers"].values() for adapter in about["scales"]})
+    if not names:
+        raise ValueError("the checkpoint has no LoRA adapter of a pruned layer to keep: leave out --keep-adapter")
+    for adapter in names:
+        own = folder / adapter
+        own.mkdir()
+        save_file(
+            {
+                f"base_model.model.{layer}.{part}.weight": weights[f"{layer}.{part}.{adapter}.weight"].contiguous()
+                for layer, about in note["layers"].items()
+                if adapter in about["scales"]
+                for part in ("lora_A", "lora_B")
+            },
+            own / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        config = {**note["configs"].get(adapter, {}), "inference_mode": True}
+        (own / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return names

@@ -1,0 +1,58 @@
+"""Layers that peft has put an adapter on, and what such an adapter may be where zeros have to stay."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import nn
+
+
+class LowRank(NamedTuple):
+    """A low-rank matrix that is added to a layer's weight where the weight is not 0: scale · up · down.
+
+    Attributes:
+        name: Name of the adapter in peft, such as "default".
+        down: Holds lora_A: (rank, in_features).
+        up: Holds lora_B: (out_features, rank).
+        scale: Multiplies the product.
+    """
+
+    name: str
+    down: nn.Linear
+    up: nn.Linear
+    scale: float
+
+
+class MaskedAdapter:
+    """The part of a layer with masked adapters that can be read without peft."""
+
+    @abstractmethod
+    def low_ranks(self) -> list[LowRank]:
+        """The active adapters."""
+
+
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that peft has put in the place of others, by name.
+
+    Examples:
+        >>> tuner_layers(nn.Sequential(nn.Linear(2, 2)))
+        {}
+    """
+    if "peft" not in sys.modules:  # otherwise no layer can be of it
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[misc]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that an adapter is on, or the module itself if it has none.
+
+    Examples:
+        >>> base_of(nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    base = getattr(module, "get_base_layer", None)
+    return module if base is None else base()

@@ -1,0 +1,118 @@
+"""peft's LoRA layers, multiplying by W + M ∘ (scale · B A), where M is 1 where W is not 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from thanos_lightning.models.adapters import LowRank, MaskedAdapter
+from thanos_lightning.solver.low_rank import effective
+from thanos_lightning.solver.zeros import zero_where
+
+
+class MaskedLora(Linear, MaskedAdapter):
+    """peft's LoRA layer, but what is learnt stays in the pattern of the weight. Merging it keeps zeros, too."""
+
+    def low_ranks(self) -> list[LowRank]:
+        """See `MaskedAdapter`."""
+        return [
+            LowRank(name, _linear(self.lora_A[name]), _linear(self.lora_B[name]), self.scaling[name])
+            for name in self.active_adapters
+            if name in self.lora_A
+        ]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What peft adds to the weight when it merges this adapter."""
+        delta: Tensor = super().get_delta_weight(adapter)
+        return delta.masked_fill(self.weight == 0, 0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Multiply by the effective weight."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names differ within a batch, which adapters that keep zeros can't: give one")
+        ranks = self.low_ranks()
+        if self.disable_adapters or self.merged or not ranks:
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            raise RuntimeError(
+                "fully_shard has sharded the parts of a LoRA layer one by one, so that its weight and its adapter are "
+                "not whole at the same time: call fully_shard on a module that holds the LoRA layer, such as a block"
+            )
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        # up · down of each, side by side: (rank, in_features) and (out_features, rank)
+        downs = [rank.down.weight for rank in ranks]
+        with torch.autocast(x.device.type, enabled=False):
+            ups = [rank.up.weight * rank.scale for rank in ranks]
+            down = downs[0] if len(downs) == 1 else torch.cat(downs)
+            up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
+        x = x.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        dropped = [self.lora_dropout[rank.name](x) for rank in ranks] if self.training else [x]
+        if all(one is x for one in dropped):
+            return _product(x, weight, down, up, bias, True, self.fan_in_fan_out)
+        result = nn.functional.linear(x, (weight.t() if self.fan_in_fan_out else weight).to(dtype), bias)
+        for one, lora_a, lora_b in zip(dropped, downs, ups, strict=True):
+            result = result + _product(one, weight, lora_a, lora_b, None, False, self.fan_in_fan_out)
+        return result
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def mask(module: nn.Module) -> None:
+    """Turn a plain LoRA layer of a Linear or Conv1D into one that keeps zeros. Other layers stay as they are."""
+    if type(module) is Linear and not module.lora_variant and not any(module.lora_bias.values()):
+        module.__class__ = MaskedLora
+
+
+def _product(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, with_weight: bool, transposed: bool
+) -> Tensor:
+    result: Tensor = _Product.apply(x, weight, down, up, bias, with_weight, transposed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """x · effective(W)ᵀ. The effective weight is made again in the backward: kept, it would cost what LoRA saves."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, with_weight: bool, transposed: bool
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            oriented = weight.t() if transposed else weight
+            return nn.functional.linear(x, effective(oriented, down, up, with_weight=with_weight).to(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, down, up, _, ctx.with_weight, ctx.transposed = inputs
+        ctx.save_for_backward(x, weight, down, up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        needs_x, needs_weight, needs_down, needs_up, needs_bias, *_ = ctx.needs_input_grad
+        of_x = of_weight = of_down = of_up = of_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            oriented = weight.t() if ctx.transposed else weight
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if needs_x:
+                of_x = gradient @ effective(oriented, down, up, with_weight=ctx.with_weight).to(gradient.dtype)
+            if needs_bias:
+                of_bias = rows.sum(0)
+            if needs_weight or needs_down or needs_up:
+                whole = rows.t() @ x.reshape(-1, x.shape[-1])
+                if needs_weight and ctx.with_weight:
+                    of_weight = (whole.t() if ctx.transposed else whole).to(weight.dtype, copy=True)
+                zero_where(whole, oriented == 0)
+                of_up = (whole @ down.t().to(whole.dtype)).to(up.dtype) if needs_up else None
+                of_down = (up.t().to(whole.dtype) @ whole).to(down.dtype) if needs_down else None
+        return of_x, of_weight, of_down, of_up, of_bias, None, None
