@@ -116,7 +116,7 @@ def main() -> None:
     Console().print(table)
     if given.output is not None:
         settings = {name: getattr(given, name) for name in ("layers", "vocabulary", "threads")}
-        print(keep("adapters", given.output, {**settings, "ways": found}, given.device))
+        print(keep("adapters", given.output, {**settings, "results": found}, given.device))
 
 
 if __name__ == "__main__":
