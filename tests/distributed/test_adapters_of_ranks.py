@@ -24,6 +24,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 EVENTS = {"during the training": {}, "before the first step": {"schedule": [0, 0, 1], "calibration_batches": 2}}
 
 
+RESUMED = ("zero2", "zero3", "fsdp")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     root = tmp_path_factory.mktemp("adapters")
@@ -41,6 +44,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         for name, own in STRATEGIES.items()
         for when, event in EVENTS.items()
     }
+    for name in RESUMED:
+        whole = f"{name}, during the training"
+        cases[whole]["save"] = [5, 10]  # 5: while inputs are counted
+        cases[f"{name}, resumed"] = {**cases[whole], "save": [10], "resume": (whole, 5)}
     return Trainings(root, cases)
 
 
@@ -80,3 +87,12 @@ def test_what_adapters_learn_keeps_zeros(name: str, when: str, trained: Training
 def test_parts_of_an_adapted_layer_that_are_sharded_one_by_one_are_refused(tmp_path: Path) -> None:
     for seen in train(tmp_path, strategy="fsdp", fsdp={"how": "linears"}, lora=True, watch=False):
         assert "call fully_shard on a module that holds the LoRA layer, such as a block" in seen["error"]
+
+
+@pytest.mark.parametrize("name", only([], RESUMED))
+def test_a_resumed_training_ends_with_the_same_bits(name: str, trained: Trainings) -> None:
+    whole, resumed = trained(f"{name}, during the training"), trained(f"{name}, resumed")
+    for one, other in zip(results(whole), results(resumed), strict=True):
+        assert one["error"] is other["error"] is None
+        assert other["losses"] == one["losses"][5:]
+        assert other["digest"] == one["digest"]

@@ -117,6 +117,8 @@ def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(
     reports = verify_checkpoint(tmp_path / "exported")
     assert [(report.ok, report.sparsity) for report in reports] == [(True, 0.5)] * len(reports)
     assert len(reports) == (8 if model == "GPT-2" else 14)
+    for given in ({}, {"pattern": NM(2, 4)}):
+        assert all(report.ok for report in verify_checkpoint(tmp_path / "end.ckpt", **given))
     # the same without the callback: peft's own merge
     plain = copy.deepcopy(module.model)
     if isinstance(plain, PeftModel):
@@ -177,6 +179,8 @@ def test_the_adapter_beside_its_sparse_base_is_what_was_trained(tmp_path: Path) 
     train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**BOTH)))
     base = exported(tmp_path, "beside", keep_adapter=True)
     assert all(report.ok for report in verify_checkpoint(tmp_path / "beside"))
+    card = (tmp_path / "beside" / "README.md").read_text()
+    assert "LoRA adapters lie beside it (default). They add nothing where a weight is 0" in card
     model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default")
     assert not torch.equal(logits(model), logits(module))
     mask_adapters(model)

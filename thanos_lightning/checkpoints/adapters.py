@@ -17,7 +17,7 @@ from thanos_lightning.solver.low_rank import effective
 
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 
-NO_ADAPTERS: Mapping[str, Any] = {"layers": {}, "configs": {}}
+_NONE: Mapping[str, Any] = {"layers": {}, "configs": {}}
 
 
 def adapters_note(model: nn.Module) -> dict[str, Any]:
@@ -50,6 +50,21 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
+def adapters_of(note: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `adapters_note` has put into a checkpoint's note."""
+    return note.get("adapters") or _NONE  # a checkpoint of before there were any
+
+
+def adapted_name(layer: str, note: Mapping[str, Any]) -> str:
+    """The name of the module that holds a layer's weight in a checkpoint with this note.
+
+    Examples:
+        >>> adapted_name("up_proj", {})
+        'up_proj'
+    """
+    return f"{layer}{_BASE[:-1]}" if layer in adapters_of(note)["layers"] else layer
+
+
 def plain_name(name: str) -> str:
     """The name that a parameter had before peft put an adapter on its layer.
 
@@ -60,15 +75,17 @@ def plain_name(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def merge_adapters(weights: Mapping[str, Tensor], note: Mapping[str, Any], *, keep: bool = False) -> dict[str, Tensor]:
+def merge_adapters(
+    weights: Mapping[str, Tensor], adapters: Mapping[str, Any], *, keep: bool = False
+) -> dict[str, Tensor]:
     """Return the weights under the names of a model without adapters; what these add is added where a weight isn't 0.
 
     Args:
         weights: As in the state dict of the model with adapters.
-        note: Of `adapters_note`.
-        keep: Whether the adapters are left out instead, as with `write_adapter`.
+        adapters: Of `adapters_note`.
+        keep: Whether the adapters are left out instead, as with `write_adapters`.
     """
-    layers: Mapping[str, Any] = note["layers"]
+    layers: Mapping[str, Any] = adapters["layers"]
     merged: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -102,13 +119,13 @@ def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about:
     return weight.to(dtype).contiguous()
 
 
-def write_adapter(folder: Path, weights: Mapping[str, Tensor], note: Mapping[str, Any]) -> list[str]:
+def write_adapters(folder: Path, weights: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> list[str]:
     """Write each adapter as peft does, into a folder of its name. Return the names.
 
     Raises:
         ValueError: If there are none.
     """
-    names = sorted({adapter for about in note["layers"].values() for adapter in about["scales"]})
+    names = sorted({adapter for about in adapters["layers"].values() for adapter in about["scales"]})
     if not names:
         raise ValueError("the checkpoint has no LoRA adapter of a pruned layer to keep: leave out --keep-adapter")
     for adapter in names:
@@ -117,13 +134,13 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], note: Mapping[str
         save_file(
             {
                 f"base_model.model.{layer}.{part}.weight": weights[f"{layer}.{part}.{adapter}.weight"].contiguous()
-                for layer, about in note["layers"].items()
+                for layer, about in adapters["layers"].items()
                 if adapter in about["scales"]
                 for part in ("lora_A", "lora_B")
             },
             own / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        config = {**note["configs"].get(adapter, {}), "inference_mode": True}
+        config = {**adapters["configs"].get(adapter, {}), "inference_mode": True}
         (own / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return names

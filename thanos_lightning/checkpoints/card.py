@@ -14,8 +14,13 @@ from thanos_lightning.report.data import PruningReport
 _CARD = "README.md"
 
 
-def write_card(folder: Path, checkpoint: TrainerCheckpoint, reports: Sequence[TensorReport]) -> None:
-    """Write the card of an exported folder from what its checkpoint says of the training."""
+def write_card(
+    folder: Path, checkpoint: TrainerCheckpoint, reports: Sequence[TensorReport], adapters: Sequence[str] = ()
+) -> None:
+    """Write the card of an exported folder from what its checkpoint says of the training.
+
+    `adapters` names the folders of adapters beside the model.
+    """
     note = checkpoint.require_note()
     state = pruning_state(checkpoint.content)
     assert state is not None, "it has masks"
@@ -39,10 +44,21 @@ def write_card(folder: Path, checkpoint: TrainerCheckpoint, reports: Sequence[Te
         f"Made{source} by thanos-lightning {importlib.metadata.version('thanos-lightning')}, in a training of "
         f"{state['optimizer_steps']} optimizer steps: {what}. It loads as any model of transformers does.",
         "",
+        *_beside(adapters),
         *_measured(PruningReport.from_state(state["report"])),
         *_options(state["arguments"]),
     ]
     (folder / _CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _beside(adapters: Sequence[str]) -> list[str]:
+    if not adapters:
+        return []
+    return [
+        f"LoRA adapters lie beside it ({', '.join(adapters)}). They add nothing where a weight is 0: after "
+        "loading one with peft, call thanos_lightning.mask_adapters(model).",
+        "",
+    ]
 
 
 def _measured(report: PruningReport) -> list[str]:

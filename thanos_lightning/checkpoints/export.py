@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from thanos_lightning.checkpoints.adapters import NO_ADAPTERS, merge_adapters, plain_name, write_adapter
+from thanos_lightning.checkpoints.adapters import adapters_of, merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
@@ -102,6 +102,7 @@ def export_checkpoint(
         state = model.state_dict()
         _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
         model = shrink(model, channels, path)
+    adapters: list[str] = []
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
             try:
@@ -112,7 +113,7 @@ def export_checkpoint(
                 ) from error
         if keep_adapter:
             own = {name.removeprefix(prefix): value for name, value in trained.state_dict.items() if ".lora_" in name}
-            write_adapter(folder, own, note["adapters"])
+            adapters = write_adapters(folder, own, adapters_of(note))
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         tensors = SafetensorsFiles(folder)
@@ -125,7 +126,7 @@ def export_checkpoint(
                 phase.advance(note=name)
         _require_zeros(reports, path)
         write_record(folder, reports, inside.values())
-        write_card(folder, trained, reports)
+        write_card(folder, trained, reports, adapters)
     return reports
 
 
@@ -159,7 +160,7 @@ def _assemble(
         for name in checkpoint.state_dict
         if name.startswith(prefix)
     }
-    own = merge_adapters(own, note.get("adapters") or NO_ADAPTERS, keep=keep_adapter)
+    own = merge_adapters(own, adapters_of(note), keep=keep_adapter)
     weights = {name: value.to(dtype) if name in cast else value for name, value in own.items()}
     adapted = [name for name in weights if ".lora_" in name]
     if adapted:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from thanos_lightning.checkpoints.adapters import adapted_name
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, read_json
@@ -216,7 +217,7 @@ def _expect_of_trainer_checkpoint(
             note = checkpoint.require_note()
             model = build_model(note["architecture"], note["config"], path)
             for name, layer in find_targets(model, targets, ignore).items():
-                full_name = f"{note['model_prefix']}{name}.weight"
+                full_name = f"{note['model_prefix']}{adapted_name(name, note)}.weight"
                 expected.setdefault(full_name, []).append(_Expected(pattern, layer.transposed))
         else:
             _expect_matrices(expected, checkpoint.state_dict, pattern, targets, ignore)
