@@ -9,10 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from thanos_lightning.sharding.adapters import initialise_partitioned
+from thanos_lightning.training.adapters import mask_adapters
 
 
 def add_lora(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    """Put an adapter on a model, in place, and freeze all but the adapter.
+    """Put a masked adapter on a model, in place, and freeze all but the adapter.
 
     Args:
         model: A loaded model.
@@ -41,4 +42,5 @@ def add_lora(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             f"lora is {dict(arguments)}, which peft refuses ({str(error).splitlines()[0]}): give arguments of its "
             "LoraConfig, such as {r: 16, lora_alpha: 32, target_modules: all-linear}"
         ) from error
+    mask_adapters(model)
     initialise_partitioned(model, arguments.get("init_lora_weights", True))

@@ -349,9 +349,10 @@ def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
             kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.")
             why = (
                 f"({', '.join([kind, *variants])}) does more than to add a product of two matrices, so that merging it "
-                "would write over zeros: take plain LoRA (peft.LoraConfig without use_dora or lora_bias)"
+                "would write over zeros: take plain LoRA (peft.LoraConfig without use_dora or lora_bias), merge it "
+                "before the training"
             )
-        raise ValueError(f"the adapter of {name} {why}, merge it before the training, or add {name!r} to ignore")
+        raise ValueError(f"the adapter of {name} {why}, or add {name!r} to ignore")
 
 
 def _check_weights(layers: Mapping[str, PrunableModule]) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
-from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.causal_lm import lr_factor
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -327,6 +327,17 @@ def test_lora_trains_adapters_and_nothing_else(tiny, loaded):
         assert (plain in before) == (name not in trained)
         assert name in trained or torch.equal(value, before[plain])
     assert any(bool(value.any()) for name, value in lm.model.named_parameters() if "lora_B" in name)
+
+
+def test_a_pruned_model_with_adapters_computes_what_it_did_where_it_is_loaded_again(tiny, tmp_path):
+    once = ThanosPruningCallback("2:4", schedule=SparsitySchedule(at=[1]), calibration=CalibrationOptions(steps=1))
+    trainer, lm = _trainer(max_steps=6, callbacks=[once]), CausalLM(tiny, learning_rate=1e-2, lora=LORA)
+    trainer.fit(lm, _batches(6))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "end.ckpt")
+    tokens = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=tokens).logits, lm.eval()(input_ids=tokens).logits)
 
 
 @pytest.mark.parametrize(
