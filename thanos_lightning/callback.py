@@ -21,7 +21,7 @@ from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
-from thanos_lightning.models.adapters import tuner_layers
+from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
@@ -167,18 +167,28 @@ class ThanosPruningCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options = self.options
+        prepare_adapters(pl_module, trainer.strategy)  # a module's own setup may have put them on
         self._layers = find_targets(pl_module, options.targets, options.ignore)
         if uncalled := uncalled_layers(pl_module, options.targets, options.ignore):
             rank_zero_info(
                 f"{len(uncalled)} layer(s) of torch's MultiheadAttention stay dense, such as {uncalled[0]}: it reads "
                 "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"
             )
-        if adapted := [name for name in tuner_layers(pl_module) if name not in self._layers]:
-            rank_zero_warn(
-                f"{len(adapted)} adapter(s) of peft are on layers that are not pruned, such as {adapted[0]}: what they "
-                "learn merges as dense as it is. Name these layers in targets, or leave them out of target_modules"
-            )
+        self._warn_of_adapters(pl_module)
         self._final = assign_patterns(self._layers, options.pattern, options.overrides)
+
+    def _warn_of_adapters(self, module: LightningModule) -> None:
+        adapted = tuner_layers(module)
+        if dense := [name for name in adapted if name not in self._layers]:
+            rank_zero_warn(
+                f"{len(dense)} adapter(s) of peft are on layers that are not pruned, such as {dense[0]}: merging them "
+                "leaves these layers dense. Name them in targets, or leave them out of target_modules"
+            )
+        if others := [name for name, layer in adapted.items() if not isinstance(layer, MaskedAdapter)]:
+            rank_zero_warn(
+                f"{len(others)} adapter(s) of peft are no plain LoRA on a Linear or Conv1D, such as {others[0]}: an "
+                "export can't merge them"
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

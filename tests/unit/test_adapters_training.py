@@ -66,6 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "wrapped": lambda: wrapped(tiny_llama()),
     "GPT-2": lambda: adapt(tiny_gpt2()),
     "with a trained norm": lambda: adapt(tiny_llama(), modules_to_save=["norm"]),
+    "with a trained layer": lambda: adapt(tiny_llama(), modules_to_save=["down_proj"]),
     "with dropout": lambda: adapt(tiny_llama(), lora_dropout=0.2),
     "in 16 bits": lambda: adapt(in_16_bits(tiny_llama())),
 }
@@ -98,6 +99,7 @@ def exported(root: Path, name: str = "exported", **options: Any) -> Any:
         ("wrapped", BOTH),
         ("GPT-2", BOTH),
         ("with a trained norm", BOTH),
+        ("with a trained layer", BOTH),
         ("with dropout", DURING),
         ("in 16 bits", BOTH),
     ],
@@ -116,8 +118,9 @@ def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(
     assert torch.equal(logits(merged), logits(module))
     reports = verify_checkpoint(tmp_path / "exported")
     assert [(report.ok, report.sparsity) for report in reports] == [(True, 0.5)] * len(reports)
-    assert len(reports) == (8 if model == "GPT-2" else 14)
-    for given in ({}, {"pattern": NM(2, 4)}):
+    assert len(reports) == {"GPT-2": 8, "with a trained layer": 12}.get(model, 14)
+    dense = ["lm_head", *(["down_proj"] if model == "with a trained layer" else [])]
+    for given in ({}, {"pattern": NM(2, 4), "ignore": dense}):
         assert all(report.ok for report in verify_checkpoint(tmp_path / "end.ckpt", **given))
     # the same without the callback: peft's own merge
     plain = copy.deepcopy(module.model)
@@ -226,6 +229,48 @@ def test_masks_of_frozen_weights_are_not_held_and_still_proven(tmp_path: Path) -
         enforcer.verify()
 
 
+def test_a_base_that_is_trained_from_some_step_on_keeps_its_zeros(tmp_path: Path) -> None:
+    class Unfreeze(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                frozen = [one for one in pl_module.parameters() if not one.requires_grad]
+                trainer.optimizers[0].add_param_group({"params": [one.requires_grad_(True) for one in frozen]})
+
+    pruning = ThanosPruningCallback("2:4", **grouped(**BEFORE), verify_every_n_steps=1)
+    module = Lora(adapt(tiny_llama()))
+    before = tiny_llama().model.layers[0].mlp.up_proj.weight
+    train(module, tmp_path, pruning, Unfreeze(), steps=6)
+    weight = module.model.model.layers[0].mlp.up_proj.weight
+    assert NM(2, 4).violations(weight != 0) == 0
+    assert not torch.equal(weight, before)
+
+
+def test_adapters_that_are_put_on_in_setup_are_masked(tmp_path: Path) -> None:
+    class Late(Lora):
+        def setup(self, stage: str) -> None:
+            adapt(self.model)
+
+    module = Late(tiny_llama())
+    train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**BEFORE)))
+    assert torch.equal(logits(exported(tmp_path)), logits(module))
+
+
+def test_adapters_that_an_export_cannot_merge_are_said(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama(), target_modules=["up_proj", "embed_tokens"]))
+    with pytest.warns(UserWarning, match=r"1 adapter\(s\) of peft are no plain LoRA .* such as model.*embed_tokens"):
+        train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**BEFORE)), steps=1)
+
+
+def test_a_kept_weight_of_zero_is_not_taken_for_pruned(tmp_path: Path) -> None:
+    module = Lora(adapt(tiny_llama()))
+    module.model.model.layers[0].mlp.up_proj.weight.data[:, :3] = 0  # more than 2:4 may drop
+    pruning = ThanosPruningCallback("2:4", **grouped(**BEFORE))
+    train(module, tmp_path, pruning, steps=2)
+    masks = masks_in(tmp_path / "end.ckpt")
+    assert NM(2, 4).violations(masks["model.model.layers.0.mlp.up_proj.base_layer.weight"]) == 0
+    assert {float(keep.float().mean()) for keep in masks.values()} == {0.5}
+
+
 def test_weights_that_are_trained_beside_their_adapters_keep_their_zeros(tmp_path: Path) -> None:
     module = Lora(adapt(tiny_llama()).requires_grad_(True))
     pruning = ThanosPruningCallback("2:4", **grouped(**BOTH), verify_every_n_steps=1)
@@ -245,6 +290,13 @@ def test_adapters_of_whole_columns_and_channels_are_merged_and_taken_out(pattern
     smaller = exported(tmp_path)
     torch.testing.assert_close(logits(smaller), logits(module), rtol=1e-4, atol=1e-5)
     assert all(report.ok for report in verify_checkpoint(tmp_path / "exported"))
+    if pattern == "channels":
+        with pytest.raises(ValueError, match="as wide as the model was in training: give --keep-shape"):
+            exported(tmp_path, "beside", keep_adapter=True)
+        base = exported(tmp_path, "beside", keep_adapter=True, keep_shape=True)
+        model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default")
+        mask_adapters(model)
+        torch.testing.assert_close(logits(model), logits(module), rtol=1e-4, atol=1e-5)
     width = smaller.config.intermediate_size
     assert width == (24 if pattern == "channels" else 48)
 

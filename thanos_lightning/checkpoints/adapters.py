@@ -11,20 +11,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from thanos_lightning.models.adapters import MaskedAdapter
+from thanos_lightning.models.adapters import MaskedAdapter, saved_modules
 from thanos_lightning.models.targets import layer_of
 from thanos_lightning.solver.low_rank import effective
 
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 
-_NONE: Mapping[str, Any] = {"layers": {}, "configs": {}}
+_NONE: Mapping[str, Any] = {"layers": {}, "configs": {}, "saved": {}}
 
 
 def adapters_note(model: nn.Module) -> dict[str, Any]:
     """What an export has to know of the adapters that keep zeros in a model; plain values.
 
-    Returns layers: {layer name: {transposed, scales: {adapter name: scale}}}, and configs: {adapter name: what peft
-    would save}. Both are empty without adapters.
+    Returns layers: {layer name: {transposed, scales: {adapter name: scale}}}, configs: {adapter name: what peft would
+    save}, and saved: as `saved_modules`. All are empty without adapters.
     """
     layers = {}
     for name, module in model.named_modules():
@@ -37,7 +37,7 @@ def adapters_note(model: nn.Module) -> dict[str, Any]:
         found = getattr(module, "peft_config", None)
         if isinstance(found, Mapping):
             configs |= {name: _plain(config.to_dict()) for name, config in found.items()}
-    return {"layers": layers, "configs": configs if layers else {}}
+    return {"layers": layers, "configs": configs if layers else {}, "saved": saved_modules(model)}
 
 
 def _plain(value: Any) -> Any:
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 def adapters_of(note: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `adapters_note` has put into a checkpoint's note."""
-    return note.get("adapters") or _NONE  # a checkpoint of before there were any
+    return note.get("adapters") or _NONE  # of a version without adapters
 
 
 def adapted_name(layer: str, note: Mapping[str, Any]) -> str:
@@ -90,23 +90,20 @@ def merge_adapters(
     replaced: dict[str, Tensor] = {}
     for name, value in weights.items():
         layer = name.partition(_BASE)[0]
-        if any(name.startswith(f"{layer}.lora_") for layer in _parents(name) if layer in layers):
+        if name.partition(".lora_")[0] in layers and ".lora_" in name:
             continue
         if _ORIGINAL in name:
             merged.setdefault(name.replace(_ORIGINAL, "."), value)
         elif _SAVED in name:  # a copy that peft has trained in the place of the original
             before, _, after = name.partition(_SAVED)
-            replaced[f"{before}.{after.partition('.')[2]}"] = value
+            copy, _, rest = after.partition(".")
+            if copy in adapters["saved"][f"{before}."]:
+                replaced[f"{before}.{rest}"] = value
         elif not keep and layer in layers and name == f"{layer}{_BASE}weight":
             merged[plain_name(name)] = _effective(layer, value, weights, layers[layer])
         else:
             merged[plain_name(name)] = value
     return merged | replaced
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:number]) for number in range(1, len(parts))]
 
 
 def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
@@ -141,6 +138,8 @@ def write_adapters(folder: Path, weights: Mapping[str, Tensor], adapters: Mappin
             own / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        config = {**adapters["configs"].get(adapter, {}), "inference_mode": True}
+        # it is for these weights, which have the trained copies, and not for those that the training began with
+        changed = {"inference_mode": True, "base_model_name_or_path": None, "modules_to_save": None}
+        config = {**adapters["configs"].get(adapter, {}), **changed}
         (own / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return names

@@ -98,6 +98,8 @@ def export_checkpoint(
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
     model = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
     channels = {} if keep_shape else channel_masks(inside)
+    if channels and keep_adapter:
+        raise ValueError("adapters are as wide as the model was in training: give --keep-shape with --keep-adapter")
     if channels:
         state = model.state_dict()
         _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
@@ -165,9 +167,8 @@ def _assemble(
     adapted = [name for name in weights if ".lora_" in name]
     if adapted:
         raise ValueError(
-            f"{path} has adapters that add no product of two matrices to a Linear or Conv1D layer, such as "
-            f"{prefix}{adapted[0]}, and can't be merged here: load its state_dict in Python, merge_and_unload() and "
-            "save_pretrained()"
+            f"{path} has adapters that an export can't merge, such as {prefix}{adapted[0]} (of an embedding, DoRA, or "
+            "put on after the training began): merge them in Python, which writes over zeros of their layers"
         )
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
     try:

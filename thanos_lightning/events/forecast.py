@@ -289,7 +289,7 @@ def describe(
     if order is not None:
         lines.append(_wrapped("order", order))
     if census.adapters:
-        text = f"of {_millions(census.adapters)} M weights are trained, masked, and merged in an export"
+        text = f"{_millions(census.adapters)} M weights of adapters, masked; an export merges them"
         lines.append(_wrapped("lora", text))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))

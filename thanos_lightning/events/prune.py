@@ -213,8 +213,8 @@ def _write_owned(
 
 
 def _bytes_of(layer: PrunableLayer) -> int:
-    """A weight in fp32 and its mask."""
-    return 5 * layer.rows * layer.cols
+    """A weight in fp32 and its mask, and what its adapters add."""
+    return (9 if layer.adapters else 5) * layer.rows * layer.cols
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ class MaskedAdapter:
 
     @abstractmethod
     def low_ranks(self) -> list[LowRank]:
-        """The active adapters."""
+        """The active adapters; none where they are merged or disabled."""
+
+    @property
+    @abstractmethod
+    def is_plain(self) -> bool:
+        """Whether adapters are products of two matrices and no more, and the layer multiplies and does no more."""
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,6 +50,20 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[misc]
+
+
+def saved_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Modules of which peft trains a whole copy (modules_to_save), by name with a dot, and the active copies.
+
+    Examples:
+        >>> saved_modules(nn.Sequential(nn.Linear(2, 2)))
+        {}
+    """
+    return {
+        f"{name}.": list(module.active_adapters)
+        for name, module in model.named_modules()
+        if "peft" in sys.modules and hasattr(module, "modules_to_save") and hasattr(module, "original_module")
+    }
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.adapters import MaskedAdapter, base_of, tuner_layers
+from thanos_lightning.models.adapters import MaskedAdapter, base_of, saved_modules, tuner_layers
 
 PrunableModule: TypeAlias = nn.Linear | Conv1D  # or what peft puts in its place, which has its weight and its bias
 PRUNABLE = (nn.Linear, Conv1D)
@@ -205,12 +205,13 @@ def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
         >>> list(prunable_modules(nn.Sequential(nn.Linear(8, 4), nn.ReLU())))
         ['0']
     """
-    adapted = tuner_layers(model)
-    inside = tuple(f"{name}." for name in adapted)
+    adapted = {name: base_of(module) for name, module in tuner_layers(model).items()}
+    layers = {name: base for name, base in adapted.items() if isinstance(base, PRUNABLE)}
+    inside = (*(f"{name}." for name in layers), *saved_modules(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(base_of(module) if name in adapted else module, PRUNABLE) and not name.startswith(inside)
+        if isinstance(layers.get(name, module), PRUNABLE) and not name.startswith(inside)
     }
 
 
@@ -308,6 +309,11 @@ def find_targets(
         if outside:
             shared[name] = outside[0]
         layers[name] = layer_of(name, *(chosen[other] for other in names if other in chosen))
+        if len(layers[name].modules) > 1 and any(isinstance(one, MaskedAdapter) for one in layers[name].modules):
+            raise ValueError(
+                f"layers {examples(names)} share a weight and have adapters, each of which would be merged into it: "
+                f"add {to_add(names)} to ignore, or untie them"
+            )
     if shared:
         pairs = [f"layer {name} shares its weight with {outside}" for name, outside in shared.items()]
         raise ValueError(
@@ -335,24 +341,31 @@ def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], t
 
 
 def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
-    """Refuse adapters whose merge would write over zeros."""
+    """Refuse adapters whose merge would write over zeros, or that would not fit what an event makes of their layer."""
     for name, module in layers.items():
         base = base_of(module)
-        if base is module or isinstance(module, MaskedAdapter):
-            if getattr(module, "merged", False):
-                raise ValueError(f"the adapter of {name} is merged: call unmerge_adapter(), or merge_and_unload()")
+        if base is module:
             continue
-        if type(base).__module__.startswith("bitsandbytes"):
+        active: list[str] = getattr(module, "active_adapters", [])
+        others = [adapter for adapter in getattr(module, "lora_A", {}) if adapter not in active]
+        if getattr(module, "merged", False):
+            why = "is merged already: call unmerge_adapter(), or merge_and_unload(),"
+        elif others:
+            why = (
+                f"has others beside it that are not active ({', '.join(others)}), to fit no more: delete_adapter() them"
+            )
+        elif isinstance(module, MaskedAdapter) and module.is_plain:
+            continue
+        elif type(base).__module__.startswith("bitsandbytes"):
             why = f"is on a {type(base).__name__} of bitsandbytes, which can't be pruned: load it in bf16 or fp32"
         else:
             variants = [type(one).__name__ for one in getattr(module, "lora_variant", {}).values()]
             kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.")
             why = (
-                f"({', '.join([kind, *variants])}) does more than to add a product of two matrices, so that merging it "
-                "would write over zeros: take plain LoRA (peft.LoraConfig without use_dora or lora_bias), merge it "
-                "before the training"
+                f"({', '.join([kind, *variants])}) does more than add a product of two matrices, or its layer more "
+                "than multiply: take plain LoRA (peft.LoraConfig without use_dora or lora_bias), or merge it before,"
             )
-        raise ValueError(f"the adapter of {name} {why}, or add {name!r} to ignore")
+        raise ValueError(f"the adapter of {name} {why} or add {name!r} to ignore")
 
 
 def _check_weights(layers: Mapping[str, PrunableModule]) -> None:

@@ -60,7 +60,9 @@ class MaskEnforcer:
 
         `drop` is as `ParameterAccess.local_drop` returns it. `num_pruned` counts the pruned entries of the whole layer.
         """
-        is_read = self._layers[name].shows_its_mask
+        layer = self._layers[name]
+        # where a kept weight is 0, too, the weight alone does not tell
+        is_read = layer.shows_its_mask and torch.equal(self._zeros_of(layer), drop)
         self._drops[name] = None if is_read else drop
         self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
         self._num_pruned[name] = num_pruned
@@ -68,8 +70,11 @@ class MaskEnforcer:
     def _drop(self, name: str) -> Tensor:
         drop = self._drops[name]
         if drop is None:
-            drop = next(self._access.local_tensors(self._layers[name])).tensor == 0
+            drop = self._zeros_of(self._layers[name])
         return drop
+
+    def _zeros_of(self, layer: PrunableLayer) -> Tensor:
+        return next(self._access.local_tensors(layer)).tensor == 0
 
     def keep_mask(self, name: str) -> Tensor | None:
         """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks."""
@@ -108,6 +113,8 @@ class MaskEnforcer:
             assert optimizer is not None
             names = self._access.stepped_by(optimizer, layers)
         for name in names:
+            if self._drops[name] is None and layers[name].parameter.requires_grad:
+                self._drops[name] = self._drop(name)  # it is trained from now on
             if (drop := self._drops[name]) is not None:
                 self._access.mask_gradient(layers[name], drop)
 

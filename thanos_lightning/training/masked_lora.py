@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import LowRank, MaskedAdapter
 from thanos_lightning.solver.low_rank import effective
@@ -19,11 +20,18 @@ class MaskedLora(Linear, MaskedAdapter):
 
     def low_ranks(self) -> list[LowRank]:
         """See `MaskedAdapter`."""
+        if self.merged or self.disable_adapters:
+            return []
         return [
             LowRank(name, _linear(self.lora_A[name]), _linear(self.lora_B[name]), self.scaling[name])
             for name in self.active_adapters
             if name in self.lora_A
         ]
+
+    @property
+    def is_plain(self) -> bool:
+        """See `MaskedAdapter`."""
+        return _is_plain(self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What peft adds to the weight when it merges this adapter."""
@@ -33,9 +41,9 @@ class MaskedLora(Linear, MaskedAdapter):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Multiply by the effective weight."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names differ within a batch, which adapters that keep zeros can't: give one")
+            raise ValueError("adapter_names is given, but masked adapters can't differ within a batch: set_adapter()")
         ranks = self.low_ranks()
-        if self.disable_adapters or self.merged or not ranks:
+        if not ranks:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         weight = self.weight
@@ -45,16 +53,16 @@ class MaskedLora(Linear, MaskedAdapter):
                 "not whole at the same time: call fully_shard on a module that holds the LoRA layer, such as a block"
             )
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        # up · down of each, side by side: (rank, in_features) and (out_features, rank)
+        x = x.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         downs = [rank.down.weight for rank in ranks]
         with torch.autocast(x.device.type, enabled=False):
             ups = [rank.up.weight * rank.scale for rank in ranks]
-            down = downs[0] if len(downs) == 1 else torch.cat(downs)
-            up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
-        x = x.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
         dropped = [self.lora_dropout[rank.name](x) for rank in ranks] if self.training else [x]
         if all(one is x for one in dropped):
+            # side by side: (rank, in_features) and (out_features, rank)
+            down = downs[0] if len(downs) == 1 else torch.cat(downs)
+            up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
             return _product(x, weight, down, up, bias, True, self.fan_in_fan_out)
         result = nn.functional.linear(x, (weight.t() if self.fan_in_fan_out else weight).to(dtype), bias)
         for one, lora_a, lora_b in zip(dropped, downs, ups, strict=True):
@@ -69,8 +77,14 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 def mask(module: nn.Module) -> None:
     """Turn a plain LoRA layer of a Linear or Conv1D into one that keeps zeros. Other layers stay as they are."""
-    if type(module) is Linear and not module.lora_variant and not any(module.lora_bias.values()):
+    if type(module) is Linear and _is_plain(module):
         module.__class__ = MaskedLora
+
+
+def _is_plain(module: Linear) -> bool:
+    base = module.get_base_layer()
+    multiplies = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
+    return multiplies and not module.lora_variant and not any(module.lora_bias.values())
 
 
 def _product(

@@ -263,7 +263,7 @@ def remove_note(content):
     [
         (remove_weight, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected nothing"),
         (add_weight, r"do not fit LlamaForCausalLM: missing nothing, unexpected model\.adapter"),
-        (adapt_weight, r"has adapters that add no product of two .* such as model\..*lora_A.* merge_and_unload"),
+        (adapt_weight, r"has adapters that an export can't merge, such as model\..*lora_A.*: merge them in Python"),
         (reshape_weight, r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
         (rename_class, "class OfTheirOwn, which transformers .* does not have"),
         (remove_note, "does not say which Hugging Face model it holds"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners import lora
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
@@ -179,12 +179,12 @@ def test_an_adapted_layer_keeps_its_name_and_its_adapter_is_no_target() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (partial(adapted, use_dora=True), r"k_proj \(lora\.layer\.Linear, DoraLinearVariant\) does more than to add"),
+        (partial(adapted, use_dora=True), r"k_proj \(lora\.layer\.Linear, DoraLinearVariant\) does more than add"),
         (
             lambda: get_peft_model(
                 tiny_llama(), IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"])
             ),
-            r"up_proj \(ia3\.layer\.Linear\) does more than to add",
+            r"up_proj \(ia3\.layer\.Linear\) does more than add",
         ),
     ],
 )
@@ -197,8 +197,60 @@ def test_adapters_whose_merge_would_lose_zeros_are_refused(model: Callable[[], n
 def test_an_adapter_that_is_merged_is_refused() -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"k_proj is merged: call unmerge_adapter"):
+    with pytest.raises(ValueError, match=r"k_proj is merged already: call unmerge_adapter"):
         find_targets(model)
+
+
+def test_an_adapter_that_is_not_active_is_refused() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match=r"up_proj has others beside it that are not active \(other\).*delete_adapter"):
+        find_targets(model)
+    model.delete_adapter("other")
+    assert len(find_targets(model)) == 14
+
+
+def test_an_adapter_of_another_kind_that_is_added_later_is_refused() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"], use_dora=True))
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"up_proj \(.*MaskedLora, DoraLinearVariant\) does more than add"):
+        find_targets(model, ["*.up_proj"])
+
+
+def test_a_layer_that_does_more_than_multiply_is_not_masked() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"up": Doubled(4, 4), "down": nn.Linear(4, 4)})
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False), model)
+    x = torch.randn(3, 4)
+    before = model["up"](x)
+    mask_adapters(model)
+    assert torch.equal(model["up"](x), before)
+    with pytest.raises(
+        ValueError, match=r"the adapter of up \(lora\.layer\.Linear\) .*or its layer more than multiply"
+    ):
+        find_targets(model)
+    assert list(find_targets(model, ["down"])) == ["down"]
+
+
+def test_layers_that_share_a_weight_have_no_adapters() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+    model["two"].weight = model["one"].weight
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["one", "two"]), model)
+    mask_adapters(model)
+    with pytest.raises(ValueError, match="layers one, two share a weight and have adapters"):
+        find_targets(model)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "down_proj"])
+def test_copies_that_peft_trains_are_no_targets(saved: str) -> None:
+    layers = find_targets(adapted(modules_to_save=[saved]))
+    assert len(layers) == (14 if saved == "lm_head" else 12)
+    assert not any("original_module" in name or "modules_to_save" in name for name in layers)
 
 
 def test_weights_of_four_bits_are_refused_by_name() -> None:

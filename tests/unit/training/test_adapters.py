@@ -164,5 +164,5 @@ def test_what_is_not_plain_stays_as_it_is() -> None:
 
 def test_adapters_by_sample_are_refused() -> None:
     model = masked(5, 7, 2)
-    with pytest.raises(ValueError, match="adapter_names differ within a batch"):
+    with pytest.raises(ValueError, match="masked adapters can't differ within a batch"):
         layer_of(model)(torch.randn(2, 7), adapter_names=["default", "__base__"])
