@@ -91,18 +91,21 @@ def exported(root: Path, name: str = "exported", **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(root / name)
 
 
+ENDS: list[tuple[str, dict[str, Any]]] = [
+    ("wrapped", BOTH),
+    ("GPT-2", BOTH),
+    ("injected", DURING),
+    ("injected", BEFORE),
+    ("with a trained norm", BOTH),
+    ("with a trained layer", BOTH),
+    ("with dropout", DURING),
+    ("in 16 bits", BOTH),
+]
+
+
 @pytest.mark.parametrize(
     ("model", "options"),
-    [
-        ("injected", DURING),
-        ("injected", BEFORE),
-        ("wrapped", BOTH),
-        ("GPT-2", BOTH),
-        ("with a trained norm", BOTH),
-        ("with a trained layer", BOTH),
-        ("with dropout", DURING),
-        ("in 16 bits", BOTH),
-    ],
+    [pytest.param(*end, marks=() if number < 2 else pytest.mark.rest) for number, end in enumerate(ENDS)],
 )
 def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(
     model: str, options: dict[str, Any], tmp_path: Path
@@ -281,7 +284,7 @@ def test_weights_that_are_trained_beside_their_adapters_keep_their_zeros(tmp_pat
     assert all(report.ok for report in verify_checkpoint(tmp_path / "exported"))
 
 
-@pytest.mark.parametrize("pattern", ["channels", "structured"])
+@pytest.mark.parametrize("pattern", ["channels", pytest.param("structured", marks=pytest.mark.rest)])
 def test_adapters_of_whole_columns_and_channels_are_merged_and_taken_out(pattern: str, tmp_path: Path) -> None:
     module = Lora(adapt(tiny_llama()))
     options: dict[str, Any] = {"multiple_of": 8} if pattern == "channels" else {}
@@ -345,6 +348,7 @@ torch.testing.assert_close(*ends)
 """
 
 
+@pytest.mark.rest
 def test_compiled_adapters_are_trained_as_if_they_were_not(tmp_path: Path) -> None:
     # a process of its own, since torch.compile can't trace what checks shapes in the solver's tests
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
