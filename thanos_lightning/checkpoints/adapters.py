@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from thanos_lightning.models.adapters import MaskedAdapter, saved_modules
 from thanos_lightning.models.targets import layer_of
-from thanos_lightning.solver.low_rank import effective
+from thanos_lightning.sharding.adapters import Adapted
 
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
-
+_PARTS = ("lora_A", "lora_B")
 _NONE: Mapping[str, Any] = {"layers": {}, "configs": {}, "saved": {}}
 
 
@@ -107,13 +107,12 @@ def merge_adapters(
 
 
 def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
-    dtype = weight.dtype
-    for adapter, scale in about["scales"].items():
-        down, up = (weights[f"{layer}.{part}.{adapter}.weight"] for part in ("lora_A", "lora_B"))
-        oriented = weight.t() if about["transposed"] else weight
-        whole = effective(oriented, down.to(weight.device), up.to(weight.device) * scale)
-        weight = whole.t() if about["transposed"] else whole
-    return weight.to(dtype).contiguous()
+    matrices = {
+        adapter: [weights[f"{layer}.{part}.{adapter}.weight"] for part in _PARTS] for adapter in about["scales"]
+    }
+    added = [(down, up * about["scales"][adapter]) for adapter, (down, up) in matrices.items()]
+    whole = Adapted(weight.t() if about["transposed"] else weight, added).merged()
+    return (whole.t() if about["transposed"] else whole).contiguous()
 
 
 def write_adapters(folder: Path, weights: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> list[str]:
@@ -133,7 +132,7 @@ def write_adapters(folder: Path, weights: Mapping[str, Tensor], adapters: Mappin
                 f"base_model.model.{layer}.{part}.weight": weights[f"{layer}.{part}.{adapter}.weight"].contiguous()
                 for layer, about in adapters["layers"].items()
                 if adapter in about["scales"]
-                for part in ("lora_A", "lora_B")
+                for part in _PARTS
             },
             own / "adapter_model.safetensors",
             metadata={"format": "pt"},

@@ -37,7 +37,7 @@ def mask_adapters(model: nn.Module) -> None:
 
 
 def prepare_adapters(model: nn.Module, strategy: Strategy) -> None:
-    """Mask the adapters of a model that is about to be trained, before the strategy is set up."""
+    """Mask the adapters of a model that is about to be trained under a strategy."""
     mask_adapters(model)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         gather_whole(model)
