@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from thanos_lightning.calibration.experts import one_by_one
 from thanos_lightning.calibration.tokens import CountedTokens
+from thanos_lightning.models.experts import ExpertMatrix
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
@@ -111,6 +113,7 @@ class InputStatistics:
     kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
+    _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _eager: ExitStack = field(default_factory=ExitStack)
@@ -121,6 +124,7 @@ class InputStatistics:
         """Add the hooks."""
         # The graph of a compiled module calls only the hooks that were there when it was traced. It stays for later
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._eager.callback(one_by_one(self.layers.values()))
         for name, layer in self.layers.items():
             for module in layer.modules:
                 self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
@@ -173,33 +177,40 @@ class InputStatistics:
         if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        tokens = args[3] if isinstance(module, ExpertMatrix) and len(args) > 3 else kwargs.get("tokens")
         with self.kept.keeping(), self.stopwatch.running(inputs.device):
-            self._count(name, inputs)
+            self._count(name, inputs, tokens)
         self._is_counting = self.kept.error is None
 
-    def _count(self, name: str, inputs: Tensor) -> None:
+    def _count(self, name: str, inputs: Tensor, tokens: Tensor | None) -> None:
         own = self._by_layer.get(name)
         if own is None:
             # A sum of more than this one input contains tokens that this layer never saw.
-            own = next((other for other in self._by_layer.values() if other.updates == 1 and other.saw(inputs)), None)
-            if own is None:
+            own = self._latest.get(inputs.data_ptr())
+            if own is None or own.updates > 1 or not own.saw(inputs):
                 own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
-                own.update(inputs, self._rows_that_count(name, inputs))
+                own.update(inputs, self._rows_that_count(name, inputs, tokens))
+                self._latest[inputs.data_ptr()] = own
             self._by_layer[name] = own
         elif self._seen[name] == own.updates:
-            own.update(inputs, self._rows_that_count(name, inputs))
+            own.update(inputs, self._rows_that_count(name, inputs, tokens))
         elif not own.saw(inputs):  # another layer has just added a different input to the shared sum
             self._part(name)
             own = self._by_layer[name]
-            own.update(inputs, self._rows_that_count(name, inputs))
+            own.update(inputs, self._rows_that_count(name, inputs, tokens))
         self._seen[name] = own.updates
 
-    def _rows_that_count(self, name: str, inputs: Tensor) -> Tensor | None:
-        """Return the indices of the rows that count, on the inputs' device; None if all rows count."""
+    def _rows_that_count(self, name: str, inputs: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """Return the indices of the rows that count, on the inputs' device; None if all rows count.
+
+        `tokens` are those of an expert, as indices into the batch; None if the rows are not an expert's.
+        """
         counted, leading = self._counted, inputs.shape[:-1]
         if counted is None or counted.all:
             return None
         shape = counted.shape
+        if tokens is not None:
+            return torch.isin(tokens, counted.rows(inputs.device)).nonzero().squeeze(1)
         alike = leading == shape or (len(leading) == 1 and len(inputs) == shape.numel())
         if alike or (len(leading) > 2 and leading[0] == shape[0] and leading.numel() == shape.numel()):
             return counted.rows(inputs.device)

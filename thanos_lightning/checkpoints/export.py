@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 
 from thanos_lightning.checkpoints.adapters import adapters_of, merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.card import write_card
+from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, some_of
+from thanos_lightning.checkpoints.lazy import WithParts
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
 from thanos_lightning.report.progress import open_phase
@@ -118,13 +120,14 @@ def export_checkpoint(
             adapters = write_adapters(folder, own, adapters_of(note))
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
-        tensors = SafetensorsFiles(folder)
-        aliases = parameter_aliases(model)
+        files = SafetensorsFiles(folder)
+        tensors, aliases, of_experts = WithParts(files), parameter_aliases(model), stored_names(model)
         reports = []
         with open_phase("Counting zeros", len(inside), "tensors") as phase:
             for name, mask in inside.items():
                 check = check_shrunk if name in channels else check_mask
-                reports.append(check(tensors.stored_name(aliases[name]), tensors, mask))
+                stored = of_experts[name] if name in of_experts else files.stored_name(aliases[name])
+                reports.append(check(stored, tensors, mask))
                 phase.advance(note=name)
         _require_zeros(reports, path)
         write_record(folder, reports, inside.values())

@@ -1,7 +1,8 @@
-"""Tensors that stay on disk until they are asked for."""
+"""Tensors that stay on disk until they are asked for, and parts of tensors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
@@ -24,3 +25,57 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._make)
+
+
+_PART = re.compile(r"(?P<whole>.+)\[(?P<expert>\d+)(?:, (?P<start>\d+):(?P<stop>\d+))?\]")
+
+
+def whole_of(name: str) -> str:
+    """The name of the tensor that a name with a place, such as "down_proj[7]", is a part of; or the name itself.
+
+    Examples:
+        >>> whole_of("experts.gate_up_proj[7, 0:64]"), whole_of("up_proj.weight")
+        ('experts.gate_up_proj', 'up_proj.weight')
+    """
+    found = _PART.fullmatch(name)
+    return name if found is None else found["whole"]
+
+
+def part_of(tensor: Tensor, name: str) -> Tensor:
+    """The part of a whole tensor that a name with a place stands for, as a view.
+
+    Examples:
+        >>> import torch
+        >>> part_of(torch.arange(8).view(2, 2, 2), "experts.gate_up_proj[1, 0:1]")
+        tensor([[4, 5]])
+    """
+    found = _PART.fullmatch(name)
+    if found is None:
+        return tensor
+    rows = slice(None) if found["start"] is None else slice(int(found["start"]), int(found["stop"]))
+    return tensor[int(found["expert"]), rows]
+
+
+class WithParts(Mapping[str, Tensor]):
+    """A mapping of tensors that has their parts, too, by name and place. The last whole tensor stays in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole = whole_of(name)
+        if whole == name:
+            return self._tensors[name]
+        if self._last is None or self._last[0] != whole:
+            self._last = (whole, self._tensors[whole])
+        return part_of(self._last[1], name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and whole_of(name) in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

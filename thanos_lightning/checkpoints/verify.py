@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from thanos_lightning.checkpoints.adapters import adapted_name
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
+from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, read_json
+from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, part_of, whole_of
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
 from thanos_lightning.report.progress import open_phase
@@ -173,7 +176,8 @@ def _expect_of_files(
     path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
     folder = path if path.is_dir() else path.parent
-    tensors = SafetensorsFiles(path)
+    files = SafetensorsFiles(path)
+    tensors = WithParts(files)
     # One shard holds only some of the recorded tensors.
     is_shard = not path.is_dir() and bool(list(folder.glob("*.safetensors.index.json")))
     expected: dict[str, list[_Expected]] = {}
@@ -190,7 +194,7 @@ def _expect_of_files(
             _expect_matrices(expected, tensors, pattern, targets, ignore)
         else:
             for names, transposed in layers:
-                name = tensors.stored_name(names)
+                name = files.stored_name(names)
                 if name in tensors or not is_shard:
                     expected.setdefault(name, []).append(_Expected(pattern, transposed))
     if not expected:
@@ -211,19 +215,29 @@ def _expect_of_trainer_checkpoint(
             "Trainer that has the callback",
             stacklevel=3,
         )
-    expected = {name: [_expected_of_mask(mask, moments=(moments or {}).get(name, {}))] for name, mask in masks.items()}
+    expected = {name: [_expected_of_mask(mask, moments=_moments_of(name, moments))] for name, mask in masks.items()}
     if pattern is not None:
         if checkpoint.describes_a_model:
             note = checkpoint.require_note()
             model = build_model(note["architecture"], note["config"], path)
             for name, layer in find_targets(model, targets, ignore).items():
-                full_name = f"{note['model_prefix']}{adapted_name(name, note)}.weight"
+                own = layer.parameter_name if layer.expert else f"{adapted_name(name, note)}.weight"
+                full_name = f"{note['model_prefix']}{own}"
                 expected.setdefault(full_name, []).append(_Expected(pattern, layer.transposed))
         else:
             _expect_matrices(expected, checkpoint.state_dict, pattern, targets, ignore)
     if not expected:
         raise ValueError(f"{path} has no tensor to check: change --targets and --ignore")
-    return checkpoint.state_dict, expected
+    return WithParts(checkpoint.state_dict), expected
+
+
+def _moments_of(name: str, moments: Mapping[str, Mapping[str, Tensor]] | None) -> Mapping[str, Tensor]:
+    whole = (moments or {}).get(whole_of(name), {})
+    return LazyTensors({what: partial(_part, whole, what, name) for what in whole})
+
+
+def _part(tensors: Mapping[str, Tensor], what: str, name: str) -> Tensor:
+    return part_of(tensors[what], name)
 
 
 def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor] | None = None) -> _Expected:
@@ -258,9 +272,10 @@ def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str
             '"architectures": ["…ForCausalLM"] to it'
         )
     model = build_model(config.architectures[0], config, folder)
-    aliases = parameter_aliases(model)
+    aliases, of_experts = parameter_aliases(model), stored_names(model)
     return [
-        (aliases[layer.parameter_name], layer.transposed) for layer in find_targets(model, targets, ignore).values()
+        ([of_experts[layer.parameter_name]] if layer.expert else aliases[layer.parameter_name], layer.transposed)
+        for layer in find_targets(model, targets, ignore).values()
     ]
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,6 +27,7 @@ from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged, write_merged
+from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
@@ -65,15 +66,23 @@ def prune_window(
     """
     chosen = dict(layers)
     blind: list[str] = []
+    tokens: dict[str, int] = {}
+    lent: dict[str, tuple[str, ...]] = {}
     if moments.accumulators is not None:
         tokens = tokens_seen(chosen, moments.accumulators, access)
-        postponed, blind = _divide([name for name, seen in tokens.items() if not seen], later)
+        lent = lenders(chosen, tokens)
+        postponed, blind = _divide([name for name, seen in tokens.items() if not seen and name not in lent], later)
         if options.uses_correlations:
-            _warn_of_few(tokens, chosen)
+            borrowed = {name: sum(tokens[other] for other in others) for name, others in lent.items()}
+            _warn_of_few(tokens | borrowed, chosen)
         chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
-    sums = None if moments.accumulators is None else sum_on_owners(seen, moments.accumulators, owners, access)
+    sums = None
+    if moments.accumulators is not None:
+        counted = {name: layer for name, layer in seen.items() if tokens[name]}
+        sums = sum_on_owners(counted, moments.accumulators, owners, access)
+        lend(sums, lent, chosen, tokens, owners, access)
     own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
     ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
     for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
@@ -119,7 +128,8 @@ def prune_window(
         title = f"Reconstructing at step {window.event.step}"
         owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
     now("writing")
-    return _write(window, chosen, kept, facts, owners, access, enforcer, owned or {}), trained
+    reports = _write(window, chosen, kept, facts, owners, access, enforcer, owned or {})
+    return [replace(report, tokens=tokens.get(report.name)) for report in reports], trained
 
 
 def _solve_tasks(

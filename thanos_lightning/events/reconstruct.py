@@ -188,19 +188,24 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
         return _why_not(failure)
     if not unlike <= _TOLERANCE:
         return f"gives something else when it is called on its own (squared error {unlike:.2g} of its outputs)"
-    groups = []
-    trained: list[tuple[PrunableLayer, nn.Parameter, Tensor]] = []
+    trained: dict[nn.Parameter, Tensor] = {}  # a parameter -> its entries that are trained
+    parameters: dict[str, nn.Parameter] = {}
     for layer in task.targets:
         own = solved[layer.name]
-        parameter = copy.get_parameter(layer.parameter_name.removeprefix(f"{task.name}."))
-        parameter.data = layer.oriented(own.weight).to(device, torch.float32, copy=True)
-        parameter.requires_grad_(True)
+        parameter = copy.get_parameter(layer.parameter_name.removeprefix(f"{task.name}.").partition("[")[0])
+        if parameter not in trained:  # experts share one
+            parameter.data = parameter.data.to(device, torch.float32, copy=True)
+            parameter.requires_grad_(True)
+            trained[parameter] = torch.zeros_like(parameter, dtype=torch.bool)
+        parameters[layer.name] = parameter
+        layer.own(parameter.data).copy_(layer.oriented(own.weight))
+        layer.own(trained[parameter]).copy_(layer.oriented(own.keep))
         for adapter in layer.adapters:  # which the solved weight has in it
             copy.get_parameter(adapter.up.parameter_name.removeprefix(f"{task.name}.")).data.zero_()
-        keep = layer.oriented(own.keep).to(device)
-        scale = float(parameter.detach().square().sum() / keep.count_nonzero().clamp(min=1)) ** 0.5
+    groups = []
+    for parameter, keep in trained.items():
+        scale = float((parameter.detach() * keep).square().sum() / keep.count_nonzero().clamp(min=1)) ** 0.5
         groups.append({"params": [parameter], "lr": _RATE * scale})
-        trained.append((layer, parameter, keep))
     measured = parts[:: max(1, len(parts) // _MEASURED)]
     try:
         before = _mean_error(copy, measured, task.others, device)
@@ -209,9 +214,10 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
     except _MODELS_ERRORS as failure:
         return _why_not(failure)
     if after < before:
-        for layer, parameter, keep in trained:
-            own = solved[layer.name]
-            own.weight = layer.oriented((parameter.detach() * keep).to(own.weight.dtype)).to(own.weight.device)
+        for layer in task.targets:
+            own, parameter = solved[layer.name], parameters[layer.name]
+            weight = layer.own(parameter.detach()) * layer.own(trained[parameter])
+            own.weight = layer.oriented(weight.to(own.weight.dtype)).to(own.weight.device)
     return BlockReport(task.name, before, min(before, after), time.perf_counter() - begin)
 
 
@@ -240,7 +246,7 @@ def _steps(parts: Sequence[tuple[Call, slice]], steps: int, seed: int) -> list[t
 def _descend(
     copy: nn.Module,
     groups: list[dict[str, Any]],
-    trained: Sequence[tuple[PrunableLayer, nn.Parameter, Tensor]],
+    trained: Mapping[nn.Parameter, Tensor],
     parts: Sequence[tuple[Call, slice]],
     others: Mapping[str, Tensor],
     device: torch.device,
@@ -253,7 +259,7 @@ def _descend(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
             torch.autograd.backward(_LOSS_SCALE * _error(copy, call, part, others, device))
-            for _, parameter, keep in trained:
+            for parameter, keep in trained.items():
                 if parameter.grad is not None:  # an expert that got no token in this step
                     parameter.grad.mul_(keep)
             optimizer.step()

@@ -17,6 +17,7 @@ from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import collect
+from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
@@ -42,9 +43,12 @@ def scan_window(
     """
     assert moments.accumulators is not None, "refused where a method has no statistics"
     tokens = tokens_seen(layers, moments.accumulators, access)
-    chosen = {name: layer for name, layer in layers.items() if tokens[name]}
+    lent = lenders(layers, tokens)
+    chosen = {name: layer for name, layer in layers.items() if tokens[name] or name in lent}
     owners = moments.owners
-    sums = sum_on_owners(chosen, moments.accumulators, owners, access, stay=moments.stay)
+    counted = {name: layer for name, layer in chosen.items() if tokens[name]}
+    sums = sum_on_owners(counted, moments.accumulators, owners, access, stay=moments.stay)
+    lend(sums, lent, layers, tokens, owners, access)
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
     raise_everywhere(reserved(in_fp32, access), access)
     weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
@@ -65,7 +69,7 @@ def scan_window(
                 error = (name, failure)
                 break
     raise_everywhere(error, access)
-    unknown = {name: LayerSensitivity({}) for name, seen in tokens.items() if not seen}
+    unknown = {name: LayerSensitivity({}) for name in layers if name not in chosen}
     return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
 
 

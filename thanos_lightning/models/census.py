@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from thanos_lightning.models.adapters import base_of
+from thanos_lightning.models.experts import ExpertMatrix, layout_of
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, prunable_modules, uncalled_layers, whole_shape
 
 
@@ -63,10 +64,12 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
     """
     uncalled = uncalled_layers(model)
     modules = [base_of(module) for name, module in prunable_modules(model).items() if name not in uncalled]
-    names = {"Linear" if isinstance(module, nn.Linear) else type(module).__name__ for module in modules}
+    names = {_name_of(module) for module in modules}
     weights = sum(layer.part == "weight" for layer in layers.values())
     census = Census(weights, len(modules), " and ".join(sorted(names)))
-    targets = {id(layer.parameter) for layer in layers.values()}
+    targets: dict[int, int] = {}  # parameter -> its weights in layers to prune, which may be some of its experts
+    for layer in layers.values():
+        targets[id(layer.parameter)] = targets.get(id(layer.parameter), 0) + layer.rows * layer.cols
     counted: set[int] = set()
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -76,12 +79,18 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
                 census.adapters += size
                 continue
             census.model_weights += size
-            if id(parameter) in targets:
-                census.target_weights += size
-            else:
+            pruned = min(size, targets.get(id(parameter), 0))
+            census.target_weights += pruned
+            if pruned < size or id(parameter) not in targets:
                 kind = _kind(name, module, parameter_name, parameter)
-                census.dense[kind] = census.dense.get(kind, 0) + size
+                census.dense[kind] = census.dense.get(kind, 0) + size - pruned
     return census
+
+
+def _name_of(module: nn.Module) -> str:
+    if isinstance(module, ExpertMatrix):
+        return "expert"
+    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__
 
 
 def _kind(name: str, module: nn.Module, parameter_name: str, parameter: Tensor) -> str:
@@ -98,5 +107,5 @@ def _kind(name: str, module: nn.Module, parameter_name: str, parameter: Tensor) 
     if isinstance(module, PRUNABLE):
         return name.rpartition(".")[2]
     if len(whole_shape(parameter)) == 3 and not hasattr(module, "kernel_size"):
-        return "fused experts (3-D parameters)"
+        return "fused experts" if layout_of(module) else f"fused experts of an unknown layout ({kind})"
     return kind if hasattr(module, "kernel_size") else f"{kind}.{parameter_name}"

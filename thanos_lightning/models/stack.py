@@ -45,8 +45,8 @@ def find_blocks(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> dict[s
     inside = {name: set(block.modules()) for name, block in blocks.items()}
     found: dict[str, list[str]] = {}
     for layer in layers.values():
-        homes = [name for name, modules in inside.items() if not modules.isdisjoint(layer.modules)]
-        if len(homes) == 1 and inside[homes[0]].issuperset(layer.modules):
+        homes = [name for name, modules in inside.items() if not modules.isdisjoint(layer.holders)]
+        if len(homes) == 1 and inside[homes[0]].issuperset(layer.holders):
             found.setdefault(homes[0], []).append(layer.name)
     return {name: Block(blocks[name], tuple(own)) for name, own in found.items() if len(own) > 1}
 

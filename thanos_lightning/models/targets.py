@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import MaskedAdapter, base_of, saved_modules, tuner_layers
+from thanos_lightning.models.experts import ExpertMatrix, matrices_of
 
-PrunableModule: TypeAlias = nn.Linear | Conv1D  # or what peft puts in its place, which has its weight and its bias
+# or what peft puts in the place of the first two, which has its weight and its bias
+PrunableModule: TypeAlias = nn.Linear | Conv1D | ExpertMatrix
 PRUNABLE = (nn.Linear, Conv1D)
 IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
@@ -25,8 +27,8 @@ class PrunableLayer:
     """A weight matrix that can be pruned, and the modules that multiply by it; or a bias, as a matrix of one column.
 
     Attributes:
-        name: Fully qualified name of the (first) module, or of a bias.
-        modules: The modules that hold the weight: one, unless layers share it.
+        name: Fully qualified name of the (first) module, of a bias, or of a matrix of an expert.
+        modules: The modules that hold the weight: one, unless layers share it. Of a matrix of an expert, what shows it.
         rows: out_features.
         cols: in_features; 1 of a bias.
         transposed: True where the parameter is stored as (in_features, out_features): transformers' Conv1D.
@@ -42,7 +44,10 @@ class PrunableLayer:
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight, or of the bias, among the model's parameters."""
+        """Name of the weight, or of the bias, among the model's parameters; of a part of one, with its place."""
+        if self.expert is not None:
+            experts = self.name.rsplit(".", 2)[0]
+            return f"{experts}.{self.expert.parameter}{self.expert.place}"
         module = self.name.removesuffix(".bias") if self.part == "bias" else self.name
         is_adapted = bool(self.modules) and isinstance(self.modules[0], MaskedAdapter)
         return f"{module}.base_layer.{self.part}" if is_adapted else f"{module}.{self.part}"
@@ -68,13 +73,36 @@ class PrunableLayer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is stored. It is read anew each time, because wrappers and moves may replace it."""
+        """The parameter as it is stored, of all experts if it has several.
+
+        It is read anew each time, because wrappers and moves may replace it.
+        """
         weight = getattr(self.modules[0], self.part)
         assert isinstance(weight, nn.Parameter), "checked by find_targets"
         return weight
 
+    @property
+    def expert(self) -> ExpertMatrix | None:
+        """Where the weight lies, if it is a part of a parameter of several experts."""
+        module = self.modules[0] if self.modules else None
+        return module if isinstance(module, ExpertMatrix) else None
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules of the model that have the parameter."""
+        return list(self.modules) if self.expert is None else [self.expert.experts]
+
+    @property
+    def start(self) -> int:
+        """The entry of the flattened parameter with which the weight begins."""
+        return 0 if self.expert is None else self.expert.start
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that belongs to the weight, by a view, if the tensor has the parameter's shape."""
+        return tensor if self.expert is None else self.expert.own(tensor)
+
     def oriented(self, tensor: Tensor) -> Tensor:
-        """Convert between the parameter's layout and (out_features, in_features), by a view."""
+        """Convert between the layout in the parameter and (out_features, in_features), by a view."""
         if self.part == "bias":
             return tensor.squeeze(1) if tensor.ndim == 2 else tensor.unsqueeze(1)
         return tensor.t() if self.transposed else tensor
@@ -104,6 +132,8 @@ def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
         >>> layer_of("up", nn.Linear(8, 4)).rows
         4
     """
+    if isinstance(modules[0], ExpertMatrix):
+        return PrunableLayer(name, modules, *modules[0].shape, modules[0].transposed)
     transposed = isinstance(base_of(modules[0]), Conv1D)
     shape = whole_shape(modules[0].weight)
     rows, cols = reversed(shape) if transposed else shape
@@ -199,7 +229,9 @@ def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Itera
 
 
 def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
-    """All Linear and Conv1D layers by name. One that peft has adapted is under the name that it had before.
+    """All Linear and Conv1D layers, and matrices of fused experts, by name.
+
+    A layer that peft has adapted is under the name that it had before.
 
     Examples:
         >>> list(prunable_modules(nn.Sequential(nn.Linear(8, 4), nn.ReLU())))
@@ -208,11 +240,20 @@ def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
     adapted = {name: base_of(module) for name, module in tuner_layers(model).items()}
     layers = {name: base for name, base in adapted.items() if isinstance(base, PRUNABLE)}
     inside = (*(f"{name}." for name in layers), *saved_modules(model))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(layers.get(name, module), PRUNABLE) and not name.startswith(inside)
-    }
+    found: dict[str, PrunableModule] = {}
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            if isinstance(layers.get(name, module), PRUNABLE) and not _is_router(module):
+                found[name] = module
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}{matrix}": own for matrix, own in matrices_of(module).items()}
+    return found
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it is one of transformers' routers that are Linear layers and give more than a product."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("Router")
 
 
 def uncalled_layers(
@@ -245,8 +286,9 @@ def find_targets(
 ) -> dict[str, PrunableLayer]:
     """Find the layers to prune, in the order in which the model registers them. The order is the same on all ranks.
 
-    Prunable layers are `torch.nn.Linear` and transformers' `Conv1D`, except those in `uncalled_layers`. Layers that
-    share one weight are one target.
+    Prunable layers are `torch.nn.Linear` and transformers' `Conv1D`, except those in `uncalled_layers`, and the
+    matrices of experts that transformers keeps in one parameter, such as "…experts.7.down_proj". Layers that share one
+    weight are one target.
 
     Args:
         model: Any module. Names are as `model.named_modules()` gives them.
@@ -301,6 +343,9 @@ def find_targets(
     seen: set[int] = set()
     shared: dict[str, str] = {}  # layer -> module that shares its weight but is no target
     for name, module in chosen.items():
+        if isinstance(module, ExpertMatrix):
+            layers[name] = layer_of(name, module)
+            continue
         if id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
@@ -369,10 +414,9 @@ def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
 
 
 def _check_weights(layers: Mapping[str, PrunableModule]) -> None:
+    stored = {name: base_of(module) for name, module in layers.items() if not isinstance(module, ExpertMatrix)}
     computed = [
-        name
-        for name, module in layers.items()
-        if not isinstance(base_of(module)._parameters.get("weight"), nn.Parameter)
+        name for name, module in stored.items() if not isinstance(module._parameters.get("weight"), nn.Parameter)
     ]
     if computed:
         raise ValueError(

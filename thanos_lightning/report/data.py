@@ -32,6 +32,8 @@ class LayerReport:
         loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed.
         relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight.
         seconds: Time of the solve.
+        tokens: How many tokens its inputs were counted on, on all ranks; None where no statistics were needed. An
+            expert that fewer tokens than inputs have reached was solved on the mean of its layer's experts, too.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerReport:
     loss: float
     relative_loss: float
     seconds: float
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,23 @@ class Range(NamedTuple):
         """The entry after the last."""
         return self.start + self.numel
 
+    def of(self, layer: PrunableLayer) -> Range:
+        """The part that belongs to a layer, counted from where the layer begins.
+
+        Examples:
+            >>> up = PrunableLayer("up", (), rows=2, cols=3, transposed=False)
+            >>> Range(4, 8).of(up)
+            Range(start=4, numel=2)
+        """
+        first = max(self.start, layer.start)
+        stop = min(self.stop, layer.start + layer.rows * layer.cols)
+        return Range(first - layer.start, stop - first) if stop > first else Range(0, 0)
+
+    def piece(self, layer: PrunableLayer, flat: Tensor) -> Tensor:
+        """The entries of a layer among those of this range, by a view."""
+        own = self.of(layer)
+        return flat[own.start + layer.start - self.start :][: own.numel] if own.numel else flat[:0]
+
 
 def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Range]]:
     """Choose the rank to take each entry from, so that each entry is taken once: (rank, range), in order.

@@ -96,19 +96,19 @@ class FsdpAccess(FragmentAccess):
         gradient = self._parameters[layer.name].grad
         if gradient is not None:
             assert isinstance(gradient, DTensor), "as its parameter"
-            zero_where(_flat(gradient), drop)
+            zero_where(_held_entries(gradient).piece(layer, _flat(gradient)), drop)
 
     def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         parameter = self._parameters[layer.name]
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
-                yield LocalPiece(name, _flat(value))
+                yield LocalPiece(name, _held_entries(value).piece(layer, _flat(value)))
 
     # For FragmentAccess
 
     def _held(self, layer: PrunableLayer) -> Range:
-        return _held_entries(self._parameters[layer.name])
+        return _held_entries(self._parameters[layer.name]).of(layer)
 
     def _held_exactly(self, layer: PrunableLayer) -> Range:
         return self._held(layer)
@@ -120,7 +120,8 @@ class FsdpAccess(FragmentAccess):
         return self._read_exact(layer).device  # with offloading, not the forward's device
 
     def _read_exact(self, layer: PrunableLayer) -> Tensor:
-        return _flat(self._parameters[layer.name])
+        parameter = self._parameters[layer.name]
+        return _held_entries(parameter).piece(layer, _flat(parameter))
 
     def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
         self._read_exact(layer).copy_(values)

@@ -41,22 +41,22 @@ class ReplicatedAccess(Ranks):
 
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
         """See `ParameterAccess`."""
-        return layer.oriented(layer.parameter.detach()) if self.rank == owner else None
+        return layer.oriented(layer.own(layer.parameter.detach())) if self.rank == owner else None
 
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """See `ParameterAccess`."""
-        parameter = layer.parameter
+        own = layer.own(layer.parameter.data)
         if self.rank == owner:
             assert weight is not None
             assert keep is not None
-            parameter.copy_(layer.oriented(weight))
+            own.copy_(layer.oriented(weight))
         if self.world_size > 1:
-            self.broadcast(parameter.data, owner)
+            self.broadcast(own, owner)
             shape = (layer.rows, layer.cols)
             numel = layer.rows * layer.cols
             bits = torch.empty(-(-numel // 8), dtype=torch.uint8) if keep is None else pack_bits(keep)
-            bits = bits.to(parameter.device)
+            bits = bits.to(own.device)
             self.broadcast(bits, owner)
             keep = unpack_bits(bits, shape)
         assert keep is not None
@@ -86,16 +86,16 @@ class ReplicatedAccess(Ranks):
     def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
         parameter = layer.parameter
-        yield LocalPiece("weight", parameter.data)
+        yield LocalPiece("weight", layer.own(parameter.data))
         # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
         for name, value in optimizer.state.get(parameter, {}).items():
             # In quantised states (8 bit) a code of 0 need not mean the value 0.
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
-                yield LocalPiece(name, value)
+                yield LocalPiece(name, layer.own(value))
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
-        yield LocalPiece("weight", layer.parameter.data)
+        yield LocalPiece("weight", layer.own(layer.parameter.data))
         for optimizer in self.optimizers:
             if self.stepped_by(optimizer, {"": layer}):
                 yield from (piece for piece in self.stepped_tensors(layer, optimizer) if piece.what != "weight")
@@ -104,4 +104,4 @@ class ReplicatedAccess(Ranks):
         """See `ParameterAccess`."""
         gradient = layer.parameter.grad
         if gradient is not None:
-            zero_where(gradient, drop)
+            zero_where(layer.own(gradient), drop)

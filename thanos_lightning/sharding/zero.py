@@ -51,7 +51,7 @@ class _Master:
     Attributes:
         tensor: The tensor that the torch optimizer steps, and the key of its optimizer state.
         offset: Where the piece begins in the tensor.
-        held: The entries of the flattened parameter that the piece contains.
+        held: The entries of the flattened parameter that the piece contains; of the layer after `of`.
     """
 
     tensor: Tensor
@@ -62,6 +62,11 @@ class _Master:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.held.numel]
 
+    def of(self, layer: PrunableLayer) -> _Master | None:
+        """The part of the piece that belongs to a layer; None if none does."""
+        own = self.held.of(layer)
+        return _Master(self.tensor, self.offset + layer.start + own.start - self.held.start, own) if own.numel else None
+
 
 class _Layout(Protocol):
     """Where one of DeepSpeed's optimizers keeps masters, model copies and gradients."""
@@ -70,19 +75,19 @@ class _Layout(Protocol):
         """All tensors that the torch optimizer steps on this rank, in the order of the steps."""
         ...
 
-    def master(self, parameter: nn.Parameter) -> _Master | None:
-        """This rank's piece, or None if the rank has none or the parameter is not trained."""
+    def master(self, layer: PrunableLayer) -> _Master | None:
+        """This rank's piece, or None if the rank has none or the layer is not trained."""
         ...
 
-    def held(self, parameter: nn.Parameter) -> Range:
+    def held(self, layer: PrunableLayer) -> Range:
         """The entries whose mask this rank needs."""
         ...
 
-    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
+    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """The held entries of the model's copy, flat."""
         ...
 
-    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
         """Zero the held entries of the gradient that the next step uses."""
         ...
 
@@ -122,18 +127,20 @@ class _Whole:
     def masters(self) -> Sequence[Tensor]:
         return self._masters
 
-    def master(self, parameter: nn.Parameter) -> _Master | None:
-        return self._of.get(id(parameter))
+    def master(self, layer: PrunableLayer) -> _Master | None:
+        master = self._of.get(id(layer.parameter))
+        return None if master is None else master.of(layer)
 
-    def held(self, parameter: nn.Parameter) -> Range:
-        return Range(0, parameter.numel())
+    def held(self, layer: PrunableLayer) -> Range:
+        return Range(0, layer.rows * layer.cols)
 
-    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
-        yield LocalPiece("weight", parameter.detach().reshape(-1))
+    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1))
 
-    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
-        if parameter.grad is not None:
-            zero_where(parameter.grad, drop.view_as(parameter.grad))
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        if layer.parameter.grad is not None:
+            gradient = layer.own(layer.parameter.grad)
+            zero_where(gradient, drop.view_as(gradient))
 
 
 class _Stage12:
@@ -154,40 +161,42 @@ class _Stage12:
             return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
 
-    def master(self, parameter: nn.Parameter) -> _Master | None:
-        mapping = getattr(parameter, "_hp_mapping", None)
+    def master(self, layer: PrunableLayer) -> _Master | None:
+        mapping = getattr(layer.parameter, "_hp_mapping", None)
         if mapping is None:
             return None
         held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        return _Master(self.masters()[mapping.param_group_index], mapping.hp_fragment_address.start, held)
+        return _Master(self.masters()[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
 
-    def held(self, parameter: nn.Parameter) -> Range:
-        master = self.master(parameter)
-        if self._holds_gradients_whole or not hasattr(parameter, "_hp_mapping"):
-            return Range(0, parameter.numel())
+    def held(self, layer: PrunableLayer) -> Range:
+        master = self.master(layer)
+        if self._holds_gradients_whole or not hasattr(layer.parameter, "_hp_mapping"):
+            return Range(0, layer.rows * layer.cols)
         return Range(0, 0) if master is None else master.held
 
-    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
-        held = self.held(parameter)
-        yield LocalPiece("weight", parameter.detach().reshape(-1)[held.start : held.stop])
+    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        held = self.held(layer)
+        yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
 
-    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
-        sharded: Any = parameter
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        sharded: Any = layer.parameter
         optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
         if self._holds_gradients_whole:
-            group = self._group_of.get(id(parameter))
+            group = self._group_of.get(id(sharded))
             if group is not None:
-                zero_where(optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group].view(-1), drop)
+                whole = optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group]
+                zero_where(Range(0, whole.numel()).piece(layer, whole.view(-1)), drop)
             return
         if mapping is None:
             return
         if optimizer.cpu_offload:
             optimizer._wait_for_offload_copies()  # copies to pinned memory are asynchronous
+        held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
-        zero_where(gradient.view(-1), drop.to(gradient.device))
+        zero_where(held.piece(layer, gradient.view(-1)), drop.to(gradient.device))
         if optimizer.cpu_offload:
             # DeepSpeed took the gradient's norm in the backward, before the gradient could be masked.
-            norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(parameter)
+            norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(sharded)
             if key in norms:
                 norms[key] = gradient.to(norms[key].dtype).norm(2).to(norms[key].device)
 
@@ -207,13 +216,13 @@ class _Stage3:
         masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
         return masters
 
-    def master(self, parameter: nn.Parameter) -> _Master | None:
-        held = self.held(parameter)
+    def master(self, layer: PrunableLayer) -> _Master | None:
+        parameter = layer.parameter
         group = self._group(parameter)
-        if group is None or held.numel == 0:
+        if group is None:
             return None
         _, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        return _Master(self.masters()[group], offset, held)
+        return _Master(self.masters()[group], offset, self._shard(parameter)).of(layer)
 
     def _group(self, parameter: nn.Parameter) -> int | None:
         if id(parameter) not in self._index:
@@ -226,20 +235,28 @@ class _Stage3:
         group = self._group(parameter)
         return group is not None and bool(self._optimizer._swappable_optimizer_subgroup(group))
 
-    def held(self, parameter: nn.Parameter) -> Range:
+    def _shard(self, parameter: nn.Parameter) -> Range:
         sharded: Any = parameter  # with DeepSpeed's own attributes
         part, numel = sharded.partition_numel(), sharded.ds_numel
         start = min(part * self._rank, numel)
         return Range(start, min(part, numel - start))
 
-    def model_copies(self, parameter: nn.Parameter) -> Iterator[LocalPiece]:
-        held = self.held(parameter)
-        sharded: Any = parameter
-        piece = sharded.ds_tensor
-        if piece.numel() >= held.numel:  # otherwise the piece is on NVMe
-            yield LocalPiece("weight", piece.detach().view(-1)[: held.numel])
+    def held(self, layer: PrunableLayer) -> Range:
+        return self._shard(layer.parameter).of(layer)
+
+    def piece(self, layer: PrunableLayer, shard: Tensor) -> Tensor:
+        """The layer's entries of a tensor that is laid out like this rank's shard of the parameter."""
+        return self._shard(layer.parameter).piece(layer, shard.view(-1))
+
+    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        held = self.held(layer)
+        sharded: Any = layer.parameter
+        shard = sharded.ds_tensor
+        if shard.numel() >= self._shard(sharded).numel:  # otherwise the shard is on NVMe
+            yield LocalPiece("weight", self.piece(layer, shard.detach()))
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters gathered
-            yield LocalPiece("gathered weight", parameter.detach().reshape(-1)[held.start : held.stop])
+            own = layer.own(sharded.detach()).reshape(-1)
+            yield LocalPiece("gathered weight", own[held.start : held.stop])
 
     @property
     def can_differentiate(self) -> bool:
@@ -252,18 +269,19 @@ class _Stage3:
         if small := self._optimizer.persistent_parameters:  # DeepSpeed expects these to stay gathered
             small[0].all_gather(small)
 
-    def mask_gradient(self, parameter: nn.Parameter, drop: Tensor) -> None:
+    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+        parameter = layer.parameter
         group = self._group(parameter)
         if group is None or drop.numel() == 0:
             return
         if self._optimizer.offload_optimizer:
             # The setter also corrects the gradient's norm, which DeepSpeed took in the backward.
             gradient = safe_get_local_grad(parameter).clone()
-            zero_where(gradient.view(-1)[: drop.numel()], drop.to(gradient.device))
+            zero_where(self.piece(layer, gradient), drop.to(gradient.device))
             safe_set_local_grad(parameter, gradient)
             return
         gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
-        zero_where(gradient.view(-1)[: drop.numel()], drop)
+        zero_where(self.piece(layer, gradient), drop)
 
 
 class ZeroAccess(FragmentAccess):
@@ -284,7 +302,7 @@ class ZeroAccess(FragmentAccess):
         else:
             self._layout = _Whole(wrapped)
         inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
-        self._masters = {name: self._layout.master(layer.parameter) for name, layer in layers.items()}
+        self._masters = {name: self._layout.master(layer) for name, layer in layers.items()}
         self._layers_of: dict[int, set[str]] = {}
         for name, master in self._masters.items():
             if master is not None:
@@ -329,7 +347,7 @@ class ZeroAccess(FragmentAccess):
         master = self._masters[layer.name]
         if master is None:
             return
-        start = master.held.start - self._layout.held(layer.parameter).start
+        start = master.held.start - self._layout.held(layer).start
         place = slice(start, start + master.held.numel)
         yield LocalPiece("master", master.slice_of(master.tensor), place)
         # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
@@ -339,16 +357,16 @@ class ZeroAccess(FragmentAccess):
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
-        yield from self._layout.model_copies(layer.parameter)
-        if not self._is_swapped(layer):
+        yield from self._layout.model_copies(layer)
+        if not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
             yield from self.stepped_tensors(layer, self.optimizers[0])
             return
         master = self._masters[layer.name]
         if master is None:
             return
-        yield LocalPiece("master", safe_get_local_fp32_param(layer.parameter)[: master.held.numel])
+        yield LocalPiece("master", self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter)))
         for name in self._moments(master):
-            yield LocalPiece(name, safe_get_local_optimizer_state(layer.parameter, name)[: master.held.numel])
+            yield LocalPiece(name, self._layout.piece(layer, safe_get_local_optimizer_state(layer.parameter, name)))
 
     @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
@@ -362,12 +380,12 @@ class ZeroAccess(FragmentAccess):
         """See `ParameterAccess`."""
         # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
-            self._layout.mask_gradient(layer.parameter, drop)
+            self._layout.mask_gradient(layer, drop)
 
     # For FragmentAccess
 
     def _held(self, layer: PrunableLayer) -> Range:
-        return self._layout.held(layer.parameter)
+        return self._layout.held(layer)
 
     def _held_exactly(self, layer: PrunableLayer) -> Range:
         if not layer.parameter.requires_grad:  # an untrained parameter has no master
@@ -386,9 +404,6 @@ class ZeroAccess(FragmentAccess):
         assert device is not None
         return device
 
-    def _is_swapped(self, layer: PrunableLayer) -> bool:
-        return isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter)
-
     def _moments(self, master: _Master) -> list[str]:
         """Names of the states that an optimizer on NVMe keeps for each entry. In memory they are 1-D tensors."""
         states = self.optimizers[0].state.get(master.tensor, {})
@@ -397,13 +412,12 @@ class ZeroAccess(FragmentAccess):
     def _read_exact(self, layer: PrunableLayer) -> Tensor:
         master = self._masters[layer.name]
         if master is not None:
-            if self._is_swapped(layer):
-                values: Tensor = safe_get_local_fp32_param(layer.parameter)[: master.held.numel]
-                return values
+            if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
+                return self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter))
             return master.slice_of(master.tensor)
         if layer.parameter.requires_grad:
             return torch.empty(0, dtype=self._exact_dtype(layer), device=self._device)
-        piece = next(iter(self._layout.model_copies(layer.parameter)), None)
+        piece = next(iter(self._layout.model_copies(layer)), None)
         if piece is None:
             raise MisconfigurationException(
                 f"layer {layer.name} is not trained, and its weight is on NVMe, where it can't be pruned: train it, "
@@ -415,9 +429,9 @@ class ZeroAccess(FragmentAccess):
         master = self._masters[layer.name]
         if master is None:  # not trained: the model's copy is all there is
             return
-        if self._is_swapped(layer):
+        if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
             part = safe_get_local_fp32_param(layer.parameter).clone()
-            part[: len(values)] = values
+            self._layout.piece(layer, part).copy_(values)
             safe_set_local_fp32_param(layer.parameter, part)
         else:
             master.slice_of(master.tensor).copy_(values)
@@ -425,20 +439,29 @@ class ZeroAccess(FragmentAccess):
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
         parameter = layer.parameter
         if not isinstance(self._layout, _Stage3):
+            own = layer.own(parameter.data)
             if weight is not None:
-                parameter.copy_(layer.oriented(weight))
-            self.broadcast(parameter.data, owner)
+                own.copy_(layer.oriented(weight))
+            self.broadcast(own, owner)
+            return
+        copies = [piece.what for piece in self._layout.model_copies(layer)]
+        has_others = getattr(parameter, "ds_secondary_tensor", None) is not None
+        if layer.expert is not None and all(self.gather(copies == ["weight"] and not has_others)):
+            # Only the pieces are sent: to gather the parameter for each of its experts would take long
+            flat = None if weight is None else layer.oriented(weight).reshape(-1)
+            values = self._hand_out(flat, self._ranges[layer.name], owner, parameter.dtype)
+            next(self._layout.model_copies(layer)).tensor.copy_(values)
             return
         with GatheredParameters([parameter], modifier_rank=owner):
             if weight is not None:
-                parameter.data.copy_(layer.oriented(weight))
+                layer.own(parameter.data).copy_(layer.oriented(weight))
 
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         master = self._masters[layer.name]
-        if master is not None and self._is_swapped(layer):
+        if master is not None and isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
             for name in self._moments(master):
                 part = safe_get_local_optimizer_state(layer.parameter, name).clone()
-                zero_where(part[: len(drop)], drop.to(part.device))
+                zero_where(self._layout.piece(layer, part), drop.to(part.device))
                 safe_set_local_optimizer_state(layer.parameter, part, name)
             return
         for what, moment, place in self.stepped_tensors(layer, self.optimizers[0]):

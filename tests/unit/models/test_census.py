@@ -49,6 +49,11 @@ def test_fused_experts_are_named() -> None:
         num_key_value_heads=1, num_local_experts=8,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
-    census = take_census(model, find_targets(model))
+    every = take_census(model, find_targets(model))
+    assert every.target_weights == 8 * 3 * 8 * 32 + 8 * 8 * 2 + 8 * 4 * 2
+    assert "fused experts" not in every.dense
+    census = take_census(model, find_targets(model, ignore=["re:.*experts[.][1-7].*", "lm_head"]))
     assert census.share < 0.5
-    assert census.shares().startswith("fused experts (3-D parameters) (")
+    assert census.shares().startswith("fused experts (80%)")
+    assert census.dense["fused experts"] == 7 * 3 * 8 * 32
+    assert census.model_weights == every.model_weights

@@ -1,0 +1,67 @@
+"""Experts that few tokens have reached, and what they borrow from the other experts of their layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.solver import HessianAccumulator
+
+
+def lenders(layers: Mapping[str, PrunableLayer], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Experts' matrices that fewer tokens than inputs have reached -> all of their kind in the layer that any reached.
+
+    A matrix that lacks tokens is in its own list if one has reached it. Where none reached any, it has no list.
+    """
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        if layer.expert is not None:
+            kinds.setdefault(_kind(name), []).append(name)
+    reached = {kind: tuple(name for name in names if tokens[name]) for kind, names in kinds.items()}
+    return {
+        name: reached[kind]
+        for kind, names in kinds.items()
+        for name in names
+        if reached[kind] and tokens[name] < layers[name].cols
+    }
+
+
+def _kind(name: str) -> tuple[str, str]:
+    experts, _, matrix = name.rsplit(".", 2)
+    return experts, matrix
+
+
+def lend(
+    sums: dict[str, HessianAccumulator],
+    lent: Mapping[str, tuple[str, ...]],
+    layers: Mapping[str, PrunableLayer],
+    tokens: Mapping[str, int],
+    owners: Mapping[str, int],
+    access: ParameterAccess,
+) -> None:
+    """Fill up the sums of experts that lack tokens, on their owners. All ranks must call it.
+
+    What an expert lacks to have as many tokens as inputs, it gets as the mean of those of `lenders`. `sums` are of
+    `sum_on_owners`, `tokens` are those that all ranks have counted.
+    """
+    before = dict(sums)
+    filled: dict[tuple[int, ...], HessianAccumulator] = {}  # gate and up share theirs
+    for group in dict.fromkeys(lent.values()):
+        own = [before[name].triangle for name in group if owners[name] == access.rank]
+        first = layers[group[0]]
+        total = torch.zeros(first.cols, first.cols, device=own[0].device if own else first.parameter.device)
+        for one in own:
+            total += one
+        total = access.total(total)
+        total /= sum(tokens[name] for name in group)
+        for name in (name for name, others in lent.items() if others == group and owners[name] == access.rank):
+            counted = before.get(name)
+            key = (id(counted), *(id(before[other]) for other in group if owners[other] == access.rank))
+            if key not in filled:
+                filled[key] = HessianAccumulator.of_sum(total * (first.cols - tokens[name]), first.cols)
+                if counted is not None:
+                    filled[key].triangle.add_(counted.triangle)
+            sums[name] = filled[key]
