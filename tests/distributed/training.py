@@ -33,13 +33,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from mixtures import tiny_mixture
 from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 import thanos_lightning.events.prune
 import thanos_lightning.events.run
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.lm.adapters import add_lora
+from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
@@ -136,6 +139,16 @@ def wide_llama() -> Any:
     return tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
 
 
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "narrow": narrow_llama,
+    "wide": wide_llama,
+    "mixtral": tiny_mixture,
+    "gpt-oss": partial(tiny_mixture, "gpt-oss"),
+}
+
+
 def shard(
     model: Any,
     device_mesh: Any,
@@ -188,7 +201,7 @@ def shard(
 
 class Module(ToyLM):
     def __init__(self, case: Case) -> None:
-        build = {"llama": tiny_llama, "gpt2": tiny_gpt2, "narrow": narrow_llama, "wide": wide_llama}[case.model]
+        build = MODELS[case.model]
         self.build = build
         super().__init__(None if case.configure_model else adapted(build(), case), make_optimizer=self._make)
         if case.configure_model:
@@ -308,11 +321,19 @@ def masks_of(pruning: ThanosPruningCallback) -> dict[str, LayerMask]:
     return masks
 
 
-def as_stored(name: str, mask: LayerMask) -> Tensor:
-    """The keep mask in the layout of the parameter."""
-    if name.endswith(".bias"):
-        return mask.keep.squeeze(1)
-    return mask.keep.T if mask.transposed else mask.keep
+def as_stored(masks: dict[str, LayerMask], parameters: dict[str, Any]) -> dict[str, Tensor]:
+    """Parameter -> its keep mask in its own layout: of all experts that it has, if these have masks."""
+    stored: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        keep = mask.keep.T if mask.transposed else mask.keep
+        whole = whole_of(name)
+        if whole == name:
+            stored[name] = keep.squeeze(1) if name.endswith(".bias") else keep
+            continue
+        if whole not in stored:
+            stored[whole] = torch.ones(whole_shape(parameters[whole]), dtype=torch.bool)
+        part_of(stored[whole], name).copy_(keep)
+    return stored
 
 
 class Watch(Callback):
@@ -332,14 +353,15 @@ class Watch(Callback):
         self.sums: list[int] = []  # how many different ones a window had on this rank
         self.tokens: list[int] = []  # of all layers of a window on this rank
         self._sparse_norm = 0.0
-        self._masks: dict[str, LayerMask] = {}
+        self._masks: dict[str, Tensor] = {}
         self._events = -1
 
-    def masks(self) -> dict[str, LayerMask]:
-        """The masks of the last event."""
+    def masks(self, pl_module: Any) -> dict[str, Tensor]:
+        """The keep masks of the last event, by parameter, as it is stored."""
         events = len(self.pruning.report.events)
         if events != self._events:
-            self._masks, self._events = masks_of(self.pruning), events
+            self._masks = as_stored(masks_of(self.pruning), dict(pl_module.named_parameters()))
+            self._events = events
         return self._masks
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -382,7 +404,7 @@ class Watch(Callback):
             return
         from deepspeed.utils import safe_get_full_grad
 
-        masks = self.masks()
+        masks = self.masks(pl_module)
         self._sparse_norm = 0.0
         if not masks or len(self.norms) >= NORMS:
             return
@@ -392,7 +414,7 @@ class Watch(Callback):
                 continue
             gradient = safe_get_full_grad(parameter)
             if name in masks:
-                gradient = gradient * as_stored(name, masks[name])
+                gradient = gradient * masks[name]
             total += float(gradient.double().square().sum())
         # gradients in fp16 are scaled; in others some of DeepSpeed's optimizers have None there
         self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
@@ -416,12 +438,12 @@ class Watch(Callback):
                 dist.broadcast(torch.ones(1), src=0)
                 dist.all_gather_object([None] * dist.get_world_size(), "")
             self.control += len(mode.calls) >= 3
-        masks = self.masks()
+        masks = self.masks(pl_module)
         weights = held_weights([parameters[name] for name in masks])
         with together():
             states = {name: list(held_states(trainer, parameters[name])) for name in masks}
-        for (name, mask), weight in zip(masks.items(), weights, strict=True):
-            drop = held_like(parameters[name], ~as_stored(name, mask))
+        for (name, keep), weight in zip(masks.items(), weights, strict=True):
+            drop = held_like(parameters[name], ~keep)
             for what, held in [("weight", weight), *states[name]]:
                 self.checked[what] = self.checked.get(what, 0) + 1
                 values = held.reshape(drop.shape)[drop]
@@ -443,14 +465,14 @@ class ClippedNorm(Callback):
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
             if not self.pruning.report.events or len(self.norms) >= NORMS:
                 return clip(*args, **kwargs)
-            masks = masks_of(self.pruning)
+            masks = as_stored(masks_of(self.pruning), dict(pl_module.named_parameters()))
             total = 0.0
             for name, parameter in pl_module.named_parameters():
                 if not parameter.requires_grad:
                     continue
                 gradient = parameter.grad.full_tensor()
                 if name in masks:
-                    gradient = gradient * as_stored(name, masks[name])
+                    gradient = gradient * masks[name]
                 total += float(gradient.double().square().sum())
             norm: Any = clip(*args, **kwargs)
             self.norms.append((total**0.5, float(norm.full_tensor())))
@@ -839,7 +861,7 @@ def train(case: Case) -> None:
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
     if case.watch:
         callbacks.append(watch)
-    if case.lora:
+    if case.lora or case.model in ("mixtral", "gpt-oss"):
         callbacks.append(Probe(out))
     clipped = ClippedNorm(pruning)
     if case.strategy == "fsdp":

@@ -1,0 +1,96 @@
+"""Real ranks over gloo that train mixtures of experts while the experts are pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import Trainings, agreement, masks, only, results
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning import export_checkpoint, verify_checkpoint
+
+MIXTRAL = {"model": "mixtral", "save": [10]}
+LEAF = {"zero": {"leaf_module": {"classes": ["transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock"]}}}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": MIXTRAL,
+    "zero0": {**MIXTRAL, "strategy": "zero0"},
+    "zero0, bf16": {**MIXTRAL, "strategy": "zero0", "precision": "bf16-mixed"},
+    "zero1": {**MIXTRAL, "strategy": "zero1"},
+    "zero1, fp32 accumulation": {
+        **MIXTRAL, "strategy": "zero1", "precision": "bf16-mixed",
+        "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+    },
+    "zero2": {**MIXTRAL, "strategy": "zero2"},
+    "zero2, offloaded": {**MIXTRAL, "strategy": "zero2", "deepspeed": {"offload_optimizer": True}},
+    "zero3": {**MIXTRAL, "strategy": "zero3"},
+    "zero3, bf16": {**MIXTRAL, "strategy": "zero3", "precision": "bf16-mixed"},
+    "zero3, leaf modules": {**MIXTRAL, "strategy": "zero3", **LEAF},
+    "zero3, weights stay gathered": {
+        **MIXTRAL, "strategy": "zero3", "zero": {"stage3_param_persistence_threshold": 100_000},
+    },
+    "zero3, offloaded": {
+        **MIXTRAL, "strategy": "zero3", "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
+    },
+    "fsdp": {**MIXTRAL, "strategy": "fsdp", "distributed": False},
+    "gpt-oss, ddp": {**MIXTRAL, "model": "gpt-oss"},
+    "gpt-oss, zero3": {**MIXTRAL, "model": "gpt-oss", "strategy": "zero3"},
+    "gpt-oss, fsdp": {**MIXTRAL, "model": "gpt-oss", "strategy": "fsdp", "distributed": False},
+}  # fmt: skip
+MATRICES = {"mixtral": 3, "gpt-oss": 2}  # of an expert
+RESUMED = ("zero2", "zero3", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    cases = dict(CASES)
+    for name in RESUMED:
+        cases[name] = {**CASES[name], "save": [5, 10]}  # 5: while inputs are counted
+        cases[f"{name}, resumed"] = {**CASES[name], "resume": (name, 5)}
+    return Trainings(tmp_path_factory.mktemp("experts"), cases)
+
+
+@pytest.mark.parametrize("name", only(["zero3", "fsdp"], CASES))
+def test_zeros_of_experts_hold_everywhere(name: str, trained: Trainings) -> None:
+    folder, case = trained(name), CASES[name]
+    layers = 2 * (4 + 4 * MATRICES[case["model"]])
+    for seen in results(folder):
+        assert seen["error"] is None
+        assert seen["violations"] == []
+        assert seen["events"] == [3, 6, 7]
+        # a parameter of experts counts once in a step
+        assert min(seen["checked"].values()) >= 2 * (4 + 2) * 3
+        assert seen["collectives"] == []
+        for sparse, clipped_by in seen["norms"]:
+            assert clipped_by == pytest.approx(sparse, rel=2e-2 if "bf16" in case.get("precision", "") else 1e-4)
+    found = masks(folder)
+    assert len(found) == layers
+    assert {float(keep.float().mean()) for keep in found.values()} == {0.5}
+    reference = f"{case['model']}, ddp".removeprefix("mixtral, ")
+    assert agreement(folder, trained(reference)) > (0.8 if "bf16" in case.get("precision", "") else 0.98)
+
+
+@pytest.mark.parametrize("name", only(["zero3"], [*CASES]))
+def test_what_ranks_have_trained_is_exported(name: str, trained: Trainings) -> None:
+    folder = trained(name)
+    out = folder / "exported"
+    assert all(report.ok for report in verify_checkpoint(folder / "step=10.ckpt"))
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        reports = export_checkpoint(folder / "step=10.ckpt", out)
+    assert len(reports) == len(masks(folder))
+    assert all(report.ok for report in verify_checkpoint(out))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=torch.arange(16).unsqueeze(0)).logits
+    close = {"rtol": 0.1, "atol": 0.1} if "bf16" in CASES[name].get("precision", "") else {}
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(folder / f"logits{rank}.pt").float(), logits.float(), **close)
+
+
+@pytest.mark.parametrize("name", only([], RESUMED))
+def test_a_resumed_training_of_experts_ends_with_the_same_bits(name: str, trained: Trainings) -> None:
+    whole, resumed = trained(name), trained(f"{name}, resumed")
+    for one, other in zip(results(whole), results(resumed), strict=True):
+        assert one["error"] is other["error"] is None
+        assert other["losses"] == one["losses"][5:]
+        assert other["digest"] == one["digest"]
