@@ -75,6 +75,9 @@ def _all_tokens(experts: Any, layout: Layout, matrices: Mapping[str, ExpertMatri
     results = []
     for expert, inputs in enumerate(by_expert):
         tokens = inputs.any(1).nonzero().squeeze(1)
+        if not len(tokens):
+            results.append(torch.zeros_like(inputs))
+            continue
         gate, up = _up(experts, layout, matrices, expert, inputs[tokens], tokens, None).chunk(2, dim=-1)
         given = matrices[f"{expert}.down_proj"](up * experts.act_fn(gate), tokens=tokens)
         results.append(torch.zeros_like(inputs).index_add(0, tokens, given.to(inputs.dtype)))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import MaskedAdapter, base_of, saved_modules, tuner_layers
-from thanos_lightning.models.experts import ExpertMatrix, matrices_of
+from thanos_lightning.models.experts import ExpertMatrix, matrices_of, unknown_experts
 
 # or what peft puts in the place of the first two, which has its weight and its bias
 PrunableModule: TypeAlias = nn.Linear | Conv1D | ExpertMatrix
@@ -316,8 +316,16 @@ def find_targets(
                     f"({examples(uncalled)}), of which no inputs can be collected: leave it out, or take an attention "
                     "made of Linear layers"
                 )
+            for name, experts in unknown_experts(model):
+                names = [name, *(f"{name}.{parameter}" for parameter in experts._parameters)]
+                if any(matches(one, expression) for one in names):
+                    raise ValueError(
+                        f"target {expression!r} means {type(experts).__name__} ({name}), experts whose layout is not "
+                        "known: known are those of transformers 5, such as Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss "
+                        "and Llama 4. Leave them out, or make them Linear layers"
+                    )
             raise ValueError(
-                f"target {expression!r} matches no prunable layer (Linear, Conv1D)"
+                f"target {expression!r} matches no prunable layer (Linear, Conv1D, experts)"
                 f"{did_you_mean(expression, prunable)}. The model has: {examples(prunable)}"
             )
     _check_ignored(model, ignore, prunable)

@@ -10,9 +10,12 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 
+# With fewer tokens for each input, an expert loses less with the mean of the others: benchmarks/experts.py
+TOKENS_PER_INPUT = 4
+
 
 def lenders(layers: Mapping[str, PrunableLayer], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Experts' matrices that fewer tokens than inputs have reached -> all of their kind in the layer that any reached.
+    """Experts' matrices that too few tokens have reached -> all of their kind in the layer that any has reached.
 
     A matrix that lacks tokens is in its own list if one has reached it. Where none reached any, it has no list.
     """
@@ -25,7 +28,7 @@ def lenders(layers: Mapping[str, PrunableLayer], tokens: Mapping[str, int]) -> d
         name: reached[kind]
         for kind, names in kinds.items()
         for name in names
-        if reached[kind] and tokens[name] < layers[name].cols
+        if reached[kind] and tokens[name] < TOKENS_PER_INPUT * layers[name].cols
     }
 
 
@@ -44,7 +47,7 @@ def lend(
 ) -> None:
     """Fill up the sums of experts that lack tokens, on their owners. All ranks must call it.
 
-    What an expert lacks to have as many tokens as inputs, it gets as the mean of those of `lenders`. `sums` are of
+    What an expert lacks to have `TOKENS_PER_INPUT`, it gets as the mean of those of `lenders`. `sums` are of
     `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
     before = dict(sums)
@@ -61,7 +64,8 @@ def lend(
             counted = before.get(name)
             key = (id(counted), *(id(before[other]) for other in group if owners[other] == access.rank))
             if key not in filled:
-                filled[key] = HessianAccumulator.of_sum(total * (first.cols - tokens[name]), first.cols)
+                enough = TOKENS_PER_INPUT * first.cols
+                filled[key] = HessianAccumulator.of_sum(total * (enough - tokens[name]), enough)
                 if counted is not None:
                     filled[key].triangle.add_(counted.triangle)
             sums[name] = filled[key]

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import torch
+from mixtures import tiny_mixture
+
+from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.sharding.lending import TOKENS_PER_INPUT, lend, lenders
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.solver import HessianAccumulator
+
+EXPERTS = "model.layers.0.mlp.experts"
+WIDTH = 32
+ENOUGH = TOKENS_PER_INPUT * WIDTH
+TOKENS = (0, 5, ENOUGH - 1, ENOUGH)  # of each expert
+
+
+def layers() -> dict[str, PrunableLayer]:
+    return find_targets(tiny_mixture(num_hidden_layers=1), targets=["*gate_proj", "*up_proj", "*q_proj"])
+
+
+def counted() -> tuple[dict[str, HessianAccumulator], dict[str, int]]:
+    generator = torch.Generator().manual_seed(0)
+    sums, tokens = {}, dict.fromkeys(layers(), 3)
+    for expert, number in enumerate(TOKENS):
+        own = HessianAccumulator(WIDTH)
+        own.update(torch.randn(number, WIDTH, generator=generator))
+        for matrix in ("gate_proj", "up_proj"):
+            tokens[f"{EXPERTS}.{expert}.{matrix}"] = number
+            if number:
+                sums[f"{EXPERTS}.{expert}.{matrix}"] = own
+    return sums, tokens
+
+
+def test_experts_with_few_tokens_borrow_from_those_that_have_any() -> None:
+    _, tokens = counted()
+    found = lenders(layers(), tokens)
+    others = tuple(f"{EXPERTS}.{expert}.up_proj" for expert in (1, 2, 3))
+    assert {name: of for name, of in found.items() if "up_proj" in name} == {
+        f"{EXPERTS}.{expert}.up_proj": others for expert in (0, 1, 2)
+    }
+    assert not any("q_proj" in name for name in found)
+
+
+def test_where_no_expert_has_a_token_none_is_lent() -> None:
+    assert lenders(layers(), dict.fromkeys(layers(), 0)) == {}
+
+
+def test_what_is_lacking_is_the_mean_of_all() -> None:
+    sums, tokens = counted()
+    before = {name: one.sum for name, one in sums.items()}
+    owners = dict.fromkeys(layers(), 0)
+    lend(sums, lenders(layers(), tokens), layers(), tokens, owners, ReplicatedAccess())
+    names = [f"{EXPERTS}.{expert}.gate_proj" for expert in range(4)]
+    mean = sum(before[name] for name in names[1:]) / sum(TOKENS)
+    for name, number in zip(names, TOKENS, strict=True):
+        wanted = before.get(name, torch.zeros(WIDTH, WIDTH)) + max(0, ENOUGH - number) * mean
+        torch.testing.assert_close(sums[name].sum, wanted)
+        assert sums[name].num_tokens == ENOUGH
+        if number:  # gate and up share one factor
+            assert sums[name] is sums[name.replace("gate", "up")]
+    torch.testing.assert_close(sums[names[3]].sum, before[names[3]])

@@ -1,0 +1,99 @@
+"""Trainings of mixtures of experts whose experts are pruned."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixtures import FAMILIES, tiny_mixture
+from toy import ResumableBatches, ToyLM, grouped, loader, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint, verify_checkpoint
+from thanos_lightning.solver import NM
+
+DURING: dict[str, Any] = {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2}
+FIRST = ("mixtral", "gpt-oss", "llama4")  # the others are left to --rest
+
+
+def fit(
+    tmp_path: Path, model: Any, *, max_steps: int = 12, **options: Any
+) -> tuple[ToyLM, ThanosPruningCallback, Path]:
+    pruning = ThanosPruningCallback(**grouped(verify_every_n_steps=1, **{"pattern": "2:4", **options}))
+    module = ToyLM(model)
+    fitted = trainer(tmp_path, pruning, max_steps=max_steps)
+    fitted.fit(module, ResumableBatches(64, batch_size=4))
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+    return module, pruning, tmp_path / "last.ckpt"
+
+
+def exported(checkpoint: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the checkpoint names no tokenizer|.*holds no tokenizer")
+        export_checkpoint(checkpoint, checkpoint.parent / "exported")
+    return checkpoint.parent / "exported"
+
+
+def families() -> list[Any]:
+    return [pytest.param(one, marks=() if one in FIRST else pytest.mark.rest) for one in FAMILIES]
+
+
+@pytest.mark.parametrize("family", families())
+def test_experts_are_pruned_trained_and_exported(family: str, tmp_path: Path) -> None:
+    module, pruning, checkpoint = fit(tmp_path, tiny_mixture(family), **DURING)
+    reports = pruning.report.events[-1].layers
+    experts = [report for report in reports if ".experts." in report.name]
+    assert len(experts) == len([name for name in pruning._run.layers if ".experts." in name]) > 0
+    assert {report.sparsity for report in reports} == {0.5}
+    assert all(math.isfinite(report.relative_loss) for report in experts)
+    assert all(report.ok for report in verify_checkpoint(checkpoint))
+    assert all(report.ok for report in verify_checkpoint(checkpoint, NM(2, 4)))
+    folder = exported(checkpoint)
+    found = verify_checkpoint(folder, NM(2, 4))
+    assert len(found) == len(reports)
+    assert all(report.ok and report.zeros == report.numel // 2 for report in found)
+    model = type(module.model).from_pretrained(folder).eval()
+    batch = next(iter(loader(4)))["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=batch).logits, module.model.eval()(input_ids=batch).logits)
+
+
+def test_a_zero_that_comes_back_in_an_expert_is_named(tmp_path: Path) -> None:
+    _, _, checkpoint = fit(tmp_path, tiny_mixture(num_hidden_layers=1), max_steps=9, **DURING)
+    content = torch.load(checkpoint, weights_only=False)
+    content["state_dict"]["model.model.layers.0.mlp.experts.down_proj"][2] += 1
+    torch.save(content, checkpoint)
+    broken = [report for report in verify_checkpoint(checkpoint) if not report.ok]
+    assert [report.name for report in broken] == ["model.model.layers.0.mlp.experts.down_proj[2]"]
+
+
+def test_experts_that_no_token_reaches_are_pruned_by_what_the_others_saw(tmp_path: Path) -> None:
+    model = tiny_mixture("gpt-oss", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[3] = -1e4
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*no token has reached")
+        _, pruning, checkpoint = fit(tmp_path, model, pattern="unstructured", sparsity=0.5, max_steps=9, **DURING)
+    reports = {report.name: report for report in pruning.report.events[0].layers}
+    seen = [reports[f"model.model.layers.0.mlp.experts.{expert}.down_proj"] for expert in range(4)]
+    assert seen[3].tokens == 0
+    assert math.isfinite(seen[3].relative_loss)
+    assert 0 < seen[3].sparsity < 1
+    assert sum(report.tokens for report in seen) == 2 * 2 * 64  # two experts for each token of two batches
+    assert reports["model.model.layers.0.self_attn.q_proj"].tokens == 2 * 64
+    assert all(report.ok for report in verify_checkpoint(checkpoint))
+
+
+@pytest.mark.rest
+def test_blocks_of_experts_are_trained_to_give_what_they_gave(tmp_path: Path) -> None:
+    batches = list(loader(64, batch_size=8))
+    _, pruning, checkpoint = fit(
+        tmp_path, tiny_mixture(), schedule=SparsitySchedule(at=[0]), batches=batches, block_steps=32
+    )
+    blocks = pruning.report.events[0].blocks
+    assert len(blocks) == 2
+    assert all(block.error < 0.9 * block.error_solved for block in blocks)
+    assert all(report.ok for report in verify_checkpoint(checkpoint))
