@@ -6,8 +6,9 @@
 No small mixture of experts is to be had everywhere, so layers of a dense model stand in for one: the inputs of a layer
 are split among experts by the nearest of their centres (k-means of directions, as a router chooses), and each expert
 has the layer's weight. It is pruned on a few of its tokens, and its error is that on other tokens of its own, over that
-of the expert pruned on all that it has. "mean" fills up to as many tokens as inputs with the mean of all experts, as
-the callback does, "4 x mean" up to four times as many, "all" takes the moments of all experts instead of its own.
+of the expert pruned on all that it has. "to 4 x" fills up to four times as many tokens as inputs with the mean of all
+experts, as the callback does; "all" takes the moments of all experts instead of its own; without a token "alone" is
+pruning by magnitude.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.solver import Pattern, parse_pattern, prune
 
-FRACTIONS = (0.0, 1 / 16, 1 / 4, 1 / 2, 1.0)  # tokens, over inputs
-WAYS = {"alone": 0.0, "mean": 1.0, "4 x mean": 4.0, "all": math.inf}  # filled up to so many times its inputs
+FRACTIONS = (0.0, 1 / 16, 1 / 4, 1.0, 2.0, 3.0)  # tokens, over inputs
+# filled up to so many times its inputs
+WAYS = {"alone": 0.0, "to 2 x": 2.0, "to 4 x": 4.0, "to 8 x": 8.0, "all": math.inf}
 
 
 def moments(inputs: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", nargs="+", default=["*.5.mlp.up_proj", "*.15.mlp.up_proj", "*.25.mlp.up_proj"])
-    parser.add_argument("--sequences", type=int, default=96, help="of 512 tokens")
+    parser.add_argument("--sequences", type=int, default=72, help="of 512 tokens")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
     arguments = parser.parse_args()

@@ -58,7 +58,8 @@ class ThanosPruningCallback(Callback):
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
             layers become sparser at every event: unstructured layers by single weights, N:M layers by rows (the
             fraction of dense rows falls to its final value), structured layers and channels by columns.
-        targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer.
+        targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer, or a matrix of an
+            expert, such as "…experts.7.down_proj".
         ignore: Globs or `re:` expressions of layers to leave out. Each except "lm_head" must match a module.
         overrides: Other patterns for some of the targets.
         multiple_of: "channels" keeps a multiple of this number in each block, the one nearest to what the sparsity asks

@@ -28,8 +28,8 @@ def announce(run: PruningRun) -> None:
     summary.target_weights, summary.model_weights = census.target_weights, census.model_weights
     if census.share < 0.5:
         rank_zero_warn(
-            f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear and "
-            f"Conv1D; left out are {census.shares()}"
+            f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear, "
+            f"Conv1D and fused experts; left out are {census.shares()}"
         )
     needs = options.solver.needs_statistics
     with torch.random.fork_rng(devices=[]):  # must not change the training's random numbers

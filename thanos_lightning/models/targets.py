@@ -397,6 +397,12 @@ def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
     """Refuse adapters whose merge would write over zeros, or that would not fit what an event makes of their layer."""
     for name, module in layers.items():
         base = base_of(module)
+        if isinstance(module, ExpertMatrix) and ".base_layer." in name:
+            experts = name.partition(".base_layer.")[0]
+            raise ValueError(
+                f"the adapter of {experts} is on a parameter of all experts, and would add where they are pruned: give "
+                f"peft target_modules without the experts (all-linear has them), or add '{experts}.*' to ignore"
+            )
         if base is module:
             continue
         active: list[str] = getattr(module, "active_adapters", [])
