@@ -68,6 +68,13 @@ def test_a_zero_that_comes_back_in_an_expert_is_named(tmp_path: Path) -> None:
     torch.save(content, checkpoint)
     broken = [report for report in verify_checkpoint(checkpoint) if not report.ok]
     assert [report.name for report in broken] == ["model.model.layers.0.mlp.experts.down_proj[2]"]
+    content["state_dict"]["model.model.layers.0.mlp.experts.down_proj"][2] -= 1
+    for state in content["optimizer_states"][0]["state"].values():
+        if state["exp_avg"].shape == (4, 32, 48):
+            state["exp_avg"][3] += 1
+    torch.save(content, checkpoint)
+    broken = [report for report in verify_checkpoint(checkpoint) if "of its moment exp_avg are" in str(report.problems)]
+    assert [report.name for report in broken] == ["model.model.layers.0.mlp.experts.down_proj[3]"]
 
 
 def test_experts_that_no_token_reaches_are_pruned_by_what_the_others_saw(tmp_path: Path) -> None:
