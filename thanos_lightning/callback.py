@@ -19,6 +19,7 @@ from thanos_lightning.checkpoints.format import CALLBACK_KEY, training_note
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
+from thanos_lightning.events.experts import route_as_saved, take_experts
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
 from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
@@ -34,7 +35,8 @@ from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.configuring import explain_configuring
-from thanos_lightning.solver import Channels, Pattern, parse_pattern
+from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.training.adapters import prepare_adapters
 from thanos_lightning.training.lightning_private import after_configure_model, saves_shards
@@ -50,14 +52,15 @@ class ThanosPruningCallback(Callback):
     Masks are nested: a pruned weight stays pruned. A model that is already pruned keeps its zeros, too.
 
     Args:
-        pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured", "structured", or "channels": whole channels
-            of feed-forward blocks, which an export takes out of the model (docs/guide).
-        sparsity: Final fraction of zeros, for "unstructured", "structured" and "channels" (of the channels).
+        pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured", "structured", or what an export takes out of
+            the model (docs/guide): "channels", whole channels of feed-forward blocks, or "experts", whole experts.
+        sparsity: Final fraction of zeros, for all but N:M; for "channels" and "experts" of the channels or experts.
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
         schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
             layers become sparser at every event: unstructured layers by single weights, N:M layers by rows (the
-            fraction of dense rows falls to its final value), structured layers and channels by columns.
+            fraction of dense rows falls to its final value), structured layers and channels by columns, mixtures by
+            experts.
         targets: Globs or `re:` expressions of module names. Each must match a Linear or Conv1D layer, or a matrix of an
             expert, such as "…experts.7.down_proj".
         ignore: Globs or `re:` expressions of layers to leave out. Each except "lm_head" must match a module.
@@ -194,9 +197,11 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options, taken = self.options, Taken(self._layers, self._final)
-        if any(isinstance(pattern, Channels) for pattern in self._final.values()):
+        if any(isinstance(pattern, Experts) for pattern in self._final.values()):
+            taken = take_experts(pl_module, self._layers, self._final)
+        elif any(isinstance(pattern, Channels) for pattern in self._final.values()):
             taken = take_channels(trainer, pl_module, self._layers, self._final, options.multiple_of)
-            options = options.with_pattern(taken.final)
+        options = options.with_pattern(taken.final)
         if options.reorders and self._restored is None and trainer.global_step == 0:
             taken = with_free_channels(taken, trainer, pl_module)
         run = PruningRun(options, self._past, taken, trainer, pl_module)
@@ -241,6 +246,7 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._route_as_saved(trainer, pl_module)
         if self._run is not None and trainer.state.fn == "fit":
             self._run.begin_validation()
 
@@ -257,6 +263,19 @@ class ThanosPruningCallback(Callback):
                 )
             value = float(trainer.callback_metrics[monitor])
         self._run.end_validation(value)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._route_as_saved(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._route_as_saved(trainer, pl_module)
+
+    def _route_as_saved(self, trainer: Trainer, module: LightningModule) -> None:
+        """A checkpoint has been loaded, and nothing of a fit knows yet which experts it lacks."""
+        if self._restored is not None:
+            route_as_saved(module, self._restored["masks"], Ranks(trainer.global_rank, trainer.world_size))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
@@ -10,8 +12,10 @@ from thanos_lightning.checkpoints.lazy import whole_of
 from thanos_lightning.models.targets import layer_of, prunable_modules
 
 
-def stored_names(model: transformers.PreTrainedModel) -> dict[str, str]:
+def stored_names(model: transformers.PreTrainedModel, beside: Iterable[str] = ()) -> dict[str, str]:
     """Map the parameter name of each matrix of fused experts, with its place, to its name in the files.
+
+    `beside` has names of parameters or buffers that are written as a whole, but perhaps under others, too.
 
     transformers writes the matrices of most models one by one, under names such as "experts.7.up_proj.weight", and
     those of gpt-oss and Llama 4 as they are. It is asked what it makes of tensors whose rows are numbered.
@@ -29,9 +33,13 @@ def stored_names(model: transformers.PreTrainedModel) -> dict[str, str]:
             shape = (*layer.parameter.shape[:2], 1)
             numbers[name] = torch.arange(count, count + shape[0] * shape[1]).view(shape)
             count += numbers[name].numel()
+    state = model.state_dict()
+    for name in beside:
+        numbers[name] = torch.arange(count, count + len(state[name]))
+        count += len(state[name])
     stored = revert_weight_conversion(model, dict(numbers)) if numbers else {}
     places = {_key(rows): name for name, rows in stored.items()}
-    found = {}
+    found = {name: places[_key(numbers[name])] for name in beside}
     for layer in layers:
         name = layer.parameter_name
         whole = numbers[whole_of(name)]

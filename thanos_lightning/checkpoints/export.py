@@ -17,9 +17,10 @@ from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, some_of
 from thanos_lightning.checkpoints.lazy import WithParts
-from thanos_lightning.checkpoints.shrink import channel_masks, shrink
+from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
 from thanos_lightning.report.progress import open_phase
+from thanos_lightning.solver import Experts
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "spiece.model")
 
@@ -49,7 +50,8 @@ def export_checkpoint(
 
     The folder holds the weights as safetensors, the configurations, the tokenizer, a model card, and `sparsity.json`,
     the record that `verify_checkpoint` compares with later. The folder appears whole or not at all. Channels that were
-    pruned are taken out: the model is smaller, computes the same, and is one like any other. LoRA adapters are merged.
+    pruned, and experts, are taken out: the model is smaller, computes the same, and is one like any other. LoRA
+    adapters are merged.
 
     Args:
         checkpoint: A .ckpt that a Trainer with a `ThanosPruningCallback` wrote: a file or a DeepSpeed folder. One
@@ -57,7 +59,7 @@ def export_checkpoint(
         output: Folder to write. It must be empty or not exist.
         dtype: Dtype of the written parameters, such as "bfloat16"; by default the checkpoint's.
         tokenizer: Name or path of the tokenizer; by default the one that was recorded in training.
-        keep_shape: Whether channels stay in the model, as zeros.
+        keep_shape: Whether channels stay in the model, as zeros. Experts can't: tokens would be sent to them.
         keep_adapter: Whether LoRA adapters are written beside the sparse weights, each into a folder of its name as
             peft does, and not merged. A model that loads them needs `mask_adapters`, or it is not what was trained.
 
@@ -106,6 +108,16 @@ def export_checkpoint(
         state = model.state_dict()
         _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
         model = shrink(model, channels, path)
+    cut, routers = dict(channels), list[str]()
+    if experts := {name: mask for name, mask in inside.items() if isinstance(mask.pattern, Experts)}:
+        if keep_shape:
+            raise ValueError(
+                "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
+            )
+        state = WithParts(model.state_dict())
+        _require_zeros([check_mask(name, state, mask) for name, mask in experts.items()], path)
+        model, of_routers, of_experts, others = without_experts(model, inside, path)
+        inside, cut, routers = {**others, **of_routers, **of_experts}, cut | of_routers | of_experts, list(of_routers)
     adapters: list[str] = []
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
@@ -121,12 +133,12 @@ def export_checkpoint(
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)
-        tensors, aliases, of_experts = WithParts(files), parameter_aliases(model), stored_names(model)
+        tensors, aliases, of_parts = WithParts(files), parameter_aliases(model), stored_names(model, routers)
         reports = []
         with open_phase("Counting zeros", len(inside), "tensors") as phase:
             for name, mask in inside.items():
-                check = check_shrunk if name in channels else check_mask
-                stored = of_experts[name] if name in of_experts else files.stored_name(aliases[name])
+                check = check_shrunk if name in cut else check_mask
+                stored = of_parts[name] if name in of_parts else files.stored_name(aliases[name])
                 reports.append(check(stored, tensors, mask))
                 phase.advance(note=name)
         _require_zeros(reports, path)

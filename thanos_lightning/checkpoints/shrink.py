@@ -1,18 +1,22 @@
-"""Takes channels that are zero out of a model: a smaller dense model that computes the same."""
+"""Takes channels and experts that are zero out of a model: a smaller dense model that computes the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
 from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
+from thanos_lightning.models.experts import matrices_of
+from thanos_lightning.models.routing import Mixture, find_mixtures
+from thanos_lightning.models.targets import layer_of, whole_shape
 from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.solver import Channels
+from thanos_lightning.solver import Channels, Experts
 
 
 def channel_masks(masks: Mapping[str, LayerMask]) -> dict[str, LayerMask]:
@@ -44,12 +48,106 @@ def shrink(
             f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
             f"channels wide instead of {widths[0]}: export it with --keep-shape, which leaves the zeros"
         )
+    return _built(model, config, state, path)
+
+
+def _built(
+    model: transformers.PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> transformers.PreTrainedModel:
     smaller = build_model(type(model).__name__, config, path)
     smaller.load_state_dict(state, assign=True)
     smaller.tie_weights()
     if model.can_generate():
         smaller.generation_config = model.generation_config
     return smaller
+
+
+def without_experts(
+    model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
+) -> tuple[transformers.PreTrainedModel, dict[str, LayerMask], dict[str, LayerMask], dict[str, LayerMask]]:
+    """Make a model without the experts that masks of the pattern `Experts` prune. It shares the other tensors.
+
+    Args:
+        model: With its weights.
+        masks: Parameter name, with its place -> mask, of all that is pruned.
+        path: Of the checkpoint, for messages.
+
+    Returns:
+        The smaller model; masks of the routers' parameters, of which rows went; masks of the matrices of experts that
+        stay, which have no zeros; and all other masks. Names are those in the smaller model.
+
+    Raises:
+        ValueError: If mixtures would have unequal numbers of experts, or the configuration can't give the number.
+    """
+    pattern = max((mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)), key=_sparsity)
+    mixtures = find_mixtures(model)
+    state, others = dict(model.state_dict()), dict(masks)
+    routers: dict[str, LayerMask] = {}
+    stay: dict[str, LayerMask] = {}
+    numbers = set()
+    for name, mixture in mixtures.items():
+        matrices = [
+            (int(own.partition(".")[0]), layer_of(f"{name}.{own}", matrix))
+            for own, matrix in matrices_of(mixture.experts).items()
+        ]
+        own_masks = {layer.name: others.pop(layer.parameter_name, None) for _, layer in matrices}
+        gone = {
+            expert
+            for expert, layer in matrices
+            if (mask := own_masks[layer.name]) is not None and isinstance(mask.pattern, Experts)
+        }
+        kept = [expert for expert in range(mixture.size) if expert not in gone]
+        numbers.add(len(kept))
+        for own in mixture.of_router:
+            value = state[f"{mixture.router_name}.{own}"]
+            keep = torch.zeros(len(value), value.numel() // len(value), dtype=torch.bool)
+            keep[kept] = True
+            routers[f"{mixture.router_name}.{own}"] = LayerMask.of(keep, pattern)
+        for tensor in _with_entries(mixture):
+            state[tensor] = state[tensor][kept]
+        new = {expert: number for number, expert in enumerate(kept)}
+        for expert, layer in matrices:
+            if expert in gone:
+                continue
+            place = layer.parameter_name.replace(f"[{expert}", f"[{new[expert]}")
+            mask = own_masks[layer.name]
+            if mask is not None:
+                others[place] = mask
+            else:
+                keep = torch.ones(layer.rows, layer.cols, dtype=torch.bool)
+                stay[place] = LayerMask.of(keep, pattern, layer.transposed)
+    if len(numbers) > 1:
+        raise ValueError(f"{path} has mixtures of unequal numbers of experts: export a checkpoint from after an event")
+    (number,) = numbers
+    config = configuration_with(model, mixtures.values(), next(iter(mixtures.values())).size - number, path)
+    if config is None:
+        raise ValueError(f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts")
+    return _built(model, config, state, path), routers, stay, others
+
+
+def configuration_with(
+    model: transformers.PreTrainedModel, mixtures: Iterable[Mixture], dropped: int, path: Path
+) -> dict[str, Any] | None:
+    """The configuration of a model that lacks so many experts of each of its mixtures; None if there is none."""
+    shapes = {name: list(whole_shape(value)) for name, value in model.state_dict(keep_vars=True).items()}
+    size = 0
+    for mixture in mixtures:
+        size = mixture.size
+        for name in _with_entries(mixture):
+            shapes[name][0] -= dropped
+    return resized(architecture_of(model), model.config.to_dict(), shapes, (size, size - dropped), path)
+
+
+def _with_entries(mixture: Mixture) -> list[str]:
+    """Names of all parameters and buffers with an entry for each expert."""
+    return [
+        *(f"{mixture.router_name}.{own}" for own in mixture.of_router),
+        *(f"{mixture.name}.{own}" for own in mixture.of_experts),
+    ]
+
+
+def _sparsity(pattern: Experts) -> float:
+    return pattern.sparsity
 
 
 def resized(
@@ -68,7 +166,7 @@ def resized(
         architecture: The model's class in transformers.
         config: Of the model as it is.
         shapes: Name of a parameter or buffer -> shape, of the smaller model.
-        sizes: Number of channels or layers in the model, and in the smaller one.
+        sizes: Number of channels, layers or experts in the model, and in the smaller one.
         path: For messages.
     """
     entries = list(_entries(config, sizes[0]))
@@ -87,10 +185,13 @@ def resized(
 
 
 def shrunk_shape(mask: LayerMask) -> tuple[int, ...]:
-    """The shape of a parameter without the channels that its mask prunes, as a matrix that the model stores."""
-    assert isinstance(mask.pattern, Channels)
+    """The shape of a parameter without what its mask prunes, channels or rows of experts, as the model stores it."""
     sizes = list(mask.shape)
-    sizes[mask.pattern.dim] = int(_kept(mask).count_nonzero())
+    if isinstance(mask.pattern, Experts):
+        sizes[0] = int(mask.keep.any(1).count_nonzero())
+    else:
+        assert isinstance(mask.pattern, Channels)
+        sizes[mask.pattern.dim] = int(_kept(mask).count_nonzero())
     return (sizes[1], sizes[0]) if mask.transposed else tuple(sizes)
 
 

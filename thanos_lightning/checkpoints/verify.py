@@ -26,7 +26,7 @@ from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.masks import LayerMask, dim_of_channels, recorded_pattern
-from thanos_lightning.solver import Channels, Pattern
+from thanos_lightning.solver import Channels, Experts, Pattern
 
 _RECORD = "sparsity.json"
 _RECORD_FORMAT = 1
@@ -44,7 +44,7 @@ class TensorReport:
         zeros: How many entries are exactly 0.
         violations: Entries that should be 0 but are not, are not finite, or have moments that should be 0 but are not.
         problems: The violations in words.
-        dense_shape: The tensor's shape before an export took channels out of it; None if none did.
+        dense_shape: The tensor's shape before an export took channels or experts out of it; None if none did.
     """
 
     name: str
@@ -78,7 +78,7 @@ class _Expected:
         zeros: The exact number of zeros, if it was recorded.
         mask: The layer's mask, which is unpacked only while the tensor is checked.
         moments: Name -> another tensor in the parameter's layout that the mask must hold for, such as a moment.
-        dense_shape: The shape before channels were taken out. Nothing of what is left has to be 0.
+        dense_shape: The shape before channels or experts were taken out. Nothing of what is left has to be 0.
     """
 
     pattern: Pattern
@@ -100,13 +100,14 @@ def verify_checkpoint(
     """Count zeros on disk, and compare them with the record of the training or export and with a pattern.
 
     A record is always checked: the counts in a `sparsity.json`, or the masks in a trainer checkpoint. Weights that a
-    mask prunes must be 0, and so must their optimizer moments. Of a model that channels were taken out of, the shapes
-    are checked.
+    mask prunes must be 0, and so must their optimizer moments. Of a model that channels or experts were taken out of,
+    the shapes are checked.
 
     Args:
         path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file or a DeepSpeed folder.
             In the latter, the fp32 masters, the moments and, where it is whole, the model's copy are checked.
-        pattern: The pattern that every targeted layer must conform to; any but channels. Optional if there is a record.
+        pattern: The pattern that every targeted layer must conform to; any but channels and experts. Optional if there
+            is a record.
         targets: Globs or `re:` expressions of the module names that `pattern` applies to. The model that the
             configuration describes says which tensors are layers. Without a model, every matrix counts as a layer.
         ignore: Globs or `re:` expressions of the layers to leave out.
@@ -126,8 +127,10 @@ def verify_checkpoint(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a Hugging Face folder, a .safetensors or a .ckpt file")
-    if isinstance(pattern, Channels):
-        raise ValueError("channels are checked by what was recorded, which says where they lie: leave --pattern out")
+    if isinstance(pattern, (Channels, Experts)):
+        raise ValueError(
+            f"{pattern.name} are checked by what was recorded, which says where they lie: leave --pattern out"
+        )
     if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
         tensors, expected = _expect_of_files(path, pattern, targets, ignore)
     else:
@@ -147,26 +150,25 @@ def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> Ten
 
 
 def check_shrunk(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
-    """Check the shape of one tensor from which the channels that its mask prunes were taken out."""
+    """Check the shape of one tensor from which the channels, or rows, that its mask prunes were taken out."""
     shape = shrunk_shape(mask)
     return _check(name, tensors, [_Expected(mask.pattern, mask.transposed, shape, dense_shape=mask.stored_shape)])
 
 
 def smaller_shapes(reports: Iterable[TensorReport]) -> str:
-    """The dimensions that channels were taken out of, before and after, for a message; "" if there are none.
+    """The dimensions that channels or experts were taken out of, before and after, for a message; "" if there are none.
 
     Examples:
         >>> smaller_shapes([TensorReport("down", (4, 6), "channels", 0.0, 0, 0, dense_shape=(4, 8))])
         '8 channels became 6'
     """
-    pairs = {
-        pair
+    found = {
+        (before, after, "experts" if report.pattern == "experts" else "channels")
         for report in reports
-        for pair in zip(report.dense_shape or (), report.shape, strict=bool(report.dense_shape))
-        if pair[0] != pair[1]
+        for before, after in zip(report.dense_shape or (), report.shape, strict=bool(report.dense_shape))
+        if before != after
     }
-    before, after = min(pairs, default=(0, 0))
-    return f"{before:,} channels became {after:,}" if pairs else ""
+    return "".join(f"{before:,} {what} became {after:,}" for before, after, what in sorted(found)[:1])
 
 
 # What is expected

@@ -26,6 +26,7 @@ from thanos_lightning.models.feedforward import (
     in_any_order,
     kind_of,
 )
+from thanos_lightning.models.routing import Mixture
 from thanos_lightning.models.targets import (
     PrunableLayer,
     examples,
@@ -34,20 +35,21 @@ from thanos_lightning.models.targets import (
     prunable_modules,
     whole_shape,
 )
-from thanos_lightning.solver import NM, Channels, Pattern
+from thanos_lightning.solver import NM, Channels, Experts, Pattern
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What is pruned where channels are.
+    """What is pruned where channels or experts are.
 
     Attributes:
-        layers: Name -> layer to solve. Of a feed-forward block it is the down layer.
+        layers: Name -> layer to solve. Of a feed-forward block, or of an expert that may go, it is the down layer.
         final: Name of such a layer -> its pattern at the end.
         owned: Name of a down layer -> the weights and biases that compute its inputs: entry i, width + i, … along their
-            rows is of channel i.
+            rows is of channel i. Of an expert that may go, all of them go with it.
         free: The same for down layers of which the channels get another order before the first event.
         keeps_order: Why no channels get another order; None if some do, or none was asked for.
+        mixtures: Name -> mixture of which experts may go.
     """
 
     layers: Mapping[str, PrunableLayer]
@@ -55,10 +57,13 @@ class Taken:
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
     free: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
     keeps_order: str | None = None
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
 
     def check_zeros(self, name: str, zeros: int) -> None:
         """Refuse a down layer of which more channels than asked for were zero before the training."""
         pattern, width = self.final[name], self.layers[name].cols
+        if isinstance(pattern, Experts):
+            return
         assert isinstance(pattern, Channels)
         if zeros > pattern.num_columns(width):
             raise ValueError(
@@ -75,9 +80,16 @@ class Taken:
 
     @property
     def in_words(self) -> str | None:
-        """How many channels each block keeps at the end; None if channels are no units of pruning."""
+        """How many channels or experts are kept at the end; None if neither are units of pruning."""
         for name in self.owned:
             pattern, width = self.final[name], self.layers[name].cols
+            if isinstance(pattern, Experts):
+                mixture = next(iter(self.mixtures.values()))
+                kept = mixture.size - pattern.num_experts(mixture.size, mixture.groups)
+                return (
+                    f"{kept:,} of {mixture.size:,} experts stay in each of {len(self.mixtures)} mixtures, "
+                    f"{mixture.top_k} for each token"
+                )
             assert isinstance(pattern, Channels)
             kept = width - pattern.num_columns(width)
             return f"{kept:,} of {width:,} channels stay in each of {len(self.owned)} feed-forward blocks"
@@ -242,8 +254,8 @@ def _check_all_taken(
                 "them: give it the pattern 'channels', too, or add it to ignore"
             )
     models = {name for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    homes = {_home(name, models) for name in chosen}
-    left = [block.down for block in blocks if block.down not in chosen and _home(block.down, models) in homes]
+    homes = {home_of(name, models) for name in chosen}
+    left = [block.down for block in blocks if block.down not in chosen and home_of(block.down, models) in homes]
     if left:
         why = f"has the pattern {final[left[0]].name}" if left[0] in final else "is not among the targets"
         raise ValueError(
@@ -252,7 +264,7 @@ def _check_all_taken(
         )
 
 
-def _home(name: str, models: Collection[str]) -> str:
+def home_of(name: str, models: Collection[str]) -> str:
     """The outermost of the models that a layer is in; "" if it is in none, or if all is one model."""
     return min((model for model in models if name.startswith(f"{model}.") or not model), key=len, default="")
 
@@ -260,7 +272,7 @@ def _home(name: str, models: Collection[str]) -> str:
 def _warn_if_fixed(module: LightningModule, taken: Taken) -> None:
     """Warn if a model's configuration can't say how many channels are left."""
     models = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    for home in sorted({_home(name, models) for name in taken.owned} & models.keys()):
+    for home in sorted({home_of(name, models) for name in taken.owned} & models.keys()):
         prefix = f"{home}." if home else ""
         shapes = {name: list(whole_shape(value)) for name, value in models[home].state_dict(keep_vars=True).items()}
         widths = (0, 0)
@@ -269,7 +281,7 @@ def _warn_if_fixed(module: LightningModule, taken: Taken) -> None:
             assert isinstance(pattern, Channels)
             widths = (width, width - pattern.num_columns(width))
             for part in (taken.layers[name], *parts):
-                if part.parameter_name.startswith(prefix) and _home(part.name, models) == home:
+                if part.parameter_name.startswith(prefix) and home_of(part.name, models) == home:
                     shape = shapes[part.parameter_name.removeprefix(prefix)]
                     dim = (part.name == name) != part.transposed
                     shape[dim] = shape[dim] // widths[0] * widths[1]

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
+from thanos_lightning.events.experts import choose_experts, drop_experts
 from thanos_lightning.events.order import of_ordered_inputs, order_channels, order_outputs, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
+from thanos_lightning.models.routing import Mixture
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
@@ -30,7 +32,7 @@ from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged,
 from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
 from thanos_lightning.sharding.ranks import RankTeam
-from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer
+from thanos_lightning.solver import Experts, HessianAccumulator, Pattern, PrunedLayer
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
@@ -49,6 +51,7 @@ def prune_window(
     later: Collection[str] = (),
     free: Mapping[str, Sequence[PrunableLayer]] | None = None,
     blocks: Mapping[str, Block] | None = None,
+    mixtures: Mapping[str, Mixture] | None = None,
     now: Callable[[Part], None] = lambda _: None,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
     """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
@@ -57,32 +60,39 @@ def prune_window(
     window prunes, too. A layer that no token has reached in this window stays as it is if it is one of them, and is
     pruned by magnitude otherwise. Both cases warn. `free` has the same as `owned` for channels that get another order
     before, and the moments' output weights with them. `blocks` are trained after the solves, if the moments have what
-    they got and gave. `now` is called when another part of the event begins. Return a report for each layer that was
-    pruned, in the window's order, and for each block that was trained. All ranks return the same.
+    they got and gave. Of `mixtures`, those go as a whole whose experts' down layers have the pattern `Experts`. `now`
+    is called when another part of the event begins. Return a report for each layer that was pruned, in the window's
+    order, then for each mixture, and for each block that was trained. All ranks return the same.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer is
             pruned.
     """
-    chosen = dict(layers)
+    experts = {name: layer for name, layer in layers.items() if isinstance(window.patterns[name], Experts)}
+    chosen = {name: layer for name, layer in layers.items() if name not in experts}
     blind: list[str] = []
     tokens: dict[str, int] = {}
     lent: dict[str, tuple[str, ...]] = {}
     if moments.accumulators is not None:
-        tokens = tokens_seen(chosen, moments.accumulators, access)
+        tokens = tokens_seen(layers, moments.accumulators, access)
         lent = lenders(chosen, tokens)
-        postponed, blind = _divide([name for name, seen in tokens.items() if not seen and name not in lent], later)
+        postponed, blind = _divide([name for name in chosen if not tokens[name] and name not in lent], later)
         if options.uses_correlations:
             borrowed = {name: sum(tokens[other] for other in others) for name, others in lent.items()}
-            _warn_of_few(tokens | borrowed, chosen)
+            _warn_of_few({name: borrowed.get(name, tokens[name]) for name in chosen}, chosen)
         chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
     teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
     sums = None
     if moments.accumulators is not None:
-        counted = {name: layer for name, layer in seen.items() if tokens[name]}
+        counted = {name: layer for name, layer in (seen | experts).items() if tokens[name]}
         sums = sum_on_owners(counted, moments.accumulators, owners, access)
         lend(sums, lent, chosen, tokens, owners, access)
+    going = []
+    if experts:
+        assert sums is not None, "refused where a method has no statistics"
+        gone = {name for name in experts if enforcer.is_gone(name)}
+        going = choose_experts(mixtures or {}, experts, window.patterns, sums, tokens, moments.owners, gone, access)
     own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
     ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
     for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
@@ -129,7 +139,10 @@ def prune_window(
         owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
     now("writing")
     reports = _write(window, chosen, kept, facts, owners, access, enforcer, owned or {})
-    return [replace(report, tokens=tokens.get(report.name)) for report in reports], trained
+    reports = [replace(report, tokens=tokens.get(report.name)) for report in reports]
+    for mixture in going:
+        drop_experts(mixture.downs, experts, owned or {}, moments.owners, access, enforcer)
+    return [*reports, *(mixture.report for mixture in going)], trained
 
 
 def _solve_tasks(
@@ -167,8 +180,8 @@ def _solve_tasks(
                 pass
             except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)
-        largest = max(sizes, key=lambda name: sizes[name])
-        raise_everywhere(error or reserved({largest: sizes[largest]}, access), access)
+        largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
+        raise_everywhere(error or reserved(largest, access), access)
     return solved
 
 

@@ -25,6 +25,7 @@ from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.events.sensitivity import scan_window
+from thanos_lightning.models.routing import keep_experts
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
@@ -40,7 +41,7 @@ from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
-from thanos_lightning.solver import Channels
+from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.enforcement import MaskEnforcer
 from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
@@ -88,10 +89,13 @@ class PruningRun:
         self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
         self.blocks = find_blocks(module, self.layers) if options.block_steps else {}
+        # A block is trained on a copy, whose router would not know which experts went
+        experts = {mixture.experts for mixture in taken.mixtures.values()}
+        self.blocks = {name: one for name, one in self.blocks.items() if experts.isdisjoint(one.module.modules())}
         if (steps := options.calibration.block_steps) and not self.blocks:
             rank_zero_warn(
-                f"calibration.block_steps is {steps}, but no block has two layers to prune (an entry of an "
-                "nn.ModuleList, such as a decoder layer): leave it out"
+                f"calibration.block_steps is {steps}, but no block has two layers to prune and keeps its experts (an "
+                "entry of an nn.ModuleList, such as a decoder layer): leave it out"
             )
         self.collector = self._new_collector()
         self.collector.check(trainer, module)
@@ -137,6 +141,7 @@ class PruningRun:
             self._hold_zeros()
             if trainer.global_step > 0:  # the checkpoint was saved without the callback
                 past.optimizer_steps = _steps_without_state(trainer)
+        self._route()
         self._steps_seen = past.optimizer_steps
         self.windows = self._plan(restored)
         begun = past.windows_done
@@ -179,6 +184,12 @@ class PruningRun:
             )
         self._collect(self.windows[self.past.windows_done])
         self.collector.load(restored["collected"])
+
+    def _route(self) -> None:
+        """Let the routers choose among the experts that are left."""
+        for name, mixture in self.taken.mixtures.items():
+            experts = range(mixture.size)
+            keep_experts(mixture, [one for one in experts if not self.enforcer.is_gone(f"{name}.{one}.down_proj")])
 
     def _hold_zeros(self) -> None:
         weights = {name: layer for name, layer in self.masked.items() if layer.part == "weight"}
@@ -407,13 +418,20 @@ class PruningRun:
             free=self._free_in(window),
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             blocks=self.blocks,
+            mixtures=self.taken.mixtures,
             now=self._clock.now,
         )
-        for layer in layers:
-            pattern = self.past.patterns[layer.name] = window.patterns[layer.name]
-            if isinstance(pattern, Channels):
-                rows = replace(pattern, dim=0)
-                self.past.patterns |= {part.name: rows for part in self.taken.owned[layer.name]}
+        pruned = {layer.name for layer in layers}
+        for name, pattern in window.patterns.items():
+            owned = self.taken.owned.get(name, ())
+            if isinstance(pattern, Experts):
+                if self.enforcer.is_gone(name):
+                    self.past.patterns |= dict.fromkeys((name, *(one.name for one in owned)), pattern)
+            elif name in pruned:
+                self.past.patterns[name] = pattern
+                if isinstance(pattern, Channels):
+                    self.past.patterns |= {one.name: replace(pattern, dim=0) for one in owned}
+        self._route()
         self._sparsity = None
         self.past.measured = None  # the metric of the weights before this event is stale
         restart_averages(self.trainer, self.module)

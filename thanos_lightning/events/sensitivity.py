@@ -19,7 +19,7 @@ from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import collect
 from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import Experts, Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
@@ -36,15 +36,16 @@ def scan_window(
     """Scan the layers of a window, and return name -> sensitivity. All ranks must call it, and return the same.
 
     `tried` has the patterns whose losses the scan computes for each layer. The scan skips ADMM and refinement, which
-    change little between layers.
+    change little between layers. It passes by experts that may go as a whole.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.
     """
     assert moments.accumulators is not None, "refused where a method has no statistics"
     tokens = tokens_seen(layers, moments.accumulators, access)
-    lent = lenders(layers, tokens)
-    chosen = {name: layer for name, layer in layers.items() if tokens[name] or name in lent}
+    solved = {name: layer for name, layer in layers.items() if not isinstance(window.patterns[name], Experts)}
+    lent = lenders(solved, tokens)
+    chosen = {name: layer for name, layer in solved.items() if tokens[name] or name in lent}
     owners = moments.owners
     counted = {name: layer for name, layer in chosen.items() if tokens[name]}
     sums = sum_on_owners(counted, moments.accumulators, owners, access, stay=moments.stay)

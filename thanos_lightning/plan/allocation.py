@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.budget import by_loss, in_units
-from thanos_lightning.solver import Channels, Pattern
+from thanos_lightning.solver import Channels, Experts, Pattern
 
 By = Literal["loss", "uniform"]
 
@@ -53,6 +53,8 @@ def nothing_to_allocate(pattern: Pattern) -> str | None:
     """
     if isinstance(pattern, Channels):
         return "channels go in equal number from each block, since a model has one width: leave the allocation out"
+    if isinstance(pattern, Experts):
+        return "experts go in equal number from each layer, since a model has one number: leave the allocation out"
     if not pattern.rows_compete:
         return (
             f"{pattern.name} in all rows of all layers leaves nothing to allocate: give the outlier_fraction of the "

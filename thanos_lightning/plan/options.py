@@ -11,7 +11,7 @@ from thanos_lightning.models.targets import check_expressions
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.overrides import TargetOverride, check_overrides
 from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.solver import NM, Channels, Pattern
+from thanos_lightning.solver import NM, Channels, Experts, Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
 CALIBRATION_STEPS = 32  # the default of calibration.steps
@@ -165,6 +165,11 @@ class PruningOptions:
             raise ValueError(
                 f"multiple_of is {multiple_of}, but no pattern is 'channels', whose number it rounds: leave it out"
             )
+        if any(isinstance(one, Experts) for one in patterns) and not solver.needs_statistics:
+            raise ValueError(
+                f"the pattern 'experts' drops those that give least, and method {solver.method!r} looks at no batches: "
+                "take 'thanos'"
+            )
         if not isinstance(reorder, bool):
             raise ValueError(f"reorder is {reorder!r}: give True or False")
         check_name("monitor", monitor, "val/loss")
@@ -185,9 +190,10 @@ class PruningOptions:
         )
 
     def with_pattern(self, final: Mapping[str, Pattern]) -> PruningOptions:
-        """The same options with the sparsity of channels that was really taken, in the final patterns, for asked."""
-        taken = next(pattern for pattern in final.values() if isinstance(pattern, Channels))
-        return replace(self, pattern=taken) if isinstance(self.pattern, Channels) else self
+        """The same options with the sparsity that channels or experts really have in the final patterns, for asked."""
+        if not isinstance(self.pattern, (Channels, Experts)):
+            return self
+        return replace(self, pattern=next(one for one in final.values() if type(one) is type(self.pattern)))
 
     @property
     def weighs_outputs(self) -> bool:

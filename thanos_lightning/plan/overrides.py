@@ -15,7 +15,7 @@ class TargetOverride:
 
     Args:
         targets: Globs or `re:` expressions of module names, as for the callback's targets.
-        pattern: "2:4" (any N:M), "unstructured", "structured" or "channels".
+        pattern: "2:4" (any N:M), "unstructured", "structured", "channels" or "experts".
         sparsity: Final sparsity, for all but N:M.
         outlier_fraction: Fraction of the rows that stay dense.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import Experts, Pattern
 
 # Arguments of the callback that change no window
 _BESIDE_THE_PLAN = frozenset(
@@ -27,7 +28,8 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
     """The pattern of each layer at an event, from its final pattern.
 
     All layers become sparser together: unstructured layers by single weights, N:M layers by rows (the fraction of dense
-    rows falls to its final value), structured layers and channels by columns. Layers keep their order, front to back.
+    rows falls to its final value), structured layers and channels by columns, mixtures by experts. Layers keep their
+    order, front to back.
 
     Examples:
         >>> from thanos_lightning.solver import NM
@@ -75,9 +77,9 @@ def split_by_memory(
     """Split layers, front to back, into groups whose second moments fit a budget.
 
     Layers whose names agree up to their first number, such as those of a decoder layer, stay together where the budget
-    allows it, since blocks are trained as a whole. Only a forward shows which layers share their inputs. So each layer
-    counts in full, which is an upper bound. If rows are coupled, the second moments of output gradients count, too.
-    Without a budget (None), there is one group.
+    allows it, since blocks are trained as a whole; and so do experts of a mixture. Only a forward shows which layers
+    share their inputs. So each layer counts in full, which is an upper bound. If rows are coupled, the second moments
+    of output gradients count, too. Without a budget (None), there is one group.
 
     Raises:
         ValueError: If a single layer exceeds the budget. The message names the largest layer and the memory it needs.
@@ -97,22 +99,38 @@ def split_by_memory(
         )
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
-    for _, block in itertools.groupby(layers, key=_block_of):
-        together = list(block)
-        whole = sum(hessian_bytes(layer, coupled=coupled) for layer in together)
-        for part in [together] if whole <= budget else [[layer] for layer in together]:
-            needed = sum(hessian_bytes(layer, coupled=coupled) for layer in part)
-            if held + needed > budget and groups[-1]:
-                groups.append([])
-                held = 0
-            groups[-1].extend(part)
-            held += needed
+    needed = partial(_bytes_together, coupled=coupled)
+    parts = _divided(layers, _block_of)
+    for finer in (_mixture_of, _name_of):
+        parts = [part for whole in parts for part in ([whole] if needed(whole) <= budget else _divided(whole, finer))]
+    for part in parts:
+        if held + needed(part) > budget and groups[-1]:
+            groups.append([])
+            held = 0
+        groups[-1].extend(part)
+        held += needed(part)
     return groups
+
+
+def _bytes_together(layers: Sequence[PrunableLayer], *, coupled: bool) -> int:
+    return sum(hessian_bytes(layer, coupled=coupled) for layer in layers)
+
+
+def _divided(layers: Sequence[PrunableLayer], by: Callable[[PrunableLayer], str]) -> list[list[PrunableLayer]]:
+    return [list(part) for _, part in itertools.groupby(layers, key=by)]
 
 
 def _block_of(layer: PrunableLayer) -> str:
     numbered = re.match(r"(.*?\.)?\d+\.", layer.name)
     return numbered.group() if numbered else layer.name
+
+
+def _mixture_of(layer: PrunableLayer) -> str:
+    return layer.name if layer.expert is None else layer.name.rsplit(".", 2)[0]
+
+
+def _name_of(layer: PrunableLayer) -> str:
+    return layer.name
 
 
 def plan_windows(
@@ -150,6 +168,7 @@ def plan_windows(
                 "calibration.batches (a list of them, or 'datamodule'), or start the schedule later (start_step)"
             )
         groups = split_by_memory([layers[name] for name in patterns], budget_gib, coupled=coupled)
+        _check_together(groups, patterns, budget_gib)
         available = event.step - before
         length = min(calibration_steps, available // len(groups))
         if calibration_steps and not length:
@@ -173,6 +192,23 @@ def plan_windows(
             )
         before = event.step
     return windows
+
+
+def _check_together(
+    groups: Sequence[Sequence[PrunableLayer]], patterns: Mapping[str, Pattern], budget_gib: float | None
+) -> None:
+    """Refuse to compare experts of a mixture that are not all in one window."""
+    window: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for layer in group:
+            mixture = _mixture_of(layer)
+            if isinstance(patterns[layer.name], Experts) and window.setdefault(mixture, index) != index:
+                own = [layer for group in groups for layer in group if _mixture_of(layer) == mixture]
+                needed = sum(map(hessian_bytes, own))
+                raise ValueError(
+                    f"the Hessians of all experts of {mixture}, which are compared: {1.005 * needed / 2**30:.3g} GiB, "
+                    f"rounded up, more than memory_gib = {budget_gib}. Raise it to that"
+                )
 
 
 def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], changed: Mapping[str, str]) -> None:

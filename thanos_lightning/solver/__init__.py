@@ -3,11 +3,12 @@
 from thanos_lightning.solver.hessian import HessianAccumulator
 from thanos_lightning.solver.layer import PrunedLayer, prune
 from thanos_lightning.solver.linalg import FactorizationError, NonFiniteError, SolverError
-from thanos_lightning.solver.pattern import NM, Channels, Pattern, Structured, Unstructured, parse_pattern
+from thanos_lightning.solver.pattern import NM, Channels, Experts, Pattern, Structured, Unstructured, parse_pattern
 
 __all__ = [
     "NM",
     "Channels",
+    "Experts",
     "FactorizationError",
     "HessianAccumulator",
     "NonFiniteError",

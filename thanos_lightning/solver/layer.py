@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
@@ -25,7 +25,7 @@ from thanos_lightning.solver.linalg import (
     input_norms,
 )
 from thanos_lightning.solver.magnitude import magnitude
-from thanos_lightning.solver.pattern import Channels, Pattern, Structured
+from thanos_lightning.solver.pattern import Channels, Experts, Pattern, Solvable, Structured
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
 from thanos_lightning.solver.saliency import SALIENCIES, Saliency
 from thanos_lightning.solver.sparsegpt import sparsegpt
@@ -119,6 +119,8 @@ class SolverOptions:
             >>> SolverOptions("wanda").unused(NM(2, 4))["saliency"]
             "method 'wanda' has its own"
         """
+        if isinstance(pattern, Experts):
+            return {field.name: f"the pattern {pattern.name!r} solves no layer" for field in fields(self)}
         unused = {}
         if self.method not in ("thanos", "sparsegpt"):
             unused["block_size"] = f"method {self.method!r} prunes no blocks of columns"
@@ -314,6 +316,7 @@ def prune_rows(
             f"method={options.method!r} with admm_steps={options.admm_steps} and refine_steps={options.refine_steps} "
             "needs a Hessian; only magnitude without these does not"
         )
+    (pattern,) = _solvable([pattern])
     pattern.check_shape(team.num_rows, weight.shape[1])
     if output_weights is not None and output_weights.ndim == 2 and team.num_rows != len(weight):
         raise ValueError(f"output_weights couples the {team.num_rows} rows of the layer: solve it on one process")
@@ -330,6 +333,15 @@ def prune_rows(
         own_dense = row_losses(torch.zeros_like(original), original, inputs.hessian).sum()
         loss, dense = team.total(torch.stack([own_loss, own_dense])).tolist()
     return PrunedLayer(result, keep, loss, relative(loss, dense))
+
+
+def _solvable(patterns: Sequence[Pattern]) -> list[Solvable]:
+    solvable: list[Solvable] = []
+    for pattern in patterns:
+        if isinstance(pattern, Experts):
+            raise ValueError(f"{pattern!r} is for all experts of a mixture together, not for one layer: take another")
+        solvable.append(pattern)
+    return solvable
 
 
 def relative(loss: float, dense: float) -> float:
@@ -363,14 +375,15 @@ def losses_at(
     """
     H = inputs.hessian
     _check_tensors(weight, H, None, output_weights)
-    for pattern in patterns:
+    solvable = _solvable(patterns)
+    for pattern in solvable:
         pattern.check_shape(*weight.shape)
     with exact_arithmetic(weight.device):
         original = weight.detach()
         competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
         losses = partial(_finite_losses, original=original, H=H, options=options)
-        by_pattern, _ = _by_method(original, inputs, frozen, patterns, options, Alone(len(weight)), competing, losses)
+        by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, Alone(len(weight)), competing, losses)
         return by_pattern, losses(torch.zeros_like(original), frozen)
 
 
@@ -389,7 +402,7 @@ def _solve(
     original: Float[Tensor, "rows cols"],
     inputs: Factors,
     frozen: Bool[Tensor, "rows cols"],
-    pattern: Pattern,
+    pattern: Solvable,
     options: SolverOptions,
     team: RowTeam,
     output_weights: Tensor | None,
@@ -461,7 +474,7 @@ def _by_method(
     original: Float[Tensor, "rows cols"],
     inputs: Factors,
     frozen: Bool[Tensor, "rows cols"],
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Solvable],
     options: SolverOptions,
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
@@ -503,7 +516,7 @@ class _ScaledRows:
     team: RowTeam
 
     def without_updates(
-        self, pattern: Pattern, H: Float[Tensor, "cols cols"]
+        self, pattern: Solvable, H: Float[Tensor, "cols cols"]
     ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
         """Prune by a method that leaves the kept weights unchanged; return the weights and the keep mask."""
         if self.options.method == "magnitude":
@@ -513,7 +526,7 @@ class _ScaledRows:
         return zero_where(self.original.clone(), pruned), ~pruned
 
     def with_updates(
-        self, pattern: Pattern, curvature: Curvature
+        self, pattern: Solvable, curvature: Curvature
     ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
         """Prune by a method that updates the kept weights; return the weights and the keep mask."""
         W, frozen, block_size = self.scaled, self.frozen, self.options.block_size
@@ -560,7 +573,7 @@ def _improve(
     keep: Bool[Tensor, "rows cols"],
     frozen: Bool[Tensor, "rows cols"],
     H: Float[Tensor, "cols cols"],
-    pattern: Pattern,
+    pattern: Solvable,
     shared: Penalties | None,
     options: SolverOptions,
 ) -> Float[Tensor, " rows"]:

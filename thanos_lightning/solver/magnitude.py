@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.pattern import Pattern, Unstructured
+from thanos_lightning.solver.pattern import Solvable, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, lowest, num_to_prune
 from thanos_lightning.solver.team import RowTeam
 
 
 def magnitude(
-    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Pattern, team: RowTeam
+    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable, team: RowTeam
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune, True = pruned. An unstructured pattern compares all weights of the layer."""
     scores = W.abs()

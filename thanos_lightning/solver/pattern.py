@@ -50,7 +50,7 @@ class _Base(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What a user writes: ``"unstructured"``, ``"structured"``, ``"channels"``, or n:m such as ``"2:4"``."""
+        """What a user writes: ``"unstructured"``, ``"structured"``, ``"channels"``, ``"experts"``, or n:m."""
 
     @abstractmethod
     def check_shape(self, rows: int, cols: int) -> None:
@@ -368,7 +368,72 @@ class Channels(Structured):
         return int(kept[: self.num_columns(len(kept))].sum())
 
 
-Pattern = Unstructured | NM | Structured
+@dataclass(frozen=True)
+class Experts(_Base):
+    """Whole experts of mixtures of experts, which can be taken out of a model. The solver does not choose them.
+
+    Args:
+        sparsity: Fraction of the experts of each mixture to remove, in (0, 1), rounded to whole experts.
+
+    Raises:
+        ValueError: If ``sparsity`` is out of range.
+
+    Examples:
+        >>> from thanos_lightning.solver import Experts
+        >>> Experts(0.3).num_experts(8)
+        2
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+
+    @property
+    def name(self) -> str:
+        return "experts"
+
+    @property
+    def outlier_fraction(self) -> float:
+        return 0.0
+
+    def num_experts(self, experts: int, groups: int = 1) -> int:
+        """Number of experts removed of so many, the same from each of the groups."""
+        return round(self.sparsity * experts / groups) * groups
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        pass
+
+    # A layer with this pattern is a matrix of an expert that goes
+
+    def num_pruned(self, rows: int, cols: int) -> int:
+        return rows * cols
+
+    def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
+        return int(keep.sum())
+
+    def _at(self, sparsity: float) -> "Experts":
+        return Experts(sparsity)
+
+    @property
+    def rows_compete(self) -> bool:
+        return False
+
+    def sparsest(self, most: float) -> "Experts":
+        return self
+
+    def units(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows * cols, 1
+
+    def with_units(self, count: int, rows: int, cols: int) -> "Experts":
+        return self
+
+    def group_width(self, cols: int) -> int:
+        return 0
+
+
+Solvable = Unstructured | NM | Structured
+Pattern = Solvable | Experts
 
 
 def parse_pattern(
@@ -377,9 +442,9 @@ def parse_pattern(
     """Turn what a user writes in a YAML file into a pattern.
 
     Args:
-        pattern: ``"unstructured"``, ``"structured"``, ``"channels"`` or n:m such as ``"2:4"``; a pattern object is
-            passed through. Anything else is an error. The error for 124 explains that YAML reads an unquoted 2:4 as
-            124.
+        pattern: ``"unstructured"``, ``"structured"``, ``"channels"``, ``"experts"`` or n:m such as ``"2:4"``; a pattern
+            object is passed through. Anything else is an error. The error for 124 explains that YAML reads an unquoted
+            2:4 as 124.
         sparsity: Fraction of weights to remove. The names require it. n:m implies it: leave it out, or give a number
             that agrees.
         outlier_fraction: Fraction of the rows kept dense; None means 0.0, or the fraction of the pattern object.
@@ -412,23 +477,29 @@ def parse_pattern(
                 f'"{n}:{m}"'
             )
         raise ValueError(
-            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured", "structured" or "channels" '
-            "with a sparsity"
+            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured", "structured", "channels" or '
+            '"experts" with a sparsity'
         )
     text = pattern.strip().lower()
     if groups := re.fullmatch(r"(\d+):(\d+)", text):
         parsed = NM(int(groups[1]), int(groups[2]), outlier_fraction or 0.0)
         _check_agreement(parsed, sparsity, outlier_fraction)
         return parsed
-    if text not in ("unstructured", "structured", "channels"):
+    if text not in ("unstructured", "structured", "channels", "experts"):
         raise ValueError(
-            f'pattern={pattern!r} is not known: write "unstructured", "structured", "channels", or n:m such as "2:4"'
+            f'pattern={pattern!r} is not known: write "unstructured", "structured", "channels", "experts", or n:m such '
+            'as "2:4"'
         )
     if sparsity is None:
         raise ValueError(f"pattern={text!r} needs a sparsity: give the fraction of weights to remove, such as 0.5")
     if text == "structured":
         return Structured(sparsity, outlier_fraction or 0.0)
-    whole: Pattern = Unstructured(sparsity) if text == "unstructured" else Channels(sparsity)
+    kinds: dict[str, type[Unstructured | Channels | Experts]] = {
+        "unstructured": Unstructured,
+        "channels": Channels,
+        "experts": Experts,
+    }
+    whole = kinds[text](sparsity)
     _check_agreement(whole, None, outlier_fraction)
     return whole
 
@@ -437,7 +508,7 @@ def _check_agreement(pattern: Pattern, sparsity: float | None, outlier_fraction:
     if outlier_fraction is not None and not abs(outlier_fraction - pattern.outlier_fraction) < _SAME:
         mend = (
             f"the pattern {pattern.name} exempts no row, so leave outlier_fraction out"
-            if isinstance(pattern, (Unstructured, Channels))
+            if isinstance(pattern, (Unstructured, Channels, Experts))
             else "give it in one place only"
         )
         raise ValueError(f"outlier_fraction={outlier_fraction!r} contradicts {pattern!r}: {mend}")

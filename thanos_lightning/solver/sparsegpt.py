@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.linalg import Curvature
-from thanos_lightning.solver.pattern import NM, Pattern, Structured, Unstructured
+from thanos_lightning.solver.pattern import NM, Solvable, Structured, Unstructured
 from thanos_lightning.solver.saliency import (
     choose_sparse_rows,
     conditional_importance,
@@ -27,7 +27,7 @@ def sparsegpt(
     weight: Float[Tensor, "rows cols"],
     curvature: Curvature,
     frozen: Bool[Tensor, "rows cols"],
-    pattern: Pattern,
+    pattern: Solvable,
     block_size: int,
     team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thanos_lightning.solver.elimination import eliminate
 from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
-from thanos_lightning.solver.pattern import NM, Channels, Pattern, Structured
+from thanos_lightning.solver.pattern import NM, Channels, Solvable, Structured
 from thanos_lightning.solver.saliency import (
     choose_regular,
     choose_sparse_rows,
@@ -33,7 +33,7 @@ def thanos(
     weight: Float[Tensor, "rows cols"],
     curvature: Curvature,
     frozen: Bool[Tensor, "rows cols"],
-    pattern: Pattern,
+    pattern: Solvable,
     block_size: int,
     team: RowTeam,
     saliency: str = "wanda",

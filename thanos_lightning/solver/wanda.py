@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.pattern import Pattern, Unstructured
+from thanos_lightning.solver.pattern import Solvable, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row, num_to_prune
 from thanos_lightning.solver.team import RowTeam
 
@@ -16,7 +16,7 @@ def wanda(
     W: Float[Tensor, "rows cols"],
     norms: Float[Tensor, " cols"],
     frozen: Bool[Tensor, "rows cols"],
-    pattern: Pattern,
+    pattern: Solvable,
     team: RowTeam,
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune, True = pruned. An unstructured pattern prunes equally many weights per row, up to one.

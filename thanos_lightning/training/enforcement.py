@@ -86,6 +86,10 @@ class MaskEnforcer:
             return None
         return self._access.collect_keep(self._layers[name], self._drop(name), owner)
 
+    def is_gone(self, name: str) -> bool:
+        """Whether all of a layer is pruned. All ranks know it."""
+        return self._num_pruned.get(name) == self._layers[name].rows * self._layers[name].cols
+
     def _masked_layers(self) -> dict[str, PrunableLayer]:
         return {name: self._layers[name] for name in self._drops}
 

@@ -1,0 +1,85 @@
+"""Experts on real ranks: those that go are zero wherever a strategy keeps them, and no router chooses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Trainings, masks, only, results, train
+from tiny_mixtures import tiny_mixture
+from toy import VOCABULARY, ToyLM, loader, trainer
+from transformers import AutoModelForCausalLM
+
+from thanos_lightning import ThanosPruningCallback, export_checkpoint, verify_checkpoint
+
+EXPERTS: dict[str, Any] = {
+    "model": "mixtral",
+    "pattern": "experts",
+    "sparsity": 0.5,
+    "schedule": (0, 6, 3),
+    "max_steps": 10,
+    "watch": False,
+    "save": [4, 10],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {**EXPERTS, "strategy": "ddp"},
+    "fsdp": {**EXPERTS, "strategy": "fsdp", "distributed": False},
+    "zero2": {**EXPERTS, "strategy": "zero2", "precision": "bf16-mixed"},
+    "zero3": {**EXPERTS, "strategy": "zero3"},
+    "zero3, experts as leaves": {
+        **EXPERTS,
+        "strategy": "zero3",
+        "zero": {"leaf_module": {"classes": ["MixtralSparseMoeBlock"]}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("experts"), CASES)
+
+
+@pytest.mark.parametrize("name", only(["zero3", "fsdp"], CASES))
+def test_a_model_with_fewer_experts_comes_out(trained: Trainings, tmp_path: Path, name: str) -> None:
+    for rank in results(trained(name)):
+        assert rank["error"] is None
+    kept = masks(trained(name))
+    assert len(kept) == 2 * 4 * 3
+    assert not any(keep.any() for keep in kept.values())
+    checkpoint = trained(name) / "step=10.ckpt"
+    reports = verify_checkpoint(checkpoint)
+    assert all(report.ok for report in reports)
+    export_checkpoint(checkpoint, tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert small.config.num_local_experts == 4
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert small(tokens).logits.isfinite().all()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("name", ["fsdp", "zero3", "zero3, experts as leaves"])
+def test_strategies_choose_alike(trained: Trainings, name: str) -> None:
+    assert masks(trained(name)).keys() == masks(trained("ddp")).keys()
+
+
+@pytest.mark.parametrize("name", only(["zero3"], ["zero3", "fsdp", "ddp"]))
+def test_a_resumed_run_is_the_run_that_was_never_stopped(trained: Trainings, tmp_path: Path, name: str) -> None:
+    whole = results(trained(name))
+    resumed = train(tmp_path, **CASES[name], resume=str(trained(name) / "step=4.ckpt"))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["error"] is None
+        assert after["digest"] == before["digest"]
+
+
+@pytest.mark.rest
+def test_the_exported_model_has_the_loss_of_the_trained_one(trained: Trainings, tmp_path: Path) -> None:
+    export_checkpoint(trained("ddp") / "step=10.ckpt", tmp_path / "small")
+    small = ToyLM(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
+    (exported,) = trainer(tmp_path).validate(small, loader(), verbose=False)
+    running = trainer(tmp_path, ThanosPruningCallback("experts", 0.5))
+    checkpoint = trained("ddp") / "step=10.ckpt"
+    (found,) = running.validate(ToyLM(tiny_mixture()), loader(), ckpt_path=checkpoint, verbose=False)
+    assert found["val/loss"] == pytest.approx(exported["val/loss"], rel=1e-5)
