@@ -138,6 +138,11 @@ class PruningRun:
             changed = differences(restored["arguments"], past.arguments(options))
             past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.masked, self.access, changed))
         else:
+            if lacking := [name for name, mixture in self.taken.mixtures.items() if mixture.lacks_experts]:
+                raise MisconfigurationException(
+                    f"another training has dropped experts of {lacking[0]}, of which this one knows nothing: go on "
+                    "with its callback and Trainer, or its checkpoint (ckpt_path), or train the model that it exports"
+                )
             self._hold_zeros()
             if trainer.global_step > 0:  # the checkpoint was saved without the callback
                 past.optimizer_steps = _steps_without_state(trainer)

@@ -60,6 +60,11 @@ class Mixture:
         return int(getattr(self.router, "topk_group", None) or 1)
 
     @property
+    def lacks_experts(self) -> bool:
+        """Whether the router has been made to choose among some experts only."""
+        return "forward" in vars(self.router)
+
+    @property
     def of_router(self) -> list[str]:
         """Names of the router's parameters and buffers that have a row for each expert."""
         return [name for name, value in _tensors(self.router) if whole_shape(value)[:1] == (self.size,)]

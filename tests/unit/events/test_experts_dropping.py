@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from tiny_mixtures import DEEPSEEK, MIXTURES, SIZES, tiny_mixture
 from torch import Tensor, nn
@@ -187,6 +188,16 @@ def test_a_loaded_checkpoint_is_validated_without_the_experts_that_went(tmp_path
         ToyLM(tiny_mixture()), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False
     )
     assert without != expected  # a router of a module that knows nothing of it chooses among all
+
+
+def test_a_new_callback_refuses_a_module_that_has_lost_experts(tmp_path: Path) -> None:
+    module = ToyLM(tiny_mixture())
+    first = trainer(tmp_path, dropping(), max_steps=6)
+    first.fit(module, loader())
+    first.fit_loop.epoch_loop.max_steps = 8
+    first.fit(module, loader())  # the same Trainer goes on
+    with pytest.raises(MisconfigurationException, match="another training has dropped experts of model"):
+        trainer(tmp_path, dropping(), max_steps=6).fit(module, loader())
 
 
 @pytest.mark.rest
