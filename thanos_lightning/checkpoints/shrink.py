@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.models.experts import matrices_of
 from thanos_lightning.models.routing import Mixture, find_mixtures
-from thanos_lightning.models.targets import layer_of, whole_shape
+from thanos_lightning.models.targets import layer_of
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Channels, Experts
 
@@ -119,23 +119,23 @@ def without_experts(
     if len(numbers) > 1:
         raise ValueError(f"{path} has mixtures of unequal numbers of experts: export a checkpoint from after an event")
     (number,) = numbers
-    config = configuration_with(model, mixtures.values(), next(iter(mixtures.values())).size - number, path)
+    config = configuration_with(model, next(iter(mixtures.values())).size - number, path)
     if config is None:
         raise ValueError(f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts")
     return _built(model, config, state, path), routers, stay, others
 
 
-def configuration_with(
-    model: transformers.PreTrainedModel, mixtures: Iterable[Mixture], dropped: int, path: Path
-) -> dict[str, Any] | None:
+def configuration_with(model: transformers.PreTrainedModel, dropped: int, path: Path) -> dict[str, Any] | None:
     """The configuration of a model that lacks so many experts of each of its mixtures; None if there is none."""
-    shapes = {name: list(whole_shape(value)) for name, value in model.state_dict(keep_vars=True).items()}
+    config = model.config.to_dict()
+    whole = build_model(architecture_of(model), config, path)  # without what a training adds, such as adapters
+    shapes = {name: list(value.shape) for name, value in whole.state_dict().items()}
     size = 0
-    for mixture in mixtures:
+    for mixture in find_mixtures(whole).values():
         size = mixture.size
         for name in _with_entries(mixture):
             shapes[name][0] -= dropped
-    return resized(architecture_of(model), model.config.to_dict(), shapes, (size, size - dropped), path)
+    return resized(architecture_of(model), config, shapes, (size, size - dropped), path)
 
 
 def _with_entries(mixture: Mixture) -> list[str]:

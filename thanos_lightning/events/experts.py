@@ -135,15 +135,15 @@ def _check_configurations(
     module: LightningModule, mixtures: Mapping[str, Mixture], pattern: Experts, models: set[str]
 ) -> None:
     """Refuse a model whose configuration can't say how many experts are left: no export could be used."""
-    for home in {home_of(name, models) for name in mixtures} & models:
-        model = module.get_submodule(home)
+    homes = {home_of(name, models): mixture for name, mixture in mixtures.items()}
+    for home in homes.keys() & models:
+        model, mixture = module.get_submodule(home), homes[home]
         assert isinstance(model, PreTrainedModel)
-        own = find_mixtures(model).values()
-        number = pattern.num_experts(next(iter(own)).size, next(iter(own)).groups)
-        if configuration_with(model, own, number, Path(home or type(module).__name__)) is None:
+        number = pattern.num_experts(mixture.size, mixture.groups)
+        if configuration_with(model, number, Path(home or type(module).__name__)) is None:
             raise ValueError(
-                f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts fewer: take "
-                "another pattern"
+                f"the configuration of {type(model).__name__} has no entry that makes its {mixture.size} experts "
+                f"{mixture.size - number}: take another pattern"
             )
 
 

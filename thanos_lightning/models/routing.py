@@ -62,7 +62,8 @@ class Mixture:
     @property
     def lacks_experts(self) -> bool:
         """Whether the router has been made to choose among some experts only."""
-        return "forward" in vars(self.router)
+        own = vars(self.router).get("forward")
+        return isinstance(own, partial) and own.func is _route
 
     @property
     def of_router(self) -> list[str]:
@@ -90,11 +91,9 @@ class Mixture:
             )
             for name, value in whole.items()
         }
-        width = whole_shape(whole[self.of_router[0]])[1]
         try:
-            given = torch.func.functional_call(
-                _smaller(self.router, number), cut, (torch.empty(2, width, dtype=whole["weight"].dtype, device="meta"),)
-            )
+            hidden = torch.empty(2, whole_shape(whole["weight"])[1], dtype=whole["weight"].dtype, device="meta")
+            given = torch.func.functional_call(_smaller(self.router, number), cut, (hidden,))
             shapes = [tuple(one.shape) for one in given]
         except Exception as error:  # whatever a model raises
             raise ValueError(
@@ -145,7 +144,8 @@ def keep_experts(mixture: Mixture, kept: Sequence[int]) -> None:
     Its output has the form that it had: experts keep their numbers, and those that went have logits of -inf.
     """
     router = mixture.router
-    vars(router).pop("forward", None)
+    if mixture.lacks_experts:
+        del vars(router)["forward"]
     if len(kept) < mixture.size:
         numbers = torch.tensor(kept, device=router.weight.device)  # type: ignore[arg-type]
         vars(router)["forward"] = partial(_route, mixture, _smaller(router, len(kept)), numbers, mixture.of_router)

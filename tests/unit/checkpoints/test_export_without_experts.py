@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from tiny_mixtures import MIXTURES, tiny_mixture
 from torch import Tensor
-from toy import ToyLM, grouped, loader, trainer
+from toy import ToyLM, adamw, grouped, loader, trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thanos_lightning import (
@@ -130,3 +130,27 @@ def test_a_record_says_what_the_number_of_experts_was(tmp_path: Path) -> None:
     assert record["model.layers.1.mlp.experts.3.down_proj.weight"]["pattern"] == "experts"
     assert "model.layers.1.mlp.experts.4.down_proj.weight" not in record
     assert "8 experts became 4" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("keeps", [False, True])
+def test_adapters_of_other_layers_go_on(tmp_path: Path, keeps: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_mixture()
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    module = ToyLM(model, lambda parameters: adamw([one for one in parameters if one.requires_grad]))
+    pruning = ThanosPruningCallback(
+        "experts",
+        0.5,
+        overrides=[TargetOverride(["*.self_attn.*"], "2:4")],
+        **grouped(schedule=SparsitySchedule(at=[2]), steps=2),
+    )
+    running = trainer(tmp_path, pruning, max_steps=5)
+    running.fit(module, loader())
+    running.save_checkpoint(tmp_path / "trained.ckpt")
+    export_checkpoint(tmp_path / "trained.ckpt", tmp_path / "out", keep_adapter=keeps)
+    assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_local_experts == 4
+    if not keeps:
+        assert (logits_of(loaded) - logits_of(module.model)).abs().max() < 1e-5
