@@ -131,9 +131,32 @@ def test_an_expert_that_no_token_reached_goes_first(tmp_path: Path) -> None:
     assert [gone_of(mixture) for mixture in find_mixtures(model).values()] == [[3], [3]]
 
 
+class Shut(Callback):
+    """Lets no token reach some experts, from the end of a batch on."""
+
+    def __init__(self, after: int, experts: list[int]) -> None:
+        self.after, self.experts = after, experts
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.after:
+            for mixture in find_mixtures(pl_module).values():
+                mixture.router.e_score_correction_bias[self.experts] = -10  # type: ignore[index, operator]
+
+
+def test_an_expert_that_went_does_not_come_back_for_one_that_no_token_reached(tmp_path: Path) -> None:
+    model: Any = tiny_mixture("deepseek 3")
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias[6:] = -10
+    trainer(tmp_path, dropping(), Shut(2, [0, 1, 2]), max_steps=6).fit(ToyLM(model), loader())
+    assert [gone_of(mixture) for mixture in find_mixtures(model).values()] == [[0, 1, 6, 7]] * 2
+
+
 def test_experts_of_one_mixture_are_compared_in_one_window(tmp_path: Path) -> None:
     of_mixture = 8 * 4 * 24**2
-    pruning = dropping(schedule=SparsitySchedule(at=[4]), memory_gib=1.5 * of_mixture / 2**30)
+    others = [TargetOverride(["*.self_attn.*"], "2:4")]  # with which a mixture does not fit, and without does
+    pruning = dropping(
+        schedule=SparsitySchedule(at=[4]), memory_gib=1.1 * of_mixture / 2**30, overrides=others, steps=1
+    )
     trainer(tmp_path, pruning, max_steps=5).fit(ToyLM(model := tiny_mixture()), loader())
     assert [len(gone_of(mixture)) for mixture in find_mixtures(model).values()] == [4, 4]
     pruning = dropping(memory_gib=0.9 * of_mixture / 2**30)
