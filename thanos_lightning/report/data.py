@@ -22,18 +22,20 @@ Part = Literal["calibrating", "scanning", "solving", "reconstructing", "writing"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The result of pruning one layer in one event.
+    """The result of pruning one layer, or dropping experts of one mixture, in one event.
 
     Attributes:
         name: Fully qualified module name.
-        shape: (out_features, in_features).
-        pattern: "2:4", "unstructured", "structured" or "channels".
+        shape: (out_features, in_features); of a mixture its number of experts, and of weights in each.
+        pattern: "2:4", "unstructured", "structured", "channels" or "experts".
         sparsity: Fraction of the entries that are pruned after the event.
-        loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed.
-        relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight.
+        loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed. Of a mixture, for each token and each of its experts,
+            the mean of ‖share · output‖² where the expert is dropped, and else of 0.
+        relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight, or all experts.
         seconds: Time of the solve.
         tokens: How many tokens its inputs were counted on, on all ranks; None where no statistics were needed. An
-            expert that fewer tokens than inputs have reached was solved on the mean of its layer's experts, too.
+            expert that fewer tokens than inputs have reached was solved on the mean of its layer's experts, too. Of a
+            mixture all tokens that its experts got, each as often as there were experts that got it.
     """
 
     name: str

@@ -8,13 +8,12 @@ import torch
 import transformers as t
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from tiny_mixtures import DEEPSEEK, MIXTURES, SIZES, tiny_mixture
+from tiny_mixtures import DEEPSEEK, MIXTURES, tiny_mixture
 from torch import Tensor, nn
 from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import Allocation, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.models.routing import Mixture, find_mixtures
-from thanos_lightning.solver import Experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the model's weights")
 
@@ -318,12 +317,3 @@ def test_blocks_that_lose_experts_are_not_reconstructed(tmp_path: Path) -> None:
     pruning = dropping(batches=list(loader(8)), overrides=overrides)
     trainer(tmp_path, pruning, max_steps=2).fit(ToyLM(tiny_mixture()), loader())
     assert pruning.report.events[0].blocks == []
-
-
-def test_the_pattern_counts_experts_in_equal_number_from_groups() -> None:
-    assert [Experts(0.3).num_experts(8), Experts(0.3).num_experts(8, groups=4), Experts(0.3).num_experts(16, 4)] == [
-        2,
-        4,
-        4,
-    ]
-    assert SIZES["num_hidden_layers"] == 2

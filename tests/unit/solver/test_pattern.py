@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import PATTERNS
 
-from thanos_lightning.solver import NM, Channels, Structured, Unstructured, parse_pattern
+from thanos_lightning.solver import NM, Channels, Experts, Structured, Unstructured, parse_pattern, prune
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from thanos_lightning.solver import NM, Channels, Structured, Unstructured, pars
         (("unstructured", 0.6, 0.0), Unstructured(0.6)),
         (("structured", 0.3, 0.1), Structured(0.3, 0.1)),
         (("channels", 0.3, 0.0), Channels(0.3)),
+        (("Experts", 0.3), Experts(0.3)),
         ((NM(2, 4, 0.1), 0.45, 0.1), NM(2, 4, 0.1)),
         ((Unstructured(0.5),), Unstructured(0.5)),
     ],
@@ -145,3 +146,20 @@ def test_with_sparsity_of_nm_keeps_the_groups_and_rounds_no_row_away():
     intermediate = NM(2, 4).with_sparsity(0.45)
     assert (intermediate.n, intermediate.m) == (2, 4)
     assert intermediate.num_dense_rows(10) == 1
+
+
+def test_experts_are_counted_in_equal_number_from_groups():
+    counts = [
+        Experts(0.3).num_experts(8),
+        Experts(0.3).num_experts(8, groups=4),
+        Experts(0.3).num_experts(16, groups=4),
+    ]
+    assert counts == [2, 4, 4]
+    assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
+
+
+def test_no_layer_is_pruned_to_experts():
+    with pytest.raises(ValueError, match=r"Experts\(sparsity=0.5\) is for all experts of a mixture together"):
+        prune(torch.ones(4, 4), torch.eye(4), Experts(0.5))
+    with pytest.raises(ValueError, match="exempts no row, so leave outlier_fraction out"):
+        parse_pattern("experts", 0.5, 0.1)
