@@ -1,8 +1,7 @@
-"""Tiny mixtures of experts with random weights: a model of each family whose experts are fused."""
+"""Tiny mixtures of experts with random weights: a model of each family whose experts transformers fuses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 1,
 }
-NARROW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 DEEPSEEK: dict[str, Any] = {
     **SIZES,
-    **NARROW,
+    "moe_intermediate_size": 12,
     "num_key_value_heads": 2,
     "first_k_dense_replace": 0,
     "kv_lora_rank": 8,
@@ -33,44 +35,57 @@ DEEPSEEK: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
-
-MIXTURES: dict[str, Callable[..., t.PreTrainedModel]] = {
-    "mixtral": lambda number: t.MixtralForCausalLM(t.MixtralConfig(**SIZES, num_local_experts=number)),
-    "qwen2": lambda number: t.Qwen2MoeForCausalLM(
-        t.Qwen2MoeConfig(**SIZES, **NARROW, num_experts=number, shared_expert_intermediate_size=12)
+# family -> class, class of its configuration, what that calls the number of experts, and what it has
+MIXTURES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "mixtral": (t.MixtralForCausalLM, t.MixtralConfig, "num_local_experts", SIZES),
+    "qwen2": (
+        t.Qwen2MoeForCausalLM,
+        t.Qwen2MoeConfig,
+        "num_experts",
+        {**SIZES, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
     ),
-    "qwen3": lambda number: t.Qwen3MoeForCausalLM(
-        t.Qwen3MoeConfig(**SIZES, **NARROW, head_dim=8, num_experts=number, norm_topk_prob=True)
+    "qwen3": (
+        t.Qwen3MoeForCausalLM,
+        t.Qwen3MoeConfig,
+        "num_experts",
+        {**SIZES, "moe_intermediate_size": 12, "head_dim": 8, "norm_topk_prob": True},
     ),
-    "olmoe": lambda number: t.OlmoeForCausalLM(
-        t.OlmoeConfig(**SIZES, num_experts=number, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1)
+    "olmoe": (t.OlmoeForCausalLM, t.OlmoeConfig, "num_experts", {**SIZES, "pad_token_id": 0}),
+    "deepseek 2": (t.DeepseekV2ForCausalLM, t.DeepseekV2Config, "n_routed_experts", DEEPSEEK),
+    "deepseek 3": (t.DeepseekV3ForCausalLM, t.DeepseekV3Config, "n_routed_experts", DEEPSEEK),
+    "deepseek 3, in groups": (
+        t.DeepseekV3ForCausalLM,
+        t.DeepseekV3Config,
+        "n_routed_experts",
+        {**DEEPSEEK, "n_group": 2},
     ),
-    "deepseek 2": lambda number: t.DeepseekV2ForCausalLM(t.DeepseekV2Config(**DEEPSEEK, n_routed_experts=number)),
-    "deepseek 3": lambda number: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**DEEPSEEK, n_routed_experts=number)),
-    "deepseek 3, in groups": lambda number: t.DeepseekV3ForCausalLM(
-        t.DeepseekV3Config(**{**DEEPSEEK, "n_group": 2}, n_routed_experts=number)
+    "gpt-oss": (
+        t.GptOssForCausalLM,
+        t.GptOssConfig,
+        "num_local_experts",
+        {**SIZES, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
-    "gpt-oss": lambda number: t.GptOssForCausalLM(
-        t.GptOssConfig(**SIZES, head_dim=8, num_local_experts=number, num_experts_per_tok=2)
-    ),
-    "llama 4": lambda number: t.Llama4ForCausalLM(
-        t.Llama4TextConfig(
+    "llama 4": (
+        t.Llama4ForCausalLM,
+        t.Llama4TextConfig,
+        "num_local_experts",
+        {
             **SIZES,
-            head_dim=8,
-            intermediate_size_mlp=24,
-            num_local_experts=number,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=1,
-            attention_chunk_size=32,
-        )
+            "head_dim": 8,
+            "intermediate_size_mlp": 24,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+            "attention_chunk_size": 32,
+        },
     ),
 }
 
 
-def tiny_mixture(family: str = "mixtral", number: int = 8, seed: int = 0) -> t.PreTrainedModel:
+def tiny_mixture(family: str = "mixtral", number: int = 8, seed: int = 0, **config: Any) -> Any:
     """A model of the family with so many experts, all of whose parameters and biases of choice are random."""
+    kind, configuration, name, own = MIXTURES[family]
     torch.manual_seed(seed)
-    model = MIXTURES[family](number)
+    model = kind(configuration(**{**own, name: number, **config}))
     for parameter in model.parameters():
         if parameter.ndim > 1 or len(parameter) == number:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 @pytest.mark.parametrize("name", only(["zero3", "fsdp"], CASES))
 def test_zeros_of_experts_hold_everywhere(name: str, trained: Trainings) -> None:
     folder, case = trained(name), CASES[name]
-    layers = 2 * (4 + 4 * MATRICES[case["model"]])
+    layers = 2 * (4 + 8 * MATRICES[case["model"]])
     for seen in results(folder):
         assert seen["error"] is None
         assert seen["violations"] == []

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mixtures import tiny_mixture
+from tiny_mixtures import tiny_mixture
 from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import FAMILIES, tiny_mixture
+from tiny_mixtures import MIXTURES, tiny_mixture
 from torch import Tensor
 
 from thanos_lightning.calibration.inputs import InputStatistics
@@ -33,7 +33,7 @@ def gradients_of(model: Any, batch: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_training_step_is_what_it_was(family: str) -> None:
     model = tiny_mixture(family)
     logits, wanted = model(input_ids=tokens()).logits, gradients_of(model, tokens())
@@ -51,7 +51,7 @@ def test_a_training_step_is_what_it_was(family: str) -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
     """The outputs are linear in these weights: an error ΔW changes them by tr(ΔW Σ x xᵀ ΔWᵀ) in square."""
     model = tiny_mixture(family).double()
@@ -62,7 +62,8 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
     with statistics.counting():
         model(input_ids=tokens())
     statistics.stop()
-    for name, layer in list(layers.items())[-4:]:  # all experts of the last layer
+    assert len(statistics.accumulators) > 4
+    for name, layer in list(layers.items())[-8:]:  # all experts of the last layer
         given: list[Tensor] = []
         handle = layer.holders[0].register_forward_hook(partial(keep, given))
         model(input_ids=tokens())
@@ -73,12 +74,14 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
             layer.own(layer.parameter).sub_(layer.oriented(error))
         handle.remove()
         changed = float((given[1] - given[0]).square().sum())
-        assert changed > 0
+        if name not in statistics.accumulators:
+            assert changed == 0  # no token goes there
+            continue
         told = float(((error @ statistics.accumulators[name].sum.double()) * error).sum())
         assert told == pytest.approx(changed, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradient(family: str) -> None:
     model = tiny_mixture(family)
     layers = experts_of(model)
@@ -92,7 +95,7 @@ def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradie
     reached = statistics.accumulators
     matrices = len({name.rpartition(".")[2] for name in layers})
     moe_layers = len({name.partition("experts")[0] for name in layers})
-    assert len(reached) == (1 if family == "llama4" else 2) * matrices * moe_layers  # by the chosen experts alone
+    assert len(reached) == (1 if family == "llama 4" else 2) * matrices * moe_layers  # by the chosen experts alone
     for name, moments in reached.items():
         layer, squares = layers[name], outputs.sums[name]
         assert layer.parameter.grad is not None
@@ -126,7 +129,7 @@ def test_inputs_count_as_much_as_the_routers_share_of_them() -> None:
         assert moments is statistics.accumulators[f"{experts}.{expert}.gate_proj"]  # gate and up share one sum
 
 
-@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+@pytest.mark.parametrize("family", ["mixtral", "llama 4"])
 def test_padding_does_not_count(family: str) -> None:
     model, batch = tiny_mixture(family), tokens()
     layers = experts_of(model)

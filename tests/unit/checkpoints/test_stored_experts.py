@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures import FAMILIES, tiny_mixture
+from tiny_mixtures import MIXTURES, tiny_mixture
 
 from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles
@@ -14,7 +14,7 @@ from thanos_lightning.checkpoints.lazy import WithParts
 from thanos_lightning.models.targets import find_targets
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_each_matrix_is_found_in_the_files(family: str, tmp_path: Path) -> None:
     model = tiny_mixture(family)
     model.save_pretrained(tmp_path)
@@ -30,5 +30,5 @@ def test_each_matrix_is_found_in_the_files(family: str, tmp_path: Path) -> None:
 def test_names_are_those_of_the_hub() -> None:
     names = stored_names(tiny_mixture())
     of = "model.layers.1.block_sparse_moe.experts.3"
-    assert names["model.layers.1.mlp.experts.gate_up_proj[3, 48:96]"] == f"{of}.w3.weight"
+    assert names["model.layers.1.mlp.experts.gate_up_proj[3, 24:48]"] == f"{of}.w3.weight"
     assert names["model.layers.1.mlp.experts.down_proj[3]"] == f"{of}.w2.weight"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixtures import FAMILIES, tiny_mixture
+from tiny_mixtures import MIXTURES, tiny_mixture
 from torch import nn
 
 from thanos_lightning.models.experts import ExpertMatrix, matrices_of, unknown_experts
@@ -14,12 +14,12 @@ def of_experts(family: str) -> dict[str, ExpertMatrix]:
     return {name: layer.expert for name, layer in layers.items() if layer.expert is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_matrices_are_all_of_the_parameters_and_none_twice(family: str) -> None:
     model = tiny_mixture(family)
     layers = [layer for layer in find_targets(model).values() if layer.expert is not None]
     fused = {name: torch.zeros(p.shape, dtype=torch.int) for name, p in model.named_parameters() if p.ndim == 3}
-    assert len(fused) == (2 if family.startswith("deepseek") else 4)
+    assert len(fused) == 4
     for layer in layers:
         own = layer.own(fused[layer.parameter_name.partition("[")[0]])
         assert layer.oriented(own).shape == (layer.rows, layer.cols)
@@ -27,7 +27,7 @@ def test_matrices_are_all_of_the_parameters_and_none_twice(family: str) -> None:
     assert all(bool((counts == 1).all()) for counts in fused.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_matrix_has_no_gaps_and_begins_where_it_says(family: str) -> None:
     for name, layer in find_targets(tiny_mixture(family)).items():
         if layer.expert is not None:
@@ -39,10 +39,10 @@ def test_a_matrix_has_no_gaps_and_begins_where_it_says(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "named"),
     [
-        ("mixtral", "model.layers.1.mlp.experts.3.gate_proj model.layers.1.mlp.experts.gate_up_proj[3, 0:48]"),
-        ("qwen3-moe", "model.layers.0.mlp.experts.0.up_proj model.layers.0.mlp.experts.gate_up_proj[0, 24:48]"),
+        ("mixtral", "model.layers.1.mlp.experts.3.gate_proj model.layers.1.mlp.experts.gate_up_proj[3, 0:24]"),
+        ("qwen3", "model.layers.0.mlp.experts.0.up_proj model.layers.0.mlp.experts.gate_up_proj[0, 12:24]"),
         ("gpt-oss", "model.layers.0.mlp.experts.2.gate_up_proj model.layers.0.mlp.experts.gate_up_proj[2]"),
-        ("llama4", "model.layers.0.feed_forward.experts.1.down_proj model.layers.0.feed_forward.experts.down_proj[1]"),
+        ("llama 4", "model.layers.0.feed_forward.experts.1.down_proj model.layers.0.feed_forward.experts.down_proj[1]"),
     ],
 )
 def test_names_tell_where_a_matrix_is(family: str, named: str) -> None:
@@ -51,7 +51,7 @@ def test_names_tell_where_a_matrix_is(family: str, named: str) -> None:
 
 
 def test_routers_stay_dense() -> None:
-    for family in FAMILIES:
+    for family in MIXTURES:
         for name in prunable_modules(tiny_mixture(family)):
             assert not name.endswith((".router", ".gate")), family
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from mixtures import tiny_mixture
+from tiny_mixtures import tiny_mixture
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.lending import TOKENS_PER_INPUT, lend, lenders
@@ -9,13 +9,13 @@ from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import HessianAccumulator
 
 EXPERTS = "model.layers.0.mlp.experts"
-WIDTH = 32
+WIDTH = 16
 ENOUGH = TOKENS_PER_INPUT * WIDTH
 TOKENS = (0, 5, ENOUGH - 1, ENOUGH)  # of each expert
 
 
 def layers() -> dict[str, PrunableLayer]:
-    return find_targets(tiny_mixture(num_hidden_layers=1), targets=["*gate_proj", "*up_proj", "*q_proj"])
+    return find_targets(tiny_mixture(number=4, num_hidden_layers=1), targets=["*gate_proj", "*up_proj", "*q_proj"])
 
 
 def counted() -> tuple[dict[str, HessianAccumulator], dict[str, int]]:
