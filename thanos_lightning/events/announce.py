@@ -8,7 +8,7 @@ import rich
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thanos_lightning.events.forecast import Calibration, describe, forecast, tokens_per_batch
+from thanos_lightning.events.forecast import Calibration, Rates, describe, forecast, needs, tokens_per_batch
 from thanos_lightning.models.census import take_census
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -31,14 +31,14 @@ def announce(run: PruningRun) -> None:
             f"only {census.share:.1%} of the model's weights are in the layers to prune, which can be Linear, "
             f"Conv1D and fused experts; left out are {census.shares()}"
         )
-    needs = options.solver.needs_statistics
+    counts = options.solver.needs_statistics
     with torch.random.fork_rng(devices=[]):  # must not change the training's random numbers
         batches = run.collector.batches(trainer, module) if options.calibration.batches is not None else None
     if not trainer.is_global_zero:
         return
     looked_at = trainer.train_dataloader if batches is None else batches
-    number, tokens, length = tokens_per_batch(looked_at) if needs else (0, 0, 0)
-    if needs and batches is None:
+    number, tokens, length = tokens_per_batch(looked_at) if counts else (0, 0, 0)
+    if counts and batches is None:
         steps = max((window.end_step - window.start_step for window in run.windows), default=0)
         number = steps * trainer.accumulate_grad_batches
     calibration = Calibration(
@@ -53,17 +53,33 @@ def announce(run: PruningRun) -> None:
     )
     events = scheduled_events(run.planner.schedule, trainer)
     scanned = run.planner.to_try(run.final) if any(window.scans for window in run.windows) else {}
+    is_sharded = not isinstance(run.access, ReplicatedAccess)
+    rates = Rates.measured(next(iter(run.layers.values())).parameter.device, trainer)
+    of_event = [
+        needs(
+            [run.layers[name] for name in window.patterns],
+            options.solver,
+            rates,
+            ranks=trainer.world_size,
+            coupled=options.calibration.couples_rows,
+            pattern=options.pattern,
+            gathers=is_sharded,
+            again=len(events) > 1,
+            blocks=[block for block in run.blocks.values() if not window.patterns.keys().isdisjoint(block.layers)],
+        )
+        for window in run.windows
+        if window.event == run.windows[-1].event
+    ]
     outlook = forecast(
         run.layers,
         census,
         options.solver,
         calibration,
-        trainer,
-        memory_gib=options.calibration.memory_gib if needs else None,
-        is_sharded=not isinstance(run.access, ReplicatedAccess),
+        rates,
+        of_event,
+        ranks=trainer.world_size,
+        is_sharded=is_sharded,
         levels=max(map(len, scanned.values()), default=0),
-        events=len(events),
-        pattern=options.pattern,
     )
     pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     text = describe(

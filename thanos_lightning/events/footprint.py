@@ -1,10 +1,12 @@
-"""Formulas for the memory that pruning takes beside the model, its gradients and its optimizer."""
+"""Formulas for what pruning takes: memory beside the model, its gradients and its optimizer, and messages."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.stack import Block
+from thanos_lightning.models.targets import PrunableLayer, whole_shape
 from thanos_lightning.sharding.owners import assign_teams, owners_of
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
@@ -79,3 +81,35 @@ def event_bytes(
             peak = max(peak, hessians + outputs + waiting + solved + working)
             solved += layer.rows * layer.cols * (layer.parameter.element_size() + 1)
     return peak
+
+
+def training_bytes(block: Block, solved: Sequence[PrunableLayer], ranks: int) -> int:
+    """Peak bytes of a rank that trains a block of a window whose layers were solved, without activations.
+
+    The rank has all parameters of the block in fp32; of those that are trained a copy, its gradient and Adam's two
+    moments; and what it has solved of the window.
+    """
+    own = set(block.layers)
+    trained = sum(layer.rows * layer.cols for layer in solved if layer.name in own)
+    whole = sum(math.prod(whole_shape(parameter)) for parameter in block.module.parameters())
+    waiting = sum(layer.rows * layer.cols * (layer.parameter.element_size() + 1) for layer in solved)
+    return 4 * whole + 16 * trained + waiting // ranks
+
+
+def sent_bytes(
+    layers: Sequence[PrunableLayer], ranks: int, *, coupled: bool = False, gathers: bool = False, again: bool = False
+) -> int:
+    """Bytes that all ranks together send to solve a window and to write it. The arguments are as for `event_bytes`.
+
+    Each rank but the owner sends half of each symmetric sum; the others get the new weight and the mask. Where weights
+    are in pieces, the owner gets those of the fp32 weight, and of the mask before, and sends them back.
+    """
+    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks, coupled=coupled))
+    sums = 0
+    for group in sharing(layers):
+        sums += 2 * group[0].cols ** 2 * len({owners[layer.name] for layer in group})
+    sums += coupled * sum(2 * layer.rows**2 for layer in layers)
+    weights = sum(layer.rows * layer.cols for layer in layers)
+    model = sum(layer.rows * layer.cols * layer.parameter.element_size() for layer in layers)
+    pieces = (4 + again + 5) * weights // ranks if gathers else weights // 8
+    return (ranks - 1) * (sums + model + pieces)

@@ -7,8 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from thanos_lightning.calibration.batches import BATCHES_PER_BACKWARD
 from thanos_lightning.calibration.hidden_states import TOKENS_PER_STEP
-from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
+from thanos_lightning.events.footprint import event_bytes, moments_bytes, sent_bytes, sharing, training_bytes
 from thanos_lightning.events.reconstruct import MOST_PASSES
 from thanos_lightning.models.census import Census
+from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
-from thanos_lightning.plan.windows import split_by_memory
 from thanos_lightning.report.progress import duration
 from thanos_lightning.report.stopwatch import finish
+from thanos_lightning.sharding.owners import busiest
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
@@ -41,6 +41,48 @@ _COUPLED = 2.5  # a solve with coupled rows takes so many times as long
 _FORWARDS, _ALL_ELSE = 3, 1600
 _MEASURING_SECONDS, _MEASUREMENTS, _MEASURED_SIZE = 0.02, 4, 512
 _rates: dict[tuple[torch.device, str | None], float] = {}  # by device and precision; a process measures each once
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device computes.
+
+    Attributes:
+        exact: Operations per second of a matrix product in float32.
+        forward: The same in the precision of the forward.
+        solves: Shape of a layer -> the seconds of its solve, where they were measured.
+    """
+
+    exact: float
+    forward: float
+    solves: Mapping[tuple[int, int], float] = field(default_factory=dict)
+
+    @classmethod
+    def measured(cls, device: torch.device, trainer: Trainer) -> Rates:
+        """Measure products for a twentieth of a second each, once in a process."""
+        return cls(_rate(device), _rate(device, trainer))
+
+    def solving(self, layer: PrunableLayer, options: SolverOptions, *, coupled: bool) -> float:
+        """Seconds in which one rank solves a layer."""
+        found = self.solves.get((layer.rows, layer.cols))
+        return _operations(layer, options, coupled) / self.exact if found is None else found
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Roughly what one window takes.
+
+    Attributes:
+        moments: Bytes for second moments, on each rank.
+        event: Peak bytes at its end, with the second moments, on the rank that needs most.
+        sent: Bytes that all ranks together send to solve and to write it.
+        solving_seconds: Time of the rank that solves longest.
+    """
+
+    moments: int
+    event: int
+    sent: int
+    solving_seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,61 +135,71 @@ class Calibration:
     block_steps: int = 0
 
 
+def needs(
+    layers: Sequence[PrunableLayer],
+    options: SolverOptions,
+    rates: Rates,
+    *,
+    ranks: int,
+    coupled: bool = False,
+    pattern: Pattern | None = None,
+    gathers: bool = False,
+    again: bool = False,
+    blocks: Sequence[Block] = (),
+) -> Needs:
+    """Forecast a window by formulas. `blocks` are those that are trained; the rest is as for `event_bytes`."""
+    seconds = {layer.name: rates.solving(layer, options, coupled=coupled) for layer in layers}
+    peak = event_bytes(
+        layers, options, ranks=ranks, coupled=coupled, pattern=pattern, gathers=gathers, again=again
+    )  # fmt: skip
+    return Needs(
+        moments=moments_bytes(layers, coupled=coupled) if options.needs_statistics else 0,
+        event=max(peak, *(training_bytes(block, layers, ranks) for block in blocks), 0),
+        sent=sent_bytes(layers, ranks, coupled=coupled, gathers=gathers, again=again),
+        solving_seconds=busiest({layer.name: layer for layer in layers}, seconds, ranks, coupled=coupled),
+    )
+
+
 def forecast(
     layers: Mapping[str, PrunableLayer],
     census: Census,
     options: SolverOptions,
     calibration: Calibration,
-    trainer: Trainer,
+    rates: Rates,
+    windows: Sequence[Needs],
     *,
-    memory_gib: float | None,
+    ranks: int,
     is_sharded: bool,
     levels: int,
-    events: int = 1,
-    pattern: Pattern | None = None,
 ) -> Forecast:
-    """Forecast by formulas, and by the rate of a matrix product, which is measured for a twentieth of a second.
+    """Forecast an event that consists of `windows`.
 
-    The Trainer gives the number of ranks and the precision of the forward. `memory_gib` is for the second moments; None
-    holds all at once. `is_sharded` says whether each rank has a shard of the masks. `levels` is the number of
-    sparsities at which a scan looks at each layer; 0 without a scan. `pattern` is the main pattern.
+    `is_sharded` says whether each rank has a shard of the masks. `levels` is the number of sparsities at which a scan
+    looks at each layer; 0 without a scan.
     """
-    ranks, targets = trainer.world_size, list(layers.values())
-    windows = split_by_memory(targets, memory_gib, coupled=calibration.coupled)
-    device = targets[0].parameter.device
-    exact, forward = _rate(device), _rate(device, trainer)
-    solves = [_operations(layer, options, calibration.coupled) / exact for layer in targets]
-    scans = [_operations(layer, SolverOptions.as_published(options.method), False) / exact for layer in targets]
-    coupled = calibration.coupled
-    shown = sum(layer.rows * layer.cols for layer in layers.values() if layer.shows_its_mask)
-    at_peak = partial(
-        event_bytes,
-        options=options,
-        ranks=ranks,
-        coupled=coupled,
-        pattern=pattern,
-        gathers=is_sharded,
-        again=events > 1,
-    )
+    targets = list(layers.values())
+    published = SolverOptions.as_published(options.method)
+    scans = [_operations(layer, published, False) / rates.exact for layer in targets]
+    shown = sum(layer.rows * layer.cols for layer in targets if layer.shows_its_mask)
     return Forecast(
-        moments=max(moments_bytes(window, coupled=coupled) for window in windows) if options.needs_statistics else 0,
-        event=max(map(at_peak, windows)),
+        moments=max(window.moments for window in windows),
+        event=max(window.event for window in windows),
         masks=(census.target_weights - shown) // (ranks if is_sharded else 1),
-        calibrating_seconds=_calibrating(targets, census, calibration, ranks, exact, forward, len(windows))
+        calibrating_seconds=_calibrating(targets, census, calibration, ranks, rates, len(windows))
         if options.needs_statistics
         else 0.0,
         scanning_seconds=levels * sum(scans) / ranks,
-        solving_seconds=max(sum(solves) / ranks, max(solves)),
+        solving_seconds=sum(window.solving_seconds for window in windows),
         states=_states(targets, calibration, len(windows)) // ranks,
-        reconstructing_seconds=reconstructing_seconds(census, calibration, exact, forward) / ranks,
+        reconstructing_seconds=reconstructing_seconds(census, calibration, rates) / ranks,
     )
 
 
-def reconstructing_seconds(census: Census, calibration: Calibration, exact: float, forward: float) -> float:
-    """Time to train all blocks on one rank, by the rates of float32 products and of the forward's products."""
+def reconstructing_seconds(census: Census, calibration: Calibration, rates: Rates) -> float:
+    """Time to train all blocks on one rank."""
     tokens = _tokens_of_steps(calibration)
     steps = tokens / max(TOKENS_PER_STEP, calibration.length or 0)
-    return census.target_weights * (_FORWARDS * 2 * tokens / forward + _ALL_ELSE * steps / exact)
+    return census.target_weights * (_FORWARDS * 2 * tokens / rates.forward + _ALL_ELSE * steps / rates.exact)
 
 
 def _tokens_of_steps(calibration: Calibration) -> int:
@@ -171,13 +223,7 @@ def _operations(layer: PrunableLayer, options: SolverOptions, coupled: bool) -> 
 
 
 def _calibrating(
-    layers: Sequence[PrunableLayer],
-    census: Census,
-    calibration: Calibration,
-    ranks: int,
-    exact: float,
-    forward: float,
-    windows: int,
+    layers: Sequence[PrunableLayer], census: Census, calibration: Calibration, ranks: int, rates: Rates, windows: int
 ) -> float | None:
     if calibration.batches is None or calibration.tokens is None:
         return None
@@ -186,12 +232,12 @@ def _calibrating(
         moments += sum(2 * layer.rows**2 for layer in layers)
     tokens = calibration.batches * calibration.tokens
     if calibration.of_training:
-        return tokens * moments / exact
+        return tokens * moments / rates.exact
     passes = 1.0
     if calibration.differentiates:
         passes += 1 / BATCHES_PER_BACKWARD["coupled" if calibration.coupled else "alone"]
-    run = 2 * census.model_weights * passes / forward
-    return tokens / ranks * (windows * run + moments / exact)
+    run = 2 * census.model_weights * passes / rates.forward
+    return tokens / ranks * (windows * run + moments / rates.exact)
 
 
 def _rate(device: torch.device, trainer: Trainer | None = None) -> float:

@@ -28,10 +28,8 @@ from thanos_lightning.events.sensitivity import scan_window
 from thanos_lightning.models.routing import keep_experts
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.options import PruningOptions, differences
-from thanos_lightning.plan.planner import Planner
-from thanos_lightning.plan.schedule import SparsitySchedule
+from thanos_lightning.plan.planner import Planner, wants_gradients
 from thanos_lightning.plan.training_steps import check_alike, steps_of
 from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport
@@ -102,7 +100,7 @@ class PruningRun:
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             schedule = schedule.resolve(past.total_steps)  # as in the fit before
-        self.planner = self._new_planner(schedule)
+        self.planner = Planner.of(options, schedule, lacks_gradients=self._lacks_gradients)
         if schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []
@@ -221,21 +219,6 @@ class PruningRun:
 
     # The plan
 
-    def _new_planner(self, schedule: SparsitySchedule) -> Planner:
-        options = self.options
-        allocates = options.allocation == Allocation("loss")
-        if options.allocation is None and options.weighs_outputs and not self._lacks_gradients:
-            allocates = nothing_to_allocate(options.pattern) is None
-        return Planner(
-            options.pattern,
-            schedule,
-            allocates,
-            gives_way=options.allocation is None,
-            calibration_steps=options.calibration.steps if options.collects_in_training else 0,
-            memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
-            couples_rows=options.calibration.couples_rows,
-        )
-
     def _plan(self, restored: Mapping[str, Any] | None = None) -> list[Window]:
         begun_with_scan = None
         if restored is not None and (restored["windows_done"] or restored["collected"] is not None):
@@ -256,16 +239,7 @@ class PruningRun:
     @property
     def differentiates(self) -> bool:
         """Whether backwards run on the calibration set, if there is one, for the first event."""
-        return not self._lacks_gradients and any(map(self._wants_gradients, self.windows[:1]))
-
-    def _wants_gradients(self, window: Window) -> bool:
-        """Whether gradients weigh outputs: only if rows or layers compete for zeros, or rows are coupled."""
-        compete = (
-            self.options.calibration.couples_rows
-            or window.scans
-            or any(pattern.rows_compete for pattern in window.patterns.values())
-        )
-        return self.options.weighs_outputs and bool(compete)
+        return not self._lacks_gradients and any(wants_gradients(self.options, window) for window in self.windows[:1])
 
     # Batches
 
@@ -365,11 +339,11 @@ class PruningRun:
         )
 
     def _collect(self, window: Window) -> None:
-        self.collector.open(window, gradients=self._wants_gradients(window))
+        self.collector.open(window, gradients=wants_gradients(self.options, window))
 
     def _moments(self, window: Window) -> Moments:
         if self.options.solver.needs_statistics:
-            gradients = self._wants_gradients(window)
+            gradients = wants_gradients(self.options, window)
             self._clock.now("calibrating")
             moments = self.collector.take(window, self.trainer, self.module, gradients=gradients)
             self._clock.add("calibrating", moments.seconds)

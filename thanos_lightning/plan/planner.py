@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.plan.allocation import LayerSensitivity, allocate, levels
-from thanos_lightning.plan.options import CALIBRATION_STEPS
+from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, levels, nothing_to_allocate
+from thanos_lightning.plan.options import CALIBRATION_STEPS, PruningOptions
 from thanos_lightning.plan.schedule import Event, SparsitySchedule
 from thanos_lightning.plan.training_steps import checked_events
 from thanos_lightning.plan.windows import Window, patterns_at, plan_windows, split_by_memory
@@ -41,6 +41,28 @@ class Planner:
     memory_gib: float | None
     couples_rows: bool = False
 
+    @classmethod
+    def of(cls, options: PruningOptions, schedule: SparsitySchedule, *, lacks_gradients: bool = False) -> Planner:
+        """The planner that the callback's options ask for.
+
+        Args:
+            options: Checked options.
+            schedule: Theirs, or the one that a resumed training began with.
+            lacks_gradients: Whether there are no gradients on the calibration set, as under some ways of sharding.
+        """
+        allocates = options.allocation == Allocation("loss")
+        if options.allocation is None and options.weighs_outputs and not lacks_gradients:
+            allocates = nothing_to_allocate(options.pattern) is None
+        return cls(
+            options.pattern,
+            schedule,
+            allocates,
+            gives_way=options.allocation is None,
+            calibration_steps=options.calibration.steps if options.collects_in_training else 0,
+            memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
+            couples_rows=options.calibration.couples_rows,
+        )
+
     @property
     def needs_scan(self) -> bool:
         """Whether the training can't run without a sensitivity scan, because the user chose the allocation."""
@@ -55,10 +77,10 @@ class Planner:
         trainer: Trainer,
         layers: Mapping[str, PrunableLayer],
         final: Mapping[str, Pattern],
-        sensitivities: Mapping[str, LayerSensitivity],
+        sensitivities: Mapping[str, LayerSensitivity] | None,
         *,
-        optimizer_steps: int,
-        begun_with_scan: bool | None,
+        optimizer_steps: int = 0,
+        begun_with_scan: bool | None = None,
     ) -> list[Window]:
         """All windows that are known so far. Until a sensitivity scan is complete, these are only its windows.
 
@@ -66,7 +88,8 @@ class Planner:
             trainer: Knows the length of the training.
             layers: Name -> layer, front to back.
             final: Name -> the pattern at the end, before the allocation.
-            sensitivities: Name -> the scan's result, for layers that were scanned already.
+            sensitivities: Name -> the scan's result, for layers that were scanned already. None if there will be no
+                training: then the windows after a scan are planned as if it found all layers alike.
             optimizer_steps: Optimizer steps taken so far.
             begun_with_scan: Whether a resumed training began with a window of a scan; None if no window has begun.
 
@@ -110,10 +133,10 @@ class Planner:
         if not self.needs_scan and not (begins_with_it if begun_with_scan is None else begun_with_scan):
             rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
             return self._plan_pruning(events, layers, final)
-        if len(sensitivities) < len(layers):
-            # Raise before the training if the windows after the scan do not fit
-            self._plan_pruning(events, layers, final, since=since)
-            return scan
+        if sensitivities is None or len(sensitivities) < len(layers):
+            # Planned in any case, to raise before the training if the windows after the scan do not fit
+            alike = self._plan_pruning(events, layers, final, since=since)
+            return scan if sensitivities is not None else [*scan, *alike]
         final = self._allocate(layers, final, sensitivities)
         return [*scan, *self._plan_pruning(events, layers, final, since=since)]
 
@@ -161,3 +184,13 @@ class Planner:
                 "since the event before"
             )
         return windows
+
+
+def wants_gradients(options: PruningOptions, window: Window) -> bool:
+    """Whether gradients weigh outputs in a window: only if rows or layers compete for zeros, or rows are coupled."""
+    compete = (
+        options.calibration.couples_rows
+        or window.scans
+        or any(pattern.rows_compete for pattern in window.patterns.values())
+    )
+    return options.weighs_outputs and compete

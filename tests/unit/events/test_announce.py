@@ -15,10 +15,10 @@ def gradual() -> ThanosPruningCallback:
 
 
 def test_all_events_count_while_only_a_scan_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events, forecast = [], announce.forecast
-    monkeypatch.setattr(announce, "forecast", lambda *args, **kw: events.append(kw["events"]) or forecast(*args, **kw))
+    again, needs = [], announce.needs
+    monkeypatch.setattr(announce, "needs", lambda *args, **kw: again.append(kw["again"]) or needs(*args, **kw))
     trainer(tmp_path, gradual(), max_steps=8).fit(ToyLM(), loader(48))
-    assert events == [3]
+    assert again == [True]
 
 
 def test_an_event_that_is_done_is_not_announced_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.events.forecast import Calibration, Forecast, describe, reconstructing_seconds, tokens_per_batch
+from thanos_lightning.events.forecast import (
+    Calibration,
+    Forecast,
+    Rates,
+    describe,
+    reconstructing_seconds,
+    tokens_per_batch,
+)
 from thanos_lightning.models.census import Census
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.solver import NM, Unstructured
@@ -42,7 +49,7 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
 def test_training_blocks_is_forecast_to_take_about_as_long_as_was_measured() -> None:
     calibration = Calibration(32, 1024, of_training=False, differentiates=False, length=128, blocks=30, block_steps=64)
     # on the thread on which the model's blocks took 110.6 s
-    assert reconstructing_seconds(SMOLLM, calibration, exact=165e9, forward=540e9) == pytest.approx(110.6, rel=0.1)
+    assert reconstructing_seconds(SMOLLM, calibration, Rates(165e9, 540e9)) == pytest.approx(110.6, rel=0.1)
 
 
 def test_events_are_listed_or_summarised() -> None:
