@@ -37,8 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from thanos_lightning.cli.training import train  # imports Lightning
 
             return train(arguments)
-        parsed = vars(command_parser().parse_args(arguments))
+        parser = command_parser()
+        known, of_fit = parser.parse_known_args(arguments)
+        parsed = vars(known)
         command = parsed.pop("run")
+        if arguments[0] == "plan":
+            parsed["arguments"] = of_fit
+        elif of_fit:
+            parser.error(f"unrecognized arguments: {' '.join(of_fit)}")
         status: int = command(**parsed)
         return status
     except KeyboardInterrupt:

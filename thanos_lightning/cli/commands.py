@@ -1,4 +1,4 @@
-"""The commands that aren't LightningCLI's: recipes, verify, export, reshard, permute, drop, plot."""
+"""The commands that aren't LightningCLI's: recipes, plan, verify, export, reshard, permute, drop, plot."""
 
 from __future__ import annotations
 
@@ -56,6 +56,25 @@ def command_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("recipes", help=text, description=text)
     listing.set_defaults(run=_recipes)
     listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
+
+    text = "say what fit would take, before a cluster is rented: memory, windows and time; exit 1 if it does not fit"
+    planning = commands.add_parser(
+        "plan",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. No weights and no GPU are needed.",
+        epilog=f"All other arguments are those of `{PROGRAM} fit`, such as --config and --trainer.max_steps.",
+        usage=f"{PROGRAM} plan --config RECIPE [options] [arguments of fit]",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    planning.set_defaults(run=_plan)
+    planning.add_argument("--devices", type=int, metavar="N", help="devices of each machine, in place of the Trainer's")
+    planning.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
+    rates = planning.add_mutually_exclusive_group()
+    rates.add_argument("--device", metavar="NAME", help="its memory and rates, by the data sheet: h100, a100, …")
+    rates.add_argument("--measure", action="store_true", help="time the solve of one layer of each shape here")
+    planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device")
+    planning.add_argument("--json", dest="as_json", action="store_true", help="as JSON, in bytes and seconds")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
     # SUPPRESS leaves out arguments that are not given, so that verify_checkpoint's own defaults apply.
@@ -134,6 +153,12 @@ def _recipes(name: str | None) -> int:
         lines = [f"  {name:{width}}  {shipped.headline(file)}" for name, file in files.items()]
         sys.stdout.write("\n".join([head, *lines, ""]))
     return 0
+
+
+def _plan(arguments: list[str], **options: Any) -> int:
+    from thanos_lightning.cli.planning import plan  # imports Lightning
+
+    return plan(arguments, **options)
 
 
 def _plot(report: str, output: str) -> int:

@@ -194,7 +194,7 @@ class CLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if trainer.max_steps == 0 and self.subcommand == "fit":
             raise Mistake("trainer.max_steps is 0, and nothing would be trained: give at least 1")
-        _require_strategy(trainer.strategy, trainer.accelerator)
+        require_strategy(trainer.strategy, trainer.accelerator)
         if trainer.precision == AUTO:
             # The saved configuration gets the resolved precision, too.
             trainer.precision, why = fast_precision(trainer.accelerator)
@@ -210,7 +210,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _require_strategy(strategy: Any, accelerator: Any) -> None:
+def require_strategy(strategy: Any, accelerator: Any) -> None:
     """Refuse the name of a strategy that Lightning does not have, or that cannot work on a CPU."""
     if not isinstance(strategy, str):
         return

@@ -112,7 +112,25 @@ def take_channels(
     final: Mapping[str, Pattern],
     multiple_of: int,
 ) -> Taken:
-    """Replace the layers with the pattern `Channels` by the feed-forward blocks of the module. All ranks must call it.
+    """Find the feed-forward blocks of the module, prove them, and `take` them. All ranks must call it.
+
+    Raises:
+        ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
+    """
+    with tiny_run(trainer, module) as run:
+        blocks = found_or_declared(module, run)
+        check_feed_forwards(module, blocks, run, found=getattr(module, "feed_forwards", None) is None)
+    return take(module, blocks, layers, final, multiple_of)
+
+
+def take(
+    module: LightningModule,
+    blocks: Sequence[FeedForward],
+    layers: Mapping[str, PrunableLayer],
+    final: Mapping[str, Pattern],
+    multiple_of: int,
+) -> Taken:
+    """Replace the layers with the pattern `Channels` by feed-forward blocks of the module.
 
     Of these layers, those that are no down layer of a block are not pruned. All blocks of a model keep the same number
     of channels, the multiple of `multiple_of` that is nearest to what the pattern asks for. Warn if the model's
@@ -121,9 +139,6 @@ def take_channels(
     Raises:
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
     """
-    with tiny_run(trainer, module) as run:
-        blocks = _found_or_declared(module, run)
-        check_feed_forwards(module, blocks, run, found=getattr(module, "feed_forwards", None) is None)
     if not blocks:
         raise ValueError(_why_none(module))
     downs = {block.down for block in blocks}
@@ -171,7 +186,7 @@ def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) 
     why = "no target with N:M is the down layer of a feed-forward block that computes the same in another one"
     try:
         with tiny_run(trainer, module) as run:
-            blocks = in_any_order(module, _found_or_declared(module, run), run)
+            blocks = in_any_order(module, found_or_declared(module, run), run)
     except ValueError as error:
         why = str(error).rpartition(": ")[0] or str(error)  # what follows is how to mend it
     except Exception as error:  # whatever a model raises: the training can do without another order
@@ -204,7 +219,8 @@ def _is_plain(module: nn.Module, holders: Mapping[int, int]) -> bool:
     )
 
 
-def _found_or_declared(module: LightningModule, run: Callable[[], Any]) -> list[FeedForward]:
+def found_or_declared(module: LightningModule, run: Callable[[], Any]) -> list[FeedForward]:
+    """The feed-forward blocks that a module declares, or else those that a small input shows."""
     declared = getattr(module, "feed_forwards", None)
     return find_feed_forwards(module, run) if declared is None else list(declared())
 

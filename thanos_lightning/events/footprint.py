@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer, whole_shape
 from thanos_lightning.sharding.owners import assign_teams, owners_of
@@ -53,12 +55,13 @@ def event_bytes(
     pattern: Pattern | None = None,
     gathers: bool = False,
     again: bool = False,
+    device: torch.device | None = None,
 ) -> int:
     """Peak bytes at the end of a window, with its second moments, on the rank that needs most.
 
     The layers come in the order in which they are pruned, and `pattern` is that of most of them. `gathers` says whether
     a layer's owner gets a copy of the weight, as it does of a sharded weight. `again` says whether the layers have
-    masks already.
+    masks already. `device` is where they are solved; None for where they are.
     """
     counts = options.needs_statistics
     moments = moments_bytes(layers, coupled=coupled) if counts else 0
@@ -76,7 +79,7 @@ def event_bytes(
             outputs = 4 * sum(other.rows**2 for other in own) if coupled else 0  # these stay to the end
             waiting = sum(other.rows * other.cols for other in own[position:]) * (4 * gathers + again)
             working = options.peak_bytes(
-                layer.rows, layer.cols, coupled=coupled, pattern=pattern, device=layer.parameter.device
+                layer.rows, layer.cols, coupled=coupled, pattern=pattern, device=device or layer.parameter.device
             )
             peak = max(peak, hessians + outputs + waiting + solved + working)
             solved += layer.rows * layer.cols * (layer.parameter.element_size() + 1)

@@ -22,10 +22,10 @@ from thanos_lightning.models.census import Census
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
-from thanos_lightning.report.progress import duration
+from thanos_lightning.report.progress import duration, open_phase
 from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.sharding.owners import busiest
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import HessianAccumulator, Pattern, prune
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
 
@@ -145,16 +145,17 @@ def needs(
     pattern: Pattern | None = None,
     gathers: bool = False,
     again: bool = False,
+    device: torch.device | None = None,
     blocks: Sequence[Block] = (),
 ) -> Needs:
     """Forecast a window by formulas. `blocks` are those that are trained; the rest is as for `event_bytes`."""
     seconds = {layer.name: rates.solving(layer, options, coupled=coupled) for layer in layers}
     peak = event_bytes(
-        layers, options, ranks=ranks, coupled=coupled, pattern=pattern, gathers=gathers, again=again
-    )  # fmt: skip
+        layers, options, ranks=ranks, coupled=coupled, pattern=pattern, gathers=gathers, again=again, device=device
+    )
     return Needs(
         moments=moments_bytes(layers, coupled=coupled) if options.needs_statistics else 0,
-        event=max(peak, *(training_bytes(block, layers, ranks) for block in blocks), 0),
+        event=max([peak, *(training_bytes(block, layers, ranks) for block in blocks)]),
         sent=sent_bytes(layers, ranks, coupled=coupled, gathers=gathers, again=again),
         solving_seconds=busiest({layer.name: layer for layer in layers}, seconds, ranks, coupled=coupled),
     )
@@ -268,6 +269,30 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 * times / min(multiply(times) for _ in range(_MEASUREMENTS))
 
 
+def timed_solves(
+    layers: Iterable[PrunableLayer], options: SolverOptions, pattern: Pattern, device: torch.device, *, coupled: bool
+) -> dict[tuple[int, int], float]:
+    """Seconds of the solve of one random layer of each shape, on a device."""
+    shapes = sorted({(layer.rows, layer.cols) for layer in layers}, key=lambda shape: shape[0] * shape[1] ** 2)
+    found: dict[tuple[int, int], float] = {}
+    generator = torch.Generator(device).manual_seed(0)
+    with open_phase("Timing a layer of each shape", len(shapes), "shapes") as phase:
+        for rows, cols in shapes:
+            weight = torch.randn(rows, cols, generator=generator, device=device)
+            inputs = HessianAccumulator(cols)
+            for _ in range(2):
+                inputs.update(torch.randn(cols, cols, generator=generator, device=device))
+            hessian = inputs.compute()
+            outputs = torch.eye(rows, device=device) if coupled else None
+            finish(device)
+            begin = time.perf_counter()
+            prune(weight, hessian, pattern, output_weights=outputs, **vars(options))
+            finish(device)
+            found[rows, cols] = time.perf_counter() - begin
+            phase.advance()
+    return found
+
+
 # What a batch holds
 
 
@@ -342,10 +367,10 @@ def describe(
     lines.append(_wrapped("events", _when(to_come, main, calibration, steps, steps_taken)))
     if to_come:
         sizes = [
-            (f"statistics {_bytes(outlook.moments)}", outlook.moments),
-            (f"an event {_bytes(outlook.event)} in all", outlook.event),
-            (f"masks {_bytes(outlook.masks)}", outlook.masks),
-            (f"hidden states {_bytes(outlook.states)} on the CPU", outlook.states),
+            (f"statistics {sized(outlook.moments)}", outlook.moments),
+            (f"an event {sized(outlook.event)} in all", outlook.event),
+            (f"masks {sized(outlook.masks)}", outlook.masks),
+            (f"hidden states {sized(outlook.states)} on the CPU", outlook.states),
         ]
         needs = ", ".join(text for text, size in sizes if size)
         lines.append(_wrapped("memory", f"about: {needs}"))
@@ -407,7 +432,13 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.1f}" if number >= 50_000 else f"{number / 1e6:.2g}"
 
 
-def _bytes(size: int) -> str:
+def sized(size: int) -> str:
+    """Format bytes.
+
+    Examples:
+        >>> sized(3 * 2**29), sized(2**20)
+        ('1.5 GiB', '1 MiB')
+    """
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(1, round(size / 2**20))} MiB"
 
 

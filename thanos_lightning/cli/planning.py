@@ -1,0 +1,482 @@
+"""The command plan: what fit would take on machines that need not be there, from the shapes of the model alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, TypeAlias
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from typing_extensions import override
+
+from thanos_lightning.calibration.tiny_input import tiny_run
+from thanos_lightning.callback import ThanosPruningCallback
+from thanos_lightning.cli.devices import Device, device_of
+from thanos_lightning.cli.mistakes import Mistake, users_mistake
+from thanos_lightning.cli.precision import AUTO
+from thanos_lightning.cli.training import CLI
+from thanos_lightning.events.blocks import found_or_declared
+from thanos_lightning.events.forecast import Rates, describe, sized, timed_solves
+from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
+from thanos_lightning.lm import CausalLM, TextData
+from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
+from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.models.compiled import compile_in_place
+from thanos_lightning.models.feedforward import FeedForward, kind_of
+from thanos_lightning.models.targets import find_targets, prunable_modules
+from thanos_lightning.plan.options import PruningOptions
+from thanos_lightning.plan.training_steps import scheduled_events, steps_of
+from thanos_lightning.report.progress import duration
+from thanos_lightning.sharding.choice import check_strategy
+from thanos_lightning.sharding.held import stage_of
+from thanos_lightning.solver import Channels
+from thanos_lightning.training.adapters import mask_adapters
+
+_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+_MOST_TIMES = 16  # as many ranks are tried, where a training does not fit
+_GIB = 2**30
+# What is said, and what is changed: options, strategy, number of ranks
+_Change: TypeAlias = "tuple[str, PruningOptions | None, Strategy | None, int | None]"
+
+
+class _Planned(CLI):
+    """The command line of fit, whose model has no weights and whose Trainer trains nothing."""
+
+    def __init__(self, args: list[str], *, for_another: bool) -> None:
+        self._for_another = for_another  # than the device that is here
+        with _quiet():
+            super().__init__(["fit", *args], save_config_callback=None)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        trainer = self._get(self.config, "trainer")
+        if self._for_another:
+            trainer.accelerator = "gpu" if trainer.accelerator == AUTO else trainer.accelerator
+            trainer.precision = "bf16-mixed" if trainer.precision == AUTO else trainer.precision
+        super().before_instantiate_classes()
+
+    @override
+    def instantiate_classes(self) -> None:
+        with _building("the model"), torch.device("meta"):
+            super().instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's Trainer on one device, which knows the length of the training."""
+        self.asked = self._get(self.config_init, "trainer")
+        on_cpu = self.asked.accelerator == "cpu" or not torch.cuda.is_available()
+        precision = str(self.asked.precision or "32-true")
+        here: dict[str, Any] = {
+            "accelerator": "cpu" if on_cpu else "gpu",
+            "precision": f"bf{precision}" if on_cpu and precision.startswith("16") else precision,
+        }
+        with torch.device("cpu"):
+            trainer = super().instantiate_trainer(
+                **kwargs, **here, devices=1, num_nodes=1, strategy=AUTO, plugins=None, logger=False
+            )
+        trainer.fit_loop.max_epochs = -1  # else the number of steps would be counted in the data
+        return trainer
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what Lightning says of the device that is here, and of seeds."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _building(what: str) -> Iterator[None]:
+    """Turn whatever a module raises because it has no weights into a user's mistake."""
+    try:
+        yield
+    except Exception as error:
+        if users_mistake(error) is not None:
+            raise
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise Mistake(
+            f"{what} can't be built on the meta device, without weights ({type(error).__name__}: {why}): build it from "
+            "its configuration in __init__ or configure_model, and load weights elsewhere, such as in setup"
+        ) from error
+
+
+def plan(
+    arguments: list[str],
+    *,
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    device: str | None = None,
+    memory_gib: float | None = None,
+    measure: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Print what fit would take with these arguments. Returns 1 if it does not fit into the memory, else 0."""
+    for name, value in (("devices", devices), ("num-nodes", num_nodes)):
+        if value is not None and value < 1:
+            raise Mistake(f"--{name} is {value}: give at least 1")
+    if memory_gib is not None and not 0 < memory_gib < float("inf"):
+        raise Mistake(f"--memory-gib is {memory_gib:g}: give a number > 0, such as 80")
+    known = None if device is None else device_of(device)
+    for name, value in (("devices", devices), ("num_nodes", num_nodes)):
+        arguments = arguments if value is None else [*arguments, f"--trainer.{name}={value}"]
+    cli = _Planned(arguments, for_another=known is not None)
+    planned = _Plan(cli, known, measure=measure)
+    outlook = planned.outlook()
+    memory = None if known is None else known.gigabytes * 10**9
+    if memory_gib is not None:
+        memory = round(memory_gib * _GIB)
+    fits = None if memory is None else outlook.most <= memory
+    remedies = [] if fits is not False else list(planned.remedies(outlook, memory or 0))
+    name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
+    if as_json:
+        sys.stdout.write(json.dumps(_document(planned, outlook, memory, remedies), indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{_text(planned, outlook, name, memory, remedies)}\n")
+    return 1 if fits is False else 0
+
+
+class _Plan:
+    """A training that is planned: its model, its machines, and what its configuration says."""
+
+    def __init__(self, cli: _Planned, known: Device | None, *, measure: bool) -> None:
+        self.trainer, self.module = cli.trainer, cli.model
+        self.ranks = _devices(cli.asked) * int(cli.asked.num_nodes)
+        self.strategy = _strategy(cli.asked.strategy, self.ranks)
+        self.options = _options(self.trainer)
+        self.steps_are_limited = cli.asked.max_epochs not in (None, -1)
+        precision = str(cli.asked.precision or "32-true")
+        self._half = _HALF.get(precision.removesuffix("-mixed").removesuffix("-true"))
+        self._autocasts = precision.endswith("-mixed")
+        here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
+        self._device = torch.device("cpu" if cli.asked.accelerator == "cpu" or here_on_cpu else "cuda")
+        self._build()
+        if known is not None:
+            forward = known.exact if self._half is None else known.half
+            self.rates = Rates(1e12 * known.exact, 1e12 * forward)
+        else:
+            here = self.trainer.strategy.root_device
+            self.rates = Rates.measured(here, self.trainer)
+            if measure:
+                options = self.options
+                layers = find_targets(self.module, options.targets, options.ignore).values()
+                coupled = options.calibration.couples_rows
+                solves = timed_solves(layers, options.solver, options.pattern, here, coupled=coupled)
+                self.rates = replace(self.rates, solves=solves)
+        data = cli.datamodule
+        self.batches = Batches()
+        if isinstance(data, TextData):
+            self.batches = Batches(data.calibration_batches, data.batch_size * data.block_size, data.block_size)
+        self._feed_forwards = _feed_forwards(self.module, self.trainer, self.options)
+
+    def _build(self) -> None:
+        module = self.module
+        if isinstance(self.strategy, ModelParallelStrategy):
+            _pretend_ranks(module, self.ranks)
+        with (
+            _building(type(module).__name__),
+            torch.device("meta"),
+            self.trainer.precision_plugin.module_init_context(),
+        ):
+            module.configure_model()
+        compile_in_place(module)
+        mask_adapters(module)
+        self.trainer.strategy.connect(module)
+        self._cast = module  # as DeepSpeed trains it
+        if self._half is not None:
+            self._cast = copy.deepcopy(module).to(self._half)
+        self._teacher = _teacher(module)
+
+    def outlook(
+        self, options: PruningOptions | None = None, strategy: Strategy | None = None, ranks: int | None = None
+    ) -> Outlook:
+        """What the training takes, or what it would take with other options or machines."""
+        strategy, ranks = strategy or self.strategy, ranks or self.ranks
+        of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+        return look_ahead(
+            self._cast if of_deepspeed else self.module,
+            options or self.options,
+            self.trainer,
+            Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self.rates, self._device),
+            self.batches,
+            feed_forwards=self._feed_forwards,
+            beside=self._teacher // (ranks if shares_teacher else 1),
+        )
+
+    def remedies(self, outlook: Outlook, memory: int) -> Iterator[str]:
+        """Settings with which it would fit, one of each kind."""
+        for kind in (self._smaller_windows(outlook), self._other_strategies(), self._more_ranks()):
+            for words, options, strategy, ranks in kind:
+                with warnings.catch_warnings(), _quiet():
+                    warnings.simplefilter("ignore")
+                    try:
+                        fits = self.outlook(options, strategy, ranks).most <= memory
+                    except (MisconfigurationException, ValueError):  # windows that no longer fit before an event
+                        continue
+                if fits:
+                    yield words
+                    break
+
+    def _smaller_windows(self, outlook: Outlook) -> Iterator[_Change]:
+        sums = max(one.moments for one in outlook.needs) / _GIB
+        for part in (2, 4, 8, 16, 32):
+            gib = float(f"{sums / part:.2g}")
+            calibration = replace(self.options.calibration, memory_gib=gib)
+            yield f"calibration.memory_gib: {gib:g}", replace(self.options, calibration=calibration), None, None
+
+    def _other_strategies(self) -> Iterator[_Change]:
+        if isinstance(self.strategy, ModelParallelStrategy):
+            return
+        now = stage_of(self.strategy) if isinstance(self.strategy, DeepSpeedStrategy) else 0
+        for stage in (2, 3):
+            if self.ranks > 1 and stage > now:
+                yield f"DeepSpeed at stage {stage}", None, DeepSpeedStrategy(stage=stage), None
+        yield (
+            "DeepSpeed at stage 3 with offload_optimizer: true",
+            None,
+            DeepSpeedStrategy(stage=3, offload_optimizer=True),
+            None,
+        )
+
+    def _more_ranks(self) -> Iterator[_Change]:
+        if isinstance(self.strategy, ModelParallelStrategy):
+            return
+        is_sharded = isinstance(self.strategy, DeepSpeedStrategy)
+        strategy = self.strategy if is_sharded else DeepSpeedStrategy(stage=3)
+        times = 2
+        while times <= _MOST_TIMES:
+            with_it = "" if is_sharded else " with DeepSpeed at stage 3"
+            yield f"{times * self.ranks} devices in all{with_it}", None, strategy, times * self.ranks
+            times *= 2
+
+
+def _devices(asked: Any) -> int:
+    """The number of devices of a machine."""
+    devices = asked.devices
+    text = str(devices)
+    if isinstance(devices, (list, tuple)) or "," in text:
+        return len([one for one in (devices if isinstance(devices, (list, tuple)) else text.split(",")) if one != ""])
+    if text in (AUTO, "-1"):
+        if asked.accelerator == "cpu":
+            return 1
+        raise Mistake(f"trainer.devices is {text}, which is another number on each machine: give --devices, such as 8")
+    if not text.isdecimal() or int(text) < 1:
+        raise Mistake(f"trainer.devices is {text}: give at least 1")
+    return int(text)
+
+
+def _strategy(asked: Any, ranks: int) -> Strategy | None:
+    """The strategy, as far as its ranks don't matter; None for one device.
+
+    Raises:
+        MisconfigurationException: If the callback does not support it.
+    """
+    strategy = asked
+    if isinstance(asked, str):
+        if asked == AUTO:
+            return DDPStrategy() if ranks > 1 else None
+        strategy = StrategyRegistry.get(asked)
+    check_strategy(strategy)
+    return strategy if isinstance(strategy, (DDPStrategy, ModelParallelStrategy)) else None
+
+
+def _options(trainer: Trainer) -> PruningOptions:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    ours = [callback for callback in callbacks if isinstance(callback, ThanosPruningCallback)]
+    if not ours:
+        raise Mistake(
+            "the trainer has no ThanosPruningCallback, so nothing would be pruned: add one to trainer.callbacks"
+        )
+    return ours[0].options
+
+
+def _pretend_ranks(module: LightningModule, ranks: int) -> None:
+    """Give the module of one rank of FSDP2 its mesh, whose other ranks are not there."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+
+
+def _teacher(module: LightningModule) -> int:
+    """Bytes of a whole teacher."""
+    if not isinstance(module, CausalLM) or (wanted := module.distillation) is None:
+        return 0
+    name = module.model_name if wanted.teacher in (START, BEFORE_PRUNING) else wanted.teacher
+    with torch.device("meta"):
+        teacher = load_pretrained(name, wanted.dtype)
+    return sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+
+
+def _feed_forwards(module: LightningModule, trainer: Trainer, options: PruningOptions) -> list[FeedForward]:
+    """The module's feed-forward blocks, where channels are pruned: those it declares, or as a small copy has them."""
+    patterns = [options.pattern, *(other.parsed() for other in options.overrides)]
+    if not any(isinstance(pattern, Channels) for pattern in patterns):
+        return []
+    if (declared := getattr(module, "feed_forwards", None)) is not None:
+        return list(declared())
+    if not isinstance(module, CausalLM):
+        raise Mistake(
+            f"the feed-forward blocks of {type(module).__name__} are found by running it, which needs weights: name "
+            "them in its feed_forwards()"
+        )
+    small = _miniature(module)
+    with tiny_run(trainer, small) as run:
+        found = found_or_declared(small, run)
+    ups_of = {kind_of(block.down): block for block in found}
+    blocks = []
+    for name in prunable_modules(module):
+        if (block := ups_of.get(kind_of(name))) is not None:
+            own, other = name.split("."), block.down.split(".")
+            ups = (_moved(up.split("."), other, own) for up in block.ups)
+            blocks.append(FeedForward(name, tuple(ups)))
+    return blocks
+
+
+def _moved(up: Sequence[str], down: Sequence[str], to: Sequence[str]) -> str:
+    """The name of a layer beside `to` that is where `up` is beside `down`."""
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(up, down, strict=False)))
+    return ".".join([*to[:shared], *up[shared:]])
+
+
+def _miniature(module: CausalLM) -> CausalLM:
+    """A module of the same architecture with two layers and few words, which has weights."""
+    assert module.model is not None
+    config = copy.deepcopy(module.model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(2, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    text.vocab_size = 64
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    return CausalLM(type(module.model)(config))
+
+
+# What is printed
+
+
+def _text(planned: _Plan, outlook: Outlook, name: str, memory: int | None, remedies: Sequence[str]) -> str:
+    trainer, share = planned.trainer, outlook.share
+    said = describe(
+        outlook.census,
+        outlook.taken.final.values(),
+        scheduled_events(planned.options.schedule, trainer),
+        planned.options.pattern,
+        outlook.calibration,
+        outlook.event,
+        steps=steps_of(trainer),
+        steps_taken=0,
+        channels=outlook.taken.in_words,
+    )
+    lines = [said, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
+    parts = {**vars(share.held), "other models": outlook.beside}
+    for part, size in parts.items():
+        if size:
+            where = " (offloaded)" if part in share.offloaded else ""
+            lines.append(f"    {part + where:<48}{_gib(size):>14}")
+    of = "" if memory is None else f" of {_gib(memory)}"
+    lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
+    lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
+    lines += ["", *_windows(outlook), ""]
+    lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
+    if steps_of(trainer) is None:
+        lines.append("  steps         not known without the data: --trainer.max_steps says how many")
+    elif planned.steps_are_limited:
+        lines.append("  steps         at most max_steps: an epoch of the data may end the training before")
+    if memory is not None:
+        left = memory - outlook.most
+        if left >= 0:
+            in_training = memory - outlook.in_training
+            lines.append(f"  it fits       if activations take no more than {sized(in_training)}")
+        else:
+            lines.append(f"  does not fit  {sized(-left)} too much")
+            lines += [f"  would fit     {remedy}" for remedy in remedies]
+            if not remedies:
+                lines.append("  would fit     no single setting that was tried")
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f}" if size < 10 * _GIB else f"{size / _GIB:,.1f}"
+
+
+def _windows(outlook: Outlook) -> Iterator[str]:
+    """A line for each run of windows that are alike."""
+    yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'solving':>10}{'sent':>10}"
+    numbered: list[tuple[int, int, tuple[Any, ...]]] = []
+    number = 0
+    for window, one, size in zip(outlook.windows, outlook.needs, outlook.at_events, strict=True):
+        number = number + 1 if numbered and numbered[-1][0] == window.event.step else 1
+        what = (
+            len(window.patterns),
+            _gib(one.moments),
+            _gib(size),
+            "scan" if window.scans else duration(one.solving_seconds),
+            _gib(one.sent),
+        )
+        numbered.append((window.event.step, number, what))
+    for (step, what), alike in itertools.groupby(numbered, key=lambda row: (row[0], row[2])):
+        first, *rest = (number for _, number, _ in alike)
+        span = f"{first} to {rest[-1]}" if rest else f"{first}"
+        layers, statistics, size, seconds, sent = what
+        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{size:>10}{seconds:>10}{sent:>10}"
+
+
+def _document(planned: _Plan, outlook: Outlook, memory: int | None, remedies: Sequence[str]) -> dict[str, Any]:
+    """The same as plain values, in bytes and seconds."""
+    share = outlook.share
+    return {
+        "ranks": planned.ranks,
+        "strategy": share.strategy,
+        "steps": steps_of(planned.trainer),
+        "memory": memory,
+        "fits": None if memory is None else outlook.most <= memory,
+        "would_fit": list(remedies),
+        "held": {**vars(share.held), "other_models": outlook.beside},
+        "offloaded": share.offloaded,
+        "in_training": outlook.in_training,
+        "at_events": max(outlook.at_events),
+        "checkpoint": share.checkpoint,
+        "event": asdict(outlook.event),
+        "windows": [
+            {
+                "step": window.event.step,
+                "start_step": window.start_step,
+                "end_step": window.end_step,
+                "scans": window.scans,
+                "layers": {name: pattern.name for name, pattern in window.patterns.items()},
+                "in_all": size,
+                **asdict(one),
+            }
+            for window, one, size in zip(outlook.windows, outlook.needs, outlook.at_events, strict=True)
+        ],
+    }

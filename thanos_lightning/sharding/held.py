@@ -1,0 +1,205 @@
+"""What a rank holds of a model while it trains it: formulas, from a Trainer's strategy without its ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, whole_shape
+
+_MOMENTS = 2  # of AdamW, for each weight
+# What DeepSpeed takes where its configuration says nothing
+_BUCKET, _LIVE, _KEPT = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
+_DEFAULTS = {_BUCKET: 5 * 10**8, _LIVE: 10**9, _KEPT: 10**5, "sub_group_size": 10**9}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a training's parts.
+
+    Attributes:
+        weights: The model's copy.
+        gradients: Whole, or this rank's part.
+        masters: fp32 masters, where the model's copy isn't one.
+        moments: Of AdamW.
+        masks: A byte for each weight of the layers to prune.
+        copies: Of weights, for a forward and its backward: what autocast keeps in 16 bits, or what a rank gathers. Or
+            of gradients, in fp32 for a step, if that is more.
+        buckets: Buffers in which ranks reduce gradients.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    masters: int = 0
+    moments: int = 0
+    masks: int = 0
+    copies: int = 0
+    buckets: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(vars(self).values())
+
+    def without(self, *names: str) -> Held:
+        """The same where some parts are not there."""
+        return replace(self, **dict.fromkeys(names, 0))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds, when, and where.
+
+    Attributes:
+        strategy: The strategy in words.
+        held: All parts, on the rank that holds most.
+        offloaded: The parts that are not on the device.
+        passing: The parts that are gone between two batches.
+        late: The parts that are not there before the first optimizer step.
+        in_pieces: Whether the owner of a layer gets its weight from several ranks.
+        checkpoint: Bytes of a checkpoint without sums, of all ranks together.
+    """
+
+    strategy: str
+    held: Held
+    in_pieces: bool
+    checkpoint: int
+    offloaded: tuple[str, ...] = ()
+    passing: tuple[str, ...] = ("copies",)
+    late: tuple[str, ...] = ("gradients", "moments")
+
+    def in_training(self) -> Held:
+        """What is on the device while batches are trained, beside activations."""
+        return self.held.without(*self.offloaded)
+
+    def at_event(self, step: int) -> Held:
+        """What an event after so many optimizer steps finds on the device."""
+        return self.in_training().without(*self.passing, *(() if step else self.late))
+
+
+def share_of(
+    module: nn.Module, layers: Iterable[PrunableLayer], strategy: Strategy | None, ranks: int, *, autocasts: bool
+) -> Share:
+    """What each of so many ranks holds of a module that AdamW trains.
+
+    Args:
+        module: Its parameters have the dtype in which they are trained, and may be on the meta device. Under FSDP2 they
+            are sharded.
+        layers: All that get a mask.
+        strategy: One that is supported; None for one device.
+        ranks: Their number.
+        autocasts: Whether a forward multiplies by copies in 16 bits; not under DeepSpeed, whose model has 16 bits.
+
+    Examples:
+        >>> held = share_of(nn.Linear(8, 8, bias=False), [], None, 1, autocasts=False).held
+        >>> held.weights, held.gradients, held.moments, held.total
+        (256, 256, 512, 1024)
+    """
+    parameters = list(module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    masks = sum(layer.rows * layer.cols for layer in layers if not layer.shows_its_mask)
+    if isinstance(strategy, DeepSpeedStrategy):
+        return _of_deepspeed(parameters, trained, masks, strategy, ranks)
+    whole = _bytes(parameters) + _MOMENTS * _bytes(trained)
+    gradients = _bytes(trained, local=True)
+    groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    if groups:
+        own = [{id(p) for p in part.parameters()} for part in groups]
+        nested = [set().union(*(inner for inner in own if inner < mine)) for mine in own]
+        sizes = [
+            sum(math.prod(whole_shape(p)) * p.element_size() for p in part.parameters() if id(p) not in inside)
+            for part, inside in zip(groups, nested, strict=True)
+        ]
+        copies = sum(sorted(sizes)[-2:])  # one that computes, and one that is gathered meanwhile
+    else:
+        multiplied = {id(part.weight): part.weight for part in module.modules() if isinstance(part, PRUNABLE)}
+        copies = 2 * _count(multiplied.values()) if autocasts else 0
+    is_ddp = isinstance(strategy, DDPStrategy) and ranks > 1
+    held = Held(
+        weights=_bytes(parameters, local=True),
+        gradients=gradients,
+        moments=_MOMENTS * gradients,
+        masks=masks // (ranks if groups else 1),
+        copies=copies,
+        buckets=gradients if is_ddp else 0,
+    )
+    in_words = "FSDP2" if groups else "DDP" if is_ddp else "one device"
+    return Share(in_words, held, in_pieces=bool(groups), checkpoint=whole + masks // 8)
+
+
+def _of_deepspeed(
+    parameters: Sequence[nn.Parameter],
+    trained: Sequence[nn.Parameter],
+    masks: int,
+    strategy: DeepSpeedStrategy,
+    ranks: int,
+) -> Share:
+    zero = _zero(strategy)
+    known = {name: int(zero.get(name, default)) for name, default in _DEFAULTS.items()}
+    stage = stage_of(strategy)
+    size = parameters[0].element_size()
+    has_masters = stage > 0 or size < 4
+    weights, steps = _count(parameters), _count(trained)
+    of_weights, of_gradients, of_masters = (ranks if stage >= least else 1 for least in (3, 2, 1))
+    kept = sum(math.prod(whole_shape(p)) for p in parameters if math.prod(whole_shape(p)) <= known[_KEPT])
+    stepped = -(-steps // of_masters)
+    held = Held(
+        weights=size * -(-weights // of_weights) + (size * kept if stage == 3 else 0),
+        gradients=size * -(-steps // of_gradients),
+        masters=4 * stepped if has_masters else 0,
+        moments=4 * _MOMENTS * stepped,
+        masks=-(-masks // of_masters),
+        copies=max(
+            size * min(weights - kept, known[_LIVE]) if stage == 3 else 0,
+            4 * min(stepped, known["sub_group_size"] if stage == 3 else stepped) if has_masters else 0,
+        ),
+        buckets=size * known[_BUCKET] * (2 if stage < 3 and zero.get("overlap_comm") else 1) if stage else 0,
+    )
+    offloaded: tuple[str, ...] = ()
+    if _is_elsewhere(zero.get("offload_optimizer")):
+        offloaded += ("gradients", "masters", "moments", "masks")
+    if _is_elsewhere(zero.get("offload_param")):
+        offloaded += ("weights",)
+    return Share(
+        f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed without ZeRO",
+        held,
+        in_pieces=stage > 0,
+        checkpoint=(0 if stage == 3 else size * weights)
+        + held.masters // stepped * steps
+        + 4 * _MOMENTS * steps
+        + masks // 8,
+        offloaded=offloaded,
+        # Stage 3 keeps its gradients and its bucket from the beginning on
+        passing=("copies", *(() if stage == 3 else ("gradients", "buckets"))),
+        late=() if stage else ("moments",),
+    )
+
+
+def stage_of(strategy: DeepSpeedStrategy) -> int:
+    """The stage of ZeRO."""
+    return int(_zero(strategy).get("stage", 0))
+
+
+def _zero(strategy: DeepSpeedStrategy) -> Mapping[str, Any]:
+    assert isinstance(strategy.config, dict), "Lightning reads files"
+    zero: Mapping[str, Any] = strategy.config.get("zero_optimization", {})
+    return zero
+
+
+def _is_elsewhere(offload: dict[str, str] | None) -> bool:
+    return offload is not None and offload["device"] != "none"
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(math.prod(whole_shape(parameter)) for parameter in parameters)
+
+
+def _bytes(parameters: Iterable[Tensor], *, local: bool = False) -> int:
+    return sum((p.to_local() if local and isinstance(p, DTensor) else p).numel() * p.element_size() for p in parameters)
