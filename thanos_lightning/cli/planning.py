@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.precision import AUTO
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.events.blocks import found_or_declared
-from thanos_lightning.events.forecast import Rates, describe, sized, timed_solves
+from thanos_lightning.events.forecast import Needs, Rates, describe, sized, timed_solves
 from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
@@ -42,6 +42,7 @@ from thanos_lightning.models.feedforward import FeedForward, kind_of
 from thanos_lightning.models.targets import find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import duration
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.held import stage_of
@@ -120,9 +121,12 @@ def _building(what: str) -> Iterator[None]:
     except Exception as error:
         if users_mistake(error) is not None:
             raise
-        why = (str(error).strip().splitlines() or [""])[0]
+        first: BaseException = error
+        while (before := first.__cause__ or first.__context__) is not None:  # jsonargparse raises its own
+            first = before
+        why = (str(first).strip().splitlines() or [""])[0]
         raise Mistake(
-            f"{what} can't be built on the meta device, without weights ({type(error).__name__}: {why}): build it from "
+            f"{what} can't be built on the meta device, without weights ({type(first).__name__}: {why}): build it from "
             "its configuration in __init__ or configure_model, and load weights elsewhere, such as in setup"
         ) from error
 
@@ -180,15 +184,18 @@ class _Plan:
         if known is not None:
             forward = known.exact if self._half is None else known.half
             self.rates = Rates(1e12 * known.exact, 1e12 * forward)
+            self.timed = "at least, by the data sheet, whose rates no program reaches"
         else:
             here = self.trainer.strategy.root_device
             self.rates = Rates.measured(here, self.trainer)
+            self.timed = f"by the rates of this machine's {here.type}; --device names another"
             if measure:
                 options = self.options
                 layers = find_targets(self.module, options.targets, options.ignore).values()
                 coupled = options.calibration.couples_rows
                 solves = timed_solves(layers, options.solver, options.pattern, here, coupled=coupled)
                 self.rates = replace(self.rates, solves=solves)
+                self.timed = f"by the rates of this machine's {here.type}, solves of each shape too"
         data = cli.datamodule
         self.batches = Batches()
         if isinstance(data, TextData):
@@ -197,12 +204,12 @@ class _Plan:
 
     def _build(self) -> None:
         module = self.module
-        if isinstance(self.strategy, ModelParallelStrategy):
-            _pretend_ranks(module, self.ranks)
+        shards = isinstance(self.strategy, ModelParallelStrategy)
         with (
             _building(type(module).__name__),
             torch.device("meta"),
             self.trainer.precision_plugin.module_init_context(),
+            _pretended_ranks(module, self.ranks) if shards else nullcontext(),
         ):
             module.configure_model()
         compile_in_place(module)
@@ -317,14 +324,20 @@ def _options(trainer: Trainer) -> PruningOptions:
     return ours[0].options
 
 
-def _pretend_ranks(module: LightningModule, ranks: int) -> None:
-    """Give the module of one rank of FSDP2 its mesh, whose other ranks are not there."""
+@contextmanager
+def _pretended_ranks(module: LightningModule, ranks: int) -> Iterator[None]:
+    """Give a module of FSDP2 the mesh of rank 0, whose other ranks are not there."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    try:
+        names = ("data_parallel", "tensor_parallel")
+        module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _teacher(module: LightningModule) -> int:
@@ -408,10 +421,11 @@ def _text(planned: _Plan, outlook: Outlook, name: str, memory: int | None, remed
     lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
+    lines.append(f"  times         {planned.timed}")
     if steps_of(trainer) is None:
         lines.append("  steps         not known without the data: --trainer.max_steps says how many")
     elif planned.steps_are_limited:
-        lines.append("  steps         at most max_steps: an epoch of the data may end the training before")
+        lines.append("  steps         at most max_steps: epochs may end it before")
     if memory is not None:
         left = memory - outlook.most
         if left >= 0:
@@ -430,25 +444,24 @@ def _gib(size: int) -> str:
 
 
 def _windows(outlook: Outlook) -> Iterator[str]:
-    """A line for each run of windows that are alike."""
+    """A line for each run of windows that are alike, which says the most memory of them."""
     yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'solving':>10}{'sent':>10}"
-    numbered: list[tuple[int, int, tuple[Any, ...]]] = []
-    number = 0
-    for window, one, size in zip(outlook.windows, outlook.needs, outlook.at_events, strict=True):
-        number = number + 1 if numbered and numbered[-1][0] == window.event.step else 1
-        what = (
-            len(window.patterns),
-            _gib(one.moments),
-            _gib(size),
-            "scan" if window.scans else duration(one.solving_seconds),
-            _gib(one.sent),
-        )
-        numbered.append((window.event.step, number, what))
-    for (step, what), alike in itertools.groupby(numbered, key=lambda row: (row[0], row[2])):
-        first, *rest = (number for _, number, _ in alike)
-        span = f"{first} to {rest[-1]}" if rest else f"{first}"
-        layers, statistics, size, seconds, sent = what
-        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{size:>10}{seconds:>10}{sent:>10}"
+    rows = []
+    for _, of_step in itertools.groupby(
+        zip(outlook.windows, outlook.needs, outlook.at_events, strict=True), key=lambda row: row[0].event.step
+    ):
+        rows += list(enumerate(of_step, 1))
+
+    def alike(row: tuple[int, tuple[Window, Needs, int]]) -> tuple[Any, ...]:
+        window, one, _ = row[1]
+        time = "scan" if window.scans else duration(one.solving_seconds)
+        return window.event.step, len(window.patterns), _gib(one.moments), time, _gib(one.sent)
+
+    for (step, layers, statistics, time, sent), group in itertools.groupby(rows, key=alike):
+        numbers, those = zip(*group, strict=True)
+        span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        most = _gib(max(size for _, _, size in those))
+        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{time:>10}{sent:>10}"
 
 
 def _document(planned: _Plan, outlook: Outlook, memory: int | None, remedies: Sequence[str]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], **options: Any) -> None:
+        # These warnings are about calls of LightningCLI, which the user cannot change.
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         loader, error = yaml_loader()
         set_loader(_MODE, loader, exceptions=(error,))
         mode = {"parser_mode": _MODE, "exit_on_error": False}
@@ -203,8 +205,6 @@ class CLI(LightningCLI):
 
 def train(argv: list[str]) -> int:
     """Run one of the Trainer's commands, and return the exit status 0."""
-    # These warnings are about calls of LightningCLI, which the user cannot change.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     CLI(argv)
     _leave_ranks()
     return 0

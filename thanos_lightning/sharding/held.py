@@ -30,8 +30,8 @@ class Held:
         masters: fp32 masters, where the model's copy isn't one.
         moments: Of AdamW.
         masks: A byte for each weight of the layers to prune.
-        copies: Of weights, for a forward and its backward: what autocast keeps in 16 bits, or what a rank gathers. Or
-            of gradients, in fp32 for a step, if that is more.
+        copies: What passes: weights that autocast keeps in 16 bits, or that a rank gathers, with whole gradients on
+            their way to their parts; or gradients in fp32 for a step, if that is more.
         buckets: Buffers in which ranks reduce gradients.
     """
 
@@ -150,16 +150,18 @@ def _of_deepspeed(
     of_weights, of_gradients, of_masters = (ranks if stage >= least else 1 for least in (3, 2, 1))
     kept = sum(math.prod(whole_shape(p)) for p in parameters if math.prod(whole_shape(p)) <= known[_KEPT])
     stepped = -(-steps // of_masters)
+    # A gradient is whole, and once more in what is reduced, before a rank has its part of it
+    largest = max((math.prod(whole_shape(parameter)) for parameter in trained), default=0)
+    reducing = largest + min(max(largest, known[_BUCKET]), steps) if stage == 3 else 0
+    gathered = min(weights - kept, known[_LIVE]) if stage == 3 else 0
+    in_a_step = min(stepped, known["sub_group_size"] if stage == 3 else stepped) if has_masters else 0
     held = Held(
-        weights=size * -(-weights // of_weights) + (size * kept if stage == 3 else 0),
+        weights=size * (-(-weights // of_weights) + (kept if stage == 3 else 0)),
         gradients=size * -(-steps // of_gradients),
         masters=4 * stepped if has_masters else 0,
         moments=4 * _MOMENTS * stepped,
         masks=-(-masks // of_masters),
-        copies=max(
-            size * min(weights - kept, known[_LIVE]) if stage == 3 else 0,
-            4 * min(stepped, known["sub_group_size"] if stage == 3 else stepped) if has_masters else 0,
-        ),
+        copies=max(size * (gathered + reducing), 4 * in_a_step),
         buckets=size * known[_BUCKET] * (2 if stage < 3 and zero.get("overlap_comm") else 1) if stage else 0,
     )
     offloaded: tuple[str, ...] = ()

@@ -147,3 +147,11 @@ def test_smollm2_out_of_its_package(monkeypatch):
         torch.testing.assert_close(model(**tokens).logits, original(**tokens).logits)
         answer = model.generate(**tokens, max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(answer[0]).endswith("Paris")
+
+
+def test_on_the_meta_device_the_configuration_is_enough(tiny):
+    next(Path(tiny).glob("*.safetensors")).unlink()
+    with torch.device("meta"):
+        model = load_pretrained(tiny, "bfloat16")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.dtype == torch.bfloat16

@@ -1,0 +1,173 @@
+"""`thanos-lightning plan`: what it says of trainings, beside what such trainings then do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from toy import ToyLM, tiny_files, tiny_llama
+
+from thanos_lightning.cli import main
+from thanos_lightning.events.run import PruningRun
+from thanos_lightning.plan.windows import Window
+
+FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
+
+
+class Loading(LightningModule):
+    """Reads numbers when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, int(torch.ones(1).item()))
+
+
+class Sharded(ToyLM):
+    """Shards itself, as FSDP2 wants it."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Arguments for a tiny model and a tiny text: of each rank's weights 24,000 are in layers to prune."""
+    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
+    monkeypatch.delenv("THANOS_LIGHTNING_DEBUG", raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+    model, text = tiny_files(tmp_path)
+    return [
+        *("--model", "CausalLM", "--model.model", model, "--data", "TextData", "--data.dataset", str(text)),
+        *("--data.tokenizer", model, "--data.block_size", "16", "--data.batch_size", "4", "--data.max_val_blocks", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", "8", "--trainer.logger", "false"),
+        *("--trainer.callbacks+=ThanosPruningCallback", "--trainer.enable_checkpointing", "false"),
+    ]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == status
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def text_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    assert main(["plan", *arguments]) == status
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    return said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "2:4", "calibration.memory_gib": "0.00004", "schedule": "{at: [4, 6]}", "calibration.steps": "1"},
+        {"pattern": "unstructured", "sparsity": "0.5", "schedule": "{at: [2, 4, 6]}", "calibration.steps": "1"},
+        {"pattern": "unstructured", "sparsity": "0.5", "calibration.batches": "datamodule"},
+        {"pattern": "channels", "sparsity": "0.5", "multiple_of": "8", "calibration.batches": "datamodule"},
+    ],
+    ids=["windows", "scan", "calibration set", "channels"],
+)
+def test_windows_are_those_of_the_run(
+    options: dict[str, str], fit: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit += [f"--trainer.callbacks.0.{name}={value}" for name, value in options.items()]
+    document = planned(capsys, *fit)
+    runs: list[PruningRun] = []
+    end = PruningRun.end
+    monkeypatch.setattr(PruningRun, "end", lambda run: (runs.append(run), end(run)))
+    assert main(["fit", *fit]) == 0
+
+    def spans(windows: list[Window]) -> list[tuple[int, int, bool, list[str]]]:
+        return [(one.start_step, one.end_step, one.scans, list(one.patterns)) for one in windows]
+
+    said = [(w["start_step"], w["end_step"], w["scans"], list(w["layers"])) for w in document["windows"]]
+    assert said == spans(runs[0].windows)
+    assert len({w["step"] for w in document["windows"]}) == len(runs[0].past.report.events)
+
+
+def test_what_does_not_fit_and_what_would(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    fit += ["--trainer.callbacks.0.calibration.batches=datamodule"]
+    document = planned(capsys, *fit)
+    assert document["fits"] is None
+    most = max(document["in_training"], document["at_events"])
+    enough, too_little = (str(part * most / 2**30) for part in (1.01, 0.99))
+    assert "it fits       if activations take no more than" in text_of(capsys, *fit, "--memory-gib", enough)
+    said = text_of(capsys, *fit, "--memory-gib", too_little, status=1)
+    assert "does not fit  1 MiB too much" in said
+    shared = planned(capsys, *fit, "--memory-gib", too_little, "--devices", "2", status=1)
+    assert shared["strategy"] == "DDP"
+    assert not [remedy for remedy in shared["would_fit"] if "memory_gib" in remedy], "training needs most"
+
+
+def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], fit: list[str]) -> None:
+    fit += ["--trainer.accelerator", "auto", "--trainer.precision", "auto", "--trainer.strategy", "deepspeed_stage_3"]
+    said = text_of(capsys, *fit, "--device", "h100", "--devices", "8", "--num-nodes", "2")
+    assert "each of 16 × h100: DeepSpeed ZeRO-3" in said
+    assert "of 74.5" in said
+    assert "at least, by the data sheet" in said
+
+
+def test_solves_are_timed_here(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "solves of each shape too" in text_of(capsys, *fit, "--measure")
+
+
+def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    fit[fit.index("--trainer.max_steps")] = "--trainer.max_epochs"
+    assert main(["plan", *fit]) == 2
+    assert "the number of optimizer steps is not known: set the Trainer's max_steps" in capsys.readouterr().err
+    said = text_of(capsys, *fit, "--trainer.callbacks.0.calibration.batches=datamodule")
+    assert "steps         not known without the data" in said
+    said = text_of(capsys, *fit, "--trainer.max_steps", "8")
+    assert "steps         at most max_steps" in said
+
+
+def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--model", f"{__name__}.Sharded", *fit[4:]]
+    document = planned(capsys, *own, f"--trainer.strategy={{class_path: {FSDP2}}}", "--devices", "4")
+    weights = 4 * sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert document["strategy"] == "FSDP2"
+    assert document["held"]["weights"] == weights / 4
+    assert document["held"]["moments"] == 2 * weights / 4
+    assert 0 < document["held"]["copies"] < weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--devices", "0"], "--devices is 0: give at least 1"),
+        (["--memory-gib", "0"], "--memory-gib is 0: give a number > 0, such as 80"),
+        (["--device", "h10"], "--device h10: did you mean h100? Known are a100, h100"),
+        (["--trainer.devices", "-1", "--trainer.accelerator", "gpu"], "trainer.devices is -1, which is another number"),
+        (["--trainer.callbacks", "null"], "the trainer has no ThanosPruningCallback, so nothing would be pruned: add"),
+        (["--trainer.max_stpes", "3"], "fit has no option trainer.max_stpes: did you mean trainer.max_steps? "),
+        (
+            ["--trainer.strategy=fsdp", "--trainer.accelerator=gpu", "--devices=2"],
+            "ThanosPruningCallback does not support the",
+        ),
+        (["--model", f"{__name__}.Loading"], "the model can't be built on the meta device, without weights (Runtime"),
+        (["--model.model", "nowhere"], "no model 'nowhere' can be loaded"),
+        (["--trainer.callbacks.0.calibration.memory_gib", "0.000001"], "the Hessian of layer"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], line: str, fit: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if arguments[0] == "--model":
+        fit = fit[4:]
+    assert main(["plan", *fit, *arguments]) == 2
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("thanos-lightning: ")]
+    assert len(said) == 1
+    assert said[0].removeprefix("thanos-lightning: error: ").startswith(line)

@@ -1,0 +1,77 @@
+"""What a rank is said to hold: the arithmetic of each strategy, on a model of round numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import nn
+
+from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.held import Share, share_of
+
+RANKS, BUCKET = 4, 1000
+NUMBER = 2 * 512 * 512  # weights, all of which are pruned and trained
+ZERO = {"reduce_bucket_size": BUCKET, "overlap_comm": True}
+
+
+def share(strategy: Strategy | None, dtype: torch.dtype = torch.float32, *, autocasts: bool = False) -> Share:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False)).to(dtype)
+    return share_of(model, find_targets(model).values(), strategy, RANKS, autocasts=autocasts)
+
+
+def bytes_each(part: int) -> float:
+    return part / NUMBER
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (None, (4, 4, 0, 8, 1)),
+        (DDPStrategy(), (4, 4, 0, 8, 1)),
+        (DeepSpeedStrategy(stage=1, **ZERO), (2, 2, 1, 2, 0.25)),
+        (DeepSpeedStrategy(stage=2, **ZERO), (2, 0.5, 1, 2, 0.25)),
+        (DeepSpeedStrategy(stage=3, **ZERO), (0.5, 0.5, 1, 2, 0.25)),
+        (DeepSpeedStrategy(zero_optimization=False), (2, 2, 4, 8, 1)),
+    ],
+    ids=["one device", "ddp", "1", "2", "3", "0"],
+)
+def test_parts_are_shared_as_the_strategy_does(strategy: Strategy | None, expected: tuple[float, ...]) -> None:
+    held = share(strategy, torch.bfloat16 if isinstance(strategy, DeepSpeedStrategy) else torch.float32).held
+    assert tuple(map(bytes_each, (held.weights, held.gradients, held.masters, held.moments, held.masks))) == expected
+
+
+def test_buckets_and_copies() -> None:
+    assert bytes_each(share(DDPStrategy()).held.buckets) == 4
+    assert bytes_each(share(None, autocasts=True).held.copies) == 2
+    assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).held.buckets == 2 * 2 * BUCKET
+    held = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).held
+    assert held.buckets == 2 * BUCKET
+    assert bytes_each(held.copies) == 4  # all gathered, and one of two gradients twice
+
+
+def test_an_event_finds_what_lasts() -> None:
+    before, later = (bytes_each(share(None, autocasts=True).at_event(step).total) for step in (0, 5))
+    assert (before, later) == (4 + 1, 16 + 1)
+    third = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16)
+    assert third.at_event(0) == third.at_event(5) == third.held.without("copies")
+
+
+@pytest.mark.parametrize(
+    ("options", "stays"),
+    [({"offload_optimizer": True}, {"weights"}), ({"offload_optimizer": True, "offload_parameters": True}, set())],
+)
+def test_what_is_offloaded_is_not_on_the_device(options: dict[str, Any], stays: set[str]) -> None:
+    given = share(DeepSpeedStrategy(stage=3, **ZERO, **options), torch.bfloat16)
+    there = {name for name, size in vars(given.in_training()).items() if size}
+    assert there == stays | {"copies", "buckets"}
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(1, 14), (3, 12)])
+def test_a_checkpoint_has_masters_moments_and_masks(stage: int, expected: int) -> None:
+    given = share(DeepSpeedStrategy(stage=stage, **ZERO), torch.bfloat16)
+    assert bytes_each(given.checkpoint) == expected + 1 / 8
+    assert bytes_each(share(None).checkpoint) == 12 + 1 / 8
