@@ -26,7 +26,7 @@ from rich.table import Table
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FOLDER = "PLANNED_MEMORY"  # an environment variable
 COMMON = [
-    *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"),
+    *("--trainer.max_steps", "4", "--trainer.limit_val_batches", "0"),
     *(
         "--trainer.precision",
         "32-true",

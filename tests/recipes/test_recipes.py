@@ -1,6 +1,7 @@
 """Every recipe is parsed by LightningCLI against the code that it drives, and built; its schedule fits its training.
 
-Those for ZeRO-3 are rehearsed, too: on CPUs, with a tiny model.
+Each is planned, and the heads of the large ones are what the plan says. Those for ZeRO-3 are rehearsed, too: on CPUs,
+with a tiny model.
 """
 
 from __future__ import annotations
@@ -16,21 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from toy import tiny_files
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from thanos_lightning import ThanosPruningCallback
+from thanos_lightning.cli import main
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
-from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.plan.overrides import assign_patterns
-from thanos_lightning.plan.windows import Window, patterns_at, plan_windows
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
@@ -47,7 +45,53 @@ SPARSITIES = {
     "qwen3-0.6b-unstructured70-squarehead": 0.7,
 }
 TAUGHT = ("distilled", "squarehead")
-SIZES = {"meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32), "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64)}
+WINDOWS = {  # and the most blocks in one
+    "llama-3.1-8b-2of4": (4, 10),
+    "llama-3.1-8b-unstructured50": (8, 10),  # the first four look at the layers
+    "llama-3.1-8b-2of4-zero3": (2, 17),
+    "llama-3.1-70b-2of4-zero3-multinode": (27, 3),
+}
+PLANNED = ["llama-3.1-8b-2of4", *ZERO3]  # in their heads
+# What the hub says of each model: the configuration's class, and what is not that class's default
+_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+_QWEN3 = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
+CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "meta-llama/Llama-3.1-8B": (LlamaConfig, {**_LLAMA3, "intermediate_size": 14336}),
+    "meta-llama/Llama-3.1-70B": (
+        LlamaConfig,
+        {
+            **_LLAMA3,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        LlamaConfig,
+        {
+            **_LLAMA3,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen/Qwen3-0.6B": (Qwen3Config, {**_QWEN3, "hidden_size": 1024, "intermediate_size": 3072}),
+    "Qwen/Qwen3-1.7B": (Qwen3Config, {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144}),
+    "HuggingFaceTB/SmolLM2-135M": (
+        LlamaConfig,
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
 
 
 def build(recipe: Path) -> LightningCLI:
@@ -82,27 +126,18 @@ def only(kind: type[Callback], cli: LightningCLI) -> Any:
     return callback
 
 
-def layers_of(name: str) -> dict[str, PrunableLayer]:
-    """The prunable layers of a Llama on the hub, without its weights."""
-    width, inner, depth, heads = SIZES[name]
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        return find_targets(LlamaForCausalLM(config), ["*"], ["lm_head"])
+@pytest.fixture
+def at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The configurations of the recipes' models, in folders of their names, where the command looks first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
+    for name, (kind, settings) in CONFIGS.items():
+        kind(**settings).save_pretrained(tmp_path / name)
 
 
-def windows_of(cli: LightningCLI) -> list[Window]:
-    pruning, layers = only(ThanosPruningCallback, cli), layers_of(cli.model.model_name)
-    events = pruning.options.schedule.resolve(cli.trainer.max_steps).events()
-    final = assign_patterns(layers, pruning.options.pattern, ())
-    work = [(event, patterns_at(event, final)) for event in events]
-    return plan_windows(work, layers, calibration_steps=0, budget_gib=pruning.options.calibration.memory_gib)
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(["plan", *arguments])
+    return status, capsys.readouterr().out
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -158,22 +193,29 @@ def test_a_zero3_recipe_shards_all_and_offloads_nothing(
     assert needed <= cli.datamodule.max_train_blocks, "blocks would be seen twice"
 
 
-@pytest.mark.parametrize(
-    ("name", "windows", "blocks"),
-    [
-        ("llama-3.1-8b-2of4", 4, 10),
-        ("llama-3.1-8b-unstructured50", 4, 10),
-        ("llama-3.1-8b-2of4-zero3", 2, 17),
-        ("llama-3.1-70b-2of4-zero3-multinode", 27, 3),
-    ],
-)
-def test_windows_are_as_a_recipe_says(
-    name: str, windows: int, blocks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    planned = windows_of(build(next(recipe for recipe in RECIPES if recipe.stem == name)))
-    assert len(planned) == windows
-    assert max(len(window.patterns) for window in planned) == 7 * blocks
+@pytest.mark.usefixtures("at_hand")
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = planned(capsys, "--config", recipe.stem, "--json", "--memory-gib", "1000")
+    assert status == 0
+    document = json.loads(text)
+    devices, nodes = ZERO3.get(recipe.stem, (2 if "zero3" in recipe.stem else 1, 1))
+    assert document["ranks"] == devices * nodes
+    expected, blocks = WINDOWS.get(recipe.stem, (len(document["windows"]), 0))
+    assert len(document["windows"]) == expected
+    assert not blocks or max(len(window["layers"]) for window in document["windows"]) == 7 * blocks
+
+
+@pytest.mark.usefixtures("at_hand")
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_head_of_a_large_recipe_is_its_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    head = [line[1:].strip() for line in (RECIPES[0].parent / f"{name}.yaml").read_text().splitlines()]
+    (command,) = (line for line in head if line.startswith("thanos-lightning plan"))
+    status, text = planned(capsys, *command.split()[2:])
+    assert status == 0
+    said = [line.strip() for line in text.splitlines()]
+    begin = head.index(said[0])
+    assert head[begin : begin + len(said)] == said
 
 
 def rehearsal(recipe: Path, folder: Path) -> Path:

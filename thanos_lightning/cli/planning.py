@@ -50,6 +50,7 @@ from thanos_lightning.solver import Channels
 from thanos_lightning.training.adapters import mask_adapters
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}
 _MOST_TIMES = 16  # as many ranks are tried, where a training does not fit
 _GIB = 2**30
 # What is said, and what is changed: options, strategy, number of ranks
@@ -414,8 +415,8 @@ def _text(planned: _Plan, outlook: Outlook, name: str, memory: int | None, remed
     parts = {**vars(share.held), "other models": outlook.beside}
     for part, size in parts.items():
         if size:
-            where = " (offloaded)" if part in share.offloaded else ""
-            lines.append(f"    {part + where:<48}{_gib(size):>14}")
+            label = _LABELS.get(part, part) + (" (offloaded)" if part in share.offloaded else "")
+            lines.append(f"    {label:<48}{_gib(size):>14}")
     of = "" if memory is None else f" of {_gib(memory)}"
     lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
     lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")

@@ -30,9 +30,10 @@ class Held:
         masters: fp32 masters, where the model's copy isn't one.
         moments: Of AdamW.
         masks: A byte for each weight of the layers to prune.
-        copies: What passes: weights that autocast keeps in 16 bits, or that a rank gathers, with whole gradients on
-            their way to their parts; or gradients in fp32 for a step, if that is more.
+        copies: Of weights, for a forward and its backward: what autocast keeps in 16 bits, or what a rank gathers.
         buckets: Buffers in which ranks reduce gradients.
+        passing: Gradients on their way: whole ones before a rank has its part, or those in fp32 that a step takes, if
+            that is more.
     """
 
     weights: int = 0
@@ -42,6 +43,7 @@ class Held:
     masks: int = 0
     copies: int = 0
     buckets: int = 0
+    passing: int = 0
 
     @property
     def total(self) -> int:
@@ -61,7 +63,7 @@ class Share:
         strategy: The strategy in words.
         held: All parts, on the rank that holds most.
         offloaded: The parts that are not on the device.
-        passing: The parts that are gone between two batches.
+        brief: The parts that are gone between two batches.
         late: The parts that are not there before the first optimizer step.
         in_pieces: Whether the owner of a layer gets its weight from several ranks.
         checkpoint: Bytes of a checkpoint without sums, of all ranks together.
@@ -72,7 +74,7 @@ class Share:
     in_pieces: bool
     checkpoint: int
     offloaded: tuple[str, ...] = ()
-    passing: tuple[str, ...] = ("copies",)
+    brief: tuple[str, ...] = ("copies",)
     late: tuple[str, ...] = ("gradients", "moments")
 
     def in_training(self) -> Held:
@@ -81,7 +83,7 @@ class Share:
 
     def at_event(self, step: int) -> Held:
         """What an event after so many optimizer steps finds on the device."""
-        return self.in_training().without(*self.passing, *(() if step else self.late))
+        return self.in_training().without(*self.brief, *(() if step else self.late))
 
 
 def share_of(
@@ -161,8 +163,9 @@ def _of_deepspeed(
         masters=4 * stepped if has_masters else 0,
         moments=4 * _MOMENTS * stepped,
         masks=-(-masks // of_masters),
-        copies=max(size * (gathered + reducing), 4 * in_a_step),
+        copies=size * gathered,
         buckets=size * known[_BUCKET] * (2 if stage < 3 and zero.get("overlap_comm") else 1) if stage else 0,
+        passing=max(size * reducing, 4 * in_a_step),
     )
     offloaded: tuple[str, ...] = ()
     if _is_elsewhere(zero.get("offload_optimizer")):
@@ -179,7 +182,7 @@ def _of_deepspeed(
         + masks // 8,
         offloaded=offloaded,
         # Stage 3 keeps its gradients and its bucket from the beginning on
-        passing=("copies", *(() if stage == 3 else ("gradients", "buckets"))),
+        brief=("copies", "passing", *(() if stage == 3 else ("gradients", "buckets"))),
         late=() if stage else ("moments",),
     )
 

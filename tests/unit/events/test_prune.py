@@ -175,7 +175,7 @@ def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more:
 
 def test_the_busiest_rank_is_known_before() -> None:
     layers = find_targets(nn.Sequential(*(nn.Linear(32, 32, device="meta") for _ in range(6))))
-    each = {name: 2.0 for name in layers}
+    each = dict.fromkeys(layers, 2.0)
     assert [busiest(layers, each, ranks, coupled=False) for ranks in (1, 2, 3, 4)] == [12, 6, 4, 4]
     one = {"0": layers["0"]}
     assert busiest(one, each, 4, coupled=False) == 2.0 * seconds(one["0"], 4) / seconds(one["0"])

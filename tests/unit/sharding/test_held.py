@@ -50,14 +50,15 @@ def test_buckets_and_copies() -> None:
     assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).held.buckets == 2 * 2 * BUCKET
     held = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).held
     assert held.buckets == 2 * BUCKET
-    assert bytes_each(held.copies) == 4  # all gathered, and one of two gradients twice
+    assert bytes_each(held.copies) == 2
+    assert bytes_each(held.passing) == 2  # one of two gradients, and once more
 
 
 def test_an_event_finds_what_lasts() -> None:
     before, later = (bytes_each(share(None, autocasts=True).at_event(step).total) for step in (0, 5))
     assert (before, later) == (4 + 1, 16 + 1)
     third = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16)
-    assert third.at_event(0) == third.at_event(5) == third.held.without("copies")
+    assert third.at_event(0) == third.at_event(5) == third.held.without("copies", "passing")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_an_event_finds_what_lasts() -> None:
 def test_what_is_offloaded_is_not_on_the_device(options: dict[str, Any], stays: set[str]) -> None:
     given = share(DeepSpeedStrategy(stage=3, **ZERO, **options), torch.bfloat16)
     there = {name for name, size in vars(given.in_training()).items() if size}
-    assert there == stays | {"copies", "buckets"}
+    assert there == stays | {"copies", "buckets", "passing"}
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(1, 14), (3, 12)])
