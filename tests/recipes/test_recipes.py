@@ -51,7 +51,10 @@ WINDOWS = {  # and the most blocks in one
     "llama-3.1-8b-2of4-zero3": (2, 17),
     "llama-3.1-70b-2of4-zero3-multinode": (27, 3),
 }
-PLANNED = ["llama-3.1-8b-2of4", *ZERO3]  # in their heads
+PLANNED = [  # and where
+    *((name, f"recipes/{name}.yaml") for name in ("llama-3.1-8b-2of4", *ZERO3)),
+    ("llama-3.1-8b-2of4-zero3", "docs/scaling/plan.md"),
+]
 # What the hub says of each model: the configuration's class, and what is not that class's default
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
 _QWEN3 = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
@@ -207,15 +210,17 @@ def test_a_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("at_hand")
-@pytest.mark.parametrize("name", PLANNED)
-def test_the_head_of_a_large_recipe_is_its_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    head = [line[1:].strip() for line in (RECIPES[0].parent / f"{name}.yaml").read_text().splitlines()]
-    (command,) = (line for line in head if line.startswith("thanos-lightning plan"))
+@pytest.mark.parametrize(("name", "file"), PLANNED)
+def test_what_is_written_of_a_large_recipe_is_its_plan(
+    name: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = [line.lstrip("#").strip() for line in (RECIPES[0].parents[1] / file).read_text().splitlines()]
+    (command,) = (line for line in written if line.startswith(f"thanos-lightning plan --config {name} "))
     status, text = planned(capsys, *command.split()[2:])
     assert status == 0
     said = [line.strip() for line in text.splitlines()]
-    begin = head.index(said[0])
-    assert head[begin : begin + len(said)] == said
+    begin = written.index(said[0])
+    assert written[begin : begin + len(said)] == said
 
 
 def rehearsal(recipe: Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
@@ -75,7 +76,7 @@ class _Planned(CLI):
 
     @override
     def instantiate_classes(self) -> None:
-        with _building("the model"), torch.device("meta"):
+        with _building("model and data"), torch.device("meta"):
             super().instantiate_classes()
 
     @override
@@ -143,14 +144,12 @@ def plan(
     as_json: bool = False,
 ) -> int:
     """Print what fit would take with these arguments. Returns 1 if it does not fit into the memory, else 0."""
-    for name, value in (("devices", devices), ("num-nodes", num_nodes)):
-        if value is not None and value < 1:
-            raise Mistake(f"--{name} is {value}: give at least 1")
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise Mistake(f"--memory-gib is {memory_gib:g}: give a number > 0, such as 80")
     known = None if device is None else device_of(device)
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
-        arguments = arguments if value is None else [*arguments, f"--trainer.{name}={value}"]
+        if value is not None:
+            arguments = [*arguments, f"--trainer.{name}={_at_least_one(f'--{name}'.replace('_', '-'), value)}"]
     cli = _Planned(arguments, for_another=known is not None)
     planned = _Plan(cli, known, measure=measure)
     outlook = planned.outlook()
@@ -172,13 +171,13 @@ class _Plan:
 
     def __init__(self, cli: _Planned, known: Device | None, *, measure: bool) -> None:
         self.trainer, self.module = cli.trainer, cli.model
-        self.ranks = _devices(cli.asked) * int(cli.asked.num_nodes)
+        self.ranks = _devices(cli.asked) * _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
         self.strategy = _strategy(cli.asked.strategy, self.ranks)
         self.options = _options(self.trainer)
         self.steps_are_limited = cli.asked.max_epochs not in (None, -1)
         precision = str(cli.asked.precision or "32-true")
         self._half = _HALF.get(precision.removesuffix("-mixed").removesuffix("-true"))
-        self._autocasts = precision.endswith("-mixed")
+        self._autocasts = self._half is not None and not precision.endswith("-true")
         here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
         self._device = torch.device("cpu" if cli.asked.accelerator == "cpu" or here_on_cpu else "cuda")
         self._build()
@@ -209,16 +208,16 @@ class _Plan:
         with (
             _building(type(module).__name__),
             torch.device("meta"),
-            self.trainer.precision_plugin.module_init_context(),
             _pretended_ranks(module, self.ranks) if shards else nullcontext(),
         ):
             module.configure_model()
         compile_in_place(module)
         mask_adapters(module)
         self.trainer.strategy.connect(module)
-        self._cast = module  # as DeepSpeed trains it
-        if self._half is not None:
-            self._cast = copy.deepcopy(module).to(self._half)
+        if self._half is not None and not self._autocasts:
+            module.to(self._half)
+        # DeepSpeed's copy of the model has 16 bits also in mixed precision
+        self._of_deepspeed = module if self._half is None or shards else copy.deepcopy(module).to(self._half)
         self._teacher = _teacher(module)
 
     def outlook(
@@ -229,7 +228,7 @@ class _Plan:
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         return look_ahead(
-            self._cast if of_deepspeed else self.module,
+            self._of_deepspeed if of_deepspeed else self.module,
             options or self.options,
             self.trainer,
             Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self.rates, self._device),
@@ -259,8 +258,13 @@ class _Plan:
             calibration = replace(self.options.calibration, memory_gib=gib)
             yield f"calibration.memory_gib: {gib:g}", replace(self.options, calibration=calibration), None, None
 
+    @property
+    def _may_shard_otherwise(self) -> bool:
+        """Whether DeepSpeed could be taken; a module of FSDP2 shards itself."""
+        return not isinstance(self.strategy, ModelParallelStrategy) and find_spec("deepspeed") is not None
+
     def _other_strategies(self) -> Iterator[_Change]:
-        if isinstance(self.strategy, ModelParallelStrategy):
+        if not self._may_shard_otherwise:
             return
         now = stage_of(self.strategy) if isinstance(self.strategy, DeepSpeedStrategy) else 0
         for stage in (2, 3):
@@ -274,7 +278,7 @@ class _Plan:
         )
 
     def _more_ranks(self) -> Iterator[_Change]:
-        if isinstance(self.strategy, ModelParallelStrategy):
+        if not self._may_shard_otherwise:
             return
         is_sharded = isinstance(self.strategy, DeepSpeedStrategy)
         strategy = self.strategy if is_sharded else DeepSpeedStrategy(stage=3)
@@ -295,9 +299,13 @@ def _devices(asked: Any) -> int:
         if asked.accelerator == "cpu":
             return 1
         raise Mistake(f"trainer.devices is {text}, which is another number on each machine: give --devices, such as 8")
-    if not text.isdecimal() or int(text) < 1:
-        raise Mistake(f"trainer.devices is {text}: give at least 1")
-    return int(text)
+    return _at_least_one("trainer.devices", devices)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise Mistake(f"{name} is {value}: give at least 1")
+    return int(value)
 
 
 def _strategy(asked: Any, ranks: int) -> Strategy | None:
