@@ -8,7 +8,7 @@ import rich
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thanos_lightning.events.forecast import Calibration, Rates, describe, forecast, needs, tokens_per_batch
+from thanos_lightning.events.forecast import Calibration, Rates, describe, dropped_in, forecast, needs, tokens_per_batch
 from thanos_lightning.models.census import take_census
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -66,6 +66,7 @@ def announce(run: PruningRun) -> None:
             gathers=is_sharded,
             again=len(events) > 1,
             blocks=[block for block in run.blocks.values() if not window.patterns.keys().isdisjoint(block.layers)],
+            dropped=dropped_in(window),
         )
         for window in run.windows
         if window.event == run.windows[-1].event

@@ -27,6 +27,7 @@ from thanos_lightning.models.feedforward import (
     kind_of,
 )
 from thanos_lightning.models.routing import Mixture
+from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import (
     PrunableLayer,
     examples,
@@ -70,6 +71,11 @@ class Taken:
                 f"{zeros} of {width} channels of {name} are zero already, and {pattern.num_columns(width)} are to be "
                 "pruned in each block: raise the sparsity"
             )
+
+    def trainable(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """The blocks that may be trained: on a copy, whose router would not know which experts went."""
+        experts = {mixture.experts for mixture in self.mixtures.values()}
+        return {name: block for name, block in blocks.items() if experts.isdisjoint(block.module.modules())}
 
     def without_order(self, held: Set[str]) -> Taken:
         """The same, where down layers that have zeros already keep the order of their channels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,11 @@ from thanos_lightning.models.census import Census
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import duration, open_phase
 from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.sharding.owners import busiest
-from thanos_lightning.solver import HessianAccumulator, Pattern, prune
+from thanos_lightning.solver import Experts, HessianAccumulator, Pattern, prune
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import exact_arithmetic
 
@@ -147,18 +148,31 @@ def needs(
     again: bool = False,
     device: torch.device | None = None,
     blocks: Sequence[Block] = (),
+    dropped: Collection[str] = (),
 ) -> Needs:
-    """Forecast a window by formulas. `blocks` are those that are trained; the rest is as for `event_bytes`."""
-    seconds = {layer.name: rates.solving(layer, options, coupled=coupled) for layer in layers}
+    """Forecast a window by formulas.
+
+    `blocks` are those that are trained. `dropped` names layers that no solver sees, since whole experts go. The rest is
+    as for `event_bytes`.
+    """
+    solved = [layer for layer in layers if layer.name not in dropped]
+    seconds = {layer.name: rates.solving(layer, options, coupled=coupled) for layer in solved}
+    moments = moments_bytes(layers, coupled=coupled) if options.needs_statistics else 0
     peak = event_bytes(
-        layers, options, ranks=ranks, coupled=coupled, pattern=pattern, gathers=gathers, again=again, device=device
+        solved, options, ranks=ranks, coupled=coupled, pattern=pattern, gathers=gathers, again=again, device=device
     )
+    beside = moments_bytes([layer for layer in layers if layer.name in dropped], coupled=coupled)
     return Needs(
-        moments=moments_bytes(layers, coupled=coupled) if options.needs_statistics else 0,
-        event=max([peak, *(training_bytes(block, layers, ranks) for block in blocks)]),
+        moments=moments,
+        event=max([peak + beside, *(training_bytes(block, solved, ranks) for block in blocks)]),
         sent=sent_bytes(layers, ranks, coupled=coupled, gathers=gathers, again=again),
-        solving_seconds=busiest({layer.name: layer for layer in layers}, seconds, ranks, coupled=coupled),
+        solving_seconds=busiest({layer.name: layer for layer in solved}, seconds, ranks, coupled=coupled),
     )
+
+
+def dropped_in(window: Window) -> set[str]:
+    """The layers of a window that go as parts of whole experts."""
+    return {name for name, pattern in window.patterns.items() if isinstance(pattern, Experts)}
 
 
 def forecast(
@@ -228,17 +242,23 @@ def _calibrating(
 ) -> float | None:
     if calibration.batches is None or calibration.tokens is None:
         return None
-    moments = sum(2 * group[0].cols ** 2 for group in sharing(layers))
+    moments = sum(2 * _reached(group[0]) * group[0].cols ** 2 for group in sharing(layers))
     if calibration.coupled:
-        moments += sum(2 * layer.rows**2 for layer in layers)
+        moments += sum(2 * _reached(layer) * layer.rows**2 for layer in layers)
     tokens = calibration.batches * calibration.tokens
     if calibration.of_training:
         return tokens * moments / rates.exact
     passes = 1.0
     if calibration.differentiates:
         passes += 1 / BATCHES_PER_BACKWARD["coupled" if calibration.coupled else "alone"]
-    run = 2 * census.model_weights * passes / rates.forward
+    idle = sum((1 - _reached(layer)) * layer.rows * layer.cols for layer in layers)
+    run = 2 * (census.model_weights - idle) * passes / rates.forward
     return tokens / ranks * (windows * run + moments / rates.exact)
+
+
+def _reached(layer: PrunableLayer) -> float:
+    """The fraction of the tokens that reach a layer."""
+    return 1.0 if layer.expert is None else layer.expert.reached
 
 
 def _rate(device: torch.device, trainer: Trainer | None = None) -> float:

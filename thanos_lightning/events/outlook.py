@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from thanos_lightning.events.blocks import Taken, take
-from thanos_lightning.events.forecast import Calibration, Forecast, Needs, Rates, forecast, needs
+from thanos_lightning.events.experts import take_experts
+from thanos_lightning.events.forecast import Calibration, Forecast, Needs, Rates, dropped_in, forecast, needs
 from thanos_lightning.models.census import Census, take_census
 from thanos_lightning.models.feedforward import FeedForward
 from thanos_lightning.models.stack import find_blocks
@@ -20,7 +21,7 @@ from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.plan.planner import Planner, wants_gradients
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.held import Share, share_of
-from thanos_lightning.solver import Channels
+from thanos_lightning.solver import Channels, Experts
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,16 @@ def look_ahead(
     """
     layers = find_targets(module, options.targets, options.ignore)
     taken = Taken(layers, assign_patterns(layers, options.pattern, options.overrides))
-    if any(isinstance(pattern, Channels) for pattern in taken.final.values()):
+    if any(isinstance(pattern, Experts) for pattern in taken.final.values()):
+        taken = take_experts(module, layers, taken.final)
+    elif any(isinstance(pattern, Channels) for pattern in taken.final.values()):
         taken = take(module, feed_forwards, layers, taken.final, options.multiple_of)
-        options = options.with_pattern(taken.final)
+    options = options.with_pattern(taken.final)
     layers = dict(taken.layers)
     masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
     planner = Planner.of(options, options.schedule)
     windows = planner.plan(trainer, layers, taken.final, None)
-    blocks = find_blocks(module, layers) if options.block_steps else {}
+    blocks = taken.trainable(find_blocks(module, layers)) if options.block_steps else {}
     census = take_census(module, masked)
     share = share_of(module, masked.values(), machines.strategy, machines.ranks, autocasts=machines.autocasts)
     steps = {window.event.step for window in windows if not window.scans}
@@ -141,6 +144,7 @@ def look_ahead(
             again=len(steps) > 1,
             device=machines.device,
             blocks=[block for block in blocks.values() if not window.patterns.keys().isdisjoint(block.layers)],
+            dropped=dropped_in(window),
         )
         for window in windows
     ]

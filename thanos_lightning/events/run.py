@@ -86,10 +86,7 @@ class PruningRun:
         check_weights(self.masked, self.access)
         self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
-        self.blocks = find_blocks(module, self.layers) if options.block_steps else {}
-        # A block is trained on a copy, whose router would not know which experts went
-        experts = {mixture.experts for mixture in taken.mixtures.values()}
-        self.blocks = {name: one for name, one in self.blocks.items() if experts.isdisjoint(one.module.modules())}
+        self.blocks = taken.trainable(find_blocks(module, self.layers)) if options.block_steps else {}
         if (steps := options.calibration.block_steps) and not self.blocks:
             rank_zero_warn(
                 f"calibration.block_steps is {steps}, but no block has two layers to prune and keeps its experts (an "

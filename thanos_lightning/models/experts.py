@@ -115,6 +115,12 @@ class ExpertMatrix(nn.Module):
         return (self.expert * first + range(first)[self._rows][0]) * second
 
     @property
+    def reached(self) -> float:
+        """Roughly the fraction of the tokens that reach an expert, if its router chooses all alike."""
+        each_token = getattr(getattr(self.experts, "config", None), "num_experts_per_tok", 1)
+        return float(each_token) / _shape(self.weight)[0]
+
+    @property
     def place(self) -> str:
         """Which part of the parameter it is, as one writes it in Python.
 
