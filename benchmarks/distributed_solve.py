@@ -6,8 +6,8 @@
 Two windows are pruned to 2:4: the layers of some decoder blocks with SmolLM2-135M's shapes (more layers than ranks:
 each rank solves its own), and one single 2048x2048 layer (fewer layers than ranks: its rows are split). Each rank has
 its own statistics. Where there are more ranks than cores they share them: their time says nothing about more cores, but
-the processor's time of the busiest rank's thread does. Planned is what `thanos-lightning plan --measure` says, by the
-time of one layer of each shape on one rank, and by which layers each rank gets.
+the processor's time for which the busiest rank's thread solves does. Planned is what `thanos-lightning plan --measure`
+says: by the time of one layer of each shape on one rank, and by which layers each rank gets.
 """
 
 import argparse
@@ -77,15 +77,16 @@ def peak_bytes() -> int:
 
 
 class TimedAccess(ReplicatedAccess):
-    """Knows how long the sums took."""
+    """Knows how long the sums took, and how long this thread had the processor for it."""
 
-    seconds = 0.0
+    seconds = processor = 0.0
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
         """See `ParameterAccess`."""
-        begin = time.perf_counter()
+        begin, on_thread = time.perf_counter(), time.thread_time()
         total = super().sum_on(owner, matrix, width)
         self.seconds += time.perf_counter() - begin
+        self.processor += time.thread_time() - on_thread
         return total
 
 
@@ -116,6 +117,7 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
             before = peak_bytes()
             if ranks > 1:
                 dist.barrier()
+            phases: dict[str, float] = {}
             begin, on_thread = time.perf_counter(), time.thread_time()
             prune_window(
                 window,
@@ -124,8 +126,8 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
                 access=access,
                 enforcer=enforcer,
                 options=OPTIONS,
+                now=lambda part, phases=phases: phases.update({part: time.thread_time()}),
             )
-            on_thread = time.thread_time() - on_thread
             if ranks > 1:
                 dist.barrier()
             seconds = time.perf_counter() - begin
@@ -133,7 +135,7 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
                 rows.append(
                     {
                         "seconds": seconds,
-                        "processor": on_thread,
+                        "processor": phases["writing"] - on_thread - access.processor,
                         "reducing": access.seconds,
                         "peak_bytes": peak_bytes() - before,
                     }
@@ -195,7 +197,7 @@ def main() -> None:
     if arguments.rank is not None:
         run_rank(arguments.rank, arguments.ranks[0], arguments.blocks, arguments.repeats, arguments.out)
         return
-    cores = len(os.sched_getaffinity(0))
+    cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)  # of other work, which takes seconds, too
     torch.set_num_threads(1)
     planned = {workload: plan(workload, arguments.blocks, arguments.ranks) for workload in ("many layers", "one layer")}
     rows: list[dict[str, Any]] = []
@@ -235,7 +237,7 @@ def main() -> None:
         )
     Console(width=120).print(table)
     if arguments.output is not None:
-        print(keep("distributed solve", arguments.output, {"blocks": arguments.blocks, "results": rows}))
+        print(keep("distributed solve", arguments.output, {"blocks": arguments.blocks, "load": load, "results": rows}))
 
 
 if __name__ == "__main__":

@@ -428,6 +428,9 @@ def _text(planned: _Plan, outlook: Outlook, name: str, memory: int | None, remed
     of = "" if memory is None else f" of {_gib(memory)}"
     lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
     lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
+    if share.offloaded:
+        elsewhere = sum(getattr(share.held, part) for part in share.offloaded)
+        lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
     lines.append(f"  times         {planned.timed}")
