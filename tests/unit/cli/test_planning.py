@@ -74,8 +74,13 @@ def text_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     [
         {"pattern": "2:4", "calibration.memory_gib": "0.00004", "schedule": "{at: [4, 6]}", "calibration.steps": "1"},
         {"pattern": "unstructured", "sparsity": "0.5", "schedule": "{at: [2, 4, 6]}", "calibration.steps": "1"},
-        {"pattern": "unstructured", "sparsity": "0.5", "calibration.batches": "datamodule"},
-        {"pattern": "channels", "sparsity": "0.5", "multiple_of": "8", "calibration.batches": "datamodule"},
+        pytest.param(
+            {"pattern": "unstructured", "sparsity": "0.5", "calibration.batches": "datamodule"}, marks=pytest.mark.rest
+        ),
+        pytest.param(
+            {"pattern": "channels", "sparsity": "0.5", "multiple_of": "8", "calibration.batches": "datamodule"},
+            marks=pytest.mark.rest,
+        ),
     ],
     ids=["windows", "scan", "calibration set", "channels"],
 )
