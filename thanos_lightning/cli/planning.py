@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -30,10 +30,11 @@ from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.devices import Device, device_of
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
+from thanos_lightning.cli.plan_text import GIB, plan_document, plan_text
 from thanos_lightning.cli.precision import AUTO
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.events.blocks import found_or_declared
-from thanos_lightning.events.forecast import Needs, Rates, describe, sized, timed_solves
+from thanos_lightning.events.forecast import Rates, timed_solves
 from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
@@ -42,23 +43,18 @@ from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
 from thanos_lightning.models.targets import find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
-from thanos_lightning.plan.training_steps import scheduled_events, steps_of
-from thanos_lightning.plan.windows import Window
-from thanos_lightning.report.progress import duration
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.held import stage_of
 from thanos_lightning.solver import Channels
 from thanos_lightning.training.adapters import mask_adapters
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
-_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}
 _MOST_TIMES = 16  # as many ranks are tried, where a training does not fit
-_GIB = 2**30
 # What is said, and what is changed: options, strategy, number of ranks
 _Change: TypeAlias = "tuple[str, PruningOptions | None, Strategy | None, int | None]"
 
 
-class _Planned(CLI):
+class PlannedCLI(CLI):
     """The command line of fit, whose model has no weights and whose Trainer trains nothing."""
 
     def __init__(self, args: list[str], *, for_another: bool) -> None:
@@ -150,26 +146,26 @@ def plan(
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value is not None:
             arguments = [*arguments, f"--trainer.{name}={_at_least_one(f'--{name}'.replace('_', '-'), value)}"]
-    cli = _Planned(arguments, for_another=known is not None)
-    planned = _Plan(cli, known, measure=measure)
+    cli = PlannedCLI(arguments, for_another=known is not None)
+    planned = Plan(cli, known, measure=measure)
     outlook = planned.outlook()
     memory = None if known is None else known.gigabytes * 10**9
     if memory_gib is not None:
-        memory = round(memory_gib * _GIB)
+        memory = round(memory_gib * GIB)
     fits = None if memory is None else outlook.most <= memory
     remedies = [] if fits is not False else list(planned.remedies(outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     if as_json:
-        sys.stdout.write(json.dumps(_document(planned, outlook, memory, remedies), indent=2) + "\n")
+        sys.stdout.write(json.dumps(plan_document(planned, outlook, memory, remedies), indent=2) + "\n")
     else:
-        sys.stdout.write(f"{_text(planned, outlook, name, memory, remedies)}\n")
+        sys.stdout.write(f"{plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
 
 
-class _Plan:
+class Plan:
     """A training that is planned: its model, its machines, and what its configuration says."""
 
-    def __init__(self, cli: _Planned, known: Device | None, *, measure: bool) -> None:
+    def __init__(self, cli: PlannedCLI, known: Device | None, *, measure: bool) -> None:
         self.trainer, self.module = cli.trainer, cli.model
         self.ranks = _devices(cli.asked) * _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
         self.strategy = _strategy(cli.asked.strategy, self.ranks)
@@ -252,7 +248,7 @@ class _Plan:
                     break
 
     def _smaller_windows(self, outlook: Outlook) -> Iterator[_Change]:
-        sums = max(one.moments for one in outlook.needs) / _GIB
+        sums = max(one.moments for one in outlook.needs) / GIB
         for part in (2, 4, 8, 16, 32):
             gib = float(f"{sums / part:.2g}")
             calibration = replace(self.options.calibration, memory_gib=gib)
@@ -401,107 +397,3 @@ def _miniature(module: CausalLM) -> CausalLM:
     text.vocab_size = 64
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     return CausalLM(type(module.model)(config))
-
-
-# What is printed
-
-
-def _text(planned: _Plan, outlook: Outlook, name: str, memory: int | None, remedies: Sequence[str]) -> str:
-    trainer, share = planned.trainer, outlook.share
-    said = describe(
-        outlook.census,
-        outlook.taken.final.values(),
-        scheduled_events(planned.options.schedule, trainer),
-        planned.options.pattern,
-        outlook.calibration,
-        outlook.event,
-        steps=steps_of(trainer),
-        steps_taken=0,
-        channels=outlook.taken.in_words,
-    )
-    lines = [said, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
-    parts = {**vars(share.held), "other models": outlook.beside}
-    for part, size in parts.items():
-        if size:
-            label = _LABELS.get(part, part) + (" (offloaded)" if part in share.offloaded else "")
-            lines.append(f"    {label:<48}{_gib(size):>14}")
-    of = "" if memory is None else f" of {_gib(memory)}"
-    lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
-    lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
-    if share.offloaded:
-        elsewhere = sum(getattr(share.held, part) for part in share.offloaded)
-        lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
-    lines += ["", *_windows(outlook), ""]
-    lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
-    lines.append(f"  times         {planned.timed}")
-    if steps_of(trainer) is None:
-        lines.append("  steps         not known without the data: --trainer.max_steps says how many")
-    elif planned.steps_are_limited:
-        lines.append("  steps         at most max_steps: epochs may end it before")
-    if memory is not None:
-        left = memory - outlook.most
-        if left >= 0:
-            in_training = memory - outlook.in_training
-            lines.append(f"  it fits       if activations take no more than {sized(in_training)}")
-        else:
-            lines.append(f"  does not fit  {sized(-left)} too much")
-            lines += [f"  would fit     {remedy}" for remedy in remedies]
-            if not remedies:
-                lines.append("  would fit     no single setting that was tried")
-    return "\n".join(lines)
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:,.2f}" if size < 10 * _GIB else f"{size / _GIB:,.1f}"
-
-
-def _windows(outlook: Outlook) -> Iterator[str]:
-    """A line for each run of windows that are alike, which says the most memory of them."""
-    yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'solving':>10}{'sent':>10}"
-    rows = []
-    for _, of_step in itertools.groupby(
-        zip(outlook.windows, outlook.needs, outlook.at_events, strict=True), key=lambda row: row[0].event.step
-    ):
-        rows += list(enumerate(of_step, 1))
-
-    def alike(row: tuple[int, tuple[Window, Needs, int]]) -> tuple[Any, ...]:
-        window, one, _ = row[1]
-        time = "scan" if window.scans else duration(one.solving_seconds)
-        return window.event.step, len(window.patterns), _gib(one.moments), time, _gib(one.sent)
-
-    for (step, layers, statistics, time, sent), group in itertools.groupby(rows, key=alike):
-        numbers, those = zip(*group, strict=True)
-        span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
-        most = _gib(max(size for _, _, size in those))
-        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{time:>10}{sent:>10}"
-
-
-def _document(planned: _Plan, outlook: Outlook, memory: int | None, remedies: Sequence[str]) -> dict[str, Any]:
-    """The same as plain values, in bytes and seconds."""
-    share = outlook.share
-    return {
-        "ranks": planned.ranks,
-        "strategy": share.strategy,
-        "steps": steps_of(planned.trainer),
-        "memory": memory,
-        "fits": None if memory is None else outlook.most <= memory,
-        "would_fit": list(remedies),
-        "held": {**vars(share.held), "other_models": outlook.beside},
-        "offloaded": share.offloaded,
-        "in_training": outlook.in_training,
-        "at_events": max(outlook.at_events),
-        "checkpoint": share.checkpoint,
-        "event": asdict(outlook.event),
-        "windows": [
-            {
-                "step": window.event.step,
-                "start_step": window.start_step,
-                "end_step": window.end_step,
-                "scans": window.scans,
-                "layers": {name: pattern.name for name, pattern in window.patterns.items()},
-                "in_all": size,
-                **asdict(one),
-            }
-            for window, one, size in zip(outlook.windows, outlook.needs, outlook.at_events, strict=True)
-        ],
-    }
