@@ -153,7 +153,7 @@ def plan(workload: str, blocks: int, numbers: list[int]) -> dict[int, float]:
     layers = find_targets(layers_of(workload, blocks)[0])
     # In the processor's time, as the ranks are measured: other work on the machine does not count
     with mock.patch.object(time, "perf_counter", time.thread_time):
-        timed = timed_solves(layers.values(), OPTIONS, NM(2, 4), torch.device("cpu"), coupled=False)
+        timed = timed_solves(layers, dict.fromkeys(layers, NM(2, 4)), OPTIONS, torch.device("cpu"), coupled=False)
     seconds = {name: timed[layer.rows, layer.cols] for name, layer in layers.items()}
     return {ranks: busiest(layers, seconds, ranks, coupled=False) for ranks in numbers}
 

@@ -146,6 +146,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "wide": wide_llama,
     "mixtral": tiny_mixture,
     "gpt-oss": partial(tiny_mixture, "gpt-oss"),
+    "olmoe": partial(tiny_mixture, "olmoe", number=64),  # of which a rank's batch reaches some
 }
 
 
@@ -861,7 +862,7 @@ def train(case: Case) -> None:
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
     if case.watch:
         callbacks.append(watch)
-    if case.lora or case.model in ("mixtral", "gpt-oss"):
+    if case.lora or case.model in ("mixtral", "gpt-oss", "olmoe"):
         callbacks.append(Probe(out))
     clipped = ClippedNorm(pruning)
     if case.strategy == "fsdp":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,22 @@ def _routed(
     experts: Any, layout: Layout, matrices: Mapping[str, ExpertMatrix], *args: Tensor, **kwargs: Tensor
 ) -> Tensor:
     hidden, chosen, shares = (*args, *kwargs.values())  # (tokens, hidden), (tokens, top k), (tokens, top k)
-    result = torch.zeros_like(hidden)
+    weights = _weights(experts, matrices)
+    reached, inner = [], []
     for expert, (tokens, places) in enumerate(_by_expert(chosen, len(experts.down_proj))):
-        if not len(tokens):
-            continue
-        share = shares[tokens, places].unsqueeze(1)
-        inner = _up(experts, layout, matrices, expert, hidden[tokens], tokens, share)
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        given = matrices[f"{expert}.down_proj"]((inner * share).to(inner.dtype), tokens=tokens)
+        if len(tokens):
+            share = shares[tokens, places].unsqueeze(1)
+            reached.append((expert, tokens, share))
+            seen = _Seen(hidden[tokens], tokens, len(hidden), share.detach().clamp(min=_LEAST_SHARE))
+            inner.append(_up(experts, layout, matrices, weights, expert, seen))
+    # called once, as by the model itself: ZeRO-3 counts the calls of modules, and they must be alike on all ranks
+    whole = torch.cat(inner) if inner else hidden.new_zeros(0, _width(layout, matrices))
+    whole = experts._apply_gate(whole) if experts.has_gate else experts.act_fn(whole)
+    result = torch.zeros_like(hidden)
+    for (expert, tokens, share), one in zip(reached, whole.split([len(one) for one in inner]), strict=True):
+        matrix = matrices[f"{expert}.down_proj"]
+        shown = (one * share).to(one.dtype)
+        given = matrix(shown, tokens=tokens, of=len(hidden), weight=weights[matrix.parameter][expert])
         if experts.has_bias:
             given = given + experts.down_proj_bias[expert] * share
         result.index_add_(0, tokens, given.to(result.dtype))
@@ -72,34 +80,58 @@ def _by_expert(chosen: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _all_tokens(experts: Any, layout: Layout, matrices: Mapping[str, ExpertMatrix], hidden: Tensor) -> Tensor:
     by_expert = hidden.view(len(experts.down_proj), -1, hidden.shape[-1])
-    results = []
+    weights = _weights(experts, matrices)
+    reached, inner = [], []
     for expert, inputs in enumerate(by_expert):
         tokens = inputs.any(1).nonzero().squeeze(1)
-        if not len(tokens):
-            results.append(torch.zeros_like(inputs))
-            continue
-        gate, up = _up(experts, layout, matrices, expert, inputs[tokens], tokens, None).chunk(2, dim=-1)
-        given = matrices[f"{expert}.down_proj"](up * experts.act_fn(gate), tokens=tokens)
-        results.append(torch.zeros_like(inputs).index_add(0, tokens, given.to(inputs.dtype)))
+        if len(tokens):
+            reached.append((expert, tokens))
+            seen = _Seen(inputs[tokens], tokens, len(inputs), None)
+            inner.append(_up(experts, layout, matrices, weights, expert, seen))
+    whole = torch.cat(inner) if inner else hidden.new_zeros(0, _width(layout, matrices))
+    gate, up = whole.chunk(2, dim=-1)
+    whole = up * experts.act_fn(gate)
+    results = list(torch.zeros_like(by_expert))
+    for (expert, tokens), one in zip(reached, whole.split([len(one) for one in inner]), strict=True):
+        matrix = matrices[f"{expert}.down_proj"]
+        given = matrix(one, tokens=tokens, of=by_expert.shape[1], weight=weights[matrix.parameter][expert])
+        results[expert] = results[expert].index_add(0, tokens, given.to(hidden.dtype))
     return torch.cat(results)
+
+
+class _Seen(NamedTuple):
+    """The inputs of an expert, which of so many tokens they are, and the router's share of each."""
+
+    inputs: Tensor
+    tokens: Tensor
+    of: int
+    share: Tensor | None
+
+
+def _weights(experts: Any, matrices: Mapping[str, ExpertMatrix]) -> dict[str, tuple[Tensor, ...]]:
+    """The weight of each expert by parameter: taken apart once, or each backward would fill a whole gradient."""
+    return {name: getattr(experts, name).unbind(0) for name in {one.parameter for one in matrices.values()}}
+
+
+def _width(layout: Layout, matrices: Mapping[str, ExpertMatrix]) -> int:
+    return sum(matrices[f"0.{name}"].shape[0] for name in layout.ups)
 
 
 def _up(
     experts: Any,
     layout: Layout,
     matrices: Mapping[str, ExpertMatrix],
+    weights: Mapping[str, tuple[Tensor, ...]],
     expert: int,
-    inputs: Tensor,
-    tokens: Tensor,
-    share: Tensor | None,
+    seen: _Seen,
 ) -> Tensor:
-    own = [matrices[f"{expert}.{name}"] for name in layout.ups]
-    if share is None:
-        given = [matrix(inputs, tokens=tokens) for matrix in own]
-    else:
-        share = share.detach().clamp(min=_LEAST_SHARE)
-        shown = (inputs.detach() * share).to(inputs.dtype)
-        given = [unscaled(matrix(shown, inputs, share, tokens), share) for matrix in own]
+    inputs, tokens, of, share = seen
+    shown = inputs if share is None else (inputs.detach() * share).to(inputs.dtype)
+    given = []
+    for name in layout.ups:
+        matrix = matrices[f"{expert}.{name}"]
+        own = matrix(shown, inputs, share, tokens, of=of, weight=weights[matrix.parameter][expert])
+        given.append(own if share is None else unscaled(own, share))
     whole = torch.cat(given, dim=-1) if len(given) > 1 else given[0]
     bias = getattr(experts, f"{next(iter(layout.ups.values()))[0]}_bias", None)
     return whole if bias is None else whole + bias[expert]

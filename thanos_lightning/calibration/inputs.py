@@ -177,12 +177,14 @@ class InputStatistics:
         if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-        tokens = args[3] if isinstance(module, ExpertMatrix) and len(args) > 3 else kwargs.get("tokens")
+        tokens = None
+        if isinstance(module, ExpertMatrix):
+            tokens = args[3] if len(args) > 3 else kwargs["tokens"], kwargs["of"]
         with self.kept.keeping(), self.stopwatch.running(inputs.device):
             self._count(name, inputs, tokens)
         self._is_counting = self.kept.error is None
 
-    def _count(self, name: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    def _count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> None:
         own = self._by_layer.get(name)
         if own is None:
             # A sum of more than this one input contains tokens that this layer never saw.
@@ -200,17 +202,19 @@ class InputStatistics:
             own.update(inputs, self._rows_that_count(name, inputs, tokens))
         self._seen[name] = own.updates
 
-    def _rows_that_count(self, name: str, inputs: Tensor, tokens: Tensor | None) -> Tensor | None:
+    def _rows_that_count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> Tensor | None:
         """Return the indices of the rows that count, on the inputs' device; None if all rows count.
 
-        `tokens` are those of an expert, as indices into the batch; None if the rows are not an expert's.
+        `tokens` are those of an expert, as indices into what the experts got, and the number of that; None if the rows
+        are not an expert's.
         """
         counted, leading = self._counted, inputs.shape[:-1]
         if counted is None or counted.all:
             return None
         shape = counted.shape
-        if tokens is not None:
-            return torch.isin(tokens, counted.rows(inputs.device)).nonzero().squeeze(1)
+        if tokens is not None and tokens[1] == shape.numel():
+            return torch.isin(tokens[0], counted.rows(inputs.device)).nonzero().squeeze(1)
+        leading = leading if tokens is None else torch.Size(tokens[1:])
         alike = leading == shape or (len(leading) == 1 and len(inputs) == shape.numel())
         if alike or (len(leading) > 2 and leading[0] == shape[0] and leading.numel() == shape.numel()):
             return counted.rows(inputs.device)

@@ -59,4 +59,4 @@ def _key(rows: torch.Tensor) -> tuple[int, ...]:
     """What tells a tensor of numbered rows from others; each row is in order after the one before it."""
     flat = rows.flatten()
     in_order = bool((flat.diff() == 1).all())
-    return (int(flat[0]), len(flat), rows.ndim) if in_order else (-1,)
+    return (int(flat[0]), *rows.shape) if in_order else (-1,)

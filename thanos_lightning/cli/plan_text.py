@@ -100,6 +100,7 @@ def plan_document(planned: Plan, outlook: Outlook, memory: int | None, remedies:
     return {
         "ranks": planned.ranks,
         "strategy": share.strategy,
+        "precision": planned.precision,
         "steps": steps_of(planned.trainer),
         "memory": memory,
         "fits": None if memory is None else outlook.most <= memory,

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -24,6 +26,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from thanos_lightning.calibration.tiny_input import tiny_run
@@ -43,10 +46,12 @@ from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
 from thanos_lightning.models.targets import find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
+from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.held import stage_of
+from thanos_lightning.sharding.held import stage_of, zero_of
 from thanos_lightning.solver import Channels
 from thanos_lightning.training.adapters import mask_adapters
+from thanos_lightning.training.other_callbacks import check_companions
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 _MOST_TIMES = 16  # as many ranks are tried, where a training does not fit
@@ -146,7 +151,7 @@ def plan(
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value is not None:
             arguments = [*arguments, f"--trainer.{name}={_at_least_one(f'--{name}'.replace('_', '-'), value)}"]
-    cli = PlannedCLI(arguments, for_another=known is not None)
+    cli = PlannedCLI(arguments, for_another=known is not None or memory_gib is not None)
     planned = Plan(cli, known, measure=measure)
     outlook = planned.outlook()
     memory = None if known is None else known.gigabytes * 10**9
@@ -167,11 +172,12 @@ class Plan:
 
     def __init__(self, cli: PlannedCLI, known: Device | None, *, measure: bool) -> None:
         self.trainer, self.module = cli.trainer, cli.model
-        self.ranks = _devices(cli.asked) * _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
+        self.nodes = _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
+        self.ranks = _devices(cli.asked) * self.nodes
         self.strategy = _strategy(cli.asked.strategy, self.ranks)
-        self.options = _options(self.trainer)
+        self.options = _options(self.trainer, self.strategy)
         self.steps_are_limited = cli.asked.max_epochs not in (None, -1)
-        precision = str(cli.asked.precision or "32-true")
+        self.precision = precision = str(cli.asked.precision or "32-true")
         self._half = _HALF.get(precision.removesuffix("-mixed").removesuffix("-true"))
         self._autocasts = self._half is not None and not precision.endswith("-true")
         here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
@@ -187,9 +193,10 @@ class Plan:
             self.timed = f"by the rates of this machine's {here.type}; --device names another"
             if measure:
                 options = self.options
-                layers = find_targets(self.module, options.targets, options.ignore).values()
+                layers = find_targets(self.module, options.targets, options.ignore)
+                patterns = assign_patterns(layers, options.pattern, options.overrides)
                 coupled = options.calibration.couples_rows
-                solves = timed_solves(layers, options.solver, options.pattern, here, coupled=coupled)
+                solves = timed_solves(layers, patterns, options.solver, here, coupled=coupled)
                 self.rates = replace(self.rates, solves=solves)
                 self.timed = f"by the rates of this machine's {here.type}, solves of each shape too"
         data = cli.datamodule
@@ -199,39 +206,66 @@ class Plan:
         self._feed_forwards = _feed_forwards(self.module, self.trainer, self.options)
 
     def _build(self) -> None:
-        module = self.module
-        shards = isinstance(self.strategy, ModelParallelStrategy)
-        with (
-            _building(type(module).__name__),
-            torch.device("meta"),
-            _pretended_ranks(module, self.ranks) if shards else nullcontext(),
-        ):
+        module, strategy = self.module, self.strategy
+        module.trainer = self.trainer
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        ranks = _pretended_ranks(module, strategy, self.nodes, self.ranks) if sharded else nullcontext()
+        with _building(type(module).__name__), torch.device("meta"), ranks:
             module.configure_model()
         compile_in_place(module)
         mask_adapters(module)
         self.trainer.strategy.connect(module)
         if self._half is not None and not self._autocasts:
             module.to(self._half)
-        # DeepSpeed's copy of the model has 16 bits also in mixed precision
-        self._of_deepspeed = module if self._half is None or shards else copy.deepcopy(module).to(self._half)
+        if sharded:
+            for name, layer in find_targets(module, self.options.targets, self.options.ignore).items():
+                if not isinstance(layer.parameter, DTensor):
+                    raise Mistake(
+                        f"layer {name} is not sharded: in configure_model, call fully_shard on a module that holds it, "
+                        f"or add {name!r} to ignore"
+                    )
         self._teacher = _teacher(module)
+
+    @cached_property
+    def _of_deepspeed(self) -> LightningModule:
+        """DeepSpeed's copy of the model, which has 16 bits also in mixed precision."""
+        module: LightningModule = self.module
+        if self._half is None:
+            return module
+        with _building(type(module).__name__):
+            return copy.deepcopy(module).to(self._half)
 
     def outlook(
         self, options: PruningOptions | None = None, strategy: Strategy | None = None, ranks: int | None = None
     ) -> Outlook:
         """What the training takes, or what it would take with other options or machines."""
         strategy, ranks = strategy or self.strategy, ranks or self.ranks
+        options = options or self.options
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+        lacks_gradients = False
+        if isinstance(strategy, DeepSpeedStrategy) and shares_teacher and options.calibration.batches is not None:
+            from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
+
+            lacks_gradients = gathers_whole_modules(self._of_deepspeed, zero_of(strategy))
         return look_ahead(
             self._of_deepspeed if of_deepspeed else self.module,
-            options or self.options,
+            options,
             self.trainer,
             Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self.rates, self._device),
             self.batches,
             feed_forwards=self._feed_forwards,
-            beside=self._teacher // (ranks if shares_teacher else 1),
+            beside=self._teacher // (ranks if shares_teacher else 1) + self._averages,
+            lacks_gradients=lacks_gradients,
         )
+
+    @property
+    def _averages(self) -> int:
+        """Bytes of copies of all weights that WeightAveraging keeps."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        number = sum(isinstance(callback, WeightAveraging) for callback in callbacks)
+        each: int = sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+        return number * each
 
     def remedies(self, outlook: Outlook, memory: int) -> Iterator[str]:
         """Settings with which it would fit, one of each kind."""
@@ -249,6 +283,8 @@ class Plan:
 
     def _smaller_windows(self, outlook: Outlook) -> Iterator[_Change]:
         sums = max(one.moments for one in outlook.needs) / GIB
+        if not sums:
+            return
         for part in (2, 4, 8, 16, 32):
             gib = float(f"{sums / part:.2g}")
             calibration = replace(self.options.calibration, memory_gib=gib)
@@ -290,7 +326,8 @@ def _devices(asked: Any) -> int:
     devices = asked.devices
     text = str(devices)
     if isinstance(devices, (list, tuple)) or "," in text:
-        return len([one for one in (devices if isinstance(devices, (list, tuple)) else text.split(",")) if one != ""])
+        chosen = devices if isinstance(devices, (list, tuple)) else text.split(",")
+        return _at_least_one("trainer.devices", len([one for one in chosen if one != ""]))
     if text in (AUTO, "-1"):
         if asked.accelerator == "cpu":
             return 1
@@ -314,24 +351,36 @@ def _strategy(asked: Any, ranks: int) -> Strategy | None:
     if isinstance(asked, str):
         if asked == AUTO:
             return DDPStrategy() if ranks > 1 else None
-        strategy = StrategyRegistry.get(asked)
+        try:
+            strategy = StrategyRegistry.get(asked)
+        except ImportError as error:
+            raise Mistake(f"the strategy {asked!r} can't be planned ({error}): give another") from error
     check_strategy(strategy)
     return strategy if isinstance(strategy, (DDPStrategy, ModelParallelStrategy)) else None
 
 
-def _options(trainer: Trainer) -> PruningOptions:
+def _options(trainer: Trainer, strategy: Strategy | None) -> PruningOptions:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     ours = [callback for callback in callbacks if isinstance(callback, ThanosPruningCallback)]
     if not ours:
         raise Mistake(
             "the trainer has no ThanosPruningCallback, so nothing would be pruned: add one to trainer.callbacks"
         )
+    check_companions(trainer, ours[0], strategy)
     return ours[0].options
 
 
 @contextmanager
-def _pretended_ranks(module: LightningModule, ranks: int) -> Iterator[None]:
+def _pretended_ranks(module: LightningModule, strategy: Any, nodes: int, ranks: int) -> Iterator[None]:
     """Give a module of FSDP2 the mesh of rank 0, whose other ranks are not there."""
+    # As Lightning sets them: all ranks of a machine would share each tensor
+    asked = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+    sizes = [other if one == AUTO else int(one) for one, other in zip(asked, (nodes, ranks // nodes), strict=True)]
+    if sizes != [ranks, 1]:
+        raise Mistake(
+            f"ModelParallelStrategy would have data_parallel_size {sizes[0]} and tensor_parallel_size {sizes[1]} on "
+            f"{ranks} ranks: give it {ranks} and 1, since tensor parallelism is not supported"
+        )
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -72,12 +72,18 @@ def event_bytes(
         read = {layer.name: number for number, group in enumerate(sharing(own)) for layer in group}
         if ranks > 1 and counts:  # the total over ranks arrives beside this rank's own sums
             peak = max(peak, moments + 4 * max(layer.cols for layer in own) ** 2)
+        outputs = 4 * sum(layer.rows**2 for layer in own) if coupled else 0  # these stay to the end
+        to_come, weights, after = 0, 0, list[tuple[int, int]]()
+        groups = set[int]()
+        for layer in reversed(own):
+            weights += layer.rows * layer.cols
+            after.append((to_come, weights))
+            to_come += 0 if read[layer.name] in groups else 4 * layer.cols**2
+            groups.add(read[layer.name])
         solved = 0
-        for position, layer in enumerate(own):
-            to_come = {read[other.name]: 4 * other.cols**2 for other in own[position + 1 :]}
-            hessians = sum(to_come.values()) + 4 * layer.cols**2 if counts else 0
-            outputs = 4 * sum(other.rows**2 for other in own) if coupled else 0  # these stay to the end
-            waiting = sum(other.rows * other.cols for other in own[position:]) * (4 * gathers + again)
+        for layer, (to_come, weights) in zip(own, reversed(after), strict=True):
+            hessians = to_come + 4 * layer.cols**2 if counts else 0
+            waiting = weights * (4 * gathers + again)
             working = options.peak_bytes(
                 layer.rows, layer.cols, coupled=coupled, pattern=pattern, device=device or layer.parameter.device
             )

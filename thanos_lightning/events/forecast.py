@@ -290,11 +290,20 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed_solves(
-    layers: Iterable[PrunableLayer], options: SolverOptions, pattern: Pattern, device: torch.device, *, coupled: bool
+    layers: Mapping[str, PrunableLayer],
+    patterns: Mapping[str, Pattern],
+    options: SolverOptions,
+    device: torch.device,
+    *,
+    coupled: bool,
 ) -> dict[tuple[int, int], float]:
-    """Seconds of the solve of one random layer of each shape, on a device."""
-    shapes = sorted({(layer.rows, layer.cols) for layer in layers}, key=lambda shape: shape[0] * shape[1] ** 2)
+    """Seconds of the solve of one random layer of each shape, on a device; to the pattern of the last that has it."""
+    solved = {name: pattern for name, pattern in patterns.items() if not isinstance(pattern, Experts)}
+    by_shape = {(layers[name].rows, layers[name].cols): pattern for name, pattern in solved.items()}
+    shapes = sorted(by_shape, key=lambda shape: shape[0] * shape[1] ** 2)
     found: dict[tuple[int, int], float] = {}
+    if not shapes:
+        return found
     generator = torch.Generator(device).manual_seed(0)
     with open_phase("Timing a layer of each shape", len(shapes) + 1, "solves") as phase:
         for rows, cols in [shapes[0], *shapes]:  # the first call sets up libraries, and its time is forgotten
@@ -306,7 +315,7 @@ def timed_solves(
             outputs = torch.eye(rows, device=device) if coupled else None
             finish(device)
             begin = time.perf_counter()
-            prune(weight, hessian, pattern, output_weights=outputs, **vars(options))
+            prune(weight, hessian, by_shape[rows, cols], output_weights=outputs, **vars(options))
             finish(device)
             found[rows, cols] = time.perf_counter() - begin
             phase.advance()

@@ -101,6 +101,7 @@ def look_ahead(
     *,
     feed_forwards: Sequence[FeedForward] = (),
     beside: int = 0,
+    lacks_gradients: bool = False,
 ) -> Outlook:
     """Plan a training as the callback will, and forecast what it takes.
 
@@ -112,6 +113,7 @@ def look_ahead(
         batches: What is known of the data.
         feed_forwards: The module's feed-forward blocks, where a pattern is "channels".
         beside: Bytes of models on each rank that are only read.
+        lacks_gradients: As for `Planner.of`.
 
     Raises:
         MisconfigurationException: As the callback, if nothing would be pruned or the length is needed but unknown.
@@ -126,7 +128,7 @@ def look_ahead(
     options = options.with_pattern(taken.final)
     layers = dict(taken.layers)
     masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
-    planner = Planner.of(options, options.schedule)
+    planner = Planner.of(options, options.schedule, lacks_gradients=lacks_gradients)
     windows = planner.plan(trainer, layers, taken.final, None)
     blocks = taken.trainable(find_blocks(module, layers)) if options.block_steps else {}
     census = take_census(module, masked)
@@ -157,7 +159,7 @@ def look_ahead(
         else 0,
         batches.tokens,
         of_training=in_training_batches,
-        differentiates=not in_training_batches and wants_gradients(options, windows[0]),
+        differentiates=not in_training_batches and not lacks_gradients and wants_gradients(options, windows[0]),
         coupled=options.calibration.couples_rows,
         length=batches.length,
         blocks=len(blocks),

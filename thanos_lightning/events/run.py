@@ -25,7 +25,7 @@ from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.events.sensitivity import scan_window
-from thanos_lightning.models.routing import keep_experts
+from thanos_lightning.models.routing import find_mixtures, keep_experts
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.options import PruningOptions, differences
@@ -133,7 +133,7 @@ class PruningRun:
             changed = differences(restored["arguments"], past.arguments(options))
             past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.masked, self.access, changed))
         else:
-            if lacking := [name for name, mixture in self.taken.mixtures.items() if mixture.lacks_experts]:
+            if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
                 raise MisconfigurationException(
                     f"another training has dropped experts of {lacking[0]}, of which this one knows nothing: go on "
                     "with its callback and Trainer, or its checkpoint (ckpt_path), or train the model that it exports"

@@ -65,7 +65,8 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         (torch.float32, 134515008)
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
-    source = _resolve(name)
+    with torch.device("cpu"):  # a model of a package is converted once, with its weights
+        source = _resolve(name)
     if torch.get_default_device().type == "meta":
         with _naming("model", name):
             config = AutoConfig.from_pretrained(source)

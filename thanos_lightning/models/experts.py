@@ -136,7 +136,14 @@ class ExpertMatrix(nn.Module):
         return tensor[self.expert, self._rows]
 
     def forward(
-        self, shown: Tensor, inputs: Tensor | None = None, share: Tensor | None = None, tokens: Tensor | None = None
+        self,
+        shown: Tensor,
+        inputs: Tensor | None = None,
+        share: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        of: int,
+        weight: Tensor,
     ) -> Tensor:
         """Multiply inputs, (tokens, in_features) to (tokens, out_features).
 
@@ -145,8 +152,10 @@ class ExpertMatrix(nn.Module):
             inputs: The inputs; by default `shown`.
             share: (tokens, 1); hooks see the gradient of the output divided by it.
             tokens: Which tokens of the batch they are, for hooks.
+            of: How many tokens the experts were called with, for hooks.
+            weight: What the parameter has of this expert.
         """
-        matrix, inputs = self.own(self.weight), shown if inputs is None else inputs
+        matrix, inputs = weight[self._rows], shown if inputs is None else inputs
         output = inputs @ matrix if self.transposed else nn.functional.linear(inputs, matrix)
         return output if share is None else _Scaled.apply(output, share)  # type: ignore[no-untyped-call]
 

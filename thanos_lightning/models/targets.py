@@ -240,6 +240,7 @@ def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
     adapted = {name: base_of(module) for name, module in tuner_layers(model).items()}
     layers = {name: base for name, base in adapted.items() if isinstance(base, PRUNABLE)}
     inside = (*(f"{name}." for name in layers), *saved_modules(model))
+    inside += tuple(f"{name}." for name, module in model.named_modules() if _is_router(module))
     found: dict[str, PrunableModule] = {}
     for name, module in model.named_modules():
         if not name.startswith(inside):
@@ -251,9 +252,9 @@ def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether it is one of transformers' routers that are Linear layers and give more than a product."""
+    """Whether it is one of transformers' routers, which are Linear layers in some models and hold one in others."""
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("Router")
+    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(("Router", "MoEV1Gate"))
 
 
 def uncalled_layers(
@@ -309,6 +310,7 @@ def find_targets(
     prunable = prunable_modules(model)
     uncalled = {name: prunable.pop(name) for name in uncalled_layers(model) if name in prunable}
     for expression in targets:
+        _check_known(model, expression)
         if not any(matches(name, expression) for name in prunable):
             if any(matches(name, expression) for name in uncalled):
                 raise ValueError(
@@ -316,14 +318,6 @@ def find_targets(
                     f"({examples(uncalled)}), of which no inputs can be collected: leave it out, or take an attention "
                     "made of Linear layers"
                 )
-            for name, experts in unknown_experts(model):
-                names = [name, *(f"{name}.{parameter}" for parameter in experts._parameters)]
-                if any(matches(one, expression) for one in names):
-                    raise ValueError(
-                        f"target {expression!r} means {type(experts).__name__} ({name}), experts whose layout is not "
-                        "known: known are those of transformers 5, such as Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss "
-                        "and Llama 4. Leave them out, or make them Linear layers"
-                    )
             raise ValueError(
                 f"target {expression!r} matches no prunable layer (Linear, Conv1D, experts)"
                 f"{did_you_mean(expression, prunable)}. The model has: {examples(prunable)}"
@@ -350,9 +344,16 @@ def find_targets(
     layers: dict[str, PrunableLayer] = {}
     seen: set[int] = set()
     shared: dict[str, str] = {}  # layer -> module that shares its weight but is no target
+    experts: dict[tuple[int, int], str] = {}
     for name, module in chosen.items():
         if isinstance(module, ExpertMatrix):
             layers[name] = layer_of(name, module)
+            first = experts.setdefault((id(module.weight), module.start), name)
+            if first != name:
+                raise ValueError(
+                    f"layers {first} and {name} share one weight, and see other tokens each: untie the experts, or add "
+                    f"{name!r} and all like it to ignore"
+                )
             continue
         if id(module.weight) in seen:
             continue
@@ -374,6 +375,18 @@ def find_targets(
             f"prune the other. Add {to_add(shared)} to ignore"
         )
     return layers
+
+
+def _check_known(model: nn.Module, expression: str) -> None:
+    """Refuse a target that means experts which would stay dense. A bare "*" means all that can be pruned."""
+    for name, experts in unknown_experts(model) if expression != "*" else ():
+        names = [name, *(f"{name}.{parameter}" for parameter in experts._parameters)]
+        if any(matches(one, expression) for one in names):
+            raise ValueError(
+                f"target {expression!r} means {type(experts).__name__} ({name}), experts whose layout is not known: "
+                "known are those of transformers 5, such as Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss and Llama 4. "
+                "Leave them out, or make them Linear layers"
+            )
 
 
 def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:

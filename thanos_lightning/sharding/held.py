@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from thanos_lightning.models.adapters import MaskedAdapter, base_of
 from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, whole_shape
 
 _MOMENTS = 2  # of AdamW, for each weight
@@ -121,16 +122,16 @@ def share_of(
         ]
         copies = sum(sorted(sizes)[-2:])  # one that computes, and one that is gathered meanwhile
     else:
-        multiplied = {id(part.weight): part.weight for part in module.modules() if isinstance(part, PRUNABLE)}
-        copies = 2 * _count(multiplied.values()) if autocasts else 0
+        copies = _of_autocast(module) if autocasts else 0
     is_ddp = isinstance(strategy, DDPStrategy) and ranks > 1
+    views = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("gradient_as_bucket_view")
     held = Held(
         weights=_bytes(parameters, local=True),
         gradients=gradients,
         moments=_MOMENTS * gradients,
         masks=masks // (ranks if groups else 1),
         copies=copies,
-        buckets=gradients if is_ddp else 0,
+        buckets=gradients if is_ddp and not views else 0,
     )
     in_words = "FSDP2" if groups else "DDP" if is_ddp else "one device"
     return Share(in_words, held, in_pieces=bool(groups), checkpoint=whole + masks // 8)
@@ -143,7 +144,7 @@ def _of_deepspeed(
     strategy: DeepSpeedStrategy,
     ranks: int,
 ) -> Share:
-    zero = _zero(strategy)
+    zero = zero_of(strategy)
     known = {name: int(zero.get(name, default)) for name, default in _DEFAULTS.items()}
     stage = stage_of(strategy)
     size = parameters[0].element_size()
@@ -156,7 +157,10 @@ def _of_deepspeed(
     largest = max((math.prod(whole_shape(parameter)) for parameter in trained), default=0)
     reducing = largest + min(max(largest, known[_BUCKET]), steps) if stage == 3 else 0
     gathered = min(weights - kept, known[_LIVE]) if stage == 3 else 0
-    in_a_step = min(stepped, known["sub_group_size"] if stage == 3 else stepped) if has_masters else 0
+    steps_elsewhere = _is_elsewhere(zero.get("offload_optimizer"))
+    # gradients in fp32, of the masters that are stepped at one time
+    in_a_step = min(stepped, known["sub_group_size"] if stage == 3 else stepped)
+    in_a_step = in_a_step if has_masters and not steps_elsewhere else 0
     held = Held(
         weights=size * (-(-weights // of_weights) + (kept if stage == 3 else 0)),
         gradients=size * -(-steps // of_gradients),
@@ -168,7 +172,7 @@ def _of_deepspeed(
         passing=max(size * reducing, 4 * in_a_step),
     )
     offloaded: tuple[str, ...] = ()
-    if _is_elsewhere(zero.get("offload_optimizer")):
+    if steps_elsewhere:
         offloaded += ("gradients", "masters", "moments", "masks")
     if _is_elsewhere(zero.get("offload_param")):
         offloaded += ("weights",)
@@ -189,17 +193,30 @@ def _of_deepspeed(
 
 def stage_of(strategy: DeepSpeedStrategy) -> int:
     """The stage of ZeRO."""
-    return int(_zero(strategy).get("stage", 0))
+    return int(zero_of(strategy).get("stage", 0))
 
 
-def _zero(strategy: DeepSpeedStrategy) -> Mapping[str, Any]:
+def zero_of(strategy: DeepSpeedStrategy) -> Mapping[str, Any]:
+    """Its `zero_optimization`."""
     assert isinstance(strategy.config, dict), "Lightning reads files"
     zero: Mapping[str, Any] = strategy.config.get("zero_optimization", {})
     return zero
 
 
 def _is_elsewhere(offload: dict[str, str] | None) -> bool:
-    return offload is not None and offload["device"] != "none"
+    return offload is not None and offload.get("device", "none") != "none"
+
+
+def _of_autocast(module: nn.Module) -> int:
+    """Bytes of the copies in 16 bits that autocast keeps of wider weights until a forward's end.
+
+    Layers with masked adapters make theirs anew in the backward, so that one is there at a time.
+    """
+    multiplied = {id(part.weight): part.weight for part in module.modules() if isinstance(part, PRUNABLE)}
+    wide = {key: weight for key, weight in multiplied.items() if weight.element_size() > 2}
+    adapted = {id(base_of(part).weight) for part in module.modules() if isinstance(part, MaskedAdapter)}
+    one_by_one = [_count([weight]) for key, weight in wide.items() if key in adapted]
+    return 2 * (_count(weight for key, weight in wide.items() if key not in adapted) + max(one_by_one, default=0))
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.owners import raise_everywhere, reserved
 from thanos_lightning.solver import HessianAccumulator
 
 # With fewer tokens for each input, an expert loses less with the mean of the others: benchmarks/experts.py
@@ -50,22 +51,29 @@ def lend(
     What an expert lacks to have `TOKENS_PER_INPUT`, it gets as the mean of those of `lenders`. `sums` are of
     `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
-    before = dict(sums)
-    filled: dict[tuple[int, ...], HessianAccumulator] = {}  # gate and up share theirs
+    own = {name for name in lent if owners[name] == access.rank}
+    raise_everywhere(reserved({name: 4 * layers[name].cols ** 2 for name in own}, access), access)
+    before: dict[str, HessianAccumulator] = {}
+    filled: dict[tuple[object, ...], HessianAccumulator] = {}  # gate and up of an expert share theirs
+    of_experts = None
     for group in dict.fromkeys(lent.values()):
-        own = [before[name].triangle for name in group if owners[name] == access.rank]
+        if of_experts != _kind(group[0])[0]:
+            of_experts = _kind(group[0])[0]
+            before, filled = dict(sums), {}
+        counted = [before[name].triangle for name in group if owners[name] == access.rank]
         first = layers[group[0]]
-        total = torch.zeros(first.cols, first.cols, device=own[0].device if own else first.parameter.device)
-        for one in own:
+        total = torch.zeros(first.cols, first.cols, device=counted[0].device if counted else first.parameter.device)
+        for one in counted:
             total += one
         total = access.total(total)
         total /= sum(tokens[name] for name in group)
-        for name in (name for name, others in lent.items() if others == group and owners[name] == access.rank):
-            counted = before.get(name)
-            key = (id(counted), *(id(before[other]) for other in group if owners[other] == access.rank))
+        for name in (name for name, others in lent.items() if others == group and name in own):
+            counted_here = before.get(name)
+            experts = tuple(other.rsplit(".", 2)[1] for other in group)
+            key = (experts, name if counted_here is None else id(counted_here))
             if key not in filled:
                 enough = TOKENS_PER_INPUT * first.cols
                 filled[key] = HessianAccumulator.of_sum(total * (enough - tokens[name]), enough)
-                if counted is not None:
-                    filled[key].triangle.add_(counted.triangle)
+                if counted_here is not None:
+                    filled[key].triangle.add_(counted_here.triangle)
             sums[name] = filled[key]

@@ -137,7 +137,7 @@ def sum_on_owners(
     """
     tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
     if access.world_size == 1:
-        complete: dict[str, HessianAccumulator] = dict(accumulators)
+        complete = {name: accumulators[name] for name in layers if name in accumulators}
         accumulators.clear()
         return complete
     complete = {}

@@ -22,6 +22,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import GatheredParameters, register_external_parameter
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -33,6 +34,7 @@ from deepspeed.utils import (
     safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -493,6 +495,11 @@ def _refuse_unknown(engine: Any, wrapped: Any) -> None:
             f"ThanosPruningCallback does not know where {why} keeps weights, so its zeros would be lost: use plain "
             "ZeRO 0 to 3, with optimizer and parameters offloaded as a whole or not at all"
         )
+
+
+def gathers_whole_modules(model: nn.Module, zero: Mapping[str, Any]) -> bool:
+    """Whether stage 3 would gather modules of a model as a whole, by the `zero_optimization` of its configuration."""
+    return bool(apply_zero_leaf_module_config(model, DeepSpeedZeroLeafModuleConfig(**zero.get("leaf_module", {}))))
 
 
 def gather_together(module: nn.Module) -> None:

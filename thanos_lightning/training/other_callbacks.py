@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ModelPruning
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from thanos_lightning.training.lightning_private import (
@@ -39,8 +39,10 @@ def check_trainer(trainer: object) -> None:
         )
 
 
-def check_companions(trainer: Trainer, own: Callback) -> None:
+def check_companions(trainer: Trainer, own: Callback, strategy: Strategy | None = None) -> None:
     """Refuse callbacks beside `own` that prune, or that average weights in a way that would lose zeros.
+
+    `strategy` is the one to train by; the Trainer's if it is None.
 
     Raises:
         MisconfigurationException: Naming the callback and the fix.
@@ -61,10 +63,11 @@ def check_companions(trainer: Trainer, own: Callback) -> None:
                 f"{type(callback).__name__} writes averages of dense and pruned weights at the end of the training, "
                 "so the zeros would be lost: take WeightAveraging or EMAWeightAveraging, which begin anew at each event"
             )
-        sharded = isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        strategy = strategy or trainer.strategy
+        sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
         if _is_kind(callback, "WeightAveraging") and sharded:
             raise MisconfigurationException(
-                f"{type(callback).__name__} needs all weights on each rank, which {type(trainer.strategy).__name__} "
+                f"{type(callback).__name__} needs all weights on each rank, which {type(strategy).__name__} "
                 "may not have: remove it, or train on one device or under DDP"
             )
 

@@ -20,6 +20,7 @@ from thanos_lightning.events.run import PruningRun
 from thanos_lightning.plan.windows import Window
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
+ALL_DATA = "{data_parallel_size: 4, tensor_parallel_size: 1}"
 
 
 class Loading(LightningModule):
@@ -147,7 +148,9 @@ def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[st
 
 def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model", f"{__name__}.Sharded", *fit[4:]]
-    document = planned(capsys, *own, f"--trainer.strategy={{class_path: {FSDP2}}}", "--devices", "4")
+    document = planned(
+        capsys, *own, f"--trainer.strategy={{class_path: {FSDP2}, init_args: {ALL_DATA}}}", "--devices", "4"
+    )
     weights = 4 * sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert document["strategy"] == "FSDP2"
     assert document["held"]["weights"] == weights / 4

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from tiny_mixtures import tiny_mixture
+from torch import Tensor
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.lending import TOKENS_PER_INPUT, lend, lenders
@@ -59,3 +60,26 @@ def test_what_is_lacking_is_the_mean_of_all() -> None:
         if number:  # gate and up share one factor
             assert sums[name] is sums[name.replace("gate", "up")]
     torch.testing.assert_close(sums[names[3]].sum, before[names[3]])
+
+
+class Elsewhere(ReplicatedAccess):
+    """Another rank owns all that lend; each of its totals is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.full_like(tensor, self.calls)
+
+
+def test_each_layer_has_its_own_mean_where_another_rank_has_all_that_lend() -> None:
+    every = find_targets(tiny_mixture(number=2), targets=["*.experts.*"])
+    tokens = {name: 0 if ".0." in name.partition("experts")[2] else 1000 for name in every}
+    lent = {name: others for name, others in lenders(every, tokens).items() if not tokens[name]}
+    owners = {name: 0 if name in lent else 1 for name in every}
+    sums: dict[str, HessianAccumulator] = {}
+    lend(sums, lent, every, tokens, owners, Elsewhere())
+    assert {len(one.triangle) == every[name].cols for name, one in sums.items()} == {True}
+    assert len({float(one.triangle[0, 0]) for one in sums.values()}) == len(sums) == 6
