@@ -207,11 +207,12 @@ class Plan:
 
     def _build(self) -> None:
         module, strategy = self.module, self.strategy
-        module.trainer = self.trainer
         sharded = isinstance(strategy, ModelParallelStrategy)
         ranks = _pretended_ranks(module, strategy, self.nodes, self.ranks) if sharded else nullcontext()
+        module.trainer = self.trainer
         with _building(type(module).__name__), torch.device("meta"), ranks:
             module.configure_model()
+        module.trainer = None
         compile_in_place(module)
         mask_adapters(module)
         self.trainer.strategy.connect(module)
