@@ -51,6 +51,8 @@ def lend(
     What an expert lacks to have `TOKENS_PER_INPUT`, it gets as the mean of those of `lenders`. `sums` are of
     `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
+    if not lent:
+        return
     own = {name for name in lent if owners[name] == access.rank}
     raise_everywhere(reserved({name: 4 * layers[name].cols ** 2 for name in own}, access), access)
     before: dict[str, HessianAccumulator] = {}

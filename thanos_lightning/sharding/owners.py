@@ -85,7 +85,7 @@ def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, E
 
     `blocks` maps layers to sizes in bytes.
     """
-    if access.world_size > 1:
+    if access.world_size > 1 and blocks:
         try:
             access.reserve(blocks.values())
         except Exception as failure:  # whatever a device's allocator raises
