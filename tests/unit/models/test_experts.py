@@ -74,3 +74,11 @@ def test_experts_of_a_layout_that_is_not_known_are_none() -> None:
     assert list(find_targets(model)) == ["fc"]
     with pytest.raises(ValueError, match=r"means Stranger \(experts\), experts whose layout is not known"):
         find_targets(model, targets=["experts.*"])
+
+
+def test_experts_that_two_modules_share_are_refused() -> None:
+    model = tiny_mixture()
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = first.down_proj
+    with pytest.raises(ValueError, match=r"0\.mlp\.experts\.0\.down_proj and .*1\.mlp.* share one weight"):
+        find_targets(model)

@@ -76,3 +76,18 @@ def test_a_checkpoint_has_masters_moments_and_masks(stage: int, expected: int) -
     given = share(DeepSpeedStrategy(stage=stage, **ZERO), torch.bfloat16)
     assert bytes_each(given.checkpoint) == expected + 1 / 8
     assert bytes_each(share(None).checkpoint) == 12 + 1 / 8
+
+
+def test_autocast_copies_wide_weights_only() -> None:
+    wide, narrow = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False).bfloat16()
+    assert share_of(wide, [], None, 1, autocasts=True).held.copies == 2 * 64
+    assert share_of(narrow, [], None, 1, autocasts=True).held.copies == 0
+
+
+def test_an_offloaded_step_has_no_gradients_on_the_device() -> None:
+    module = nn.Linear(64, 64, bias=False).bfloat16()
+    sizes = [
+        share_of(module, [], DeepSpeedStrategy(stage=2, offload_optimizer=offload), 2, autocasts=False).held.passing
+        for offload in (False, True)
+    ]
+    assert sizes == [4 * 64 * 64 // 2, 0]
