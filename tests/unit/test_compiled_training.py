@@ -153,18 +153,33 @@ def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_a_graph_that_runs_in_a_window_is_noticed(tmp_path: Path) -> None:
-    class Stubborn(Quiet):
-        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            with torch.compiler.set_stance("default"):
-                return super().training_step(batch, batch_idx)
+@pytest.mark.parametrize("form", ["blocks in place", "a function"])
+def test_a_graph_that_runs_in_one_batch_of_a_window_is_noticed(form: str, tmp_path: Path) -> None:
+    module = FORMS[form]()
+    step, steps = module.training_step, []
 
-    module = Stubborn()
-    module.model.compile(backend="eager")
+    def stubborn(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        steps.append(batch_idx)
+        with torch.compiler.set_stance("force_eager" if batch_idx == 2 else "default"):
+            return step(batch, batch_idx)
+
+    module.training_step = stubborn
     callback = ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
-    with pytest.raises(PruningError, match=r"no token has reached the 14 layer\(s\) to prune in compiled modules"):
+    name, count = ("model", 14) if form == "a function" else ("model.model.layers.0", 7)
+    with pytest.raises(PruningError, match=rf"a call of {name}, which is compiled, .* no hook of the {count} layer"):
         train(module, tmp_path, callback)
+    assert steps[-1] == 3  # the window is batches 2 and 3
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_compiled_module_that_is_never_called_is_pruned_by_magnitude(tmp_path: Path) -> None:
+    module = Quiet()
+    module.spare = torch.nn.Linear(16, 16)
+    module.spare.compile(backend="eager")
+    callback = ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
+    with pytest.warns(UserWarning, match="that no token has reached"):
+        train(module, tmp_path, callback)
+    assert sum(int((value == 0).sum()) for value in module.state_dict().values()) == (15_360 + 16 * 16) / 2
 
 
 def test_a_training_that_was_compiled_otherwise_resumes(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from thanos_lightning.calibration.inputs import InputStatistics, gather_states, 
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.calibration.outputs import OutputGradients, output_weights
 from thanos_lightning.calibration.tokens import has_text, token_mask
-from thanos_lightning.models.compiled import compiled_parts
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
@@ -99,9 +98,9 @@ class Collector:
 
     # In the training
 
-    def open(self, window: Window, *, gradients: bool) -> None:
+    def open(self, window: Window, module: LightningModule, *, gradients: bool) -> None:
         """Begin to collect from training batches: inputs, and with `gradients` what output weights need, too."""
-        statistics = self._new_statistics(window)
+        statistics = self._new_statistics(window, module)
         self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
         statistics.start()
         if self._open.gradients is not None:
@@ -174,7 +173,6 @@ class Collector:
                 found = self._close(window)
             else:
                 found = self._run_calibration(window, trainer, module, gradients=gradients)
-            self._check_compiled(found.statistics, module)
         if window.scans and self._keeps_scan:
             self._kept = found
         layers = {name: self._layers[name] for name in window.patterns}
@@ -207,20 +205,9 @@ class Collector:
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
-    def _check_compiled(self, statistics: InputStatistics, module: LightningModule) -> None:
-        """Raise if graphs have run, which call no hooks: then no layer of any compiled module has seen a token."""
-        parts = compiled_parts(module)
-        inside = [name for name in statistics.layers if any(f"{name}.".startswith(f"{part}.") for part in parts)]
-        if inside and all(self._access.gather(statistics.accumulators.keys().isdisjoint(inside))):
-            raise PruningError(
-                f"no token has reached the {len(inside)} layer(s) to prune in compiled modules, such as {inside[0]}: "
-                "they were not called, or their graphs ran, though torch.compiler.set_stance('force_eager') was set. "
-                "Leave that stance alone, or compile after the last event"
-            )
-
-    def _new_statistics(self, window: Window) -> InputStatistics:
+    def _new_statistics(self, window: Window, module: LightningModule) -> InputStatistics:
         kept = KeptError(keeps=self._access.world_size > 1)
-        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept)
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept, root=module)
 
     def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
         return OutputGradients(statistics.layers, statistics.kept, coupled=self._couples_rows)
@@ -248,7 +235,7 @@ class Collector:
         return found
 
     def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
-        statistics = self._new_statistics(window)
+        statistics = self._new_statistics(window, module)
         if gradients and not self._access.can_differentiate:
             self._warn_once(
                 "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "

@@ -336,7 +336,7 @@ class PruningRun:
         )
 
     def _collect(self, window: Window) -> None:
-        self.collector.open(window, gradients=wants_gradients(self.options, window))
+        self.collector.open(window, self.module, gradients=wants_gradients(self.options, window))
 
     def _moments(self, window: Window) -> Moments:
         if self.options.solver.needs_statistics:

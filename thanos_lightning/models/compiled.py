@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -23,7 +25,7 @@ def compile_in_place(root: nn.Module) -> None:
         >>> compile_in_place(model)
         >>> list(model.state_dict())
         ['0.weight', '0.bias']
-        >>> list(compiled_parts(model))
+        >>> [name for name, _, _ in compiled_calls(model)]
         ['0']
     """
     for name, parent in list(root.named_modules()):
@@ -48,6 +50,24 @@ def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         state_dict[prefix + name.removeprefix(wrapped)] = state_dict.pop(name)
 
 
-def compiled_parts(root: nn.Module) -> list[str]:
-    """The names of the modules that were compiled in place."""
-    return [name for name, module in root.named_modules() if module._compiled_call_impl is not None]
+def compiled_calls(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, module and attribute of each function that was compiled, and that a call of its module or a step runs."""
+    for name, module in root.named_modules():
+        for attribute in ("_compiled_call_impl", "forward", "training_step"):
+            if hasattr(vars(module).get(attribute), "_torchdynamo_orig_callable"):
+                yield name, module, attribute
+
+
+@contextmanager
+def watched(module: nn.Module, attribute: str, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """In the block, what is called by this attribute of the module is called by `around` instead."""
+    original = getattr(module, attribute)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return around(lambda: original(*args, **kwargs))
+
+    setattr(module, attribute, call)
+    try:
+        yield
+    finally:
+        setattr(module, attribute, original)

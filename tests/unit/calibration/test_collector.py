@@ -76,7 +76,7 @@ def moments(collected: Moments) -> Tensor:
 
 def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitted: Trainer) -> None:
     collecting = collector(module)
-    collecting.open(window(module), gradients=False)
+    collecting.open(window(module), module, gradients=False)
     train_on(module, collecting, BATCHES)
     trained = collecting.take(window(module), fitted, module, gradients=False)
     assert trained.seconds > 0
@@ -90,7 +90,7 @@ def test_output_weights_are_means_over_the_steps_of_a_window(module: ToyLM, fitt
     found = []
     for start, batches in ((2, BATCHES[:1]), (0, [BATCHES[0]] * 3)):
         collecting = collector(module)
-        collecting.open(window(module, start=start), gradients=True)
+        collecting.open(window(module, start=start), module, gradients=True)
         train_on(module, collecting, batches)
         found.append(collecting.take(window(module, start=start), fitted, module, gradients=True).output_weights)
     assert len(found[0]) == 14
@@ -102,7 +102,7 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
     ends = []
     for stop in (None, 1):
         collecting = collector(module)
-        collecting.open(window(module), gradients=True)
+        collecting.open(window(module), module, gradients=True)
         train_on(module, collecting, BATCHES[:stop])
         if stop is not None:
             state = collecting.state()
@@ -114,7 +114,7 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
             assert [sums(one) for one in after] == [sums(one) for one in state]
             collecting = collector(module)
             assert collecting.state() is None
-            collecting.open(window(module), gradients=True)
+            collecting.open(window(module), module, gradients=True)
             collecting.load(state)
             train_on(module, collecting, BATCHES[stop:])
         ends.append(collecting.take(window(module), fitted, module, gradients=True))
@@ -149,7 +149,7 @@ def test_an_event_takes_what_its_scan_was_told(module: ToyLM, fitted: Trainer) -
 
 def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:
     collecting = collector(module)
-    collecting.open(window(module, scans=True), gradients=True)
+    collecting.open(window(module, scans=True), module, gradients=True)
     train_on(module, collecting, BATCHES)
     assert collecting.take(window(module, scans=True), fitted, module, gradients=True).stay
     collecting.stop()
@@ -160,7 +160,7 @@ def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fi
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
     collecting = collector(module, keeps_scan=keeps)
-    collecting.open(window(module, scans=True), gradients=True)
+    collecting.open(window(module, scans=True), module, gradients=True)
     train_on(module, collecting, BATCHES)
     of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
     looked = collecting.take(window(module, scans=True), fitted, module, gradients=True)
@@ -197,14 +197,14 @@ def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
     found = []
     for key in ("attention_mask", None):
         collecting = collector(module, attention_mask_key=key)
-        collecting.open(window(module), gradients=False)
+        collecting.open(window(module), module, gradients=False)
         train_on(module, collecting, padded)
         accumulators = collecting.take(window(module), fitted, module, gradients=False).accumulators
         assert accumulators is not None
         found.append(accumulators[LAYER].num_tokens)
     assert found == [8 * 10, 8 * 16]
     masked = collector(module, attention_mask_key="mask")
-    masked.open(window(module), gradients=False)
+    masked.open(window(module), module, gradients=False)
     with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
         train_on(module, masked, padded)
     assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1
