@@ -333,7 +333,7 @@ def test_rows_are_coupled_alike_where_parameters_are_sharded(trained: Trainings)
 def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
     asked = {**CALIBRATED, "output_weights": "diagonal"}
     for rank in train(tmp_path / "whole", **asked, zero={"leaf_module": {"classes": [MLP]}}):
-        assert "under ZeRO-3 there are none on calibration.batches" in rank["error"]
+        assert "under ZeRO-3 there are no gradients on calibration.batches" in rank["error"]
         assert rank["events"] == []
     for rank in train(tmp_path / "unlabelled", **asked, unlabelled=[1]):
         assert "for a calibration batch the module returns no loss" in rank["error"]

@@ -74,13 +74,6 @@ class PruningRun:
         self.access = self._choose_access()
         self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
-        if options.calibration.output_weights in ("diagonal", "full") and self._lacks_gradients:
-            raise MisconfigurationException(
-                f"calibration.output_weights is {options.calibration.output_weights!r}, but under ZeRO-3 there are "
-                "none on calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
-                "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
-                "'uniform'"
-            )
         if taken.owned or taken.free or taken.keeps_order:
             self.access.release()  # what the search for feed-forward blocks left
         check_weights(self.masked, self.access)

@@ -49,7 +49,17 @@ class Planner:
             options: Checked options.
             schedule: Theirs, or the one that a resumed training began with.
             lacks_gradients: Whether there are no gradients on the calibration set, as under some ways of sharding.
+
+        Raises:
+            MisconfigurationException: If output weights ask for gradients where there are none.
         """
+        if lacks_gradients and options.calibration.output_weights in ("diagonal", "full"):
+            raise MisconfigurationException(
+                f"calibration.output_weights is {options.calibration.output_weights!r}, but under ZeRO-3 there are "
+                "no gradients on calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of "
+                "experts (leaf_module in its configuration): leave the batches out to have those of the training, or "
+                "take 'uniform'"
+            )
         allocates = options.allocation == Allocation("loss")
         if options.allocation is None and options.weighs_outputs and not lacks_gradients:
             allocates = nothing_to_allocate(options.pattern) is None

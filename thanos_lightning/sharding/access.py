@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import NamedTuple, Protocol, TypeVar
@@ -113,8 +113,11 @@ class ParameterAccess(Protocol):
         """For each optimizer, the module's parameters in the order of its state; None for any other tensor."""
         ...
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
-        """Zero the pruned part of the gradient that the next step will use, where there is one. Talks to no rank."""
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        """Zero the pruned parts of the gradient that the next step will use, where there is one. Talks to no rank.
+
+        `drops` are layers of one parameter, each with this rank's piece of its drop mask.
+        """
         ...
 
     # How ranks agree

@@ -7,7 +7,7 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -91,12 +91,13 @@ class FsdpAccess(FragmentAccess):
         for optimizer in self.optimizers:
             yield from self._moments(layer, optimizer)
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """See `ParameterAccess`."""
-        gradient = self._parameters[layer.name].grad
-        if gradient is not None:
-            assert isinstance(gradient, DTensor), "as its parameter"
-            zero_where(_held_entries(gradient).piece(layer, _flat(gradient)), drop)
+        for layer, drop in drops:
+            gradient = self._parameters[layer.name].grad
+            if gradient is not None:
+                assert isinstance(gradient, DTensor), "as its parameter"
+                zero_where(_held_entries(gradient).piece(layer, _flat(gradient)), drop)
 
     def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
         parameter = self._parameters[layer.name]

@@ -100,8 +100,8 @@ class ReplicatedAccess(Ranks):
             if self.stepped_by(optimizer, {"": layer}):
                 yield from (piece for piece in self.stepped_tensors(layer, optimizer) if piece.what != "weight")
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """See `ParameterAccess`."""
-        gradient = layer.parameter.grad
-        if gradient is not None:
-            zero_where(layer.own(gradient), drop)
+        for layer, drop in drops:
+            if layer.parameter.grad is not None:
+                zero_where(layer.own(layer.parameter.grad), drop)

@@ -89,8 +89,8 @@ class _Layout(Protocol):
         """The held entries of the model's copy, flat."""
         ...
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
-        """Zero the held entries of the gradient that the next step uses."""
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        """Zero the held entries of the gradient that the next step uses, of layers of one parameter."""
         ...
 
     def numbered(self) -> list[Tensor | None]:
@@ -139,10 +139,11 @@ class _Whole:
     def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1))
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
-        if layer.parameter.grad is not None:
-            gradient = layer.own(layer.parameter.grad)
-            zero_where(gradient, drop.view_as(gradient))
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        for layer, drop in drops:
+            if layer.parameter.grad is not None:
+                gradient = layer.own(layer.parameter.grad)
+                zero_where(gradient, drop.view_as(gradient))
 
 
 class _Stage12:
@@ -180,14 +181,15 @@ class _Stage12:
         held = self.held(layer)
         yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
-        sharded: Any = layer.parameter
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        sharded: Any = drops[0][0].parameter
         optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
         if self._holds_gradients_whole:
             group = self._group_of.get(id(sharded))
             if group is not None:
                 whole = optimizer.fp32_groups_gradient_dict[group][sharded._index_in_param_group]
-                zero_where(Range(0, whole.numel()).piece(layer, whole.view(-1)), drop)
+                for layer, drop in drops:
+                    zero_where(Range(0, whole.numel()).piece(layer, whole.view(-1)), drop)
             return
         if mapping is None:
             return
@@ -195,7 +197,8 @@ class _Stage12:
             optimizer._wait_for_offload_copies()  # copies to pinned memory are asynchronous
         held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
-        zero_where(held.piece(layer, gradient.view(-1)), drop.to(gradient.device))
+        for layer, drop in drops:
+            zero_where(held.piece(layer, gradient.view(-1)), drop.to(gradient.device))
         if optimizer.cpu_offload:
             # DeepSpeed took the gradient's norm in the backward, before the gradient could be masked.
             norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(sharded)
@@ -271,19 +274,21 @@ class _Stage3:
         if small := self._optimizer.persistent_parameters:  # DeepSpeed expects these to stay gathered
             small[0].all_gather(small)
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
-        parameter = layer.parameter
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        parameter = drops[0][0].parameter
         group = self._group(parameter)
-        if group is None or drop.numel() == 0:
+        if group is None or not any(drop.numel() for _, drop in drops):
             return
-        if self._optimizer.offload_optimizer:
-            # The setter also corrects the gradient's norm, which DeepSpeed took in the backward.
+        offloads = self._optimizer.offload_optimizer
+        if offloads:
             gradient = safe_get_local_grad(parameter).clone()
+        else:
+            gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
+        for layer, drop in drops:
             zero_where(self.piece(layer, gradient), drop.to(gradient.device))
+        if offloads:
+            # The setter also corrects the gradient's norm, which DeepSpeed took in the backward.
             safe_set_local_grad(parameter, gradient)
-            return
-        gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
-        zero_where(self.piece(layer, gradient), drop)
 
 
 class ZeroAccess(FragmentAccess):
@@ -378,11 +383,11 @@ class ZeroAccess(FragmentAccess):
         with GatheredParameters(list(module.parameters())):
             return super().collect_parameters(module, owner)
 
-    def mask_gradient(self, layer: PrunableLayer, drop: Tensor) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """See `ParameterAccess`."""
         # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
-            self._layout.mask_gradient(layer, drop)
+            self._layout.mask_gradient(drops)
 
     # For FragmentAccess
 

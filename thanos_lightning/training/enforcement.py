@@ -116,11 +116,15 @@ class MaskEnforcer:
         if any(optimizer is other for other in self._access.optimizers):
             assert optimizer is not None
             names = self._access.stepped_by(optimizer, layers)
+        of_parameter: dict[int, list[tuple[PrunableLayer, Tensor]]] = {}
         for name in names:
-            if self._drops[name] is None and layers[name].parameter.requires_grad:
+            layer = layers[name]
+            if self._drops[name] is None and layer.parameter.requires_grad:
                 self._drops[name] = self._drop(name)  # it is trained from now on
             if (drop := self._drops[name]) is not None:
-                self._access.mask_gradient(layers[name], drop)
+                of_parameter.setdefault(id(layer.parameter), []).append((layer, drop))
+        for drops in of_parameter.values():
+            self._access.mask_gradient(drops)
 
     @torch.no_grad()
     def verify(self) -> None:

@@ -20,6 +20,10 @@ from thanos_lightning.events.run import PruningRun
 from thanos_lightning.plan.windows import Window
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
+DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
+LEAF = {
+    "zero_optimization": {"stage": 3, "leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaMLP"]}}
+}
 ALL_DATA = "{data_parallel_size: 4, tensor_parallel_size: 1}"
 
 
@@ -132,6 +136,12 @@ def test_what_is_offloaded_is_told_apart(fit: list[str], capsys: pytest.CaptureF
     assert "offloaded, to the memory of the CPU or to a disk" in said
 
 
+def test_averaged_weights_are_held_beside_the_model(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    alone = planned(capsys, *fit)
+    averaged = planned(capsys, *fit, "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging")
+    assert averaged["in_training"] - alone["in_training"] == alone["held"]["weights"]
+
+
 def test_solves_are_timed_here(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "solves of each shape too" in text_of(capsys, *fit, "--measure")
 
@@ -171,6 +181,14 @@ def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[st
         (
             ["--trainer.strategy=fsdp", "--trainer.accelerator=gpu", "--devices=2"],
             "ThanosPruningCallback does not support the",
+        ),
+        (
+            [
+                f"--trainer.strategy={{class_path: {DEEPSPEED}, init_args: {{config: {json.dumps(LEAF)}}}}}",
+                *("--trainer.callbacks.0.calibration.batches=datamodule", "--devices=2", "--trainer.accelerator=gpu"),
+                "--trainer.callbacks.0.calibration.output_weights=full",
+            ],
+            "calibration.output_weights is 'full', but under ZeRO-3 there are no gradients on calibration.batches",
         ),
         (["--model", f"{__name__}.Loading"], "model and data can't be built on the meta device, without weights"),
         (["--model.model", "/nowhere"], "no model '/nowhere' can be loaded"),
