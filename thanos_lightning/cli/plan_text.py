@@ -14,7 +14,7 @@ from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.progress import duration
 
 if TYPE_CHECKING:
-    from thanos_lightning.cli.planning import Plan
+    from thanos_lightning.cli.planned import Plan
 
 GIB = 2**30
 _LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}

@@ -1,137 +1,27 @@
-"""The command plan: what fit would take on machines that need not be there, from the shapes of the model alone."""
+"""The command plan: what fit would take on machines that need not be there, and what it would take to fit."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
-import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import NamedTuple
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ModelParallelStrategy,
-    Strategy,
-    StrategyRegistry,
-)
-from torch.distributed.tensor import DTensor
-from typing_extensions import override
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
-from thanos_lightning.calibration.tiny_input import tiny_run
-from thanos_lightning.callback import ThanosPruningCallback
-from thanos_lightning.cli.devices import Device, device_of
-from thanos_lightning.cli.mistakes import Mistake, users_mistake
+from thanos_lightning.cli.devices import device_of
+from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.plan_text import GIB, plan_document, plan_text
-from thanos_lightning.cli.precision import AUTO
-from thanos_lightning.cli.training import CLI
-from thanos_lightning.events.blocks import found_or_declared
-from thanos_lightning.events.forecast import Rates, timed_solves
-from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
-from thanos_lightning.lm import CausalLM, TextData
-from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
-from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.compiled import compile_in_place
-from thanos_lightning.models.feedforward import FeedForward, kind_of
-from thanos_lightning.models.targets import find_targets, prunable_modules
+from thanos_lightning.cli.planned import Plan, PlannedCLI, at_least_one, quiet
+from thanos_lightning.events.outlook import Outlook
 from thanos_lightning.plan.options import PruningOptions
-from thanos_lightning.plan.overrides import assign_patterns
-from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.held import stage_of, zero_of
-from thanos_lightning.solver import Channels
-from thanos_lightning.training.adapters import mask_adapters
-from thanos_lightning.training.other_callbacks import check_companions
+from thanos_lightning.sharding.held import stage_of
 
-_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 _MOST_TIMES = 16  # as many ranks are tried, where a training does not fit
-# What is said, and what is changed: options, strategy, number of ranks
-_Change: TypeAlias = "tuple[str, PruningOptions | None, Strategy | None, int | None]"
-
-
-class PlannedCLI(CLI):
-    """The command line of fit, whose model has no weights and whose Trainer trains nothing."""
-
-    def __init__(self, args: list[str], *, for_another: bool) -> None:
-        self._for_another = for_another  # than the device that is here
-        with _quiet():
-            super().__init__(["fit", *args], save_config_callback=None)
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        trainer = self._get(self.config, "trainer")
-        if self._for_another:
-            trainer.accelerator = "gpu" if trainer.accelerator == AUTO else trainer.accelerator
-            trainer.precision = "bf16-mixed" if trainer.precision == AUTO else trainer.precision
-        super().before_instantiate_classes()
-
-    @override
-    def instantiate_classes(self) -> None:
-        with _building("model and data"), torch.device("meta"):
-            super().instantiate_classes()
-
-    @override
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's Trainer on one device, which knows the length of the training."""
-        self.asked = self._get(self.config_init, "trainer")
-        on_cpu = self.asked.accelerator == "cpu" or not torch.cuda.is_available()
-        precision = str(self.asked.precision or "32-true")
-        here: dict[str, Any] = {
-            "accelerator": "cpu" if on_cpu else "gpu",
-            "precision": f"bf{precision}" if on_cpu and precision.startswith("16") else precision,
-        }
-        with torch.device("cpu"):
-            trainer = super().instantiate_trainer(
-                **kwargs, **here, devices=1, num_nodes=1, strategy=AUTO, plugins=None, logger=False
-            )
-        trainer.fit_loop.max_epochs = -1  # else the number of steps would be counted in the data
-        return trainer
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what Lightning says of the device that is here, and of seeds."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _building(what: str) -> Iterator[None]:
-    """Turn whatever a module raises because it has no weights into a user's mistake."""
-    try:
-        yield
-    except Exception as error:
-        if users_mistake(error) is not None:
-            raise
-        first: BaseException = error
-        while (before := first.__cause__ or first.__context__) is not None:  # jsonargparse raises its own
-            first = before
-        why = (str(first).strip().splitlines() or [""])[0]
-        raise Mistake(
-            f"{what} can't be built on the meta device, without weights ({type(first).__name__}: {why}): build it from "
-            "its configuration in __init__ or configure_model, and load weights elsewhere, such as in setup"
-        ) from error
 
 
 def plan(
@@ -150,7 +40,7 @@ def plan(
     known = None if device is None else device_of(device)
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value is not None:
-            arguments = [*arguments, f"--trainer.{name}={_at_least_one(f'--{name}'.replace('_', '-'), value)}"]
+            arguments = [*arguments, f"--trainer.{name}={at_least_one(f'--{name}'.replace('_', '-'), value)}"]
     cli = PlannedCLI(arguments, for_another=known is not None or memory_gib is not None)
     planned = Plan(cli, known, measure=measure)
     outlook = planned.outlook()
@@ -158,7 +48,7 @@ def plan(
     if memory_gib is not None:
         memory = round(memory_gib * GIB)
     fits = None if memory is None else outlook.most <= memory
-    remedies = [] if fits is not False else list(planned.remedies(outlook, memory or 0))
+    remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     if as_json:
         sys.stdout.write(json.dumps(plan_document(planned, outlook, memory, remedies), indent=2) + "\n")
@@ -167,283 +57,64 @@ def plan(
     return 1 if fits is False else 0
 
 
-class Plan:
-    """A training that is planned: its model, its machines, and what its configuration says."""
+class _Change(NamedTuple):
+    """What is said, and what is changed."""
 
-    def __init__(self, cli: PlannedCLI, known: Device | None, *, measure: bool) -> None:
-        self.trainer, self.module = cli.trainer, cli.model
-        self.nodes = _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
-        self.ranks = _devices(cli.asked) * self.nodes
-        self.strategy = _strategy(cli.asked.strategy, self.ranks)
-        self.options = _options(self.trainer, self.strategy)
-        self.steps_are_limited = cli.asked.max_epochs not in (None, -1)
-        self.precision = precision = str(cli.asked.precision or "32-true")
-        self._half = _HALF.get(precision.removesuffix("-mixed").removesuffix("-true"))
-        self._autocasts = self._half is not None and not precision.endswith("-true")
-        here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
-        self._device = torch.device("cpu" if cli.asked.accelerator == "cpu" or here_on_cpu else "cuda")
-        self._build()
-        if known is not None:
-            forward = known.exact if self._half is None else known.half
-            self.rates = Rates(1e12 * known.exact, 1e12 * forward)
-            self.timed = "at least, by the data sheet, whose rates no program reaches"
-        else:
-            here = self.trainer.strategy.root_device
-            self.rates = Rates.measured(here, self.trainer)
-            self.timed = f"by the rates of this machine's {here.type}; --device names another"
-            if measure:
-                options = self.options
-                layers = find_targets(self.module, options.targets, options.ignore)
-                patterns = assign_patterns(layers, options.pattern, options.overrides)
-                coupled = options.calibration.couples_rows
-                solves = timed_solves(layers, patterns, options.solver, here, coupled=coupled)
-                self.rates = replace(self.rates, solves=solves)
-                self.timed = f"by the rates of this machine's {here.type}, solves of each shape too"
-        data = cli.datamodule
-        self.batches = Batches()
-        if isinstance(data, TextData):
-            self.batches = Batches(data.calibration_batches, data.batch_size * data.block_size, data.block_size)
-        self._feed_forwards = _feed_forwards(self.module, self.trainer, self.options)
-
-    def _build(self) -> None:
-        module, strategy = self.module, self.strategy
-        sharded = isinstance(strategy, ModelParallelStrategy)
-        ranks = _pretended_ranks(module, strategy, self.nodes, self.ranks) if sharded else nullcontext()
-        module.trainer = self.trainer
-        with _building(type(module).__name__), torch.device("meta"), ranks:
-            module.configure_model()
-        module.trainer = None
-        compile_in_place(module)
-        mask_adapters(module)
-        self.trainer.strategy.connect(module)
-        if self._half is not None and not self._autocasts:
-            module.to(self._half)
-        if sharded:
-            for name, layer in find_targets(module, self.options.targets, self.options.ignore).items():
-                if not isinstance(layer.parameter, DTensor):
-                    raise Mistake(
-                        f"layer {name} is not sharded: in configure_model, call fully_shard on a module that holds it, "
-                        f"or add {name!r} to ignore"
-                    )
-        self._teacher = _teacher(module)
-
-    @cached_property
-    def _of_deepspeed(self) -> LightningModule:
-        """DeepSpeed's copy of the model, which has 16 bits also in mixed precision."""
-        module: LightningModule = self.module
-        if self._half is None:
-            return module
-        with _building(type(module).__name__):
-            return copy.deepcopy(module).to(self._half)
-
-    def outlook(
-        self, options: PruningOptions | None = None, strategy: Strategy | None = None, ranks: int | None = None
-    ) -> Outlook:
-        """What the training takes, or what it would take with other options or machines."""
-        strategy, ranks = strategy or self.strategy, ranks or self.ranks
-        options = options or self.options
-        of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-        lacks_gradients = False
-        if isinstance(strategy, DeepSpeedStrategy) and shares_teacher and options.calibration.batches is not None:
-            from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
-
-            lacks_gradients = gathers_whole_modules(self._of_deepspeed, zero_of(strategy))
-        return look_ahead(
-            self._of_deepspeed if of_deepspeed else self.module,
-            options,
-            self.trainer,
-            Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self.rates, self._device),
-            self.batches,
-            feed_forwards=self._feed_forwards,
-            beside=self._teacher // (ranks if shares_teacher else 1) + self._averages,
-            lacks_gradients=lacks_gradients,
-        )
-
-    @property
-    def _averages(self) -> int:
-        """Bytes of copies of all weights that WeightAveraging keeps."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        number = sum(isinstance(callback, WeightAveraging) for callback in callbacks)
-        each: int = sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
-        return number * each
-
-    def remedies(self, outlook: Outlook, memory: int) -> Iterator[str]:
-        """Settings with which it would fit, one of each kind."""
-        for kind in (self._smaller_windows(outlook), self._other_strategies(), self._more_ranks()):
-            for words, options, strategy, ranks in kind:
-                with warnings.catch_warnings(), _quiet():
-                    warnings.simplefilter("ignore")
-                    try:
-                        fits = self.outlook(options, strategy, ranks).most <= memory
-                    except (MisconfigurationException, ValueError):  # windows that no longer fit before an event
-                        continue
-                if fits:
-                    yield words
-                    break
-
-    def _smaller_windows(self, outlook: Outlook) -> Iterator[_Change]:
-        sums = max(one.moments for one in outlook.needs) / GIB
-        if not sums:
-            return
-        for part in (2, 4, 8, 16, 32):
-            gib = float(f"{sums / part:.2g}")
-            calibration = replace(self.options.calibration, memory_gib=gib)
-            yield f"calibration.memory_gib: {gib:g}", replace(self.options, calibration=calibration), None, None
-
-    @property
-    def _may_shard_otherwise(self) -> bool:
-        """Whether DeepSpeed could be taken; a module of FSDP2 shards itself."""
-        return not isinstance(self.strategy, ModelParallelStrategy) and find_spec("deepspeed") is not None
-
-    def _other_strategies(self) -> Iterator[_Change]:
-        if not self._may_shard_otherwise:
-            return
-        now = stage_of(self.strategy) if isinstance(self.strategy, DeepSpeedStrategy) else 0
-        for stage in (2, 3):
-            if self.ranks > 1 and stage > now:
-                yield f"DeepSpeed at stage {stage}", None, DeepSpeedStrategy(stage=stage), None
-        yield (
-            "DeepSpeed at stage 3 with offload_optimizer: true",
-            None,
-            DeepSpeedStrategy(stage=3, offload_optimizer=True),
-            None,
-        )
-
-    def _more_ranks(self) -> Iterator[_Change]:
-        if not self._may_shard_otherwise:
-            return
-        is_sharded = isinstance(self.strategy, DeepSpeedStrategy)
-        strategy = self.strategy if is_sharded else DeepSpeedStrategy(stage=3)
-        times = 2
-        while times <= _MOST_TIMES:
-            with_it = "" if is_sharded else " with DeepSpeed at stage 3"
-            yield f"{times * self.ranks} devices in all{with_it}", None, strategy, times * self.ranks
-            times *= 2
+    words: str
+    options: PruningOptions | None = None
+    strategy: Strategy | None = None
+    ranks: int | None = None
 
 
-def _devices(asked: Any) -> int:
-    """The number of devices of a machine."""
-    devices = asked.devices
-    text = str(devices)
-    if isinstance(devices, (list, tuple)) or "," in text:
-        chosen = devices if isinstance(devices, (list, tuple)) else text.split(",")
-        return _at_least_one("trainer.devices", len([one for one in chosen if one != ""]))
-    if text in (AUTO, "-1"):
-        if asked.accelerator == "cpu":
-            return 1
-        raise Mistake(f"trainer.devices is {text}, which is another number on each machine: give --devices, such as 8")
-    return _at_least_one("trainer.devices", devices)
+def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
+    """Settings with which it would fit, one of each kind."""
+    for kind in (_smaller_windows(planned, outlook), _other_strategies(planned), _more_ranks(planned)):
+        for change in kind:
+            with warnings.catch_warnings(), quiet():
+                warnings.simplefilter("ignore")
+                try:
+                    fits = planned.outlook(change.options, change.strategy, change.ranks).most <= memory
+                except (MisconfigurationException, ValueError):  # windows that no longer fit before an event
+                    continue
+            if fits:
+                yield change.words
+                break
 
 
-def _at_least_one(name: str, value: Any) -> int:
-    if not str(value).isdecimal() or int(value) < 1:
-        raise Mistake(f"{name} is {value}: give at least 1")
-    return int(value)
+def _smaller_windows(planned: Plan, outlook: Outlook) -> Iterator[_Change]:
+    sums = max(one.moments for one in outlook.needs) / GIB
+    if not sums:
+        return
+    for part in (2, 4, 8, 16, 32):
+        gib = float(f"{sums / part:.2g}")
+        calibration = replace(planned.options.calibration, memory_gib=gib)
+        yield _Change(f"calibration.memory_gib: {gib:g}", replace(planned.options, calibration=calibration))
 
 
-def _strategy(asked: Any, ranks: int) -> Strategy | None:
-    """The strategy, as far as its ranks don't matter; None for one device.
-
-    Raises:
-        MisconfigurationException: If the callback does not support it.
-    """
-    strategy = asked
-    if isinstance(asked, str):
-        if asked == AUTO:
-            return DDPStrategy() if ranks > 1 else None
-        try:
-            strategy = StrategyRegistry.get(asked)
-        except ImportError as error:
-            raise Mistake(f"the strategy {asked!r} can't be planned ({error}): give another") from error
-    check_strategy(strategy)
-    return strategy if isinstance(strategy, (DDPStrategy, ModelParallelStrategy)) else None
+def _may_shard_otherwise(planned: Plan) -> bool:
+    """Whether DeepSpeed could be taken; a module of FSDP2 shards itself."""
+    return not isinstance(planned.strategy, ModelParallelStrategy) and find_spec("deepspeed") is not None
 
 
-def _options(trainer: Trainer, strategy: Strategy | None) -> PruningOptions:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    ours = [callback for callback in callbacks if isinstance(callback, ThanosPruningCallback)]
-    if not ours:
-        raise Mistake(
-            "the trainer has no ThanosPruningCallback, so nothing would be pruned: add one to trainer.callbacks"
-        )
-    check_companions(trainer, ours[0], strategy)
-    return ours[0].options
+def _other_strategies(planned: Plan) -> Iterator[_Change]:
+    if not _may_shard_otherwise(planned):
+        return
+    now = stage_of(planned.strategy) if isinstance(planned.strategy, DeepSpeedStrategy) else 0
+    for stage in (2, 3):
+        if planned.ranks > 1 and stage > now:
+            yield _Change(f"DeepSpeed at stage {stage}", strategy=DeepSpeedStrategy(stage=stage))
+    offloaded = DeepSpeedStrategy(stage=3, offload_optimizer=True)
+    yield _Change("DeepSpeed at stage 3 with offload_optimizer: true", strategy=offloaded)
 
 
-@contextmanager
-def _pretended_ranks(module: LightningModule, strategy: Any, nodes: int, ranks: int) -> Iterator[None]:
-    """Give a module of FSDP2 the mesh of rank 0, whose other ranks are not there."""
-    # As Lightning sets them: all ranks of a machine would share each tensor
-    asked = (strategy._data_parallel_size, strategy._tensor_parallel_size)
-    sizes = [other if one == AUTO else int(one) for one, other in zip(asked, (nodes, ranks // nodes), strict=True)]
-    if sizes != [ranks, 1]:
-        raise Mistake(
-            f"ModelParallelStrategy would have data_parallel_size {sizes[0]} and tensor_parallel_size {sizes[1]} on "
-            f"{ranks} ranks: give it {ranks} and 1, since tensor parallelism is not supported"
-        )
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        names = ("data_parallel", "tensor_parallel")
-        module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _teacher(module: LightningModule) -> int:
-    """Bytes of a whole teacher."""
-    if not isinstance(module, CausalLM) or (wanted := module.distillation) is None:
-        return 0
-    name = module.model_name if wanted.teacher in (START, BEFORE_PRUNING) else wanted.teacher
-    with torch.device("meta"):
-        teacher = load_pretrained(name, wanted.dtype)
-    return sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
-
-
-def _feed_forwards(module: LightningModule, trainer: Trainer, options: PruningOptions) -> list[FeedForward]:
-    """The module's feed-forward blocks, where channels are pruned: those it declares, or as a small copy has them."""
-    patterns = [options.pattern, *(other.parsed() for other in options.overrides)]
-    if not any(isinstance(pattern, Channels) for pattern in patterns):
-        return []
-    if (declared := getattr(module, "feed_forwards", None)) is not None:
-        return list(declared())
-    if not isinstance(module, CausalLM):
-        raise Mistake(
-            f"the feed-forward blocks of {type(module).__name__} are found by running it, which needs weights: name "
-            "them in its feed_forwards()"
-        )
-    small = _miniature(module)
-    with tiny_run(trainer, small) as run:
-        found = found_or_declared(small, run)
-    ups_of = {kind_of(block.down): block for block in found}
-    blocks = []
-    for name in prunable_modules(module):
-        if (block := ups_of.get(kind_of(name))) is not None:
-            own, other = name.split("."), block.down.split(".")
-            ups = (_moved(up.split("."), other, own) for up in block.ups)
-            blocks.append(FeedForward(name, tuple(ups)))
-    return blocks
-
-
-def _moved(up: Sequence[str], down: Sequence[str], to: Sequence[str]) -> str:
-    """The name of a layer beside `to` that is where `up` is beside `down`."""
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(up, down, strict=False)))
-    return ".".join([*to[:shared], *up[shared:]])
-
-
-def _miniature(module: CausalLM) -> CausalLM:
-    """A module of the same architecture with two layers and few words, which has weights."""
-    assert module.model is not None
-    config = copy.deepcopy(module.model.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = min(2, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
-    text.vocab_size = 64
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    return CausalLM(type(module.model)(config))
+def _more_ranks(planned: Plan) -> Iterator[_Change]:
+    if not _may_shard_otherwise(planned):
+        return
+    is_sharded = isinstance(planned.strategy, DeepSpeedStrategy)
+    strategy = planned.strategy if is_sharded else DeepSpeedStrategy(stage=3)
+    with_it = "" if is_sharded else " with DeepSpeed at stage 3"
+    times = 2
+    while times <= _MOST_TIMES:
+        ranks = times * planned.ranks
+        yield _Change(f"{ranks} devices in all{with_it}", strategy=strategy, ranks=ranks)
+        times *= 2
