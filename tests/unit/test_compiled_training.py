@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from torch._dynamo.utils import counters
 from toy import ToyLM, grouped, loader, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint, verify_checkpoint
-from thanos_lightning.sharding.owners import PruningError
 from thanos_lightning.solver import NM
 
 BATCHES = list(loader(16))
@@ -153,23 +153,38 @@ def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-@pytest.mark.parametrize("form", ["blocks in place", "a function"])
-def test_a_graph_that_runs_in_one_batch_of_a_window_is_noticed(form: str, tmp_path: Path) -> None:
-    module = FORMS[form]()
-    step, steps = module.training_step, []
+@pytest.mark.parametrize("form", ["the LightningModule", "blocks in place", "a function"])
+def test_no_graph_runs_in_a_window_even_where_a_step_asks_for_it(form: str, tmp_path: Path) -> None:
+    def pruning() -> ThanosPruningCallback:
+        return ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
 
-    def stubborn(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        steps.append(batch_idx)
-        with torch.compiler.set_stance("force_eager" if batch_idx == 2 else "default"):
-            return step(batch, batch_idx)
+    class Asking(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            torch.compiler.set_stance("default")
 
-    module.training_step = stubborn
-    callback = ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
-    name, count = ("model", 14) if form == "a function" else ("model.model.layers.0", 7)
-    with pytest.raises(PruningError, match=rf"a call of {name}, which is compiled, .* no hook of the {count} layer"):
-        train(module, tmp_path, callback)
-    assert steps[-1] == 3  # the window is batches 2 and 3
-    assert torch._dynamo.eval_frame._stance.stance == "default"
+    try:
+        module = train(FORMS[form](), tmp_path, pruning(), Asking())
+    finally:
+        torch.compiler.set_stance("default")
+    plain = train(Quiet(), tmp_path / "plain", pruning()).state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value == 0, plain[name] == 0), name
+        torch.testing.assert_close(value, plain[name])
+
+
+def test_a_compiled_module_can_be_copied_in_a_window(tmp_path: Path) -> None:
+    module, copies = of_blocks(), []
+
+    class Copying(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            copies.append(copy.deepcopy(module.model))
+
+    train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"])), Copying())
+    inputs = torch.arange(16).view(1, 16)
+    assert len(copies) == 12
+    for one in copies:
+        assert one(inputs).logits.isfinite().all()
+    assert module.model.model.layers[0]._compiled_call_impl is not None
 
 
 def test_a_compiled_module_that_is_never_called_is_pruned_by_magnitude(tmp_path: Path) -> None:

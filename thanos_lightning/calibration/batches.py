@@ -63,7 +63,7 @@ def count_dataloader(
     per_backward = BATCHES_PER_BACKWARD["coupled" if couples_rows else "alone"]
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    statistics.start()
+    statistics.start(module)
     if states is not None:
         states.start()
     try:

@@ -100,9 +100,9 @@ class Collector:
 
     def open(self, window: Window, module: LightningModule, *, gradients: bool) -> None:
         """Begin to collect from training batches: inputs, and with `gradients` what output weights need, too."""
-        statistics = self._new_statistics(window, module)
+        statistics = self._new_statistics(window)
         self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
-        statistics.start()
+        statistics.start(module)
         if self._open.gradients is not None:
             self._open.gradients.start()
 
@@ -205,9 +205,9 @@ class Collector:
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
-    def _new_statistics(self, window: Window, module: LightningModule) -> InputStatistics:
+    def _new_statistics(self, window: Window) -> InputStatistics:
         kept = KeptError(keeps=self._access.world_size > 1)
-        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept, root=module)
+        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept)
 
     def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
         return OutputGradients(statistics.layers, statistics.kept, coupled=self._couples_rows)
@@ -235,7 +235,7 @@ class Collector:
         return found
 
     def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
-        statistics = self._new_statistics(window, module)
+        statistics = self._new_statistics(window)
         if gradients and not self._access.can_differentiate:
             self._warn_once(
                 "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "

@@ -17,13 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.calibration.experts import one_by_one
 from thanos_lightning.calibration.tokens import CountedTokens
-from thanos_lightning.models.compiled import compiled_calls, watched
+from thanos_lightning.models.compiled import run_eagerly
 from thanos_lightning.models.experts import ExpertMatrix
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.sharding.owners import PruningError
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -99,9 +98,6 @@ class InputStatistics:
     `kept` keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
     waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
 
-    Compiled modules run as plain Python between `start` and `stop`, since graphs call no hooks that were added after
-    they were traced. Each call of a compiled module in `root` must have reached one of the layers in it.
-
     Examples:
         >>> from thanos_lightning.models.targets import find_targets
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -117,23 +113,18 @@ class InputStatistics:
     layers: Mapping[str, PrunableLayer]
     kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    root: nn.Module | None = None
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
     _seen: dict[str, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _eager: ExitStack = field(default_factory=ExitStack)
     _is_counting: bool = False
-    _calls: int = 0  # of layers, that counted
     _counted: CountedTokens | None = None
 
-    def start(self) -> None:
-        """Add the hooks."""
-        self._eager.enter_context(torch.compiler.set_stance("force_eager"))  # the graphs stay for later
-        for name, module, attribute in () if self.root is None else compiled_calls(self.root):
-            inside = [layer for layer in self.layers if not name or layer.startswith(f"{name}.") or layer == name]
-            if inside:
-                self._eager.enter_context(watched(module, attribute, partial(self._check_call, name, inside)))
+    def start(self, root: nn.Module | None = None) -> None:
+        """Add the hooks. Compiled modules in `root` run as plain Python until `stop`: graphs ignore new hooks."""
+        if root is not None:
+            self._eager.callback(run_eagerly(root))
         self._eager.callback(one_by_one(self.layers.values()))
         for name, layer in self.layers.items():
             for module in layer.modules:
@@ -183,28 +174,9 @@ class InputStatistics:
         finally:
             self.end()
 
-    def _check_call(self, name: str, inside: Sequence[str], call: Callable[[], Any]) -> Any:
-        """Call a compiled module, and raise if none of the layers in it was called."""
-        before = self._calls
-        output = call()
-        if self._counts_now() and self._calls == before:
-            with self.kept.keeping():
-                raise PruningError(
-                    f"a call of {name or 'the LightningModule'}, which is compiled, has reached no hook of the "
-                    f"{len(inside)} layer(s) to prune in it, such as {inside[0]}: its graph ran, though "
-                    "torch.compiler.set_stance('force_eager') was set. Leave that stance alone, or compile after the "
-                    "last event"
-                )
-            self._is_counting = False
-        return output
-
-    def _counts_now(self) -> bool:
-        return self._is_counting and torch._C._current_graph_task_id() == -1
-
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._counts_now():
+        if not self._is_counting or torch._C._current_graph_task_id() != -1:
             return
-        self._calls += 1
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         tokens = None
         if isinstance(module, ExpertMatrix):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -25,8 +25,8 @@ def compile_in_place(root: nn.Module) -> None:
         >>> compile_in_place(model)
         >>> list(model.state_dict())
         ['0.weight', '0.bias']
-        >>> [name for name, _, _ in compiled_calls(model)]
-        ['0']
+        >>> [module for module, _ in compiled_calls(model)]
+        [Linear(in_features=2, out_features=2, bias=True)]
     """
     for name, parent in list(root.named_modules()):
         for child_name, child in parent._modules.items():
@@ -50,24 +50,28 @@ def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         state_dict[prefix + name.removeprefix(wrapped)] = state_dict.pop(name)
 
 
-def compiled_calls(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, module and attribute of each function that was compiled, and that a call of its module or a step runs."""
-    for name, module in root.named_modules():
+def compiled_calls(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and attribute of each function that `torch.compile` made of a module's call, forward or training step."""
+    for module in root.modules():
         for attribute in ("_compiled_call_impl", "forward", "training_step"):
             if hasattr(vars(module).get(attribute), "_torchdynamo_orig_callable"):
-                yield name, module, attribute
+                yield module, attribute
 
 
-@contextmanager
-def watched(module: nn.Module, attribute: str, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """In the block, what is called by this attribute of the module is called by `around` instead."""
-    original = getattr(module, attribute)
+def run_eagerly(root: nn.Module) -> Callable[[], None]:
+    """Let the compiled modules in `root` run as plain Python. Return what undoes it, after which the same graphs run.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return around(lambda: original(*args, **kwargs))
+    torch's stance "force_eager" alone can be overridden within a training step.
+    """
+    stance = torch.compiler.set_stance("force_eager")  # for what is compiled outside of modules
+    compiled = [(module, attribute, vars(module)[attribute]) for module, attribute in compiled_calls(root)]
+    for module, attribute, function in compiled:
+        is_call = attribute == "_compiled_call_impl"
+        vars(module)[attribute] = None if is_call else function._torchdynamo_orig_callable
 
-    setattr(module, attribute, call)
-    try:
-        yield
-    finally:
-        setattr(module, attribute, original)
+    def undo() -> None:
+        for module, attribute, function in compiled:
+            vars(module)[attribute] = function
+        stance.__exit__(None, None, None)
+
+    return undo

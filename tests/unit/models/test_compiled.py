@@ -22,12 +22,12 @@ def test_wrappers_go_and_graphs_stay() -> None:
     assert "list.0._orig_mod.0.weight" in model.state_dict()
     compile_in_place(model)
     assert list(model.state_dict()) == ["list.0.0.weight", "list.0.0.bias", "head.weight", "head.bias"]
-    assert [name for name, _, _ in compiled_calls(model)] == ["list.0", "head"]
+    assert [module for module, _ in compiled_calls(model)] == [model["list"][0], model["head"]]
     after = model["head"](model["list"][0](inputs))
     assert torch.equal(after, before)
     assert counter.frame_count == 2  # of before; none of them was traced again
     compile_in_place(model)
-    assert [name for name, _, _ in compiled_calls(model)] == ["list.0", "head"]
+    assert [module for module, _ in compiled_calls(model)] == [model["list"][0], model["head"]]
 
 
 def test_a_wrapper_with_hooks_of_its_own_is_refused() -> None:
