@@ -93,6 +93,17 @@ model and text come from.
         --contenders "one-shot sparsegpt" defaults
 
 """
+TRAINED = """
+## What is trained: 102,400 tokens
+
+The defaults prune before the first step; then all weights are trained, or [LoRA](../guide/adapters.md) of rank 16 on all
+layers, or the norms alone (arXiv 2312.15230). Each has one learning rate and one order of the text. Memory and seconds
+of a step are of a model of these sizes in float32, batches of 512 tokens, on two cores (`benchmarks/adapters.py`).
+
+    python benchmarks/recovery.py --text pydocs --validation-split validation --steps 100 --seeds 1 --patterns 2:4 60% \\
+        --rates 3e-4 --contenders defaults  # at 1e-3 "defaults, lora", at 3e-3 "defaults, norms alone"
+
+"""
 LAYERS = """# One layer at a time
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
@@ -227,6 +238,27 @@ def of_another(runs: list[dict[str, Any]]) -> str:
     return head + table(["", "before the training", "at the end"], rows)
 
 
+def by_trained(runs: list[dict[str, Any]]) -> str:
+    """Trainings of all weights and of some, a line each, beside what they take."""
+    (takes,) = (json.loads(path.read_text())["results"] for path in KEPT.glob("adapters-*.json"))
+    found = {(run["contender"], run["pattern"]): run for run in runs}
+    names = {"defaults": "all weights", "defaults, lora": "LoRA", "defaults, norms alone": "norms alone"}
+    rows = [
+        [
+            name,
+            f"{found[contender, '2:4']['rate']:g}",
+            f"{takes[name]['trained'] / 1e6:.2f}",
+            *(f"{found[contender, pattern]['perplexity']:.2f}" for pattern in ("2:4", "60%")),
+            f"{takes[name]['mib']:,}",
+            f"{takes[name]['seconds']:.2f}",
+        ]
+        for contender, name in names.items()
+    ]
+    before = [f"{found['defaults', pattern]['curve'][0]['perplexity']:.2f}" for pattern in ("2:4", "60%")]
+    rows.insert(0, ["(before the training)", "", "", *before, "", ""])
+    return table(["trained", "rate", "weights in M", "2:4", "60 %", "MiB", "seconds a step"], rows)
+
+
 def takes_fine_tuned(settings: dict[str, Any] | None) -> bool:
     """Whether the contender needs the fine-tuned model, as its teacher or to begin with."""
     if settings is None:
@@ -270,7 +302,8 @@ def by_training() -> str:
     longer = LONGER + by_length([run for run in runs if run["pattern"] == "2:4"], kept("recovery-long"))
     twice = TWICE + by_twice([run for run in runs if run["pattern"] == "2:4"], kept("recovery-twice"))
     another = of_another(kept("recovery-gemma"))
-    return HEAD + long + TIME + twice + longer + another + SHORT + by_choice(kept("recovery-options"))
+    trained = TRAINED + by_trained(kept("recovery-adapters"))
+    return HEAD + long + TIME + twice + longer + another + trained + SHORT + by_choice(kept("recovery-options"))
 
 
 def by_width() -> str:
