@@ -96,12 +96,15 @@ model and text come from.
 TRAINED = """
 ## What is trained: 102,400 tokens
 
-The defaults prune before the first step; then all weights are trained, or [LoRA](../guide/adapters.md) of rank 16 on all
-layers, or the norms alone (arXiv 2312.15230). Each has one learning rate and one order of the text. Memory and seconds
-of a step are of a model of these sizes in float32, batches of 512 tokens, on two cores (`benchmarks/adapters.py`).
+The defaults prune before the first step; then all weights are trained, or [LoRA](../guide/adapters.md) of rank 16 on
+all layers, or the norms alone (arXiv 2312.15230). Each has one learning rate and one order of the text. Memory and
+seconds of a step are of a model of these sizes in float32, batches of 512 tokens, on two cores
+(`benchmarks/adapters.py`).
 
-    python benchmarks/recovery.py --text pydocs --validation-split validation --steps 100 --seeds 1 --patterns 2:4 60% \\
-        --rates 3e-4 --contenders defaults  # at 1e-3 "defaults, lora", at 3e-3 "defaults, norms alone"
+    python benchmarks/recovery.py --text pydocs --validation-split validation --patterns 2:4 60% \\
+        --steps 100 --seeds 1 --rates 3e-4 --contenders defaults
+
+"defaults, lora" is at 1e-3, and "defaults, norms alone" at 3e-3.
 
 """
 LAYERS = """# One layer at a time
