@@ -63,7 +63,8 @@ class PlannedCLI(CLI):
         trainer = self._get(self.config, "trainer")
         if self._for_another:
             trainer.accelerator = "gpu" if trainer.accelerator == AUTO else trainer.accelerator
-            trainer.precision = "bf16-mixed" if trainer.precision == AUTO else trainer.precision
+            if trainer.accelerator != "cpu" and trainer.precision == AUTO:
+                trainer.precision = "bf16-mixed"
         super().before_instantiate_classes()
 
     @override

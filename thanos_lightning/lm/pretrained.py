@@ -105,8 +105,11 @@ def _naming(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if name.startswith(("/", "~", "./", "../")) and not Path(name).exists():
+            raise FileNotFoundError(f"no {what} is at {name!r}: give a folder that exists, or a hub name") from error
         raise FileNotFoundError(
-            f"no {what} {name!r} can be loaded ({_first_line(error)}): give a folder or a hub name"
+            f"no {what} {name!r} can be loaded ({_first_line(error)}): give a folder, or a hub name where the hub can "
+            "be reached"
         ) from error
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(

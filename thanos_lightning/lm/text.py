@@ -343,9 +343,8 @@ def _local_files(dataset: str | list[str]) -> list[str]:
             continue
         matched = sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
         if not matched:
-            raise ValueError(
-                f"dataset {pattern!r} matches no file (in {Path.cwd()}): give a text file's path, or a glob"
-            )
+            where = "" if os.path.isabs(expanded) else f" (in {Path.cwd()})"
+            raise ValueError(f"dataset {pattern!r} matches no file{where}: give a text file's path, or a glob")
         files.extend(matched)
     return list(dict.fromkeys(files))
 

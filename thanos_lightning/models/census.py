@@ -25,6 +25,7 @@ class Census:
         model_weights: All weights.
         dense: Kind -> weights that stay dense. A weight that an earlier kind shares adds 0.
         adapters: Weights of adapters, which are no weights of the model: merged, they are gone.
+        num_adapted: Layers to prune that have an adapter.
     """
 
     num_targets: int
@@ -34,6 +35,7 @@ class Census:
     model_weights: int = 0
     dense: dict[str, int] = field(default_factory=dict)
     adapters: int = 0
+    num_adapted: int = 0
 
     @property
     def share(self) -> float:
@@ -67,6 +69,7 @@ def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census
     names = {_name_of(module) for module in modules}
     weights = sum(layer.part == "weight" for layer in layers.values())
     census = Census(weights, len(modules), " and ".join(sorted(names)))
+    census.num_adapted = sum(bool(layer.adapters) for layer in layers.values())
     targets: dict[int, int] = {}  # parameter -> its weights in layers to prune, which may be some of its experts
     for layer in layers.values():
         targets[id(layer.parameter)] = targets.get(id(layer.parameter), 0) + layer.rows * layer.cols

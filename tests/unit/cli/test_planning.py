@@ -126,6 +126,9 @@ def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.Captur
     said = text_of(capsys, *fit, "--device", "h100", "--devices", "8", "--num-nodes", "2")
     assert "each of 16 × h100: DeepSpeed ZeRO-3" in said
     assert "of 74.5" in said
+    of_cpu = [*fit, "--trainer.accelerator", "cpu", "--trainer.strategy", "auto"]
+    here, there = (planned(capsys, *of_cpu, *more)["precision"] for more in ([], ["--memory-gib", "46"]))
+    assert here == there
     assert "at least, by the data sheet" in said
 
 
@@ -191,7 +194,7 @@ def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[st
             "calibration.output_weights is 'full', but under ZeRO-3 there are no gradients on calibration.batches",
         ),
         (["--model", f"{__name__}.Loading"], "model and data can't be built on the meta device, without weights"),
-        (["--model.model", "/nowhere"], "no model '/nowhere' can be loaded"),
+        (["--model.model", "/nowhere"], "no model is at '/nowhere': give a folder that exists"),
         (["--trainer.callbacks.0.calibration.memory_gib", "0.000001"], "the Hessian of layer"),
     ],
 )

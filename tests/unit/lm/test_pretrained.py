@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from require import without
+from toy import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from thanos_lightning.lm import pretrained
@@ -101,10 +102,16 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch, fake_package):
 
 @pytest.mark.parametrize(("load", "what"), [(load_pretrained, "model"), (load_tokenizer, "tokenizer")])
 def test_what_can_not_be_loaded_is_named(tmp_path, load, what):
-    with pytest.raises(
-        FileNotFoundError, match=rf"no {what} '.*reordered' can be loaded \(.+\): give a folder or a hub name"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"no {what} is at '.*reordered': give a folder that exists"):
         load(str(tmp_path / "reordered"))
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path / "bare")
+    with pytest.raises(
+        FileNotFoundError, match=r"no model '.*bare' can be loaded \(.+\): give a folder, or a hub name"
+    ):
+        load_pretrained(str(tmp_path / "bare"))
 
 
 def test_a_faster_process_wins(monkeypatch, fake_package):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from thanos_lightning import mask_adapters
 from thanos_lightning.models.census import take_census
 from thanos_lightning.models.targets import find_targets
 
@@ -57,3 +61,14 @@ def test_fused_experts_are_named() -> None:
     assert census.shares().startswith("fused experts (80%)")
     assert census.dense["fused experts"] == 7 * 3 * 8 * 32
     assert census.model_weights == every.model_weights
+
+
+def test_adapters_are_no_weights_of_the_model() -> None:
+    model = tiny_llama()
+    before = take_census(model, find_targets(model, ignore="lm_head"))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    mask_adapters(model)
+    census = take_census(model, find_targets(model, ignore="lm_head"))
+    assert (census.num_adapted, census.num_targets) == (2, 14)
+    assert census.adapters == 2 * 2 * (32 + 32)
+    assert replace(census, adapters=0, num_adapted=0) == before
