@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thanos_lightning.models.compiled import run_eagerly
 from thanos_lightning.report.progress import hidden, open_phase
 
 _TOKENS = 8
@@ -42,9 +43,9 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
 
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
+    compile_again = run_eagerly(module)  # graphs call no new hooks
     try:
         with (
-            torch.compiler.set_stance("force_eager"),  # as in InputStatistics
             torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
             hidden(trainer.progress_bar_callback is None),
             open_phase("Looking for feed-forward blocks", unit="forwards") as phase,
@@ -60,6 +61,7 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
                 ) from error
             yield counted
     finally:
+        compile_again()
         for part, mode in modes:
             part.training = mode
 

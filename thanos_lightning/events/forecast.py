@@ -389,8 +389,8 @@ def describe(
     if order is not None:
         lines.append(_wrapped("order", order))
     if census.adapters:
-        on = f"{census.num_adapted} of {census.num_targets} layers to prune"
-        text = f"{_millions(census.adapters)} M weights of adapters on {on}, masked; an export merges them"
+        adapted = f"{census.num_adapted} of {census.num_targets} layers to prune have one"
+        text = f"{_millions(census.adapters)} M weights of adapters, masked; {adapted}; an export merges them"
         lines.append(_wrapped("lora", text))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))

@@ -105,7 +105,7 @@ def _naming(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if name.startswith(("/", "~", "./", "../")) and not Path(name).exists():
+        if name.startswith(("/", "~", "./", "../")) and not os.path.exists(os.path.expanduser(name)):
             raise FileNotFoundError(f"no {what} is at {name!r}: give a folder that exists, or a hub name") from error
         raise FileNotFoundError(
             f"no {what} {name!r} can be loaded ({_first_line(error)}): give a folder, or a hub name where the hub can "
@@ -122,9 +122,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _resolve(name: str) -> str:
-    """Turn our own name into a folder or hub name for `from_pretrained`. Other names stay."""
+    """Turn our own name, or a folder of the user's home, into what `from_pretrained` knows. Other names stay."""
     if name != SMOLLM2:
-        return name
+        return os.path.expanduser(name)
     # The package is located, never imported: it imports llm and llama_cpp, which nothing here needs.
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     if spec is None or spec.origin is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,8 +54,16 @@ def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 def compiled_calls(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Module and attribute of each function that `torch.compile` made of a module's call, forward or training step."""
     for module in root.modules():
-        for attribute in ("_compiled_call_impl", "forward", "training_step"):
-            if hasattr(vars(module).get(attribute), "_torchdynamo_orig_callable"):
+        if module._compiled_call_impl is not None:
+            yield module, "_compiled_call_impl"
+        for attribute in ("forward", "training_step"):
+            function = vars(module).get(attribute)
+            # Not methods, nor what wraps a compiled function: these only show the attributes of what is in them
+            if (
+                hasattr(function, "_torchdynamo_orig_callable")
+                and not inspect.ismethod(function)
+                and getattr(function, "_torchdynamo_wrapper_id", id(function)) == id(function)
+            ):
                 yield module, attribute
 
 
@@ -64,14 +73,17 @@ def run_eagerly(root: nn.Module) -> Callable[[], None]:
     torch's stance "force_eager" alone can be overridden within a training step.
     """
     stance = torch.compiler.set_stance("force_eager")  # for what is compiled outside of modules
-    compiled = [(module, attribute, vars(module)[attribute]) for module, attribute in compiled_calls(root)]
-    for module, attribute, function in compiled:
-        is_call = attribute == "_compiled_call_impl"
-        vars(module)[attribute] = None if is_call else function._torchdynamo_orig_callable
+    changed = []
+    for module, attribute in list(compiled_calls(root)):
+        own = vars(module)
+        function = own[attribute]
+        own[attribute] = None if attribute == "_compiled_call_impl" else function._torchdynamo_orig_callable
+        changed.append((own, attribute, function, own[attribute]))
 
     def undo() -> None:
-        for module, attribute, function in compiled:
-            vars(module)[attribute] = function
+        for own, attribute, function, plain in changed:
+            if own.get(attribute) is plain:  # else it was compiled again, or is no longer
+                own[attribute] = function
         stance.__exit__(None, None, None)
 
     return undo

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from thanos_lightning.models.compiled import compile_in_place, compiled_calls
+from thanos_lightning.models.compiled import compile_in_place, compiled_calls, run_eagerly
 
 
 def model_of(counter: CompileCounter) -> nn.Module:
@@ -28,6 +30,38 @@ def test_wrappers_go_and_graphs_stay() -> None:
     assert counter.frame_count == 2  # of before; none of them was traced again
     compile_in_place(model)
     assert [module for module, _ in compiled_calls(model)] == [model["list"][0], model["head"]]
+
+
+def test_only_what_compile_itself_has_made_is_put_aside() -> None:
+    class Decorated(nn.Linear):
+        @torch.compile(backend="eager")  # type: ignore[untyped-decorator]
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs)
+
+    bound = Decorated(2, 2)
+    vars(bound)["forward"] = bound.forward  # as Lightning's redirection of a forward leaves it
+    wrapped = nn.Linear(2, 2)
+    compiled = torch.compile(wrapped.forward, backend="eager")
+    wrapped.forward = wraps(compiled)(lambda inputs: 2 * compiled(inputs))  # as accelerate's hooks do
+    root = nn.ModuleList([bound, wrapped])
+    assert not list(compiled_calls(root))
+    wrapped.forward = compiled
+    assert list(compiled_calls(root)) == [(wrapped, "forward")]
+    undo = run_eagerly(root)
+    assert wrapped.forward is compiled._torchdynamo_orig_callable
+    undo()
+    assert wrapped.forward is compiled
+
+
+def test_what_is_compiled_anew_meanwhile_stays_so() -> None:
+    model = nn.Linear(2, 2)
+    model.compile(backend="eager")
+    undo = run_eagerly(model)
+    assert model._compiled_call_impl is None
+    model.compile(backend="eager")
+    anew = model._compiled_call_impl
+    undo()
+    assert model._compiled_call_impl is anew
 
 
 def test_a_wrapper_with_hooks_of_its_own_is_refused() -> None:
