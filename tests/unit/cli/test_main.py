@@ -456,7 +456,7 @@ def test_permute(tiny, text_files, tmp_path, monkeypatch, capsys):
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--blocks", "0"]) == 2
     assert "--blocks is 0: give at least 1" in capsys.readouterr().err
     assert main(["permute", str(tmp_path / "no"), str(tmp_path / "b"), "--text", text_files]) == 2
-    assert "give a folder or a hub name" in capsys.readouterr().err
+    assert "give a folder that exists" in capsys.readouterr().err
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--device", "xpu:7"]) == 2
     assert "device 'xpu:7' can't be used" in capsys.readouterr().err
     assert main(["permute", tiny, str(tmp_path / "b"), "--text", str(tmp_path / "none.txt")]) == 2
