@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,19 @@ OUTLOOK = Forecast(384 * 2**20, 901 * 2**20, 101 * 2**20, 183.0, 0.0, 113.0)
 SET = Calibration(128, 1024, of_training=False, differentiates=False)
 
 
-def described(calibration: Calibration = SET, outlook: Forecast = OUTLOOK, **other: Any) -> str:
+def described(
+    calibration: Calibration = SET, outlook: Forecast = OUTLOOK, census: Census = SMOLLM, **other: Any
+) -> str:
     settings = {"patterns": [NM(2, 4)], "events": [Event(0, 1.0)], "main": NM(2, 4), "steps": 40, "steps_taken": 0}
-    text = describe(SMOLLM, calibration=calibration, outlook=outlook, **{**settings, **other})
+    text = describe(census, calibration=calibration, outlook=outlook, **{**settings, **other})
     assert max(map(len, text.splitlines())) <= 80
     return text
+
+
+def test_layers_that_have_no_adapter_are_told_apart() -> None:
+    text = described(census=replace(SMOLLM, adapters=600_000, num_adapted=30))
+    said = " ".join(text.split())
+    assert "lora 0.6 M weights of adapters, masked; 30 of 210 layers to prune have one; an export merges them" in said
 
 
 def test_one_block_says_what_when_and_what_it_takes() -> None:
