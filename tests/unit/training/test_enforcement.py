@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from tiny_mixtures import tiny_mixture
 from torch import nn
 
-from thanos_lightning.models.targets import find_targets
+from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
 
@@ -76,6 +79,26 @@ def test_gradients() -> None:
     assert net[1].weight.grad[~keeps["1"]].any()
     enforcer.mask_gradients()
     assert not net[1].weight.grad[~keeps["1"]].any()
+
+
+def test_the_gradient_of_all_experts_is_masked_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = tiny_mixture()
+    enforcer, keeps = masked(net)
+    net(input_ids=torch.arange(16).unsqueeze(0)).logits.square().sum().backward()
+    called = []
+    mask_gradient = ReplicatedAccess.mask_gradient
+
+    def counted(access: ReplicatedAccess, drops: Sequence[tuple[PrunableLayer, torch.Tensor]]) -> None:
+        called.append(id(drops[0][0].parameter))
+        mask_gradient(access, drops)
+
+    monkeypatch.setattr(ReplicatedAccess, "mask_gradient", counted)
+    enforcer.mask_gradients()
+    layers = find_targets(net)
+    assert len(called) == len(set(called)) < len(layers)
+    for name, layer in layers.items():
+        gradient = layer.own(layer.parameter.grad)
+        assert not gradient[~layer.oriented(keeps[name])].any(), name
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
