@@ -72,6 +72,7 @@ class _Statistics:
     def saw(self, inputs: Tensor) -> bool:
         return self.last is not None and self.last.is_of(inputs)
 
+    @torch.no_grad()  # what autograd saved here would be missing where checkpointing recomputes, and counts nothing
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         """Count the rows with the indices `counted`, or all rows if it is None."""
         self.last = _Seen(inputs)
