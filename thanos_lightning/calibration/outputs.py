@@ -32,12 +32,16 @@ _LOSS_SCALE = 2.0**14
 
 
 class _Attached(torch.autograd.Function):
-    """Makes a layer's output depend on a leaf as well, so that a backward to the leaf reaches every layer's output."""
+    """Makes a layer's output depend on a leaf as well, so that a backward to the leaf reaches every layer's output.
+
+    The output stays the same tensor, because torch refuses models that write in place on a view made here.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, leaf: Tensor) -> Tensor:
         ctx.device = leaf.device  # with offloading, this is not the output's device
-        return output.view_as(output)
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,9 @@ class OutputGradients:
         (_LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # torch forgets the hooks of a view that a model writes on, and the outputs of many layers are views. This one
+        # has the same memory, but is no view to torch.
+        output = torch.ops.aten._unsafe_view(output, output.shape)
         if self._leaf is not None and torch.is_grad_enabled():
             output = _Attached.apply(output, self._leaf)  # type: ignore[no-untyped-call, unused-ignore]
         # Activation checkpointing runs two forwards and differentiates one. A hook on the other's output never fires.

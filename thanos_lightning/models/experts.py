@@ -67,7 +67,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
-        return tensor.view_as(tensor)
+        ctx.mark_dirty(tensor)  # torch refuses to write in place on a view that is made here
+        return tensor
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

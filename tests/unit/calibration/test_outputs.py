@@ -206,3 +206,38 @@ def test_a_scaled_loss_counts_as_the_loss_that_it_is(coupled: bool) -> None:
         torch.testing.assert_close(scaled.sums[name], sums)
         if coupled:
             torch.testing.assert_close(sums.diagonal(), expected(model, batches)[name])
+
+
+class Falcon(nn.Module):
+    """A block that writes in place on what its layers give, as transformers' Falcon does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.side = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(8, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.down(torch.relu_(self.up(inputs)))
+        found += self.side(inputs)
+        return found
+
+
+@pytest.mark.parametrize("of_training", [True, False])
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)])
+def test_outputs_that_a_model_writes_on_have_their_gradient_from_before(
+    shape: tuple[int, ...], of_training: bool
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = Falcon(), torch.randn(shape)
+    gradients = OutputGradients(find_targets(model))
+    gradients.start(of_training=of_training)
+    loss = model(inputs).square().sum()
+    if of_training:
+        loss.backward()
+    else:
+        gradients.backward(loss, counts=True)
+    gradients.stop()
+    up, side = model.up(inputs).detach().requires_grad_(), model.side(inputs).detach().requires_grad_()
+    down = model.down(torch.relu(up))
+    wanted = torch.autograd.grad((down + side).square().sum(), (up, down, side))
+    for name, one in zip(("up", "down", "side"), wanted, strict=True):
+        torch.testing.assert_close(gradients.sums[name], one.square().flatten(end_dim=-2).sum(0))
