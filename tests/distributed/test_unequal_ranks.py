@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         for data in where
     },
 }
+SAMPLED = "ddp, a distributed sampler"
 ON_THREE: dict[str, dict[str, Any]] = {
     strategy: {"strategy": strategy, "fewer": 3, **CALIBRATED} for strategy in STRATEGIES
 }
@@ -69,7 +70,8 @@ DEFAULT = ["ddp, no calibration batch", "zero3, memory inside a forward, a calib
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    cases = {**FEWER, **{name: case for name, (case, _) in REFUSED.items()}}
+    sampled = {**CALIBRATED, "calibration_batches": 8, "sampled": True}
+    cases = {**FEWER, SAMPLED: {"strategy": "ddp", **sampled}, **{name: case for name, (case, _) in REFUSED.items()}}
     return Trainings(tmp_path_factory.mktemp("unequal"), cases)
 
 
@@ -91,6 +93,14 @@ def test_a_calibration_set_that_ends_early_on_one_rank_is_counted_to_the_end(tra
     assert sum(second["tokens"]) == {1: 3, 2: 2}[FEWER[name]["fewer"]] * per_batch
     for mask_name, keep in masks(trained(name)).items():
         assert torch.equal(keep, masks(trained(name), 1)[mask_name])
+
+
+def test_each_rank_counts_all_that_a_distributed_sampler_gives_it(trained: Trainings) -> None:
+    ranks = results(trained(SAMPLED))
+    assert [rank["error"] for rank in ranks] == [None, None]
+    assert [sum(rank["tokens"]) for rank in ranks] == [4 * 14 * 4 * 16] * 2  # of 8 batches each has four
+    for mask_name, keep in masks(trained(SAMPLED)).items():
+        assert torch.equal(keep, masks(trained(SAMPLED), 1)[mask_name])
 
 
 @pytest.mark.parametrize("name", only(DEFAULT, REFUSED))

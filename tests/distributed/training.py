@@ -30,11 +30,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_mixtures import tiny_mixture
-from toy import ResumableBatches, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from toy import ResumableBatches, Sequences, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 import thanos_lightning.events.prune
@@ -96,6 +97,7 @@ class Case:
     routed: bool = False  # a further layer is called on rank 0 only
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
+    sampled: bool = False  # a DistributedSampler shares these
     allocation: dict[str, Any] | None = None
     output_weights: Any = None
     unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
@@ -839,7 +841,11 @@ def train(case: Case) -> None:
     for batch in case.unlabelled:
         assert calibration is not None
         del calibration[batch]["labels"]
-    if calibration is not None and os.environ.get("RANK") == "1":
+    if case.sampled:
+        data = Sequences(number * 4)
+        ranks = DistributedSampler(data, WORLD_SIZE, int(os.environ["RANK"]), shuffle=False)
+        calibration = DataLoader(data, batch_size=4, sampler=ranks)
+    elif calibration is not None and os.environ.get("RANK") == "1":
         calibration = Stream(calibration[: len(calibration) - case.fewer])  # whose length nobody knows before
     ordered = note_orders()
     pruning = ThanosPruningCallback(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics
-from thanos_lightning.plan.options import number_of_batches
+from thanos_lightning.plan.options import number_of_batches, ranks_sharing
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
@@ -104,9 +104,9 @@ def count_dataloader(
 def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
     """Yield rounds in which every rank runs one batch: (batch, whether this rank counts it, batches in the round).
 
-    Rank r takes batches r, r + world_size, … of its dataloader. If it runs out before other ranks, whose dataloaders
-    may be longer, it runs another batch without counting it: with sharded parameters, a forward needs all ranks. All
-    ranks must iterate together.
+    Rank r takes batches r, r + world_size, … of its dataloader, or all of them where a DistributedSampler shares them
+    already. If it runs out before other ranks, whose dataloaders may be longer, it runs another batch without counting
+    it: with sharded parameters, a forward needs all ranks. All ranks must iterate together.
 
     Raises:
         ValueError: On all ranks, if one rank's dataloader raises one, or is empty while another's is not.
@@ -114,11 +114,13 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
     """
     kept = KeptError(keeps=access.world_size > 1)
     iterator = iter(batches)
+    is_share = ranks_sharing(batches) > 1
     spare: Any = None
     while True:
         one_each: list[Any] = []
         with kept.keeping():
-            one_each = list(itertools.islice(iterator, access.world_size))
+            one_each = list(itertools.islice(iterator, 1 if is_share else access.world_size))
+            one_each *= access.world_size if is_share else 1
         kept.raise_everywhere(access)
         spare = one_each[0] if one_each else spare
         by_rank = access.gather((len(one_each), spare is not None))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from torch.utils.data import DistributedSampler
+
 from thanos_lightning.models.targets import check_expressions
 from thanos_lightning.plan.allocation import Allocation, nothing_to_allocate
 from thanos_lightning.plan.overrides import TargetOverride, check_overrides
@@ -336,16 +338,28 @@ def described(value: Any) -> str:
 
 
 def number_of_batches(batches: Iterable[Any]) -> int | None:
-    """The number of batches; None if it is not known before an iteration.
+    """The number of batches, of all ranks that share them; None if it is not known before an iteration.
 
     Examples:
         >>> number_of_batches([1, 2]), number_of_batches(iter([]))
         (2, None)
     """
     try:
-        return len(batches)  # type: ignore[arg-type]
+        return len(batches) * ranks_sharing(batches)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # such as the DataLoader of an IterableDataset
         return None
+
+
+def ranks_sharing(batches: Iterable[Any]) -> int:
+    """The number of ranks among which a DistributedSampler shares the batches of a DataLoader; 1 without one.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> ranks_sharing(DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], num_replicas=2, rank=0)))
+        2
+    """
+    samplers = getattr(batches, "sampler", None), getattr(getattr(batches, "batch_sampler", None), "sampler", None)
+    return next((one.num_replicas for one in samplers if isinstance(one, DistributedSampler)), 1)
 
 
 def _shortened(value: Any) -> str:
