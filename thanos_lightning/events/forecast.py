@@ -308,7 +308,7 @@ def timed_solves(
     with open_phase("Timing a layer of each shape", len(shapes) + 1, "solves") as phase:
         for rows, cols in [shapes[0], *shapes]:  # the first call sets up libraries, and its time is forgotten
             weight = torch.randn(rows, cols, generator=generator, device=device)
-            inputs = HessianAccumulator(cols)
+            inputs = HessianAccumulator(cols, device=device)
             for _ in range(2):
                 inputs.update(torch.randn(cols, cols, generator=generator, device=device))
             hessian = inputs.compute()
