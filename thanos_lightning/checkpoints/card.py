@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
@@ -25,6 +25,8 @@ def write_card(
     state = pruning_state(checkpoint.content)
     assert state is not None, "it has masks"
     base = note["config"].get("_name_or_path") or note["tokenizer"]
+    if base and PurePath(base).is_absolute():  # the card is published, and where a user keeps files is not
+        base = PurePath(base).name
     source = f" from {base}" if base else ""
     zeros, numel = sum(report.zeros for report in reports), sum(report.numel for report in reports)
     patterns = ", ".join(sorted({report.pattern for report in reports}))
@@ -65,17 +67,12 @@ def _measured(report: PruningReport) -> list[str]:
     summary = report.summary
     if summary.metric is None:
         return []
-    # The checkpoint may have been saved before the end
-    last = (
-        summary.recovered
-        if summary.recovered is not None
-        else next((value for _, value in reversed(report.history.metrics)), None)
-    )
-    rows = (
-        ("before pruning", summary.dense),
-        ("right after the last event", summary.pruned),
-        ("last measured in the training", last),
-    )
+    label, last = "at the end of the training", summary.recovered
+    if last is None and report.history.metrics:  # the checkpoint was saved before the end
+        step, value = report.history.metrics[-1]
+        if not report.events or step > report.events[-1].step:  # later than what is told of the event
+            label, last = f"after {step} optimizer steps", value
+    rows = (("before pruning", summary.dense), ("right after the last event", summary.pruned), (label, last))
     table = [f"| {label} | {value:.4g} |" for label, value in rows if value is not None]
     return [f"| {summary.metric} | |", "|---|---|", *table, ""] if table else []
 

@@ -154,6 +154,7 @@ class PruningRun:
             rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
         if past.windows_done < len(self.windows):
             self._held_back = hold_back_stopping(trainer)
+        past.report.summary.recovered = None  # of an earlier end, from which this training goes on
         self._clock = Clock(past.report.summary, self.module.device)
         if restored is not None:
             self._clock.parts = dict(restored["event_parts"])
@@ -238,6 +239,13 @@ class PruningRun:
         self._scores.renewed(self.trainer, "step")
         self.collector.begin(batch, partial(loss_scale, self.trainer))
 
+    def _is_saved_at_the_end(self) -> bool:
+        """Whether a checkpoint of this step may be the training's last one, which says how the model ended."""
+        trainer = self.trainer
+        is_last = 0 <= trainer.max_steps <= trainer.global_step
+        has_metric = self.options.monitor is not None and bool(self.past.report.events)
+        return is_last and has_metric and bool(trainer.checkpoint_callbacks)
+
     def end_batch(self, outputs: Any) -> None:
         """Prune what is due at the end of a training batch."""
         self.collector.end()
@@ -247,6 +255,8 @@ class PruningRun:
             self._steps_seen = now
             self._recorder.add(now, outputs)
             self._advance()
+            if self._is_saved_at_the_end():
+                self.past.report.summary.recovered = self._measure()
             every = self.options.verify_every_n_steps
             if every and now // every > before // every:  # a batch may take several optimizer steps
                 self.enforcer.verify()
@@ -410,12 +420,13 @@ class PruningRun:
         report.events[-1].blocks.extend(blocks)
 
     def _finish(self, event: EventReport) -> None:
+        self.past.report.summary.sparsity = self.enforcer.sparsity()
         metrics = {
             "pruning/step": float(event.step),
             "pruning/relative_loss": event.relative_loss,
             "pruning/seconds": event.seconds,
             "sparsity/target": event.target,
-            "sparsity/total": self.enforcer.sparsity(),
+            "sparsity/total": self.past.report.summary.sparsity,
         }
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=logged_step(self.trainer))
@@ -464,10 +475,11 @@ class PruningRun:
                     f"the training ended with its last event, at optimizer step {last}: no step was left in which the "
                     "model could recover. Train for longer, or end the schedule earlier (end_step)"
                 )
+        report.summary.sparsity = self.enforcer.sparsity()
         self._clock.tick()
         if trainer.is_global_zero:
             self._write_report()
-            print_summary(report, self.enforcer.sparsity())
+            print_summary(report)
 
     def stop(self) -> None:
         """Remove all hooks, and give EarlyStopping back to the Trainer. The masks stay for a checkpoint."""

@@ -140,6 +140,7 @@ class Summary:
             layers' inputs and of the gradients at their outputs.
         target_weights: Number of weights in the layers to prune.
         model_weights: Number of weights in the model. A weight that several modules share counts once.
+        sparsity: Fraction of `target_weights` that is pruned.
     """
 
     metric: str | None = None
@@ -151,6 +152,12 @@ class Summary:
     collecting_seconds: float = 0.0
     target_weights: int = 0
     model_weights: int = 0
+    sparsity: float = 0.0
+
+    @property
+    def sparsity_of_model(self) -> float:
+        """Fraction of `model_weights` that is pruned."""
+        return self.sparsity * self.target_weights / self.model_weights
 
 
 @dataclass

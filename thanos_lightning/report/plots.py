@@ -57,13 +57,11 @@ def plot_report(report: PruningReport, path: Path) -> None:
 
 def _title(report: PruningReport) -> str:
     layers = {layer.name: layer for event in report.events for layer in event.layers}
-    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
-    pruned = sum(layer.sparsity * sizes[name] for name, layer in layers.items())
     summary = report.summary
     patterns = ", ".join(sorted({layer.pattern for layer in layers.values()}))
-    title = f"{len(layers)} layers pruned ({patterns}): {pruned / sum(sizes.values()):.1%} zeros"
+    title = f"{len(layers)} layer{'s' if len(layers) != 1 else ''} pruned ({patterns}): {summary.sparsity:.1%} zeros"
     if summary.model_weights:
-        title += f", {pruned / summary.model_weights:.1%} of the whole model"
+        title += f", {summary.sparsity_of_model:.1%} of the whole model"
     if summary.metric is not None:
         values = [("dense", summary.dense), ("pruned", summary.pruned), ("recovered", summary.recovered)]
         told = ", ".join(f"{what} {value:.4g}" for what, value in values if value is not None)

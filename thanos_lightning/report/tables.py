@@ -85,16 +85,14 @@ def _listed(parts: Mapping[Part, float]) -> str:
     return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds or part not in _RARE)
 
 
-def print_summary(report: PruningReport, sparsity: float, console: Console | None = None) -> None:
+def print_summary(report: PruningReport, console: Console | None = None) -> None:
     """Print the sparsity of all layers to prune, the metric (dense, pruned and recovered) and the time of pruning."""
     summary, console = report.summary, console or rich.get_console()
     events = f"{len(report.events)} event{'s' if len(report.events) != 1 else ''}"
     of_model = ""
     if summary.model_weights:
-        of_model = (
-            f" of the targets, {sparsity * summary.target_weights / summary.model_weights:.1%} of the whole model,"
-        )
-    title = f"Pruned to {sparsity:.2%}{of_model} in {events}"
+        of_model = f" of the targets, {summary.sparsity_of_model:.1%} of the whole model,"
+    title = f"Pruned to {summary.sparsity:.2%}{of_model} in {events}"
     console.print(title, highlight=False)
     if summary.metric is not None:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

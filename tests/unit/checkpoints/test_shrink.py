@@ -251,4 +251,4 @@ def test_the_card_has_what_was_measured(trained: Path, tmp_path: Path) -> None:
     assert "| val/perplexity | |" in card
     assert "| before pruning | 12.5 |" in card
     assert "| right after the last event | 40.25 |" in card
-    assert "| last measured in the training | 20.5 |" in card
+    assert "| after 3 optimizer steps | 20.5 |" in card

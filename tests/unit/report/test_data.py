@@ -12,6 +12,7 @@ ZEROS = {
     **dict.fromkeys(("training_seconds", "event_seconds", "collecting_seconds"), 0.0),
     "target_weights": 0,
     "model_weights": 0,
+    "sparsity": 0.0,
 }
 
 

@@ -43,15 +43,22 @@ def test_a_run_is_drawn(report: PruningReport, tmp_path: Path) -> None:
 
 
 def test_words_of_a_picture(tmp_path: Path) -> None:
-    report = PruningReport(
-        [EventReport(0, 0.5, decoder(0.5, 0.1))], Summary("val/perplexity", 20.0, 40.0, 18.0), HISTORY
-    )
+    # more weights are pruned than the layers have, as channels are, which other layers feed
+    summary = Summary("val/perplexity", 20.0, 40.0, 18.0, target_weights=900, model_weights=1000, sparsity=0.3)
+    report = PruningReport([EventReport(0, 0.5, decoder(0.5, 0.1))], summary, HISTORY)
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot_report(report, tmp_path / "report.svg")
     text = (tmp_path / "report.svg").read_text()
-    words = ("val/perplexity over steps", "training loss over steps", "sparsity by layer and kind", "q_proj", "50%")
+    words = (
+        "val/perplexity over steps",
+        "training loss over steps",
+        "sparsity by layer and kind",
+        "q_proj",
+        "50%",
+        "30.0% zeros, 27.0% of the whole model",
+    )
     assert not [word for word in words if word not in text]
 
 

@@ -69,8 +69,8 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
         EventReport(20, 0.5, [layer("a")], 4.0, 0.0, 2.0, writing_seconds=1.0),
         EventReport(30, 0.5, [layer("a")], 4.0, 3.0, 2.0, writing_seconds=1.0),
     ]
-    summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000)
-    text = printed(print_summary, PruningReport(events, summary), 0.5)
+    summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000, 0.5)
+    text = printed(print_summary, PruningReport(events, summary))
     assert "Pruned to 50.00% of the targets, 39.5% of the whole model, in 2 events" in text
     assert "not measured" in text
     assert "val/perplexity" in text
@@ -79,7 +79,7 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
 
 
 def test_the_summary_has_no_table_where_nothing_was_asked() -> None:
-    text = printed(print_summary, PruningReport([EventReport(20, 0.5, [layer("a")])], Summary()), 0.5)
+    text = printed(print_summary, PruningReport([EventReport(20, 0.5, [layer("a")])], Summary(sparsity=0.5)))
     assert text.splitlines() == ["Pruned to 50.00% in 1 event"]
 
 
