@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch._dynamo.external_utils import wrap_inline
 
 
 def compile_in_place(root: nn.Module) -> None:
     """Turn `parent.child = torch.compile(child)` inside of `root` into `child.compile()`, with the same options.
 
     A wrapper puts `_orig_mod.` into the names of what is in it. Compiled in place, a module keeps its names, and has
-    the same graph. It still loads what was saved under the wrapper's names.
+    the same graph. A module of torch's own class (nn.Sequential) that has run before is traced once more. The module
+    still loads what was saved under the wrapper's names.
 
     Raises:
         ValueError: If a wrapper has hooks, which would be lost with it.
@@ -39,7 +41,12 @@ def compile_in_place(root: nn.Module) -> None:
                         f"them to the module that it wraps, or compile that in place ({child_name}.compile())"
                     )
                 inner: nn.Module = child._orig_mod
-                inner._compiled_call_impl = child.dynamo_ctx(inner._call_impl)
+                call = inner._call_impl
+                if not inspect.ismethod(getattr(child.forward, "_torchdynamo_orig_callable", None)):
+                    # A class of torch's own (nn.Sequential). The wrapper traces a function that calls the module, since
+                    # torch traces no file of its own: before torch 2.14 the bare call would run uncompiled
+                    call = wrap_inline(call)
+                inner._compiled_call_impl = child.dynamo_ctx(call)
                 inner.register_load_state_dict_pre_hook(_without_wrapper)  # type: ignore[no-untyped-call]
                 parent._modules[child_name] = inner
 
@@ -59,11 +66,7 @@ def compiled_calls(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for attribute in ("forward", "training_step"):
             function = vars(module).get(attribute)
             # Not methods, nor what wraps a compiled function: these only show the attributes of what is in them
-            if (
-                hasattr(function, "_torchdynamo_orig_callable")
-                and not inspect.ismethod(function)
-                and getattr(function, "_torchdynamo_wrapper_id", id(function)) == id(function)
-            ):
+            if getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
                 yield module, attribute
 
 
