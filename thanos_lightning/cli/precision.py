@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 
 AUTO: Final = "auto"
-# torch's own tests of a CPU, which also work without /proc. Their names differ between versions of torch.
+# torch's own tests of a CPU, which also work without /proc
 _CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
 
 
@@ -26,7 +26,7 @@ def fast_precision(accelerator: Any) -> tuple[str, str]:
             return "bf16-mixed", f"this GPU multiplies bf16 ({name})"
         return "16-mixed", f"this GPU multiplies fp16, but not bf16 ({name})"
     if accelerator == "cpu" or (accelerator == AUTO and not torch.backends.mps.is_available()):
-        known = [name for test, name in _CPU_INSTRUCTIONS.items() if getattr(torch.cpu, test, bool)()]
+        known = [name for test, name in _CPU_INSTRUCTIONS.items() if getattr(torch.cpu, test)()]
         if known:
             return "bf16-mixed", f"this CPU multiplies bf16 ({known[0]})"
         return "32-true", f"this CPU has no instructions for bf16 ({' or '.join(_CPU_INSTRUCTIONS.values())})"

@@ -122,6 +122,6 @@ def _alternate(
 
 
 def _eigenvectors(matrix: Float[Tensor, "size size"]) -> tuple[Float[Tensor, " size"], Float[Tensor, "size size"]]:
-    # On MPS older versions of torch can't, and newer ones take as long as the CPU
+    # MPS takes as long as the CPU
     values, vectors = torch.linalg.eigh(matrix.cpu() if matrix.device.type == "mps" else matrix)
     return values.to(matrix.device), vectors.to(matrix.device)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from thanos_lightning.solver import native
 
-_HAS_FINER_PRECISION = hasattr(torch.backends, "fp32_precision")
 # The largest damping to try: it adds the whole mean of the diagonal.
 MAX_DAMPING = 1.0
 # The first retry if damping=0 does not suffice, since ten times zero would not help.
@@ -65,7 +64,7 @@ def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_highest_precision())
         # _highest_precision restores these switches
-        if device.type == "cpu" and _HAS_FINER_PRECISION and (operands == torch.bfloat16 or _has_no_rounding_kernel()):
+        if device.type == "cpu" and (operands == torch.bfloat16 or _has_no_rounding_kernel()):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
         elif operands in (torch.bfloat16, torch.float16) and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -98,14 +97,13 @@ def _has_no_rounding_kernel() -> bool:
 
 @contextmanager
 def _highest_precision() -> Iterator[None]:
-    # torch >= 2.9 has a second, finer set of switches. Once a user has mixed the two sets, the getter of the old set
+    # torch has two sets of switches, the second finer. Once a user has mixed the two sets, the getter of the old set
     # raises. Its setter never raises, and writes both sets. So we set the old one, then restore old (if read) and new.
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:
         overall = None
-    switches: list[Any] = [torch.backends.cuda, torch.backends.mkldnn] if _HAS_FINER_PRECISION else []
-    backends = [switch.matmul for switch in switches]
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     finer = [backend.fp32_precision for backend in backends]
     torch.set_float32_matmul_precision("highest")
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import wraps
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -69,10 +69,9 @@ def has_trainer(module: LightningModule) -> bool:
     return module._trainer is not None
 
 
-def average_of(callback: Callback) -> Any | None:
-    """The averaged model (torch's AveragedModel) of a WeightAveraging callback; None before it exists."""
-    average: nn.Module | None = getattr(callback, "_average_model", None)
-    return average
+def average_of(callback: WeightAveraging) -> AveragedModel | None:
+    """The averaged model of a WeightAveraging callback; None before it exists."""
+    return callback._average_model
 
 
 def saves_shards(strategy: Strategy) -> bool:

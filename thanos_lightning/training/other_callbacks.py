@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -18,11 +25,6 @@ from thanos_lightning.training.lightning_private import (
     training_metrics,
     validate,
 )
-
-
-def _is_kind(callback: Callback, name: str) -> bool:
-    # Names are compared, because older versions of Lightning lack some of the classes.
-    return name in {kind.__name__ for kind in type(callback).__mro__}
 
 
 def check_trainer(trainer: object) -> None:
@@ -48,7 +50,7 @@ def check_companions(trainer: Trainer, own: Callback, strategy: Strategy | None 
         MisconfigurationException: Naming the callback and the fix.
     """
     for callback in callbacks_of(trainer):
-        if callback is not own and _is_kind(callback, "ThanosPruningCallback"):
+        if callback is not own and "ThanosPruningCallback" in {kind.__name__ for kind in type(callback).__mro__}:
             raise MisconfigurationException(
                 "the Trainer has more than one ThanosPruningCallback: keep one, and give layers patterns of their own "
                 "by its overrides"
@@ -58,14 +60,14 @@ def check_companions(trainer: Trainer, own: Callback, strategy: Strategy | None 
                 f"{type(callback).__name__} puts masks of its own on the weights that ThanosPruningCallback prunes: "
                 "remove one of the two"
             )
-        if _is_kind(callback, "StochasticWeightAveraging"):
+        if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
                 f"{type(callback).__name__} writes averages of dense and pruned weights at the end of the training, "
                 "so the zeros would be lost: take WeightAveraging or EMAWeightAveraging, which begin anew at each event"
             )
         strategy = strategy or trainer.strategy
         sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
-        if _is_kind(callback, "WeightAveraging") and sharded:
+        if isinstance(callback, WeightAveraging) and sharded:
             raise MisconfigurationException(
                 f"{type(callback).__name__} needs all weights on each rank, which {type(strategy).__name__} "
                 "may not have: remove it, or train on one device or under DDP"
@@ -76,7 +78,7 @@ def check_companions(trainer: Trainer, own: Callback, strategy: Strategy | None 
 def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
     """Restart weight averages from the current weights, because earlier weights were less sparse."""
     for callback in callbacks_of(trainer):
-        average = average_of(callback) if _is_kind(callback, "WeightAveraging") else None
+        average = average_of(callback) if isinstance(callback, WeightAveraging) else None
         if average is None:
             continue
         averaged = {**dict(average.module.named_parameters()), **dict(average.module.named_buffers())}

@@ -41,12 +41,6 @@ def test_cpu(cpu, accelerator, instructions, precision, why):
     assert fast_precision(accelerator) == (precision, why)
 
 
-def test_a_version_of_torch_without_the_test(cpu, monkeypatch):
-    cpu("AMX", "AVX512-BF16")
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert fast_precision("cpu") == ("bf16-mixed", "this CPU multiplies bf16 (AVX512-BF16)")
-
-
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda", "auto"])
 @pytest.mark.parametrize(
     ("capabilities", "precision"),

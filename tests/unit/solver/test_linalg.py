@@ -108,9 +108,7 @@ def _precision_state() -> list[object]:
         state.append(torch.get_float32_matmul_precision())
     except RuntimeError:
         state.append("mixed")
-    if hasattr(torch.backends, "fp32_precision"):
-        state += [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
-    return state
+    return [*state, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 
 
 def _error_of_a_product() -> float:
@@ -119,10 +117,6 @@ def _error_of_a_product() -> float:
     return float(torch.linalg.norm(left @ right - exact) / torch.linalg.norm(exact))
 
 
-_needs_finer = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such choice")
-
-
-@_needs_finer
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rounds", [True, False])
 def test_a_kernel_that_rounds_is_found_out(rounds, default, monkeypatch):
@@ -146,7 +140,6 @@ def test_a_kernel_that_rounds_is_found_out(rounds, default, monkeypatch):
     assert _precision_state() == before
 
 
-@_needs_finer
 @pytest.mark.parametrize(("unrounded", "chosen"), [(True, "bf16"), (False, "ieee")])
 def test_a_kernel_that_does_not_round_is_chosen(unrounded, chosen, monkeypatch):
     monkeypatch.setattr("thanos_lightning.solver.linalg._has_no_rounding_kernel", lambda: unrounded)
@@ -166,15 +159,10 @@ def restored_precision():
 def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy, finer):
     torch.set_float32_matmul_precision(legacy)
     if finer is not None:
-        if not hasattr(torch.backends, "fp32_precision"):
-            pytest.skip("this torch has one set of switches only")
         torch.backends.cuda.matmul.fp32_precision = finer
     before = _precision_state()
     with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
-        if hasattr(torch.backends, "fp32_precision"):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        else:
-            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert _error_of_a_product() < 1e-6
         assert not torch.is_grad_enabled()
         raise KeyError

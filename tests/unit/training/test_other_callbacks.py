@@ -11,7 +11,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import Tensor
 from toy import ToyLM, grouped, loader, trainer
 
@@ -19,8 +25,6 @@ from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallba
 from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.solver import NM
 from thanos_lightning.training.other_callbacks import check_companions
-
-averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
 
 
 def pruning(**kwargs: Any) -> ThanosPruningCallback:
@@ -69,7 +73,7 @@ class AverageProbe(Callback):
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order: int) -> None:
-    average = averaging.EMAWeightAveraging(decay=0.5)
+    average = EMAWeightAveraging(decay=0.5)
     callback = pruning()
     probe = AverageProbe(average, callback)
     callbacks = [average, callback] if order else [callback, average]
@@ -92,7 +96,7 @@ def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             self.weights.append(pl_module.model.model.layers[0].mlp.up_proj.weight.detach().clone())
 
-    average, steps = averaging.EMAWeightAveraging(decay=0.5), Steps()
+    average, steps = EMAWeightAveraging(decay=0.5), Steps()
     module = ToyLM()
     fit(module, tmp_path, pruning(), average, steps, max_steps=8)
     # the last event is after step 6, and its result is what the average begins with
@@ -102,7 +106,7 @@ def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -
 
 
 def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: Path) -> None:
-    sharded = trainer(tmp_path, averaging.EMAWeightAveraging(), strategy=CPUDeepSpeed(stage=2))
+    sharded = trainer(tmp_path, EMAWeightAveraging(), strategy=CPUDeepSpeed(stage=2))
     with pytest.raises(MisconfigurationException, match="EMAWeightAveraging needs all weights on each rank"):
         check_companions(sharded, pruning())
     for order in (0, 1):
@@ -252,7 +256,7 @@ def test_early_stopping_comes_back_after_an_error(tmp_path: Path) -> None:
 def test_all_of_them_together(tmp_path: Path) -> None:
     metrics = [0.1] * 5 + [5.0, 4.0, 3.0, 3.5, 3.6, 3.7]
     stopping, best = EarlyStopping("val/scripted", patience=2), ModelCheckpoint(tmp_path, "{step}", "val/scripted")
-    average = averaging.EMAWeightAveraging(decay=0.9)
+    average = EMAWeightAveraging(decay=0.9)
     callback = pruning(monitor="val/scripted")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
