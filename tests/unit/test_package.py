@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import thanos_lightning
 
+ROOT = Path(__file__).parents[2]
+
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,6 +41,16 @@ def test_public_names() -> None:
         assert name in dir(thanos_lightning)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         thanos_lightning.Nothing  # noqa: B018
+
+
+def test_the_documents_tell_the_lowest_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(one) for one in [f"Python{project['requires-python']}", *project["dependencies"]]]
+    floors = {one.name: part.version for one in needed for part in one.specifier if part.operator == ">="}
+    told = (
+        "Python {Python}, torch {torch}, Lightning {lightning}, transformers {transformers} and DeepSpeed {deepspeed}"
+    )
+    assert told.format(**floors) in (ROOT / "docs/faq.md").read_text()
 
 
 def test_it_is_typed() -> None:

@@ -42,7 +42,7 @@ def compile_in_place(root: nn.Module) -> None:
                     )
                 inner: nn.Module = child._orig_mod
                 call = inner._call_impl
-                if not inspect.ismethod(getattr(child.forward, "_torchdynamo_orig_callable", None)):
+                if inspect.isfunction(getattr(child.forward, "_torchdynamo_orig_callable", None)):
                     # A class of torch's own (nn.Sequential). The wrapper traces a function that calls the module, since
                     # torch traces no file of its own: before torch 2.14 the bare call would run uncompiled
                     call = wrap_inline(call)
