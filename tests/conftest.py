@@ -1,4 +1,4 @@
-"""Shape and dtype checks for the solver; one thread, so that rounding doesn't depend on the machine; --rest."""
+"""Shape and dtype checks for the solver; one thread, for the same rounding on each machine; no deadlines; --rest."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import gc
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Has to come before the first import of the solver; without the hook its annotations cost nothing.
 install_import_hook("thanos_lightning.solver", "beartype.beartype")
+
+# A busy machine takes its time, for examples as well as for drawing them
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 LEFT_OUT = pytest.StashKey[int]()
 LONGEST = ("test_zero.py", "test_zero_checkpoints.py")  # of --rest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,7 +28,8 @@ import torch
 from thanos_lightning.sharding.masks import LayerMask
 
 NURSERY = Path(__file__).with_name("nursery.py")
-# in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long
+# in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long. A rank
+# that waits for another that is gone gives up after 1,800
 PATIENCE = 1200
 PRUNABLE = [
     f"model.layers.{layer}.{name}_proj.weight"
@@ -45,10 +47,12 @@ class Ended:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+    """A port below those that systems hand out, or a connection could take it before the ranks listen."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]:
@@ -142,24 +146,23 @@ def start(
     out: Path,
     cases: Sequence[dict[str, Any]],
     ranks: int = 2,
-    timeout: float = PATIENCE,
     run: str = "training",
     environments: Sequence[dict[str, str]] | None = None,
 ) -> Ended:
     """Train the cases one after the other on ranks of their own (or run another module), and wait for all to end.
 
-    Ranks that have not ended after `timeout` seconds are killed, and the test fails with what they said last.
+    Ranks that have not ended after PATIENCE are killed, and the test fails with what they said last.
     """
     out.mkdir(parents=True, exist_ok=True)
     file, logs = out / "cases.json", [out / f"log{rank}.txt" for rank in range(ranks)]
     file.write_text(json.dumps(cases))
-    end = time.monotonic() + timeout
+    end = time.monotonic() + PATIENCE
     processes = Processes(run, logs, [str(file)] * ranks, environments)
     while None in (codes := processes.codes()) and time.monotonic() < end:
         time.sleep(0.05)
     processes.kill()
     outputs = [log.read_text(errors="replace") for log in logs]
-    assert None not in codes, "\n".join([f"not ended after {timeout:.0f} s", *(text[-3000:] for text in outputs)])
+    assert None not in codes, "\n".join([f"not ended after {PATIENCE} s", *(text[-3000:] for text in outputs)])
     return Ended([code for code in codes if code is not None], outputs)
 
 

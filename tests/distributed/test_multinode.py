@@ -50,13 +50,11 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", interface, "up")
 
-    def wait(
-        self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout: float = PATIENCE
-    ) -> Ended:
+    def wait(self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> Ended:
         """Until all have ended, or one has failed, for which the others would wait; what is left then is killed."""
         begin = time.monotonic()
         try:
-            while time.monotonic() - begin < timeout:
+            while time.monotonic() - begin < PATIENCE:
                 codes = [process.poll() for process in processes]
                 if any(codes) or None not in codes:
                     break
@@ -191,7 +189,7 @@ def meet(hosts: Hosts, out: Path, interfaces: Sequence[str]) -> Ended:
     for rank, (interface, log) in enumerate(zip(interfaces, logs, strict=True)):
         env = environment(rank, 2, PORT, MASTER_ADDR=hosts.address(0), GLOO_SOCKET_IFNAME=interface)
         processes.append(hosts.start(rank, [sys.executable, "-c", RENDEZVOUS], env, log))
-    return hosts.wait(processes, logs, timeout=60)
+    return hosts.wait(processes, logs)
 
 
 @pytest.mark.rest

@@ -462,7 +462,7 @@ def test_one_file_is_no_checkpoint_of_deepspeeds(tmp_path: Path) -> None:
 def test_a_folder_that_is_overwritten_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
     """A rank is killed in its second save under one name: what is there is the first."""
     case = {**KINDS[kind], "save": True, "overwrites": True, "max_steps": 6}
-    ended = start(tmp_path / "out", [{"out": str(tmp_path / "out"), **case, "fault": "killed in a save"}], timeout=150)
+    ended = start(tmp_path / "out", [{"out": str(tmp_path / "out"), **case, "fault": "killed in a save"}])
     assert ended.codes[1] == -9
     assert ended.codes[0] not in (0, -9)
     checkpoint = tmp_path / "out" / "last-one.ckpt"

@@ -354,5 +354,5 @@ def test_compiled_adapters_are_trained_as_if_they_were_not(tmp_path: Path) -> No
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", COMPILED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from patience import until
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
@@ -27,10 +29,17 @@ def at_once(calibration: Any, **options: Any) -> ThanosPruningCallback:
 
 
 def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ""
+
+    class Waits(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            nonlocal told
+            told += until("val/loss ", lambda: capsys.readouterr().err)
+
     pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingBar()
-    fitted = trainer(tmp_path, pruning, bar, max_steps=6, enable_progress_bar=True, num_sanity_val_steps=0)
+    fitted = trainer(tmp_path, pruning, bar, Waits(), max_steps=6, enable_progress_bar=True, num_sanity_val_steps=0)
     fitted.fit(ToyLM(), loader(), loader(8))
-    told = capsys.readouterr().err
+    told += capsys.readouterr().err
     lines = told.splitlines()
     assert any(line.startswith("Training: 6 steps in ") for line in lines)
     assert any("loss " in line and "val/loss " in line for line in lines if line.startswith("Training: "))

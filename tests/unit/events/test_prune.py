@@ -148,7 +148,7 @@ def test_owners_are_balanced_by_cost() -> None:
     assert all(len(team) == 1 for world_size in range(1, 10) for team in assign_teams(layers, world_size).values())
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6, unique=True),
     st.integers(1, 20),

@@ -17,7 +17,7 @@ from thanos_lightning.lm.distillation import (
     squarehead,
 )
 
-property_based = settings(deadline=None, derandomize=True, max_examples=40)
+property_based = settings(derandomize=True, max_examples=40)
 
 
 @pytest.fixture(autouse=True, params=[3, 1024])

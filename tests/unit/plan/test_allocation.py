@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from thanos_lightning.plan.budget import by_loss, in_units
 
-property_based = settings(deadline=None, derandomize=True, max_examples=60)
+property_based = settings(derandomize=True, max_examples=60)
 
 
 def curve(scale: float, rate: float) -> dict[float, float]:

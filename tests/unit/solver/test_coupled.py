@@ -63,7 +63,7 @@ def test_refinement_ends_at_the_solution_of_the_normal_equations(pattern):
     torch.testing.assert_close(W, best_weights(W0, G, H, keep), rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**16), st.integers(1, 9), st.sampled_from([NM(2, 4), NM(1, 4, 0.2), NM(4, 8), Unstructured(0.6)])
 )

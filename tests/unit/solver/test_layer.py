@@ -23,7 +23,7 @@ from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 6).map(lambda groups: 4 * groups))
-property_based = settings(deadline=None, derandomize=True, max_examples=60)
+property_based = settings(derandomize=True, max_examples=60)
 
 
 @property_based

@@ -19,7 +19,7 @@ from thanos_lightning.solver.linalg import solve_subsets
 from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowest_weighted
 from thanos_lightning.solver.team import Alone
 
-property_based = settings(deadline=None, derandomize=True, max_examples=80)
+property_based = settings(derandomize=True, max_examples=80)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ def scores(seed, rows, cols):
     return torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) ** 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 2**16),
     st.integers(1, 9),

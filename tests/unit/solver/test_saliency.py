@@ -23,7 +23,7 @@ from thanos_lightning.solver.team import Alone
 few_values = st.integers(0, 3)  # so that ties are the rule
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(1, 6))
 def test_lowest_is_exact_with_ties(data, rows, cols):
     scores = torch.tensor(data.draw(st.lists(few_values, min_size=rows * cols, max_size=rows * cols))).float()
@@ -59,7 +59,7 @@ def test_lowest_with_frozen_scores():
     assert lowest(scores, 0, Alone(2)).sum() == 0
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(1, 6))
 def test_lowest_per_row_is_even_and_exact(data, rows, cols):
     scores = torch.tensor(data.draw(st.lists(few_values, min_size=rows * cols, max_size=rows * cols))).float()

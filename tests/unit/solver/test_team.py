@@ -25,7 +25,7 @@ from thanos_lightning.solver.layer import SolverOptions, prune_rows
 from thanos_lightning.solver.saliency import SALIENCIES, _kth_lowest_by_digits, lowest
 from thanos_lightning.solver.team import Alone, TeammateError, split_rows
 
-property_based = settings(deadline=None, derandomize=True)
+property_based = settings(derandomize=True)
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
 EXTREMES = (0.0, -0.0, 1.0, -1.0, 1e-30, 3e38, math.inf, -math.inf)
 

@@ -56,7 +56,7 @@ def test_against_the_reference(block_size, dead):
         torch.testing.assert_close(in_float32.weight, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 @given(st.integers(1, 7), st.integers(1, 12), st.floats(0.05, 0.95), st.integers(0, 5))
 def test_one_block_gives_the_exact_optimum_of_its_mask(rows, cols, sparsity, seed):
     weight, H = layer(rows, cols, seed)
@@ -64,7 +64,7 @@ def test_one_block_gives_the_exact_optimum_of_its_mask(rows, cols, sparsity, see
     torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 @given(st.integers(0, 1000), st.floats(0.0, 1.0))
 def test_frozen_sets_of_any_shape_are_solved_jointly(seed, density):
     """Per-row sets from no pattern at all, as they come from an earlier event with another pattern."""
