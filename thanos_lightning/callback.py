@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -153,6 +152,7 @@ class ThanosPruningCallback(Callback):
 
         prepare(pl_module)
         after_configure_model(pl_module, prepare)
+        guard_resume(trainer.strategy)
         if stage != "fit":
             return
         if trainer.global_step > 0:  # the same Trainer continues its training
@@ -165,8 +165,6 @@ class ThanosPruningCallback(Callback):
         check_companions(trainer, self)
         check_strategy(trainer.strategy)
         save_whole(trainer.strategy, shards=saves_shards(trainer.strategy))
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            guard_resume(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

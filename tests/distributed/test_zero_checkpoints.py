@@ -360,13 +360,22 @@ def test_no_code_of_a_file_is_run(
 
 
 @pytest.mark.rest
-def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path, linked: bool) -> None:
     made = tmp_path / "made"
     checkpoint = reshard_checkpoint(saved("zero3") / f"step={BETWEEN}.ckpt", tmp_path / "universal")
-    path = checkpoint / "checkpoint" / "zero" / "optimizer_state.pt"
-    torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
+    words = "optimizer_state.pt holds objects that are not plain values"
+    if linked:
+        path = next((checkpoint / "checkpoint" / "zero").glob("*up_proj.weight")) / "fp32.pt"
+        torch.save(Stranger(made), path)
+        path.parent.rename(tmp_path / "elsewhere")
+        path.parent.symlink_to(tmp_path / "elsewhere")
+        words = "is a link to a folder: copy"
+    else:
+        path = checkpoint / "checkpoint" / "zero" / "optimizer_state.pt"
+        torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
     for rank in train(tmp_path / "resumed", resume=str(checkpoint), **KINDS["zero3"]):
-        assert "optimizer_state.pt holds objects that are not plain values" in rank["error"]
+        assert words in rank["error"]
     assert not made.exists()
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos_lightning.checkpoints.foreign import inside, require_bounded
 from thanos_lightning.checkpoints.lazy import LazyTensors
 
 _UNIVERSAL = "latest_universal"
@@ -52,15 +53,13 @@ class _Opaque:
             self.__dict__.update(state)
 
 
-_STAND_INS: list[Any] = [
-    (_Opaque, name)
-    for name in (
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    )
-]
+CLASSES = (  # of DeepSpeed, which its files mention
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+_STAND_INS: list[Any] = [(_Opaque, name) for name in CLASSES]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +85,20 @@ def is_zero_folder(path: Path) -> bool:
 
 
 def require_end(path: Path) -> None:
-    """Raise ValueError if DeepSpeed did not finish this folder: it writes `latest` last."""
-    if (path / "checkpoint").is_dir() and not is_zero_folder(path):
+    """Raise ValueError if DeepSpeed did not finish this folder (it writes `latest` last), or would load another."""
+    if not (path / "checkpoint").is_dir():
+        return
+    if not is_zero_folder(path):
         raise ValueError(
             f"{path} is a checkpoint folder of DeepSpeed's that was not written to its end (it has no file `latest`): "
             "take another checkpoint, or copy the whole folder"
         )
+    for file in (path / "latest", path / _UNIVERSAL):
+        if file.is_file() and (named := file.read_bytes()[:99].strip()) != b"checkpoint":
+            raise ValueError(
+                f"{file} names the folder {named.decode(errors='replace')!r}, and Lightning writes into `checkpoint`: "
+                "take another checkpoint, or copy the whole folder again"
+            )
 
 
 def is_universal(path: Path) -> bool:
@@ -216,6 +223,7 @@ def load_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged, or holds objects that are not plain values.
     """
+    require_bounded(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=not _trusts.get())
@@ -234,8 +242,16 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """List all files with tensors in a DeepSpeed checkpoint folder."""
-    return sorted((path / "checkpoint").rglob("*.pt"))
+    """List all files with tensors in a DeepSpeed checkpoint folder.
+
+    Raises:
+        ValueError: If a folder in it is a link. DeepSpeed would follow the link, and this search does not.
+    """
+    found = sorted((path / "checkpoint").rglob("*"))
+    for file in found:
+        if file.is_symlink() and file.is_dir():
+            raise ValueError(f"{file} is a link to a folder: copy the folder that it leads to into its place")
+    return [file for file in found if file.suffix == ".pt"]
 
 
 def check_files(path: Path) -> None:
@@ -464,7 +480,7 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
 
     states: _States = {}
     for name, shape in (item for shapes in content["param_shapes"] for item in shapes.items()):
-        files = sorted((folder / name).glob("*.pt"))
+        files = sorted(inside(folder, name, folder.parent).glob("*.pt"))
         if _MASTER not in {file.stem for file in files}:
             raise ValueError(f"{folder / name} holds no {_MASTER}.pt: reshard the checkpoint again")
         numel = torch.Size(shape).numel()

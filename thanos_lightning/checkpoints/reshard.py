@@ -25,6 +25,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
+from thanos_lightning.checkpoints.foreign import inside
 from thanos_lightning.checkpoints.format import pruning_state, require_format
 from thanos_lightning.report.progress import open_phase
 
@@ -72,6 +73,7 @@ def reshard_checkpoint(
         with open_phase(f"Reading {path.name}", len(files), "files") as phase:
             for file in files:
                 require_intact(file)
+                _require_names(file)
                 phase.advance(note=file.name)
         with whole_folder(output) as folder:
             with open_phase(f"Converting {path.name}", adopts_bars=True):
@@ -97,6 +99,15 @@ def _check(path: Path, stage: int, is_universal: bool, processes: int) -> None:
                 f"{path} has parameters that are not trained, such as {name}, which DeepSpeed's universal format "
                 "leaves out at stage 3: resume on the number of ranks that wrote it"
             )
+
+
+def _require_names(file: Path) -> None:
+    """Raise ValueError if a parameter has a name that is no name of a folder, since DeepSpeed makes one of each."""
+    content = load_file(file)
+    state = content.get("optimizer_state_dict")
+    groups = [*(content.get("param_shapes") or []), *((state or {}).get("param_slice_mappings") or [])]
+    for name in (name for group in groups for name in group):
+        inside(file.parent, name, file)
 
 
 def _convert(source: Path, target: Path, processes: int) -> None:

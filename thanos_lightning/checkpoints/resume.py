@@ -1,18 +1,24 @@
-"""Checks a DeepSpeed checkpoint folder before resuming, and completes what DeepSpeed and Lightning leave undone."""
+"""Checks a checkpoint before it is loaded, and completes what DeepSpeed and Lightning leave undone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import pickle
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
+    CLASSES,
     Plan,
     check_files,
     check_one_save,
@@ -25,19 +31,93 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_plan,
     require_end,
 )
+from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, shard_files
 from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks
 
 _GUARDED = "_thanos_lightning_guards_resume"
+_SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads them
+_YES = ("1", "y", "yes", "true")
 
 
-def guard_resume(strategy: DeepSpeedStrategy) -> None:
-    """Check every checkpoint that this strategy loads from now on, and complete what DeepSpeed loads.
+def guard_resume(strategy: Strategy) -> None:
+    """Let this strategy load no code from a checkpoint, from now on and by any of the Trainer's methods.
 
-    - All ranks refuse a folder with damaged files, files of several saves, or objects that are not plain values. They
-      do so before DeepSpeed reads it and may run code from it. (Lightning does not pass on the weights_only=False of a
-      user who trusts it.) Each rank checks the checksums of its share of files.
+    All ranks refuse what could be read without an end, or holds objects that are not plain values. They do so before
+    torch or DeepSpeed reads it. In addition torch itself is told to read plain values alone, whatever its callers say.
+    A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to DeepSpeed's strategy.
+
+    The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.
+    """
+    if getattr(strategy, _GUARDED, False):
+        return
+    setattr(strategy, _GUARDED, True)
+    if isinstance(strategy, DeepSpeedStrategy):
+        _guard_deepspeed(strategy)
+    load_checkpoint = strategy.load_checkpoint
+
+    def safe_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        if False in (*args, kwargs.get("weights_only")) and not of_deepspeed:
+            return load_checkpoint(checkpoint_path, *args, **kwargs)
+        path = Path(checkpoint_path)
+        _raise_everywhere(strategy, _why_unsafe(path))
+        with _plain_values_alone(CLASSES if of_deepspeed else ()):
+            try:
+                return load_checkpoint(checkpoint_path, *args, **kwargs)
+            except (pickle.UnpicklingError, CheckpointException) as error:
+                failed = [cause for cause, _ in getattr(error, "failures", {}).values()]
+                if (why := next((e for e in (error, *failed) if isinstance(e, pickle.UnpicklingError)), None)) is None:
+                    raise
+                raise MisconfigurationException(str(not_plain(path, why))) from error
+
+    strategy.load_checkpoint = safe_load_checkpoint  # type: ignore[method-assign]
+
+
+def _why_unsafe(path: Path) -> str | None:
+    """Why a checkpoint is not to be loaded; None if it may be, or is not here (a URL)."""
+    try:
+        if shard_files(path):
+            check_shards(path)
+        elif is_zero_folder(path):
+            require_end(path)
+            check_files(path)
+        elif path.exists() and not path.is_dir():
+            require_bounded(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _raise_everywhere(strategy: Any, why: str | None) -> None:
+    for refused in Ranks(strategy.global_rank, getattr(strategy, "world_size", 1)).gather(why):
+        if refused is not None:
+            raise MisconfigurationException(refused)
+
+
+@contextmanager
+def _plain_values_alone(classes: Iterable[str]) -> Iterator[None]:
+    """Let `torch.load` read plain values and these classes alone, also where it is called with weights_only=False."""
+    if os.environ.get(_UNSAFE, "").lower() in _YES:  # the user's word, and torch refuses to be told both
+        yield
+        return
+    before = os.environ.get(_SAFE)
+    os.environ[_SAFE] = "1"
+    try:
+        with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in classes]):
+            yield
+    finally:
+        os.environ.pop(_SAFE)
+        if before is not None:
+            os.environ[_SAFE] = before
+
+
+def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Check every folder of which this strategy resumes from now on, and complete what DeepSpeed loads.
+
+    - All ranks refuse a folder with damaged files, or files of several saves. Each rank checks the checksums of its
+      share of files.
     - Another number of ranks, ZeRO stage or model is refused with advice. DeepSpeed alone would fail with a message
       that does not help, or load values that do not belong there.
     - A resharded folder is recognised. DeepSpeed alone needs an entry in its configuration.
@@ -46,12 +126,7 @@ def guard_resume(strategy: DeepSpeedStrategy) -> None:
     - DeepSpeed loads a resharded checkpoint without buffers and untrained parameters. They are loaded here.
     - With the optimizer on NVMe, DeepSpeed restores the masters but not the moments. A warning says so.
     - `load_full_weights` fills only the model's copy, which the first step would undo. The master is filled here.
-
-    The strategy's methods are wrapped, because the checkpoint is unknown until the engine is built.
     """
-    if getattr(strategy, _GUARDED, False):
-        return
-    setattr(strategy, _GUARDED, True)
     load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
 
     def guarded_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -95,7 +170,6 @@ def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
         require_end(path)
         if is_zero_folder(path):
             plan = read_plan(path)
-            check_files(path)
             check_one_save(path)
             share = files_of(path)[strategy.global_rank :: strategy.world_size]
             with open_phase(f"Reading {path.name}", len(share), "files") as phase:
@@ -104,9 +178,7 @@ def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
                     phase.advance(note=file.name)
     except (ValueError, OSError) as error:
         refused = str(error)
-    for why in Ranks(strategy.global_rank, strategy.world_size).gather(refused):
-        if why is not None:
-            raise MisconfigurationException(why)
+    _raise_everywhere(strategy, refused)
     return plan
 
 

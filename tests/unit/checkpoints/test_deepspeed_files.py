@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thanos_lightning.checkpoints.deepspeed_files import load_file, trusting
+from thanos_lightning.checkpoints.deepspeed_files import check_files, load_file, require_end, trusting
 
 
 class Mine:
@@ -33,3 +33,22 @@ def test_a_trusted_class_that_is_not_installed_is_named(tmp_path: Path, monkeypa
         torch.save(module.Mine(), tmp_path / "states.pt")
     with trusting(True), pytest.raises(ValueError, match=r"whose class is not to be had here .*of_another_machine"):
         load_file(tmp_path / "states.pt")
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed goes into it."""
+    torch.save(Mine(), tmp_path / "fp32.pt")
+    (tmp_path / "a.ckpt" / "checkpoint" / "zero").mkdir(parents=True)
+    (tmp_path / "a.ckpt" / "checkpoint" / "zero" / "layer.weight").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"layer\.weight is a link to a folder: copy"):
+        check_files(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("file", ["latest", "latest_universal"])
+def test_the_folder_that_deepspeed_would_load_is_the_one_that_is_read(tmp_path: Path, file: str) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / file).write_text("../elsewhere\n")
+    with pytest.raises(ValueError, match=rf"{file} names the folder '../elsewhere', and Lightning writes into `check"):
+        require_end(tmp_path)
+    (tmp_path / file).write_text("checkpoint\n")
+    require_end(tmp_path)

@@ -1,0 +1,134 @@
+"""What a file has to be before it is opened, since a stranger may have written it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LONGEST = 255  # letters of a name, which is what file systems allow
+_METADATA = "*.metadata"  # of FSDP2's folders: one of all ranks, or one of each rank
+# All that torch writes into such a file, beside plain values and dtypes
+_OF_METADATA = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "WindowsPath"},  # where Python 3.13 has them
+}
+
+
+def require_bounded(path: Path) -> None:
+    """Refuse what could be read without an end, or becomes far more than the file is.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If the path is no regular file, or an archive whose parts are compressed or overlap. `torch.save`
+            writes each part as it is, so that a checkpoint needs no more memory than its file has bytes.
+
+    Examples:
+        >>> import os, pytest
+        >>> with pytest.raises(ValueError, match="/dev/null is no regular file"):
+        ...     require_bounded(Path(os.devnull))
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a file that does")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file but a device or a pipe"
+        raise ValueError(f"{path} is {what}: give a file, or copy what it gives into one")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # zipfile raises many kinds of errors for damaged names and sizes
+        raise ValueError(f"{path} is damaged ({error}): take another checkpoint, or copy it again") from error
+    compressed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
+    if compressed is not None:
+        raise ValueError(
+            f"{path} has a compressed part ({compressed.filename[:_LONGEST]}), which torch.save never writes and which "
+            "may become larger than memory: take another checkpoint"
+        )
+    size = sum(part.file_size for part in parts)
+    if size > path.stat().st_size:
+        raise ValueError(
+            f"{path} has parts of {size:,} bytes in all, more than the whole file of {path.stat().st_size:,}: they "
+            "overlap, as torch.save never writes them: take another checkpoint"
+        )
+
+
+def inside(folder: Path, name: str, named_by: Path) -> Path:
+    """Return the path of a name that a file gives, of a file or folder right inside `folder`.
+
+    Raises:
+        ValueError: If the name leads elsewhere, or is too long for one.
+
+    Examples:
+        >>> inside(Path("out"), "default", Path("a.ckpt")).as_posix()
+        'out/default'
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > _LONGEST:
+        raise ValueError(
+            f"{named_by} has the name {str(name)[:_LONGEST]!r}, which would be a path: a name of a file or folder has "
+            f"at most {_LONGEST} letters and no slash. Take the file from somebody whom you trust"
+        )
+    return folder / name
+
+
+def shard_files(path: Path) -> list[Path]:
+    """List the files by which torch finds the shards in a folder of FSDP2; empty for any other path."""
+    return sorted(path.glob(_METADATA)) if path.is_dir() else []
+
+
+def check_shards(path: Path) -> None:
+    """Read what torch unpickles of FSDP2's folder, with the classes that torch writes and no others.
+
+    Raises:
+        ValueError: If there are objects of other classes, whose reading could run any code, or if a shard would be
+            read from outside of the folder.
+    """
+    for file in shard_files(path):
+        require_bounded(file)
+        try:
+            with file.open("rb") as opened:
+                metadata = _MetadataReader(opened).load()
+        except pickle.UnpicklingError as error:
+            raise not_plain(file, error) from error
+        except Exception as error:  # pickle raises many kinds of errors for a damaged file
+            raise ValueError(f"{file} is damaged: take another checkpoint, or copy it again") from error
+        storage = getattr(metadata, "storage_data", None)
+        if not isinstance(storage, dict):
+            raise ValueError(f"{file} is damaged: take another checkpoint, or copy it again")
+        for stored in storage.values():
+            require_bounded(inside(path, getattr(stored, "relative_path", ""), file))
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _OF_METADATA.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def not_plain(path: Path, error: Exception) -> ValueError:
+    """Make the error for what the Trainer would load of a checkpoint, if that could run code."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return ValueError(
+        f"{path} holds objects that are not plain values ({named[1] if named else error}), and reading these could run "
+        "any code: if you trust who wrote it, say fit --weights_only false (in Python, fit(…, weights_only=False))"
+    )
