@@ -10,10 +10,13 @@ import hashlib
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +42,8 @@ def compiled() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        with _own_folder() as folder:
+            loaded = ctypes.CDLL(str(_built(folder)))
     except (OSError, subprocess.SubprocessError) as error:
         of_the_folder = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
         unwritable = isinstance(error, OSError) and error.errno in of_the_folder
@@ -159,13 +163,27 @@ def project(moved: Float[Tensor, "rows cols"], iterates: "Iterates", ratio: floa
         raise MemoryError(f"no memory for rows of {cols} columns")
 
 
-def _built() -> Path:
-    """Return the shared library for this source and this CPU, and build it if it isn't there yet."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Yield the cache folder of libraries if this user alone can write to it, and else a new folder for this process.
+
+    A library runs when it is loaded, and a cache may be shared.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning" / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as private:
+        yield Path(private)
+
+
+def _built(cache: Path) -> Path:
+    """Return the shared library for this source and this CPU, and build it if it isn't in the folder yet."""
     library = cache / f"native-{hashlib.sha256(_SOURCE.read_bytes() + _cpu().encode()).hexdigest()[:16]}.so"
     if library.is_file():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "native.so"
         compiler = shlex.split(os.environ.get("CC", "cc"))  # CC may be "ccache gcc"

@@ -33,7 +33,7 @@ def fresh(tmp_path, monkeypatch):
     """As in a new process of a user whose cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.compiled.cache_clear()
-    yield tmp_path / "thanos_lightning"
+    yield tmp_path / "thanos_lightning" / "native"
     native.compiled.cache_clear()
 
 
@@ -213,6 +213,21 @@ def test_it_is_built_once(fresh):
     assert built.stat().st_mtime_ns == changed
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o707, None])
+def test_what_others_could_have_written_is_not_loaded(fresh, monkeypatch, mode):
+    assert native.usable(torch.ones(1))
+    (built,) = fresh.iterdir()
+    built.unlink()  # not written over, since this process runs it
+    built.write_bytes(b"another user's")
+    if mode is None:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        fresh.chmod(mode)
+    native.compiled.cache_clear()
+    assert native.usable(torch.ones(1))
+    assert built.read_bytes() == b"another user's"
+
+
 def test_another_cpu_has_a_library_of_its_own(fresh, monkeypatch):
     assert native.usable(torch.ones(1))
     monkeypatch.setattr(native, "_cpu", lambda: "another")
@@ -231,7 +246,7 @@ def _solve_in_a_new_process(folder: str) -> float:
 def test_processes_may_build_it_at_the_same_time(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_solve_in_a_new_process, [str(tmp_path)] * 2) == pytest.approx([1.0, 1.0])
-    assert len([*(tmp_path / "thanos_lightning").glob("*.so")]) == 1
+    assert len([*(tmp_path / "thanos_lightning" / "native").glob("*.so")]) == 1
 
 
 @pytest.mark.parametrize(
