@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from thanos_lightning.checkpoints.foreign import inside
 from thanos_lightning.models.adapters import MaskedAdapter, saved_modules
 from thanos_lightning.models.targets import layer_of
 from thanos_lightning.sharding.adapters import Adapted
@@ -18,6 +20,21 @@ from thanos_lightning.sharding.adapters import Adapted
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 _PARTS = ("lora_A", "lora_B")
 _NONE: Mapping[str, Any] = {"layers": {}, "configs": {}, "saved": {}}
+
+
+@dataclass(frozen=True)
+class _LayerNote:
+    transposed: bool
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AdaptersNote:
+    """The types of what `adapters_note` returns."""
+
+    layers: dict[str, _LayerNote]
+    configs: dict[str, dict[str, Any]]
+    saved: dict[str, list[str]]
 
 
 def adapters_note(model: nn.Module) -> dict[str, Any]:
@@ -97,7 +114,7 @@ def merge_adapters(
         elif _SAVED in name:  # a copy that peft has trained in the place of the original
             before, _, after = name.partition(_SAVED)
             copy, _, rest = after.partition(".")
-            if copy in adapters["saved"][f"{before}."]:
+            if copy in adapters["saved"].get(f"{before}.", ()):
                 replaced[f"{before}.{rest}"] = value
         elif not keep and layer in layers and name == f"{layer}{_BASE}weight":
             merged[plain_name(name)] = _effective(layer, value, weights, layers[layer])
@@ -107,29 +124,36 @@ def merge_adapters(
 
 
 def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
-    matrices = {
-        adapter: [weights[f"{layer}.{part}.{adapter}.weight"] for part in _PARTS] for adapter in about["scales"]
-    }
+    matrices = {adapter: [_part(layer, part, adapter, weights) for part in _PARTS] for adapter in about["scales"]}
     added = [(down, up * about["scales"][adapter]) for adapter, (down, up) in matrices.items()]
     whole = Adapted(weight.t() if about["transposed"] else weight, added).merged()
     return (whole.t() if about["transposed"] else whole).contiguous()
 
 
-def write_adapters(folder: Path, weights: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> list[str]:
+def _part(layer: str, part: str, adapter: str, weights: Mapping[str, Tensor]) -> Tensor:
+    name = f"{layer}.{part}.{adapter}.weight"
+    if name not in weights:
+        raise ValueError(f"the checkpoint lacks {name}, which its note names: it is damaged, give another one")
+    return weights[name]
+
+
+def write_adapters(
+    folder: Path, weights: Mapping[str, Tensor], adapters: Mapping[str, Any], checkpoint: Path
+) -> list[str]:
     """Write each adapter as peft does, into a folder of its name. Return the names.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or a name is no name of a folder.
     """
     names = sorted({adapter for about in adapters["layers"].values() for adapter in about["scales"]})
     if not names:
         raise ValueError("the checkpoint has no LoRA adapter of a pruned layer to keep: leave out --keep-adapter")
     for adapter in names:
-        own = folder / adapter
+        own = inside(folder, adapter, checkpoint)
         own.mkdir()
         save_file(
             {
-                f"base_model.model.{layer}.{part}.weight": weights[f"{layer}.{part}.{adapter}.weight"].contiguous()
+                f"base_model.model.{layer}.{part}.weight": _part(layer, part, adapter, weights).contiguous()
                 for layer, about in adapters["layers"].items()
                 if adapter in about["scales"]
                 for part in _PARTS

@@ -129,7 +129,7 @@ def export_checkpoint(
                 ) from error
         if keep_adapter:
             own = {name.removeprefix(prefix): value for name, value in trained.state_dict.items() if ".lora_" in name}
-            adapters = write_adapters(folder, own, adapters_of(note))
+            adapters = write_adapters(folder, own, adapters_of(note), path)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)
@@ -231,7 +231,7 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
         )
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the tokenizer {str(name)!r} {'' if given else 'that was used in training '}can't be loaded "

@@ -32,24 +32,34 @@ _OF_METADATA = {
 }
 
 
-def require_bounded(path: Path) -> None:
-    """Refuse what could be read without an end, or becomes far more than the file is.
+def require_regular(path: Path) -> None:
+    """Refuse what could be read without an end.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
-        ValueError: If the path is no regular file, or an archive whose parts are compressed or overlap. `torch.save`
-            writes each part as it is, so that a checkpoint needs no more memory than its file has bytes.
+        ValueError: If there is something else than a regular file.
 
     Examples:
         >>> import os, pytest
-        >>> with pytest.raises(ValueError, match="/dev/null is no regular file"):
-        ...     require_bounded(Path(os.devnull))
+        >>> with pytest.raises(ValueError, match="is no regular file but a device or a pipe"):
+        ...     require_regular(Path(os.devnull))
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a file that does")
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file but a device or a pipe"
         raise ValueError(f"{path} is {what}: give a file, or copy what it gives into one")
+
+
+def require_bounded(path: Path) -> None:
+    """Refuse a checkpoint that could become far more in memory than its file is.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If there is no regular file, or an archive whose parts are compressed or overlap. `torch.save`
+            writes each part as it is, so that a checkpoint needs no more memory than its file has bytes.
+    """
+    require_regular(path)
     if not zipfile.is_zipfile(path):
         return
     try:

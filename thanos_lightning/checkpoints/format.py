@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from thanos_lightning.checkpoints.adapters import adapters_note
+from thanos_lightning.checkpoints.adapters import AdaptersNote, adapters_note
 from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     NOTE_KEY,
@@ -22,11 +22,29 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_zero_folder,
     require_end,
 )
+from thanos_lightning.checkpoints.foreign import require_bounded
+from thanos_lightning.report.plain import read_as
 from thanos_lightning.sharding.masks import LayerMask
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 7  # version of the state and of the note
 CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
+# The types of what is read, of which there is more; the note has the latter half only where there is a model
+_OF_STATE = {
+    "arguments": dict[str, str],
+    "masks": dict[str, dict[str, Any]],
+    "optimizer_steps": int,
+    "report": dict[str, Any],
+}
+_OF_NOTE = {
+    "optimizer_parameters": list[list[str | None]] | None,
+    "architecture": str | None,
+    "model_prefix": str | None,
+    "adapters": AdaptersNote | None,
+    "config": dict[str, Any] | None,
+    "generation_config": dict[str, Any] | None,
+    "tokenizer": str | None,
+}
 
 
 def training_note(
@@ -127,6 +145,8 @@ class TrainerCheckpoint:
         require_end(path)
         if path.is_dir() and is_zero_folder(path):
             folder = read_zero_folder(path)
+            for content in (folder.content, *folder.others):
+                _require_types(content, path)
             return cls(path, folder.content, folder.others, folder.weights, folder.beside)
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
@@ -134,6 +154,7 @@ class TrainerCheckpoint:
             raise _not_a_checkpoint(path)
         if path.is_dir():
             raise sharded_error(path)
+        require_bounded(path)
         if not zipfile.is_zipfile(path):
             raise _not_a_checkpoint(path)
         try:
@@ -149,7 +170,9 @@ class TrainerCheckpoint:
             raise _not_a_checkpoint(path) from error
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
-        return cls(path, content, (), content["state_dict"], _moments(content))
+        _require_types(content, path)
+        tensors = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
+        return cls(path, content, (), tensors, _moments(content, path))
 
     def require_intact(self) -> None:
         """Raise ValueError if a file's bytes do not match their checksums. Reads every file in full."""
@@ -165,15 +188,17 @@ class TrainerCheckpoint:
             require_format(state, self.path)
         if not found:
             return None
-        return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
+        try:
+            return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged ({error}): take another checkpoint") from error
 
     def require_masks(self) -> dict[str, LayerMask]:
         """Return the masks, at least one. Raises ValueError if there is no state of the callback, or no mask in it."""
         masks = self.masks
         if masks is None:
             raise ValueError(
-                f"{self.path} holds no state of a {CALLBACK_KEY}: train with the callback, or say what to verify with "
-                "--pattern, such as --pattern 2:4"
+                f"{self.path} holds no state of a {CALLBACK_KEY}: give a checkpoint of a training with the callback"
             )
         if not masks:
             raise ValueError(
@@ -185,7 +210,7 @@ class TrainerCheckpoint:
     @property
     def describes_a_model(self) -> bool:
         """Whether the callback found a Hugging Face model and described it in its note."""
-        return "architecture" in (self.content.get(NOTE_KEY) or {})
+        return bool((self.content.get(NOTE_KEY) or {}).get("architecture"))
 
     def require_note(self) -> Mapping[str, Any]:
         """Return the note about the Hugging Face model. Raises ValueError if it is missing, or of another format."""
@@ -196,22 +221,48 @@ class TrainerCheckpoint:
             )
         note: Mapping[str, Any] = self.content[NOTE_KEY]
         require_format(note, self.path)
+        if lacking := [name for name in ("config", "model_prefix") if note.get(name) is None]:
+            raise ValueError(f"{self.path} is damaged (its note has no {lacking[0]}): take another checkpoint")
         return note
 
 
-def _moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]] | None:
+def _require_types(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse other types than the callback writes into its state and its note. Other versions wrote other types."""
+    try:
+        callbacks = read_as(dict[str, Any], content.get("callbacks", {}), "callbacks")
+        state = read_as(dict[str, Any] | None, pruning_state({"callbacks": callbacks}), "the callback's state")
+        note = read_as(dict[str, Any] | None, content.get(NOTE_KEY), "the callback's note")
+        for what, written, kinds in (("state", state, _OF_STATE), ("note", note, _OF_NOTE)):
+            if written is not None and written.get("format") == CHECKPOINT_FORMAT:
+                for name, kind in kinds.items():
+                    read_as(kind, written.get(name), f"{name} in the callback's {what}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): take another checkpoint") from error
+
+
+def _moments(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]] | None:
     """Map parameter names to their moments by name. Returns None if the moments have no known owners."""
     optimizers = content.get("optimizer_states", [])
-    named: Sequence[Sequence[str | None]] | None = content.get(NOTE_KEY, {}).get("optimizer_parameters")
+    named: Sequence[Sequence[str | None]] | None = (content.get(NOTE_KEY) or {}).get("optimizer_parameters")
     if named is None:
         return None if optimizers else {}
     moments: dict[str, dict[str, Tensor]] = {}
-    for optimizer, names in zip(optimizers, named, strict=True):
-        for index, state in optimizer["state"].items():
-            name = names[index]
-            if name is not None:
-                like = content["state_dict"].get(name)
-                moments[name] = {what: value for what, value in state.items() if _is_moment(value, like)}
+    try:
+        states = [entry.get("state") for entry in read_as(list[dict[str, Any]], optimizers, "optimizer_states")]
+        if len(states) != len(named):
+            raise ValueError(f"it has {len(states)} optimizers, and its note names the parameters of {len(named)}")
+        for number, (state, names) in enumerate(zip(states, named, strict=True)):
+            known = read_as(dict[int, dict[str, Any]], state, f"the state of optimizer {number}")
+            if known and not 0 <= min(known) <= max(known) < len(names):
+                raise ValueError(
+                    f"optimizer {number} has a state of parameter {max(known)}, and {len(names)} parameters"
+                )
+            for index, values in known.items():
+                if (name := names[index]) is not None:
+                    like = content["state_dict"].get(name)
+                    moments[name] = {what: value for what, value in values.items() if _is_moment(value, like)}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): take another checkpoint") from error
     return moments
 
 
@@ -238,4 +289,9 @@ def _first_line(error: Exception) -> str:
 
 def _is_moment(value: Any, like: Tensor | None) -> bool:
     """Whether an optimizer's value has an entry for each of the parameter's. Factored moments have not."""
-    return isinstance(value, Tensor) and value.is_floating_point() and like is not None and value.shape == like.shape
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and isinstance(like, Tensor)
+        and value.shape == like.shape
+    )

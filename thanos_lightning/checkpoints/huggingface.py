@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,71 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from thanos_lightning.checkpoints.deepspeed_files import require_end
+from thanos_lightning.checkpoints.foreign import inside, require_regular
 from thanos_lightning.checkpoints.format import sharded_error
 from thanos_lightning.checkpoints.lazy import LazyTensors
+from thanos_lightning.report.plain import read_as
+
+_MOST = 4096  # layers of a model, or experts of a layer
 
 
 def build_model(architecture: str, config: Any, path: Path) -> transformers.PreTrainedModel:
     """Build a model from its configuration, or from the dict of one, without allocating its weights.
 
-    Raises ValueError, which names `path`, if transformers has no class `architecture`.
+    Raises ValueError, which names `path`, if transformers has no class `architecture`, or can't make the model.
     """
-    model_class = getattr(transformers, architecture, None)
+    found = getattr(transformers, str(architecture), None)
+    model_class: Any = found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
     if model_class is None:
         raise ValueError(
             f"{path} holds a model of the class {architecture}, which transformers {transformers.__version__} does not "
             "have: install the version it was trained with. Models with code of their own are not supported"
         )
     if isinstance(config, Mapping):
-        config = model_class.config_class.from_dict(dict(config))
-    with torch.device("meta"):
-        return model_class(config)
+        _require_sizes(config, path)
+    with _naming(path):
+        if isinstance(config, Mapping):
+            config = model_class.config_class.from_dict(dict(config))
+        config._attn_implementation = "eager"  # it may name a kernel on a hub, whose code would be downloaded and run
+        with torch.device("meta"):
+            model: transformers.PreTrainedModel = model_class(config)
+            return model
+
+
+def read_config(folder: Path) -> transformers.PreTrainedConfig:
+    """Read the configuration in a Hugging Face folder. Raises ValueError, which names it, if it can't be right."""
+    path = folder / "config.json"
+    content = read_as(dict[str, Any], read_json(path), f"{path}: the configuration")
+    read_as(list[str] | None, content.get("architectures"), f"{path}: architectures")
+    _require_sizes(content, path)
+    with _naming(path):
+        config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        return config
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in what transformers raises, of many kinds, for a configuration that it can't use."""
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: transformers {transformers.__version__} can't make a model of its configuration ({why}): use the "
+            "version that it was trained with, or an undamaged copy"
+        ) from error
+
+
+def _require_sizes(config: Mapping[str, Any], path: Path) -> None:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _require_sizes(value, path)
+        elif isinstance(value, int) and str(name).endswith(("layer", "layers", "experts")) and value > _MOST:
+            raise ValueError(
+                f"{path}: {name} is {value:,}, and no model has more than {_MOST:,}: take an undamaged copy"
+            )
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -52,6 +99,7 @@ class SafetensorsFiles(LazyTensors):
     def __init__(self, path: Path) -> None:
         read: dict[str, Callable[[], Tensor]] = {}
         for file in _weight_files(path) if path.is_dir() else [path]:
+            require_regular(file)
             try:
                 with safe_open(file, framework="pt") as opened:
                     read |= {name: partial(_read, file, name) for name in opened.keys()}  # noqa: SIM118
@@ -74,8 +122,9 @@ def _weight_files(folder: Path) -> list[Path]:
     """List the model's .safetensors files, without files of another format that some folders also hold."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        content = read_as(dict[str, Any], read_json(index), f"{index}: the index")
+        names = sorted(set(read_as(dict[str, str], content.get("weight_map"), f"{index}: weight_map").values()))
+        missing = [name for name in names if not inside(folder, name, index).exists()]
         if missing:
             raise ValueError(f"{folder} lacks {some_of(missing)}, which {index.name} names: copy the whole folder")
         return [folder / name for name in names]
@@ -92,9 +141,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError if it is no JSON."""
+    require_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore or remove it") from error
 
 

@@ -11,19 +11,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from thanos_lightning.checkpoints.adapters import adapted_name
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
 from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
-from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, read_json
+from thanos_lightning.checkpoints.huggingface import (
+    SafetensorsFiles,
+    build_model,
+    parameter_aliases,
+    read_config,
+    read_json,
+)
 from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, part_of, whole_of
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
+from thanos_lightning.report.plain import read_as
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.masks import LayerMask, dim_of_channels, recorded_pattern
 from thanos_lightning.solver import Channels, Experts, Pattern
@@ -209,6 +216,10 @@ def _expect_of_trainer_checkpoint(
 ) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
     checkpoint = TrainerCheckpoint.read(path)
     checkpoint.require_intact()
+    if pattern is None and checkpoint.masks is None:
+        raise ValueError(
+            f"{path} holds no state of a ThanosPruningCallback: say what to check with --pattern, such as --pattern 2:4"
+        )
     masks = checkpoint.require_masks() if pattern is None else checkpoint.masks or {}
     moments = checkpoint.beside
     if moments is None and masks:
@@ -267,7 +278,7 @@ def _expect_matrices(
 
 def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str]) -> list[tuple[list[str], bool]]:
     """Return each targeted weight's possible names in the files, and whether it is stored transposed."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(folder)
     if not config.architectures:
         raise ValueError(
             f"{folder / 'config.json'} names no architecture, so its layers are not known: add "
@@ -379,16 +390,23 @@ def _read_record(path: Path) -> dict[str, _Expected]:
             f"{path} is not of format {_RECORD_FORMAT}: use the version of thanos_lightning that wrote it, or remove "
             "it and verify against a pattern"
         )
-    return {
-        name: _Expected(
-            pattern=recorded_pattern(entry),
-            transposed=entry["transposed"],
-            shape=tuple(entry["shape"]),
-            zeros=entry["zeros"],
-            dense_shape=tuple(entry["dense_shape"]) if "dense_shape" in entry else None,
-        )
-        for name, entry in record["tensors"].items()
-    }
+    try:
+        entries = read_as(dict[str, dict[str, Any]], record.get("tensors"), "tensors")
+        return {name: _expected_of_record(name, entry) for name, entry in entries.items()}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it, or remove it and verify against a pattern"
+        ) from error
+
+
+def _expected_of_record(name: str, entry: Mapping[str, Any]) -> _Expected:
+    return _Expected(
+        pattern=recorded_pattern(entry),
+        transposed=read_as(bool, entry.get("transposed"), f"transposed of {name}"),
+        shape=read_as(tuple[int, ...], entry.get("shape"), f"shape of {name}"),
+        zeros=read_as(int, entry.get("zeros"), f"zeros of {name}"),
+        dense_shape=read_as(tuple[int, ...] | None, entry.get("dense_shape"), f"dense_shape of {name}"),
+    )
 
 
 def write_record(folder: Path, reports: Sequence[TensorReport], masks: Iterable[LayerMask]) -> None:

@@ -103,6 +103,24 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
     return where + " ".join(line.strip() for line in [text, *rest])
 
 
+def why_not_made(message: str) -> str | None:
+    r"""Reduce a message of jsonargparse to why a class can't be made; None if it is about something else.
+
+    Examples:
+        >>> why_not_made(
+        ...     "Does not validate against any of the Union subtypes\nErrors:\n"
+        ...     "  - Expected a <class 'str'>\n  - no such device\nGiven value: Namespace(class_path='a.B')"
+        ... )
+        'a.B: no such device'
+    """
+    first, *lines = message.splitlines() or [""]
+    made = re.search(r"class_path='(.+?)'", message)
+    told = [part for part in _bullets(lines) if not part[0].startswith("- Expected a")]
+    if not first.startswith("Does not validate against any of the Union subtypes") or made is None or not told:
+        return None
+    return f"{made[1]}: {' '.join(line.strip() for line in told[-1]).removeprefix('- ')}"
+
+
 def is_ours(class_paths: Sequence[str]) -> bool:
     """Whether the options of ``GROUPS`` are meant: other classes may have options of these names."""
     return any(class_path.rpartition(".")[2] == "ThanosPruningCallback" for class_path in class_paths)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -70,7 +71,7 @@ class PlannedCLI(CLI):
     @override
     def instantiate_classes(self) -> None:
         with _building("model and data"), torch.device("meta"):
-            super().instantiate_classes()
+            LightningCLI.instantiate_classes(self)  # and not `CLI`'s, whose errors would hide those of the meta device
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -28,7 +28,13 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
         inside = sorted(path.rglob("*.ckpt"))
         mend = f"give what is in it, such as {inside[0]}" if inside else "give a .ckpt that the Trainer wrote"
         raise Mistake(f"--ckpt_path {ckpt_path} is a folder, and no checkpoint: {mend}")
-    return TrainerCheckpoint.read(path).content
+    content = TrainerCheckpoint.read(path).content
+    if "pytorch-lightning_version" not in content:
+        raise Mistake(
+            f"--ckpt_path {ckpt_path} holds weights and nothing of a training: give a .ckpt that the Trainer wrote, or "
+            "load the weights in a module of your own"
+        )
+    return content
 
 
 def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:

@@ -23,8 +23,10 @@ from typing_extensions import override
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
-from thanos_lightning.cli.mistakes import Mistake
-from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line
+from thanos_lightning.checkpoints.foreign import require_regular
+from thanos_lightning.checkpoints.resume import guard_resume
+from thanos_lightning.cli.mistakes import Mistake, users_mistake
+from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
@@ -51,6 +53,7 @@ class _Trainer(Trainer):
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
+        guard_resume(self.strategy)  # also where there is no callback that does
 
 
 class CLI(LightningCLI):
@@ -170,6 +173,16 @@ class CLI(LightningCLI):
             raise Mistake("no data is given to train on: add a data section, such as that of the recipe quickstart")
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            why = None if users_mistake(error) else why_not_made(str(error))  # what we say ourselves tells more
+            if why is None:
+                raise
+            raise Mistake(why) from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
             return super().instantiate_trainer(**kwargs)
@@ -287,7 +300,9 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
         return
     if path.is_dir():
         raise Mistake(f"--config {name} is a folder: give a YAML file, or a recipe's name")
-    if not path.exists():
+    if path.exists():
+        require_regular(path)
+    else:
         close = difflib.get_close_matches(path.stem, list(known), n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise Mistake(

@@ -5,6 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+_MOST = 100_000  # values of a configuration
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node of YAML has if each is written out wherever an alias stands for it. Reads each once."""
+    if not isinstance(getattr(node, "value", None), list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST + 1  # if it is met again before it is counted, it contains itself
+        inner = (one for entry in node.value for one in (entry if isinstance(entry, tuple) else (entry,)))
+        known[id(node)] = 1 + sum(_size(one, known) for one in inner)
+    return known[id(node)]
+
 
 def yaml_loader() -> tuple[Any, type[Exception]]:
     """Return a loader that reads 2:4 as text, and the exception that it raises.
@@ -37,6 +50,15 @@ def yaml_loader() -> tuple[Any, type[Exception]]:
         )
 
     def load(text: str) -> Any:
-        return yaml.load(text, Loader)  # a SafeLoader
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            if _size(node, {}) > _MOST:
+                raise yaml.YAMLError(f"with its aliases (*) written out it has more than {_MOST:,} values")
+            return None if node is None else loader.construct_document(node)
+        except RecursionError as error:
+            raise yaml.YAMLError("its brackets are nested too deeply") from error
+        finally:
+            loader.dispose()
 
     return load, yaml.YAMLError

@@ -116,7 +116,7 @@ def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
         ValueError: Shows an id with its token in the model and its token in the teacher.
     """
     try:
-        own, its = (load_tokenizer(name, trust_remote_code=False).get_vocab() for name in (model, teacher))
+        own, its = (load_tokenizer(name).get_vocab() for name in (model, teacher))
     except Exception:  # readers of many formats raise many kinds of errors, none a reason not to train
         return
     # Without tokenizer files, transformers makes up a tokenizer of some special tokens for most kinds of models.

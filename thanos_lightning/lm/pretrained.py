@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from thanos_lightning.checkpoints.foreign import require_regular
 from thanos_lightning.report.progress import open_phase
 
 SMOLLM2 = "smollm2-135m"
@@ -67,24 +68,29 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
     with torch.device("cpu"):  # a model of a package is converted once, with its weights
         source = _resolve(name)
+    with _naming("model", name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config._attn_implementation = attn_implementation  # it may name a kernel on a hub, whose code would be run
     if torch.get_default_device().type == "meta":
         with _naming("model", name):
-            config = AutoConfig.from_pretrained(source)
-            return AutoModelForCausalLM.from_config(config, dtype=wanted, attn_implementation=attn_implementation)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=wanted, attn_implementation=attn_implementation, trust_remote_code=False
+            )
     with _naming("model", name), open_phase(f"Loading {name}", adopts_bars=True):
         return AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
             attn_implementation=attn_implementation,
+            trust_remote_code=False,
         )
 
 
-def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         name: As for `load_pretrained`.
-        trust_remote_code: Whether code that comes with the tokenizer may run; None asks.
 
     Raises:
         ImportError: As `load_pretrained`.
@@ -96,7 +102,7 @@ def load_tokenizer(name: str, trust_remote_code: bool | None = None) -> PreTrain
     """
     source = _resolve(name)
     with _naming("tokenizer", name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
@@ -124,6 +130,10 @@ def _first_line(error: Exception) -> str:
 def _resolve(name: str) -> str:
     """Turn our own name, or a folder of the user's home, into what `from_pretrained` knows. Other names stay."""
     if name != SMOLLM2:
+        folder = Path(name).expanduser()
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.exists() and not file.is_dir():
+                require_regular(file)
         return os.path.expanduser(name)
     # The package is located, never imported: it imports llm and llama_cpp, which nothing here needs.
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
@@ -158,26 +168,33 @@ def _cached_smollm2(package: Path) -> Path:
         # A folder appears whole or not at all: another process may look for it, and this one may be killed
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
     except OSError as error:
-        raise FileNotFoundError(
-            f"{SMOLLM2!r} is kept in {cache}, which can't be written ({error.strerror}): set XDG_CACHE_HOME to another "
-            "folder"
-        ) from error
+        raise _unwritable(cache, error) from error
     try:
         with open_phase(f"Converting {files[0].name}", adopts_bars=True):
             convert_gguf(files[0], unfinished)
         unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
         unfinished.rename(folder)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same content
-            raise
+            raise _unwritable(cache, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
+def _unwritable(cache: Path, error: Exception) -> FileNotFoundError:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    return FileNotFoundError(
+        f"{SMOLLM2!r} is kept in {cache}, which can't be written ({why}): make room for 519 MB, or set XDG_CACHE_HOME "
+        "to another folder"
+    )
+
+
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder in fp32."""
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # The weights are plain tensors by now, but the model still carries the quantiser and refuses to be saved
     config = quantised.config
     del config.quantization_config
@@ -187,4 +204,4 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)

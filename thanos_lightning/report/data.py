@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from thanos_lightning.report.plain import read_as
 from thanos_lightning.report.stopwatch import finish
 
 _CPU = torch.device("cpu")
@@ -273,28 +274,17 @@ class PruningReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
-        """Rebuild a report from the result of `state`, or from the JSON in a file of `write`."""
+        """Rebuild a report from the result of `state`, or from the JSON in a file of `write`.
 
-        def layer(entry: dict[str, Any]) -> LayerReport:
-            losses = {name: math.nan if entry[name] is None else entry[name] for name in ("loss", "relative_loss")}
-            return LayerReport(**{**entry, **losses, "shape": tuple(entry["shape"])})
-
-        def points(entries: list[Any]) -> list[tuple[int, float]]:
-            return [(step, math.nan if value is None else value) for step, value in entries]
-
-        events = [
-            EventReport(
-                **{
-                    **event,
-                    "layers": [layer(entry) for entry in event["layers"]],
-                    "blocks": [BlockReport(**entry) for entry in event.get("blocks", ())],
-                }
-            )
-            for event in state["events"]
-        ]
-        past = state["history"]
-        history = History(points(past["losses"]), points(past["metrics"]), past["every"])
-        return cls(events, Summary(**state["summary"]), history)
+        Raises:
+            ValueError: If the state is of other types, or an event has no weights.
+        """
+        if "events" not in read_as(dict[str, Any], state, "the report"):
+            raise ValueError("the report has no events")
+        report: PruningReport = read_as(cls, state, "the report")
+        if any(math.prod(layer.shape) < 1 for event in report.events for layer in event.layers):
+            raise ValueError("the report has a layer without weights")
+        return report
 
     @classmethod
     def read(cls, path: Path) -> PruningReport:
@@ -303,7 +293,7 @@ class PruningReport:
             raise FileNotFoundError(f"{path} does not exist: give the pruning_report.json of a training")
         try:
             return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no pruning report ({error}): give the pruning_report.json of a training"
             ) from error

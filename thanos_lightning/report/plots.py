@@ -37,7 +37,8 @@ def plot_report(report: PruningReport, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'thanos-lightning[plots]'") from error
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
-             "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid": False}  # fmt: skip
+             "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid": False,
+             "text.parse_math": False}  # fmt: skip
     with rc_context(style):
         figure = Figure(figsize=(12, 8.5), layout="constrained", dpi=120)
         figure.suptitle(_title(report), x=0.01, ha="left", fontsize=13)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thanos_lightning.report.plain import read_as
 from thanos_lightning.solver import Channels, Pattern, parse_pattern
 
 
@@ -43,7 +45,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _require_size(packed: Tensor, shape: tuple[int, ...]) -> int:
     """Return the number of entries of the shape, after checking that the packed bytes fit it."""
-    numel = int(torch.Size(shape).numel())
+    numel = math.prod(shape)
     if packed.numel() != -(-numel // 8):
         raise ValueError(
             f"a packed mask of shape {tuple(shape)} takes {-(-numel // 8)} bytes, but {packed.numel()} were stored: "
@@ -119,10 +121,13 @@ class LayerMask:
         """Read what `state` wrote.
 
         Raises:
-            ValueError: If the bits do not fit the shape or the pattern is invalid.
+            ValueError: If a value is of another type, the bits do not fit the shape, or the pattern is invalid.
         """
-        rows, cols = state["shape"]
-        return cls(state["bits"], (rows, cols), recorded_pattern(state), state["transposed"])
+        shape = read_as(tuple[int, int], state.get("shape"), "a mask's shape")
+        bits = read_as(Tensor, state.get("bits"), "a mask's bits")
+        if min(shape) < 1 or bits.dtype != torch.uint8 or bits.dim() != 1:
+            raise ValueError(f"a mask has {bits.dtype} {tuple(bits.shape)} for {shape}: give an undamaged checkpoint")
+        return cls(bits, shape, recorded_pattern(state), read_as(bool, state.get("transposed"), "a mask's transposed"))
 
 
 def dim_of_channels(pattern: Pattern) -> dict[str, int]:
@@ -132,5 +137,13 @@ def dim_of_channels(pattern: Pattern) -> dict[str, int]:
 
 def recorded_pattern(entry: Mapping[str, Any]) -> Pattern:
     """Read the pattern of a mask's state, or of an entry of `sparsity.json`. An invalid one raises a ValueError."""
-    pattern = parse_pattern(entry["pattern"], entry["sparsity"], entry["outlier_fraction"])
-    return replace(pattern, dim=entry["dim"]) if isinstance(pattern, Channels) else pattern
+    name = read_as(str, entry.get("pattern"), "a pattern's name")
+    sparsity = read_as(float, entry.get("sparsity"), f"sparsity of {name}")
+    pattern = parse_pattern(
+        name, sparsity, read_as(float, entry.get("outlier_fraction"), f"outlier_fraction of {name}")
+    )
+    if not isinstance(pattern, Channels):
+        return pattern
+    if (dim := read_as(int, entry.get("dim"), f"dim of {name}")) not in (0, 1):
+        raise ValueError(f"dim of {name} is {dim}: it is 0 or 1")
+    return replace(pattern, dim=dim)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import resource
 import shutil
 import sys
+import zipfile
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
 import pytest
@@ -219,6 +225,7 @@ trainer:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["thanos-lightning"])
         assert main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "2"]) == 0
+        assert main(["export", "run/checkpoints/tiny.ckpt", "exported"]) == 0
     checkpoint = folder / "run" / "checkpoints" / "tiny.ckpt"
     (folder / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:9000])
     (folder / "garbage.ckpt").write_bytes(b"\x80garbage" * 99)
@@ -343,7 +350,254 @@ def test_an_exported_model_can_be_read_by_whom_the_umask_lets(trained: Path, mon
     monkeypatch.chdir(trained)
     before = os.umask(0o027)
     try:
-        assert main(["export", CHECKPOINT, "exported"]) == 0
+        assert main(["export", CHECKPOINT, "readable"]) == 0
     finally:
         os.umask(before)
-    assert {file.stat().st_mode & 0o777 for file in (trained / "exported").iterdir()} == {0o640}
+    assert {file.stat().st_mode & 0o777 for file in (trained / "readable").iterdir()} == {0o640}
+
+
+# Files that another program, or somebody else, may have written: what is wrong -> the command -> the line
+
+
+def pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def endless(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to("/dev/zero")
+
+
+def compressed(file: Path) -> None:
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/more", bytes(10**7))
+
+
+def overlapping(file: Path) -> None:
+    with zipfile.ZipFile(file, "a") as archive:
+        largest = max(archive.filelist, key=lambda part: part.file_size)
+        for number in range(9):
+            again = copy.copy(largest)
+            again.filename = f"archive/more/{number}"
+            archive.filelist.append(again)
+        archive.comment = b"so that the directory is written"
+
+
+def as_text(text: str) -> Callable[[Path], object]:
+    return lambda file: file.write_text(text)
+
+
+def with_entry(*keys: Any, value: Any) -> Callable[[Path], object]:
+    """The JSON in a file, or the content of a checkpoint, with another value at these keys."""
+
+    def change(file: Path) -> None:
+        is_json = file.suffix == ".json"
+        content = json.loads(file.read_text()) if is_json else torch.load(file, weights_only=True)
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        file.write_text(json.dumps(content)) if is_json else torch.save(content, file)
+
+    return change
+
+
+UP = "model.model.layers.0.mlp.up_proj.weight"
+STATE, NOTE = ("callbacks", "ThanosPruningCallback"), "thanos_lightning"
+RECORD, INDEX, CONFIG = "sparsity.json", "model.safetensors.index.json", "config.json"
+OF_UP = ("tensors", UP.removeprefix("model."))
+DEEP = "[" * 100_000
+VERIFY, AGAINST, EXPORT = ("verify", "hf"), ("verify", "hf", "--pattern", "2:4"), ("export", "a.ckpt", "out")
+FOLDERS = [
+    (RECORD, as_text("[]"), VERIFY, "hf/sparsity.json is not of format 1: use the version"),
+    (RECORD, as_text(DEEP), VERIFY, "hf/sparsity.json is damaged (maximum recursion"),
+    (RECORD, with_entry("tensors", value=[]), VERIFY, "hf/sparsity.json is damaged (tensors is [], not keys"),
+    (RECORD, with_entry("tensors", value={}), VERIFY, "hf has no tensor to check"),
+    (RECORD, with_entry(*OF_UP, value=3), VERIFY, "hf/sparsity.json is damaged (tensors: model.layers.0.mlp.up_pr"),
+    (RECORD, with_entry(*OF_UP, "shape", value="wide"), VERIFY, "hf/sparsity.json is damaged (shape of model.layers"),
+    (RECORD, with_entry(*OF_UP, "shape", value=[2**70]), VERIFY, "hf/sparsity.json is damaged (shape of model.layers"),
+    (RECORD, with_entry(*OF_UP, "zeros", value=None), VERIFY, "hf/sparsity.json is damaged (zeros of model.layers.0"),
+    (RECORD, with_entry(*OF_UP, "transposed", value=0), VERIFY, "hf/sparsity.json is damaged (transposed of model.la"),
+    (RECORD, with_entry(*OF_UP, "pattern", value=24), VERIFY, "hf/sparsity.json is damaged (a pattern's name is 24, "),
+    (RECORD, with_entry(*OF_UP, "sparsity", value="x"), VERIFY, "hf/sparsity.json is damaged (sparsity of 2:4 is 'x'"),
+    (RECORD, endless, VERIFY, "hf has no sparsity.json beside it: say what to check with --pattern"),
+    (INDEX, as_text("[]"), VERIFY, "hf/model.safetensors.index.json: the index is [], not keys and values"),
+    (INDEX, as_text("{}"), VERIFY, "hf/model.safetensors.index.json: weight_map is None, not keys and values"),
+    (INDEX, as_text(DEEP), VERIFY, "hf/model.safetensors.index.json is damaged (maximum recursion"),
+    (INDEX, as_text('{"weight_map": {"a": 3}}'), VERIFY, "hf/model.safetensors.index.json: weight_map.a is 3, not te"),
+    (INDEX, as_text('{"weight_map": {"a": "../x"}}'), VERIFY, "hf/model.safetensors.index.json has the name '../x', "),
+    (INDEX, as_text('{"weight_map": {"a": "/x"}}'), VERIFY, "hf/model.safetensors.index.json has the name '/x', whic"),
+    (CONFIG, as_text("null"), AGAINST, "hf/config.json: the configuration is None, not keys and values"),
+    (CONFIG, with_entry("architectures", value=5), AGAINST, "hf/config.json: architectures is 5, not a list"),
+    (CONFIG, with_entry("architectures", value=["logging"]), AGAINST, "hf holds a model of the class logging, which"),
+    (CONFIG, with_entry("model_type", value="none"), AGAINST, "hf/config.json: transformers "),
+    (CONFIG, with_entry("hidden_size", value="wide"), AGAINST, "hf/config.json: transformers "),
+    (CONFIG, with_entry("hidden_size", value=2**62), AGAINST, "hf: transformers "),
+    (CONFIG, with_entry("num_hidden_layers", value=10**6), AGAINST, "hf/config.json: num_hidden_layers is 1,000,000"),
+    ("model.safetensors", pipe, VERIFY, "hf/model.safetensors is no regular file but a device or a pipe: give a file"),
+    ("model.safetensors", endless, VERIFY, "hf/model.safetensors is no regular file but a device or a pipe: give"),
+    ("model.safetensors", as_text("x"), VERIFY, "hf/model.safetensors is damaged or no safetensors file ("),
+]
+CHECKPOINTS = [
+    (pipe, "is no regular file but a device or a pipe: give a file"),
+    (endless, "is no regular file but a device or a pipe: give a file"),
+    (compressed, "has a compressed part (archive/more), which torch.save never writes and which may become larger"),
+    (overlapping, "has parts of "),
+    (with_entry("callbacks", value=[1]), "is damaged (callbacks is [1], not keys and values)"),
+    (with_entry(*STATE, value="text"), "is damaged (the callback's state is 'text', not keys and values)"),
+    (with_entry(*STATE, "masks", value=None), "is damaged (masks in the callback's state is None, not keys and v"),
+    (with_entry(*STATE, "masks", UP, value=3), "is damaged (masks in the callback's state: model.model.layers.0."),
+    (with_entry(*STATE, "masks", UP, "bits", value=torch.ones(32)), "is damaged (a mask has torch.float32 (32,) for"),
+    (with_entry(*STATE, "masks", UP, "bits", value="text"), "is damaged (a mask's bits is 'text', not Tensor)"),
+    (with_entry(*STATE, "masks", UP, "shape", value=[16]), "is damaged (a mask's shape is (16,), not a list of 2)"),
+    (with_entry(*STATE, "masks", UP, "shape", value=[2**40] * 2), "is damaged (a packed mask of shape (109951162777"),
+    (with_entry(*STATE, "masks", UP, "pattern", value="1:0"), "is damaged (n:m = 1:0 keeps n of every m weights and"),
+    (with_entry(*STATE, "arguments", value={"a": 1}), "is damaged (arguments in the callback's state: a is 1, not t"),
+    (with_entry(NOTE, value=7), "is damaged (the callback's note is 7, not keys and values)"),
+    (with_entry(NOTE, "config", value=[]), "is damaged (config in the callback's note is [], not keys and values)"),
+    (with_entry(NOTE, "architecture", value=3), "is damaged (architecture in the callback's note is 3, not text)"),
+    (with_entry(NOTE, "adapters", value={}), "is damaged (adapters in the callback's note lacks "),
+    (with_entry(NOTE, "optimizer_parameters", value=[]), "is damaged (it has 1 optimizers, and its note names the p"),
+    (with_entry(NOTE, "optimizer_parameters", value=[[]]), "is damaged (optimizer 0 has a state of parameter 11, an"),
+    (with_entry("optimizer_states", value=5), "is damaged (optimizer_states is 5, not a list)"),
+    (with_entry("optimizer_states", 0, "state", value=[1]), "is damaged (the state of optimizer 0 is [1], not keys "),
+]
+EXPORTS = [
+    (with_entry(NOTE, "architecture", value="AutoConfig"), "a.ckpt holds a model of the class AutoConfig, which tra"),
+    (with_entry(NOTE, "architecture", value=None), "a.ckpt does not say which Hugging Face model it holds: train a "),
+    (with_entry(NOTE, "config", value=None), "a.ckpt is damaged (its note has no config): take another checkpoint"),
+    (with_entry(NOTE, "config", "num_hidden_layers", value=10**5), "a.ckpt: num_hidden_layers is 100,000, and no "),
+    (with_entry(NOTE, "config", "hidden_size", value="wide"), "a.ckpt: transformers "),
+    (with_entry("state_dict", UP, value="text"), "the weights in a.ckpt do not fit LlamaForCausalLM: missing "),
+    (with_entry(*STATE, "report", "events", value=7), "the report: events is 7, not a list"),
+    (with_entry("callbacks", value={}), "a.ckpt holds no state of a ThanosPruningCallback: give a checkpoint of a tr"),
+]
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A folder with hf, which was exported, and a.ckpt, both to be damaged; it is the current one."""
+    shutil.copytree(trained / "exported", tmp_path / "hf")
+    shutil.copy(trained / CHECKPOINT, tmp_path / "a.ckpt")
+    for name in ("tiny", "tiny.yaml", "text.txt"):
+        (tmp_path / name).symlink_to(trained / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("file", "damage", "command", "line"), FOLDERS)
+def test_files_of_a_folder(
+    copied: Path,
+    file: str,
+    damage: Callable[[Path], object],
+    command: tuple[str, ...],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(copied / "hf" / file)
+    assert line_of(capsys, *command).startswith(line)
+
+
+@pytest.mark.parametrize(("damage", "line"), CHECKPOINTS)
+def test_checkpoints(
+    copied: Path, damage: Callable[[Path], object], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copied / "a.ckpt")
+    for command in (("verify", "a.ckpt"), EXPORT):
+        assert line_of(capsys, *command).startswith(f"a.ckpt {line}")
+    assert not (copied / "out").exists()
+
+
+@pytest.mark.parametrize(("damage", "line"), EXPORTS)
+def test_what_an_export_reads(
+    copied: Path, damage: Callable[[Path], object], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copied / "a.ckpt")
+    assert line_of(capsys, *EXPORT).startswith(line)
+    assert not (copied / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (pipe, "a.ckpt is no regular file but a device or a pipe: give a file"),
+        (compressed, "a.ckpt has a compressed part (archive/more), which torch.save never writes and which may "),
+        (with_entry(*STATE, "masks", value=None), "a.ckpt is damaged (masks in the callback's state is None, not "),
+        (
+            lambda file: torch.save({"state_dict": torch.load(file, weights_only=True)["state_dict"]}, file),
+            "--ckpt_path a.ckpt holds weights and nothing of a training: give a .ckpt that the Trainer wrote",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", pytest.param("validate", marks=pytest.mark.rest)])
+def test_checkpoints_to_go_on_from(
+    copied: Path, command: str, damage: Callable[[Path], object], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copied / "a.ckpt")
+    assert line_of(capsys, command, "--config", "tiny.yaml", "--ckpt_path", "a.ckpt").startswith(line)
+
+
+def aliases(first: str, form: str) -> Callable[[Path], object]:
+    """Lines of which each names the one before it nine times."""
+    lines = [f"{b}: &{b} {form.format(','.join([f'*{a}'] * 9))}\n" for a, b in pairwise("abcdefghi")]
+    return as_text("".join([f"a: &a {first}\n", *lines]))
+
+
+@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (pipe, "mine.yaml is no regular file but a device or a pipe: give a file"),
+        (aliases("[1]", "[{}]"), "--config mine.yaml is no YAML: with its aliases (*) written out it has more t"),
+        (aliases("{k: 1}", "{{<<: [{}]}}"), "--config mine.yaml is no YAML: with its aliases (*) written out it h"),
+        (as_text("[" * 2000), "--config mine.yaml is no YAML: its brackets are nested too deeply"),
+        (as_text("a: &a [*a]\n"), "--config mine.yaml is no YAML: with its aliases (*) written out it has more than"),
+    ],
+)  # fmt: skip
+def test_configurations(
+    damage: Callable[[Path], object], line: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(Path("mine.yaml"))
+    assert line_of(capsys, command, "--config", "mine.yaml").startswith(line)
+
+
+EVENT = ("events", 0)
+LAYER = (*EVENT, "layers", 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (as_text("[]"), "report.json is no pruning report (the report is [], not keys and values): give the prun"),
+        (as_text(DEEP), "report.json is no pruning report (maximum recursion depth"),
+        (as_text("{}"), "report.json is no pruning report (the report has no events): give the pruning_report.js"),
+        (with_entry("events", value={}), "report.json is no pruning report (the report: events is {}, not a list)"),
+        (with_entry(*EVENT, value=None), "report.json is no pruning report (the report: events is None, not keys"),
+        (with_entry(*EVENT, "step", value="x"), "report.json is no pruning report (the report: events.step is 'x', "),
+        (with_entry(*EVENT, "step", value=10**30), "report.json is no pruning report (the report: events.step is 10"),
+        (with_entry(*EVENT, "target", value=[]), "report.json is no pruning report (the report: events.target is []"),
+        (with_entry(*EVENT, "more", value=1), "report.json is no pruning report (the report: events has 'more', which"),
+        (with_entry(*LAYER, "name", value=3), "report.json is no pruning report (the report: events.layers.name is 3"),
+        (with_entry(*LAYER, "name", value="x" * 10**6), "report.json is no pruning report (the report: events.layers"),
+        (with_entry(*LAYER, "shape", value=[8]), "report.json is no pruning report (the report: events.layers.shape"),
+        (with_entry(*LAYER, "shape", value=[0, 8]), "report.json is no pruning report (the report has a layer without"),
+        (with_entry(*LAYER, "loss", value="x"), "report.json is no pruning report (the report: events.layers.loss is"),
+        (with_entry("summary", value=[]), "report.json is no pruning report (the report: summary is [], not keys and"),
+        (with_entry("summary", "metric", value=1), "report.json is no pruning report (the report: summary.metric is 1"),
+        (with_entry("history", "losses", value=[[1]]), "report.json is no pruning report (the report: history.losses "),
+        (with_entry("events", value=[]), "the report has no event: nothing to plot"),
+        (pipe, "report.json does not exist: give the pruning_report.json of a training"),
+    ],
+)
+def test_reports(
+    trained: Path, damage: Callable[[Path], object], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(trained / "run" / "pruning_report.json", "report.json")
+    damage(Path("report.json"))
+    assert line_of(capsys, "plot", "report.json", "a.png").startswith(line)
+
+
+def test_deepspeed_that_is_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.strategies.deepspeed._DEEPSPEED_AVAILABLE", False)
+    said = line_of(capsys, "fit", "--config", "quickstart-zero3-cpu")
+    assert said.startswith("thanos_lightning.CPUDeepSpeed: To use the `DeepSpeedStrategy`, you must have DeepSpeed ins")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from require import without
+from safetensors import SafetensorError
 from toy import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -89,13 +90,14 @@ def test_the_cache_appears_whole_and_is_used_again(monkeypatch, fake_package):
     assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
 
 
-def test_a_failed_conversion_leaves_nothing(monkeypatch, fake_package):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_conversion_leaves_nothing_and_is_said(monkeypatch, fake_package, kind):
     def convert(file: Path, folder: Path) -> None:
         (folder / "half").touch()
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FileNotFoundError, match=r"can't be written \(No space left .*519 MB, or set XDG_CACHE_HOME"):
         pretrained._resolve("smollm2-135m")
     assert os.listdir(fake_package) == []
 
@@ -123,6 +125,43 @@ def test_a_faster_process_wins(monkeypatch, fake_package):
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
     assert os.listdir(pretrained._resolve("smollm2-135m")) == ["theirs"]
     assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
+
+
+def change(folder, name, **entries):
+    path = Path(folder) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "entry"),
+    [
+        (load_pretrained, "config.json", {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}),
+        (load_tokenizer, "tokenizer_config.json", {"AutoTokenizer": ["code.Mine", None]}),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_code_of_a_model_is_not_run_and_not_asked_for(tiny, monkeypatch, load, name, entry, device):
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (Path(tiny) / "code.py").write_text("from pathlib import Path\nPath('made').touch()\n")
+    change(tiny, name, auto_map=entry, tokenizer_class="Mine", model_type="mine", architectures=["Mine"])
+    monkeypatch.chdir(tiny)
+    with torch.device(device), pytest.raises(ValueError, match=r"can't be loaded \(.*code"):
+        load(tiny)
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_kernel_that_a_configuration_names_is_not_used(tiny, device):
+    change(tiny, "config.json", _attn_implementation="owner/kernel", attn_implementation="owner/kernel")
+    with torch.device(device):
+        assert load_pretrained(tiny).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_tokenizer])
+def test_a_pipe_is_not_waited_for(tiny, load):
+    os.mkfifo(Path(tiny) / "vocabulary")
+    with pytest.raises(ValueError, match="vocabulary is no regular file"):
+        load(tiny)
 
 
 @pytest.mark.rest
