@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.checksums import require_intact
+from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks
 
@@ -55,7 +55,7 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         file = Path(path)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        partial = partial_beside(file)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as opened:
@@ -87,14 +87,14 @@ def save_whole(strategy: Strategy, *, shards: bool = False) -> None:
     """Make a strategy's checkpoints appear whole or not at all, if they are folders or Lightning's own files.
 
     Changes the strategy in place. `shards` says whether it writes a folder to which each rank adds its shards. If one
-    rank cannot write, all ranks raise its `UnwrittenError`.
+    rank cannot write, all ranks raise its `UnwrittenError`. Loading finds a folder that a killed save has set aside.
     """
     if hasattr(strategy.save_checkpoint, "whole"):
         return
-    if isinstance(strategy, DeepSpeedStrategy):
-        _replace(strategy, _beside(strategy, _by_deepspeed))
-    elif shards:
-        _replace(strategy, _beside(strategy, _by_torch))
+    if isinstance(strategy, DeepSpeedStrategy) or shards:
+        write = _by_deepspeed if isinstance(strategy, DeepSpeedStrategy) else _by_torch
+        _replace(strategy, _beside(strategy, write))
+        strategy.load_checkpoint = _brought_back(strategy.load_checkpoint)  # type: ignore[method-assign]
     elif isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
@@ -107,11 +107,30 @@ def _replace(strategy: Strategy, save_checkpoint: Any) -> None:
     strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
 
+def _brought_back(load: Callable[..., dict[str, Any]]) -> Any:
+    def load_checkpoint(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        bring_back(Path(checkpoint_path))
+        return load(checkpoint_path, *args, **kwargs)
+
+    return load_checkpoint
+
+
 def _raise_everywhere(strategy: Any, path: Path, why: str | None) -> None:
     """Raise on all ranks if one rank could not write. All ranks must call it."""
     for rank, reason in enumerate(Ranks(strategy.global_rank, strategy.world_size).gather(why)):
         if reason is not None:
             raise UnwrittenError(path, reason, rank if strategy.world_size > 1 else None)
+
+
+@contextmanager
+def _raised_everywhere(strategy: Any, path: Path) -> Iterator[None]:
+    """Raise on all ranks if one rank's block fails. All ranks must call it, and wait for each other at its end."""
+    why = None
+    try:
+        yield
+    except OSError as error:
+        why = _reason(error)
+    _raise_everywhere(strategy, path, why)
 
 
 def _by_the_first(strategy: Any) -> Any:
@@ -170,32 +189,26 @@ def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None
             save(checkpoint, filepath, storage_options)
             return
         path = Path(strategy.broadcast(filepath))
-        partial = path.with_name(f".{path.name}.partial")
         if strategy.local_rank == 0:  # a node may have its own disk
-            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+            clear(path)
+        partial = Path(strategy.broadcast(partial_beside(path) if strategy.local_rank == 0 else None))
         strategy.barrier()
+        # Whoever has made the folder renames it. Nobody looks whether it is there: over NFS, another node may see a
+        # name that was renamed half a minute ago. To make a new name asks the disk itself
+        made = False
+        for has_turn in (strategy.is_global_zero, strategy.local_rank == 0):
+            with _raised_everywhere(strategy, path), suppress(FileExistsError):
+                if has_turn and not made:
+                    partial.mkdir(parents=True)
+                    made = True
         why = write(strategy, lambda: save(checkpoint, partial, storage_options))
         try:
             _raise_everywhere(strategy, path, why)
         except UnwrittenError:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             raise
-        if strategy.is_global_zero:
-            _put_in_place(partial, path)
-        strategy.barrier()
-        if strategy.local_rank == 0 and partial.exists():  # this node has its own disk
-            _put_in_place(partial, path)
+        with _raised_everywhere(strategy, path):
+            if made:
+                put_in_place(partial, path)
 
     return save_checkpoint
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)

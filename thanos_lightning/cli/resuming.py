@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.cli.mistakes import Mistake
 
@@ -20,7 +21,10 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
         ValueError: If the checkpoint is damaged, or holds objects that are not plain values.
     """
     path = Path(ckpt_path)
-    if ckpt_path in _SPECIAL or "://" in ckpt_path or (path / ".metadata").is_file():  # a folder of FSDP2
+    if ckpt_path in _SPECIAL or "://" in ckpt_path:
+        return {}
+    bring_back(path)
+    if (path / ".metadata").is_file():  # a folder of FSDP2
         return {}
     if not path.exists():
         raise Mistake(f"--ckpt_path {ckpt_path} does not exist (in {Path.cwd()}): give a .ckpt that the Trainer wrote")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -32,6 +33,24 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UnwrittenError, match=r"Not a directory|File exists"):
         WholeFiles().save_checkpoint(CONTENT, tmp_path / "file" / "a.ckpt")
+
+
+class Killing:
+    """Ends the process that saves it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        os._exit(9)
+
+
+def test_what_a_killed_save_leaves_goes_with_the_next_one(tmp_path: Path) -> None:
+    WholeFiles().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    if not (child := os.fork()):
+        WholeFiles().save_checkpoint({**CONTENT, "step": Killing()}, tmp_path / "a.ckpt")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    WholeFiles().save_checkpoint({"step": 2}, tmp_path / "b.ckpt")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True) == {"step": 1}
 
 
 def test_means_of_ones_own_stay() -> None:
