@@ -142,14 +142,14 @@ class TrainerCheckpoint:
         """
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
+        if (path / "config.json").is_file():
+            raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
         require_end(path)
         if path.is_dir() and is_zero_folder(path):
             folder = read_zero_folder(path)
             for content in (folder.content, *folder.others):
                 _require_types(content, path)
             return cls(path, folder.content, folder.others, folder.weights, folder.beside)
-        if (path / "config.json").is_file():
-            raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
         if path.is_dir() and not any(path.glob("**/.metadata")):
             raise _not_a_checkpoint(path)
         if path.is_dir():

@@ -118,25 +118,54 @@ def _read(file: Path, name: str) -> Tensor:
     return tensor
 
 
+# In the order in which transformers takes one of them, after those whose names it makes for itself
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = "adapter_config.json"  # transformers puts the adapter on whatever it has loaded
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    """List the model's .safetensors files, without files of another format that some folders also hold."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        content = read_as(dict[str, Any], read_json(index), f"{index}: the index")
-        names = sorted(set(read_as(dict[str, str], content.get("weight_map"), f"{index}: weight_map").values()))
-        missing = [name for name in names if not inside(folder, name, index).exists()]
-        if missing:
-            raise ValueError(f"{folder} lacks {some_of(missing)}, which {index.name} names: copy the whole folder")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """List the files that transformers would load.
+
+    Raises ValueError if these are not .safetensors files, or if the folder holds other weights beside them.
+    """
+    named = _named_by_configuration(folder)
+    found = [*sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1], *named]
+    found += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} says two things: {found[0]} and {found[1]} both say what transformers loads. Move what is not "
+            "the model out of the folder, or give a .safetensors file"
+        )
+    if not found:
         require_end(folder)
         if (folder / ".metadata").is_file():
             raise sharded_error(folder)
-        raise ValueError(f"{folder} holds no .safetensors file: give a Hugging Face folder, or a .ckpt file")
-    return files
+    if found == [_INDEX]:
+        return _shards(folder)
+    if found != ["model.safetensors"]:
+        raise ValueError(
+            f"{folder} holds {found[0] if found else 'no weights'}, and no model.safetensors: give a folder that "
+            "save_pretrained wrote, a .safetensors file, or a .ckpt file"
+        )
+    return [folder / "model.safetensors"]
+
+
+def _named_by_configuration(folder: Path) -> list[str]:
+    """The weights that config.json names, which transformers loads and no others."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    name = config.get("transformers_weights") if isinstance(config, Mapping) else None
+    return [] if name is None else [f"config.json's transformers_weights {name!r}"]
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    content = read_as(dict[str, Any], read_json(index), f"{index}: the index")
+    names = sorted(set(read_as(dict[str, str], content.get("weight_map"), f"{index}: weight_map").values()))
+    missing = [name for name in names if not inside(folder, name, index).exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {some_of(missing)}, which {_INDEX} names: copy the whole folder")
+    return [folder / name for name in names]
 
 
 def read_json(path: Path) -> Any:

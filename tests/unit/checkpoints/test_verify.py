@@ -1,3 +1,4 @@
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -166,8 +167,71 @@ def test_single_file(copied, tmp_path):
         verify_checkpoint(alone / "model.safetensors", NM(2, 4))
 
 
+def index_of(folder, name):
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_config.json",
+        "shard-00000-model-00001-of-00001.safetensors",
+    ],
+)
+def test_a_folder_that_says_two_things(copied, other):
+    """Whichever of the two transformers loads, or puts on the other, the zeros of one alone say nothing."""
+    folder = copied["llama"]
+    if other == "model.safetensors.index.json":
+        index_of(folder, "model-00001-of-00001.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    (folder / other).touch()
+    with pytest.raises(ValueError, match="says two things") as error:
+        verify_checkpoint(folder)
+    assert other in str(error.value)
+    assert "model.safetensors and" in str(error.value) or "and model.safetensors" in str(error.value)
+    assert not failed(verify_checkpoint(folder / "model.safetensors"))
+
+
+def test_a_folder_of_transformers_and_of_deepspeed(copied):
+    (copied["llama"] / "checkpoint").mkdir()
+    (copied["llama"] / "latest").touch()
+    with pytest.raises(ValueError, match="is a Hugging Face folder, not a trainer's"):
+        verify_checkpoint(copied["llama"])
+
+
+def test_a_configuration_that_names_the_weights(copied):
+    folder = copied["llama"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(ValueError, match=r"transformers_weights 'other\.safetensors' and model\.safetensors both say"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("loaded", ["pytorch_model.bin", "adapter_config.json", "no weights"])
+def test_safetensors_that_transformers_does_not_load(copied, loaded):
+    folder = copied["llama"]
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    if loaded != "no weights":
+        (folder / loaded).touch()
+    with pytest.raises(ValueError, match=f"holds {loaded}, and no model.safetensors: give a folder that"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/out.safetensors", "sub/out.safetensors"])
+def test_an_index_that_leaves_the_folder(copied, name):
+    folder = copied["llama"]
+    index_of(folder, name)
+    (folder / "model.safetensors").rename(folder.parent / "out.safetensors")
+    with pytest.raises(ValueError, match=f"{name!r}, which would be a path"):
+        verify_checkpoint(folder)
+
+
 def test_nothing_to_verify(tmp_path, exported):
-    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"holds no weights, and no model\.safetensors"):
         verify_checkpoint(tmp_path, NM(2, 4))
     with pytest.raises(ValueError, match="matches no prunable layer"):
         verify_checkpoint(exported["llama"], NM(2, 4), targets=["nothing"])
