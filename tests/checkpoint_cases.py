@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.verify import TensorReport
+from thanos_lightning.sharding.masks import LayerMask, pack_bits
 
 PRUNED = {"llama": "model.layers.1.mlp.up_proj.weight", "gpt2": "transformer.h.1.mlp.c_fc.weight"}
 names = pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -65,6 +66,43 @@ def change_checkpoint(source: Path, target: Path, change: Callable[[dict[str, An
     change(content)
     torch.save(content, target)
     return target
+
+
+def _masks(content: dict[str, Any]) -> dict[str, Any]:
+    (state,) = content["callbacks"].values()
+    masks: dict[str, Any] = state["masks"]
+    return masks
+
+
+def _flip(content: dict[str, Any], *, kept: bool) -> None:
+    """Let one entry of a mask be pruned that was kept, or the other way round."""
+    mask = _masks(content)[f"model.{PRUNED['llama']}"]
+    keep = LayerMask.from_state(mask).keep
+    keep.view(-1)[keep.view(-1).eq(kept).nonzero()[0]] = not kept
+    mask["bits"] = pack_bits(keep)
+
+
+def _narrow(content: dict[str, Any]) -> None:
+    state = content["optimizer_states"][0]["state"]
+    index = next(index for index, entry in state.items() if tuple(entry["exp_avg"].shape) == (48, 32))
+    state[index]["exp_avg"] = state[index]["exp_avg"][:, :8].clone()
+
+
+# What is no accident, since its checksums are right -> how it is done to a llama's checkpoint, and what is said
+CHANGED_MASKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "one entry kept": (lambda content: _flip(content, kept=False), "1 more entries than|prunes 767 entries"),
+    "one entry pruned": (lambda content: _flip(content, kept=True), "prunes 769 entries, recorded were 768"),
+    "one mask missing": (
+        lambda content: _masks(content).pop(f"model.{PRUNED['llama']}"),
+        "mask of model.model.layers.1.mlp.up_proj.weight, of 768 pruned entries, is missing",
+    ),
+    "all masks missing": (lambda content: _masks(content).clear(), "of 512 pruned entries, is missing"),
+    "other weights": (
+        lambda content: content["state_dict"][f"model.{PRUNED['llama']}"].fill_(1.0),
+        "768 pruned entries|768 of 768 pruned entries",
+    ),
+    "a moment of another shape": (_narrow, r"moment exp_avg of .* has shape \(48, 8\), the parameter has \(48, 32\)"),
+}
 
 
 def change_a_byte(file: Path, at: float | None = None) -> None:

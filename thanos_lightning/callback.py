@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
-from thanos_lightning.checkpoints.format import CALLBACK_KEY, training_note
+from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
@@ -329,6 +329,10 @@ class ThanosPruningCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._past = Past.of_state(state_dict)
         self._restored = state_dict
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        require_shapes(checkpoint)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _SWAPPED = "offloaded_tensors"
 _trusts: ContextVar[bool] = ContextVar("trusts", default=False)
 NOTE_KEY = "thanos_lightning"  # key of the callback's note, see `format.training_note`
+# Of Adam and SGD. What other optimizers keep may have other shapes than the parameter
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 _MASTER = "fp32"  # the key and file name of the fp32 master
 
 
@@ -374,11 +376,17 @@ _States = dict[str, dict[str, Callable[[], Tensor]]]
 
 def _moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     # Moments have the master's dimensions, unlike the step. Those of a flat group also keep the padding at its end.
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.dim() == like.dim() and value.numel() >= like.numel() > 0
-    }
+    moments = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and like.numel() > 0:
+            if value.dim() == like.dim() and value.numel() >= like.numel():
+                moments[name] = value
+            elif name in MOMENTS:
+                raise ValueError(
+                    f"a moment {name} has shape {tuple(value.shape)}, its parameters have {tuple(like.shape)}: the "
+                    "checkpoint was changed after it was saved, take another one"
+                )
+    return moments
 
 
 def _of_stage_3(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:

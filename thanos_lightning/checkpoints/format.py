@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from thanos_lightning.checkpoints.adapters import AdaptersNote, adapters_note
 from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
+    MOMENTS,
     NOTE_KEY,
     files_of,
     is_zero_folder,
@@ -24,7 +25,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
 )
 from thanos_lightning.checkpoints.foreign import require_bounded
 from thanos_lightning.report.plain import read_as
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.sharding.masks import LayerMask, checked
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 7  # version of the state and of the note
@@ -171,6 +172,7 @@ class TrainerCheckpoint:
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
         _require_types(content, path)
+        require_shapes(content)
         tensors = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
         return cls(path, content, (), tensors, _moments(content, path))
 
@@ -181,7 +183,10 @@ class TrainerCheckpoint:
 
     @property
     def masks(self) -> dict[str, LayerMask] | None:
-        """Parameter name in the LightningModule -> mask. None if there is no state of the callback."""
+        """Parameter name in the LightningModule -> mask. None if there is no state of the callback.
+
+        Raises ValueError if a mask is not the one that was saved, or is missing.
+        """
         states = [pruning_state(content) for content in (self.content, *self.others)]
         found = [state for state in states if state is not None]
         for state in found:
@@ -189,9 +194,10 @@ class TrainerCheckpoint:
         if not found:
             return None
         try:
-            return {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
+            masks = {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}): take another checkpoint") from error
+        return {name: mask for name, mask, _ in checked(masks.items(), found[0].get("pruned"))}
 
     def require_masks(self) -> dict[str, LayerMask]:
         """Return the masks, at least one. Raises ValueError if there is no state of the callback, or no mask in it."""
@@ -264,6 +270,22 @@ def _moments(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tens
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): take another checkpoint") from error
     return moments
+
+
+def require_shapes(content: Mapping[str, Any]) -> None:
+    """Raise ValueError if a moment of Adam or SGD has another shape than its parameter."""
+    named = (content.get(NOTE_KEY) or {}).get("optimizer_parameters") or []
+    weights = content.get("state_dict") or {}
+    for optimizer, names in zip(content.get("optimizer_states", []), named, strict=False):
+        for index, name in enumerate(names):
+            like, state = weights.get(name), optimizer["state"].get(index, {})
+            for what in MOMENTS & state.keys():
+                value = state[what]
+                if isinstance(like, Tensor) and isinstance(value, Tensor) and value.shape != like.shape:
+                    raise ValueError(
+                        f"the moment {what} of {name} has shape {tuple(value.shape)}, the parameter has "
+                        f"{tuple(like.shape)}: the checkpoint was changed after it was saved, take another one"
+                    )
 
 
 def sharded_error(path: Path) -> ValueError:

@@ -56,6 +56,7 @@ class Past:
             "windows": [],
             "windows_done": self.windows_done,
             "masks": {},
+            "pruned": {},
             "collected": None,
             "couples_rows": options.calibration.couples_rows,
             "report": self.report.state(),

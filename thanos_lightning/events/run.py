@@ -124,7 +124,8 @@ class PruningRun:
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            past.patterns.update(restore_masks(restored["masks"], self.enforcer, self.masked, self.access, changed))
+            masks, pruned = restored["masks"], restored.get("pruned")
+            past.patterns.update(restore_masks(masks, pruned, self.enforcer, self.masked, self.access, changed))
         else:
             if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
                 raise MisconfigurationException(
@@ -516,6 +517,7 @@ class PruningRun:
             self.options,
             windows=[window.state() for window in self.windows],
             masks=masks_state(self.enforcer, self.masked, self.past.patterns, self.access),
+            pruned={self.masked[name].parameter_name: n for name, n in self.enforcer.num_pruned.items()},
             collected=self.collector.state(),
             event_parts=dict(self._clock.parts),
             # The files of all ranks share this id, which shows that they are of one save

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +128,37 @@ class LayerMask:
         if min(shape) < 1 or bits.dtype != torch.uint8 or bits.dim() != 1:
             raise ValueError(f"a mask has {bits.dtype} {tuple(bits.shape)} for {shape}: give an undamaged checkpoint")
         return cls(bits, shape, recorded_pattern(state), read_as(bool, state.get("transposed"), "a mask's transposed"))
+
+
+def checked(
+    masks: Iterable[tuple[str, LayerMask]], pruned: Mapping[str, int] | None
+) -> Iterator[tuple[str, LayerMask, Tensor]]:
+    """Yield each (name, mask) with the mask's entries, after holding it against its pattern and what was recorded.
+
+    `pruned` has the number of pruned entries of all masks that were saved; None where it was not recorded.
+
+    Raises:
+        ValueError: If a mask keeps more than its pattern allows, or prunes another number of entries than was
+            recorded, or after the last one, if a mask is missing. The message names the mask.
+
+    Examples:
+        >>> mask = LayerMask.of(torch.tensor([[True, False]]), parse_pattern("unstructured", 0.5))
+        >>> [name for name, _, _ in checked([("a", mask)], {"a": 1})]
+        ['a']
+    """
+    mend = "the checkpoint was changed after it was saved, take another one"
+    missing = dict(pruned or {})
+    for name, mask in masks:
+        keep = mask.keep
+        if excess := mask.pattern.violations(keep):
+            raise ValueError(f"the mask of {name} keeps {excess} more entries than {mask.pattern.name} allows: {mend}")
+        found = keep.numel() - int(keep.count_nonzero())
+        if pruned is not None and found != (recorded := missing.pop(name, 0)):
+            raise ValueError(f"the mask of {name} prunes {found} entries, recorded were {recorded}: {mend}")
+        yield name, mask, keep
+    if missing:
+        name, number = next(iter(missing.items()))
+        raise ValueError(f"the mask of {name}, of {number} pruned entries, is missing: {mend}")
 
 
 def dim_of_channels(pattern: Pattern) -> dict[str, int]:

@@ -86,6 +86,11 @@ class MaskEnforcer:
             return None
         return self._access.collect_keep(self._layers[name], self._drop(name), owner)
 
+    @property
+    def num_pruned(self) -> dict[str, int]:
+        """Layer name -> how many entries its mask prunes, on all ranks together."""
+        return dict(self._num_pruned)
+
     def is_gone(self, name: str) -> bool:
         """Whether all of a layer is pruned. All ranks know it."""
         return self._num_pruned.get(name) == self._layers[name].rows * self._layers[name].cols
@@ -126,13 +131,22 @@ class MaskEnforcer:
         for drops in of_parameter.values():
             self._access.mask_gradient(drops)
 
-    @torch.no_grad()
     def verify(self) -> None:
         """Check on all ranks that pruned entries are exactly 0. A negative zero is a violation, too.
 
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
         """
+        if everywhere := self.violations():
+            raise ZeroViolationError(
+                f"zeros came back: {'; '.join(everywhere[:5])}{' …' if len(everywhere) > 5 else ''}. Something wrote "
+                "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
+                "it, or ignore the layers"
+            )
+
+    @torch.no_grad()
+    def violations(self) -> list[str]:
+        """What pruned entries of which tensors are not exactly 0, in words. Talks to all ranks, and all know it."""
         looked: list[tuple[str, Tensor | int]] = []
         counts: list[Tensor] = []
         for name, drop in self._drops.items():
@@ -151,13 +165,7 @@ class MaskEnforcer:
             for (where, pruned), count in zip(looked, _numbers(counts), strict=True)
             if count
         ]
-        everywhere = [f"rank {rank}: {text}" for rank, texts in enumerate(self._access.gather(found)) for text in texts]
-        if everywhere:
-            raise ZeroViolationError(
-                f"zeros came back: {'; '.join(everywhere[:5])}{' …' if len(everywhere) > 5 else ''}. Something wrote "
-                "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
-                "it, or ignore the layers"
-            )
+        return [f"rank {rank}: {text}" for rank, texts in enumerate(self._access.gather(found)) for text in texts]
 
 
 def _numbers(counts: Sequence[Tensor]) -> list[int]:

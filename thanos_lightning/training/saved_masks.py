@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import reasons
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.sharding.masks import LayerMask, checked
 from thanos_lightning.solver import Pattern
 from thanos_lightning.training.enforcement import MaskEnforcer
 
@@ -40,6 +40,7 @@ def masks_state(
 
 def restore_masks(
     states: Mapping[str, Mapping[str, Any]],
+    pruned: Mapping[str, int] | None,
     enforcer: MaskEnforcer,
     layers: Mapping[str, PrunableLayer],
     access: ParameterAccess,
@@ -47,15 +48,18 @@ def restore_masks(
 ) -> dict[str, Pattern]:
     """Let the enforcer hold what `masks_state` has saved. All ranks must call it.
 
-    Return layer name -> the pattern that it was pruned to. `states` has what this rank has loaded. `changed` has the
-    arguments of the callback that differ from the checkpoint's, each as a sentence.
+    Return layer name -> the pattern that it was pruned to. `states` has what this rank has loaded, and `pruned` the
+    number of pruned entries of all masks, if it was recorded. `changed` has the arguments of the callback that differ
+    from the checkpoint's, each as a sentence.
 
     Raises:
-        MisconfigurationException: If a mask fits no target.
+        MisconfigurationException: If a mask fits no target, or what it prunes is not 0.
+        ValueError: If a mask is not the one that was saved, or is missing.
     """
     by_parameter = {layer.parameter_name: name for name, layer in layers.items()}
     patterns: dict[str, Pattern] = {}
-    for parameter_name, mask in _share({name: LayerMask.from_state(state) for name, state in states.items()}, access):
+    shared = _share({name: LayerMask.from_state(state) for name, state in states.items()}, access)
+    for parameter_name, mask, keep in checked(shared, pruned):
         name = by_parameter.get(parameter_name)
         if name is None:
             raise MisconfigurationException(
@@ -69,7 +73,12 @@ def restore_masks(
                 f"{(layer.rows, layer.cols)}: resume with the model that it was trained with"
             )
         patterns[name] = mask.pattern
-        enforcer.set_mask(name, mask.keep)
+        enforcer.set_mask(name, keep)
+    if violations := enforcer.violations():
+        raise MisconfigurationException(
+            f"the checkpoint's masks are not those of its weights ({violations[0]} are not 0): it was changed after it "
+            "was saved, take another one"
+        )
     return patterns
 
 

@@ -158,9 +158,9 @@ def test_zeros_that_are_no_whole_channels_are_named(trained: Path, tmp_path: Pat
 
 def test_a_width_of_which_the_configuration_knows_nothing(trained: Path, tmp_path: Path) -> None:
     def leave_one_block_out(content: dict[str, Any]) -> None:
-        masks = content["callbacks"]["ThanosPruningCallback"]["masks"]
-        for name in [name for name in masks if ".layers.1." in name]:
-            del masks[name]
+        state = content["callbacks"]["ThanosPruningCallback"]
+        for name in [name for name in state["masks"] if ".layers.1." in name]:
+            del state["masks"][name], state["pruned"][name]
 
     partly = change_checkpoint(trained, tmp_path / "partly.ckpt", leave_one_block_out)
     with pytest.raises(ValueError, match=r"no entry that makes feed-forward blocks 36 channels wide .* --keep-shape"):
@@ -196,9 +196,11 @@ def test_before_any_channel_is_gone_the_model_stays(tmp_path: Path) -> None:
     checkpoint = train(tmp_path, ToyLM(untied_llama()), **CHANNELS)
 
     def fill(content: dict[str, Any]) -> None:
-        for mask in content["callbacks"]["ThanosPruningCallback"]["masks"].values():
+        state = content["callbacks"]["ThanosPruningCallback"]
+        for name, mask in state["masks"].items():
             mask["bits"].fill_(255)
             mask["sparsity"] = 0.001
+            state["pruned"][name] = 0
 
     early = change_checkpoint(checkpoint, tmp_path / "early.ckpt", fill)
     export_checkpoint(early, tmp_path / "out")

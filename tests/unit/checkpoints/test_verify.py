@@ -6,7 +6,7 @@ from pathlib import Path
 import checkpoint_cases
 import pytest
 import torch
-from checkpoint_cases import PRUNED, change_checkpoint, failed, fill, names, train, untied_llama
+from checkpoint_cases import CHANGED_MASKS, PRUNED, change_checkpoint, failed, fill, names, train, untied_llama
 from safetensors.torch import load_file, save_file
 from toy import ToyLM, adamw, tiny_gpt2
 from transformers import AutoModelForCausalLM
@@ -346,6 +346,23 @@ def assert_unreadable(path, output, message, error=ValueError):
             read()
 
 
+@pytest.mark.parametrize("what", [what for what in CHANGED_MASKS if what != "other weights"])
+def test_masks_and_moments_that_were_changed(trained, tmp_path, what):
+    change, message = CHANGED_MASKS[what]
+    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", change)
+    assert_unreadable(checkpoint, tmp_path / "out", message)
+
+
+def test_masks_that_were_changed_where_no_numbers_were_recorded(trained, tmp_path):
+    def change(content):
+        CHANGED_MASKS["one entry kept"][0](content)
+        (state,) = content["callbacks"].values()
+        del state["pruned"]
+
+    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", change)
+    assert_unreadable(checkpoint, tmp_path / "out", "keeps 1 more entries than 2:4 allows")
+
+
 @pytest.mark.parametrize("part", ["state", "note"])
 def test_a_checkpoint_of_another_version(trained, tmp_path, part):
     def grow_old(content):
@@ -395,7 +412,7 @@ def test_no_callback(trained, tmp_path):
 def test_no_masks_yet(tmp_path):
     checkpoint = train(tmp_path, ToyLM(untied_llama()), steps=1)
     content = torch.load(checkpoint, weights_only=True)
-    next(iter(content["callbacks"].values()))["masks"] = {}
+    next(iter(content["callbacks"].values())).update(masks={}, pruned={})
     torch.save(content, checkpoint)
     assert_unreadable(checkpoint, tmp_path / "out", "no masks yet: it was saved after 1 optimizer steps")
 
