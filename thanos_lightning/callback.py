@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
 from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
 from thanos_lightning.checkpoints.resume import guard_resume
@@ -169,6 +170,7 @@ class ThanosPruningCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options = self.options
+        uncast_buffers(pl_module)  # which the strategy has just cast
         prepare_adapters(pl_module, trainer.strategy)  # a module's own setup may have put them on
         self._layers = find_targets(pl_module, options.targets, options.ignore)
         if uncalled := uncalled_layers(pl_module, options.targets, options.ignore):
@@ -244,7 +246,7 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._route_as_saved(trainer, pl_module)
+        self._as_trained(trainer, pl_module)
         if self._run is not None and trainer.state.fn == "fit":
             self._run.begin_validation()
 
@@ -264,15 +266,17 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._route_as_saved(trainer, pl_module)
+        self._as_trained(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._route_as_saved(trainer, pl_module)
+        self._as_trained(trainer, pl_module)
 
-    def _route_as_saved(self, trainer: Trainer, module: LightningModule) -> None:
-        """A checkpoint has been loaded, and nothing of a fit knows yet which experts it lacks."""
-        if self._restored is not None:
+    def _as_trained(self, trainer: Trainer, module: LightningModule) -> None:
+        """Outside of a fit, let the model compute what it computes in one."""
+        if trainer.state.fn != "fit":
+            uncast_buffers(module)
+        if self._restored is not None:  # a checkpoint was loaded, and no fit knows yet which experts it lacks
             route_as_saved(module, self._restored["masks"], Ranks(trainer.global_rank, trainer.world_size))
 
     @override

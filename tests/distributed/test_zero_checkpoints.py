@@ -212,6 +212,30 @@ def test_verify_and_export(saved: Trainings, tmp_path: Path, kind: str, capsys: 
         assert torch.equal(parameter, weights[f"model.{name}"])
 
 
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("zero3", "bf16-true"),
+        *(
+            pytest.param(*case, marks=pytest.mark.rest)
+            for case in [("zero3", "bf16-mixed"), ("zero2", "bf16-true"), ("ddp", "bf16-true"), ("fsdp", "bf16-true")]
+        ),
+    ],
+)
+def test_the_exported_model_is_the_trained_one(tmp_path: Path, strategy: str, precision: str) -> None:
+    """To the bit, as every rank has it at the end: what no checkpoint holds is cast on none of them."""
+    case = {"strategy": strategy, "precision": precision, "configure_model": True, "distributed": False}
+    for rank in train(tmp_path / "trained", probed=True, save=[8], max_steps=8, **case):
+        assert rank["error"] is None
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        export_checkpoint(tmp_path / "trained" / "step=8.ckpt", tmp_path / "exported", dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(16).unsqueeze(0)).logits
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / "trained" / f"logits{rank}.pt"), logits)
+
+
 def copied(saved: Trainings, folder: Path, kind: str = "zero3") -> Path:
     """A checkpoint that a test may change."""
     return Path(shutil.copytree(saved(kind) / f"step={AFTER}.ckpt", folder / "copy.ckpt"))

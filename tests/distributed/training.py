@@ -105,6 +105,7 @@ class Case:
     fewer: int = 0  # batches on rank 1: of its calibration set, or of its training where there is none
     epochs: int = -1  # in place of steps
     overwrites: bool = False  # save under one name
+    probed: bool = False  # keep what the model gives at the end, as where it has adapters or experts
 
 
 class Stream:
@@ -868,7 +869,7 @@ def train(case: Case) -> None:
     callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
     if case.watch:
         callbacks.append(watch)
-    if case.lora or case.model in ("mixtral", "gpt-oss", "olmoe"):
+    if case.lora or case.probed or case.model in ("mixtral", "gpt-oss", "olmoe"):
         callbacks.append(Probe(out))
     clipped = ClippedNorm(pruning)
     if case.strategy == "fsdp":

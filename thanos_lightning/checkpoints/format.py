@@ -57,8 +57,7 @@ def training_note(
     order in which the optimizer's state numbers them. None fills a number without a parameter. Optimizers are ordered
     as in the checkpoint's `optimizer_states`.
 
-    If there are several Hugging Face models (a teacher beside the trained one), the note describes the one with the
-    most `targets`, the names of the layers to prune. If models are nested, the outermost one wins.
+    `targets` are the names of the layers to prune.
 
     Examples:
         >>> layer = nn.Linear(2, 2)
@@ -70,14 +69,8 @@ def training_note(
         "format": CHECKPOINT_FORMAT,
         "optimizer_parameters": [[names.get(id(parameter)) for parameter in parameters] for parameters in stepped],
     }
-    models = [
-        (f"{name}." if name else "", part)
-        for name, part in module.named_modules()
-        if isinstance(part, transformers.PreTrainedModel)
-    ]
-    if models:
-        # The outermost model wins: max takes the first of equals, and named_modules() goes from the outside in.
-        prefix, model = max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets))
+    if (found := exported_model(module, targets)) is not None:
+        prefix, model = found
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
@@ -91,10 +84,29 @@ def training_note(
     return note
 
 
+def exported_model(module: nn.Module, targets: Collection[str]) -> tuple[str, transformers.PreTrainedModel] | None:
+    """The Hugging Face model that an export writes, with the prefix of its names; None if there is none.
+
+    If there are several (a teacher beside the trained one), the one with the most targets wins. If models are nested,
+    the outermost one wins.
+    """
+    models = [
+        (f"{name}." if name else "", part)
+        for name, part in module.named_modules()
+        if isinstance(part, transformers.PreTrainedModel)
+    ]
+    # max takes the first of equals, and named_modules() goes from the outside in
+    return max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets), default=None)
+
+
+def class_of(model: transformers.PreTrainedModel) -> type[transformers.PreTrainedModel]:
+    """A model's own class: fully_shard puts another before it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
 def architecture_of(model: transformers.PreTrainedModel) -> str:
-    """The name of a model's class in transformers: fully_shard puts its own class before it."""
-    kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
-    return next(kinds).__name__
+    """The name of a model's class in transformers."""
+    return class_of(model).__name__
 
 
 # Trainer checkpoints

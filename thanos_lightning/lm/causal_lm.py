@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
+from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.folders import new_folder
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.lm.adapters import add_lora
@@ -256,6 +257,7 @@ class CausalLM(LightningModule):
             self._teacher = _Teacher(self._load_teacher(source), is_placed=False)
         teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
         self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
+        uncast_buffers(self._teacher.model)
         require_own_gathering(self.model, self.model.base_model)
         check_teacher(self.model, self._teacher.model, self.distillation)
         if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):

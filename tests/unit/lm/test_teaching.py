@@ -66,6 +66,16 @@ class Weights(ThanosPruningCallback):
 
 
 @pytest.mark.parametrize("as_object", [False, True])
+def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path, as_object):
+    lm = CausalLM(load_pretrained(tiny) if as_object else tiny, distillation=Distillation("start"))
+    trainer(tmp_path, [pruning(0)], max_steps=2, precision="bf16-true").fit(lm, batches())
+    wanted = dict(load_pretrained(tiny, "bfloat16").named_buffers())
+    own = dict(lm._teacher.model.named_buffers())
+    assert own.keys() == wanted.keys() != set()
+    assert all(torch.equal(own[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("as_object", [False, True])
 def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
     start = weights(load_pretrained(tiny))
     lm = CausalLM(

@@ -1,0 +1,151 @@
+"""What a training computes with is what an export, loaded, computes with: buffers that no checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from lightning.pytorch import Callback, Trainer
+from tiny_mixtures import tiny_mixture
+from torch import Tensor, nn
+from toy import VOCABULARY, ToyLM, grouped, loader, momentum_sgd, tiny_llama, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.checkpoints.buffers import uncast_buffers
+from thanos_lightning.checkpoints.export import export_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (t.LlamaConfig, {}),
+    "qwen 2": (t.Qwen2Config, {}),
+    "qwen 3": (t.Qwen3Config, {}),
+    "neox": (t.GPTNeoXConfig, {"rotary_pct": 1.0}),
+    "gemma 2": (t.Gemma2Config, {}),
+    "gemma 3": (t.Gemma3TextConfig, {}),  # frequencies for two kinds of attention
+    "phi 3": (t.Phi3Config, {}),
+    "codegen": (t.CodeGenConfig, {"n_embd": 32, "rotary_dim": 16}),  # a table of sines and cosines
+    "llama, long": (
+        t.LlamaConfig,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 256},
+    ),
+}
+MIXTURES = ("olmoe", "deepseek 3", "gpt-oss")
+TOKENS = torch.arange(3 * 40).view(3, 40) * 7 % VOCABULARY
+
+
+def built(family: str) -> Any:
+    if family in MIXTURES:
+        own = {"moe_intermediate_size": 16} if family == "deepseek 3" else {}
+        return tiny_mixture(family, 4, **own)
+    torch.manual_seed(0)
+    config, own = FAMILIES[family]
+    return t.AutoModelForCausalLM.from_config(config(**{**SIZES, **own}))
+
+
+def pruning() -> ThanosPruningCallback:
+    return ThanosPruningCallback(
+        **grouped(pattern="2:4", method="magnitude", admm_steps=0, refine_steps=0), schedule=SparsitySchedule(at=[1])
+    )
+
+
+def module(model: Any) -> ToyLM:
+    return ToyLM(model, make_optimizer=momentum_sgd)  # Adam divides by 0 in float16
+
+
+class Logits(Callback):
+    """What the model gives in the validation at the end, in the Trainer's own precision."""
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        with trainer.precision_plugin.val_step_context():
+            self.last = pl_module(input_ids=TOKENS).logits
+
+
+def unsaved(model: nn.Module) -> dict[str, Tensor]:
+    saved = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in saved}
+
+
+def rest(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.rest)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, "bf16-true") for family in (*FAMILIES, *MIXTURES)),
+        *(("llama", precision) for precision in ("16-true", "bf16-mixed", "32-true")),
+        *(rest(family, "16-true") for family in FAMILIES if family != "llama"),
+        *(rest(family, "bf16-mixed") for family in FAMILIES if family != "llama"),
+        rest("llama", "16-mixed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_exported_model_is_the_trained_one(family: str, precision: Any, tmp_path: Path) -> None:
+    lm, logits = module(built(family)), Logits()
+    fitting = trainer(tmp_path, pruning(), logits, max_steps=2, val_check_interval=2, precision=precision)
+    fitting.fit(lm, loader(8), loader(4))
+    fitting.save_checkpoint(tmp_path / "trained.ckpt")
+    export_checkpoint(tmp_path / "trained.ckpt", tmp_path / "exported")
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert loaded.dtype == lm.model.dtype
+    own, its = unsaved(lm.model), unsaved(loaded)
+    assert own.keys() == its.keys()
+    for name, value in own.items():
+        assert value.dtype == its[name].dtype, name
+        assert torch.equal(value, its[name]), name
+    with torch.no_grad(), fitting.precision_plugin.val_step_context():
+        in_its_context = loaded(input_ids=TOKENS).logits
+    assert torch.equal(logits.last, in_its_context)
+    with torch.no_grad():
+        assert torch.equal(lm.model.eval()(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits)
+    fitting.validate(lm, loader(4), verbose=False)  # which casts the model again
+    assert torch.equal(logits.last, in_its_context)
+
+
+def test_a_model_that_was_cast_by_hand_gets_its_values_back() -> None:
+    lm = module(tiny_llama())
+    lm.model.to(torch.bfloat16)
+    before = torch.get_rng_state()
+    uncast_buffers(lm)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, value in unsaved(tiny_llama()).items():
+        assert torch.equal(unsaved(lm.model)[name], value)
+
+
+def test_buffers_of_other_modules_stay_cast() -> None:
+    lm = module(tiny_llama())
+    lm.register_buffer("own", torch.ones(3), persistent=False)
+    lm.to(torch.bfloat16)
+    uncast_buffers(lm)
+    assert lm.get_buffer("own").dtype == torch.bfloat16
+
+
+def test_a_training_that_resumes_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    def trained(folder: str, steps: int, path: Path | None = None) -> ToyLM:
+        lm = module(tiny_llama())
+        fitting = trainer(tmp_path / folder, pruning(), max_steps=steps, precision="bf16-true")
+        fitting.fit(lm, loader(16, batch_size=16), ckpt_path=path)
+        fitting.save_checkpoint(tmp_path / f"{folder}.ckpt")
+        return lm
+
+    straight = trained("straight", 4)
+    trained("first", 2)
+    resumed = trained("resumed", 4, tmp_path / "first.ckpt")
+    assert straight.losses[2:] == resumed.losses
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
