@@ -16,13 +16,13 @@ from typing_extensions import override
 from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
 from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
+from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
 from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
 from thanos_lightning.events.experts import route_as_saved, take_experts
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
-from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
@@ -38,7 +38,7 @@ from thanos_lightning.sharding.configuring import explain_configuring
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.training.adapters import prepare_adapters
+from thanos_lightning.training.adapters import prepare_adapters, warn_of_adapters
 from thanos_lightning.training.lightning_private import after_configure_model, saves_shards
 from thanos_lightning.training.other_callbacks import check_companions, check_trainer, saved_checkpoint
 
@@ -178,21 +178,16 @@ class ThanosPruningCallback(Callback):
                 f"{len(uncalled)} layer(s) of torch's MultiheadAttention stay dense, such as {uncalled[0]}: it reads "
                 "their weights, and its in_proj_weight, without calling a layer whose inputs could be collected"
             )
-        self._warn_of_adapters(pl_module)
+        warn_of_adapters(pl_module, self._layers)
         self._final = assign_patterns(self._layers, options.pattern, options.overrides)
+        if (why := why_not_exported(pl_module, self._layers)) is not None:
+            from thanos_lightning.lm import CausalLM  # slow to import
 
-    def _warn_of_adapters(self, module: LightningModule) -> None:
-        adapted = tuner_layers(module)
-        if dense := [name for name in adapted if name not in self._layers]:
-            rank_zero_warn(
-                f"{len(dense)} adapter(s) of peft are on layers that are not pruned, such as {dense[0]}: merging them "
-                "leaves these layers dense. Name them in targets, or leave them out of target_modules"
-            )
-        if others := [name for name, layer in adapted.items() if not isinstance(layer, MaskedAdapter)]:
-            rank_zero_warn(
-                f"{len(others)} adapter(s) of peft are no plain LoRA on a Linear or Conv1D, such as {others[0]}: an "
-                "export can't merge them"
-            )
+            if (
+                isinstance(pl_module, CausalLM) and "model" in pl_module.hparams
+            ):  # which has no model given as an object
+                raise MisconfigurationException(f"the pruned model could not be exported: {why}")
+            rank_zero_warn(f"an export will refuse what is trained here: {why}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

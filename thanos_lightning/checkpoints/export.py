@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 
 from thanos_lightning.checkpoints.adapters import adapters_of, merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.card import write_card
-from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
-from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, parameter_aliases, some_of
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, some_of
 from thanos_lightning.checkpoints.lazy import WithParts
+from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
 from thanos_lightning.report.progress import open_phase
@@ -108,7 +108,7 @@ def export_checkpoint(
         state = model.state_dict()
         _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
         model = shrink(model, channels, path)
-    cut, routers = dict(channels), list[str]()
+    cut = dict(channels)
     if experts := {name: mask for name, mask in inside.items() if isinstance(mask.pattern, Experts)}:
         if keep_shape:
             raise ValueError(
@@ -117,7 +117,7 @@ def export_checkpoint(
         state = WithParts(model.state_dict())
         _require_zeros([check_mask(name, state, mask) for name, mask in experts.items()], path)
         model, of_routers, of_experts, others = without_experts(model, inside, path)
-        inside, cut, routers = {**others, **of_routers, **of_experts}, cut | of_routers | of_experts, list(of_routers)
+        inside, cut = {**others, **of_routers, **of_experts}, cut | of_routers | of_experts
     adapters: list[str] = []
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
@@ -133,13 +133,12 @@ def export_checkpoint(
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)
-        tensors, aliases, of_parts = WithParts(files), parameter_aliases(model), stored_names(model, routers)
+        tensors, stored = WithParts(files), stored_names(model, inside)
         reports = []
         with open_phase("Counting zeros", len(inside), "tensors") as phase:
             for name, mask in inside.items():
                 check = check_shrunk if name in cut else check_mask
-                stored = of_parts[name] if name in of_parts else files.stored_name(aliases[name])
-                reports.append(check(stored, tensors, mask))
+                reports.append(check(files.stored_name(stored[name]), tensors, mask))
                 phase.advance(note=name)
         _require_zeros(reports, path)
         write_record(folder, reports, inside.values())

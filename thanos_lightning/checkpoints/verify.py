@@ -18,16 +18,10 @@ from torch import Tensor
 
 from thanos_lightning.checkpoints.adapters import adapted_name
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
-from thanos_lightning.checkpoints.experts import stored_names
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
-from thanos_lightning.checkpoints.huggingface import (
-    SafetensorsFiles,
-    build_model,
-    parameter_aliases,
-    read_config,
-    read_json,
-)
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, read_config, read_json
 from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, part_of, whole_of
+from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
 from thanos_lightning.report.plain import read_as
@@ -285,11 +279,8 @@ def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str
             '"architectures": ["…ForCausalLM"] to it'
         )
     model = build_model(config.architectures[0], config, folder)
-    aliases, of_experts = parameter_aliases(model), stored_names(model)
-    return [
-        ([of_experts[layer.parameter_name]] if layer.expert else aliases[layer.parameter_name], layer.transposed)
-        for layer in find_targets(model, targets, ignore).values()
-    ]
+    layers = {layer.parameter_name: layer for layer in find_targets(model, targets, ignore).values()}
+    return [(names, layers[name].transposed) for name, names in stored_names(model, layers).items()]
 
 
 # Checking a tensor

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from thanos_lightning.models.adapters import tuner_layers
+from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
 from thanos_lightning.sharding.adapters import gather_whole
 
 
@@ -41,3 +44,18 @@ def prepare_adapters(model: nn.Module, strategy: Strategy) -> None:
     mask_adapters(model)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         gather_whole(model)
+
+
+def warn_of_adapters(model: nn.Module, pruned: Container[str]) -> None:
+    """Warn of adapters on layers that are not pruned, and of adapters that an export can't merge."""
+    adapted = tuner_layers(model)
+    if dense := [name for name in adapted if name not in pruned]:
+        rank_zero_warn(
+            f"{len(dense)} adapter(s) of peft are on layers that are not pruned, such as {dense[0]}: merging them "
+            "leaves these layers dense. Name them in targets, or leave them out of target_modules"
+        )
+    if others := [name for name, layer in adapted.items() if not isinstance(layer, MaskedAdapter)]:
+        rank_zero_warn(
+            f"{len(others)} adapter(s) of peft are no plain LoRA on a Linear or Conv1D, such as {others[0]}: an "
+            "export can't merge them"
+        )
