@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from thanos_lightning.checkpoints.adapters import adapters_of, merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
+from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, some_of
 from thanos_lightning.checkpoints.lazy import WithParts
@@ -229,6 +230,8 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
             stacklevel=3,
         )
         return None
+    if folder is not None:
+        require_regular_files(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

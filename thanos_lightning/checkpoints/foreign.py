@@ -40,15 +40,23 @@ def require_regular(path: Path) -> None:
         ValueError: If there is something else than a regular file.
 
     Examples:
-        >>> import os, pytest
-        >>> with pytest.raises(ValueError, match="is no regular file but a device or a pipe"):
-        ...     require_regular(Path(os.devnull))
+        >>> require_regular(Path("/dev/null"))
+        Traceback (most recent call last):
+            ...
+        ValueError: /dev/null is no regular file but a device or a pipe: give a file, or copy what it gives into one
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a file that does")
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file but a device or a pipe"
         raise ValueError(f"{path} is {what}: give a file, or copy what it gives into one")
+
+
+def require_regular_files(folder: Path) -> None:
+    """Refuse a folder in which there is something else than files and folders. Any other path passes."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.exists() and not file.is_dir():
+            require_regular(file)
 
 
 def require_bounded(path: Path) -> None:

@@ -12,6 +12,7 @@ from thanos_lightning.checkpoints.format import CHECKPOINT_FORMAT
 from thanos_lightning.plan.allocation import LayerSensitivity
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.report.data import PruningReport
+from thanos_lightning.report.plain import read_as
 from thanos_lightning.solver import Pattern
 
 
@@ -75,17 +76,19 @@ class Past:
 
         Raises:
             MisconfigurationException: If a version of the package with another format wrote the state.
+            ValueError: If a value is of another type.
         """
         if state.get("format") != CHECKPOINT_FORMAT:
             raise MisconfigurationException(
                 f"the checkpoint's pruning state has format {state.get('format')!r}, this version reads "
                 f"{CHECKPOINT_FORMAT}: resume with the version of thanos_lightning that wrote it"
             )
-        return cls(
-            optimizer_steps=state["optimizer_steps"],
-            windows_done=state["windows_done"],
-            sensitivities={name: LayerSensitivity(**scan) for name, scan in state["sensitivities"].items()},
-            measured=state["measured"] and tuple(state["measured"]),
-            old_scores={by: list(monitors) for by, monitors in state["old_scores"].items()},
-            report=PruningReport.from_state(state["report"]),
-        )
+        kinds: dict[str, Any] = {
+            "optimizer_steps": int,
+            "windows_done": int,
+            "sensitivities": dict[str, LayerSensitivity],
+            "measured": tuple[int, float] | None,
+            "old_scores": dict[str, list[str]],
+        }
+        values = {name: read_as(kind, state.get(name), f"the pruning state: {name}") for name, kind in kinds.items()}
+        return cls(**values, report=PruningReport.from_state(state["report"]))

@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from thanos_lightning.checkpoints.foreign import require_regular
+from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.report.progress import open_phase
 
 SMOLLM2 = "smollm2-135m"
@@ -130,10 +130,7 @@ def _first_line(error: Exception) -> str:
 def _resolve(name: str) -> str:
     """Turn our own name, or a folder of the user's home, into what `from_pretrained` knows. Other names stay."""
     if name != SMOLLM2:
-        folder = Path(name).expanduser()
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if file.exists() and not file.is_dir():
-                require_regular(file)
+        require_regular_files(Path(name).expanduser())
         return os.path.expanduser(name)
     # The package is located, never imported: it imports llm and llama_cpp, which nothing here needs.
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
