@@ -84,6 +84,7 @@ KINDS: dict[str, dict[str, Any]] = {
             "small weights stay gathered": {"zero": {"stage3_param_persistence_threshold": 1100}},
             "modules gathered as a whole": {"zero": {"leaf_module": {"classes": [MLP]}}},
             "a batch without labels": {"unlabelled": [1]},
+            "looked at": {"looked": True},
         }.items()
     },
     "stage 2, a layer that lies on one rank": {"strategy": "zero2", "targets": ["*layers.0.self_attn.k_proj"]},
@@ -316,7 +317,9 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Trainings) 
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("more", ["", ", a validation between scan and event", ", small weights stay gathered"])
+@pytest.mark.parametrize(
+    "more", ["", ", a validation between scan and event", ", small weights stay gathered", ", looked at"]
+)
 def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Trainings, more: str) -> None:
     whole, sharded = (f"stage {stage}, unstructured, a calibration set" for stage in (2, 3))
     assert agreement(trained(whole), trained(sharded + more)) >= 0.999
@@ -338,6 +341,9 @@ def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_
     for rank in train(tmp_path / "unlabelled", **asked, unlabelled=[1]):
         assert "for a calibration batch the module returns no loss" in rank["error"]
         assert rank["events"] == []
+    for rank in train(tmp_path / "looked at", **asked, unlabelled=[0], looked=True):
+        assert "for a calibration batch the module returns no loss" in rank["error"]
+        assert rank["losses"] == []
 
 
 @pytest.mark.parametrize(

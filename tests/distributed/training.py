@@ -100,6 +100,7 @@ class Case:
     sampled: bool = False  # a DistributedSampler shares these
     allocation: dict[str, Any] | None = None
     output_weights: Any = None
+    looked: bool = False  # at a first batch of the calibration set, before the training, as both ranks have to
     unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
     fewer: int = 0  # batches on rank 1: of its calibration set, or of its training where there is none
@@ -846,7 +847,7 @@ def train(case: Case) -> None:
         data = Sequences(number * 4)
         ranks = DistributedSampler(data, WORLD_SIZE, int(os.environ["RANK"]), shuffle=False)
         calibration = DataLoader(data, batch_size=4, sampler=ranks)
-    elif calibration is not None and os.environ.get("RANK") == "1":
+    elif calibration is not None and not case.looked and os.environ.get("RANK") == "1":
         calibration = Stream(calibration[: len(calibration) - case.fewer])  # whose length nobody knows before
     ordered = note_orders()
     pruning = ThanosPruningCallback(

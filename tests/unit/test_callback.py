@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from toy import ResumableBatches, Sequences, ToyLM, adamw, grouped, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning.calibration.collector import Collector
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.sharding.owners import PruningError
@@ -373,6 +374,65 @@ def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.
         MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\): give the batches"
     ):
         trainer(tmp_path, asked, max_steps=1).fit(ToyLM(), loader(64))
+
+
+class Manual(ToyLM):
+    automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        raise AssertionError("the training has begun")
+
+
+class Broken(ToyLM):
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(batch["pixels"])
+
+
+@pytest.mark.parametrize(
+    ("module", "batches", "words"),
+    [
+        (ToyLM, UNLABELLED, r"returns no loss \(CausalLMOutputWithPast\): give the batches labels"),
+        (
+            ToyLM,
+            DataLoader([{"input_ids": torch.arange(8)}] * 2, batch_size=2),
+            r"returns no loss \(CausalLMOutputWithPast\): give the batches",
+        ),
+        (
+            Broken,
+            UNLABELLED,
+            r"a calibration batch is a dict, on which forward\(\*\*batch\) of Broken fails \(KeyError",
+        ),
+        (
+            Manual,
+            [(torch.zeros(2, 8, dtype=torch.int64),)],
+            "is a tuple, which goes through training_step, but under man",
+        ),
+    ],
+)
+def test_batches_that_a_later_event_would_refuse_are_refused_before_the_first_step(
+    tmp_path: Path, module: type[ToyLM], batches: Any, words: str
+) -> None:
+    lm = module()
+    asked = pruning("unstructured", 0.5, output_weights="diagonal", schedule=SparsitySchedule(at=[2]), batches=batches)
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer(tmp_path, asked, max_steps=3).fit(lm, loader(64))
+    assert lm.losses == []
+
+
+def test_looking_at_a_batch_changes_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(batches: Any) -> ToyLM:
+        torch.manual_seed(3)
+        lm = ToyLM(tiny_llama(attention_dropout=0.5))
+        callback = pruning(schedule=SparsitySchedule(at=[2]), batches=batches)
+        trainer(tmp_path, callback, max_steps=4).fit(lm, DataLoader(Sequences(16), batch_size=4, shuffle=True))
+        return lm
+
+    def shuffled() -> Any:
+        return DataLoader(Sequences(8), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(4))
+
+    looked = trained(shuffled())
+    monkeypatch.setattr(Collector, "try_batch", lambda *_, **__: None)
+    assert looked.losses == trained(shuffled()).losses
 
 
 def test_layers_that_no_gradient_reaches_count_their_outputs_alike(tmp_path: Path) -> None:

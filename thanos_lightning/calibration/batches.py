@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics
@@ -61,14 +62,12 @@ def count_dataloader(
     """
     num_batches = seen = 0
     per_backward = BATCHES_PER_BACKWARD["coupled" if couples_rows else "alone"]
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     statistics.start(module)
     if states is not None:
         states.start()
     try:
         phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
-        with phase_of as phase, _all_called(), _checkpointing(module):
+        with phase_of as phase, _evaluating(module):
             for batch, is_own, in_round in _rounds(batches, access):
                 on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 mask = partial(counted, on_device)
@@ -96,9 +95,66 @@ def count_dataloader(
         statistics.stop()
         if states is not None:
             states.stop()
+    return num_batches
+
+
+def try_batch(
+    batches: Iterable[Any], trainer: Trainer, module: LightningModule, access: ParameterAccess, *, gradients: bool
+) -> list[Any]:
+    """Run the module on a first batch, before the training, and return its output in a list. All ranks must call it.
+
+    The list is empty where that could change the training: where a batch may not come again, since it is in no sequence
+    and no map-style data set, or where it would go through `training_step`.
+
+    Raises:
+        MisconfigurationException: As `count_dataloader`.
+        ValueError: On all ranks, if one rank's data set raises one.
+        RuntimeError: On all ranks, if one rank's data set raises another error.
+    """
+    kept = KeptError(keeps=access.world_size > 1)
+    found: list[Any] = []
+    with kept.keeping():
+        found = _glance(batches)
+    kept.raise_everywhere(access)
+    if not all(access.gather(bool(found))):
+        return []
+    (batch,) = found
+    _refuse_manual(module, batch)
+    if not isinstance(batch, Mapping) and _own_step(module) is None:
+        return []
+    on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    with _evaluating(module), torch.set_grad_enabled(gradients), trainer.precision_plugin.forward_context():
+        output = _forward(module, on_device)
+    access.release()
+    return [output]
+
+
+def _glance(batches: Iterable[Any]) -> list[Any]:
+    """The first batch, in a list, if looking at it takes it from nobody; else []."""
+    if isinstance(batches, Sequence):
+        return [batches[0]]
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
+        return []
+    size = batches.batch_size or 1
+    try:
+        samples = [batches.dataset[number] for number in range(size)]
+    except (LookupError, TypeError):  # it is smaller, or a sampler gives other keys than numbers
+        return []
+    is_alone = batches.batch_size is None and batches.batch_sampler is None
+    return [batches.collate_fn(samples[0] if is_alone else samples)]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module in evaluation mode, as a calibration set needs it: every layer is called, checkpointing stays on."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with _all_called(), _checkpointing(module):
+            yield
+    finally:
         for part, mode in modes:
             part.training = mode
-    return num_batches
 
 
 def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
@@ -183,29 +239,43 @@ def _all_called() -> Iterator[None]:
 
 
 def _forward(module: LightningModule, batch: Any) -> Any:
-    step = getattr(module, "calibration_step", None)
-    if step is not None:
+    if (step := _own_step(module)) is not None:
         return step(batch)
+    _refuse_manual(module, batch)
     runs, call = (
         (partial(module, **batch), "forward(**batch)")
         if isinstance(batch, Mapping)
         else (partial(_training_step, module, batch), "training_step(batch, 0)")
     )
-    kind, of = type(batch).__name__, type(module).__name__
-    add = f"add a method calibration_step(self, batch) to {of}, which runs the model on a batch and returns the loss"
-    if not isinstance(batch, Mapping) and not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"a calibration batch is a {kind}, which goes through training_step, but under manual optimization that "
-            f"would train: {add}"
-        )
     try:
         return runs()
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and "unpack" not in str(error):  # raised by a hook or by the model itself
             raise
         raise MisconfigurationException(
-            f"a calibration batch is a {kind}, on which {call} of {of} fails ({type(error).__name__}: {error}): {add}"
+            f"a calibration batch is a {type(batch).__name__}, on which {call} of {type(module).__name__} fails "
+            f"({type(error).__name__}: {error}): {_mend(module)}"
         ) from error
+
+
+def _own_step(module: LightningModule) -> Callable[[Any], Any] | None:
+    step: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
+    return step
+
+
+def _refuse_manual(module: LightningModule, batch: Any) -> None:
+    if not isinstance(batch, Mapping) and _own_step(module) is None and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"a calibration batch is a {type(batch).__name__}, which goes through training_step, but under manual "
+            f"optimization that would train: {_mend(module)}"
+        )
+
+
+def _mend(module: LightningModule) -> str:
+    return (
+        f"add a method calibration_step(self, batch) to {type(module).__name__}, which runs the model on a batch and "
+        "returns the loss"
+    )
 
 
 def _training_step(module: LightningModule, batch: Any) -> Any:

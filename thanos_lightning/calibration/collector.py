@@ -11,9 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from thanos_lightning.calibration.batches import count_dataloader, loss_of
+from thanos_lightning.calibration.batches import count_dataloader, loss_of, try_batch
 from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics, gather_states, load_own_states
 from thanos_lightning.calibration.moments import Moments
@@ -95,6 +96,19 @@ class Collector:
         """Raise a MisconfigurationException if neither the datamodule nor the module has a promised calibration set."""
         if isinstance(self._calibration, str):
             self._holder(trainer, module)
+
+    def try_batch(self, trainer: Trainer, module: LightningModule, *, gradients: bool) -> None:
+        """Refuse before the training what a later event would refuse of the calibration set. All ranks must call it.
+
+        Raises:
+            MisconfigurationException: As `take`.
+        """
+        if self._calibration is None:
+            return
+        with isolate_rng():  # the training draws what it would have drawn
+            for output in try_batch(self.batches(trainer, module), trainer, module, self._access, gradients=gradients):
+                if gradients:
+                    self._loss(output)
 
     # In the training
 
@@ -282,15 +296,20 @@ class Collector:
         return HiddenStates(blocks, self._block_steps, kept)
 
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
-        loss = loss_of(output)
-        all_have_one = all(self._access.gather(loss is not None))  # a backward of sharded parameters needs all ranks
-        if loss is not None and all_have_one:
+        if (loss := self._loss(output)) is not None:
             gradients.backward(loss, counts=counts)
-        elif self._needs_gradients:
+
+    def _loss(self, output: Any) -> Tensor | None:
+        """The loss for a calibration batch; None if a rank has none, which is an error if it is needed."""
+        loss = loss_of(output)
+        if all(self._access.gather(loss is not None)):  # a backward of sharded parameters needs all ranks
+            return loss
+        if self._needs_gradients:
             raise MisconfigurationException(
                 "output_weights asks for gradients, but for a calibration batch the module returns no loss "
                 f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
             )
+        return None
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
         """Return the batches of the calibration set, or raise as `check`."""

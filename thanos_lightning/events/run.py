@@ -159,6 +159,9 @@ class PruningRun:
         self._clock = Clock(past.report.summary, self.module.device)
         if restored is not None:
             self._clock.parts = dict(restored["event_parts"])
+        if restored is None and self.windows and self.windows[0].end_step > past.optimizer_steps:
+            wanted = any(wants_gradients(options, window) for window in self.windows)
+            self.collector.try_batch(trainer, self.module, gradients=wanted and not self._lacks_gradients)
         announce(self)
         self._advance()
 
