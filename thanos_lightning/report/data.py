@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -254,6 +255,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _json_of(event: EventReport) -> str:
+    return textwrap.indent(json.dumps(_finite(asdict(event)), indent=1), "  ")  # as deep as it is in the file
+
+
 @dataclass
 class PruningReport:
     """All events of a training, what they did to the monitored metric, and how the training went.
@@ -267,10 +272,16 @@ class PruningReport:
     events: list[EventReport] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
     history: History = field(default_factory=History)
+    _finished: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # JSON of these events
 
     def state(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
+        """The report as plain values. Each event is JSON text, so that many events cost a checkpoint little."""
+        return {"events": self._written_events(), "summary": asdict(self.summary), "history": asdict(self.history)}
+
+    def _written_events(self) -> list[str]:
+        """The events as JSON. Only the last event can still change, so only it is written anew each time."""
+        self._finished += map(_json_of, self.events[len(self._finished) : -1])
+        return [*self._finished, *map(_json_of, self.events[-1:])]
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
@@ -279,9 +290,12 @@ class PruningReport:
         Raises:
             ValueError: If the state is of other types, or an event has no weights.
         """
-        if "events" not in read_as(dict[str, Any], state, "the report"):
+        entries = read_as(dict[str, Any], state, "the report")
+        if "events" not in entries:
             raise ValueError("the report has no events")
-        report: PruningReport = read_as(cls, state, "the report")
+        events = read_as(list[Any], entries["events"], "the report: events")
+        decoded = [json.loads(event) if isinstance(event, str) else event for event in events]
+        report: PruningReport = read_as(cls, {**entries, "events": decoded}, "the report")
         if any(math.prod(layer.shape) < 1 for event in report.events for layer in event.layers):
             raise ValueError("the report has a layer without weights")
         return report
@@ -302,5 +316,8 @@ class PruningReport:
         """Write the report as JSON; numbers that JSON can't hold become null. Never leaves half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(_finite(self.state()), indent=1) + "\n", encoding="utf-8")
+        state = self.state()
+        before, after = json.dumps(_finite(state | {"events": []}), indent=1).split("[]", 1)
+        events = ",\n".join(state["events"])
+        part.write_text(f"{before}[\n{events}\n ]{after}\n", encoding="utf-8")
         os.replace(part, path)

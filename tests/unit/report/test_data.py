@@ -42,6 +42,8 @@ def test_the_state_makes_the_same_report_again() -> None:
     assert PruningReport.from_state(state) == PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0))
     again = PruningReport.from_state(report().state())
     assert again.events[0].layers[0] == report().events[0].layers[0]
+    unknown = PruningReport([EventReport(5, 0.5, blocks=[BlockReport("block", math.nan, math.nan, 1.0)])])
+    assert math.isnan(PruningReport.from_state(unknown.state()).events[0].blocks[0].error)
 
 
 def test_the_file_is_strict_json(tmp_path: Path) -> None:
@@ -64,6 +66,24 @@ def test_the_file_is_strict_json(tmp_path: Path) -> None:
         PruningReport.read(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         PruningReport.read(tmp_path / "none.json")
+
+
+def test_an_event_costs_the_same_after_many_others(tmp_path: Path) -> None:
+    growing, path = PruningReport(), tmp_path / "pruning_report.json"
+    before: list[str] = []
+    for step in range(1, 21):
+        growing.events.append(EventReport(step, 0.5))
+        growing.events[-1].layers.extend(report().events[0].layers)
+        growing.write(path)
+        growing.events[-1].add({"solving": 1.0})  # the last event may change until the next one
+        events = growing.state()["events"]
+        assert sum(all(event is not other for other in before) for event in events) <= 2
+        before = events
+    growing.write(path)
+    assert [event.solving_seconds for event in PruningReport.read(path).events] == [1.0] * 20
+    assert PruningReport.from_state(growing.state()).state() == growing.state()
+    whole = {"events": [json.loads(event) for event in growing.state()["events"]]}
+    assert path.read_text() == json.dumps(growing.state() | whole, indent=1) + "\n"
 
 
 def test_the_parts_of_an_event_add_up() -> None:
