@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,15 @@ from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.training.adapters import prepare_adapters, warn_of_adapters
-from thanos_lightning.training.lightning_private import after_configure_model, saves_shards
-from thanos_lightning.training.other_callbacks import check_companions, check_trainer, saved_checkpoint
+from thanos_lightning.training.lightning_private import after_configure_model, note_sigterm, saves_shards
+from thanos_lightning.training.other_callbacks import (
+    Farewell,
+    call_last,
+    check_companions,
+    check_trainer,
+    note_saves,
+    saved_checkpoint,
+)
 
 
 class ThanosPruningCallback(Callback):
@@ -134,6 +142,7 @@ class ThanosPruningCallback(Callback):
         self._layers: dict[str, PrunableLayer] = {}
         self._final: dict[str, Pattern] = {}
         self._run: PruningRun | None = None
+        self._saved: list[Path] = []  # the checkpoints of this fit
 
     @property
     def report(self) -> PruningReport:
@@ -166,6 +175,8 @@ class ThanosPruningCallback(Callback):
         check_companions(trainer, self)
         check_strategy(trainer.strategy)
         save_whole(trainer.strategy, shards=saves_shards(trainer.strategy))
+        note_sigterm(trainer)
+        self._saved = note_saves(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -295,8 +306,11 @@ class ThanosPruningCallback(Callback):
             trainer.strategy.launcher.kill(signal.SIGTERM)
         if (mend := explain_configuring(trainer.strategy, exception)) is not None:
             rank_zero_warn(mend)
+        is_in_event = self._run is not None and self._run.is_in_event
         if self._run is not None:
             self._run.stop()
+        if trainer.state.fn == "fit":
+            call_last(trainer, Farewell(self._saved), saves=not is_in_event)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Trainings, results, start
+from ranks import Trainings, only, results, start, train
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3 in bf16": {"strategy": "zero3", "precision": "bf16-mixed"},
@@ -70,6 +70,18 @@ def resume(whole: Trainings, checkpoints: list[Path]) -> None:
             assert after["violations"] == []
             assert after["digest"] == before["digest"]
             assert after["losses"] == before["losses"][-len(after["losses"]) :]
+
+
+@pytest.mark.parametrize("name", only(["ddp"], ["ddp", "zero3"]))
+@pytest.mark.parametrize(
+    "fault", only(["SIGTERM on the last"], ["SIGTERM", "SIGTERM on the first", "SIGTERM on the last"])
+)
+def test_sigterm_of_one_rank_ends_all_before_the_event(fault: str, name: str, tmp_path: Path) -> None:
+    for rank in train(tmp_path, **STRATEGIES[name], fault=fault, schedule=(2, 2, 1), save=[2]):
+        assert rank["error"].startswith("SIGTERMException")
+        assert rank["steps"] == 2
+        assert rank["events"] == []
+    assert (tmp_path / "step=2.ckpt").exists()
 
 
 def test_killed_at_random_points(whole: Trainings, tmp_path: Path) -> None:

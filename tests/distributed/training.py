@@ -27,6 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -762,6 +763,17 @@ class KilledInASave(Callback):
             engine._save_zero_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Terminates(Callback):
+    """Sends SIGTERM to some ranks, in the batch before an event, between two messages of a backward."""
+
+    def __init__(self, *ranks: int) -> None:
+        self.ranks = ranks
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if trainer.global_rank in self.ranks and trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": Poison,
     "memory": Exhausted,
@@ -773,6 +785,9 @@ FAULTS: dict[str, Callable[[], Callback]] = {
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
     "killed_inside": KilledInside,
     "killed in a save": KilledInASave,
+    "SIGTERM": partial(Terminates, 0, 1),
+    "SIGTERM on the first": partial(Terminates, 0),
+    "SIGTERM on the last": partial(Terminates, 1),
 }
 
 
@@ -906,7 +921,7 @@ def train(case: Case) -> None:
         fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
     except RuntimeError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    except (ValueError, OSError, MisconfigurationException) as failure:
+    except (ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
         error = f"{type(failure).__name__}: {failure}"
     weights = getattr(results, "weights", {})
     report = {

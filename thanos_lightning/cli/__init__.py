@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
 from thanos_lightning.cli.noise import silence
-from thanos_lightning.report.progress import TERMINATED
+from thanos_lightning.report.progress import TERMINATED, Terminated
 
 INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
 
@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = command(**parsed)
         return status
     except KeyboardInterrupt:
-        return _interrupted()
+        return _ended("interrupted", INTERRUPTED)
     except SystemExit as ended:
         if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning raises it after its shutdown
-            return _interrupted()
-        if type(ended).__name__ == "SIGTERMException":  # Lightning raises it at a batch's end, with status 0
-            return TERMINATED
+            return _ended("interrupted", INTERRUPTED)
+        # Lightning raises its own exception at a batch's end, with status 0
+        if isinstance(ended, Terminated) or type(ended).__name__ == "SIGTERMException":
+            return _ended("ended by SIGTERM", TERMINATED)
         raise
     except BrokenPipeError:  # as in `thanos-lightning recipes | head`
         sys.stdout = open(os.devnull, "w")  # Python flushes it at the end  # noqa: SIM115
@@ -69,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if mistake is None else 2
 
 
-def _interrupted() -> int:
-    sys.stderr.write(f"{PROGRAM}: interrupted\n")
-    return INTERRUPTED
+def _ended(how: str, status: int) -> int:
+    sys.stderr.write(f"{PROGRAM}: {_rank()}{how}\n")
+    return status
 
 
 def _rank() -> str:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -41,7 +42,7 @@ from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.enforcement import MaskEnforcer
-from thanos_lightning.training.lightning_private import logged_step, process_group_timeout
+from thanos_lightning.training.lightning_private import end_on_sigterm, has_sigterm, logged_step, process_group_timeout
 from thanos_lightning.training.other_callbacks import (
     BestScores,
     hold_back_stopping,
@@ -101,6 +102,7 @@ class PruningRun:
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
+        self.is_in_event = False  # True: what a checkpoint would hold is neither from before the event nor from after
 
     def _choose_access(self) -> ParameterAccess:
         """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
@@ -164,6 +166,8 @@ class PruningRun:
             self.collector.try_batch(trainer, self.module, gradients=wanted and not self._lacks_gradients)
         announce(self)
         self._advance()
+        if trainer.received_sigterm:
+            raise SIGTERMException  # Lightning would train a batch first
 
     def _check_monitor(self, monitor: str) -> None:
         self.past.report.summary.metric = monitor
@@ -254,6 +258,7 @@ class PruningRun:
         """Prune what is due at the end of a training batch."""
         self.collector.end()
         self._clock.tick()
+        self._is_ending()
         before, now = self._steps_seen, self.past.optimizer_steps
         if now != before:
             self._steps_seen = now
@@ -275,6 +280,7 @@ class PruningRun:
     def end_validation(self, value: float | None) -> None:
         """Record the monitored metric after a validation; None if no metric is monitored."""
         self._clock.go_on()
+        self._is_ending()
         if value is not None:
             self.past.measured = (self.past.optimizer_steps, value)
             self.past.report.history.metrics.append(self.past.measured)
@@ -290,10 +296,19 @@ class PruningRun:
 
         return after_step
 
+    def _is_ending(self) -> bool:
+        """Whether Lightning ends the training at this batch, because SIGTERM has come to a rank. Talks to all ranks."""
+        if self.access.total(torch.tensor(float(has_sigterm(self.trainer)))).item():
+            end_on_sigterm(self.trainer)
+        return self.trainer.received_sigterm
+
     # Windows
 
     def _advance(self) -> None:
-        """Prune or scan the windows that end at this step, and open the window that begins at it."""
+        """Prune or scan the windows that end at this step, and open the window that begins at it.
+
+        If SIGTERM ends the training, windows that have not begun are left to the training that goes on from it.
+        """
         past = self.past
         while past.windows_done < len(self.windows):
             window = self.windows[past.windows_done]
@@ -304,29 +319,36 @@ class PruningRun:
                 return
             # Measure before a scan that the first event follows at once: a checkpoint saved meanwhile has the sums
             is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
-            if is_first and self.options.monitor is not None:
+            if is_first and self.options.monitor is not None and not self._is_ending():
                 past.report.summary.dense = self._measure()
-            self._work(window)
+            if not self._work(window):
+                return
             past.windows_done += 1
+            self.is_in_event = False
             if past.windows_done == len(self.windows):
                 self._scores.pruned(self.trainer)
                 release_stopping(self.trainer, self._held_back)
         if self.options.monitor is not None and past.report.summary.pruned is None and past.report.events:
             past.report.summary.pruned = self._measure()
 
-    def _work(self, window: Window) -> None:
+    def _work(self, window: Window) -> bool:
+        """Scan or prune at the end of a window. False if SIGTERM has come before."""
         shown = self.trainer.progress_bar_callback is not None  # False if the user turned progress bars off
         with self._clock.event(), hidden(not shown), ends_on_sigterm():
+            if self._is_ending():  # a SIGTERM that comes later ends the event at once
+                return False
+            self.is_in_event = True
             if window.scans:
                 self._scan(window)
             else:
                 self._prune(window)
         if window.scans:
-            return
+            return True
         event = self.past.report.events[-1]
         event.add(self._clock.take())
         if window.is_last:
             self._finish(event)
+        return True
 
     def _new_collector(self) -> Collector:
         calibration = self.options.calibration

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import wraps
+from types import FrameType
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -72,6 +74,36 @@ def has_trainer(module: LightningModule) -> bool:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging callback; None before it exists."""
     return callback._average_model
+
+
+def note_sigterm(trainer: Trainer) -> None:
+    """Let SIGTERM be noted alone by one of several ranks, until all of them call `end_on_sigterm`.
+
+    Lightning's own handler broadcasts at once, wherever this rank is: in a backward or an event the ranks then hang.
+    """
+    connector: Any = trainer._signal_connector
+    if trainer.world_size == 1 or hasattr(connector, "is_noted"):
+        return
+    connector.is_noted = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if not connector.is_noted and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)  # as Lightning's handler does
+        connector.is_noted = True
+
+    connector._sigterm_notifier_fn = note
+    # Lightning tells of a SIGTERM at the next batch, and only of rank 0's
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def has_sigterm(trainer: Trainer) -> bool:
+    """Whether SIGTERM has come to this rank."""
+    return trainer.received_sigterm or getattr(trainer._signal_connector, "is_noted", False)
+
+
+def end_on_sigterm(trainer: Trainer) -> None:
+    """Let Lightning end the training after this batch, with its SIGTERMException. All ranks must call it."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def saves_shards(strategy: Strategy) -> bool:

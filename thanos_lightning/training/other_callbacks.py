@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +20,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
 
+from thanos_lightning.report.progress import Terminated
 from thanos_lightning.training.lightning_private import (
     average_of,
     callbacks_of,
@@ -129,6 +135,50 @@ def saved_checkpoint(trainer: Trainer) -> Path | None:
     best = [checkpoint.best_model_path for checkpoint in checkpoints if checkpoint.monitor is not None]
     others = [path for one in checkpoints for path in (one.last_model_path, one.best_model_path)]
     return next((Path(path) for path in [*best, *others] if path and Path(path).exists()), None)
+
+
+def note_saves(trainer: Trainer) -> list[Path]:
+    """Return a list that grows by the path of each checkpoint that the Trainer saves from now on."""
+    saved: list[Path] = []
+    save = trainer.save_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+        save(filepath, *args, **kwargs)
+        saved.append(Path(filepath))
+
+    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    return saved
+
+
+def call_last(trainer: Trainer, last: Callback, *, saves: bool) -> None:
+    """In a hook of a callback, let the Trainer call `last` after all others, and none that saves if not `saves`."""
+    called = callbacks_of(trainer)  # which the Trainer goes through
+    replace_callbacks(trainer, list(called))
+    called[:] = [*(one for one in called if saves or not isinstance(one, Checkpoint)), last]
+
+
+class Farewell(Callback):
+    """Says which checkpoint to go on from, when a signal has ended the training. `saved` are those of this fit."""
+
+    def __init__(self, saved: list[Path]) -> None:
+        self._saved = saved
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException, Terminated)):
+            return
+        by = "Ctrl-C" if isinstance(exception, KeyboardInterrupt) else "SIGTERM"
+        before = [] if trainer.ckpt_path is None else [Path(trainer.ckpt_path)]
+        newest = next((path for path in reversed([*before, *self._saved]) if path.exists()), None)
+        rank_zero_info(
+            f"{by} ended the training at step {trainer.global_step}: "
+            + (
+                "no checkpoint was saved, so the next training begins anew"
+                if newest is None
+                else f"to go on, give the newest checkpoint as ckpt_path (--ckpt_path {shlex.quote(str(newest))})"
+            )
+        )
 
 
 class BestScores:

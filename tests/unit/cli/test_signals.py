@@ -21,23 +21,24 @@ def _raise(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fit", "status"),
+    ("fit", "status", "said"),
     [
-        (_interrupted_as_lightning_does, 130),
-        (lambda: _raise(KeyboardInterrupt()), 130),
-        (lambda: _raise(SIGTERMException()), 143),
+        (_interrupted_as_lightning_does, 130, "interrupted"),
+        (lambda: _raise(KeyboardInterrupt()), 130, "interrupted"),
+        (lambda: _raise(SIGTERMException()), 143, "ended by SIGTERM"),
+        (lambda: _raise(Terminated()), 143, "ended by SIGTERM"),
     ],
 )
 def test_signals_have_the_status_that_shells_know(
-    fit: object, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fit: object, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("thanos_lightning.cli.training.train", lambda arguments: fit())  # type: ignore[operator]
     assert main(["fit"]) == status
-    assert capsys.readouterr().err == ("thanos-lightning: interrupted\n" if status == 130 else "")
+    assert capsys.readouterr().err == f"thanos-lightning: {said}\n"
 
 
-def test_sigterm_in_a_phase_exits_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thanos_lightning.cli.training.train", lambda arguments: _raise(Terminated()))
+def test_other_ends_keep_their_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thanos_lightning.cli.training.train", lambda arguments: sys.exit(3))
     with pytest.raises(SystemExit) as ended:
         main(["fit"])
-    assert ended.value.code == 143
+    assert ended.value.code == 3
