@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -36,6 +37,7 @@ from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.configuring import explain_configuring
+from thanos_lightning.sharding.extensions import announce_builds
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
@@ -177,6 +179,8 @@ class ThanosPruningCallback(Callback):
         save_whole(trainer.strategy, shards=saves_shards(trainer.strategy))
         note_sigterm(trainer)
         self._saved = note_saves(trainer)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            announce_builds()  # such as that of DeepSpeedCPUAdam
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

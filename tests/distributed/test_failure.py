@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Trainings, only, results, start, train
+from ranks import Trainings, environment, free_port, only, results, start, train
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3 in bf16": {"strategy": "zero3", "precision": "bf16-mixed"},
@@ -82,6 +82,17 @@ def test_sigterm_of_one_rank_ends_all_before_the_event(fault: str, name: str, tm
         assert rank["steps"] == 2
         assert rank["events"] == []
     assert (tmp_path / "step=2.ckpt").exists()
+
+
+def test_the_lock_of_a_killed_start_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    own = environment(0, 1, free_port(), TORCH_EXTENSIONS_DIR=str(lock.parents[1]))
+    ended = start(tmp_path, [{"out": str(tmp_path), **STRATEGIES["zero3"], "fault": "locked"}], 1, environments=[own])
+    assert f"rm {lock}" in ended.outputs[0]
+    assert ended.codes == [1]
+    assert list(lock.parent.iterdir()) == [lock]
 
 
 def test_killed_at_random_points(whole: Trainings, tmp_path: Path) -> None:

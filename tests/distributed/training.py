@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -41,6 +42,7 @@ from transformers import LlamaForCausalLM
 
 import thanos_lightning.events.prune
 import thanos_lightning.events.run
+import thanos_lightning.sharding.extensions
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.lm.adapters import add_lora
@@ -774,6 +776,14 @@ class Terminates(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Locked(Callback):
+    """Ends the training when it is said that a lock keeps it waiting."""
+
+    def __init__(self) -> None:
+        thanos_lightning.sharding.extensions._PATIENCE = 0.0
+        warnings.filterwarnings("error", message=".* is a lock")
+
+
 FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": Poison,
     "memory": Exhausted,
@@ -785,6 +795,7 @@ FAULTS: dict[str, Callable[[], Callback]] = {
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
     "killed_inside": KilledInside,
     "killed in a save": KilledInASave,
+    "locked": Locked,
     "SIGTERM": partial(Terminates, 0, 1),
     "SIGTERM on the first": partial(Terminates, 0),
     "SIGTERM on the last": partial(Terminates, 1),

@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from typing_extensions import override
 
+from thanos_lightning.sharding.extensions import announce_builds
+
 
 class CPUDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed ZeRO on CPUs, over gloo: to try a recipe on a laptop before the cluster.
@@ -46,4 +48,5 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         assert isinstance(self, ParallelStrategy)
         reset_seed()
         self.set_world_ranks()
+        announce_builds()
         self._init_deepspeed_distributed()
