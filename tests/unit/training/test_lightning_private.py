@@ -14,6 +14,8 @@ from thanos_lightning.training.lightning_private import (
     after_configure_model,
     average_of,
     callbacks_of,
+    end_on_sigterm,
+    has_sigterm,
     has_trainer,
     logged_step,
     process_group_timeout,
@@ -81,6 +83,16 @@ def test_callbacks_are_replaced():
     assert own == trainer.callbacks
     replace_callbacks(trainer, own[:-1])
     assert callbacks_of(trainer) == own[:-1]
+
+
+def test_sigterm():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert callable(trainer._signal_connector._sigterm_notifier_fn)  # note_sigterm replaces these two
+    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    assert not has_sigterm(trainer)
+    end_on_sigterm(trainer)
+    assert has_sigterm(trainer)
+    assert trainer.received_sigterm
 
 
 def test_no_metric_before_a_training():
