@@ -291,7 +291,7 @@ def require_shapes(content: Mapping[str, Any]) -> None:
     for optimizer, names in zip(content.get("optimizer_states", []), named, strict=False):
         for index, name in enumerate(names):
             like, state = weights.get(name), optimizer["state"].get(index, {})
-            for what in MOMENTS & state.keys():
+            for what in sorted(MOMENTS & state.keys()):
                 value = state[what]
                 if isinstance(like, Tensor) and isinstance(value, Tensor) and value.shape != like.shape:
                     raise ValueError(

@@ -267,7 +267,7 @@ def test_pattern_arrives_as_text(folder, capsys):
     ("arguments", "message"),
     [
         (["verify", "nowhere"], "nowhere does not exist"),
-        (["verify", "."], "holds no .safetensors file"),
+        (["verify", "."], "holds no weights, and no model.safetensors"),
         (["verify", "OUT", "--sparsity", "0.5"], "give --pattern"),
         (["verify", "OUT", "--targets", "*"], "give --pattern"),
         (["verify", "OUT", "--pattern", "2-4"], "pattern='2-4' is not known"),

@@ -232,6 +232,7 @@ trainer:
     torch.save({"weights": 1}, folder / "other.ckpt")
     content = torch.load(checkpoint, weights_only=True)
     del content["hyper_parameters"]  # as a module of one's own may keep none
+    content["optimizer_states"][0]["state"].clear()  # whose shapes would be others
     content["state_dict"] = {name: value[:1] for name, value in content["state_dict"].items()}
     torch.save(content, folder / "shapes.ckpt")
     return folder
