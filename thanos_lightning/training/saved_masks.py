@@ -76,8 +76,8 @@ def restore_masks(
         enforcer.set_mask(name, keep)
     if violations := enforcer.violations():
         raise MisconfigurationException(
-            f"the checkpoint's masks are not those of its weights ({violations[0]} are not 0): it was changed after it "
-            "was saved, take another one"
+            f"the masks are not those of the weights ({violations[0]} are not 0): something has changed the checkpoint "
+            "after it was saved, or the model since the last fit. Resume from another checkpoint"
         )
     return patterns
 
