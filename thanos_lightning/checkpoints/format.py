@@ -184,9 +184,10 @@ class TrainerCheckpoint:
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise _not_a_checkpoint(path)
         _require_types(content, path)
-        require_shapes(content)
         tensors = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
-        return cls(path, content, (), tensors, _moments(content, path))
+        moments = _moments(content, path)
+        require_shapes(content)
+        return cls(path, content, (), tensors, moments)
 
     def require_intact(self) -> None:
         """Raise ValueError if a file's bytes do not match their checksums. Reads every file in full."""

@@ -131,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """
     named = _named_by_configuration(folder)
     found = [*sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1], *named]
-    found += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).is_file()]
+    found += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).exists()]
     if len(found) > 1:
         raise ValueError(
             f"{folder} says two things: {found[0]} and {found[1]} both say what transformers loads. Move what is not "
