@@ -32,7 +32,7 @@ CHECKPOINT_FORMAT = 7  # version of the state and of the note
 CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
 # The types of what is read, of which there is more; the note has the latter half only where there is a model
 _OF_STATE = {
-    "arguments": dict[str, str],
+    "arguments": dict[str, Any],
     "masks": dict[str, dict[str, Any]],
     "optimizer_steps": int,
     "report": dict[str, Any],
@@ -255,6 +255,10 @@ def _require_types(content: Mapping[str, Any], path: Path) -> None:
             if written is not None and written.get("format") == CHECKPOINT_FORMAT:
                 for name, kind in kinds.items():
                     read_as(kind, written.get(name), f"{name} in the callback's {what}")
+        arguments = (state or {}).get("arguments") or {}  # text of any length: a schedule may have hundreds of events
+        for name, value in arguments.items() if isinstance(arguments, dict) else ():
+            if not isinstance(value, str):
+                raise ValueError(f"arguments in the callback's state: {name} is {value!r}, not text")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): take another checkpoint") from error
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoint_cases import change_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import VOCABULARY, ToyLM, grouped, loader, save_tiny, trainer
 from transformers import AutoModelForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint
+from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.report.data import PruningReport
 
 
@@ -47,3 +50,12 @@ def test_the_metric_after_the_event_is_not_told_twice(trained: Path, tmp_path: P
 def test_no_file_says_where_a_user_keeps_models(trained: Path, tmp_path: Path) -> None:
     assert "Made from tiny-llama by" in card_of(trained, 6, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()] == []
+
+
+def test_a_schedule_may_be_long(trained: Path, tmp_path: Path) -> None:
+    def lengthen(content: dict[str, Any]) -> None:
+        content["callbacks"][CALLBACK_KEY]["arguments"]["schedule"] = f"SparsitySchedule(at={tuple(range(999))})"
+
+    changed = change_checkpoint(trained / "step=6.ckpt", tmp_path / "long.ckpt", lengthen)
+    export_checkpoint(changed, tmp_path / "out")
+    assert "997, 998))" in (tmp_path / "out" / "README.md").read_text()
