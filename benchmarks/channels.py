@@ -20,8 +20,6 @@ block before the first step, on the same sequences, take them out, and train the
     flap        the smallest variance of the input of down times ‖W_:j‖²; a bias stands for the mean of what is taken
                 out (FLAP, arXiv 2312.11983)
     structured  `pattern: structured` of this package's solver on down: Wanda's score, and the kept columns make up
-    layers      no channels: as many whole decoder layers as have about as many weights, by `drop_layers` on 4,096
-                tokens; the first ones of a kept run that dropped more, without a search
 """
 
 import argparse
@@ -41,7 +39,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback, drop_layers
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -51,9 +49,7 @@ from thanos_lightning.solver import Channels, Structured, prune
 KEPT = Path(__file__).parent / "results"
 MULTIPLE_OF = 64
 ONE_SHOT = ("random", "magnitude", "activation", "wanda-sp", "flap", "structured")
-LAYERS = "layers"
 OWN = {"once": (0,), "four events": (0.1, 0.2, 0.3, 0.4)}
-_SCORED_BATCHES = 4  # to choose decoder layers on
 
 
 def kept_channels(sparsity: float, width: int) -> int:
@@ -148,34 +144,13 @@ def without_channels(
     return made
 
 
-def drop(
-    model: LlamaForCausalLM, sparsity: float, calibration: Iterable[Mapping[str, Tensor]], found: Iterable[list[int]]
-) -> list[int]:
-    """Drop decoder layers that have about as many weights as such channels, and return which, the first one first.
-
-    `found` has what other searches on this calibration set have dropped.
-    """
-    layers: Any = model.model.layers
-    width = model.config.intermediate_size
-    of_channels = len(layers) * 3 * model.config.hidden_size * (width - kept_channels(sparsity, width))
-    number = round(of_channels / sum(parameter.numel() for parameter in layers[0].parameters()))
-    dropped = next((these[:number] for these in found if len(these) >= number), None)
-    if dropped is None:
-        with torch.autocast(model.device.type, torch.bfloat16):  # as it is trained
-            dropped = drop_layers(model, list(calibration)[:_SCORED_BATCHES], number).layers
-    model.model.layers = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in dropped)
-    model.config.num_hidden_layers = len(model.model.layers)
-    return dropped
-
-
 # Training
 
 
 def train(
-    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str, runs: Path
+    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str
 ) -> dict[str, Any]:
     """One run."""
-    dropped: list[int] | None = None
     model: Any = load_pretrained(task.model, "float32")
     dense_size = sum(parameter.numel() for parameter in model.parameters())
     calibration = batches(task, 1, task.calibration // task.batch)
@@ -187,10 +162,6 @@ def train(
         schedule = SparsitySchedule(at=OWN[contender])
         pruning = ThanosPruningCallback("channels", sparsity, schedule, multiple_of=MULTIPLE_OF, calibration=on)
         callbacks.append(pruning)
-    elif contender == LAYERS:
-        kept_runs = (json.loads(path.read_text()) for path in sorted(runs.glob(f"{LAYERS}_*.json")))
-        found = (run["dropped"] for run in kept_runs if run["task"] == task.described())
-        dropped = drop(model, sparsity, calibration, found)
     else:
         model = without_channels(model, contender, sparsity, calibration, seed)
     choosing = time.perf_counter() - begin
@@ -216,7 +187,6 @@ def train(
         "size": round(size / dense_size, 4),
         "seconds": round(seconds, 1),
         "event_seconds": round(events, 1),
-        **({} if dropped is None else {"dropped": dropped}),
     }
 
 
@@ -244,7 +214,7 @@ def finished(runs: Path, task: Task, contender: str, sparsity: float, rate: floa
 def main() -> None:
     """Train what is missing, print, and write where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    contenders = [DENSE, *ONE_SHOT, LAYERS, *OWN]
+    contenders = [DENSE, *ONE_SHOT, *OWN]
     parser.add_argument("--model", default="smollm2-135m", help="a Llama: hub name, local folder or smollm2-135m")
     parser.add_argument("--text", default="python-reference", help="as TextData takes it")
     parser.add_argument("--validation-split", help="of a data set; a tenth is held back where it is left out")
@@ -282,8 +252,7 @@ def main() -> None:
                     found = finished(arguments.runs, task, contender, sparsity, rate, seed)
                     if found is None and not arguments.only_report and contender != DENSE:
                         print(f"{contender}, {sparsity:.0%}, learning rate {rate:g}, seed {seed}", flush=True)
-                        how = (arguments.every, arguments.device, arguments.runs)
-                        result = train(task, contender, sparsity, rate, seed, *how)
+                        result = train(task, contender, sparsity, rate, seed, arguments.every, arguments.device)
                         made = {"contender": contender, "sparsity": sparsity, "rate": rate, "seed": seed}
                         machine = hardware(arguments.device)
                         found = {"task": task.described(), **made, **result, "hardware": machine}

@@ -146,7 +146,7 @@ then come those at the end, by learning rate. Fine-tuned whole, the model ends a
 "once" and "four events" are `pattern: channels` with its defaults: before the first step on 32,768 calibration tokens,
 and at 10, 20, 30 and 40 % of the training. All others choose before the first step on the same tokens, and train the
 smaller model; the benchmark's head says how. "layers" is without decoder layers in place of channels, as many as have
-about as many weights. What has no number was not run.
+about as many weights; commit 90627c3 has the code to repeat it. What has no number was not run.
 """
 WIDTH = """
 ## {sparsity:.0%} of the channels

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from thanos_lightning.callback import ThanosPruningCallback
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
-    from thanos_lightning.events.drop import drop_layers
     from thanos_lightning.events.permute import permute_channels
     from thanos_lightning.models.feedforward import FeedForward
     from thanos_lightning.plan.allocation import Allocation
@@ -27,7 +26,6 @@ _ROOMS = {
     "SparsitySchedule": "plan.schedule",
     "TargetOverride": "plan.overrides",
     "ThanosPruningCallback": "callback",
-    "drop_layers": "events.drop",
     "export_checkpoint": "checkpoints.export",
     "mask_adapters": "training.adapters",
     "permute_channels": "events.permute",
@@ -43,7 +41,6 @@ __all__ = [
     "SparsitySchedule",
     "TargetOverride",
     "ThanosPruningCallback",
-    "drop_layers",
     "export_checkpoint",
     "mask_adapters",
     "permute_channels",

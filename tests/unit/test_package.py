@@ -30,7 +30,6 @@ def test_public_names() -> None:
         "SparsitySchedule",
         "TargetOverride",
         "ThanosPruningCallback",
-        "drop_layers",
         "export_checkpoint",
         "mask_adapters",
         "permute_channels",

@@ -166,7 +166,7 @@ def resized(
         architecture: The model's class in transformers.
         config: Of the model as it is.
         shapes: Name of a parameter or buffer -> shape, of the smaller model.
-        sizes: Number of channels, layers or experts in the model, and in the smaller one.
+        sizes: Number of channels or experts in the model, and in the smaller one.
         path: For messages.
     """
     entries = list(_entries(config, sizes[0]))

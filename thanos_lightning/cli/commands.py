@@ -1,4 +1,4 @@
-"""The commands that aren't LightningCLI's: recipes, plan, verify, export, reshard, permute, drop, plot."""
+"""The commands that aren't LightningCLI's: recipes, plan, verify, export, reshard, permute, plot."""
 
 from __future__ import annotations
 
@@ -110,17 +110,11 @@ def command_parser() -> argparse.ArgumentParser:
     text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less"
     permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)
     permute.set_defaults(run=_permute)
-    _add_model_and_text(permute, blocks=256)
+    _add_model_and_text(permute)
     permute.add_argument("--pattern", help="the N:M that the model will be pruned to (2:4)")
     permute.add_argument("--targets", nargs="+", metavar="NAME", help="layers that will be pruned: globs or re:…")
     permute.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that won't (lm_head)")
     permute.add_argument("--memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
-
-    text = "drop whole decoder layers, those that the loss on a text misses least: a shallower dense model"
-    drop = commands.add_parser("drop", help=text, description=text, argument_default=argparse.SUPPRESS)
-    drop.set_defaults(run=_drop)
-    _add_model_and_text(drop, blocks=32)
-    drop.add_argument("--layers", type=int, required=True, metavar="N", help="how many go")
 
     text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
@@ -130,13 +124,13 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_text(parser: argparse.ArgumentParser, *, blocks: int) -> None:
+def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub name or folder, as for training")
     parser.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     parser.add_argument("--text", required=True, nargs="+", help="to measure the model on: TextData's dataset")
     parser.add_argument("--text-column", metavar="NAME", help="of a hub data set (text)")
     parser.add_argument("--dataset-config", metavar="NAME", help="of a hub data set")
-    parser.add_argument("--blocks", type=int, metavar="N", help=f"blocks of text to measure it on ({blocks})")
+    parser.add_argument("--blocks", type=int, metavar="N", help="blocks of text to measure it on (256)")
     parser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (128)")
     parser.add_argument("--dtype", help="of the written weights (float32)")
     parser.add_argument("--device", help="such as cuda (cpu)")
@@ -182,12 +176,12 @@ def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
     return 0
 
 
-def _permute(model: str, output: str, pattern: str = "2:4", blocks: int = 256, **options: Any) -> int:
+def _permute(model: str, output: str, pattern: str = "2:4", **options: Any) -> int:
     from thanos_lightning.events.permute import permute_channels, require_nm
 
     wanted = require_nm(pattern)
     of_search = {name: options.pop(name) for name in ("targets", "ignore", "memory_gib") if name in options}
-    loaded, batches = _model_and_text(model, output, blocks, **options)
+    loaded, batches = _model_and_text(model, output, **options)
     reordered = permute_channels(loaded, batches, wanted, **of_search)
     _save(loaded, model, output)
     for kind, these in _by_kind(reordered).items():
@@ -197,26 +191,12 @@ def _permute(model: str, output: str, pattern: str = "2:4", blocks: int = 256, *
     return 0
 
 
-def _drop(model: str, output: str, layers: int, blocks: int = 32, **options: Any) -> int:
-    from thanos_lightning.events.drop import drop_layers
-
-    loaded, batches = _model_and_text(model, output, blocks, **options)
-    dropped = drop_layers(loaded, batches, layers)
-    sys.stdout.write(f"loss on the text: {dropped.losses[0]:.3f} with all layers, which count from 0\n")
-    for number, loss in enumerate(dropped.losses[1:], 1):
-        these = ", ".join(map(str, dropped.layers[:number]))
-        sys.stdout.write(f"{loss:.3f} without layer{'s' if number > 1 else ''} {these}\n")
-    _save(dropped.model, model, output)
-    sys.stdout.write(f"{output}: train this one, so that it recovers\n")
-    return 0
-
-
 def _model_and_text(
     model: str,
     output: str,
-    blocks: int,
     *,
     text: list[str],
+    blocks: int = 256,
     dtype: str = "float32",
     device: str = "cpu",
     block_size: int = 128,
