@@ -43,12 +43,10 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.events.permute import permute_channels
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.plan.schedule import Shape
 from thanos_lightning.solver import Pattern, parse_pattern
 
 if TYPE_CHECKING:
@@ -77,13 +75,10 @@ class Recipe:
         distillation: Arguments of `Distillation`; None trains on the text alone. A teacher "fine-tuned" is the dense
             contender at the end of its training with `TEACHER_RATE` and the same seed.
         pruned: A method of `one_shot.py` that prunes the model before the training, in place of the callback.
-        permuted: Whether the model's channels are put into another order before, on what the one-shot methods
-            calibrate on.
         fine_tuned: Whether the dense contender at the end of its training, as above, is pruned and trained on: twice
             the tokens in all.
         blocks: Whether blocks are trained at the events, as is the callback's default on a calibration set.
         reordered: Whether channels get another order at an event before the first step, as is its default, too.
-        shape: Of the schedule.
         training: Other arguments of `CausalLM`.
         norms_alone: Whether nothing but the norms is trained.
     """
@@ -92,69 +87,36 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     pruned: str | None = None
-    permuted: bool = False
     fine_tuned: bool = False
     blocks: bool = False
     reordered: bool = False
-    shape: Shape = "cubic"
     training: Mapping[str, Any] = field(default_factory=dict)
     norms_alone: bool = False
 
-    @property
-    def times(self) -> SparsitySchedule:
-        """When the callback prunes."""
-        return SparsitySchedule(at=self.schedule, shape=self.shape)
 
-
-_BEFORE, _EARLY, _ONCE, _LATE = (0,), (0.05,), (0.1,), (0.3,)
+_BEFORE, _ONCE, _LATE = (0,), (0.1,), (0.3,)
 _TWICE, _FOUR_TIMES = (0.1, 0.2), (0.1, 0.2, 0.3, 0.4)
-_BEFORE_PRUNING: dict[str, Any] = {"teacher": "before-pruning"}
 _FIRST_BATCHES, _FINE_TUNED = "first batches", "fine-tuned"
 _FIRST_STEP = {"batches": _FIRST_BATCHES}
-_COUPLED = {"output_weights": "full"}
 _LORA = {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}
 _ALIKE = {"allocation": {"by": "uniform"}}
 OWN: dict[str, Recipe] = {
     "gradual": Recipe(_TWICE),
-    "gradual, distilled": Recipe(_TWICE, distillation=_BEFORE_PRUNING),
     "gradual, on the first batches": Recipe(_TWICE, _FIRST_STEP),
-    "gradual, coupled": Recipe(_TWICE, _COUPLED),
-    "gradual, coupled, on the first batches": Recipe(_TWICE, {**_FIRST_STEP, **_COUPLED}),
     "first step": Recipe(_BEFORE, _FIRST_STEP),
-    "first step, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}),
-    "first step, permuted, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, permuted=True),
-    "one-shot thanos": Recipe(_BEFORE, pruned="thanos"),
     # each quarter of the layers on what the quarters before it have become
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "memory_gib": 0.125}),
-    "first step, permuted": Recipe(_BEFORE, _FIRST_STEP, permuted=True),
-    **{
-        name: Recipe(when, {"batches": 128, **_COUPLED}, {"teacher": _FINE_TUNED}, permuted=True)
-        for name, when in {
-            "all that helped": _EARLY,
-            "all that helped, at the first step": _BEFORE,
-            "all that helped, in two events": (0.05, 0.1),
-        }.items()
-    },
-    "all that helped, on all of the text": Recipe(
-        _BEFORE, {"batches": 200, "damping": 0.001, **_COUPLED}, {"teacher": _FINE_TUNED}, permuted=True
-    ),
-    "all that helped, without a teacher": Recipe(_BEFORE, {"batches": 128, **_COUPLED}, permuted=True),
     "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
     "defaults": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True),
     "defaults, lora": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True, training=_LORA),
     "defaults, norms alone": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True, norms_alone=True),
-    "defaults, coupled": Recipe(_BEFORE, {**_FIRST_STEP, **_COUPLED}, blocks=True, reordered=True),
     "two stages, defaults": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True, reordered=True),
     "first step, blocks": Recipe(_BEFORE, _FIRST_STEP, blocks=True),
     "late, blocks": Recipe(_LATE, _FIRST_STEP, blocks=True),
-    "early, on the first batches": Recipe(_EARLY, _FIRST_STEP),
     "once": Recipe(_ONCE),
     "once, on the first batches": Recipe(_ONCE, _FIRST_STEP),
-    "once, distilled": Recipe(_ONCE, distillation=_BEFORE_PRUNING),
     "gradual, four events": Recipe(_FOUR_TIMES),
     "gradual, four events, alike": Recipe(_FOUR_TIMES, _ALIKE),
-    "gradual, four later events": Recipe((0.2, 0.3, 0.4, 0.5)),
-    "gradual, four events, linear": Recipe(_FOUR_TIMES, shape="linear"),
     **{
         f"first step, a fifth of the rows dense{name}": Recipe(
             _BEFORE, {**_FIRST_STEP, "outlier_fraction": 0.2, "allocation": {"by": by}}
@@ -169,20 +131,14 @@ OWN: dict[str, Recipe] = {
             "decayed": {"weight_decay": 0.1},
         }.items()
     },
-    "late": Recipe(_LATE),
-    "late, distilled": Recipe(_LATE, distillation=_BEFORE_PRUNING),
+    "first step, taught by the start": Recipe(_BEFORE, _FIRST_STEP, {"teacher": "start"}),
     "once, taught by the start": Recipe(_ONCE, distillation={"teacher": "start"}),
     "once, taught by the fine-tuned": Recipe(_ONCE, distillation={"teacher": _FINE_TUNED}),
-    "first step, distilled": Recipe(_BEFORE, _FIRST_STEP, distillation=_BEFORE_PRUNING),
     **{
         f"first step, {amount} the calibration": Recipe(_BEFORE, {"batches": number})
         for amount, number in (("half", 16), ("four times", 128))
     },
     "first step, alike": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}),
-    "first step, alike, distilled": Recipe(_BEFORE, {**_FIRST_STEP, **_ALIKE}, _BEFORE_PRUNING),
-    "first step, outputs alike, distilled": Recipe(
-        _BEFORE, {**_FIRST_STEP, "output_weights": "uniform"}, _BEFORE_PRUNING
-    ),
     **{
         f"first step{name}, taught by the fine-tuned": Recipe(_BEFORE, _FIRST_STEP, {"teacher": _FINE_TUNED, **weights})
         for name, weights in {
@@ -190,27 +146,16 @@ OWN: dict[str, Recipe] = {
             ", logits x 4": {"logits": 4.0},
             ", logits x 0.5": {"logits": 0.5},
             ", logits alone": {"cross_entropy": 0.0},
-            ", squarehead": {"hidden_states": 1.0},
-            ", a thirtieth of squarehead": {"hidden_states": 1 / 30},  # the mean over layers
-        }.items()
-    },
-    **{
-        f"once, {name}": Recipe(_ONCE, distillation={**_BEFORE_PRUNING, **weights})
-        for name, weights in {
-            "logits x 4": {"logits": 4.0},
-            "logits alone": {"cross_entropy": 0.0},
-            "squarehead": {"logits": 0.0, "hidden_states": 1.0},
-            "logits and squarehead": {"hidden_states": 1.0},
         }.items()
     },
 }
 ALL = {**{name: Recipe(_BEFORE, pruned=name.removeprefix("one-shot ")) for name in ONE_SHOT}, **OWN}
 # what is in the table; the others, which differ from one of these in one thing or few, only where they are asked for
 _BASELINES = (DENSE, *ONE_SHOT, LIGHTNING)
-_GRADUAL = ("gradual", "gradual, distilled")
+_PRUNED_IN_TRAINING = ("gradual", "first step", "defaults")
 IN_TABLE = {
-    "2:4": (*_BASELINES, SR_STE, *_GRADUAL, "first step", "all that helped, at the first step"),
-    "60%": (*_BASELINES, *_GRADUAL, "first step", "gradual, coupled, on the first batches"),
+    "2:4": (*_BASELINES, SR_STE, *_PRUNED_IN_TRAINING),
+    "60%": (*_BASELINES, *_PRUNED_IN_TRAINING),
     "70%": (),  # for comparisons that are asked for
 }
 
@@ -241,8 +186,7 @@ class Task:
 
 def contenders(pattern: str) -> list[str]:
     """The contenders for a pattern, baselines first."""
-    own = [name for name, recipe in OWN.items() if pattern == "2:4" or not recipe.permuted]
-    return list(dict.fromkeys((*IN_TABLE[pattern], *own)))
+    return list(dict.fromkeys((*IN_TABLE[pattern], *OWN)))
 
 
 # Text
@@ -398,23 +342,6 @@ def one_shot_folder(
     return folder
 
 
-def permuted_folder(task: Task, pruned: Path, pattern: str) -> Path:
-    """The model with its channels in another order, in a folder that is written at the first call."""
-    read = [task.described()[name] for name in ("model", "text", "validation_split", "length", "calibration")]
-    described = json.dumps([*read, pattern, "permuted"])
-    folder = pruned / f"{pattern.replace(':', '-')}-permuted"
-    note = folder / "task.json"
-    if not (note.exists() and note.read_text() == described):
-        model = load_pretrained(task.model, "float32")
-        begin = time.perf_counter()
-        calibration = batches(task, 1, task.calibration // task.batch)
-        permute_channels(model, calibration, pattern)
-        print(f"permuted in {time.perf_counter() - begin:.0f} s", flush=True)
-        model.save_pretrained(folder)
-        note.write_text(described)
-    return folder
-
-
 def fine_tuned_folder(task: Task, pruned: Path, seed: int, device: str) -> Path:
     """The dense contender after its training, in a folder that is written at the first call."""
     described = json.dumps([task.described(), TEACHER_RATE, seed], sort_keys=True)
@@ -483,8 +410,6 @@ def train(
         source = str(fine_tuned)
     if recipe is not None and recipe.pruned is not None:
         source = str(one_shot_folder(task, pruned, pattern, recipe.pruned, console, fine_tuned))
-    elif recipe is not None and recipe.permuted:
-        source = str(permuted_folder(task, pruned, pattern))
     model = load_pretrained(source, "float32")
     model.set_attn_implementation("eager")  # of short sequences on CPUs: a tenth of a step less than by sdpa
     if recipe is not None and recipe.norms_alone:
@@ -514,7 +439,7 @@ def train(
         for group, kind in (("solver", SolverOptions), ("calibration", CalibrationOptions)):
             own = {one.name: options.pop(one.name) for one in fields(kind) if one.name in options}
             options[group] = kind(**own)
-        pruning = ThanosPruningCallback(**of_pattern, schedule=recipe.times, **options)
+        pruning = ThanosPruningCallback(**of_pattern, schedule=SparsitySchedule(at=recipe.schedule), **options)
     per_epoch = task.steps
     if contender == LIGHTNING:
         per_epoch = task.steps // 20
@@ -582,18 +507,9 @@ def settings(contender: str) -> Any:
     if recipe is None:
         return None
     made = asdict(recipe)
-    if not recipe.permuted:
-        del made["permuted"]  # which kept runs don't say
-    if not recipe.fine_tuned:
-        del made["fine_tuned"]
-    for name in ("blocks", "reordered"):
+    for name in ("fine_tuned", "blocks", "reordered", "training", "norms_alone"):
         if not made[name]:
-            del made[name]
-    if recipe.shape == "cubic":
-        del made["shape"]
-    for name in ("training", "norms_alone"):
-        if not made[name]:
-            del made[name]
+            del made[name]  # which the oldest kept runs don't say
     solver = None if recipe.pruned is None else METHODS[recipe.pruned]
     return json.loads(json.dumps({**made, "solver": solver}))
 

@@ -17,31 +17,37 @@ HEAD = """# Perplexity after recovery
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
-SmolLM2-135M, trained on Python's documentation in steps of 1,024 tokens, with AdamW, 5 % warm-up and a cosine. Each
-number is the perplexity at the end, on text that is held back. Each contender has the name that
-`benchmarks/recovery.py` gives it, and `--contenders NAME` repeats it:
+SmolLM2-135M is trained on Python's documentation in steps of 1,024 tokens, with AdamW, 5 % warm-up and a cosine. Each
+number is the perplexity on held-out text at the end of a training. `benchmarks/recovery.py` has the contenders by name,
+and `--contenders NAME` repeats one:
 
     python benchmarks/python_documentation.py unpacked pydocs  # its head says where the text comes from
     python benchmarks/recovery.py --text pydocs --validation-split validation --contenders "first step"
 
-"one-shot" contenders are pruned before the training and keep those zeros. "lightning magnitude" is Lightning's
-ModelPruning, 50 % or 60 % anywhere. "defaults" is the callback with a calibration set and its defaults otherwise: once
-before the first step, with channels in another order (2:4), and blocks trained after the solves. All others keep the
-order (`reorder: false`), and train no blocks (`block_steps: 0`) unless their names say so. "gradual" prunes at 10 and
-20 % of the training, on training batches, "late" at 30 %. "two stages" prunes the fine-tuned dense model and trains it
-on for as many tokens, of the same text in the same order. "coupled" is `output_weights: full`, "alike" is
-`allocation: {by: uniform}`, and "distilled" has the model before the first event as its teacher. "all that helped" has
-the channels of the whole model in another order (`permute`), `output_weights: full`, 131,072 calibration tokens, and
-the fine-tuned dense model as its teacher, whose own training comes on top.
+- "one-shot ...": the method prunes the model before the training, which keeps the zeros.
+- "lightning magnitude": Lightning's ModelPruning, 50 % or 60 % anywhere.
+- "defaults": the callback's defaults with a calibration set. It prunes once, before the first step; channels are
+  reordered (2:4), and blocks are trained after the solves.
+- "first step": the same with `reorder: false` and `block_steps: 0`. All contenders below have these two settings unless
+  their names say otherwise.
+- "once", "late": one event, at 10 % or at 30 % of the training.
+- "gradual": events at 10 and 20 % of the training; "four events" are at 10, 20, 30 and 40 %. "gradual" and "once"
+  collect from training batches, or "on the first batches" from the calibration set.
+- "two stages": the fine-tuned dense model is pruned, then trained for as many tokens again, in the same order.
+- "alike": `allocation: {by: uniform}`.
+- "taught by ...": a [teacher](../guide/teacher.md), the model at the start or the fine-tuned dense model, whose own
+  training comes on top.
 
-Some runs are older than the code. Outputs were weighted by the text's labels, and not by labels that the model draws,
-in these at 60 %: "alike" and what has a teacher, of 102,400 tokens (hold them against 18.14
-for "first step"); "first step" at 1.5e-4, "first step, coupled" at 6e-4. At 2:4 likewise in "all that helped, in two
-events". The order of the channels is by each layer's loss alone in "first step, permuted, coupled", "all that helped"
-and "all that helped, in two events". Whatever is coupled took three times the ADMM steps of today, and seven times the
-refinement steps: today's leave 1 to 6 % more of a layer's loss.
+Three runs at 60 % are older than the code: "first step" at 1.5e-4, and of 102,400 tokens "first step, alike" and "first
+step, taught by the fine-tuned". Their outputs were weighted by the labels of the text; today the model draws the
+labels. With the labels of the text, "first step" of 102,400 tokens ended at 18.14: compare the last two with that.
 
 ![Perplexity and sparsity against tokens](recovery.png)
+
+The picture is drawn from the kept runs, without a training:
+
+    python benchmarks/recovery.py --text pydocs --validation-split validation --only-report --output . \\
+        --rates 7.5e-5 1.5e-4 3e-4 4e-4 6e-4 1.2e-3 2.4e-3
 """
 LONG = """
 ## {pattern}, 204,800 tokens
@@ -76,7 +82,7 @@ TWICE = """
 ## Twice the tokens: 2:4, 409,600 in all
 
 With one order of the text, at the best of the rates that were tried. "defaults" is one training of 400 steps (add
-`--steps 400` to repeat it). For all others 200 steps come before, of the teacher or of the dense model that is pruned.
+`--steps 400` to repeat it). In the other two, the dense model was trained for 200 steps before it was pruned.
 
 """
 ANOTHER = """
@@ -220,7 +226,7 @@ def by_length(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
 
 def by_twice(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
     """Contenders that had twice the tokens, those that end best at last."""
-    after_another = [run for run in runs if run["seed"] == 1 and takes_fine_tuned(run["settings"])]
+    after_another = [run for run in runs if (run["settings"] or {}).get("fine_tuned")]
     best: dict[str, dict[str, Any]] = {}
     for run in sorted([*after_another, *longer], key=lambda run: run["perplexity"]):
         best.setdefault(run["contender"], run)
@@ -260,13 +266,6 @@ def by_trained(runs: list[dict[str, Any]]) -> str:
     before = [f"{found['defaults', pattern]['curve'][0]['perplexity']:.2f}" for pattern in ("2:4", "60%")]
     rows.insert(0, ["(before the training)", "", "", *before, "", ""])
     return table(["trained", "rate", "weights in M", "2:4", "60 %", "MiB", "seconds a step"], rows)
-
-
-def takes_fine_tuned(settings: dict[str, Any] | None) -> bool:
-    """Whether the contender needs the fine-tuned model, as its teacher or to begin with."""
-    if settings is None:
-        return False
-    return settings.get("fine_tuned", False) or (settings["distillation"] or {}).get("teacher") == "fine-tuned"
 
 
 def by_choice(runs: list[dict[str, Any]]) -> str:

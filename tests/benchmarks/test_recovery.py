@@ -156,11 +156,14 @@ def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
     kept = json.loads(path.read_text())
 
     assert path.stem == recovery.key(kept["contender"], kept["pattern"], kept["rate"], kept["seed"])
+    contender = kept["contender"]
+    assert contender in {*recovery.ALL, recovery.DENSE, recovery.LIGHTNING, recovery.SR_STE}
+    assert kept["settings"] == recovery.settings(contender)
     assert kept["task"]["text"] == ("summaries" if path.parent.name == "recovery-gemma" else "pydocs")
     end = kept["curve"][-1]
     assert end["tokens"] == kept["task"]["steps"] * kept["task"]["batch"] * kept["task"]["length"]
     assert end["perplexity"] == kept["perplexity"]
-    sparsity = {"dense": 0.0}.get(kept["contender"], recovery.PATTERNS[kept["pattern"]].sparsity)
+    sparsity = {"dense": 0.0}.get(contender, recovery.PATTERNS[kept["pattern"]].sparsity)
     dense_rows = 0.0 if kept["settings"] is None else kept["settings"]["options"].get("outlier_fraction", 0.0)
     # of which there are whole ones
     assert end["sparsity"] == pytest.approx(sparsity * (1 - dense_rows), abs=1e-3 if dense_rows else 1e-4)
@@ -168,7 +171,7 @@ def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "60%"])
-def test_the_table_has_three_rates_and_two_orders_of_each(pattern: str) -> None:
+def test_the_table_has_several_rates_and_two_orders_of_each(pattern: str) -> None:
     kept = [json.loads(path.read_text()) for path in (RESULTS / "recovery").glob("*.json")]
     assert set(recovery.IN_TABLE[pattern]) <= set(recovery.contenders(pattern))
     for contender in recovery.IN_TABLE[pattern]:
@@ -176,7 +179,7 @@ def test_the_table_has_three_rates_and_two_orders_of_each(pattern: str) -> None:
         if contender != recovery.DENSE:
             runs = [run for run in runs if run["pattern"] == pattern]
         rates = {run["rate"]: run["perplexity"] for run in runs if run["seed"] == 1}
-        assert len(rates) >= 3, contender
+        assert len(rates) >= (2 if contender == "defaults" else 3), contender  # as README says
         best = min(rates, key=lambda rate: rates[rate])
         assert 2 in {run["seed"] for run in runs if run["rate"] == best}, contender
 
