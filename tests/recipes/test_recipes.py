@@ -40,11 +40,10 @@ SPARSITIES = {
     "llama-3.2-1b-channels30": 0.3,
     "qwen3-0.6b-channels30": 0.3,
     "llama-3.2-1b-2of4-distilled": 0.5,
-    "qwen3-1.7b-unstructured50-squarehead": 0.5,
-    "llama-3.2-1b-unstructured60-squarehead": 0.6,
-    "qwen3-0.6b-unstructured70-squarehead": 0.7,
+    "qwen3-1.7b-unstructured50-gradual": 0.5,
+    "llama-3.2-1b-unstructured60-gradual": 0.6,
+    "qwen3-0.6b-unstructured70-gradual": 0.7,
 }
-TAUGHT = ("distilled", "squarehead")
 WINDOWS = {  # and the most blocks in one
     "llama-3.1-8b-2of4": (4, 10),
     "llama-3.1-8b-unstructured50": (8, 10),  # the first four look at the layers
@@ -111,13 +110,12 @@ def test_a_recipe_says_what_it_is(recipe: Path) -> None:
     assert all(word in text.lower() for word in ("for whom", "cost", "expect", "measured"))
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith(TAUGHT)])
+@pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith("distilled")])
 def test_a_recipe_with_a_teacher_has_losses_for_it(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     cli = build(next(recipe for recipe in RECIPES if recipe.stem == name))
     teaching = cli.model.distillation
     assert isinstance(teaching, Distillation)
-    assert bool(teaching.hidden_states) == ("squarehead" in name)
     assert teaching.dtype == "bfloat16"
     assert cli.model.hparams["distillation"] == asdict(teaching)
     saving = only(ModelCheckpoint, cli)
