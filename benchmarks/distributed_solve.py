@@ -6,8 +6,7 @@
 Two windows are pruned to 2:4: the layers of some decoder blocks with SmolLM2-135M's shapes (more layers than ranks:
 each rank solves its own), and one single 2048x2048 layer (fewer layers than ranks: its rows are split). Each rank has
 its own statistics. Where there are more ranks than cores they share them: their time says nothing about more cores, but
-the processor's time for which the busiest rank's thread solves does. Planned is what `thanos-lightning plan --measure`
-says: by the time of one layer of each shape on one rank, and by which layers each rank gets.
+the processor's time for which the busiest rank's thread solves does.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,12 +31,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from thanos_lightning.calibration.moments import Moments
-from thanos_lightning.events.forecast import timed_solves
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.owners import busiest
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
@@ -148,16 +144,6 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
         dist.destroy_process_group()
 
 
-def plan(workload: str, blocks: int, numbers: list[int]) -> dict[int, float]:
-    """The planned time of each number of ranks."""
-    layers = find_targets(layers_of(workload, blocks)[0])
-    # In the processor's time, as the ranks are measured: other work on the machine does not count
-    with mock.patch.object(time, "perf_counter", time.thread_time):
-        timed = timed_solves(layers, dict.fromkeys(layers, NM(2, 4)), OPTIONS, torch.device("cpu"), coupled=False)
-    seconds = {name: timed[layer.rows, layer.cols] for name, layer in layers.items()}
-    return {ranks: busiest(layers, seconds, ranks, coupled=False) for ranks in numbers}
-
-
 def measure(ranks: int, blocks: int, repeats: int) -> list[dict[str, dict[str, float]]]:
     """What each of so many ranks measured."""
     with socket.socket() as free:
@@ -201,8 +187,6 @@ def main() -> None:
         run_rank(arguments.rank, arguments.ranks[0], arguments.blocks, arguments.repeats, arguments.out)
         return
     cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)  # of other work, which takes seconds, too
-    torch.set_num_threads(1)
-    planned = {workload: plan(workload, arguments.blocks, arguments.ranks) for workload in ("many layers", "one layer")}
     rows: list[dict[str, Any]] = []
     for ranks in arguments.ranks:
         measured = measure(ranks, arguments.blocks, arguments.repeats)
@@ -213,7 +197,6 @@ def main() -> None:
                 "shares_cores": ranks > cores,
                 "seconds": round(max(rank[workload]["seconds"] for rank in measured), 3),
                 "processor": round(max(rank[workload]["processor"] for rank in measured), 3),
-                "planned": round(planned[workload][ranks], 3),
                 "reducing": round(max(rank[workload]["reducing"] for rank in measured), 3),
                 "peak_mib": round(max(rank[workload]["peak_bytes"] for rank in measured) / 2**20, 1),
             }
@@ -223,7 +206,7 @@ def main() -> None:
     table = Table(
         title=f"2:4, one thread a rank, {cores} cores, {arguments.blocks} blocks, median of {arguments.repeats}"
     )
-    for column in ("workload", "ranks", "seconds", "processor", "planned", "reducing", "speed-up", "peak MiB a rank"):
+    for column in ("workload", "ranks", "seconds", "processor", "reducing", "speed-up", "peak MiB a rank"):
         table.add_column(column, justify="left" if column == "workload" else "right")
     for row in sorted(rows, key=lambda row: row["workload"]):
         row["speed_up"] = round(first[row["workload"]] / row["seconds"], 2)
@@ -233,7 +216,6 @@ def main() -> None:
             f"{row['ranks']}{note}",
             f"{row['seconds']:.2f}",
             f"{row['processor']:.2f}",
-            f"{row['planned']:.2f}",
             f"{row['reducing']:.3f}",
             f"{row['speed_up']:.2f}",
             f"{row['peak_mib']:.0f}",

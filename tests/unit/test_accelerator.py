@@ -15,19 +15,13 @@ from pretend import DEVICE, in_place, pretend_trainer, waits
 from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.events import forecast, permute
+from thanos_lightning.events import permute
 from thanos_lightning.events.permute import permute_channels
 from thanos_lightning.lm import CausalLM, Distillation
 
 LAYERS = 14
 WAITS_PER_LAYER = 25  # of an event to 2:4 by the default solver
 PADDED = {"number": 64, "padding": 3}
-
-
-@pytest.fixture(autouse=True)
-def _little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_MEASURED_SIZE", 8)
-    monkeypatch.setattr(forecast, "_rates", {})
 
 
 def fit(make: Any, root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:

@@ -57,7 +57,7 @@ def command_parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_recipes)
     listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
 
-    text = "say what fit would take, before a cluster is rented: memory, windows and time; exit 1 if it does not fit"
+    text = "say what fit would take, before a cluster is rented: memory, windows, messages; exit 1 if it does not fit"
     planning = commands.add_parser(
         "plan",
         help=text,
@@ -70,11 +70,9 @@ def command_parser() -> argparse.ArgumentParser:
     planning.set_defaults(run=_plan)
     planning.add_argument("--devices", type=int, metavar="N", help="devices of each machine, in place of the Trainer's")
     planning.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
-    rates = planning.add_mutually_exclusive_group()
-    rates.add_argument("--device", metavar="NAME", help="its memory and rates, by the data sheet: h100, a100, …")
-    rates.add_argument("--measure", action="store_true", help="time the solve of one layer of each shape here")
+    planning.add_argument("--device", metavar="NAME", help="its memory, by the data sheet: h100, a100, …")
     planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device")
-    planning.add_argument("--json", dest="as_json", action="store_true", help="as JSON, in bytes and seconds")
+    planning.add_argument("--json", dest="as_json", action="store_true", help="as JSON, sizes in bytes")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
     # SUPPRESS leaves out arguments that are not given, so that verify_checkpoint's own defaults apply.

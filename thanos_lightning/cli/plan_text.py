@@ -11,7 +11,6 @@ from thanos_lightning.events.forecast import Needs, describe, sized
 from thanos_lightning.events.outlook import Outlook
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.report.progress import duration
 
 if TYPE_CHECKING:
     from thanos_lightning.cli.planned import Plan
@@ -51,7 +50,6 @@ def plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, re
         lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
-    lines.append(f"  times         {planned.timed}")
     if steps_of(trainer) is None:
         lines.append("  steps         not known without the data: --trainer.max_steps says how many")
     elif planned.steps_are_limited:
@@ -75,7 +73,7 @@ def _gib(size: int) -> str:
 
 def _windows(outlook: Outlook) -> Iterator[str]:
     """A line for each run of windows that are alike, which says the most memory of them."""
-    yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'solving':>10}{'sent':>10}"
+    yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'sent':>10}"
     rows = []
     for _, of_step in itertools.groupby(
         zip(outlook.windows, outlook.needs, outlook.at_events, strict=True), key=lambda row: row[0].event.step
@@ -84,18 +82,17 @@ def _windows(outlook: Outlook) -> Iterator[str]:
 
     def alike(row: tuple[int, tuple[Window, Needs, int]]) -> tuple[Any, ...]:
         window, one, _ = row[1]
-        time = "scan" if window.scans else duration(one.solving_seconds)
-        return window.event.step, len(window.patterns), _gib(one.moments), time, _gib(one.sent)
+        return window.event.step, window.scans, len(window.patterns), _gib(one.moments), _gib(one.sent)
 
-    for (step, layers, statistics, time, sent), group in itertools.groupby(rows, key=alike):
+    for (step, scans, layers, statistics, sent), group in itertools.groupby(rows, key=alike):
         numbers, those = zip(*group, strict=True)
         span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         most = _gib(max(size for _, _, size in those))
-        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{time:>10}{sent:>10}"
+        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{sent:>10}{'  scan' if scans else ''}"
 
 
 def plan_document(planned: Plan, outlook: Outlook, memory: int | None, remedies: Sequence[str]) -> dict[str, Any]:
-    """The same as plain values, in bytes and seconds."""
+    """The same as plain values, sizes in bytes."""
     share = outlook.share
     return {
         "ranks": planned.ranks,

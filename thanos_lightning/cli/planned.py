@@ -7,7 +7,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,12 +26,10 @@ from typing_extensions import override
 
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.callback import ThanosPruningCallback
-from thanos_lightning.cli.devices import Device
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.precision import AUTO
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.events.blocks import found_or_declared
-from thanos_lightning.events.forecast import Rates, timed_solves
 from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
@@ -41,7 +38,6 @@ from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
 from thanos_lightning.models.targets import find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
-from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.held import zero_of
 from thanos_lightning.solver import Channels
@@ -130,7 +126,7 @@ def _building(what: str) -> Iterator[None]:
 class Plan:
     """A training that is planned: its model, its machines, and what its configuration says."""
 
-    def __init__(self, cli: PlannedCLI, known: Device | None, *, measure: bool) -> None:
+    def __init__(self, cli: PlannedCLI) -> None:
         self.trainer, self.module = cli.trainer, cli.model
         self.nodes = at_least_one("trainer.num_nodes", cli.asked.num_nodes)
         self.ranks = _devices(cli.asked) * self.nodes
@@ -143,22 +139,6 @@ class Plan:
         here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
         self._device = torch.device("cpu" if cli.asked.accelerator == "cpu" or here_on_cpu else "cuda")
         self._build()
-        if known is not None:
-            forward = known.exact if self._half is None else known.half
-            self.rates = Rates(1e12 * known.exact, 1e12 * forward)
-            self.timed = "at least, by the data sheet, whose rates no program reaches"
-        else:
-            here = self.trainer.strategy.root_device
-            self.rates = Rates.measured(here, self.trainer)
-            self.timed = f"by the rates of this machine's {here.type}; --device names another"
-            if measure:
-                options = self.options
-                layers = find_targets(self.module, options.targets, options.ignore)
-                patterns = assign_patterns(layers, options.pattern, options.overrides)
-                coupled = options.calibration.couples_rows
-                solves = timed_solves(layers, patterns, options.solver, here, coupled=coupled)
-                self.rates = replace(self.rates, solves=solves)
-                self.timed = f"by the rates of this machine's {here.type}, solves of each shape too"
         data = cli.datamodule
         self.batches = Batches()
         if isinstance(data, TextData):
@@ -213,7 +193,7 @@ class Plan:
             self._of_deepspeed if of_deepspeed else self.module,
             options,
             self.trainer,
-            Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self.rates, self._device),
+            Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self._device),
             self.batches,
             feed_forwards=self._feed_forwards,
             beside=self._teacher // (ranks if shares_teacher else 1) + self._averages,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
-from thanos_lightning.cli.devices import device_of
+from thanos_lightning.cli.devices import gigabytes_of
 from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.plan_text import GIB, plan_document, plan_text
 from thanos_lightning.cli.planned import Plan, PlannedCLI, at_least_one, quiet
@@ -31,22 +31,20 @@ def plan(
     num_nodes: int | None = None,
     device: str | None = None,
     memory_gib: float | None = None,
-    measure: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print what fit would take with these arguments. Returns 1 if it does not fit into the memory, else 0."""
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise Mistake(f"--memory-gib is {memory_gib:g}: give a number > 0, such as 80")
-    known = None if device is None else device_of(device)
+    memory = None if device is None else gigabytes_of(device) * 10**9
+    if memory_gib is not None:
+        memory = round(memory_gib * GIB)
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value is not None:
             arguments = [*arguments, f"--trainer.{name}={at_least_one(f'--{name}'.replace('_', '-'), value)}"]
-    cli = PlannedCLI(arguments, for_another=known is not None or memory_gib is not None)
-    planned = Plan(cli, known, measure=measure)
+    cli = PlannedCLI(arguments, for_another=memory is not None)
+    planned = Plan(cli)
     outlook = planned.outlook()
-    memory = None if known is None else known.gigabytes * 10**9
-    if memory_gib is not None:
-        memory = round(memory_gib * GIB)
     fits = None if memory is None else outlook.most <= memory
     remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Announces before the first batch what is pruned, when, and roughly how much memory and time that takes."""
+"""Announces before the first batch what is pruned, when, and about how much memory that takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import rich
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thanos_lightning.events.forecast import Calibration, Rates, describe, dropped_in, forecast, needs, tokens_per_batch
+from thanos_lightning.events.forecast import Calibration, describe, dropped_in, forecast, needs, tokens_per_batch
 from thanos_lightning.models.census import take_census
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.sharding.replicated import ReplicatedAccess
@@ -45,21 +45,16 @@ def announce(run: PruningRun) -> None:
         number,
         tokens,
         of_training=batches is None,
-        differentiates=run.differentiates,
-        coupled=options.calibration.couples_rows,
         length=length,
         blocks=len(run.blocks),
         block_steps=options.block_steps,
     )
     events = scheduled_events(run.planner.schedule, trainer)
-    scanned = run.planner.to_try(run.final) if any(window.scans for window in run.windows) else {}
     is_sharded = not isinstance(run.access, ReplicatedAccess)
-    rates = Rates.measured(next(iter(run.layers.values())).parameter.device, trainer)
     of_event = [
         needs(
             [run.layers[name] for name in window.patterns],
             options.solver,
-            rates,
             ranks=trainer.world_size,
             coupled=options.calibration.couples_rows,
             pattern=options.pattern,
@@ -71,17 +66,7 @@ def announce(run: PruningRun) -> None:
         for window in run.windows
         if window.event == run.windows[-1].event
     ]
-    outlook = forecast(
-        run.layers,
-        census,
-        options.solver,
-        calibration,
-        rates,
-        of_event,
-        ranks=trainer.world_size,
-        is_sharded=is_sharded,
-        levels=max(map(len, scanned.values()), default=0),
-    )
+    outlook = forecast(run.layers, census, calibration, of_event, ranks=trainer.world_size, is_sharded=is_sharded)
     pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     text = describe(
         census,

@@ -1,4 +1,4 @@
-"""What a training that has not begun would take: memory of a rank and time, window by window, from shapes alone."""
+"""What a training that has not begun would take: memory and messages, window by window, from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning.pytorch.strategies import Strategy
 
 from thanos_lightning.events.blocks import Taken, take
 from thanos_lightning.events.experts import take_experts
-from thanos_lightning.events.forecast import Calibration, Forecast, Needs, Rates, dropped_in, forecast, needs
+from thanos_lightning.events.forecast import Calibration, Forecast, Needs, dropped_in, forecast, needs
 from thanos_lightning.models.census import Census, take_census
 from thanos_lightning.models.feedforward import FeedForward
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.overrides import assign_patterns
-from thanos_lightning.plan.planner import Planner, wants_gradients
+from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.held import Share, share_of
 from thanos_lightning.solver import Channels, Experts
@@ -32,14 +32,12 @@ class Machines:
         ranks: Processes, each with one device.
         strategy: A supported one; None for one device.
         autocasts: As for `share_of`.
-        rates: How fast each device computes.
-        device: Its kind.
+        device: The kind of device.
     """
 
     ranks: int
     strategy: Strategy | None
     autocasts: bool
-    rates: Rates
     device: torch.device
 
 
@@ -103,7 +101,7 @@ def look_ahead(
     beside: int = 0,
     lacks_gradients: bool = False,
 ) -> Outlook:
-    """Plan a training as the callback will, and forecast what it takes.
+    """Plan a training as the callback will, and estimate what it takes.
 
     Args:
         module: On the meta device.
@@ -138,7 +136,6 @@ def look_ahead(
         needs(
             [layers[name] for name in window.patterns],
             options.solver,
-            machines.rates,
             ranks=machines.ranks,
             coupled=options.calibration.couples_rows,
             pattern=options.pattern,
@@ -159,23 +156,17 @@ def look_ahead(
         else 0,
         batches.tokens,
         of_training=in_training_batches,
-        differentiates=not in_training_batches and not lacks_gradients and wants_gradients(options, windows[0]),
-        coupled=options.calibration.couples_rows,
         length=batches.length,
         blocks=len(blocks),
         block_steps=options.block_steps,
     )
-    scanned = planner.to_try(taken.final) if windows[0].scans else {}
     event = forecast(
         layers,
         census,
-        options.solver,
         calibration,
-        machines.rates,
         [one for window, one in zip(windows, each, strict=True) if window.event == windows[-1].event],
         ranks=machines.ranks,
         is_sharded=share.in_pieces,
-        levels=max(map(len, scanned.values()), default=0),
     )
     return Outlook(
         taken,

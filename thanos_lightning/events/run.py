@@ -235,11 +235,6 @@ class PruningRun:
     def _lacks_gradients(self) -> bool:
         return self.options.calibration.batches is not None and not self.access.can_differentiate
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether backwards run on the calibration set, if there is one, for the first event."""
-        return not self._lacks_gradients and any(wants_gradients(self.options, window) for window in self.windows[:1])
-
     # Batches
 
     def begin_batch(self, batch: Any) -> None:

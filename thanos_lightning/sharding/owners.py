@@ -58,18 +58,6 @@ def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, couple
     return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
 
 
-def busiest(
-    layers: Mapping[str, PrunableLayer], seconds: Mapping[str, float], world_size: int, *, coupled: bool
-) -> float:
-    """The time of the rank that solves longest, from the time that each layer takes one rank alone."""
-    loads = [0.0] * world_size
-    for name, team in assign_teams(layers, world_size, coupled=coupled).items():
-        share = _cost(layers[name], len(team)) / _cost(layers[name], 1)
-        for rank in team:
-            loads[rank] += share * seconds[name]
-    return max(loads)
-
-
 def owners_of(teams: Mapping[str, range]) -> dict[str, int]:
     """The owner of each layer: the first rank of its team.
 

@@ -16,7 +16,7 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.calibration import collector
-from thanos_lightning.events import announce, forecast, run
+from thanos_lightning.events import announce, run
 from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
 from thanos_lightning.events.forecast import Forecast
 from thanos_lightning.models.targets import find_targets
@@ -94,7 +94,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Forecast]:
         with record_function(f"mark {original.__name__}"):
             return original(*args, **kwargs)
 
-    monkeypatch.setattr(forecast, "_MEASURED_SIZE", 8)
     monkeypatch.setattr(announce, "forecast", partial(kept, announce.forecast))
     for place, name in ((run, "prune_window"), (run, "scan_window"), (collector, "count_dataloader")):
         monkeypatch.setattr(place, name, partial(marked, getattr(place, name)))

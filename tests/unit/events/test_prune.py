@@ -19,7 +19,7 @@ from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
-from thanos_lightning.sharding.owners import PruningError, assign_teams, busiest, owners_of, sum_on_owners
+from thanos_lightning.sharding.owners import PruningError, assign_teams, owners_of, sum_on_owners
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
@@ -171,15 +171,6 @@ def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more:
     for name, team in teams.items():
         if len(team) > 1 and len(teams[slowest]) < layers[slowest].rows:
             assert seconds(layers[name], len(team) - 1) >= times[slowest]
-
-
-def test_the_busiest_rank_is_known_before() -> None:
-    layers = find_targets(nn.Sequential(*(nn.Linear(32, 32, device="meta") for _ in range(6))))
-    each = dict.fromkeys(layers, 2.0)
-    assert [busiest(layers, each, ranks, coupled=False) for ranks in (1, 2, 3, 4)] == [12, 6, 4, 4]
-    one = {"0": layers["0"]}
-    assert busiest(one, each, 4, coupled=False) == 2.0 * seconds(one["0"], 4) / seconds(one["0"])
-    assert busiest(one, each, 4, coupled=True) == 2.0
 
 
 def test_teams_are_in_proportion_to_the_cost() -> None:
