@@ -151,10 +151,7 @@ def make_module(case: Case) -> CausalLM:
         model.register_buffer("mark", torch.arange(3.0))
     kind = Sharded if case.strategy == "fsdp" else CausalLM
     lm = kind(
-        model,
-        learning_rate=1e-2,
-        lr_schedule="constant",
-        distillation=Distillation(case.teacher, hidden_states=0.5, dtype=case.dtype),
+        model, learning_rate=1e-2, lr_schedule="constant", distillation=Distillation(case.teacher, dtype=case.dtype)
     )
     if isinstance(lm, Sharded):
         lm.case = case

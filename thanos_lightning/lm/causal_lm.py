@@ -258,8 +258,8 @@ class CausalLM(LightningModule):
         teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
         self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
         uncast_buffers(self._teacher.model)
-        require_own_gathering(self.model, self.model.base_model)
-        check_teacher(self.model, self._teacher.model, self.distillation)
+        require_own_gathering(self.model)
+        check_teacher(self.model, self._teacher.model)
         if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):
             self._check_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
 
@@ -403,11 +403,9 @@ class CausalLM(LightningModule):
             assert self.model is not None
             assert self._teacher is not None
             assert self.distillation is not None
-            losses = distil(self.model, self._teacher.model, batch, self.distillation, self._agreed_chunks(batch))
-            for name in ("cross_entropy", "logits", "hidden_states"):
-                if (part := getattr(losses, name)) is not None:
-                    self.log(f"train/{name}", part, batch_size=size)
-            loss = losses.total
+            entropy, divergence = distil(self.model, self._teacher.model, batch, self._agreed_chunks(batch))
+            self.log_dict({"train/cross_entropy": entropy, "train/logits": divergence}, batch_size=size)
+            loss = self.distillation.cross_entropy * entropy + self.distillation.logits * divergence
         else:
             # Not self(...): under ZeRO-3 that would break the order of calls by which DeepSpeed prefetches.
             loss = self.forward(**batch).loss

@@ -1,7 +1,7 @@
 """Losses by which a pruned causal language model learns from the dense one, as pure functions.
 
-The loss on logits is from Hinton et al. (2015), SquareHead on hidden states from Kurtic et al. (arXiv 2310.06927). All
-losses are computed in float32, whatever the inputs are. Padding does not count.
+The loss on logits is from Hinton et al. (2015). All losses are computed in float32, whatever the inputs are. Padding
+does not count.
 """
 
 import math
@@ -33,75 +33,47 @@ class Distillation:
             first pruning event, with what it has learnt by then. Any other value is a hub name or local folder.
         cross_entropy: Weight of the loss on the text.
         logits: Weight of KL(teacher ‖ student), the divergence of the next-token distributions.
-        hidden_states: Weight of SquareHead, the sum over decoder layers of the relative error of their hidden states.
         dtype: Dtype of the teacher: "bfloat16", "float32" or "float16".
 
     Raises:
-        ValueError: If a weight is negative, if `logits` and `hidden_states` are both 0, or if the dtype is unknown.
+        ValueError: If a weight is negative, if `logits` is 0, or if the dtype is unknown.
 
     Examples:
-        >>> Distillation(logits=1.0, hidden_states=0.5).teacher
+        >>> Distillation(logits=0.5).teacher
         'before-pruning'
     """
 
     teacher: str = BEFORE_PRUNING
     cross_entropy: float = 1.0
     logits: float = 1.0
-    hidden_states: float = 0.0
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("cross_entropy", "logits", "hidden_states")}
-        for name, weight in weights.items():
+        for name in ("cross_entropy", "logits"):
+            weight = getattr(self, name)
             if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name} is {weight!r}: give a weight ≥ 0")
-        if not any(weights.values()):
-            raise ValueError("all weights of the distillation are 0: give at least one of them a weight above 0")
-        if not (self.logits or self.hidden_states):
+        if not self.logits:
             raise ValueError(
-                "logits and hidden_states are 0, so that nothing would be learnt from the teacher: give one of them a "
-                "weight above 0, or leave the distillation out"
+                "logits is 0, so that nothing would be learnt from the teacher: give a weight above 0, or leave the "
+                "distillation out"
             )
         torch_dtype(self.dtype)
 
 
-@dataclass(frozen=True)
-class DistillationLosses:
-    """The losses of a batch, each a scalar in float32. Losses that were not computed are None.
-
-    Attributes:
-        total: The weighted sum of the losses, to call backward on.
-        cross_entropy: The loss on the text.
-        logits: See `divergence`.
-        hidden_states: See `squarehead`.
-    """
-
-    total: Tensor
-    cross_entropy: Tensor | None
-    logits: Tensor | None
-    hidden_states: Tensor | None
-
-
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, distillation: Distillation) -> None:
+def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Refuse a teacher whose outputs cannot be compared with the student's.
 
     Raises:
-        ValueError: If vocabulary, depth or width differ, or if a model does more to its logits than its head.
+        ValueError: If the vocabularies differ in size, or if a model does more to its logits than its head.
     """
-    own, its = student.config.get_text_config(), teacher.config.get_text_config()
-    named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"
-    if own.vocab_size != its.vocab_size:
+    own, its = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    if own != its:
+        named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"
         raise ValueError(
-            f"{named} has a vocabulary of {its.vocab_size:,} tokens and the model one of {own.vocab_size:,}: take "
-            "a teacher with the model's tokenizer (where only their padding differs, resize_token_embeddings of one)"
+            f"{named} has a vocabulary of {its:,} tokens and the model one of {own:,}: take a teacher with the model's "
+            "tokenizer (where only their padding differs, resize_token_embeddings of one)"
         )
-    if distillation.hidden_states:
-        for name, what in (("num_hidden_layers", "decoder layers"), ("hidden_size", "hidden units")):
-            if getattr(own, name) != getattr(its, name):
-                raise ValueError(
-                    f"{named} has {getattr(its, name)} {what} and the model {getattr(own, name)}: take a teacher "
-                    "of the model's shape, or set hidden_states to 0"
-                )
     for model in (student, teacher):
         _check_head(model)
 
@@ -176,24 +148,18 @@ def num_chunks(tokens: int) -> int:
 
 
 def distil(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: Mapping[str, Tensor],
-    distillation: Distillation,
-    chunks: int | None = None,
-) -> DistillationLosses:
-    """Run both models on a batch and compare them.
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Tensor], chunks: int | None = None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Run both models on a batch, and return the cross entropy and the divergence of ``head_losses``.
 
     Logits never exist for more than `TOKENS_PER_CHUNK` tokens at a time. Beside the student's activations, memory holds
-    one hidden state of the teacher. If `hidden_states` has a weight, memory holds all hidden states of both models:
-    decoder layers × tokens × hidden size numbers each.
+    the last hidden states of the teacher.
 
     Args:
         student: The model that gets gradients.
         teacher: The model without gradients. It is in evaluation mode, as `from_pretrained` leaves it.
         batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, tokens), and what else the
             model's forward takes.
-        distillation: The weights. Its `teacher` and `dtype` are not read.
         chunks: In how many chunks the tokens go through the heads; None takes `num_chunks`. If calling a head gathers
             it (ZeRO-3, FSDP2), all ranks must give the same number: the largest that any rank needs.
 
@@ -202,42 +168,17 @@ def distil(
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
         >>> tokens = torch.arange(8).unsqueeze(0)
-        >>> losses = distil(model, model, {"input_ids": tokens, "labels": tokens}, Distillation())
-        >>> float(losses.logits)
+        >>> _, divergence = distil(model, model, {"input_ids": tokens, "labels": tokens})
+        >>> float(divergence)
         0.0
     """
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-    inputs.update(use_cache=False, output_hidden_states=bool(distillation.hidden_states))
-    counted = batch.get("attention_mask")
+    inputs["use_cache"] = False
     with torch.no_grad():
-        its = _base(teacher)(**inputs)
-    own = _base(student)(**inputs)
-    entropy = logits = hidden = None
-    if distillation.logits:
-        entropy, logits = head_losses(
-            own.last_hidden_state,
-            its.last_hidden_state,
-            _head(student),
-            _head(teacher),
-            batch["labels"],
-            counted,
-            chunks,
-        )
-    elif distillation.cross_entropy:
-        entropy = head_entropy(own.last_hidden_state, _head(student), batch["labels"], chunks)
-    if distillation.hidden_states:
-        # The first hidden states are the embeddings.
-        hidden = squarehead(own.hidden_states[1:], its.hidden_states[1:], counted)
-    weighted = [
-        weight * loss
-        for weight, loss in (
-            (distillation.cross_entropy, entropy),
-            (distillation.logits, logits),
-            (distillation.hidden_states, hidden),
-        )
-        if weight and loss is not None
-    ]
-    return DistillationLosses(torch.stack(weighted).sum(), entropy, logits, hidden)
+        its = _base(teacher)(**inputs).last_hidden_state
+    own = _base(student)(**inputs).last_hidden_state
+    heads = _head(student), _head(teacher)
+    return head_losses(own, its, *heads, batch["labels"], batch.get("attention_mask"), chunks)
 
 
 def divergence(
@@ -260,48 +201,13 @@ def divergence(
         0.0
     """
     _check_logits(student, teacher)
-    rows = _counted_rows(counted, student, teacher.detach())
+    both = (student, teacher.detach())
+    rows = [logits.flatten(end_dim=-2) if counted is None else logits[counted.bool()] for logits in both]
     sums = [
         checkpoint(_divergences, *chunk, use_reentrant=False)
         for chunk in zip(*(torch.split(tensor, TOKENS_PER_CHUNK) for tensor in rows), strict=True)
     ]
     return torch.stack(sums).sum() / max(1, len(rows[0]))
-
-
-def squarehead(
-    student: Sequence[Float[Tensor, "*tokens hidden"]],
-    teacher: Sequence[Float[Tensor, "*tokens hidden"]],
-    counted: Bool[Tensor, "*tokens"] | None = None,
-) -> Float[Tensor, ""]:
-    """The error of the student's hidden states relative to the teacher's, with the same weight for each layer.
-
-    A layer's error is ‖student - teacher‖² / ‖teacher‖², over the tokens that count and the hidden size. The result is
-    the sum over layers, so it is larger for a deeper model. The teacher's hidden states get no gradient. `counted` says
-    which tokens count; None counts all.
-
-    Raises:
-        ValueError: If the numbers of layers or the shapes differ.
-
-    Examples:
-        >>> states = [torch.ones(1, 3, 4), 2 * torch.ones(1, 3, 4)]
-        >>> float(squarehead([torch.zeros(1, 3, 4), states[1]], states))
-        1.0
-    """
-    if len(student) != len(teacher) or not student:
-        raise ValueError(
-            f"the student has {len(student)} hidden states and the teacher {len(teacher)}: take a teacher of the "
-            "student's depth, and at least one layer"
-        )
-    parts = []
-    for layer, (own, other) in enumerate(zip(student, teacher, strict=True)):
-        if own.shape != other.shape:
-            raise ValueError(
-                f"hidden states {layer} of the student have shape {tuple(own.shape)} and the teacher's "
-                f"{tuple(other.shape)}: take a teacher of the student's width"
-            )
-        mine, its = (states.float() for states in _counted_rows(counted, own, other.detach()))
-        parts.append((mine - its).square().sum() / its.square().sum().clamp(min=torch.finfo(its.dtype).tiny))
-    return torch.stack(parts).sum()
 
 
 def head_losses(
@@ -350,26 +256,6 @@ def head_losses(
     return _mean(entropies, targets != IGNORED_LABEL), _mean(divergences, weights)
 
 
-def head_entropy(
-    student: Float[Tensor, "batch tokens hidden"],
-    student_head: Callable[[Tensor], Tensor],
-    labels: Int64[Tensor, "batch tokens"],
-    chunks: int | None = None,
-) -> Float[Tensor, ""]:
-    """The cross entropy of ``head_losses`` alone."""
-    targets = _targets(labels)
-
-    def entropies(hidden: Tensor, some_targets: Tensor) -> Tensor:
-        return _entropies(student_head(hidden), some_targets)
-
-    rows = (student.flatten(end_dim=1), targets)
-    sums = [
-        checkpoint(entropies, *chunk, use_reentrant=False)
-        for chunk in zip(*(_parts(tensor, chunks) for tensor in rows), strict=True)
-    ]
-    return _mean(sums, targets != IGNORED_LABEL)
-
-
 def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
     return torch.tensor_split(rows, chunks or num_chunks(len(rows)))
 
@@ -385,13 +271,6 @@ def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _mean(sums: Sequence[Tensor], counted: Tensor) -> Tensor:
     return torch.stack(list(sums)).sum() / counted.sum().clamp(min=1)
-
-
-def _counted_rows(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Reshape the tensors to (tokens that count, features)."""
-    if counted is None:
-        return tuple(tensor.flatten(end_dim=-2) for tensor in tensors)
-    return tuple(tensor[counted.bool()] for tensor in tensors)
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:

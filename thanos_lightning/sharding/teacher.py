@@ -81,27 +81,21 @@ def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]
         yield tensor, theirs[name]
 
 
-def require_own_gathering(model: nn.Module, base: nn.Module) -> None:
+def require_own_gathering(model: nn.Module) -> None:
     """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them.
 
     Raises:
-        MisconfigurationException: Naming the cause and the fix.
+        MisconfigurationException: Naming a parameter and the fix.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
     gathered = {id(parameter) for part in parts for parameter in part.parameters()}
-    alone = (name for name, p in model.named_parameters() if isinstance(p, DTensor) and id(p) not in gathered)
-    why = None
-    if isinstance(base, FSDPModule):
-        # fully_shard changes the base's class, and transformers records hidden states by class.
-        why = f"fully_shard was called on its base, a {type(base).__name__}, which gives no hidden states then"
-    elif (name := next(alone, None)) is not None:
-        why = f"{name} is gathered only where the whole model is called"
-    if why is not None:
-        raise MisconfigurationException(
-            f"distillation calls the base of {type(model).__name__} and its head one by one, but {why}: in "
-            "configure_model, call fully_shard on each decoder layer, then on the list of the embeddings, the last "
-            "norm and the head, and then on the model"
-        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and id(parameter) not in gathered:
+            raise MisconfigurationException(
+                f"distillation calls the base of {type(model).__name__} and its head one by one, but {name} is "
+                "gathered only where the whole model is called: in configure_model, call fully_shard on each decoder "
+                "layer, then on the list of the embeddings, the last norm and the head, and then on the model"
+            )
 
 
 @torch.no_grad()
