@@ -20,7 +20,7 @@ from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.events import announce, run
-from thanos_lightning.events.forecast import Forecast
+from thanos_lightning.events.estimate import Estimate
 from thanos_lightning.events.permute import permute_channels
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
@@ -260,12 +260,12 @@ def test_a_calibration_takes_no_more_memory_than_a_training_step_and_its_sums(tm
 
 
 def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Forecast] = []
+    told: list[Estimate] = []
     held, peaks = [], []
-    forecast, prune_window = announce.forecast, run.prune_window
+    estimate, prune_window = announce.estimate, run.prune_window
 
-    def kept(*args: Any, **kwargs: Any) -> Forecast:
-        told.append(forecast(*args, **kwargs))
+    def kept(*args: Any, **kwargs: Any) -> Estimate:
+        told.append(estimate(*args, **kwargs))
         return told[-1]
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: py
                 held.append(torch.cuda.memory_allocated())
                 torch.cuda.reset_peak_memory_stats()
 
-    monkeypatch.setattr(announce, "forecast", kept)
+    monkeypatch.setattr(announce, "estimate", kept)
     monkeypatch.setattr(run, "prune_window", measured)
     module = ToyLM(tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16) if ON_GPU else None)
     callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=1)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from thanos_lightning.events.forecast import Needs, describe, sized
-from thanos_lightning.events.outlook import Outlook
-from thanos_lightning.plan.training_steps import scheduled_events, steps_of
+from thanos_lightning.events.announce import describe, sized
+from thanos_lightning.events.estimate import Needs
+from thanos_lightning.plan.training_steps import steps_of
 from thanos_lightning.plan.windows import Window
 
 if TYPE_CHECKING:
-    from thanos_lightning.cli.planned import Plan
+    from thanos_lightning.cli.planned import Outlook, Plan
 
 GIB = 2**30
 _LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}
@@ -25,17 +25,8 @@ def plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, re
     `name` says how many devices there are. `memory` is that of one. With one of `remedies` the training would fit.
     """
     trainer, share = planned.trainer, outlook.share
-    said = describe(
-        outlook.census,
-        outlook.taken.final.values(),
-        scheduled_events(planned.options.schedule, trainer),
-        planned.options.pattern,
-        outlook.calibration,
-        outlook.event,
-        steps=steps_of(trainer),
-        steps_taken=0,
-        channels=outlook.taken.in_words,
-    )
+    steps = steps_of(trainer)
+    said = describe(outlook.options, outlook.taken, outlook.census, outlook.estimated, outlook.events, steps=steps)
     lines = [said, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
     parts = {**vars(share.held), "other models": outlook.beside}
     for part, size in parts.items():
@@ -50,7 +41,7 @@ def plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, re
         lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
-    if steps_of(trainer) is None:
+    if steps is None:
         lines.append("  steps         not known without the data: --trainer.max_steps says how many")
     elif planned.steps_are_limited:
         lines.append("  steps         at most max_steps: epochs may end it before")
@@ -76,7 +67,8 @@ def _windows(outlook: Outlook) -> Iterator[str]:
     yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'sent':>10}"
     rows = []
     for _, of_step in itertools.groupby(
-        zip(outlook.windows, outlook.needs, outlook.at_events, strict=True), key=lambda row: row[0].event.step
+        zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True),
+        key=lambda row: row[0].event.step,
     ):
         rows += list(enumerate(of_step, 1))
 
@@ -107,7 +99,7 @@ def plan_document(planned: Plan, outlook: Outlook, memory: int | None, remedies:
         "in_training": outlook.in_training,
         "at_events": max(outlook.at_events),
         "checkpoint": share.checkpoint,
-        "event": asdict(outlook.event),
+        "event": {name: value for name, value in vars(outlook.estimated).items() if name != "windows"},
         "windows": [
             {
                 "step": window.event.step,
@@ -118,6 +110,6 @@ def plan_document(planned: Plan, outlook: Outlook, memory: int | None, remedies:
                 "in_all": size,
                 **asdict(one),
             }
-            for window, one, size in zip(outlook.windows, outlook.needs, outlook.at_events, strict=True)
+            for window, one, size in zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True)
         ],
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,18 +30,26 @@ from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.precision import AUTO
 from thanos_lightning.cli.training import CLI
-from thanos_lightning.events.blocks import found_or_declared
-from thanos_lightning.events.outlook import Batches, Machines, Outlook, look_ahead
+from thanos_lightning.events.blocks import Taken, found_or_declared, take
+from thanos_lightning.events.estimate import Batches, Estimate, Needs, estimate
+from thanos_lightning.events.experts import take_experts
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.models.census import Census, take_census
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
-from thanos_lightning.models.targets import find_targets, prunable_modules
+from thanos_lightning.models.stack import find_blocks
+from thanos_lightning.models.targets import PrunableLayer, find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
+from thanos_lightning.plan.overrides import assign_patterns
+from thanos_lightning.plan.planner import Planner
+from thanos_lightning.plan.schedule import Event
+from thanos_lightning.plan.training_steps import scheduled_events
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.held import zero_of
-from thanos_lightning.solver import Channels
+from thanos_lightning.sharding.held import Share, share_of, zero_of
+from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.adapters import mask_adapters
 from thanos_lightning.training.other_callbacks import check_companions
 
@@ -123,6 +132,40 @@ def _building(what: str) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a training would take.
+
+    Attributes:
+        options: The callback's, with the sparsity that channels and experts really have.
+        taken: The layers to prune, and their patterns at the end.
+        census: Counts of weights.
+        events: Those of the schedule.
+        share: What a rank holds.
+        windows: As the run would plan them, if a scan found all layers alike.
+        estimated: What it takes to prune.
+        at_events: Bytes on a rank's device at the end of each window, at most.
+        in_training: Bytes on a rank's device while batches are trained, at most, without activations.
+        beside: Bytes of models that are only read, such as a teacher.
+    """
+
+    options: PruningOptions
+    taken: Taken
+    census: Census
+    events: Sequence[Event]
+    share: Share
+    windows: Sequence[Window]
+    estimated: Estimate
+    at_events: Sequence[int]
+    in_training: int
+    beside: int
+
+    @property
+    def most(self) -> int:
+        """Bytes that a rank's device needs, at most, without activations."""
+        return max(self.in_training, *self.at_events)
+
+
 class Plan:
     """A training that is planned: its model, its machines, and what its configuration says."""
 
@@ -179,26 +222,69 @@ class Plan:
     def outlook(
         self, options: PruningOptions | None = None, strategy: Strategy | None = None, ranks: int | None = None
     ) -> Outlook:
-        """What the training takes, or what it would take with other options or machines."""
-        strategy, ranks = strategy or self.strategy, ranks or self.ranks
-        options = options or self.options
-        of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-        lacks_gradients = False
-        if isinstance(strategy, DeepSpeedStrategy) and shares_teacher and options.calibration.batches is not None:
-            from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
+        """Plan the training as the callback will, or with other options or machines, and estimate what it takes.
 
-            lacks_gradients = gathers_whole_modules(self._of_deepspeed, zero_of(strategy))
-        return look_ahead(
-            self._of_deepspeed if of_deepspeed else self.module,
+        Raises:
+            MisconfigurationException: As the callback, if nothing would be pruned or the length is needed but unknown.
+            ValueError: As the callback, if windows do not fit before their events or a layer exceeds the memory.
+        """
+        strategy, ranks, trainer = strategy or self.strategy, ranks or self.ranks, self.trainer
+        of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        module = self._of_deepspeed if of_deepspeed else self.module
+        options, taken = self._taken(module, options or self.options)
+        layers = dict(taken.layers)
+        masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
+        planner = Planner.of(options, options.schedule, lacks_gradients=self._lacks_gradients(options, strategy))
+        windows = planner.plan(trainer, layers, taken.final, None)
+        census = take_census(module, masked)
+        held_by = strategy if ranks > 1 or of_deepspeed else None
+        share = share_of(module, masked.values(), held_by, ranks, autocasts=self._autocasts)
+        events = scheduled_events(options.schedule, trainer)
+        estimated = estimate(
             options,
-            self.trainer,
-            Machines(ranks, strategy if ranks > 1 or of_deepspeed else None, self._autocasts, self._device),
+            layers,
+            census,
+            windows,
+            taken.trainable(find_blocks(module, layers)) if options.block_steps else {},
             self.batches,
-            feed_forwards=self._feed_forwards,
-            beside=self._teacher // (ranks if shares_teacher else 1) + self._averages,
-            lacks_gradients=lacks_gradients,
+            accumulated=trainer.accumulate_grad_batches,
+            again=len(events) > 1,
+            ranks=ranks,
+            in_pieces=share.in_pieces,
+            device=self._device,
         )
+        shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+        beside = self._teacher // (ranks if shares_teacher else 1) + self._averages
+        return Outlook(
+            options,
+            taken,
+            census,
+            events,
+            share,
+            windows,
+            estimated,
+            at_events=[size + beside for size in _at_events(windows, estimated.windows, share, layers)],
+            in_training=share.in_training().total + beside + (estimated.moments if options.collects_in_training else 0),
+            beside=beside,
+        )
+
+    def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Taken]:
+        """What is pruned, and the options with the sparsity that channels and experts really have."""
+        layers = find_targets(module, options.targets, options.ignore)
+        taken = Taken(layers, assign_patterns(layers, options.pattern, options.overrides))
+        if any(isinstance(pattern, Experts) for pattern in taken.final.values()):
+            taken = take_experts(module, layers, taken.final)
+        elif any(isinstance(pattern, Channels) for pattern in taken.final.values()):
+            taken = take(module, self._feed_forwards, layers, taken.final, options.multiple_of)
+        return options.with_pattern(taken.final), taken
+
+    def _lacks_gradients(self, options: PruningOptions, strategy: Strategy | None) -> bool:
+        """Whether there are no gradients on the calibration set."""
+        if options.calibration.batches is None or not isinstance(strategy, DeepSpeedStrategy):
+            return False
+        from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
+
+        return bool(strategy.zero_stage_3) and gathers_whole_modules(self._of_deepspeed, zero_of(strategy))
 
     @property
     def _averages(self) -> int:
@@ -207,6 +293,22 @@ class Plan:
         number = sum(isinstance(callback, WeightAveraging) for callback in callbacks)
         each: int = sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
         return number * each
+
+
+def _at_events(
+    windows: Sequence[Window], each: Sequence[Needs], share: Share, layers: Mapping[str, PrunableLayer]
+) -> list[int]:
+    """Bytes on the device at the end of each window. Masks are there of what was pruned before."""
+    found, masked = [], set[str]()
+    weights = {name: layer.rows * layer.cols for name, layer in layers.items()}
+    for window, one in zip(windows, each, strict=True):
+        held = share.at_event(window.event.step)
+        masks = held.masks * sum(weights[name] for name in masked) // sum(weights.values())
+        counting = one.moments + (share.in_training().copies if window.start_step == window.end_step else 0)
+        found.append(held.without("masks").total + masks + max(one.event, counting))
+        if not window.scans:
+            masked |= window.patterns.keys()
+    return found
 
 
 def _devices(asked: Any) -> int:

@@ -16,8 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from thanos_lightning.cli.devices import gigabytes_of
 from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.plan_text import GIB, plan_document, plan_text
-from thanos_lightning.cli.planned import Plan, PlannedCLI, at_least_one, quiet
-from thanos_lightning.events.outlook import Outlook
+from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, at_least_one, quiet
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.sharding.held import stage_of
 
@@ -80,7 +79,7 @@ def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
 
 
 def _smaller_windows(planned: Plan, outlook: Outlook) -> Iterator[_Change]:
-    sums = max(one.moments for one in outlook.needs) / GIB
+    sums = max(one.moments for one in outlook.estimated.windows) / GIB
     if not sums:
         return
     for part in (2, 4, 8, 16, 32):

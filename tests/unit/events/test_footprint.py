@@ -17,8 +17,8 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.calibration import collector
 from thanos_lightning.events import announce, run
+from thanos_lightning.events.estimate import Estimate
 from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
-from thanos_lightning.events.forecast import Forecast
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.solver.layer import SolverOptions
 
@@ -82,22 +82,22 @@ class Marked(Callback):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Forecast]:
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Estimate]:
     """What was said, when a training has begun; what prunes and calibrates is marked."""
-    forecasts: list[Forecast] = []
+    estimates: list[Estimate] = []
 
-    def kept(original: Any, *args: Any, **kwargs: Any) -> Forecast:
-        forecasts.append(original(*args, **kwargs))
-        return forecasts[-1]
+    def kept(original: Any, *args: Any, **kwargs: Any) -> Estimate:
+        estimates.append(original(*args, **kwargs))
+        return estimates[-1]
 
     def marked(original: Any, *args: Any, **kwargs: Any) -> Any:
         with record_function(f"mark {original.__name__}"):
             return original(*args, **kwargs)
 
-    monkeypatch.setattr(announce, "forecast", partial(kept, announce.forecast))
+    monkeypatch.setattr(announce, "estimate", partial(kept, announce.estimate))
     for place, name in ((run, "prune_window"), (run, "scan_window"), (collector, "count_dataloader")):
         monkeypatch.setattr(place, name, partial(marked, getattr(place, name)))
-    return forecasts
+    return estimates
 
 
 @pytest.mark.parametrize(
@@ -108,25 +108,25 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Forecast]:
         for where in TRAINERS
     ],
 )
-def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: list[Forecast]) -> None:
+def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: list[Estimate]) -> None:
     torch.manual_seed(0)
     module, pruning = ToyLM(tiny_llama(**WIDTHS)), ThanosPruningCallback(**grouped(**CASES[name]))
     gc.collect()  # else what other tests have left is freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         TRAINERS[where](tmp_path, Marked(), pruning, max_steps=4).fit(module, loader(32))
-    (outlook,), timeline = told, Timeline(profiled)
+    (estimated,), timeline = told, Timeline(profiled)
     base = timeline.after(BESIDE)
     activations = timeline.peak(BESIDE) - base
     if "batches" in CASES[name]:
         held = timeline.after("count_dataloader") - timeline.before("count_dataloader")
-        assert timeline.peak("scan_window") - base < 1.2 * outlook.event
+        assert timeline.peak("scan_window") - base < 1.2 * estimated.event
         assert timeline.peak("count_dataloader") - timeline.before("count_dataloader") < 1.2 * (held + activations)
     else:
         held = timeline.before("prune_window") - base
         assert timeline.peak("step 3") - base < 1.2 * (held + activations)
-    assert held == pytest.approx(outlook.moments + outlook.states, rel=0.02)
-    assert timeline.peak("prune_window") - base == pytest.approx(outlook.event + outlook.states, rel=0.2)
-    assert timeline.after("step 4") - base == pytest.approx(outlook.masks, rel=0.02)
+    assert held == pytest.approx(estimated.moments + estimated.states, rel=0.02)
+    assert timeline.peak("prune_window") - base == pytest.approx(estimated.event + estimated.states, rel=0.2)
+    assert timeline.after("step 4") - base == pytest.approx(estimated.masks, rel=0.02)
 
 
 def test_what_reads_the_same_is_counted_once() -> None:
