@@ -38,7 +38,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma 2": (t.Gemma2Config, {}),
     "gemma 3": (t.Gemma3TextConfig, {}),  # frequencies for two kinds of attention
     "phi 3": (t.Phi3Config, {}),
-    "codegen": (t.CodeGenConfig, {"n_embd": 32, "rotary_dim": 16}),  # a table of sines and cosines
+    # a table of sines and cosines; the heads are at least 4
+    "codegen": (t.CodeGenConfig, {"n_embd": 32, "num_attention_heads": 4, "rotary_dim": 8}),
     "llama, long": (
         t.LlamaConfig,
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 256},
