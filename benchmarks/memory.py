@@ -27,11 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "thanos, admm_steps=4": {"saliency": "balanced", "admm_steps": 4},
     "thanos, admm_steps=8, refine_steps=2": {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2},
     "sparsegpt": {"method": "sparsegpt"},
-    # a whole output factor: no option, but an argument
-    "thanos, admm_steps=8, refine_steps=2, coupled": {
-        "saliency": "balanced", "admm_steps": 8, "refine_steps": 2, "coupled": True
-    },
-}  # fmt: skip
+}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -45,8 +41,6 @@ def run(rows: int, cols: int, pattern: str, options: dict[str, Any], threads: in
     """Bytes that one call takes at its peak, beside its arguments."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    options = dict(options)
-    coupled = {"output_weights": torch.eye(rows)} if options.pop("coupled", False) else {}
     prune(torch.randn(64, 64), torch.eye(64), parse_pattern("2:4"), **options)  # libraries and thread pools
     accumulator = HessianAccumulator(cols)
     scales = torch.rand(cols) + 0.1
@@ -57,7 +51,7 @@ def run(rows: int, cols: int, pattern: str, options: dict[str, Any], threads: in
     parsed = parse_pattern(pattern, 0.5)
     before = kibibytes("VmRSS")
     CLEAR.write_text("5")  # the peak starts anew
-    pruned = prune(weight, hessian, parsed, **options, **coupled)
+    pruned = prune(weight, hessian, parsed, **options)
     assert pruned.loss > 0
     return 1024.0 * (kibibytes("VmHWM") - before)
 
@@ -85,9 +79,7 @@ def main() -> None:
                 case = {"rows": rows, "cols": cols, "pattern": pattern, "options": CASES[name]}
                 command = [sys.executable, __file__, "--threads", str(arguments.threads), "--case", json.dumps(case)]
                 measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
-                options = {option: value for option, value in CASES[name].items() if option != "coupled"}
-                coupled = "coupled" in CASES[name]
-                documented = SolverOptions.as_published(**options).peak_bytes(rows, cols, coupled=coupled) / 2**20
+                documented = SolverOptions.as_published(**CASES[name]).peak_bytes(rows, cols) / 2**20
                 results.append(
                     {
                         "layer": shape,

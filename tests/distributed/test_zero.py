@@ -74,10 +74,6 @@ KINDS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
     **{
-        f"stage {stage}, coupled rows": {"strategy": f"zero{stage}", "calibration_batches": 3, "output_weights": "full"}
-        for stage in (2, 3)
-    },
-    **{
         f"stage 3, unstructured, a calibration set, {name}": {**CALIBRATED, **more}
         for name, more in {
             "a validation between scan and event": {"monitor": "val/loss"},
@@ -323,13 +319,6 @@ def test_one_rank_ddp_and_zero3_prune_alike(tmp_path: Path, trained: Trainings) 
 def test_a_calibration_set_has_the_same_gradients_where_parameters_are_sharded(trained: Trainings, more: str) -> None:
     whole, sharded = (f"stage {stage}, unstructured, a calibration set" for stage in (2, 3))
     assert agreement(trained(whole), trained(sharded + more)) >= 0.999
-
-
-@pytest.mark.rest
-def test_rows_are_coupled_alike_where_parameters_are_sharded(trained: Trainings) -> None:
-    coupled, alone = "stage 3, coupled rows", "stage 3, a calibration set that the ranks don't divide"
-    assert agreement(trained("stage 2, coupled rows"), trained(coupled)) >= 0.99
-    assert agreement(trained(alone), trained(coupled)) < 0.99
 
 
 @pytest.mark.rest

@@ -47,14 +47,10 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"pattern": "unstructured", "sparsity": 0.6, "memory_gib": 3e-5, "schedule": SparsitySchedule(6, 6, 1)},
         {},
     ),
-    "coupled rows": ({"pattern": "unstructured", "sparsity": 0.5, "output_weights": "full"}, {}),
-    "a calibration set, coupled rows": (calibrated(pattern="2:4", output_weights="full"), {}),
+    "a calibration set": (calibrated(pattern="2:4"), {}),
     "columns": ({"pattern": "structured", "sparsity": 0.3, "outlier_fraction": 0.1}, {}),
     "channels": ({"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}, {}),
-    "channels by coupled outputs": (
-        calibrated(pattern="channels", sparsity=0.25, multiple_of=4, output_weights="full"),
-        {},
-    ),
+    "a calibration set, channels": (calibrated(pattern="channels", sparsity=0.25, multiple_of=4), {}),
     "bf16": ({}, {"precision": "bf16-true"}),
 }
 
@@ -121,9 +117,7 @@ class Waits(Callback):
         self.each.append(Counter({line: number for line, number in new.items() if line != "elsewhere"}))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"pattern": "unstructured", "sparsity": 0.5}, {"output_weights": "full"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"pattern": "unstructured", "sparsity": 0.5}], ids=str)
 def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

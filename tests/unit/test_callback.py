@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -273,8 +273,7 @@ def spy_output_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.
 class OutputGradientsOfEachBatch(Callback):
     """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
 
-    def __init__(self, *, coupled: bool = False) -> None:
-        self.coupled = coupled  # or of the products of each two
+    def __init__(self) -> None:
         self.batches: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -286,8 +285,7 @@ class OutputGradientsOfEachBatch(Callback):
                 module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(f"model.{name}", out))
         loss = model(**batch).loss
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            rows = gradient.flatten(end_dim=-2)
-            found[name] = rows.T @ rows if self.coupled else rows.square().sum(0)
+            found[name] = gradient.flatten(end_dim=-2).square().sum(0)
         self.batches.append(found)
 
 
@@ -341,28 +339,6 @@ def test_gradients_on_calibration_batches(tmp_path: Path, monkeypatch: pytest.Mo
         total = sum(batch[layer] for batch in probe.batches)
         torch.testing.assert_close(weights, total + 0.01 * total.mean(), rtol=1e-4, atol=1e-12)
     assert len(seen[0]) == 14
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_rows_are_coupled_by_what_the_loss_feels_of_two_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
-) -> None:
-    seen = spy_output_weights(monkeypatch)
-    module, probe, given = ToyLM(), OutputGradientsOfEachBatch(coupled=True), list(loader(36, padding=3))
-    when = SparsitySchedule(0, 0, 1) if calibrated else SparsitySchedule(3, 3, 1)
-    options: dict[str, Any] = {"batches": given} if calibrated else {"steps": 2}
-    callback = pruning("2:4", schedule=when, output_weights="full", **options)
-    if calibrated:
-        for batch in given:
-            probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
-    trainer(tmp_path, callback, *([] if calibrated else [probe]), max_steps=4).fit(module, loader(64, padding=4))
-    assert len(seen) == 1
-    assert len(seen[0]) == 14
-    steps = slice(None) if calibrated else slice(1, 3)
-    for layer, weights in seen[0].items():
-        total = sum(batch[layer] for batch in probe.batches[steps])
-        torch.testing.assert_close(weights, total / (1 if calibrated else 2), rtol=1e-4, atol=1e-10)
-    assert all(report.sparsity == 0.5 for report in callback.report.events[0].layers)
 
 
 def test_calibration_batches_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -794,42 +770,6 @@ def test_resume_inside_windows_under_a_memory_budget(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("before", ["diagonal", "full"])
-def test_resume_inside_a_window_with_other_output_weights(tmp_path: Path, before: str) -> None:
-    after = {"diagonal": "full", "full": "diagonal"}[before]
-
-    def build(output_weights: str) -> ThanosPruningCallback:
-        return pruning(schedule=SparsitySchedule(9, 9, 1), steps=4, output_weights=output_weights)
-
-    every_step = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    first = trainer(tmp_path, build(before), every_step, max_steps=12, enable_checkpointing=True)
-    first.fit(ToyLM(), ResumableBatches())
-    inside, without = tmp_path / "step=7.ckpt", tmp_path / "step=3.ckpt"
-    with pytest.raises(MisconfigurationException, match=f"output_weights was '{before}' and is '{after}'"):
-        trainer(tmp_path, build(after), max_steps=12).fit(ToyLM(), ResumableBatches(), ckpt_path=inside)
-    for output_weights, checkpoint in ((before, inside), (after, without)):
-        resumed = build(output_weights)
-        trainer(tmp_path, resumed, max_steps=12).fit(ToyLM(), ResumableBatches(), ckpt_path=checkpoint)
-        assert [event.step for event in resumed.report.events] == [9]
-
-
-def test_coupled_rows_of_transposed_weights(tmp_path: Path) -> None:
-    callback = pruning("2:4", method="wanda", output_weights="full", schedule=SparsitySchedule(3, 3, 1))
-    probe = ZeroProbe(callback)
-    trainer(tmp_path, callback, probe, max_steps=5).fit(ToyLM(tiny_gpt2()), loader(32))
-    assert probe.checked
-    assert {layer.sparsity for layer in callback.report.events[0].layers} == {0.5}
-
-
-def test_coupled_rows_with_an_allocation(tmp_path: Path) -> None:
-    callback = pruning("unstructured", 0.6, output_weights="full", schedule=SparsitySchedule(6, 6, 1))
-    trainer(tmp_path, callback, max_steps=8).fit(ToyLM(), loader(64))
-    layers = callback.report.events[0].layers
-    pruned = sum(round(layer.sparsity * math.prod(layer.shape)) for layer in layers)
-    assert pruned == sum(int(0.6 * math.prod(layer.shape)) for layer in layers)
-    assert max(layer.sparsity for layer in layers) > min(layer.sparsity for layer in layers) + 0.1
-
-
 def test_the_state_is_plain_and_small(tmp_path: Path) -> None:
     callback = pruning()
     fitted = trainer(tmp_path, callback, max_steps=8)
@@ -1042,8 +982,6 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "before the first optimizer step has no training batches"),
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"memory_gib": 1e-9}, {}, "more than memory_gib"),
-        # room for the inputs of a layer of 48, but not for its outputs, too
-        ({"memory_gib": 4 * 48**2 / 2**30, "output_weights": "full"}, {}, "more than memory_gib"),
         (
             {"pattern": "unstructured", "sparsity": 0.5, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)},
             {"max_steps": 20},
@@ -1286,18 +1224,9 @@ def test_a_scan_and_the_event_at_its_step_share_a_calibration(
 
 
 @pytest.mark.parametrize("calibration", [None, list(loader(8))], ids=["training batches", "calibration set"])
-@pytest.mark.parametrize("output_weights", ["diagonal", "full"])
-def test_an_event_takes_what_the_scan_at_its_step_was_told(
-    tmp_path: Path, output_weights: Literal["diagonal", "full"], calibration: list[Any] | None
-) -> None:
-    callback = pruning(
-        "unstructured",
-        0.5,
-        allocation=Allocation(),
-        schedule=SparsitySchedule(at=[2, 4, 6]),
-        output_weights=output_weights,
-        batches=calibration,
-    )
+def test_an_event_takes_what_the_scan_at_its_step_was_told(tmp_path: Path, calibration: list[Any] | None) -> None:
+    schedule = SparsitySchedule(at=[2, 4, 6])
+    callback = pruning("unstructured", 0.5, allocation=Allocation(), schedule=schedule, batches=calibration)
     trainer(tmp_path, callback, max_steps=8).fit(_scan_test_module(), loader(48))
     found = masks(callback)
     assert len(callback.report.events) > 1

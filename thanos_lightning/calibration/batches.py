@@ -24,9 +24,8 @@ from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
 
 # A backward takes as long as a forward, or longer. The weights of single outputs need fewer tokens than the input
-# moments, so one batch in four suffices. Products of outputs need more tokens: with coupled rows, gradients of every
-# batch gave a 4 % lower perplexity after pruning.
-BATCHES_PER_BACKWARD = {"alone": 4, "coupled": 1}
+# moments, so one batch in four suffices.
+BATCHES_PER_BACKWARD = 4
 
 
 def count_dataloader(
@@ -38,7 +37,6 @@ def count_dataloader(
     *,
     counted: Callable[[Any], Tensor | None],
     backward: Callable[[Any, bool], None] | None = None,
-    couples_rows: bool = False,
     states: HiddenStates | None = None,
 ) -> int:
     """Run the module on a calibration set in evaluation mode, and return how many batches this rank counted.
@@ -52,16 +50,14 @@ def count_dataloader(
         access: Lets the ranks communicate.
         counted: Finds the mask of a batch's tokens that count, as for `InputStatistics.counting`.
         backward: Called with the module's output for a batch, and whether its gradients count. They count for one batch
-            in four, whatever the number of ranks, or for every batch with coupled rows. If they count on one rank, all
-            ranks call it, because a backward may need all. Other batches run without gradients, as do all if None.
-        couples_rows: Whether rows are coupled.
+            in four, whatever the number of ranks. If they count on one rank, all ranks call it, because a backward may
+            need all. Other batches run without gradients, as do all if None.
         states: Records what blocks get and give. This function adds and removes the hooks.
 
     Raises:
         MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
     """
     num_batches = seen = 0
-    per_backward = BATCHES_PER_BACKWARD["coupled" if couples_rows else "alone"]
     statistics.start(module)
     if states is not None:
         states.start()
@@ -76,7 +72,7 @@ def count_dataloader(
                     seen + access.rank, mask, access.world_size
                 )  # fmt: skip
                 numbers = range(seen, seen + in_round)
-                differentiated = [number for number in numbers if number % per_backward == 0]
+                differentiated = [number for number in numbers if number % BATCHES_PER_BACKWARD == 0]
                 differentiates = backward is not None and bool(differentiated)
                 with (
                     torch.set_grad_enabled(differentiates),

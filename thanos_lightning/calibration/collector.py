@@ -25,7 +25,7 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.sharding.owners import PruningError, assign_teams, owners_of, raise_everywhere, reserved
+from thanos_lightning.sharding.owners import PruningError, assign_teams
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Open:
 
     statistics: InputStatistics
     gradients: OutputGradients | None
-    states: HiddenStates | None = None
+    states: HiddenStates | None
 
     @property
     def seconds(self) -> float:
@@ -57,8 +57,7 @@ class Collector:
             them. None collects from training batches.
         attention_mask_key: Key of the mask of real tokens in a batch; None counts every token.
         keeps_scan: Whether the statistics of a sensitivity scan may be kept for the event at the same step.
-        needs_gradients: Whether a calibration batch without a loss is an error when gradients are wanted.
-        couples_rows: Whether output weights are a matrix over pairs of outputs.
+        needs_loss: Whether a calibration batch without a loss is an error where a window collects gradients.
         blocks: Name -> block that is trained at an event, on the calibration set.
         block_steps: For how many steps.
     """
@@ -71,8 +70,7 @@ class Collector:
         calibration: str | Iterable[Any] | None,
         attention_mask_key: str | None,
         keeps_scan: bool,
-        needs_gradients: bool,
-        couples_rows: bool = False,
+        needs_loss: bool,
         blocks: Mapping[str, Block] | None = None,
         block_steps: int = 0,
     ) -> None:
@@ -80,8 +78,7 @@ class Collector:
         self._calibration = calibration
         self._attention_mask_key = attention_mask_key
         self._keeps_scan = keeps_scan
-        self._needs_gradients = needs_gradients
-        self._couples_rows = couples_rows
+        self._needs_loss = needs_loss
         self._blocks, self._block_steps = blocks or {}, block_steps
         self._open: _Open | None = None
         self._kept: _Open | None = None  # statistics of a scan, valid until the weights change
@@ -112,11 +109,10 @@ class Collector:
 
     # In the training
 
-    def open(self, window: Window, module: LightningModule, *, gradients: bool) -> None:
-        """Begin to collect from training batches: inputs, and with `gradients` what output weights need, too."""
-        statistics = self._new_statistics(window)
-        self._open = _Open(statistics, self._new_gradients(statistics) if gradients else None)
-        statistics.start(module)
+    def open(self, window: Window, module: LightningModule) -> None:
+        """Begin to collect from training batches: inputs, and what output weights need, if the window says so."""
+        self._open = self._new(window)
+        self._open.statistics.start(module)
         if self._open.gradients is not None:
             self._open.gradients.start()
 
@@ -153,10 +149,7 @@ class Collector:
         assert self._open is not None
         gradients = load_own_states(self._open.statistics, states, self._access)
         if self._open.gradients is not None:
-            try:
-                self._open.gradients.load(gradients)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
+            self._open.gradients.load(gradients)
 
     def _counted(self, batch: Any) -> Tensor | None:
         if self._attention_mask_key is None:
@@ -171,8 +164,8 @@ class Collector:
 
     # At the end of a window
 
-    def take(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> Moments:
-        """Return the moments of a window that ends now, with output weights if `gradients`. All ranks must call it.
+    def take(self, window: Window, trainer: Trainer, module: LightningModule) -> Moments:
+        """Return the moments of a window that ends now. All ranks must call it.
 
         Raises:
             PruningError: If nothing was collected, or the calibration set is empty.
@@ -183,19 +176,17 @@ class Collector:
         found, self._kept = self._kept, None
         is_new = found is None
         if found is None:
-            if self._calibration is None:
-                found = self._close(window)
-            else:
-                found = self._run_calibration(window, trainer, module, gradients=gradients)
+            in_training = self._calibration is None
+            found = self._close(window) if in_training else self._run_calibration(window, trainer, module)
         if window.scans and self._keeps_scan:
             self._kept = found
         layers = {name: self._layers[name] for name in window.patterns}
-        teams = assign_teams(layers, self._access.world_size, coupled=self._couples_rows)
+        teams = assign_teams(layers, self._access.world_size)
         accumulators = found.statistics.accumulators
         return Moments(
             teams,
             {name: one for name, one in accumulators.items() if name in layers},
-            self._output_weights(teams, found.gradients),
+            self._output_weights(list(layers), found.gradients),
             found.seconds if is_new and self._calibration is None else 0.0,
             states=None if window.scans else found.states,
             stay=self._kept is not None,
@@ -219,27 +210,17 @@ class Collector:
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
-    def _new_statistics(self, window: Window) -> InputStatistics:
+    def _new(self, window: Window) -> _Open:
         kept = KeptError(keeps=self._access.world_size > 1)
-        return InputStatistics({name: self._layers[name] for name in window.patterns}, kept)
+        layers = {name: self._layers[name] for name in window.patterns}
+        gradients = OutputGradients(layers, kept) if window.gradients else None
+        return _Open(InputStatistics(layers, kept), gradients, self._new_states(window, kept))
 
-    def _new_gradients(self, statistics: InputStatistics) -> OutputGradients:
-        return OutputGradients(statistics.layers, statistics.kept, coupled=self._couples_rows)
-
-    def _output_weights(self, teams: Mapping[str, range], gradients: OutputGradients | None) -> dict[str, Tensor]:
+    def _output_weights(self, layers: Sequence[str], gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
             return {}
-        if self._couples_rows:
-            owners = owners_of(teams)
-            own = [name for name, owner in owners.items() if owner == self._access.rank]
-            needed = {name: 4 * self._layers[name].rows ** 2 for name in own}  # this rank's own sums stay in memory
-            raise_everywhere(reserved(needed, self._access), self._access)
-            found = gradients.total_on(owners, self._access)
-            have = {name for names in self._access.gather(list(found)) for name in names}
-        else:
-            found = output_weights(gradients.total(self._access))
-            have = set(found)
-        if missing := [name for name in teams if name not in have]:
+        found = output_weights(gradients.total(self._access))
+        if missing := [name for name in layers if name not in found]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
                 "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
@@ -248,40 +229,26 @@ class Collector:
             )
         return found
 
-    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule, *, gradients: bool) -> _Open:
-        statistics = self._new_statistics(window)
-        if gradients and not self._access.can_differentiate:
-            self._warn_once(
-                "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a "
-                "whole, such as mixtures of experts (leaf_module in its configuration): errors at all outputs count "
-                "alike, and layers are pruned alike unless allocation.by is 'loss'. Leave the dataloader "
-                "out to have those of the training batches"
-            )
-            gradients = False
-        found = _Open(
-            statistics,
-            self._new_gradients(statistics) if gradients else None,
-            self._new_states(window, statistics.kept),
-        )
+    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule) -> _Open:
+        found = self._new(window)
         if found.gradients is not None:
             found.gradients.start(of_training=False)
         try:
             counted = count_dataloader(
-                statistics,
+                found.statistics,
                 self.batches(trainer, module),
                 trainer,
                 module,
                 self._access,
                 counted=self._counted,
                 backward=None if found.gradients is None else partial(self._backward, found.gradients),
-                couples_rows=self._couples_rows,
                 states=found.states,
             )
         finally:
             found.stop()
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration.batches gave no batch: give one that isn't empty")
-        statistics.kept.raise_everywhere(self._access)
+        found.statistics.kept.raise_everywhere(self._access)
         return found
 
     def _new_states(self, window: Window, kept: KeptError) -> HiddenStates | None:
@@ -304,7 +271,7 @@ class Collector:
         loss = loss_of(output)
         if all(self._access.gather(loss is not None)):  # a backward of sharded parameters needs all ranks
             return loss
-        if self._needs_gradients:
+        if self._needs_loss:
             raise MisconfigurationException(
                 "output_weights asks for gradients, but for a calibration batch the module returns no loss "
                 f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"

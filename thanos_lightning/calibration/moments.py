@@ -22,8 +22,7 @@ class Moments:
         accumulators: Layer name -> the second moments of its inputs on this rank. None if none are collected. The dict
             is emptied while the ranks add up the moments, to free memory.
         output_weights: Layer name -> how much an error at each output counts, (out_features,), the same on all ranks.
-            With coupled rows, how much errors at each pair of outputs count, (out_features, out_features), on the
-            layer's owner only. If a layer is missing, all its outputs count alike.
+            If a layer is missing, all its outputs count alike.
         seconds: Training time that collecting has taken.
         states: What the window's blocks got and gave on this rank; None if no block is trained.
         stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.

@@ -1,9 +1,9 @@
-"""Second moments of the loss's gradient at a layer's outputs: how strongly the loss reacts to an error there.
+"""Mean squares of the loss's gradient at a layer's outputs: how strongly the loss reacts to an error there.
 
 Together with the Hessian H of the inputs they form a Kronecker-factored curvature of the loss (K-FAC, Martens and
-Grosse, arXiv 1503.05671). Let g_i be the mean square of the gradient at output i. With only the diagonal of the output
-factor, a change ΔW of a layer raises the loss by ½ Σ_i g_i ‖ΔW_i X‖² to second order, so that outputs and layers become
-comparable. With the whole output factor G, the loss grows by ½ tr(ΔWᵀ G ΔW H), and outputs can compensate each other.
+Grosse, arXiv 1503.05671), of whose output factor they are the diagonal. Let g_i be the mean square of the gradient at
+output i. Then a change ΔW of a layer raises the loss by ½ Σ_i g_i ‖ΔW_i X‖² to second order, so that outputs and layers
+become comparable.
 
 The loss is used as it is. If it is a mean over a batch's tokens, as in most trainings, the tokens of a short batch
 count for more, in these moments as in the training.
@@ -24,9 +24,10 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.solver.layer import with_floor
-from thanos_lightning.solver.linalg import exact_arithmetic
 
+# Added to the weights of a layer's outputs, times their mean: few tokens say little about an output that hardly matters
+# to them.
+_FLOOR = 0.01
 # `OutputGradients.backward` scales the loss: the gradient of a mean over thousands of tokens underflows in float16.
 _LOSS_SCALE = 2.0**14
 
@@ -51,8 +52,7 @@ class _Attached(torch.autograd.Function):
 class OutputGradients:
     """Sums squared gradients at the outputs of layers over the tokens of every backward, by hooks.
 
-    `sums` has the sums of squares by layer, (rows,). With `coupled`, it has the sums of products at each pair of
-    outputs, (rows, rows).
+    `sums` has the sums by layer, (rows,).
 
     Gradients that are not finite are left out; they occur when a gradient scaler is about to skip the step. Padding
     needs no mask: its gradients are 0 if the loss ignores it. `kept` keeps an error of a hook while other ranks would
@@ -70,13 +70,10 @@ class OutputGradients:
         tensor([40., 80.])
     """
 
-    def __init__(
-        self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None, *, coupled: bool = False
-    ) -> None:
+    def __init__(self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.stopwatch = Stopwatch()
         self._kept = kept or KeptError(keeps=False)
-        self._coupled = coupled
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._leaf: Tensor | None = None
@@ -132,31 +129,15 @@ class OutputGradients:
     def _sum(self, name: str, gradient: Tensor) -> None:
         rows = gradient.reshape(-1, gradient.shape[-1])
         if name not in self.sums:
-            self.sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=rows.device)
+            self.sums[name] = torch.zeros(self._layers[name].rows, dtype=torch.float32, device=rows.device)
         sums = self.sums[name] = self.sums[name].to(rows.device)
         # A float32 copy, because a norm along the tokens reads memory against its order, ten times as slowly.
-        scaled = rows.to(torch.float32, copy=True).mul_(self._unscale)
-        if self._coupled:
-            # torch.where, because an `if` would make the host wait for the device
-            scaled = torch.where(scaled.isfinite().all(), scaled, 0)
-            with exact_arithmetic(rows.device, operands=rows.dtype):
-                sums.addmm_(scaled.mT, scaled)
-        else:
-            squares = scaled.square_().sum(0)
-            sums += torch.where(squares.isfinite(), squares, 0)
+        squares = rows.to(torch.float32, copy=True).mul_(self._unscale).square_().sum(0)
+        # torch.where, because an `if` would make the host wait for the device
+        sums += torch.where(squares.isfinite(), squares, 0)
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
-        """Continue from the sums of a checkpoint.
-
-        Raises:
-            ValueError: If they are sums of squares instead of products, or the other way round.
-        """
-        for name, one in sums.items():
-            if one.shape != self._shape(name):
-                raise ValueError(
-                    f"the checkpoint's sums of gradients at the outputs of {name} have shape {tuple(one.shape)}, and "
-                    f"not {self._shape(name)}: resume with the output_weights that it was trained with"
-                )
+        """Continue from the sums of a checkpoint."""
         self.sums = {name: one.to(self._layers[name].parameter.device, copy=True) for name, one in sums.items()}
 
     def divide(self, steps: int) -> None:
@@ -173,22 +154,6 @@ class OutputGradients:
         parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])
         return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
 
-    def total_on(self, owners: Mapping[str, int], access: ParameterAccess) -> dict[str, Float[Tensor, "rows rows"]]:
-        """Add up all ranks' sums of products, each on its layer's owner. All must call it.
-
-        Return the totals that this rank owns. Layers without any gradient are missing. This rank's own sums stay.
-        """
-        found = {}
-        for name, owner in owners.items():
-            total = access.sum_on(owner, self.sums.get(name), self._layers[name].rows)
-            if total is not None and total.any():
-                found[name] = total
-        return found
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        rows = self._layers[name].rows
-        return (rows, rows) if self._coupled else (rows,)
-
 
 def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
     """Weigh an error at each output by the output's sum plus a hundredth of the layer's mean.
@@ -199,4 +164,4 @@ def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Floa
         >>> output_weights({"a": torch.tensor([1.0, 3.0])})
         {'a': tensor([1.0200, 3.0200])}
     """
-    return {name: with_floor(one) for name, one in sums.items()}
+    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}

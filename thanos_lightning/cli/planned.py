@@ -234,7 +234,8 @@ class Plan:
         options, taken = self._taken(module, options or self.options)
         layers = dict(taken.layers)
         masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
-        planner = Planner.of(options, options.schedule, lacks_gradients=self._lacks_gradients(options, strategy))
+        can_differentiate = self._can_differentiate(options, strategy)
+        planner = Planner.of(options, options.schedule, can_differentiate=can_differentiate)
         windows = planner.plan(trainer, layers, taken.final, None)
         census = take_census(module, masked)
         held_by = strategy if ranks > 1 or of_deepspeed else None
@@ -278,13 +279,13 @@ class Plan:
             taken = take(module, self._feed_forwards, layers, taken.final, options.multiple_of)
         return options.with_pattern(taken.final), taken
 
-    def _lacks_gradients(self, options: PruningOptions, strategy: Strategy | None) -> bool:
-        """Whether there are no gradients on the calibration set."""
+    def _can_differentiate(self, options: PruningOptions, strategy: Strategy | None) -> bool:
+        """As of `ParameterAccess`, which matters for a calibration set only."""
         if options.calibration.batches is None or not isinstance(strategy, DeepSpeedStrategy):
-            return False
+            return True
         from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
 
-        return bool(strategy.zero_stage_3) and gathers_whole_modules(self._of_deepspeed, zero_of(strategy))
+        return not (strategy.zero_stage_3 and gathers_whole_modules(self._of_deepspeed, zero_of(strategy)))
 
     @property
     def _averages(self) -> int:

@@ -119,29 +119,22 @@ def estimate(
         in_pieces: Whether each rank has a piece of each weight and mask.
         device: Where layers are solved; None for where they are.
     """
-    solver, coupled = options.solver, options.calibration.couples_rows
+    solver = options.solver
 
     def needs(window: Window) -> Needs:
         chosen = [layers[name] for name in window.patterns]
         solved = [layers[name] for name, pattern in window.patterns.items() if not isinstance(pattern, Experts)]
         dropped = [layers[name] for name, pattern in window.patterns.items() if isinstance(pattern, Experts)]
         peak = event_bytes(
-            solved,
-            solver,
-            ranks=ranks,
-            coupled=coupled,
-            pattern=options.pattern,
-            gathers=in_pieces,
-            again=again,
-            device=device,
+            solved, solver, ranks=ranks, pattern=options.pattern, gathers=in_pieces, again=again, device=device
         )
         trained = [block for block in blocks.values() if not window.patterns.keys().isdisjoint(block.layers)]
-        peaks = [peak + moments_bytes(dropped, coupled=coupled)]
+        peaks = [peak + moments_bytes(dropped)]
         peaks += [training_bytes(block, solved, ranks) for block in trained]
         return Needs(
-            moments=moments_bytes(chosen, coupled=coupled) if solver.needs_statistics else 0,
+            moments=moments_bytes(chosen) if solver.needs_statistics else 0,
             event=max(peaks),
-            sent=sent_bytes(chosen, ranks, coupled=coupled, gathers=in_pieces, again=again),
+            sent=sent_bytes(chosen, ranks, gathers=in_pieces, again=again),
         )
 
     each = [needs(window) for window in windows]

@@ -37,13 +37,9 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
     return groups
 
 
-def moments_bytes(layers: Sequence[PrunableLayer], *, coupled: bool = False) -> int:
-    """Bytes for the second moments of a window, on each rank.
-
-    With coupled rows, second moments of output gradients are collected, too.
-    """
-    inputs = sum(group[0].cols ** 2 for group in sharing(layers))
-    return 4 * (inputs + coupled * sum(layer.rows**2 for layer in layers))
+def moments_bytes(layers: Sequence[PrunableLayer]) -> int:
+    """Bytes for the second moments of a window, on each rank."""
+    return 4 * sum(group[0].cols ** 2 for group in sharing(layers))
 
 
 def event_bytes(
@@ -51,7 +47,6 @@ def event_bytes(
     options: SolverOptions,
     *,
     ranks: int = 1,
-    coupled: bool = False,
     pattern: Pattern | None = None,
     gathers: bool = False,
     again: bool = False,
@@ -64,15 +59,14 @@ def event_bytes(
     masks already. `device` is where they are solved; None for where they are.
     """
     counts = options.needs_statistics
-    moments = moments_bytes(layers, coupled=coupled) if counts else 0
-    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks, coupled=coupled))
+    moments = moments_bytes(layers) if counts else 0
+    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks))
     peak = moments
     for rank in set(owners.values()):
         own = [layer for layer in layers if owners[layer.name] == rank]
         read = {layer.name: number for number, group in enumerate(sharing(own)) for layer in group}
         if ranks > 1 and counts:  # the total over ranks arrives beside this rank's own sums
             peak = max(peak, moments + 4 * max(layer.cols for layer in own) ** 2)
-        outputs = 4 * sum(layer.rows**2 for layer in own) if coupled else 0  # these stay to the end
         to_come, weights, after = 0, 0, list[tuple[int, int]]()
         groups = set[int]()
         for layer in reversed(own):
@@ -84,10 +78,9 @@ def event_bytes(
         for layer, (to_come, weights) in zip(own, reversed(after), strict=True):
             hessians = to_come + 4 * layer.cols**2 if counts else 0
             waiting = weights * (4 * gathers + again)
-            working = options.peak_bytes(
-                layer.rows, layer.cols, coupled=coupled, pattern=pattern, device=device or layer.parameter.device
-            )
-            peak = max(peak, hessians + outputs + waiting + solved + working)
+            where = device or layer.parameter.device
+            working = options.peak_bytes(layer.rows, layer.cols, pattern=pattern, device=where)
+            peak = max(peak, hessians + waiting + solved + working)
             solved += layer.rows * layer.cols * (layer.parameter.element_size() + 1)
     return peak
 
@@ -105,19 +98,16 @@ def training_bytes(block: Block, solved: Sequence[PrunableLayer], ranks: int) ->
     return 4 * whole + 16 * trained + waiting // ranks
 
 
-def sent_bytes(
-    layers: Sequence[PrunableLayer], ranks: int, *, coupled: bool = False, gathers: bool = False, again: bool = False
-) -> int:
+def sent_bytes(layers: Sequence[PrunableLayer], ranks: int, *, gathers: bool = False, again: bool = False) -> int:
     """Bytes that all ranks together send to solve a window and to write it. The arguments are as for `event_bytes`.
 
     Each rank but the owner sends half of each symmetric sum; the others get the new weight and the mask. Where weights
     are in pieces, the owner gets those of the fp32 weight, and of the mask before, and sends them back.
     """
-    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks, coupled=coupled))
+    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks))
     sums = 0
     for group in sharing(layers):
         sums += 2 * group[0].cols ** 2 * len({owners[layer.name] for layer in group})
-    sums += coupled * sum(2 * layer.rows**2 for layer in layers)
     weights = sum(layer.rows * layer.cols for layer in layers)
     model = sum(layer.rows * layer.cols * layer.parameter.element_size() for layer in layers)
     pieces = (4 + again + 5) * weights // ranks if gathers else weights // 8

@@ -101,19 +101,6 @@ def of_ordered_inputs(statistics: HessianAccumulator, order: Int[Tensor, " cols"
     return HessianAccumulator.of_sum(whole[order][:, order], statistics.num_tokens)
 
 
-def order_outputs(weights: Tensor, order: Int[Tensor, " rows"]) -> None:
-    """Put output weights (rows,), or (rows, rows) of coupled rows, into another order of the outputs, in place.
-
-    Examples:
-        >>> weights = torch.tensor([1.0, 2.0])
-        >>> order_outputs(weights, torch.tensor([1, 0]))
-        >>> weights
-        tensor([2., 1.])
-    """
-    for dim in range(weights.ndim):
-        weights.copy_(weights.index_select(dim, order.to(weights.device)))
-
-
 def _some_rows(weight: Float[Tensor, "rows cols"] | None) -> Float[Tensor, "some cols"] | None:
     if weight is None:
         return None

@@ -59,7 +59,6 @@ class Past:
             "masks": {},
             "pruned": {},
             "collected": None,
-            "couples_rows": options.calibration.couples_rows,
             "report": self.report.state(),
             "event_parts": {},
             "measured": self.measured,

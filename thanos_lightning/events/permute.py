@@ -242,7 +242,7 @@ def _output_weights(
     by_name = {layer.name: layer for layer in layers}
     gradients = OutputGradients(by_name)
     gradients.start(of_training=False)
-    chosen = list(enumerate(batches))[:: BATCHES_PER_BACKWARD["alone"]]
+    chosen = list(enumerate(batches))[::BATCHES_PER_BACKWARD]
     try:
         with open_phase("Measuring what outputs count", len(chosen), "batches") as phase:
             for number, batch in chosen:

@@ -19,7 +19,7 @@ from torch import Tensor
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.blocks import keep_of_owned
 from thanos_lightning.events.experts import choose_experts, drop_experts
-from thanos_lightning.events.order import of_ordered_inputs, order_channels, order_outputs, rows_of
+from thanos_lightning.events.order import of_ordered_inputs, order_channels, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.routing import Mixture
 from thanos_lightning.models.stack import Block
@@ -105,8 +105,8 @@ def prune_window(
             if name in sums:
                 sums[name] = of_ordered_inputs(sums[name], order)
             for one in ordered[name]:
-                if one.name in moments.output_weights:
-                    order_outputs(moments.output_weights[one.name], rows_of(order, one))
+                if (of_outputs := moments.output_weights.get(one.name)) is not None:
+                    of_outputs.copy_(of_outputs[rows_of(order, one).to(of_outputs.device)])
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
@@ -272,7 +272,6 @@ def solve(
     own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
     if inputs is None and options.needs_statistics:
         options = SolverOptions.as_published("magnitude")
-        own = None if own is None or own.ndim == 2 else own
     return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
 
 

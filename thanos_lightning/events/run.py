@@ -30,7 +30,7 @@ from thanos_lightning.models.routing import find_mixtures, keep_experts
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.options import PruningOptions, differences
-from thanos_lightning.plan.planner import Planner, wants_gradients
+from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import check_alike, steps_of
 from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport
@@ -91,7 +91,7 @@ class PruningRun:
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             schedule = schedule.resolve(past.total_steps)  # as in the fit before
-        self.planner = Planner.of(options, schedule, lacks_gradients=self._lacks_gradients)
+        self.planner = Planner.of(options, schedule, can_differentiate=self.access.can_differentiate)
         if schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []
@@ -151,7 +151,9 @@ class PruningRun:
         for optimizer in self.access.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
         if restored is not None and restored["collected"] is not None:
-            self._open_again(restored, changed)
+            # The window in whose midst the checkpoint was saved
+            self.collector.open(self.windows[past.windows_done], self.module)
+            self.collector.load(restored["collected"])
         if changed:
             said = "; ".join(changed.values())
             rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
@@ -162,8 +164,8 @@ class PruningRun:
         if restored is not None:
             self._clock.parts = dict(restored["event_parts"])
         if restored is None and self.windows and self.windows[0].end_step > past.optimizer_steps:
-            wanted = any(wants_gradients(options, window) for window in self.windows)
-            self.collector.try_batch(trainer, self.module, gradients=wanted and not self._lacks_gradients)
+            gradients = any(window.gradients for window in self.windows)
+            self.collector.try_batch(trainer, self.module, gradients=gradients)
         announce(self)
         self._advance()
         if trainer.received_sigterm:
@@ -176,16 +178,6 @@ class PruningRun:
                 f"monitor is {monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
                 "monitor=None"
             )
-
-    def _open_again(self, restored: Mapping[str, Any], changed: Mapping[str, str]) -> None:
-        """Open the window in whose midst the checkpoint was saved."""
-        if restored["couples_rows"] != self.options.calibration.couples_rows:
-            raise MisconfigurationException(
-                "the checkpoint was saved while statistics were collected, and "
-                f"{changed['calibration.output_weights']}: resume with what it was trained with"
-            )
-        self._collect(self.windows[self.past.windows_done])
-        self.collector.load(restored["collected"])
 
     def _route(self) -> None:
         """Let the routers choose among the experts that are left."""
@@ -230,10 +222,6 @@ class PruningRun:
             optimizer_steps=self.past.optimizer_steps,
             begun_with_scan=begun_with_scan,
         )
-
-    @property
-    def _lacks_gradients(self) -> bool:
-        return self.options.calibration.batches is not None and not self.access.can_differentiate
 
     # Batches
 
@@ -310,7 +298,7 @@ class PruningRun:
             if past.optimizer_steps < window.end_step:
                 is_open = self.collector.statistics is not None
                 if not is_open and window.end_step > window.start_step <= past.optimizer_steps:
-                    self._collect(window)
+                    self.collector.open(window, self.module)
                 return
             # Measure before a scan that the first event follows at once: a checkpoint saved meanwhile has the sums
             is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
@@ -353,20 +341,15 @@ class PruningRun:
             calibration=calibration.batches,
             attention_mask_key=calibration.attention_mask_key,
             keeps_scan=calibration.memory_gib is None,
-            needs_gradients=calibration.output_weights is not None,
-            couples_rows=calibration.couples_rows,
+            needs_loss=calibration.output_weights is not None,
             blocks=self.blocks,
             block_steps=self.options.block_steps,
         )
 
-    def _collect(self, window: Window) -> None:
-        self.collector.open(window, self.module, gradients=wants_gradients(self.options, window))
-
     def _moments(self, window: Window) -> Moments:
         if self.options.solver.needs_statistics:
-            gradients = wants_gradients(self.options, window)
             self._clock.now("calibrating")
-            moments = self.collector.take(window, self.trainer, self.module, gradients=gradients)
+            moments = self.collector.take(window, self.trainer, self.module)
             self._clock.add("calibrating", moments.seconds)
             self.past.report.summary.collecting_seconds += moments.seconds
         else:

@@ -85,6 +85,5 @@ def _scan_layer(
     for level, lost in zip(tried, of_rows, strict=True):
         losses[level.sparsity] = relative(float(lost.sum()), float(dense.sum()))
         if output_weights is not None:
-            alone = output_weights if output_weights.ndim == 1 else output_weights.diagonal()
-            weighted[level.sparsity] = float(alone.to(lost.dtype) @ lost)
+            weighted[level.sparsity] = float(output_weights.to(lost.dtype) @ lost)
     return LayerSensitivity(losses, weighted or None)

@@ -38,15 +38,13 @@ class CalibrationOptions:
         steps: Most optimizer steps whose training batches a window accumulates before an event. A window never reaches
             back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
-        memory_gib: Memory for the second moments of inputs and of output gradients. Layers are split, front to back,
-            into windows that fit, of whole blocks where these fit. Each window collects after the earlier ones are
-            pruned. None holds all at once.
+        memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit, of
+            whole blocks where these fit. Each window collects after the earlier ones are pruned. None holds all at
+            once.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
-            diagonal of K-FAC's output factor, arXiv 1503.05671). "full" takes the whole output factor, so that the
-            rows of a layer compensate each other's errors. It was measured to lose less (docs/guide), but each layer
-            needs a matrix (out_features, out_features) more, and solves take 2.5 times as long. "uniform"
-            counts all outputs alike, as the papers do. None is "diagonal" for the method "thanos", else "uniform".
+            diagonal of K-FAC's output factor, arXiv 1503.05671). "uniform" counts all outputs alike, as the papers do.
+            None is "diagonal" for the method "thanos", else "uniform".
         block_steps: Adam steps after the solves of an event, in which the kept weights of each block, such as a decoder
             layer, are trained to give what the block gave right before. It takes `batches`, of which each step has
             512 tokens, or a sequence. 0 leaves what the solver gives. None is 64 with `batches` and the method
@@ -64,7 +62,7 @@ class CalibrationOptions:
     steps: int = CALIBRATION_STEPS
     attention_mask_key: str | None = "attention_mask"
     memory_gib: float | None = None
-    output_weights: Literal["diagonal", "full", "uniform"] | None = None
+    output_weights: Literal["diagonal", "uniform"] | None = None
     block_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +70,7 @@ class CalibrationOptions:
         check_whole("calibration.steps", self.steps, 1)
         check_name("calibration.attention_mask_key", self.attention_mask_key, "attention_mask")
         check_memory("calibration.memory_gib", self.memory_gib)
-        check_choice("calibration.output_weights", self.output_weights, ("diagonal", "full", "uniform", None))
+        check_choice("calibration.output_weights", self.output_weights, ("diagonal", "uniform", None))
         if self.block_steps is not None:
             check_whole("calibration.block_steps", self.block_steps, 0)
         if self.block_steps and self.batches is None:
@@ -80,11 +78,6 @@ class CalibrationOptions:
                 f"calibration.block_steps is {self.block_steps}, but there are no calibration.batches to train blocks "
                 "on: give some, or leave it out"
             )
-
-    @property
-    def couples_rows(self) -> bool:
-        """Whether the rows of a layer compensate each other's errors."""
-        return self.output_weights == "full"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,11 +136,6 @@ class PruningOptions:
             raise ValueError(
                 f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), one with at, "
                 "or None"
-            )
-        if calibration.couples_rows and solver.admm_steps == solver.refine_steps == 0 and solver.needs_statistics:
-            raise ValueError(
-                "calibration.output_weights is 'full', but solver.admm_steps and refine_steps are 0, and only these "
-                "steps couple rows: give some, or take 'diagonal'"
             )
         if allocation is not None:
             check_kind("allocation", allocation, Allocation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -30,7 +30,8 @@ class Planner:
             losses are unknown, and prunes all layers alike if no steps are left for a scan.
         calibration_steps: Most optimizer steps that a window collects; 0 if windows collect nothing in the training.
         memory_gib: Memory for the second moments of a window; None holds all at once.
-        couples_rows: Whether rows are coupled, so that second moments of output gradients need memory, too.
+        weighs_outputs: Whether the loss's gradients weigh outputs, where rows or layers compete for zeros.
+        lacks_gradients: Whether there are no gradients on the calibration set, as under some ways of sharding.
     """
 
     pattern: Pattern
@@ -39,26 +40,28 @@ class Planner:
     gives_way: bool
     calibration_steps: int
     memory_gib: float | None
-    couples_rows: bool = False
+    weighs_outputs: bool = False
+    lacks_gradients: bool = False
 
     @classmethod
-    def of(cls, options: PruningOptions, schedule: SparsitySchedule, *, lacks_gradients: bool = False) -> Planner:
+    def of(cls, options: PruningOptions, schedule: SparsitySchedule, *, can_differentiate: bool = True) -> Planner:
         """The planner that the callback's options ask for.
 
         Args:
             options: Checked options.
             schedule: Theirs, or the one that a resumed training began with.
-            lacks_gradients: Whether there are no gradients on the calibration set, as under some ways of sharding.
+            can_differentiate: As of `ParameterAccess`.
 
         Raises:
             MisconfigurationException: If output weights ask for gradients where there are none.
         """
-        if lacks_gradients and options.calibration.output_weights in ("diagonal", "full"):
+        lacks_gradients = options.calibration.batches is not None and not can_differentiate
+        if lacks_gradients and options.calibration.output_weights == "diagonal":
             raise MisconfigurationException(
-                f"calibration.output_weights is {options.calibration.output_weights!r}, but under ZeRO-3 there are "
-                "no gradients on calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of "
-                "experts (leaf_module in its configuration): leave the batches out to have those of the training, or "
-                "take 'uniform'"
+                "calibration.output_weights is 'diagonal', but under ZeRO-3 there are no gradients on "
+                "calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
+                "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
+                "'uniform'"
             )
         allocates = options.allocation == Allocation("loss")
         if options.allocation is None and options.weighs_outputs and not lacks_gradients:
@@ -70,7 +73,8 @@ class Planner:
             gives_way=options.allocation is None,
             calibration_steps=options.calibration.steps if options.collects_in_training else 0,
             memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
-            couples_rows=options.calibration.couples_rows,
+            weighs_outputs=options.weighs_outputs,
+            lacks_gradients=lacks_gradients,
         )
 
     @property
@@ -108,11 +112,34 @@ class Planner:
                 or if too few steps are left for a scan that is needed.
             ValueError: If windows do not fit before their events.
         """
+        windows = self._plan(
+            trainer, layers, final, sensitivities, optimizer_steps=optimizer_steps, begun_with_scan=begun_with_scan
+        )
+        if not self.lacks_gradients or not any(window.gradients for window in windows):
+            return windows
+        rank_zero_warn(
+            "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a whole, "
+            "such as mixtures of experts (leaf_module in its configuration): errors at all outputs count alike, and "
+            "layers are pruned alike unless allocation.by is 'loss'. Leave the batches out to have those of the "
+            "training batches"
+        )
+        return [replace(window, gradients=False) for window in windows]
+
+    def _plan(
+        self,
+        trainer: Trainer,
+        layers: Mapping[str, PrunableLayer],
+        final: Mapping[str, Pattern],
+        sensitivities: Mapping[str, LayerSensitivity] | None,
+        *,
+        optimizer_steps: int,
+        begun_with_scan: bool | None,
+    ) -> list[Window]:
         events = checked_events(self.schedule, trainer)
         if not self.allocates:
             return self._plan_pruning(events, layers, final)
         first, collects = events[0].step, self.calibration_steps > 0
-        needed = len(split_by_memory(list(layers.values()), self.memory_gib, coupled=self.couples_rows))
+        needed = len(split_by_memory(list(layers.values()), self.memory_gib))
         # If all moments are held at once, the first event reuses those of the scan
         at_once = self.memory_gib is None
         step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
@@ -136,8 +163,8 @@ class Planner:
             layers,
             calibration_steps=self.calibration_steps,
             budget_gib=self.memory_gib,
-            coupled=self.couples_rows,
             scans=True,
+            weighs_outputs=self.weighs_outputs,
         )
         begins_with_it = bool(sensitivities) or scan[0].start_step >= optimizer_steps
         if not self.needs_scan and not (begins_with_it if begun_with_scan is None else begun_with_scan):
@@ -184,8 +211,8 @@ class Planner:
             layers,
             calibration_steps=self.calibration_steps,
             budget_gib=self.memory_gib,
-            coupled=self.couples_rows,
             since=since,
+            weighs_outputs=self.weighs_outputs,
         )
         steps = min((window.end_step - window.start_step for window in windows), default=0)
         if steps < self.calibration_steps != CALIBRATION_STEPS:
@@ -194,13 +221,3 @@ class Planner:
                 "since the event before"
             )
         return windows
-
-
-def wants_gradients(options: PruningOptions, window: Window) -> bool:
-    """Whether gradients weigh outputs in a window: only if rows or layers compete for zeros, or rows are coupled."""
-    compete = (
-        options.calibration.couples_rows
-        or window.scans
-        or any(pattern.rows_compete for pattern in window.patterns.values())
-    )
-    return options.weighs_outputs and compete

@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -51,6 +50,7 @@ class Window:
         end_step: Optimizer steps taken when the window is pruned.
         is_last: Whether this is the event's last window.
         scans: Whether the window belongs to a sensitivity scan, which prunes nothing.
+        gradients: Whether the loss's gradients at outputs are collected, too, for output weights.
     """
 
     event: Event
@@ -59,6 +59,7 @@ class Window:
     end_step: int
     is_last: bool
     scans: bool = False
+    gradients: bool = False
 
     def state(self) -> list[Any]:
         """Plain values that must be unchanged when a training resumes after the window or inside of it."""
@@ -66,20 +67,18 @@ class Window:
         return [self.start_step, self.end_step, patterns, *(["scans"] if self.scans else [])]
 
 
-def hessian_bytes(layer: PrunableLayer, *, coupled: bool = False) -> int:
-    """Bytes of a layer's sums in fp32: in_features² numbers, and out_features² more if rows are coupled."""
-    return 4 * (layer.cols**2 + coupled * layer.rows**2)
+def hessian_bytes(layer: PrunableLayer) -> int:
+    """Bytes of a layer's sums in fp32: in_features² numbers."""
+    return 4 * layer.cols**2
 
 
-def split_by_memory(
-    layers: Sequence[PrunableLayer], budget_gib: float | None, *, coupled: bool = False
-) -> list[list[PrunableLayer]]:
+def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
     Layers whose names agree up to their first number, such as those of a decoder layer, stay together where the budget
     allows it, since blocks are trained as a whole; and so do experts of a mixture. Only a forward shows which layers
-    share their inputs. So each layer counts in full, which is an upper bound. If rows are coupled, the second moments
-    of output gradients count, too. Without a budget (None), there is one group.
+    share their inputs. So each layer counts in full, which is an upper bound. Without a budget (None), there is one
+    group.
 
     Raises:
         ValueError: If a single layer exceeds the budget. The message names the largest layer and the memory it needs.
@@ -87,33 +86,35 @@ def split_by_memory(
     if budget_gib is None:
         return [list(layers)]
     budget = budget_gib * 2**30
-    largest = max(layers, key=lambda layer: hessian_bytes(layer, coupled=coupled))
-    if (most := hessian_bytes(largest, coupled=coupled)) > budget:
-        what = "second moments of inputs and outputs" if coupled else "Hessian"
-        number = sum(hessian_bytes(layer, coupled=coupled) > budget for layer in layers)
+    largest = max(layers, key=hessian_bytes)
+    if (most := hessian_bytes(largest)) > budget:
+        number = sum(hessian_bytes(layer) > budget for layer in layers)
         others = f" (and of {number - 1} more)" if number > 1 else ""
         raise ValueError(
-            f"the {what} of layer {largest.name}{others}: {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
+            f"the Hessian of layer {largest.name}{others}: {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
             f"memory_gib = {budget_gib}. Raise it to that, or add "
             f"{'such layers' if others else repr(largest.name)} to ignore"
         )
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
-    needed = partial(_bytes_together, coupled=coupled)
     parts = _divided(layers, _block_of)
     for finer in (_mixture_of, _name_of):
-        parts = [part for whole in parts for part in ([whole] if needed(whole) <= budget else _divided(whole, finer))]
+        parts = [
+            part
+            for whole in parts
+            for part in ([whole] if _bytes_together(whole) <= budget else _divided(whole, finer))
+        ]
     for part in parts:
-        if held + needed(part) > budget and groups[-1]:
+        if held + _bytes_together(part) > budget and groups[-1]:
             groups.append([])
             held = 0
         groups[-1].extend(part)
-        held += needed(part)
+        held += _bytes_together(part)
     return groups
 
 
-def _bytes_together(layers: Sequence[PrunableLayer], *, coupled: bool) -> int:
-    return sum(hessian_bytes(layer, coupled=coupled) for layer in layers)
+def _bytes_together(layers: Sequence[PrunableLayer]) -> int:
+    return sum(map(hessian_bytes, layers))
 
 
 def _divided(layers: Sequence[PrunableLayer], by: Callable[[PrunableLayer], str]) -> list[list[PrunableLayer]]:
@@ -139,9 +140,9 @@ def plan_windows(
     *,
     calibration_steps: int,
     budget_gib: float | None = None,
-    coupled: bool = False,
     since: int = 0,
     scans: bool = False,
+    weighs_outputs: bool = False,
 ) -> list[Window]:
     """Place each event's windows one after the other, so that the last window ends at the event's step.
 
@@ -152,9 +153,10 @@ def plan_windows(
         layers: Name -> layer.
         calibration_steps: Most optimizer steps that a window collects; 0 if nothing is collected in the training.
         budget_gib: Memory for the second moments of a window.
-        coupled: Whether rows are coupled, so that second moments of output gradients are collected, too.
         since: Optimizer steps taken at the last event before `work`.
         scans: Whether the windows belong to a sensitivity scan.
+        weighs_outputs: Whether gradients weigh outputs. They are collected only in windows in which rows or layers
+            compete for zeros.
 
     Raises:
         ValueError: If an event has fewer steps before it than windows that collect, or if a layer exceeds the budget.
@@ -167,7 +169,7 @@ def plan_windows(
                 "an event before the first optimizer step has no training batches to prune on: give "
                 "calibration.batches (a list of them, or 'datamodule'), or start the schedule later (start_step)"
             )
-        groups = split_by_memory([layers[name] for name in patterns], budget_gib, coupled=coupled)
+        groups = split_by_memory([layers[name] for name in patterns], budget_gib)
         _check_together(groups, patterns, budget_gib)
         available = event.step - before
         length = min(calibration_steps, available // len(groups))
@@ -180,14 +182,17 @@ def plan_windows(
             )
         for index, group in enumerate(groups):
             end = event.step - (len(groups) - 1 - index) * length
+            own = {layer.name: patterns[layer.name] for layer in group}
+            compete = scans or any(pattern.rows_compete for pattern in own.values())
             windows.append(
                 Window(
                     event=event,
-                    patterns={layer.name: patterns[layer.name] for layer in group},
+                    patterns=own,
                     start_step=end - length,
                     end_step=end,
                     is_last=index == len(groups) - 1,
                     scans=scans,
+                    gradients=weighs_outputs and compete,
                 )
             )
         before = event.step
@@ -204,7 +209,7 @@ def _check_together(
             mixture = _mixture_of(layer)
             if isinstance(patterns[layer.name], Experts) and window.setdefault(mixture, index) != index:
                 own = [layer for group in groups for layer in group if _mixture_of(layer) == mixture]
-                needed = sum(map(hessian_bytes, own))
+                needed = _bytes_together(own)
                 raise ValueError(
                     f"the Hessians of all experts of {mixture}, which are compared: {1.005 * needed / 2**30:.3g} GiB, "
                     f"rounded up, more than memory_gib = {budget_gib}. Raise it to that"

@@ -11,42 +11,36 @@ from thanos_lightning.solver import HessianAccumulator, SolverError
 
 # For a square layer, factoring the Hessian takes about a quarter of the time that solving all rows takes.
 _ROWS_PER_FACTOR = 4
-# Costs in the same unit: of the eigenvectors of both factors, and of the steps on all coupled rows together.
-_EIGENVECTORS, _COUPLED_STEPS = 3, 20
 
 
 class PruningError(RuntimeError):
     """A layer could not be pruned. No layer of its window has been."""
 
 
-def _cost(layer: PrunableLayer, members: int, *, coupled: bool = False) -> int:
-    """Estimate how long this many members solve a layer of c rows and b columns: b³ + 4·c·b². Only c is split.
-
-    Coupled rows add 3 (b³ + c³) + 20 cb (c + b).
-    """
+def _cost(layer: PrunableLayer, members: int) -> int:
+    """Estimate how long this many members solve a layer of c rows and b columns: b³ + 4·c·b². Only c is split."""
     rows, cols = layer.rows, layer.cols
-    alone = cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
-    return alone + coupled * (_EIGENVECTORS * (cols**3 + rows**3) + _COUPLED_STEPS * rows * cols * (rows + cols))
+    return cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
 
 
-def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int, *, coupled: bool = False) -> dict[str, range]:
+def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, range]:
     """Assign the ranks that solve each layer, its owner first, from shapes alone.
 
-    With at least as many layers as ranks, or with coupled rows, each layer has one rank, and the work is spread evenly.
-    Otherwise each rank is in one team, and a team's ranks are consecutive. Each further rank joins the team that would
-    take longest. A team never has more ranks than its layer has rows. If all teams are that large, ranks are left over.
+    With at least as many layers as ranks, each layer has one rank, and the work is spread evenly. Otherwise each rank
+    is in one team, and a team's ranks are consecutive. Each further rank joins the team that would take longest. A team
+    never has more ranks than its layer has rows. If all teams are that large, ranks are left over.
 
     Examples:
         >>> assign_teams({}, world_size=2)
         {}
     """
-    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1, coupled=coupled), name))
-    if len(layers) >= world_size or coupled:
+    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1), name))
+    if len(layers) >= world_size:
         loads = [0] * world_size
         teams = {}
         for name in order:
             owner = loads.index(min(loads))
-            loads[owner] += _cost(layers[name], 1, coupled=coupled)
+            loads[owner] += _cost(layers[name], 1)
             teams[name] = range(owner, owner + 1)
         return teams
     sizes = dict.fromkeys(order, 1)

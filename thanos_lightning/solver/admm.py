@@ -132,22 +132,6 @@ class Iterates:
     width: int
     relaxation: float = _RELAXATION
 
-    @classmethod
-    def begin(
-        cls,
-        weight: Float[Tensor, "rows cols"],
-        original: Float[Tensor, "rows cols"],
-        U: Float[Tensor, "rows cols"],
-        keep: Bool[Tensor, "rows cols"],
-        frozen: Bool[Tensor, "rows cols"],
-        scale: Float[Tensor, " cols"],
-        pattern: Pattern,
-    ) -> "Iterates":
-        """Begin with Z = ``weight``, in the groups of a pattern. ``keep`` is copied."""
-        from_original = (weight - original).contiguous().sub_(U)
-        keep = keep.clone(memory_format=torch.contiguous_format)
-        return cls(original, U, from_original, keep, frozen, scale, pattern.group_width(weight.shape[1]))
-
     def project(self, moved: Float[Tensor, "rows cols"], ratio: float) -> None:
         """Take the second half of a step: update the mask, U and Z - U - W0.
 
@@ -165,10 +149,6 @@ class Iterates:
         torch.mul(total, ratio, out=self.U)
         zero_where(self.U, self.keep)
         torch.where(self.keep, total, -self.U, out=self.from_original).sub_(self.original)
-
-    def end(self) -> Float[Tensor, "rows cols"]:
-        """Z after the last step, whose U is zero. Overwrites ``from_original``."""
-        return self.from_original.add_(self.original)
 
 
 def alternate(
@@ -200,13 +180,16 @@ def alternate(
     # Damping gives the weights of dead inputs a cost, but they cost nothing
     scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)
     U = zero_where(residual.div_(shared.rho[0] * shared.cost), keep)
-    iterates = Iterates.begin(weight, original, U, keep, frozen, scale, pattern)
+    from_original = (weight - original).contiguous().sub_(U)
+    keep = keep.clone(memory_format=torch.contiguous_format)
+    iterates = Iterates(original, U, from_original, keep, frozen, scale, pattern.group_width(weight.shape[1]))
     moved = torch.empty_like(U)
     M = torch.empty_like(shared.first) if shared.last is not None else None
     for rho, following in itertools.pairwise([*shared.rho, math.inf]):
-        torch.mm(iterates.from_original, shared.towards_last(rho, M), out=moved)
+        torch.mm(from_original, shared.towards_last(rho, M), out=moved)
         iterates.project(moved, rho / following)
-    return zero_where(iterates.end(), ~iterates.keep | shared.dead), iterates.keep
+    # U of the last step is 0, so that this is Z
+    return zero_where(from_original.add_(original), ~keep | shared.dead), keep
 
 
 def _strongest(

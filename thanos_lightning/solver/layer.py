@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thanos_lightning.solver.admm import Penalties, alternate, ends, penalty_schedule, weight_costs
-from thanos_lightning.solver.coupled import couple
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import (
     MAX_DAMPING,
@@ -25,7 +24,7 @@ from thanos_lightning.solver.linalg import (
     input_norms,
 )
 from thanos_lightning.solver.magnitude import magnitude
-from thanos_lightning.solver.pattern import Channels, Experts, Pattern, Solvable, Structured
+from thanos_lightning.solver.pattern import Experts, Pattern, Solvable, Structured
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
 from thanos_lightning.solver.saliency import SALIENCIES, Saliency
 from thanos_lightning.solver.sparsegpt import sparsegpt
@@ -35,9 +34,6 @@ from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
 T = TypeVar("T")
-# Multiples of the mean of the output factor's diagonal, added to that diagonal: for rows that compete, and for coupled
-# rows, where 1.0 did better than 0.1, 0.3 and 3.
-_FLOOR, _COUPLED_FLOOR = 0.01, 1.0
 # ADMM and refinement improve so many weights at a time: 16 MiB of weights, and about ten times as much memory.
 _IMPROVED_AT_A_TIME = 2**22
 # Memory to solve a batch of systems, over the size of the systems: their indices, the systems and their factors.
@@ -144,29 +140,21 @@ class SolverOptions:
         return self.method not in ("magnitude", "wanda") or self.admm_steps > 0 or self.refine_steps > 0
 
     def peak_bytes(
-        self,
-        rows: int,
-        cols: int,
-        *,
-        coupled: bool = False,
-        pattern: Pattern | None = None,
-        device: torch.device | str = "cpu",
+        self, rows: int, cols: int, *, pattern: Pattern | None = None, device: torch.device | str = "cpu"
     ) -> int:
         """Estimate the memory that pruning a float32 layer takes, beside its weight and Hessian.
 
         In numbers of four bytes, with b columns, c rows and d = min(cb, 2²²), it is the largest of these: 4.6 b² to
         factor the Hessian; b² + 4.2 cb to prune ("sparsegpt": 5.2 cb); 2 cb + 7.5 d to refine without ADMM; for ADMM
-        1.5 cb + 6 d, plus b² up to 6 steps and 3 b² for more; for refinement after ADMM 1.5 cb + 11 d, plus b² or 2 b²;
-        for coupled rows 2 b² + 2 c² + 14 cb, or 9 cb without ADMM. Structured patterns have no ADMM. On devices other
-        than CPUs "thanos" solves more systems at a time, which takes up to 240 MiB more. A layer of 28,672 columns and
-        8,192 rows takes 15 GB for the factor, beside a Hessian of 3.3 GB. The estimate leaves out up to 2.5 d where
-        some rows stay unchanged, a scaled copy (cb) for output weights, and up to 4 b² of factors that training keeps
-        from one layer to the next with the same inputs.
+        1.5 cb + 6 d, plus b² up to 6 steps and 3 b² for more; for refinement after ADMM 1.5 cb + 11 d, plus b² or 2 b².
+        Structured patterns have no ADMM. On devices other than CPUs "thanos" solves more systems at a time, which takes
+        up to 240 MiB more. A layer of 28,672 columns and 8,192 rows takes 15 GB for the factor, beside a Hessian of
+        3.3 GB. The estimate leaves out up to 2.5 d where some rows stay unchanged, a scaled copy (cb) for output
+        weights, and up to 4 b² of factors that training keeps from one layer to the next with the same inputs.
 
         Args:
             rows: out_features.
             cols: in_features.
-            coupled: Whether the output weights are a matrix.
             pattern: Pattern of the layer; None assumes half of the weights.
             device: Device on which the layer is pruned.
 
@@ -192,10 +180,6 @@ class SolverOptions:
                 numbers.append((2 if interpolated else 1) * cols**2 + 1.5 * size + 11 * chunk)
         elif self.admm_steps + self.refine_steps > 0:
             numbers.append(2 * size + 7.5 * chunk)
-        if coupled and self.admm_steps > 0 and exchanges:
-            numbers.append(2 * cols**2 + 2 * rows**2 + 14 * size)
-        elif coupled and self.admm_steps + self.refine_steps > 0:
-            numbers.append(2 * cols**2 + 2 * rows**2 + 9 * size)
         return round(4 * max(numbers))
 
 
@@ -256,11 +240,8 @@ def prune(
         frozen: bool (out_features, in_features), True = has to be zero. Frozen weights count towards the pattern's
             zeros. All of them are pruned, even beyond that number; other weights only as the pattern asks for.
         output_weights: (out_features,), finite and positive: how much the squared error of each output counts wherever
-            rows compete, that is in all choices that are not within one row. Or (out_features, out_features), positive
-            semi-definite: how much the product of two outputs' errors counts. Rows are coupled then: they compensate
-            each other's errors in as many steps again (coupled.py), with the mean of the diagonal added to the
-            diagonal. Where rows compete, the diagonal counts. None counts all outputs alike.
-            The returned losses ignore output weights.
+            rows compete, that is in all choices that are not within one row. None counts all outputs alike. The
+            returned losses ignore output weights.
 
     Returns:
         The pruned weight, its keep mask and its losses.
@@ -301,8 +282,7 @@ def prune_rows(
     All members call it within a stage of the team. All have the same Hessian, and each member factors it.
     ``weight`` and ``frozen``, (rows, in_features), ``output_weights``, (rows,), and the returned weight and mask are
     for the rows of this member. The pattern and the losses are for the whole layer. ``output_weights`` is None on all
-    members or on none, and (rows, rows) only if there is one member. ``inputs`` holds the Hessian and its factors.
-    Otherwise the arguments are as in `prune`.
+    members or on none. ``inputs`` holds the Hessian and its factors. Otherwise the arguments are as in `prune`.
 
     Raises:
         ValueError: As `prune`, on the member that gave the argument.
@@ -318,14 +298,12 @@ def prune_rows(
         )
     (pattern,) = _solvable([pattern])
     pattern.check_shape(team.num_rows, weight.shape[1])
-    if output_weights is not None and output_weights.ndim == 2 and team.num_rows != len(weight):
-        raise ValueError(f"output_weights couples the {team.num_rows} rows of the layer: solve it on one process")
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
         if inputs is None:
             W = original.to(torch.promote_types(original.dtype, torch.float32))
-            scale = _scale(None if output_weights is None else _competing(output_weights), W)
+            scale = _scale(output_weights, W)
             pruned = magnitude(W if scale is None else W * scale, frozen, pattern, team)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         result, keep, own_loss = _solve(original, inputs, frozen, pattern, options, team, output_weights)
@@ -380,10 +358,10 @@ def losses_at(
         pattern.check_shape(*weight.shape)
     with exact_arithmetic(weight.device):
         original = weight.detach()
-        competing = None if output_weights is None else _competing(output_weights)
         frozen = torch.zeros_like(original, dtype=torch.bool)
         losses = partial(_finite_losses, original=original, H=H, options=options)
-        by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, Alone(len(weight)), competing, losses)
+        alone = Alone(len(weight))
+        by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, alone, output_weights, losses)
         return by_pattern, losses(torch.zeros_like(original), frozen)
 
 
@@ -409,65 +387,28 @@ def _solve(
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
     """Return this member's weights in their own dtype, their keep mask and their loss."""
     H = inputs.hessian
-    coupled: Tensor | None = None
-    if output_weights is not None and output_weights.ndim == 2:
-        coupled, output_weights = output_weights.detach().to(H.dtype), _competing(output_weights)
-    takes_channels = isinstance(pattern, Channels)
-    root = _root(coupled) if coupled is not None and takes_channels and options.method == "thanos" else None
     [(result, keep)], curvature = _by_method(
-        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep), root
+        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
     )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
-    if takes_channels:
-        coupled = None  # the best update of whole columns is the same for any output weights
     shared: Penalties | None = None
-    cost = H.diagonal()
-    admm_steps, refine_steps = options.admm_steps, options.refine_steps
-    exchanges = admm_steps > 0 and pattern.group_width(original.shape[1]) > 0
-    # ADMM on coupled rows begins where the method ended, if that has adapted the kept weights
-    in_rows = coupled is None or not exchanges or options.method in ("magnitude", "wanda")
-    if exchanges:
+    if options.admm_steps > 0 and pattern.group_width(original.shape[1]) > 0:
         if curvature is None:
             _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping, team)
         cost = weight_costs(H, curvature.factor, options.damping)
-        if in_rows:
-            shared = inputs.penalties(cost, options.damping, admm_steps)
-    else:
-        admm_steps, refine_steps = 0, admm_steps + refine_steps
+        shared = inputs.penalties(cost, options.damping, options.admm_steps)
     del curvature
     loss = H.new_zeros(())
-    if in_rows:
-        # The other rows stay dense or were pruned before: they have lost nothing, and have nothing to gain
-        lossy = (original != 0).logical_and_(~keep).any(dim=1)
-        for rows in _row_chunks(lossy, original.shape[1]):
-            weight, rows_keep = result[rows], keep[rows]
-            losses = _improve(original[rows], weight, rows_keep, frozen[rows], H, pattern, shared, options)
-            if not isinstance(rows, slice):
-                result[rows], keep[rows] = weight, rows_keep
-            loss += losses.sum()
-    if coupled is None:
-        return result, keep, loss
-    try:
-        weight, keep = couple(
-            result.to(H.dtype),
-            original.to(H.dtype),
-            keep,
-            frozen,
-            H,
-            coupled + torch.diag((_COUPLED_FLOOR * coupled.diagonal().mean()).expand(len(coupled))),
-            cost,
-            pattern,
-            damping=options.damping,
-            admm_steps=admm_steps,
-            refine_steps=refine_steps,
-        )
-    except FactorizationError as error:
-        raise FactorizationError(
-            f"output_weights is not positive semi-definite ({error}): it has to be a second moment of gradients"
-        ) from error
-    result = weight.to(original.dtype)
-    return result, keep, row_losses(result, original, H).sum()
+    # The other rows stay dense or were pruned before: they have lost nothing, and have nothing to gain
+    lossy = (original != 0).logical_and_(~keep).any(dim=1)
+    for rows in _row_chunks(lossy, original.shape[1]):
+        weight, rows_keep = result[rows], keep[rows]
+        losses = _improve(original[rows], weight, rows_keep, frozen[rows], H, pattern, shared, options)
+        if not isinstance(rows, slice):
+            result[rows], keep[rows] = weight, rows_keep
+        loss += losses.sum()
+    return result, keep, loss
 
 
 def _by_method(
@@ -479,16 +420,12 @@ def _by_method(
     team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
-    coupled: Float[Tensor, "rows rows"] | None = None,
 ) -> tuple[list[T], Curvature | None]:
-    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results.
-
-    ``coupled`` is a factor L of the output weights L Lᵀ, by which "thanos" chooses channels.
-    """
+    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results."""
     H = inputs.hessian
     W, scale = original.to(H.dtype), _scale(output_weights, H)
     scaled = W if scale is None else W * scale
-    rows = _ScaledRows(original, scaled, scale, None if coupled is None else coupled.mT @ W, frozen, options, team)
+    rows = _ScaledRows(original, scaled, scale, frozen, options, team)
     if options.method in ("magnitude", "wanda"):
         return [then(*rows.without_updates(pattern, H)) for pattern in patterns], None
     return _with_enough_damping(
@@ -510,7 +447,6 @@ class _ScaledRows:
     original: Float[Tensor, "rows cols"]
     scaled: Float[Tensor, "rows cols"]
     scale: Float[Tensor, "rows 1"] | None
-    compared: Float[Tensor, "rows cols"] | None
     frozen: Bool[Tensor, "rows cols"]
     options: SolverOptions
     team: RowTeam
@@ -533,33 +469,10 @@ class _ScaledRows:
         if self.options.method == "sparsegpt":
             updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size, self.team)
         else:
-            saliency = self.options.saliency
-            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, saliency, self.compared)
+            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, self.options.saliency)
         if self.scale is not None:
             updated.div_(self.scale)
         return zero_where(updated.to(self.original.dtype), pruned), ~pruned
-
-
-def _root(output_weights: Float[Tensor, "rows rows"]) -> Float[Tensor, "rows rows"]:
-    """Return L of L Lᵀ, the output weights with a hundredth of the mean of the diagonal added to it."""
-    floor = (_FLOOR * output_weights.diagonal().mean()).expand(len(output_weights))
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(output_weights + torch.diag(floor))
-    if info.item() != 0:
-        raise FactorizationError(
-            "output_weights is not positive semi-definite: it has to be a second moment of gradients"
-        )
-    return lower
-
-
-def _competing(output_weights: Tensor) -> Float[Tensor, " rows"]:
-    """Return how much the error of each output counts by itself, for choices between rows."""
-    return output_weights if output_weights.ndim == 1 else with_floor(output_weights.diagonal())
-
-
-def with_floor(squares: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """Add a hundredth of the mean, since few tokens say little about an output that hardly matters to them."""
-    return squares + _FLOOR * squares.mean()
 
 
 def _scale(output_weights: Float[Tensor, " rows"] | None, like: Tensor) -> Float[Tensor, "rows 1"] | None:
@@ -666,9 +579,7 @@ def _check_tensors(
                 f"weight's shape {tuple(weight.shape)}: True = has to stay zero"
             )
         _check_device("frozen", frozen, weight)
-    if output_weights is not None and output_weights.ndim == 2:
-        _check_coupled(output_weights, weight)
-    elif output_weights is not None:
+    if output_weights is not None:
         if output_weights.shape != weight.shape[:1] or not output_weights.is_floating_point():
             raise ValueError(
                 f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; it has to "
@@ -704,27 +615,6 @@ def _check_result(result: Tensor, options: SolverOptions) -> None:
         raise NonFiniteError(
             f"the pruned weights overflow {result.dtype}: raise damping (now {options.damping:g}), or keep the weights "
             "in a wider dtype"
-        )
-
-
-def _check_coupled(output_weights: Tensor, weight: Tensor) -> None:
-    rows = len(weight)
-    if output_weights.shape != (rows, rows) or not output_weights.is_floating_point():
-        raise ValueError(
-            f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; where it "
-            f"couples the rows of the weight it has to be a floating-point ({rows}, {rows})"
-        )
-    _check_device("output_weights", output_weights, weight)
-    allowed = 1e-3 * output_weights.abs().max()
-    if (
-        not _is_finite(output_weights)
-        or (output_weights - output_weights.mT).abs().max() > allowed
-        or output_weights.diagonal().min() < 0
-        or output_weights.diagonal().mean() <= 0
-    ):
-        raise ValueError(
-            "output_weights is not a finite symmetric matrix with a diagonal >= 0 that is not all zero: it has to be a "
-            "second moment of gradients at the outputs"
         )
 
 

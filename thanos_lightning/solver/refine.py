@@ -1,13 +1,12 @@
 """Better weights for a fixed mask: conjugate gradients on the kept weights.
 
-Legend (Hestenes and Stiefel, 1952; diagonal preconditioner; one system for each row, or one for all coupled rows):
+Legend (Hestenes and Stiefel, 1952; diagonal preconditioner; one system for each row):
     W0  (rows, cols)  weights before pruning
     W   (rows, cols)  weights after pruning; the kept weights are to minimise tr((W - W0) H (W - W0)ᵀ)
     H   (cols, cols)  undamped Hessian
     R   (rows, cols)  minus half the gradient: (W0 - W) H
     Z   (rows, cols)  preconditioned R, zero where pruned
     P   (rows, cols)  search directions, zero where pruned
-    G   (rows, rows)  of coupled rows, which are to minimise tr((W - W0)ᵀ G (W - W0) H); R is then G (W0 - W) H
 """
 
 import torch
@@ -42,7 +41,6 @@ def refine(
     hessian: Float[Tensor, "cols cols"],
     keep: Bool[Tensor, "rows cols"],
     steps: int,
-    outputs: Float[Tensor, "rows rows"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """Take conjugate gradient steps on the kept weights.
 
@@ -55,32 +53,30 @@ def refine(
         hessian: Undamped H, positive semi-definite; may be singular.
         keep: True = kept.
         steps: Each is one (rows, cols) by (cols, cols) product.
-        outputs: G, positive definite. With G all rows are one system, and each step takes one more product.
 
     Returns:
         The new weights, zero where not kept.
     """
-    diagonal = hessian.diagonal() if outputs is None else outputs.diagonal().unsqueeze(1) * hessian.diagonal()
+    diagonal = hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
     eps = torch.finfo(hessian.dtype).eps
     kept = kept_bits(~keep)
     W, R = weight.clone(), residual
     P = clear_bits(R * preconditioner, kept)
-    dots = _row_dots if outputs is None else _all_dots
-    slope = dots(R, P)
+    slope = _row_dots(R, P)
     solved = slope * eps**2
     curved, Z = torch.empty_like(P), torch.empty_like(P)
     for _ in range(steps):
-        torch.mm(P if outputs is None else outputs @ P, hessian, out=curved)
-        curvature = dots(P, curved)
+        torch.mm(P, hessian, out=curved)
+        curvature = _row_dots(P, curved)
         # If the curvature or the slope is only rounding error, the step could have any length
-        steep = (curvature > _FLAT * eps * dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
+        steep = (curvature > _FLAT * eps * _row_dots(torch.mul(P, diagonal, out=Z), P)) & (slope > solved)
         step = torch.where(steep, slope / curvature, 0)
         W.addcmul_(P, step)
         R.addcmul_(curved, step, value=-1)
         clear_bits(torch.mul(R, preconditioner, out=Z), kept)
-        new_slope = dots(R, Z)
-        # A system that took no step restarts along its gradient
+        new_slope = _row_dots(R, Z)
+        # A row that took no step restarts along its gradient
         P.mul_(torch.where(steep, new_slope / slope, 0)).add_(Z)
         slope = new_slope
     return W
@@ -97,7 +93,3 @@ def row_losses(
 def _row_dots(left: Float[Tensor, "rows cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows 1"]:
     products: Tensor = torch.linalg.vecdot(left, right)
     return products.unsqueeze(1)
-
-
-def _all_dots(left: Float[Tensor, "rows cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "1 1"]:
-    return _row_dots(left, right).sum(0, keepdim=True)

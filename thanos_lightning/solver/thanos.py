@@ -37,13 +37,11 @@ def thanos(
     block_size: int,
     team: RowTeam,
     saliency: str = "wanda",
-    compared: Float[Tensor, "rows cols"] | None = None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by the paper's algorithm. Return the new weights and the choice, True = pruned.
 
     n:m rounds the width of a block up to whole groups. Structured and channels prune all their columns in one block as
-    wide as the layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. Channels are chosen
-    on ``compared``, if it is given: M W for a matrix M, which changes no update of whole columns. ``weight`` is not
+    wide as the layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. ``weight`` is not
     changed.
 
     Raises:
@@ -53,8 +51,7 @@ def thanos(
     if isinstance(pattern, Structured):
         if isinstance(pattern, Channels):
             whole = team.total(frozen.sum(0)) == team.num_rows
-            chosen_on = W if compared is None else compared.masked_fill(curvature.dead, 0)
-            pruned = eliminate(chosen_on, curvature, whole, pattern.num_columns(W.shape[1]), team) | frozen
+            pruned = eliminate(W, curvature, whole, pattern.num_columns(W.shape[1]), team) | frozen
         else:
             pruned = choose_regular(importance(W, curvature.norms), frozen, pattern, team)
         _prune_block(W, curvature.factor, 0, pruned)

@@ -45,13 +45,13 @@ def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
 
 
 def collector(module: ToyLM, **settings: Any) -> Collector:
-    defaults = {"calibration": None, "attention_mask_key": None, "keeps_scan": True, "needs_gradients": False}
+    defaults = {"calibration": None, "attention_mask_key": None, "keeps_scan": True, "needs_loss": False}
     return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
 
 
-def window(module: ToyLM, *, start: int = 0, scans: bool = False) -> Window:
+def window(module: ToyLM, *, start: int = 0, scans: bool = False, gradients: bool = False) -> Window:
     patterns = dict.fromkeys(find_targets(module, "*", "lm_head"), Unstructured(0.5))
-    return Window(Event(3, 1.0), patterns, start, 3, is_last=True, scans=scans)
+    return Window(Event(3, 1.0), patterns, start, 3, is_last=True, scans=scans, gradients=gradients)
 
 
 def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tensor]]) -> None:
@@ -76,13 +76,13 @@ def moments(collected: Moments) -> Tensor:
 
 def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitted: Trainer) -> None:
     collecting = collector(module)
-    collecting.open(window(module), module, gradients=False)
+    collecting.open(window(module), module)
     train_on(module, collecting, BATCHES)
-    trained = collecting.take(window(module), fitted, module, gradients=False)
+    trained = collecting.take(window(module), fitted, module)
     assert trained.seconds > 0
     assert trained.output_weights == {}
     assert collecting.statistics is None
-    told = collector(module, calibration=BATCHES).take(window(module), fitted, module, gradients=False)
+    told = collector(module, calibration=BATCHES).take(window(module), fitted, module)
     torch.testing.assert_close(moments(told), moments(trained))
 
 
@@ -90,9 +90,9 @@ def test_output_weights_are_means_over_the_steps_of_a_window(module: ToyLM, fitt
     found = []
     for start, batches in ((2, BATCHES[:1]), (0, [BATCHES[0]] * 3)):
         collecting = collector(module)
-        collecting.open(window(module, start=start), module, gradients=True)
+        collecting.open(window(module, start=start, gradients=True), module)
         train_on(module, collecting, batches)
-        found.append(collecting.take(window(module, start=start), fitted, module, gradients=True).output_weights)
+        found.append(collecting.take(window(module, start=start, gradients=True), fitted, module).output_weights)
     assert len(found[0]) == 14
     for name, one in found[0].items():
         torch.testing.assert_close(found[1][name], one)
@@ -102,7 +102,7 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
     ends = []
     for stop in (None, 1):
         collecting = collector(module)
-        collecting.open(window(module), module, gradients=True)
+        collecting.open(window(module, gradients=True), module)
         train_on(module, collecting, BATCHES[:stop])
         if stop is not None:
             state = collecting.state()
@@ -114,10 +114,10 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
             assert [sums(one) for one in after] == [sums(one) for one in state]
             collecting = collector(module)
             assert collecting.state() is None
-            collecting.open(window(module), module, gradients=True)
+            collecting.open(window(module, gradients=True), module)
             collecting.load(state)
             train_on(module, collecting, BATCHES[stop:])
-        ends.append(collecting.take(window(module), fitted, module, gradients=True))
+        ends.append(collecting.take(window(module, gradients=True), fitted, module))
     assert torch.equal(moments(ends[0]), moments(ends[1]))
     for name, one in ends[0].output_weights.items():
         torch.testing.assert_close(ends[1].output_weights[name], one)
@@ -135,61 +135,61 @@ def test_an_event_takes_what_its_scan_was_told(module: ToyLM, fitted: Trainer) -
     for keeps, forgets, runs in ((True, False, 1), (True, True, 2), (False, False, 2)):
         batches = Counted()
         collecting = collector(module, calibration=batches, keeps_scan=keeps)
-        looked = collecting.take(window(module, scans=True), fitted, module, gradients=True)
+        looked = collecting.take(window(module, scans=True, gradients=True), fitted, module)
         if forgets:
             collecting.forget_scan()
-        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        pruned = collecting.take(window(module, gradients=True), fitted, module)
         assert batches.runs == runs
         assert torch.equal(moments(looked), moments(pruned))
         assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
         assert len(looked.output_weights) == 14
-        collecting.take(window(module), fitted, module, gradients=True)  # of weights that are others by now
+        collecting.take(window(module, gradients=True), fitted, module)  # of weights that are others by now
         assert batches.runs == runs + 1
 
 
 def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:
     collecting = collector(module)
-    collecting.open(window(module, scans=True), module, gradients=True)
+    collecting.open(window(module, scans=True, gradients=True), module)
     train_on(module, collecting, BATCHES)
-    assert collecting.take(window(module, scans=True), fitted, module, gradients=True).stay
+    assert collecting.take(window(module, scans=True, gradients=True), fitted, module).stay
     collecting.stop()
     with pytest.raises(PruningError, match="its statistics were not collected"):
-        collecting.take(window(module), fitted, module, gradients=True)
+        collecting.take(window(module, gradients=True), fitted, module)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
     collecting = collector(module, keeps_scan=keeps)
-    collecting.open(window(module, scans=True), module, gradients=True)
+    collecting.open(window(module, scans=True, gradients=True), module)
     train_on(module, collecting, BATCHES)
     of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
-    looked = collecting.take(window(module, scans=True), fitted, module, gradients=True)
+    looked = collecting.take(window(module, scans=True, gradients=True), fitted, module)
     assert looked.seconds > of_inputs > 0
     if keeps:
-        pruned = collecting.take(window(module), fitted, module, gradients=True)
+        pruned = collecting.take(window(module, gradients=True), fitted, module)
         assert torch.equal(moments(looked), moments(pruned))
         assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
         assert pruned.seconds == 0  # they are told of once
     # of weights that are others by now
     with pytest.raises(PruningError, match="its statistics were not collected"):
-        collecting.take(window(module), fitted, module, gradients=True)
+        collecting.take(window(module, gradients=True), fitted, module)
 
 
 def test_a_calibration_set_without_a_mask_is_told_that_padding_counts(module: ToyLM, fitted: Trainer) -> None:
     unmasked = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in BATCHES]
     told = collector(module, calibration=unmasked, attention_mask_key="attention_mask")
     with pytest.warns(UserWarning, match="have no 'attention_mask', so every token counts"):
-        told.take(window(module), fitted, module, gradients=False)
+        told.take(window(module), fitted, module)
 
 
 def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):
-        found = collector(module, calibration=unlabelled).take(window(module), fitted, module, gradients=True)
+        found = collector(module, calibration=unlabelled).take(window(module, gradients=True), fitted, module)
     assert found.output_weights == {}
-    needing = collector(module, calibration=unlabelled, needs_gradients=True)
+    needing = collector(module, calibration=unlabelled, needs_loss=True)
     with pytest.raises(MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\)"):
-        needing.take(window(module), fitted, module, gradients=True)
+        needing.take(window(module, gradients=True), fitted, module)
 
 
 def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
@@ -197,14 +197,14 @@ def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
     found = []
     for key in ("attention_mask", None):
         collecting = collector(module, attention_mask_key=key)
-        collecting.open(window(module), module, gradients=False)
+        collecting.open(window(module), module)
         train_on(module, collecting, padded)
-        accumulators = collecting.take(window(module), fitted, module, gradients=False).accumulators
+        accumulators = collecting.take(window(module), fitted, module).accumulators
         assert accumulators is not None
         found.append(accumulators[LAYER].num_tokens)
     assert found == [8 * 10, 8 * 16]
     masked = collector(module, attention_mask_key="mask")
-    masked.open(window(module), module, gradients=False)
+    masked.open(window(module), module)
     with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
         train_on(module, masked, padded)
     assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1
@@ -212,8 +212,8 @@ def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
 
 def test_what_was_not_collected_is_an_error(module: ToyLM, fitted: Trainer) -> None:
     with pytest.raises(PruningError, match="step 3 is due, but its statistics were not collected"):
-        collector(module).take(window(module), fitted, module, gradients=False)
+        collector(module).take(window(module), fitted, module)
     with pytest.raises(PruningError, match="gave no batch"):
-        collector(module, calibration=[]).take(window(module), fitted, module, gradients=False)
+        collector(module, calibration=[]).take(window(module), fitted, module)
     with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule has a method"):
-        collector(module, calibration="datamodule").take(window(module), fitted, module, gradients=False)
+        collector(module, calibration="datamodule").take(window(module), fitted, module)

@@ -92,14 +92,13 @@ def test_forwards_without_a_backward_count_nothing() -> None:
     assert gradients.sums == {}
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_summing_leaves_the_training_as_it_is(coupled: bool) -> None:
+def test_summing_leaves_the_training_as_it_is() -> None:
     inputs = torch.randn(3, 8)
     found = []
     for watched in (False, True):
         model = small()
         if watched:
-            OutputGradients(find_targets(model), coupled=coupled).start()
+            started(model)
         (model(inputs) ** 2).sum().backward()
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -137,39 +136,6 @@ def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() ->
     torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
 
 
-def test_coupled_sums_are_those_of_the_products_of_each_two_outputs() -> None:
-    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
-    wanted = {"0": torch.zeros(6, 6), "2": torch.zeros(4, 4)}
-    for batch in batches:
-        hidden = model[0](batch)
-        out = model[2](model[1](hidden))
-        for name, one in zip(wanted, torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
-            rows = one.view(-1, one.shape[-1])
-            wanted[name] += sum(torch.outer(row, row) for row in rows)
-    gradients = OutputGradients(find_targets(model), coupled=True)
-    gradients.start()
-    for batch in batches:
-        model(batch).square().sum().backward()
-    (model(batches[0]).sum() * math.nan).backward()  # left out
-    gradients.stop()
-    total = gradients.total_on({"0": 0, "2": 0}, ReplicatedAccess())
-    for name, one in wanted.items():
-        torch.testing.assert_close(total[name], one)
-    alone = OutputGradients(find_targets(model), coupled=True)
-    alone.start(of_training=False)
-    for batch in batches:
-        alone.backward(model(batch).square().sum(), counts=True)
-    alone.stop()
-    for name, one in wanted.items():
-        torch.testing.assert_close(alone.sums[name], one)
-    resumed = OutputGradients(find_targets(model), coupled=True)
-    resumed.load(total)
-    assert all(torch.equal(one, total[name]) for name, one in resumed.sums.items())
-    for other, sums in ((resumed, {"0": torch.ones(6)}), (OutputGradients(find_targets(model)), total)):
-        with pytest.raises(ValueError, match="resume with the output_weights that it was trained with"):
-            other.load(sums)
-
-
 def test_no_output_is_worth_nothing() -> None:
     weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
     torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))
@@ -192,10 +158,9 @@ def test_a_backward_of_its_own_touches_no_parameter() -> None:
         torch.testing.assert_close(gradients.sums[name], wanted)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_a_scaled_loss_counts_as_the_loss_that_it_is(coupled: bool) -> None:
+def test_a_scaled_loss_counts_as_the_loss_that_it_is() -> None:
     model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8)]
-    plain, scaled = (OutputGradients(find_targets(model), coupled=coupled) for _ in range(2))
+    plain, scaled = (OutputGradients(find_targets(model)) for _ in range(2))
     for gradients, scales in ((plain, (1.0, 1.0)), (scaled, (2.0**16, torch.tensor(2.0**15)))):
         gradients.start()
         for batch, scale in zip(batches, scales, strict=True):
@@ -204,8 +169,6 @@ def test_a_scaled_loss_counts_as_the_loss_that_it_is(coupled: bool) -> None:
         gradients.stop()
     for name, sums in plain.sums.items():
         torch.testing.assert_close(scaled.sums[name], sums)
-        if coupled:
-            torch.testing.assert_close(sums.diagonal(), expected(model, batches)[name])
 
 
 class Falcon(nn.Module):

@@ -25,17 +25,14 @@ from thanos_lightning.solver.layer import SolverOptions
 WIDTHS = {"hidden_size": 128, "intermediate_size": 320}
 COUNTED: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "steps": 1}
 A_SET: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "batches": list(loader(12))}
-COUPLED: dict[str, Any] = {"output_weights": "full"}
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
 CASES: dict[str, dict[str, Any]] = {
     "training batches": {"pattern": "2:4", **COUNTED},
-    "coupled rows": {"pattern": "2:4", **COUPLED, **COUNTED},
     "a calibration set, scanned": {**UNSTRUCTURED, **A_SET},
-    "a calibration set, scanned, coupled rows": {**UNSTRUCTURED, **COUPLED, **A_SET},
     "the paper's": {"pattern": "2:4", "saliency": "wanda", "admm_steps": 0, "refine_steps": 0, **COUNTED},
     "columns": {"pattern": "structured", "sparsity": 0.3, **COUNTED},
 }
-BY_DEFAULT = ["coupled rows", "a calibration set, scanned"]  # on an accelerator
+BY_DEFAULT = ["training batches", "a calibration set, scanned"]  # on an accelerator
 TRAINERS = {"cpu": trainer, "accelerator": pretend_trainer}
 BESIDE = "step 2"  # no window is open
 

@@ -74,7 +74,7 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (tiny_llama, {}, "model.layers.1.mlp.down_proj"),
         (tiny_llama, {"ignore": ["*gate_proj", "lm_head"]}, "model.layers.1.mlp.down_proj"),
-        (tiny_llama, {"targets": ["*down_proj"], "output_weights": "full"}, "model.layers.1.mlp.down_proj"),
+        (tiny_llama, {"targets": ["*down_proj"]}, "model.layers.1.mlp.down_proj"),
         (tiny_gpt2, {}, "transformer.h.1.mlp.c_proj"),  # with biases, and transposed
         (tiny_phi3, {}, "model.layers.1.mlp.down_proj"),  # gate and up are one layer
     ],

@@ -86,8 +86,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
             ({"memory_gib": value}, f"calibration.memory_gib is {value!r}: give a number of GiB > 0")
             for value in (0.0, -1, NAN, INFINITY, "4GiB")
         ),
-        ({"output_weights": "fisher"}, "calibration.output_weights is 'fisher': choose 'diagonal', 'full', 'uniform'"),
-        ({"output_weights": "full", "admm_steps": 0, "refine_steps": 0}, "only these steps couple rows"),
+        ({"output_weights": "fisher"}, "calibration.output_weights is 'fisher': choose 'diagonal', 'uniform' or None"),
         ({"allocation": "loss"}, "allocation is 'loss': give Allocation(...)"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
@@ -121,7 +120,6 @@ def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: 
             {**MAGNITUDE, "output_weights": "diagonal"},
             "calibration.output_weights is 'diagonal', but method 'magnitude' looks",
         ),
-        ({**MAGNITUDE, "output_weights": "full"}, "calibration.output_weights is 'full', but method 'magnitude' looks"),
         (
             {**MAGNITUDE, "attention_mask_key": "mask"},
             "calibration.attention_mask_key is 'mask', but method 'magnitude' looks",

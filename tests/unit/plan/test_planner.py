@@ -72,6 +72,17 @@ def test_a_scan_comes_before_the_first_event() -> None:
     assert spans(plan(at_once, sensitivities())) == [(0, 0, True), (0, 0, False)]
 
 
+def test_gradients_are_collected_where_rows_or_layers_compete() -> None:
+    twice = SparsitySchedule(at=[10, 20])  # dense rows compete at the first event
+    for pattern, wanted in ((Unstructured(0.5), [True, True]), (NM(2, 4), [True, False])):
+        alike = planner(pattern=pattern, schedule=twice, allocates=False, weighs_outputs=True)
+        assert [window.gradients for window in plan(alike)] == wanted
+        assert not any(window.gradients for window in plan(replace(alike, weighs_outputs=False)))
+        with pytest.warns(UserWarning, match="there are no gradients on calibration.batches"):
+            assert not any(window.gradients for window in plan(replace(alike, lacks_gradients=True)))
+    assert [window.gradients for window in plan(planner(weighs_outputs=True))] == [True]  # a scan
+
+
 def test_layers_that_lose_more_stay_denser() -> None:
     _, pruning = plan(planner(), sensitivities())
     sparsities = [pruning.patterns[name].sparsity for name in LAYERS]

@@ -62,19 +62,6 @@ def test_a_window_has_whole_blocks_where_they_fit(units: int) -> None:
     event(f"whole: {is_whole}")
 
 
-def test_the_second_moments_of_coupled_outputs_need_room_too() -> None:
-    layers = list(find_targets(tiny_llama()).values())
-    one = 4 * 32 * 32
-    groups = split_by_memory(layers, 4.5 * one / 2**30, coupled=True)
-    assert [layer for group in groups for layer in group] == layers
-    assert all(sum(4 * (layer.cols**2 + layer.rows**2) for layer in group) <= 4.5 * one for group in groups)
-    assert len(groups) > len(split_by_memory(layers, 4.5 * one / 2**30))
-    with pytest.raises(
-        ValueError, match=r"the second moments of inputs and outputs of layer .*_proj .*: .* GiB.*, more"
-    ):
-        split_by_memory(layers, 1.5 * one / 2**30, coupled=True)
-
-
 def test_windows_end_at_their_event() -> None:
     layers = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)))
     work = [(Event(10, 0.5), dict.fromkeys(layers, NM(2, 4, 0.5))), (Event(14, 1.0), dict.fromkeys(layers, NM(2, 4)))]

@@ -70,34 +70,12 @@ def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
     assert Channels(0.3, dim=0).violations(keep.T) == 1
 
 
-def test_coupled_outputs_choose_channels_by_what_they_do_together():
-    """The two first outputs cancel each other in the loss, and so does what the first three columns give."""
-    weight, H = torch.eye(8), torch.eye(8, dtype=torch.float64)
-    weight[:2, :3] = torch.tensor([[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]])
-    together = torch.eye(8, dtype=torch.float64)
-    together[0, 1] = together[1, 0] = -1
-    options = {"refine_steps": 1}
-    alone = prune(weight, H, Channels(0.375), output_weights=together.diagonal(), **options)
-    coupled = prune(weight, H, Channels(0.375), output_weights=together, **options)
-    assert alone.mask[:, :3].all()
-    assert not coupled.mask[:, :2].any()
-    assert coupled.weight[:, ~coupled.mask.any(0)].eq(0).all()
-
-
 def test_output_weights_change_the_choice_and_not_the_update():
     weight, H = layer(6, 12)
     frozen = torch.zeros(6, 12, dtype=torch.bool)
     frozen[:, 2:5] = True
-    G = torch.cov(torch.randn(6, 40, generator=torch.Generator().manual_seed(0))).double()
-    results = [
-        prune(weight.double(), H, Channels(0.25), frozen=frozen, output_weights=g) for g in (None, G.diagonal(), G)
-    ]
-    for other in results[1:]:
-        torch.testing.assert_close(other.weight, results[0].weight)
-
-
-def test_output_weights_that_are_no_second_moment():
-    weight, H = layer(4, 8)
-    wrong = torch.ones(4, 4) + 3 * torch.ones(4, 4).fill_diagonal_(0)
-    with pytest.raises(FactorizationError, match="output_weights is not positive semi-definite"):
-        prune(weight, H, Channels(0.25), output_weights=wrong)
+    weights = torch.rand(6, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    plain, weighted = (
+        prune(weight.double(), H, Channels(0.25), frozen=frozen, output_weights=one) for one in (None, weights)
+    )
+    torch.testing.assert_close(weighted.weight, plain.weight)

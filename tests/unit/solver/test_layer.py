@@ -91,7 +91,7 @@ def test_torchs_defaults_change_nothing(method, pattern):
         lost = losses_at(weight, Factors(H), [pattern], options) if method != "magnitude" else ([], H)
         return [*(layer.weight for layer in layers), *lost[0], lost[1]]
 
-    outputs = hessian_of(tokens(150)).float()
+    outputs = hessian_of(tokens(150)).float().diagonal()
     expected = solved()
     with other_defaults():
         found = solved()
@@ -396,11 +396,10 @@ def test_outputs_that_count_more_err_less(pattern):
 
 
 @property_based
-@given(methods, patterns, shapes, st.integers(0, 3), st.sampled_from([None, "alone", "coupled"]))
+@given(methods, patterns, shapes, st.integers(0, 3), st.booleans())
 def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, seed, weighted):
     weight, H = layer(*shape, seed)
-    squares = torch.rand(20, shape[0], generator=torch.Generator().manual_seed(seed)) + 0.1
-    weights = {None: None, "alone": squares.square().sum(0), "coupled": squares.T @ squares}[weighted]
+    weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed)) + 0.1 if weighted else None
     tried = [pattern, pattern.with_sparsity(pattern.sparsity / 2)]
     options = SolverOptions(method, 8, saliency="wanda", admm_steps=2, refine_steps=1)
     losses, dense = losses_at(weight, Factors(H.float()), tried, options, weights)
