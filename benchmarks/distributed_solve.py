@@ -3,10 +3,9 @@
     python benchmarks/distributed_solve.py
     python benchmarks/distributed_solve.py --ranks 1 2 --blocks 4 --output benchmarks/results
 
-Two windows are pruned to 2:4: the layers of some decoder blocks with SmolLM2-135M's shapes (more layers than ranks:
-each rank solves its own), and one single 2048x2048 layer (fewer layers than ranks: its rows are split). Each rank has
-its own statistics. Where there are more ranks than cores they share them: their time says nothing about more cores, but
-the processor's time for which the busiest rank's thread solves does.
+A window is pruned to 2:4: the layers of some decoder blocks with SmolLM2-135M's shapes, of which each rank solves its
+own. Each rank has its own statistics. Where there are more ranks than cores they share them: their time says nothing
+about more cores, but the processor's time for which the busiest rank's thread solves does.
 """
 
 import argparse
@@ -45,10 +44,8 @@ HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192
 TOKENS = 4096
 
 
-def layers_of(workload: str, blocks: int) -> tuple[nn.ModuleDict, list[list[str]]]:
+def layers_of(blocks: int) -> tuple[nn.ModuleDict, list[list[str]]]:
     """The layers, and which of them see the same inputs."""
-    if workload == "one layer":
-        return nn.ModuleDict({"0": nn.Linear(2048, 2048, bias=False)}), [["0"]]
     layers, sharing = {}, []
     for block in range(blocks):
         shapes = {
@@ -88,63 +85,61 @@ class TimedAccess(ReplicatedAccess):
 
 
 def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> None:
-    """Prune both windows some times on this rank, and write what was measured."""
+    """Prune the window some times on this rank, and write what was measured."""
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    results = {}
-    for workload in ("many layers", "one layer"):
-        rows = []
-        for repeat in range(repeats + 1):
-            torch.manual_seed(0)
-            model, sharing = layers_of(workload, blocks)
-            layers = find_targets(model)
-            torch.manual_seed(1 + rank)
-            accumulators: dict[str, HessianAccumulator] = {}
-            for names in sharing:
-                accumulator = HessianAccumulator(layers[names[0]].cols)
-                accumulator.update(torch.randn(TOKENS // ranks, layers[names[0]].cols))
-                accumulators |= dict.fromkeys(names, accumulator)
-            access = TimedAccess(rank, ranks, torch.device("cpu"))
-            window = Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True)
-            enforcer = MaskEnforcer(layers, access)
-            gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but still counted
-            Path("/proc/self/clear_refs").write_text("5")  # the peak
-            before = peak_bytes()
-            if ranks > 1:
-                dist.barrier()
-            phases: dict[str, float] = {}
-            begin, on_thread = time.perf_counter(), time.thread_time()
-            prune_window(
-                window,
-                layers,
-                Moments.of_window(layers, access.world_size, accumulators),
-                access=access,
-                enforcer=enforcer,
-                options=OPTIONS,
-                now=lambda part, phases=phases: phases.update({part: time.thread_time()}),
+    rows = []
+    for repeat in range(repeats + 1):
+        torch.manual_seed(0)
+        model, sharing = layers_of(blocks)
+        layers = find_targets(model)
+        torch.manual_seed(1 + rank)
+        accumulators: dict[str, HessianAccumulator] = {}
+        for names in sharing:
+            accumulator = HessianAccumulator(layers[names[0]].cols)
+            accumulator.update(torch.randn(TOKENS // ranks, layers[names[0]].cols))
+            accumulators |= dict.fromkeys(names, accumulator)
+        access = TimedAccess(rank, ranks, torch.device("cpu"))
+        window = Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True)
+        enforcer = MaskEnforcer(layers, access)
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but still counted
+        Path("/proc/self/clear_refs").write_text("5")  # the peak
+        before = peak_bytes()
+        if ranks > 1:
+            dist.barrier()
+        phases: dict[str, float] = {}
+        begin, on_thread = time.perf_counter(), time.thread_time()
+        prune_window(
+            window,
+            layers,
+            Moments.of_window(layers, access.world_size, accumulators),
+            access=access,
+            enforcer=enforcer,
+            options=OPTIONS,
+            now=lambda part, phases=phases: phases.update({part: time.thread_time()}),
+        )
+        if ranks > 1:
+            dist.barrier()
+        seconds = time.perf_counter() - begin
+        if repeat:  # the first one is for warming up
+            rows.append(
+                {
+                    "seconds": seconds,
+                    "processor": phases["writing"] - on_thread - access.processor,
+                    "reducing": access.seconds,
+                    "peak_bytes": peak_bytes() - before,
+                }
             )
-            if ranks > 1:
-                dist.barrier()
-            seconds = time.perf_counter() - begin
-            if repeat:  # the first one is for warming up
-                rows.append(
-                    {
-                        "seconds": seconds,
-                        "processor": phases["writing"] - on_thread - access.processor,
-                        "reducing": access.seconds,
-                        "peak_bytes": peak_bytes() - before,
-                    }
-                )
-        results[workload] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    results = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def measure(ranks: int, blocks: int, repeats: int) -> list[dict[str, dict[str, float]]]:
+def measure(ranks: int, blocks: int, repeats: int) -> list[dict[str, float]]:
     """What each of so many ranks measured."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,7 +172,7 @@ def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to compare")
-    parser.add_argument("--blocks", type=int, default=8, help="decoder blocks in the window of many layers")
+    parser.add_argument("--blocks", type=int, default=8, help="decoder blocks in the window")
     parser.add_argument("--repeats", type=int, default=3, help="median of so many runs")
     parser.add_argument("--output", type=Path, help="folder for a JSON file that is named after the hardware")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -190,29 +185,26 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for ranks in arguments.ranks:
         measured = measure(ranks, arguments.blocks, arguments.repeats)
-        rows += [
+        most = {name: max(rank[name] for rank in measured) for name in measured[0]}
+        rows.append(
             {
-                "workload": workload,
                 "ranks": ranks,
                 "shares_cores": ranks > cores,
-                "seconds": round(max(rank[workload]["seconds"] for rank in measured), 3),
-                "processor": round(max(rank[workload]["processor"] for rank in measured), 3),
-                "reducing": round(max(rank[workload]["reducing"] for rank in measured), 3),
-                "peak_mib": round(max(rank[workload]["peak_bytes"] for rank in measured) / 2**20, 1),
+                "seconds": round(most["seconds"], 3),
+                "processor": round(most["processor"], 3),
+                "reducing": round(most["reducing"], 3),
+                "peak_mib": round(most["peak_bytes"] / 2**20, 1),
+                "speed_up": round(rows[0]["seconds"] / most["seconds"] if rows else 1.0, 2),
             }
-            for workload in measured[0]
-        ]
-    first = {row["workload"]: row["seconds"] for row in reversed(rows)}
+        )
     table = Table(
         title=f"2:4, one thread a rank, {cores} cores, {arguments.blocks} blocks, median of {arguments.repeats}"
     )
-    for column in ("workload", "ranks", "seconds", "processor", "reducing", "speed-up", "peak MiB a rank"):
-        table.add_column(column, justify="left" if column == "workload" else "right")
-    for row in sorted(rows, key=lambda row: row["workload"]):
-        row["speed_up"] = round(first[row["workload"]] / row["seconds"], 2)
+    for column in ("ranks", "seconds", "processor", "reducing", "speed-up", "peak MiB a rank"):
+        table.add_column(column, justify="right")
+    for row in rows:
         note = " (sharing cores)" if row["shares_cores"] else ""
         table.add_row(
-            row["workload"],
             f"{row['ranks']}{note}",
             f"{row['seconds']:.2f}",
             f"{row['processor']:.2f}",

@@ -41,7 +41,13 @@ def test_zeros_hold_on_both_ranks(tmp_path: Path, case: dict[str, Any], events: 
 
 
 @pytest.mark.parametrize(
-    "case", [{}, UNSTRUCTURED, pytest.param({**UNSTRUCTURED, "calibration_batches": 4}, marks=pytest.mark.rest)]
+    "case",
+    [
+        {},
+        UNSTRUCTURED,
+        pytest.param({**UNSTRUCTURED, "calibration_batches": 4}, marks=pytest.mark.rest),
+        pytest.param({"targets": ["*layers.0.mlp.up_proj"]}, marks=pytest.mark.rest),  # one rank solves nothing
+    ],
 )
 def test_two_ranks_prune_as_one_does(tmp_path: Path, case: dict[str, Any]) -> None:
     """Two ranks with four sequences a batch see at each step what one rank with eight sees."""

@@ -25,7 +25,7 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.sharding.owners import PruningError, assign_teams
+from thanos_lightning.sharding.owners import PruningError, assign_owners
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,9 @@ class Collector:
         if window.scans and self._keeps_scan:
             self._kept = found
         layers = {name: self._layers[name] for name in window.patterns}
-        teams = assign_teams(layers, self._access.world_size)
         accumulators = found.statistics.accumulators
         return Moments(
-            teams,
+            assign_owners(layers, self._access.world_size),
             {name: one for name, one in accumulators.items() if name in layers},
             self._output_weights(list(layers), found.gradients),
             found.seconds if is_new and self._calibration is None else 0.0,

@@ -1,4 +1,4 @@
-"""The moments that a window's layers are pruned on, and the ranks that solve each layer."""
+"""The moments that a window's layers are pruned on, and the rank that solves each layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.owners import assign_teams, owners_of
+from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -18,7 +18,7 @@ class Moments:
     """Second moments of the inputs of a window's layers, and of the loss's gradients at their outputs.
 
     Attributes:
-        teams: Layer name -> the ranks that solve it, its owner first; the same on all ranks.
+        owners: Layer name -> the rank that gathers its sums and weight and solves it; the same on all ranks.
         accumulators: Layer name -> the second moments of its inputs on this rank. None if none are collected. The dict
             is emptied while the ranks add up the moments, to free memory.
         output_weights: Layer name -> how much an error at each output counts, (out_features,), the same on all ranks.
@@ -28,11 +28,11 @@ class Moments:
         stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.
 
     Examples:
-        >>> Moments.of_window({}, world_size=2).teams
+        >>> Moments.of_window({}, world_size=2).owners
         {}
     """
 
-    teams: Mapping[str, range]
+    owners: Mapping[str, int]
     accumulators: dict[str, HessianAccumulator] | None = None
     output_weights: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
@@ -46,10 +46,5 @@ class Moments:
         world_size: int,
         accumulators: dict[str, HessianAccumulator] | None = None,
     ) -> Moments:
-        """Make moments without output weights, with teams decided from the layers' shapes."""
-        return cls(assign_teams(layers, world_size), accumulators)
-
-    @property
-    def owners(self) -> dict[str, int]:
-        """Layer name -> the rank that gathers the layer's sums and weight."""
-        return owners_of(self.teams)
+        """Make moments without output weights, with owners decided from the layers' shapes."""
+        return cls(assign_owners(layers, world_size), accumulators)

@@ -9,7 +9,7 @@ import torch
 
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer, whole_shape
-from thanos_lightning.sharding.owners import assign_teams, owners_of
+from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
@@ -60,7 +60,7 @@ def event_bytes(
     """
     counts = options.needs_statistics
     moments = moments_bytes(layers) if counts else 0
-    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks))
+    owners = assign_owners({layer.name: layer for layer in layers}, ranks)
     peak = moments
     for rank in set(owners.values()):
         own = [layer for layer in layers if owners[layer.name] == rank]
@@ -104,7 +104,7 @@ def sent_bytes(layers: Sequence[PrunableLayer], ranks: int, *, gathers: bool = F
     Each rank but the owner sends half of each symmetric sum; the others get the new weight and the mask. Where weights
     are in pieces, the owner gets those of the fp32 weight, and of the mask before, and sends them back.
     """
-    owners = owners_of(assign_teams({layer.name: layer for layer in layers}, ranks))
+    owners = assign_owners({layer.name: layer for layer in layers}, ranks)
     sums = 0
     for group in sharing(layers):
         sums += 2 * group[0].cols ** 2 * len({owners[layer.name] for layer in group})

@@ -1,6 +1,5 @@
 """Prunes one window: owners receive the sums of their layers and solve them, and all ranks write the results.
 
-If a window has fewer layers than there are ranks, the owner of a layer shares the work on the rows with its team.
 No rank writes before every layer of the window is solved.
 """
 
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -31,11 +29,9 @@ from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged, write_merged
 from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
-from thanos_lightning.sharding.ranks import RankTeam
 from thanos_lightning.solver import Experts, HessianAccumulator, Pattern, PrunedLayer
-from thanos_lightning.solver.factors import Factors, FactorsInTurn
-from thanos_lightning.solver.layer import SolverOptions, prune_rows
-from thanos_lightning.solver.team import Alone, RowTeam, TeammateError
+from thanos_lightning.solver.factors import FactorsInTurn
+from thanos_lightning.solver.layer import SolverOptions, prune_layer
 from thanos_lightning.training.enforcement import MaskEnforcer
 
 
@@ -82,7 +78,7 @@ def prune_window(
             _warn_of_few({name: borrowed.get(name, tokens[name]) for name in chosen}, chosen)
         chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
     seen = {name: layer for name, layer in chosen.items() if name not in blind}
-    teams, owners = {name: moments.teams[name] for name in chosen}, moments.owners
+    owners = moments.owners
     sums = None
     if moments.accumulators is not None:
         counted = {name: layer for name, layer in (seen | experts).items() if tokens[name]}
@@ -92,8 +88,9 @@ def prune_window(
     if experts:
         assert sums is not None, "refused where a method has no statistics"
         gone = {name for name in experts if enforcer.is_gone(name)}
-        going = choose_experts(mixtures or {}, experts, window.patterns, sums, tokens, moments.owners, gone, access)
-    own = {name: _bytes_of(layer) for name, layer in chosen.items() if owners[name] == access.rank}
+        going = choose_experts(mixtures or {}, experts, window.patterns, sums, tokens, owners, gone, access)
+    sizes = {name: _bytes_of(layer) for name, layer in chosen.items()}
+    own = {name: size for name, size in sizes.items() if owners[name] == access.rank}
     ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
     for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
         own[name] = max(own[name], 2 * max(_bytes_of(part) for part in (layers[name], *ordered[name])))
@@ -112,16 +109,18 @@ def prune_window(
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
     tasks = {
         name: _Task(
-            layer,
             window.patterns[name],
-            weights.pop(name),
+            weight,
             earlier.pop(name),
             (sums or {}).pop(name, None),
             moments.output_weights.get(name),
         )
-        for name, layer in chosen.items()
+        for name, weight in weights.items()
+        if weight is not None
     }
-    solved = _solve_tasks(tasks, teams, access, options, f"Solving at step {window.event.step}")
+    del weights
+    largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
+    solved = _solve_tasks(tasks, largest, access, options, f"Solving at step {window.event.step}")
     facts: dict[str, tuple[int, float, float, float]] = {}
     for part in access.gather({name: result.facts for name, result in solved.items()}):
         facts.update(part)
@@ -146,41 +145,28 @@ def prune_window(
 
 
 def _solve_tasks(
-    tasks: dict[str, _Task], teams: Mapping[str, range], access: ParameterAccess, options: SolverOptions, title: str
+    tasks: dict[str, _Task], largest: Mapping[str, int], access: ParameterAccess, options: SolverOptions, title: str
 ) -> dict[str, _Solved]:
     """Solve the tasks of this rank, and raise on all ranks if one fails. All ranks must call it.
 
-    `tasks` has the tasks of all layers. Those of this rank are removed as they are solved, to free memory.
+    Tasks are removed as they are solved, to free memory. `largest` names the layer whose result takes most memory, in
+    bytes; all ranks will receive it.
     """
-    split = {team: tasks[name].layer.rows for name, team in teams.items() if len(team) > 1}
-    outlines = _outlines(tasks, access) if split else {}
-    sizes = {name: _bytes_of(task.layer) for name, task in tasks.items()}
     solved: dict[str, _Solved] = {}
     error: tuple[str, Exception] | None = None
-    in_turn = FactorsInTurn()
-    mine = [name for name in tasks if access.rank in teams[name]]
-    with access.in_teams(split) as team, open_phase(title, len(mine), "layers") as phase:
+    in_turn, mine = FactorsInTurn(), list(tasks)
+    with open_phase(title, len(mine), "layers") as phase:
         for name, following in itertools.zip_longest(mine, mine[1:]):
-            if error is not None:
-                break
             start = time.perf_counter()
-            task = tasks.pop(name)
             try:
-                if len(teams[name]) == 1:
-                    before = None if following is None else tasks[following].statistics
-                    pruned: PrunedLayer | None = _solve_alone(task, in_turn, before, options)
-                else:
-                    assert team is not None
-                    pruned = _solve_in_team(task, outlines[name], options, team)
-                if pruned is not None:
-                    num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                    solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-                    phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
-            except TeammateError:  # the member that failed raises its error below
-                pass
+                before = None if following is None else tasks[following].statistics
+                pruned = solve(tasks.pop(name), in_turn, before, options)
+                num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
+                phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
             except Exception as failure:  # even out of memory, since the other ranks wait for this one
                 error = (name, failure)
-        largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
+                break
         raise_everywhere(error or reserved(largest, access), access)
     return solved
 
@@ -254,89 +240,29 @@ class _Solved:
         return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
 
 
-def solve(
-    weight: Tensor,
-    inputs: Factors | None,
-    keep: Tensor | None,
-    pattern: Pattern,
-    options: SolverOptions,
-    team: RowTeam,
-    output_weights: Tensor | None,
-) -> PrunedLayer:
-    """Solve a layer, or this rank's rows of it.
-
-    `weight` and `keep` are (rows, in_features), with the rows that this rank has. `keep` is the keep mask of earlier
-    events, True = kept; None if there is none. The pattern and the output weights are those of the whole layer. If
-    `inputs` is None, the layer is pruned by magnitude. If `output_weights` is None, errors at all outputs count alike.
-    """
-    own = None if output_weights is None else output_weights[team.own_rows].to(weight.device)
-    if inputs is None and options.needs_statistics:
-        options = SolverOptions.as_published("magnitude")
-    return prune_rows(weight, inputs, pattern, options, None if keep is None else keep.logical_not(), team, own)
-
-
 @dataclass
 class _Task:
-    """A layer to solve, and this rank's tensors of it. Ranks other than the owner have at most the output weights."""
+    """A layer that this rank solves. `keep` is the keep mask of earlier events; `statistics` is None without tokens."""
 
-    layer: PrunableLayer
     pattern: Pattern
-    weight: Adapted | None
+    weight: Adapted
     keep: Tensor | None
     statistics: HessianAccumulator | None
     output_weights: Tensor | None
 
-    def take_hessian(self) -> Tensor | None:
-        """The Hessian on the owner. The task drops the sum from which it is computed, to free memory."""
-        statistics, self.statistics = self.statistics, None
-        return None if statistics is None else statistics.compute()
 
-
-@dataclass(frozen=True)
-class _Outline:
-    """Tells a team which tensors the owner of a task has."""
-
-    dtype: torch.dtype
-    has_keep: bool
-    has_statistics: bool
-
-
-def _outlines(tasks: Mapping[str, _Task], access: ParameterAccess) -> dict[str, _Outline]:
-    """The outlines of all tasks. All ranks return the same."""
-    own = {
-        name: _Outline(task.weight.weight.dtype, task.keep is not None, task.statistics is not None)
-        for name, task in tasks.items()
-        if task.weight is not None
-    }
-    return {name: outline for part in access.gather(own) for name, outline in part.items()}
-
-
-def _solve_alone(
+def solve(
     task: _Task, in_turn: FactorsInTurn, before: HessianAccumulator | None, options: SolverOptions
 ) -> PrunedLayer:
-    assert task.weight is not None
+    """Solve a layer, by magnitude if there are no statistics. `before` is the statistics of the next layer."""
     statistics, task.statistics = task.statistics, None
+    if statistics is None and options.needs_statistics:
+        options = SolverOptions.as_published("magnitude")
     inputs = None if statistics is None else in_turn.take(statistics, before)
     del statistics  # frees the sum, unless another layer shares it
-    alone = Alone(task.layer.rows)
-    return solve(task.weight.merged(), inputs, task.keep, task.pattern, options, alone, task.output_weights)
-
-
-def _solve_in_team(task: _Task, outline: _Outline, options: SolverOptions, team: RankTeam) -> PrunedLayer | None:
-    """Solve a layer with its team. The owner gets the whole layer, the other members None."""
-    cols = task.layer.cols
-    with team.stage():
-        hessian = task.take_hessian()
-        if outline.has_statistics:
-            hessian = team.from_owner(hessian, (cols, cols), torch.float32)
-        weight = team.hand_out(None if task.weight is None else task.weight.merged(), cols, outline.dtype)
-        keep = team.hand_out(task.keep, cols, torch.bool) if outline.has_keep else None
-        inputs = None if hessian is None else Factors(hessian)
-        pruned = solve(weight, inputs, keep, task.pattern, options, team, task.output_weights)
-        whole, mask = team.collect(pruned.weight), team.collect(pruned.mask)
-    if whole is None or mask is None:
-        return None
-    return PrunedLayer(whole, mask, pruned.loss, pruned.relative_loss)
+    weight, frozen = task.weight.merged(), None if task.keep is None else task.keep.logical_not()
+    output_weights = None if task.output_weights is None else task.output_weights.to(weight.device)
+    return prune_layer(weight, inputs, task.pattern, options, frozen, output_weights)
 
 
 def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, PrunableLayer]) -> None:

@@ -42,7 +42,7 @@ from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.enforcement import MaskEnforcer
-from thanos_lightning.training.lightning_private import end_on_sigterm, has_sigterm, logged_step, process_group_timeout
+from thanos_lightning.training.lightning_private import end_on_sigterm, has_sigterm, logged_step
 from thanos_lightning.training.other_callbacks import (
     BestScores,
     hold_back_stopping,
@@ -73,7 +73,6 @@ class PruningRun:
         self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
         self.access = self._choose_access()
-        self.access.timeout = process_group_timeout(trainer.strategy)
         check_alike(self.access.gather(steps_of(trainer)))
         if taken.owned or taken.free or taken.keeps_order:
             self.access.release()  # what the search for feed-forward blocks left

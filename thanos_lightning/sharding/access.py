@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from datetime import timedelta
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.ranks import RankTeam
 
 Value = TypeVar("Value")
 
@@ -35,8 +32,7 @@ class ParameterAccess(Protocol):
     """How a strategy's parameters are read, written and masked, and how its ranks agree.
 
     "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it. The drop mask of
-    a layer is bool, True = pruned, in that layout. The owner of a layer is the rank that solves it, or leads the team
-    that does.
+    a layer is bool, True = pruned, in that layout. The owner of a layer is the rank that solves it.
 
     Attributes:
         rank: This process among `world_size`.
@@ -45,7 +41,6 @@ class ParameterAccess(Protocol):
         saves_every_rank: Whether a checkpoint keeps the callback state of every rank, and returns each rank its own.
             Otherwise it keeps rank 0's state for all ranks.
         can_differentiate: Whether an extra backward outside a training step leaves the training unchanged.
-        timeout: How long the ranks that solve one layer wait for each other; None for as long as torch's backend does.
     """
 
     rank: int
@@ -53,7 +48,6 @@ class ParameterAccess(Protocol):
     optimizers: list[Optimizer]
     saves_every_rank: bool
     can_differentiate: bool
-    timeout: timedelta | None
 
     # Reading and writing layers: all ranks call these, in one order
 
@@ -159,12 +153,4 @@ class ParameterAccess(Protocol):
 
     def gather(self, value: Value) -> list[Value]:
         """Return the small Python values of all ranks, by rank. Talks to all."""
-        ...
-
-    def in_teams(self, teams: Mapping[range, int]) -> AbstractContextManager[RankTeam | None]:
-        """Give this rank its team, or None if it has none, while the teams solve. Talks to all.
-
-        `teams` maps the ranks of a team to the number of rows of its layer. No rank is in two teams. All ranks pass the
-        same teams in the same order.
-        """
         ...

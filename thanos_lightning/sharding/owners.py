@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 from thanos_lightning.models.targets import PrunableLayer
@@ -17,49 +16,24 @@ class PruningError(RuntimeError):
     """A layer could not be pruned. No layer of its window has been."""
 
 
-def _cost(layer: PrunableLayer, members: int) -> int:
-    """Estimate how long this many members solve a layer of c rows and b columns: b³ + 4·c·b². Only c is split."""
-    rows, cols = layer.rows, layer.cols
-    return cols**3 + _ROWS_PER_FACTOR * -(-rows // members) * cols**2
+def _cost(layer: PrunableLayer) -> int:
+    """Estimate how long a rank solves a layer of c rows and b columns: b³ + 4·c·b²."""
+    return layer.cols**3 + _ROWS_PER_FACTOR * layer.rows * layer.cols**2
 
 
-def assign_teams(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, range]:
-    """Assign the ranks that solve each layer, its owner first, from shapes alone.
-
-    With at least as many layers as ranks, each layer has one rank, and the work is spread evenly. Otherwise each rank
-    is in one team, and a team's ranks are consecutive. Each further rank joins the team that would take longest. A team
-    never has more ranks than its layer has rows. If all teams are that large, ranks are left over.
+def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, int]:
+    """Assign the rank that solves each layer, from shapes alone, so that the work is spread evenly.
 
     Examples:
-        >>> assign_teams({}, world_size=2)
+        >>> assign_owners({}, world_size=2)
         {}
     """
-    order = sorted(layers, key=lambda name: (-_cost(layers[name], 1), name))
-    if len(layers) >= world_size:
-        loads = [0] * world_size
-        teams = {}
-        for name in order:
-            owner = loads.index(min(loads))
-            loads[owner] += _cost(layers[name], 1)
-            teams[name] = range(owner, owner + 1)
-        return teams
-    sizes = dict.fromkeys(order, 1)
-    for _ in range(world_size - len(layers)):
-        able = [name for name in order if sizes[name] < layers[name].rows]
-        if able:
-            sizes[max(able, key=lambda name: _cost(layers[name], sizes[name]))] += 1
-    ends = list(itertools.accumulate(sizes.values()))
-    return {name: range(end - sizes[name], end) for name, end in zip(order, ends, strict=True)}
-
-
-def owners_of(teams: Mapping[str, range]) -> dict[str, int]:
-    """The owner of each layer: the first rank of its team.
-
-    Examples:
-        >>> owners_of({"a": range(2, 4)})
-        {'a': 2}
-    """
-    return {name: team[0] for name, team in teams.items()}
+    loads = [0] * world_size
+    owners = {}
+    for name in sorted(layers, key=lambda name: (-_cost(layers[name]), name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += _cost(layers[name])
+    return owners
 
 
 def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:

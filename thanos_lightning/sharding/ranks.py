@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from thanos_lightning.solver.team import AgreeingTeam, split_rows
 
 Value = TypeVar("Value")
 
@@ -27,7 +23,6 @@ class Ranks:
     `device` is where this process sends from and receives to. For the attributes, see `ParameterAccess`.
     """
 
-    timeout: timedelta | None = None
     can_differentiate: bool = True
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
@@ -102,11 +97,11 @@ class Ranks:
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @staticmethod
-    def _exchange(messages: Sequence[tuple[Any, Tensor, int]], group: Any = None) -> None:
-        """Send and receive (dist.isend or dist.irecv, contiguous tensor, other rank) and wait. By default among all."""
+    def _exchange(messages: Sequence[tuple[Any, Tensor, int]]) -> None:
+        """Send and receive (dist.isend or dist.irecv, contiguous tensor, other rank) and wait."""
         # Even one message is a batch: NCCL would open a communicator for every pair of ranks that talk alone.
         if messages:
-            for work in dist.batch_isend_irecv([dist.P2POp(*message, group) for message in messages]):
+            for work in dist.batch_isend_irecv([dist.P2POp(*message) for message in messages]):
                 work.wait()
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
@@ -126,18 +121,6 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every entry has been filled
 
-    @contextmanager
-    def in_teams(self, teams: Mapping[range, int]) -> Iterator[RankTeam | None]:
-        """See `ParameterAccess`. Talks to all."""
-        # torch requires all ranks to create each group, even a group that they are not in.
-        groups = {team: dist.new_group(list(team), timeout=self.timeout) for team in teams}
-        own = next((team for team in teams if self.rank in team), None)
-        try:
-            yield None if own is None else RankTeam(own, teams[own], self.rank, groups[own], self._device)
-        finally:
-            for group in groups.values():
-                dist.destroy_process_group(group)
-
 
 def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
     """Yield batches of strips that travel together, each strip as rows [start, stop)."""
@@ -152,70 +135,3 @@ def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
             batch, entries = [], (stop - start) * (width - start)
         batch.append((start, stop))
     yield batch
-
-
-class RankTeam(AgreeingTeam):
-    """Ranks that solve a layer together. The first rank owns the layer, and holds it whole before and after.
-
-    `ranks` are in the order of their rows. The layer has at least one row for each of them.
-    """
-
-    def __init__(self, ranks: Sequence[int], num_rows: int, rank: int, group: Any, device: torch.device | None) -> None:
-        super().__init__(ranks.index(rank), split_rows(num_rows, len(ranks)), device)
-        self._ranks = ranks
-        self._group = group
-        self._device = device
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether this rank holds the whole layer."""
-        return self.index == 0
-
-    def from_owner(self, whole: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the owner's tensor on all members; the others pass None. Talks to all members."""
-        if self.is_owner:
-            assert whole is not None
-            tensor = whole.to(self._device).contiguous()
-        else:
-            tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        self.agree()
-        with self.exchange():
-            dist.broadcast(tensor, src=self._ranks[0], group=self._group)
-        return tensor
-
-    def hand_out(self, whole: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
-        """Return each member's rows of the owner's matrix. They are read-only. Talks to all members.
-
-        `whole` is (num_rows, cols) on the owner, None elsewhere.
-        """
-        if not self.is_owner:
-            own = torch.empty(self.rows[self.index], cols, dtype=dtype, device=self._device)
-            self.agree()
-            self._pass([(dist.irecv, own, self._ranks[0])])
-            return own
-        assert whole is not None
-        parts = torch.split(whole.to(self._device).contiguous(), list(self.rows))
-        self.agree()
-        self._pass([(dist.isend, part, rank) for rank, part in zip(self._ranks[1:], parts[1:], strict=True)])
-        return parts[0]
-
-    def collect(self, own: Tensor) -> Tensor | None:
-        """Return all members' rows as a matrix (num_rows, cols) on the owner, None elsewhere. Talks to all members."""
-        if not self.is_owner:
-            own = own.contiguous()
-            self.agree()
-            self._pass([(dist.isend, own, self._ranks[0])])
-            return None
-        whole = own.new_empty(self.num_rows, own.shape[1])
-        parts = torch.split(whole, list(self.rows))
-        parts[0].copy_(own)
-        self.agree()
-        self._pass([(dist.irecv, part, rank) for rank, part in zip(self._ranks[1:], parts[1:], strict=True)])
-        return whole
-
-    def _pass(self, messages: Sequence[tuple[Any, Tensor, int]]) -> None:
-        with self.exchange():
-            Ranks._exchange(messages, self._group)
-
-    def _gather(self, own: Tensor, everyone: Tensor) -> None:
-        dist.all_gather(list(everyone.unbind(0)), own, group=self._group)

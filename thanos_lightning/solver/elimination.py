@@ -14,14 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.linalg import Curvature, FactorizationError
-from thanos_lightning.solver.team import RowTeam
 
 # Between two looks at the scores, at most so many columns go, and at most this share of those that are to go.
 _ROUND, _SHARE = 16, 1 / 32
 
 
 def eliminate(
-    W: Float[Tensor, "rows cols"], curvature: Curvature, first: Bool[Tensor, " cols"], count: int, team: RowTeam
+    W: Float[Tensor, "rows cols"], curvature: Curvature, first: Bool[Tensor, " cols"], count: int
 ) -> Bool[Tensor, " cols"]:
     """Choose ``count`` columns, all of ``first`` among them. Each choice takes the earlier ones' updates into account.
 
@@ -35,11 +34,10 @@ def eliminate(
     left = count - int(first.count_nonzero())
     at_once = max(1, min(_ROUND, int(_SHARE * left)))
     while left > 0:
-        energy = team.total(W.square().sum(0))
+        energy = W.square().sum(0)
         scores = (energy * curvature.norms / V.diagonal().sqrt()).masked_fill_(gone, torch.inf)
         chosen = torch.zeros_like(gone)
         chosen[scores.argsort(stable=True)[: min(left, at_once)]] = True
-        chosen = team.share(chosen.to(torch.int32))[0].bool()  # members may round V otherwise
         _remove(W, V, chosen)
         gone |= chosen
         left -= at_once

@@ -33,7 +33,7 @@ class Factors:
 
     def __init__(self, hessian: Tensor) -> None:
         self.hessian = hessian.detach()
-        if hessian.is_floating_point():  # layer.prune_rows refuses other dtypes
+        if hessian.is_floating_point():  # layer.prune_layer refuses other dtypes
             self.hessian = self.hessian.to(torch.promote_types(hessian.dtype, torch.float32))
         self.kept = False
         self._curvature: tuple[float, Curvature] | None = None

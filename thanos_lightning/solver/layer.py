@@ -28,7 +28,6 @@ from thanos_lightning.solver.pattern import Experts, Pattern, Solvable, Structur
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
 from thanos_lightning.solver.saliency import SALIENCIES, Saliency
 from thanos_lightning.solver.sparsegpt import sparsegpt
-from thanos_lightning.solver.team import Alone, RowTeam
 from thanos_lightning.solver.thanos import thanos
 from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
@@ -263,33 +262,19 @@ def prune(
         0.625
     """
     options = SolverOptions(method, block_size, damping, saliency, admm_steps, refine_steps)
-    alone = Alone(len(weight) if weight.ndim else 0)
     inputs = None if hessian is None else Factors(hessian)
-    return prune_rows(weight, inputs, pattern, options, frozen, alone, output_weights)
+    return prune_layer(weight, inputs, pattern, options, frozen, output_weights)
 
 
-def prune_rows(
+def prune_layer(
     weight: Tensor,
     inputs: Factors | None,
     pattern: Pattern,
     options: SolverOptions,
-    frozen: Tensor | None,
-    team: RowTeam,
+    frozen: Tensor | None = None,
     output_weights: Tensor | None = None,
 ) -> PrunedLayer:
-    """Prune the rows of one member of a team. Together the members prune the layer as `prune` does in one process.
-
-    All members call it within a stage of the team. All have the same Hessian, and each member factors it.
-    ``weight`` and ``frozen``, (rows, in_features), ``output_weights``, (rows,), and the returned weight and mask are
-    for the rows of this member. The pattern and the losses are for the whole layer. ``output_weights`` is None on all
-    members or on none. ``inputs`` holds the Hessian and its factors. Otherwise the arguments are as in `prune`.
-
-    Raises:
-        ValueError: As `prune`, on the member that gave the argument.
-        NonFiniteError: As `prune`, on the member that has the rows.
-        FactorizationError: On all members.
-        TeammateError: If another member has failed in another way.
-    """
+    """Prune as `prune` does. ``inputs`` holds the Hessian and its factors, which layers with the same inputs share."""
     _check_tensors(weight, None if inputs is None else inputs.hessian, frozen, output_weights)
     if inputs is None and options.needs_statistics:
         raise ValueError(
@@ -297,19 +282,19 @@ def prune_rows(
             "needs a Hessian; only magnitude without these does not"
         )
     (pattern,) = _solvable([pattern])
-    pattern.check_shape(team.num_rows, weight.shape[1])
+    pattern.check_shape(*weight.shape)
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
         if inputs is None:
             W = original.to(torch.promote_types(original.dtype, torch.float32))
             scale = _scale(output_weights, W)
-            pruned = magnitude(W if scale is None else W * scale, frozen, pattern, team)
+            pruned = magnitude(W if scale is None else W * scale, frozen, pattern)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
-        result, keep, own_loss = _solve(original, inputs, frozen, pattern, options, team, output_weights)
+        result, keep, lost = _solve(original, inputs, frozen, pattern, options, output_weights)
         _check_result(result, options)
-        own_dense = row_losses(torch.zeros_like(original), original, inputs.hessian).sum()
-        loss, dense = team.total(torch.stack([own_loss, own_dense])).tolist()
+        of_all = row_losses(torch.zeros_like(original), original, inputs.hessian).sum()
+        loss, dense = torch.stack([lost, of_all]).tolist()
     return PrunedLayer(result, keep, loss, relative(loss, dense))
 
 
@@ -360,8 +345,7 @@ def losses_at(
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool)
         losses = partial(_finite_losses, original=original, H=H, options=options)
-        alone = Alone(len(weight))
-        by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, alone, output_weights, losses)
+        by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, output_weights, losses)
         return by_pattern, losses(torch.zeros_like(original), frozen)
 
 
@@ -382,20 +366,19 @@ def _solve(
     frozen: Bool[Tensor, "rows cols"],
     pattern: Solvable,
     options: SolverOptions,
-    team: RowTeam,
     output_weights: Tensor | None,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"], Float[Tensor, ""]]:
-    """Return this member's weights in their own dtype, their keep mask and their loss."""
+    """Return the weights in their own dtype, their keep mask and their loss."""
     H = inputs.hessian
     [(result, keep)], curvature = _by_method(
-        original, inputs, frozen, [pattern], options, team, output_weights, lambda weight, keep: (weight, keep)
+        original, inputs, frozen, [pattern], options, output_weights, lambda weight, keep: (weight, keep)
     )
     if options.admm_steps == options.refine_steps == 0:
         return result, keep, row_losses(result, original, H).sum()
     shared: Penalties | None = None
     if options.admm_steps > 0 and pattern.group_width(original.shape[1]) > 0:
         if curvature is None:
-            _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping, team)
+            _, curvature = _with_enough_damping(lambda _: None, inputs, options.damping)
         cost = weight_costs(H, curvature.factor, options.damping)
         shared = inputs.penalties(cost, options.damping, options.admm_steps)
     del curvature
@@ -417,7 +400,6 @@ def _by_method(
     frozen: Bool[Tensor, "rows cols"],
     patterns: Sequence[Solvable],
     options: SolverOptions,
-    team: RowTeam,
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
 ) -> tuple[list[T], Curvature | None]:
@@ -425,14 +407,13 @@ def _by_method(
     H = inputs.hessian
     W, scale = original.to(H.dtype), _scale(output_weights, H)
     scaled = W if scale is None else W * scale
-    rows = _ScaledRows(original, scaled, scale, frozen, options, team)
+    rows = _ScaledRows(original, scaled, scale, frozen, options)
     if options.method in ("magnitude", "wanda"):
         return [then(*rows.without_updates(pattern, H)) for pattern in patterns], None
     return _with_enough_damping(
         lambda curvature: [then(*rows.with_updates(pattern, curvature)) for pattern in patterns],
         inputs,
         options.damping,
-        team,
     )
 
 
@@ -449,16 +430,15 @@ class _ScaledRows:
     scale: Float[Tensor, "rows 1"] | None
     frozen: Bool[Tensor, "rows cols"]
     options: SolverOptions
-    team: RowTeam
 
     def without_updates(
         self, pattern: Solvable, H: Float[Tensor, "cols cols"]
     ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
         """Prune by a method that leaves the kept weights unchanged; return the weights and the keep mask."""
         if self.options.method == "magnitude":
-            pruned = magnitude(self.scaled, self.frozen, pattern, self.team)
+            pruned = magnitude(self.scaled, self.frozen, pattern)
         else:
-            pruned = wanda(self.scaled, input_norms(H), self.frozen, pattern, self.team)
+            pruned = wanda(self.scaled, input_norms(H), self.frozen, pattern)
         return zero_where(self.original.clone(), pruned), ~pruned
 
     def with_updates(
@@ -467,9 +447,9 @@ class _ScaledRows:
         """Prune by a method that updates the kept weights; return the weights and the keep mask."""
         W, frozen, block_size = self.scaled, self.frozen, self.options.block_size
         if self.options.method == "sparsegpt":
-            updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size, self.team)
+            updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size)
         else:
-            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.team, self.options.saliency)
+            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.options.saliency)
         if self.scale is not None:
             updated.div_(self.scale)
         return zero_where(updated.to(self.original.dtype), pruned), ~pruned
@@ -533,22 +513,19 @@ def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | In
         yield part if all_chosen else indices[part]
 
 
-def _with_enough_damping(
-    solve: Callable[[Curvature], T], inputs: Factors, damping: float, team: RowTeam
-) -> tuple[T, Curvature]:
-    """Call ``solve`` with the first damping of the ladder for which every factorisation succeeds on all members.
+def _with_enough_damping(solve: Callable[[Curvature], T], inputs: Factors, damping: float) -> tuple[T, Curvature]:
+    """Call ``solve`` with the first damping of the ladder for which every factorisation succeeds.
 
     Return its result, and the curvature that it got.
     """
     for attempt in damping_ladder(damping):
         try:
-            with team.stage():
-                curvature = inputs.curvature(attempt)
-                solution = solve(curvature)
+            curvature = inputs.curvature(attempt)
+            solution = solve(curvature)
         except FactorizationError as error:
             cause = error
             continue
-        if attempt != damping and team.index == 0:
+        if attempt != damping:
             warnings.warn(
                 f"the Hessian is not positive definite with damping={damping:g}; {attempt:g} was used: more "
                 "calibration tokens, or a higher damping, avoid this",

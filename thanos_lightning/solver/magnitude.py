@@ -9,15 +9,14 @@ from torch import Tensor
 
 from thanos_lightning.solver.pattern import Solvable, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, lowest, num_to_prune
-from thanos_lightning.solver.team import RowTeam
 
 
 def magnitude(
-    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable, team: RowTeam
+    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune, True = pruned. An unstructured pattern compares all weights of the layer."""
     scores = W.abs()
     if isinstance(pattern, Unstructured):
-        count = num_to_prune(pattern, frozen, team)
-        return lowest(scores.masked_fill(frozen, -torch.inf), count, team)
-    return choose_regular(scores, frozen, pattern, team)
+        count = num_to_prune(pattern, frozen)
+        return lowest(scores.masked_fill(frozen, -torch.inf), count)
+    return choose_regular(scores, frozen, pattern)

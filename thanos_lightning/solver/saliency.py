@@ -8,8 +8,6 @@ Legend (arXiv 2504.05346):
 A choice is a bool tensor, True = to be pruned. Frozen weights have to be pruned: they score -inf, so that they are
 chosen before all others and take their share of the count. Every count is exact: among equal scores a fixed order
 decides.
-
-Scores, energies, frozen weights and choices are for the rows of one member of a team. Counts are for the whole layer.
 """
 
 import itertools
@@ -23,7 +21,6 @@ from torch import Tensor
 from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import Curvature
 from thanos_lightning.solver.pattern import NM, Structured, Unstructured
-from thanos_lightning.solver.team import RowTeam
 
 Saliency = Literal["wanda", "obs", "balanced"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
@@ -31,8 +28,6 @@ SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17
 _SAMPLE = 2**12
-# Members of a team share histograms with 2**11 bins. Three histograms determine all bits of a float32.
-_DIGIT_BITS = 11
 
 
 def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tuple[int, Float[Tensor, " left"]]]:
@@ -63,9 +58,9 @@ def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, 
     return (W / pivots).square()
 
 
-def num_to_prune(pattern: Unstructured, frozen: Bool[Tensor, "rows cols"], team: RowTeam) -> int:
+def num_to_prune(pattern: Unstructured, frozen: Bool[Tensor, "rows cols"]) -> int:
     """How many weights of the layer go: as many as the pattern asks for, or all frozen ones if these are more."""
-    return max(pattern.num_pruned(team.num_rows, frozen.shape[1]), int(team.total(frozen.sum())))
+    return max(pattern.num_pruned(*frozen.shape), int(frozen.sum()))
 
 
 def lowest_weighted(
@@ -73,12 +68,11 @@ def lowest_weighted(
     scale: Float[Tensor, " cols"],
     frozen: Bool[Tensor, "rows cols"],
     count: int,
-    team: RowTeam,
     width: int,
 ) -> Bool[Tensor, "rows width"]:
     """Do the same as ``lowest`` with the scores |W_ij| scale_j, -inf where frozen. CPUs need not store all scores."""
     cols = W.shape[1]
-    if 0 < count < W.numel() and len(team.rows) == 1 and W.numel() >= 4 * _SAMPLE and native.usable(W):
+    if 0 < count < W.numel() and W.numel() >= 4 * _SAMPLE and native.usable(W):
         places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1, device=W.device)
         row, column = places // cols, places % cols
         sample = (W[row, column].abs() * scale[column]).masked_fill_(frozen[row, column], -torch.inf)
@@ -90,12 +84,10 @@ def lowest_weighted(
             lower, tied = block < threshold, block == threshold
             ties = count - below - int((inside < threshold).count_nonzero())
             return lower | (tied & (tied.flatten().cumsum(0).view_as(tied) <= ties))
-    return lowest(importance(W, scale).masked_fill_(frozen, -torch.inf), count, team, width)
+    return lowest(importance(W, scale).masked_fill_(frozen, -torch.inf), count, width)
 
 
-def lowest(
-    scores: Float[Tensor, "rows cols"], count: int, team: RowTeam, width: int | None = None
-) -> Bool[Tensor, "rows width"]:
+def lowest(scores: Float[Tensor, "rows cols"], count: int, width: int | None = None) -> Bool[Tensor, "rows width"]:
     """Choose the ``count`` lowest of all scores, and return the choice in the first ``width`` columns, or in all.
 
     Scores may be -inf, but not NaN. Ties go to the first ``width`` columns, in row order.
@@ -103,32 +95,26 @@ def lowest(
     block = scores if width is None else scores[:, :width]
     if count <= 0:
         return torch.zeros_like(block, dtype=torch.bool)
-    if count >= team.num_rows * scores.shape[1]:
+    if count >= scores.numel():
         return torch.ones_like(block, dtype=torch.bool)
-    threshold = _kth_lowest(scores, count, team)
+    threshold = _kth_lowest(scores.flatten(), count)
     tied = block == threshold
-    numbers = team.share(torch.stack([(scores < threshold).count_nonzero(), tied.count_nonzero()]))
-    ties = count - numbers[:, 0].sum() - numbers[: team.index, 1].sum()
+    ties = count - (scores < threshold).count_nonzero()
     return (block < threshold) | (tied & (tied.flatten().cumsum(0).view_as(tied) <= ties))
 
 
-def _kth_lowest(scores: Float[Tensor, "rows cols"], k: int, team: RowTeam) -> Float[Tensor, ""]:
-    """The k-th lowest score of the layer (from 1), exactly.
+def _kth_lowest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
+    """The k-th lowest value (from 1), exactly.
 
-    A sorted sample brackets the value, and only the scores in the bracket are searched (Floyd and Rivest, 1975). On a
-    CPU this is several times faster than ``kthvalue`` of all scores. If the sample misleads, all scores are searched.
+    A sorted sample brackets the value, and only the values in the bracket are searched (Floyd and Rivest, 1975). On a
+    CPU this is several times faster than ``kthvalue`` of all values. If the sample misleads, all values are searched.
     """
-    values, cols = scores.flatten(), scores.shape[1]
-    if team.num_rows * cols >= _SAMPLE_FROM:
-        # Each member takes equally many, since shared tensors have one shape.
-        sample = team.share(values[: min(team.rows) * cols : _SAMPLE_STRIDE]).flatten().sort().values
-        low, high = _brackets(sample, k / (team.num_rows * cols))
+    if len(values) >= _SAMPLE_FROM:
+        low, high = _brackets(values[::_SAMPLE_STRIDE].sort().values, k / len(values))
         inside = (values >= low) & (values <= high)
-        below, within = team.total(torch.stack([(values < low).count_nonzero(), inside.count_nonzero()])).tolist()
+        below, within = torch.stack([(values < low).count_nonzero(), inside.count_nonzero()]).tolist()
         if below < k <= below + within:
             values, k = values[inside], k - below
-    if len(team.rows) > 1:
-        return _kth_lowest_by_digits(values, k, team)
     # torch refuses kthvalue on CUDA under Trainer(deterministic=True)
     return values.kthvalue(k).values if values.device.type == "cpu" else values.sort().values[k - 1]
 
@@ -139,34 +125,8 @@ def _brackets(sample: Float[Tensor, " n"], share: float) -> tuple[Float[Tensor, 
     return sample[max(0, position - margin)], sample[min(len(sample) - 1, position + margin)]
 
 
-def _kth_lowest_by_digits(values: Float[Tensor, " n"], k: int, team: RowTeam) -> Float[Tensor, ""]:
-    """The k-th lowest of all members' values (from 1), exactly. Each member may have any number of values.
-
-    The values are read as integers in the same order, and compared digit by digit, the highest digit first. The members
-    share a histogram of each digit, and continue with the values that have the same digit as the k-th lowest.
-    """
-    bits, integer = (32, torch.int32) if values.element_size() == 4 else (64, torch.int64)
-    # Flip the sign bit of positive floats and every bit of negative floats: as unsigned integers, they keep the order
-    pattern = values.view(integer)
-    keys = pattern ^ ((pattern >> (bits - 1)) | -(2 ** (bits - 1)))
-    key, left = 0, bits
-    while left > 0:
-        width = min(_DIGIT_BITS, left)
-        left -= width
-        digits = (keys >> left) & (2**width - 1)
-        up_to = team.total(torch.bincount(digits, minlength=2**width)).cumsum(0)
-        digit = int((up_to < k).sum())
-        if digit > 0:
-            k -= int(up_to[digit - 1])
-        key = (key << width) | digit
-        keys = keys[digits == digit]
-    key ^= 2 ** (bits - 1) if key >> (bits - 1) else 2**bits - 1
-    signed = key - 2**bits if key >> (bits - 1) else key
-    return torch.tensor(signed, dtype=integer, device=values.device).view(values.dtype)
-
-
 def lowest_per_row(
-    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], count: int, team: RowTeam
+    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], count: int
 ) -> Bool[Tensor, "rows cols"]:
     """Choose the lowest scores of each row, equally many per row up to one, and ``count`` in total.
 
@@ -179,12 +139,12 @@ def lowest_per_row(
         1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
     )
     ranks.masked_fill_(frozen, -1)
-    totals = team.total(torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1)).cumsum(0)
+    totals = torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1).cumsum(0)
     # The last rank that the count covers in all rows; rank -1 holds the frozen weights.
     full = int((totals <= count).sum()) - 2
     chosen = ranks <= full
     remainder = count - int(totals[full + 1])
-    return chosen | lowest(scores.masked_fill(ranks != full + 1, torch.inf), remainder, team)
+    return chosen | lowest(scores.masked_fill(ranks != full + 1, torch.inf), remainder)
 
 
 def lowest_in_groups(
@@ -206,7 +166,7 @@ def lowest_in_groups(
 
 
 def choose_sparse_rows(
-    energy: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
+    energy: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured
 ) -> Bool[Tensor, "rows 1"]:
     """True for the rows that follow the pattern, False for the outliers, which stay dense (h_i in the paper).
 
@@ -214,12 +174,12 @@ def choose_sparse_rows(
     and the rows with the fewest frozen weights come first. ``energy`` is W_ij² ‖X_j‖², or the method's own score in its
     place.
     """
-    sparse_rows = torch.ones(team.num_rows, dtype=torch.bool, device=energy.device)
-    if (num_dense := pattern.num_dense_rows(team.num_rows)) > 0:
-        by_energy = team.every_row(energy.sum(1)).argsort(descending=True, stable=True)
-        order = by_energy[team.every_row(frozen.sum(1))[by_energy].argsort(stable=True)]
+    sparse_rows = torch.ones(len(energy), dtype=torch.bool, device=energy.device)
+    if (num_dense := pattern.num_dense_rows(len(energy))) > 0:
+        by_energy = energy.sum(1).argsort(descending=True, stable=True)
+        order = by_energy[frozen.sum(1)[by_energy].argsort(stable=True)]
         sparse_rows[order[:num_dense]] = False
-    return sparse_rows[team.own_rows].unsqueeze(1)
+    return sparse_rows.unsqueeze(1)
 
 
 def lowest_columns(
@@ -227,15 +187,13 @@ def lowest_columns(
     frozen: Bool[Tensor, "rows cols"],
     sparse_rows: Bool[Tensor, "rows 1"],
     pattern: Structured,
-    team: RowTeam,
 ) -> Bool[Tensor, "rows cols"]:
     """The columns of least energy over the sparse rows (v_j in the paper), and every frozen weight.
 
     Columns that hold frozen weights in sparse rows come first. Energy and sparse rows are as in ``choose_sparse_rows``.
     """
-    per_column = team.total((energy * (sparse_rows & ~frozen)).sum(0))
-    by_energy = per_column.argsort(stable=True)
-    touched = team.total((frozen & sparse_rows).sum(0)) > 0
+    by_energy = (energy * (sparse_rows & ~frozen)).sum(0).argsort(stable=True)
+    touched = (frozen & sparse_rows).any(0)
     order = by_energy[touched[by_energy].logical_not().to(torch.uint8).argsort(stable=True)]
     columns = torch.zeros(energy.shape[1], dtype=torch.bool, device=energy.device)
     columns[order[: pattern.num_columns(energy.shape[1])]] = True
@@ -243,14 +201,14 @@ def lowest_columns(
 
 
 def choose_regular(
-    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured, team: RowTeam
+    scores: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: NM | Structured
 ) -> Bool[Tensor, "rows cols"]:
     """Choose all weights that an n:m or structured pattern prunes, by fixed scores that scale with |W|.
 
     Their squares are the energy.
     """
     energy = scores.square()
-    sparse_rows = choose_sparse_rows(energy, frozen, pattern, team)
+    sparse_rows = choose_sparse_rows(energy, frozen, pattern)
     if isinstance(pattern, NM):
         return lowest_in_groups(scores.masked_fill(frozen, -torch.inf), frozen, sparse_rows, pattern)
-    return lowest_columns(energy, frozen, sparse_rows, pattern, team)
+    return lowest_columns(energy, frozen, sparse_rows, pattern)

@@ -20,7 +20,6 @@ from thanos_lightning.solver.saliency import (
     lowest_columns,
     lowest_in_groups,
 )
-from thanos_lightning.solver.team import RowTeam
 
 
 def sparsegpt(
@@ -29,7 +28,6 @@ def sparsegpt(
     frozen: Bool[Tensor, "rows cols"],
     pattern: Solvable,
     block_size: int,
-    team: RowTeam,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by SparseGPT's algorithm. Return the new weights and the choice, True = pruned.
 
@@ -44,14 +42,14 @@ def sparsegpt(
     sparse_rows = torch.ones_like(W[:, :1], dtype=torch.bool)
     budgets: list[int] = []
     if not isinstance(pattern, (NM, Structured)):
-        budgets = _block_budgets(frozen, pattern, block_size, team)
+        budgets = _block_budgets(frozen, pattern, block_size)
     else:
-        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
     if isinstance(pattern, NM):
         block_size += -block_size % pattern.m
     pruned = torch.zeros_like(frozen)
     if isinstance(pattern, Structured):
-        pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern, team)
+        pruned = lowest_columns(conditional_importance(W, pivots), frozen, sparse_rows, pattern)
     E = torch.empty(min(block_size, cols), rows, dtype=Wt.dtype, device=Wt.device)
     for number, start in enumerate(range(0, cols, block_size)):
         stop = min(start + block_size, cols)
@@ -64,7 +62,7 @@ def sparsegpt(
                 if isinstance(pattern, NM):
                     pruned[:, part] = lowest_in_groups(scores, frozen[:, part], sparse_rows, pattern)
                 else:
-                    pruned[:, part] = lowest(scores, budgets[number], team)
+                    pruned[:, part] = lowest(scores, budgets[number])
             per_error = pruned[:, part].mT / pivots[part].unsqueeze(1)
             for j in range(first, first + step):
                 error = torch.mul(Wt[j], per_error[j - first], out=E[j - start])
@@ -73,17 +71,15 @@ def sparsegpt(
     return Wt.mT.masked_fill(pruned, 0), pruned
 
 
-def _block_budgets(
-    frozen: Bool[Tensor, "rows cols"], pattern: Unstructured, block_size: int, team: RowTeam
-) -> list[int]:
+def _block_budgets(frozen: Bool[Tensor, "rows cols"], pattern: Unstructured, block_size: int) -> list[int]:
     """How many weights each block loses: its frozen weights, and a share of the rest in proportion to its free ones."""
     blocks = [frozen[:, start : start + block_size] for start in range(0, frozen.shape[1], block_size)]
-    per_block = team.total(torch.stack([block.sum() for block in blocks])).tolist()
-    free = team.num_rows * frozen.shape[1] - sum(per_block)
-    rest = max(0, pattern.num_pruned(team.num_rows, frozen.shape[1]) - sum(per_block))
+    per_block = torch.stack([block.sum() for block in blocks]).tolist()
+    free = frozen.numel() - sum(per_block)
+    rest = max(0, pattern.num_pruned(*frozen.shape) - sum(per_block))
     budgets, seen, given = [], 0, 0
     for block, required in zip(blocks, per_block, strict=True):
-        seen += team.num_rows * block.shape[1] - required
+        seen += block.numel() - required
         # Running sums are rounded, not shares, so that the shares add up to the rest exactly.
         share = rest * seen // free - given if free else 0
         given += share

@@ -25,7 +25,6 @@ from thanos_lightning.solver.saliency import (
     num_to_prune,
     scales,
 )
-from thanos_lightning.solver.team import RowTeam
 from thanos_lightning.solver.zeros import zero_where
 
 
@@ -35,7 +34,6 @@ def thanos(
     frozen: Bool[Tensor, "rows cols"],
     pattern: Solvable,
     block_size: int,
-    team: RowTeam,
     saliency: str = "wanda",
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune by the paper's algorithm. Return the new weights and the choice, True = pruned.
@@ -50,19 +48,18 @@ def thanos(
     W = weight.masked_fill(curvature.dead, 0)
     if isinstance(pattern, Structured):
         if isinstance(pattern, Channels):
-            whole = team.total(frozen.sum(0)) == team.num_rows
-            pruned = eliminate(W, curvature, whole, pattern.num_columns(W.shape[1]), team) | frozen
+            pruned = eliminate(W, curvature, frozen.all(0), pattern.num_columns(W.shape[1])) | frozen
         else:
-            pruned = choose_regular(importance(W, curvature.norms), frozen, pattern, team)
+            pruned = choose_regular(importance(W, curvature.norms), frozen, pattern)
         _prune_block(W, curvature.factor, 0, pruned)
         return W, pruned
     cols = W.shape[1]
     sparse_rows, budget = torch.ones_like(W[:, :1], dtype=torch.bool), 0
     if isinstance(pattern, NM):
-        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern, team)
+        sparse_rows = choose_sparse_rows(importance(W, curvature.norms).square(), frozen, pattern)
         block_size += -block_size % pattern.m
     else:
-        budget = num_to_prune(pattern, frozen, team)
+        budget = num_to_prune(pattern, frozen)
     pruned = torch.zeros_like(frozen)
     for start, scale in scales(saliency, curvature, block_size):
         block = slice(start, min(start + block_size, cols))
@@ -71,10 +68,8 @@ def thanos(
             pruned[:, block] = lowest_in_groups(scores, frozen[:, block], sparse_rows, pattern)
         else:
             # All weights from here on compete for the rest of the budget. The block takes its part of the choice.
-            pruned[:, block] = lowest_weighted(
-                W[:, start:], scale, frozen[:, start:], budget, team, width=block.stop - start
-            )
-            budget -= int(team.total(pruned[:, block].sum()))
+            pruned[:, block] = lowest_weighted(W[:, start:], scale, frozen[:, start:], budget, width=block.stop - start)
+            budget -= int(pruned[:, block].sum())
         _prune_block(W, curvature.factor, start, pruned[:, block])
     return W, pruned
 

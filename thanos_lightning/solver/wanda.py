@@ -9,15 +9,10 @@ from torch import Tensor
 
 from thanos_lightning.solver.pattern import Solvable, Unstructured
 from thanos_lightning.solver.saliency import choose_regular, importance, lowest_per_row, num_to_prune
-from thanos_lightning.solver.team import RowTeam
 
 
 def wanda(
-    W: Float[Tensor, "rows cols"],
-    norms: Float[Tensor, " cols"],
-    frozen: Bool[Tensor, "rows cols"],
-    pattern: Solvable,
-    team: RowTeam,
+    W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable
 ) -> Bool[Tensor, "rows cols"]:
     """Choose what to prune, True = pruned. An unstructured pattern prunes equally many weights per row, up to one.
 
@@ -25,6 +20,6 @@ def wanda(
     """
     scores = importance(W, norms)
     if isinstance(pattern, Unstructured):
-        count = num_to_prune(pattern, frozen, team)
-        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count, team)
-    return choose_regular(scores, frozen, pattern, team)
+        count = num_to_prune(pattern, frozen)
+        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count)
+    return choose_regular(scores, frozen, pattern)

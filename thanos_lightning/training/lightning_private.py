@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from datetime import timedelta
 from functools import wraps
 from types import FrameType
 from typing import Any
@@ -109,9 +108,3 @@ def end_on_sigterm(trainer: Trainer) -> None:
 def saves_shards(strategy: Strategy) -> bool:
     """Whether the strategy saves a folder to which each rank adds its shards (ModelParallelStrategy's default)."""
     return bool(getattr(strategy, "_save_distributed_checkpoint", False))
-
-
-def process_group_timeout(strategy: Strategy) -> timedelta | None:
-    """The user's limit on how long ranks wait for each other; None if the strategy has no such setting."""
-    timeout: timedelta | None = getattr(strategy, "_timeout", None)
-    return timeout

@@ -63,7 +63,8 @@ def ordered_blocks() -> Iterator[list[tuple[str, Tensor]]]:
 def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver leaves every weight as it is."""
 
-    def nothing(weight: Tensor, *_: Any) -> PrunedLayer:
+    def nothing(task: Any, *_: Any) -> PrunedLayer:
+        weight = task.weight.merged()
         return PrunedLayer(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
 
     monkeypatch.setattr(room, "solve", nothing)

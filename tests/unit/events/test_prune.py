@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from random import Random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.beforehand import check_weights, hold_zeros
 from thanos_lightning.events.prune import prune_window
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
-from thanos_lightning.sharding.owners import PruningError, assign_teams, owners_of, sum_on_owners
+from thanos_lightning.sharding.owners import PruningError, assign_owners, sum_on_owners
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
@@ -132,51 +128,16 @@ def test_broken_weights_are_named_before_the_training() -> None:
         check_weights(find_targets(model), ReplicatedAccess())
 
 
-def seconds(layer: PrunableLayer, members: int = 1) -> int:
-    return layer.cols**3 + 4 * math.ceil(layer.rows / members) * layer.cols**2
-
-
 def test_owners_are_balanced_by_cost() -> None:
     layers = find_targets(nn.Sequential(nn.Linear(64, 8), *(nn.Linear(32, 8) for _ in range(8))))
-    owners = owners_of(assign_teams(layers, 2))
+    owners = assign_owners(layers, 2)
     loads = [0, 0]
     for name, owner in owners.items():
-        loads[owner] += seconds(layers[name])
+        loads[owner] += layers[name].cols ** 3 + 4 * layers[name].rows * layers[name].cols ** 2
     assert max(loads) / sum(loads) < 0.6
-    assert set(owners_of(assign_teams(layers, 1)).values()) == {0}
-    assert owners_of(assign_teams(layers, 2)) == owners
-    assert all(len(team) == 1 for world_size in range(1, 10) for team in assign_teams(layers, world_size).values())
-
-
-@settings(derandomize=True)
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6, unique=True),
-    st.integers(1, 20),
-    st.randoms(use_true_random=False),
-)
-def test_teams_where_ranks_outnumber_layers(shapes: list[tuple[int, int]], more: int, random: Random) -> None:
-    layers = find_targets(nn.Sequential(*(nn.Linear(cols, rows, device="meta") for rows, cols in shapes)))
-    world_size = len(layers) + more
-    teams = assign_teams(layers, world_size)
-    shuffled = list(layers)
-    random.shuffle(shuffled)
-    assert assign_teams({name: layers[name] for name in shuffled}, world_size) == teams
-    assert teams.keys() == layers.keys()
-    used = [rank for team in teams.values() for rank in team]
-    assert sorted(used) == list(range(min(world_size, sum(layer.rows for layer in layers.values()))))
-    assert all(1 <= len(team) <= layers[name].rows for name, team in teams.items())
-    # No team could give a rank to the slowest one and still be faster than that.
-    times = {name: seconds(layers[name], len(team)) for name, team in teams.items()}
-    slowest = max(times, key=lambda name: times[name])
-    for name, team in teams.items():
-        if len(team) > 1 and len(teams[slowest]) < layers[slowest].rows:
-            assert seconds(layers[name], len(team) - 1) >= times[slowest]
-
-
-def test_teams_are_in_proportion_to_the_cost() -> None:
-    layers = find_targets(nn.Sequential(nn.Linear(32, 4000), nn.Linear(32, 2000), nn.Linear(32, 1000)))
-    assert {name: len(team) for name, team in assign_teams(layers, 7).items()} == {"0": 4, "1": 2, "2": 1}
-    assert {name: len(team) for name, team in assign_teams(layers, 4).items()} == {"0": 2, "1": 1, "2": 1}
+    assert set(assign_owners(layers, 1).values()) == {0}
+    assert assign_owners(dict(reversed(layers.items())), 2) == owners
+    assert sorted(assign_owners(layers, 12).values()) == list(range(9))  # three ranks have none
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, native, prune
 from thanos_lightning.solver.factors import Factors
-from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_rows
-from thanos_lightning.solver.team import Alone
+from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer
 
 ROWS, COLS = 24, 40
 
@@ -35,7 +34,7 @@ def solve(
         None if one is None else one.to(device) for one in (weight.to(dtype), hessian.float(), frozen, output_weights)
     ]
     inputs = Factors(there[1]) if options.needs_statistics else None
-    return prune_rows(there[0], inputs, pattern, options, there[2], Alone(ROWS), there[3])
+    return prune_layer(there[0], inputs, pattern, options, there[2], there[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,6 @@ from thanos_lightning.solver import Channels, Structured, prune
 from thanos_lightning.solver.elimination import eliminate
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import FactorizationError
-from thanos_lightning.solver.team import Alone
 
 
 def test_one_of_two_inputs_that_say_the_same_stays():
@@ -34,7 +33,7 @@ def test_large_layers_go_in_rounds_and_keep_the_count():
     weight, H = layer(8, 700)
     first = torch.zeros(700, dtype=torch.bool)
     first[::10] = True
-    gone = eliminate(weight, Factors(H.float()).curvature(1.0), first, 600, Alone(8))
+    gone = eliminate(weight, Factors(H.float()).curvature(1.0), first, 600)
     assert int(gone.sum()) == 600
     assert gone[first].all()
 
@@ -58,7 +57,7 @@ def test_single_frozen_weights_make_no_column_go():
 def test_columns_that_can_not_be_told_apart_are_an_error():
     nothing = replace(Factors(torch.eye(2)).curvature(0.01), factor=torch.zeros(2, 2))
     with pytest.raises(FactorizationError, match="not positive"):
-        eliminate(torch.ones(2, 2), nothing, torch.tensor([True, False]), 1, Alone(2))
+        eliminate(torch.ones(2, 2), nothing, torch.tensor([True, False]), 1)
 
 
 def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():

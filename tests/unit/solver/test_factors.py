@@ -5,8 +5,7 @@ from cases import layer
 from thanos_lightning.solver import HessianAccumulator, Unstructured, prune
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
-from thanos_lightning.solver.layer import SolverOptions, prune_rows
-from thanos_lightning.solver.team import Alone
+from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
 OPTIONS = {"saliency": "balanced", "admm_steps": 4, "refine_steps": 2}
 
@@ -16,7 +15,7 @@ def test_layers_that_share_factors_become_what_each_becomes_alone():
     shared = Factors(H.float())
     shared.kept = True
     for rows in (weight, other, weight):
-        together = prune_rows(rows, shared, Unstructured(0.5), SolverOptions(**OPTIONS), None, Alone(len(rows)))
+        together = prune_layer(rows, shared, Unstructured(0.5), SolverOptions(**OPTIONS))
         alone = prune(rows, H.float(), Unstructured(0.5), **OPTIONS)
         assert torch.equal(together.weight, alone.weight)
         assert torch.equal(together.mask, alone.mask)

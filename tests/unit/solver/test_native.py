@@ -17,7 +17,6 @@ from thanos_lightning.solver import NM, FactorizationError, Unstructured, native
 from thanos_lightning.solver.admm import Iterates
 from thanos_lightning.solver.linalg import solve_subsets
 from thanos_lightning.solver.saliency import importance, lowest_in_groups, lowest_weighted
-from thanos_lightning.solver.team import Alone
 
 property_based = settings(derandomize=True, max_examples=80)
 
@@ -123,7 +122,7 @@ def test_lowest_weighted(levels, share, frozen_share, seed):
     scale = torch.randint(1, 3, (140,), generator=generator(seed)).float()
     frozen = torch.rand(130, 140, generator=generator(seed)) < frozen_share
     count = int(frozen.sum()) + round(share * int((~frozen).sum()))
-    arguments = (W, scale, frozen, count, Alone(130))
+    arguments = (W, scale, frozen, count)
     chosen = lowest_weighted(*arguments, width=140)
     assert chosen.sum() == count
     assert torch.equal(chosen, in_torch(lowest_weighted, *arguments, width=140))

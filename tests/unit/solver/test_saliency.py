@@ -18,7 +18,6 @@ from thanos_lightning.solver.saliency import (
     lowest_per_row,
     scales,
 )
-from thanos_lightning.solver.team import Alone
 
 few_values = st.integers(0, 3)  # so that ties are the rule
 
@@ -29,14 +28,13 @@ def test_lowest_is_exact_with_ties(data, rows, cols):
     scores = torch.tensor(data.draw(st.lists(few_values, min_size=rows * cols, max_size=rows * cols))).float()
     scores = scores.view(rows, cols)
     count, width = data.draw(st.integers(0, rows * cols)), data.draw(st.integers(1, cols))
-    team = Alone(rows)
-    chosen = lowest(scores, count, team)
+    chosen = lowest(scores, count)
     assert chosen.sum() == count
     if 0 < count < rows * cols:
         assert scores[chosen].max() <= scores[~chosen].min()
     # By blocks, the budget passed on, as many are chosen as at once.
-    first = lowest(scores, count, team, width)
-    rest = lowest(scores[:, width:], count - int(first.sum()), team) if width < cols else scores.new_zeros(0)
+    first = lowest(scores, count, width)
+    rest = lowest(scores[:, width:], count - int(first.sum())) if width < cols else scores.new_zeros(0)
     assert first.sum() + rest.sum() == count
 
 
@@ -45,18 +43,19 @@ def test_lowest_of_many_is_the_same_with_and_without_the_sample():
     scores = torch.randn(400, 400).square()
     hostile = torch.arange(160_000.0).view(400, 400)
     hostile.view(-1)[::509] = -1.0  # the sample sees one value only
-    for values in (scores, scores.floor(), hostile, torch.zeros(400, 400)):
+    frozen = scores.masked_fill(torch.rand(400, 400) < 0.5, -torch.inf)
+    for values in (scores, scores.floor(), hostile, frozen, frozen.double(), torch.zeros(400, 400)):
         for count in (1, 777, 80_000, 159_999):
-            chosen = lowest(values, count, Alone(400))
+            chosen = lowest(values, count)
             assert chosen.sum() == count
             assert values[chosen].max() <= values[~chosen].min()
 
 
 def test_lowest_with_frozen_scores():
     scores = torch.tensor([[3.0, -torch.inf], [-torch.inf, 1.0]])
-    assert lowest(scores, 2, Alone(2)).tolist() == [[False, True], [True, False]]
-    assert lowest(scores, 3, Alone(2)).tolist() == [[False, True], [True, True]]
-    assert lowest(scores, 0, Alone(2)).sum() == 0
+    assert lowest(scores, 2).tolist() == [[False, True], [True, False]]
+    assert lowest(scores, 3).tolist() == [[False, True], [True, True]]
+    assert lowest(scores, 0).sum() == 0
 
 
 @settings(derandomize=True)
@@ -67,7 +66,7 @@ def test_lowest_per_row_is_even_and_exact(data, rows, cols):
     frozen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols)))
     frozen = frozen.view(rows, cols)
     count = data.draw(st.integers(int(frozen.sum()), rows * cols))
-    chosen = lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count, Alone(rows))
+    chosen = lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count)
     assert chosen.sum() == count
     assert chosen[frozen].all()
     share = chosen.sum(1)
@@ -80,7 +79,7 @@ def test_lowest_per_row_is_even_and_exact(data, rows, cols):
 def test_the_remainder_goes_to_the_lowest_next_score():
     scores = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 6.0]])
     frozen = torch.zeros(3, 2, dtype=torch.bool)
-    assert lowest_per_row(scores, frozen, 4, Alone(3)).tolist() == [[True, False], [True, True], [True, False]]
+    assert lowest_per_row(scores, frozen, 4).tolist() == [[True, False], [True, True], [True, False]]
 
 
 def test_lowest_in_groups():
@@ -96,22 +95,22 @@ def test_lowest_in_groups():
 def test_outliers_have_the_most_energy_but_rather_no_frozen_weight():
     energy = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
     frozen = torch.zeros(4, 1, dtype=torch.bool)
-    half, team = NM(2, 4, outlier_fraction=0.5), Alone(4)
-    assert choose_sparse_rows(energy, frozen, half, team).flatten().tolist() == [False, False, True, True]
+    half = NM(2, 4, outlier_fraction=0.5)
+    assert choose_sparse_rows(energy, frozen, half).flatten().tolist() == [False, False, True, True]
     frozen[0] = True
-    assert choose_sparse_rows(energy, frozen, half, team).flatten().tolist() == [True, False, False, True]
+    assert choose_sparse_rows(energy, frozen, half).flatten().tolist() == [True, False, False, True]
     frozen[:] = True
-    assert choose_sparse_rows(energy, frozen, half, team).flatten().tolist() == [False, False, True, True]
+    assert choose_sparse_rows(energy, frozen, half).flatten().tolist() == [False, False, True, True]
 
 
 def test_columns_of_least_energy_over_the_sparse_rows():
     energy = torch.tensor([[1.0, 2.0, 3.0, 4.0], [100.0, 0.0, 0.0, 0.0]])
     frozen = torch.zeros(2, 4, dtype=torch.bool)
     sparse_rows = torch.tensor([[True], [False]])
-    half, team = Structured(0.5), Alone(2)
-    assert lowest_columns(energy, frozen, sparse_rows, half, team).int().tolist() == [[1, 1, 0, 0], [0] * 4]
+    half = Structured(0.5)
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 1, 0, 0], [0] * 4]
     frozen[0, 3] = frozen[1, 2] = True
-    assert lowest_columns(energy, frozen, sparse_rows, half, team).int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
 
 
 def test_scores():

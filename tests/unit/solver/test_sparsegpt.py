@@ -5,7 +5,6 @@ from reference import sparsegpt as reference_sparsegpt
 
 from thanos_lightning.solver import NM, Structured, Unstructured, prune
 from thanos_lightning.solver.sparsegpt import _block_budgets
-from thanos_lightning.solver.team import Alone
 
 
 @pytest.mark.parametrize("dead", [(), (4, 17)])
@@ -29,7 +28,7 @@ def test_structured_columns_are_adapted_to_by_the_columns_to_their_right():
 
 def test_block_budgets_add_up():
     def budgets(count):
-        return _block_budgets(frozen, Unstructured((count + 0.5) / 30), 4, Alone(3))
+        return _block_budgets(frozen, Unstructured((count + 0.5) / 30), 4)
 
     frozen = torch.zeros(3, 10, dtype=torch.bool)
     assert budgets(13) == [5, 5, 3]

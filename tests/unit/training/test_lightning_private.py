@@ -1,6 +1,5 @@
 """What the installed version of Lightning must have: a name that moved is a failure here, which says which."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
 from thanos_lightning.training.lightning_private import (
     after_configure_model,
@@ -18,7 +17,6 @@ from thanos_lightning.training.lightning_private import (
     has_sigterm,
     has_trainer,
     logged_step,
-    process_group_timeout,
     replace_callbacks,
     saves_shards,
     training_metrics,
@@ -137,8 +135,3 @@ def test_the_average_of_weights(tmp_path):
 def test_shards(saves):
     assert saves_shards(ModelParallelStrategy(save_distributed_checkpoint=saves)) is saves
     assert not saves_shards(SingleDeviceStrategy(torch.device("cpu")))
-
-
-def test_the_timeout_of_ranks():
-    assert process_group_timeout(DDPStrategy(timeout=timedelta(seconds=7))) == timedelta(seconds=7)
-    assert process_group_timeout(SingleDeviceStrategy(torch.device("cpu"))) is None
