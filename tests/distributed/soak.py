@@ -76,7 +76,7 @@ def main(told: str) -> None:
     pruning = ThanosPruningCallback(
         "unstructured",
         0.8,
-        SparsitySchedule(at=EVENTS[0 if alone else 1 :], shape="linear"),
+        SparsitySchedule(at=EVENTS[0 if alone else 1 :]),
         calibration=CalibrationOptions(**batches),
         verify_every_n_steps=5,
     )

@@ -173,7 +173,7 @@ def model_of(draw: Draw) -> Any:
 def callback_of(draw: Draw) -> ThanosPruningCallback:
     schedule, override, batches = draw["schedule"], draw["override"], None
     if schedule is not None and "start_step" in schedule:
-        schedule = {**schedule, "every_n_steps": 1, "shape": "linear"}
+        schedule = {**schedule, "every_n_steps": 1}
     if draw["batches"] is not None:
         keys = ["input_ids", "attention_mask", *["labels"] * (draw["batches"] == "labelled")]
         batches = [{key: batch[key] for key in keys} for batch in loader(16, padding=draw["padding"])]

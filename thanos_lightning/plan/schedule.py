@@ -3,9 +3,9 @@
 A schedule names the optimizer steps at which layers are pruned (its events), and the sparsity at each event. When the
 fraction x of the schedule is over, an event prunes a layer of final sparsity s_f to the sparsity
 
-    s = s_f · p(x),    p: 0 -> 0, 1 -> 1
+    s = s_f · (1 - (1 - x)³)
 
-where p is the shape. "cubic", p = 1 - (1 - x)³, is equation 1 of Zhu and Gupta (arXiv 1710.01878) for a dense start.
+which is equation 1 of Zhu and Gupta (arXiv 1710.01878) for a dense start.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 # Means int | float. But typing caches one Union for both orders of its members: if another package used float | int
 # first, jsonargparse would read 8 as 8.0, which is no number of steps. With Any, a number keeps its YAML type.
 Time = Any
-Shape = Literal["constant", "linear", "cubic", "cosine"]
-
-
-def _progress(shape: Shape, x: float) -> float:
-    match shape:
-        case "constant":
-            return 1.0
-        case "linear":
-            return x
-        case "cubic":
-            return 1.0 - (1.0 - x) ** 3
-        case "cosine":
-            return 0.5 * (1.0 - math.cos(math.pi * x))
 
 
 def _is_fraction(value: float) -> bool:
@@ -44,7 +31,7 @@ class Event:
 
     Attributes:
         step: Number of optimizer steps taken when the event happens.
-        progress: p(x), in (0, 1]: the fraction of the final sparsity.
+        progress: The fraction of the final sparsity, in (0, 1].
     """
 
     step: int
@@ -64,17 +51,15 @@ class SparsitySchedule:
     `end_step`. If `start_step` and `end_step` are equal, there is one event.
 
     Args:
-        start_step: Time at which the sparsity begins to rise. The shape "constant" prunes here already.
+        start_step: Time at which the sparsity begins to rise.
         end_step: Time of the last event, at which the final sparsity is reached.
         every_n_steps: Distance between events, at least one step.
-        shape: How the sparsity rises: "constant" (all at once, at `start_step` or the first of `at`), "linear", "cubic"
-            or "cosine".
         at: The time of each event, in place of the three times above. At event k of n, the fraction k/n of the schedule
             is over.
 
     Raises:
-        ValueError: If a number is negative or not finite, a fraction is 1 or more, times do not rise, both kinds of
-            times or neither are given, or the shape is unknown.
+        ValueError: If a number is negative or not finite, a fraction is 1 or more, times do not rise, or both kinds of
+            times or neither are given.
 
     Examples:
         >>> schedule = SparsitySchedule(start_step=0, end_step=20, every_n_steps=10)
@@ -87,7 +72,6 @@ class SparsitySchedule:
     start_step: Time = None
     end_step: Time = None
     every_n_steps: Time = None
-    shape: Shape = "cubic"
     at: Sequence[Time] | None = None
 
     def __post_init__(self) -> None:
@@ -111,8 +95,6 @@ class SparsitySchedule:
         times = self._times
         if len({_is_fraction(time) for time in times}) == 1:  # else resolve() checks the order
             self._check_order(times)
-        if self.shape not in get_args(Shape):
-            raise ValueError(f"shape is {self.shape!r}: choose one of {', '.join(get_args(Shape))}")
 
     @property
     def _times(self) -> tuple[int | float, ...]:
@@ -146,7 +128,7 @@ class SparsitySchedule:
             (True, False)
         """
         first, last = self._times[0], self._times[-1]
-        return first == 0 and (self.at is not None or last == 0 or self.shape == "constant")
+        return first == 0 and (self.at is not None or last == 0)
 
     def resolve(self, total_steps: int) -> SparsitySchedule:
         """The same schedule in whole optimizer steps, for a training of `total_steps` optimizer steps.
@@ -159,7 +141,7 @@ class SparsitySchedule:
 
         Examples:
             >>> SparsitySchedule(0.1, 0.5, 0.2).resolve(total_steps=50)
-            SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, shape='cubic', at=None)
+            SparsitySchedule(start_step=5, end_step=25, every_n_steps=10, at=None)
             >>> SparsitySchedule(at=[0, 0.25, 0.5]).resolve(total_steps=50).at
             (0, 12, 25)
         """
@@ -170,7 +152,7 @@ class SparsitySchedule:
         if self.at is not None:
             self._check_order([steps(time) for time in self.at])
             whole = [max(1, round(steps(time))) if time else 0 for time in self.at]
-            return SparsitySchedule(shape=self.shape, at=sorted(set(whole)))
+            return SparsitySchedule(at=sorted(set(whole)))
         (first, last), every = map(steps, self._times), steps(self.every_n_steps or 0)
         start, end = (max(1, round(step)) if step else 0 for step in (first, last))
         # Start, end and distance are rounded separately, which must not make room for one more event before the end
@@ -179,7 +161,7 @@ class SparsitySchedule:
         if len(range(start, end, distance)) > number:
             distance = -(-(end - start) // number)
         self._check_order((start, end))
-        return SparsitySchedule(start, end, distance, self.shape)
+        return SparsitySchedule(start, end, distance)
 
     def events(self) -> list[Event]:
         """The events, in order of their steps. Each event raises the sparsity.
@@ -193,14 +175,10 @@ class SparsitySchedule:
             placed = [(int(step), number / len(self.at)) for number, step in enumerate(self.at, 1)]
         else:
             start, end = map(int, self._times)
-            steps = [*range(start, end, int(self.every_n_steps or 1)), end]
+            every = int(self.every_n_steps)
+            steps = [*range(start + every, end, every), end]
             placed = [(step, 1.0 if end == start else (step - start) / (end - start)) for step in steps]
-        events: list[Event] = []
-        for step, x in placed:
-            progress = _progress(self.shape, x)
-            if progress > (events[-1].progress if events else 0.0):
-                events.append(Event(step, progress))
-        return events
+        return [Event(step, 1.0 - (1.0 - x) ** 3) for step, x in placed]
 
 
 def _check_time(name: str, value: Any) -> None:

@@ -32,8 +32,7 @@ OWN = "num_local_experts", "num_experts", "n_routed_experts"  # what configurati
 
 
 def trained(root: Path, family: str = "mixtral", **options: Any) -> tuple[Path, LightningModule]:
-    schedule = SparsitySchedule(at=[2, 4], shape="linear")
-    settings = {"pattern": "experts", "sparsity": 0.5, "schedule": schedule, "steps": 2}
+    settings = {"pattern": "experts", "sparsity": 0.5, "schedule": SparsitySchedule(at=[2, 4]), "steps": 2}
     running = trainer(root, ThanosPruningCallback(**grouped(**{**settings, **options})), max_steps=6)
     running.fit(module := ToyLM(tiny_mixture(family)), loader())
     running.save_checkpoint(root / "trained.ckpt")

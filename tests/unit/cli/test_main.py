@@ -375,9 +375,9 @@ def test_steps_and_fractions_stay_apart(tmp_path, text, value):
 
 
 def test_schedule_in_yaml(tmp_path):
-    schedule = "schedule: {start_step: 1, end_step: 0.5, every_n_steps: 0.25, shape: linear}"
+    schedule = "schedule: {start_step: 1, end_step: 0.5, every_n_steps: 0.25}"
     assert main(["fit", "--config", write_config(tmp_path, spy(schedule))]) == 0
-    assert SpyCallback.made[0].options.schedule == SparsitySchedule(1, 0.5, 0.25, shape="linear")
+    assert SpyCallback.made[0].options.schedule == SparsitySchedule(1, 0.5, 0.25)
 
 
 def test_callback_on_the_command_line(tmp_path, capsys):

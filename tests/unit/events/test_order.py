@@ -335,7 +335,7 @@ def test_what_something_else_indexes_keeps_its_order(change: Callable[[Any, Any]
 
 def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
     with ordered_blocks() as ordered:
-        pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1], shape="linear"))
+        pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
     assert len(ordered) == 2
 
 

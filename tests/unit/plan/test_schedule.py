@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from thanos_lightning.plan.schedule import SparsitySchedule
 
-SHAPES = ["constant", "linear", "cubic", "cosine"]
-
 
 def test_cubic_is_zhu_and_gupta() -> None:
     start, every, number, final = 10, 5, 6, 0.8
@@ -20,17 +18,6 @@ def test_cubic_is_zhu_and_gupta() -> None:
         expected = final + (0 - final) * (1 - (t - start) / (number * every)) ** 3
         assert event.step == t
         assert event.sparsity(final) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cubic", 0.875), ("cosine", 0.5)])
-def test_shapes_at_the_middle(shape: str, middle: float) -> None:
-    events = SparsitySchedule(0, 20, 10, shape=shape).events()  # type: ignore[arg-type]
-    assert [event.step for event in events] == [10, 20]
-    assert events[0].sparsity(1.0) == pytest.approx(middle)
-
-
-def test_constant_is_one_event_at_the_start() -> None:
-    assert [event.step for event in SparsitySchedule(3, 30, 5, shape="constant").events()] == [3]
 
 
 def test_one_shot() -> None:
@@ -52,8 +39,6 @@ def test_fractions_resolve_to_optimizer_steps() -> None:
 
 def test_rounding_moves_no_event_to_before_the_first_step() -> None:
     assert SparsitySchedule(0.01, 0.02, 0.01).resolve(20).events()[0].step == 1
-    assert SparsitySchedule(0.01, 0.5, 0.1, shape="constant").resolve(20).events()[0].step == 1
-    assert SparsitySchedule(0.0, 0.5, 0.1, shape="constant").resolve(20).events()[0].step == 0
 
 
 @pytest.mark.parametrize("total", range(10, 27))
@@ -76,7 +61,6 @@ def test_a_list_of_times_is_a_schedule() -> None:
     assert SparsitySchedule(at=[10, 20, 30]).events() == SparsitySchedule(0, 30, 10).events()
     assert [event.step for event in SparsitySchedule(at=[0, 3, 50]).events()] == [0, 3, 50]
     assert SparsitySchedule(at=[0, 8]).events()[0].sparsity(0.5) == 0.4375
-    assert [event.step for event in SparsitySchedule(at=[5, 9], shape="constant").events()] == [5]
     halves = SparsitySchedule(at=[0, 0.25, 40])
     assert halves.has_fractions
     assert halves.resolve(100).at == (0, 25, 40)
@@ -94,15 +78,9 @@ def test_fractions_of_a_list_are_never_before_the_first_step(total: int) -> None
         assert len(steps) == 4
 
 
-@given(
-    start=st.integers(0, 50),
-    length=st.integers(0, 100),
-    every=st.integers(1, 40),
-    final=st.floats(0.01, 0.99),
-    shape=st.sampled_from(SHAPES),
-)
-def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, final: float, shape: str) -> None:
-    events = SparsitySchedule(start, start + length, every, shape).events()  # type: ignore[arg-type]
+@given(start=st.integers(0, 50), length=st.integers(0, 100), every=st.integers(1, 40), final=st.floats(0.01, 0.99))
+def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, final: float) -> None:
+    events = SparsitySchedule(start, start + length, every).events()
     sparsities = [event.sparsity(final) for event in events]
     assert sparsities[-1] == final
     assert sparsities[0] > 0
@@ -126,7 +104,6 @@ def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, fi
         ({"end_step": 1.0}, "end_step is 1.0: a float is a fraction"),
         ({"every_n_steps": None}, "every_n_steps is missing: give start_step, end_step and every_n_steps, or at"),
         ({"at": [1, 2]}, "at and start_step are given, but one places the events"),
-        ({"shape": "steep"}, "choose one of constant, linear, cubic, cosine"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
@@ -135,7 +112,6 @@ def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> No
 
 
 @pytest.mark.parametrize("total", [20, 1000])
-@pytest.mark.parametrize("shape", ["constant", "linear", "cubic", "cosine"])
 @pytest.mark.parametrize(
     "times",
     [
@@ -146,8 +122,8 @@ def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> No
         ),
     ],
 )
-def test_whether_it_begins_at_once(times: dict[str, Any], shape: Any, total: int) -> None:
-    schedule = SparsitySchedule(**times, shape=shape)
+def test_whether_it_begins_at_once(times: dict[str, Any], total: int) -> None:
+    schedule = SparsitySchedule(**times)
     if (total == 1000 and times.get("end_step") == 15) or times.get("at") == [0.2, 8]:
         total = 20
     assert schedule.begins_at_once == (schedule.resolve(total).events()[0].step == 0)
