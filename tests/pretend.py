@@ -1,8 +1,9 @@
 """An accelerator without a GPU: tensors that say they lie on it, with their numbers in the memory of the CPU.
 
 As on CUDA, operands on two devices are an error (CPU tensors without dimensions excepted), kernels that are not
-deterministic are refused where these are asked for, and what makes the host wait for the device can be counted, by the
-line of the package that asked for it. What CUDA's kernels round otherwise, only a GPU tells.
+deterministic are refused where these are asked for. What makes the host wait for the device can be counted, and so can
+the kernels that it launches, by the line of the package that asked. What CUDA's kernels round otherwise, only a GPU
+tells.
 """
 
 from __future__ import annotations
@@ -56,32 +57,50 @@ class _Backend(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend(_NAME, backend_module=_Backend())
 DEVICE = torch.device(_NAME, 0)
 
-# Waits
+# What is counted
 
-_waits: collections.Counter[str] | None = None
+Counts = collections.Counter[str]
+_waits: list[Counts] = []
+_launches: list[Counts] = []
 
 
 @contextmanager
-def waits() -> Iterator[collections.Counter[str]]:
+def waits() -> Iterator[Counts]:
     """Count, inside the block, what the host waits for: line of the package, or "elsewhere" -> number."""
-    global _waits
-    before, _waits = _waits, collections.Counter()
+    with _counting(_waits) as counts:
+        yield counts
+
+
+@contextmanager
+def launches() -> Iterator[Counts]:
+    """Count, inside the block, the kernels that are launched: as `waits`. Views need none."""
+    with _counting(_launches) as counts:
+        yield counts
+
+
+@contextmanager
+def _counting(counters: list[Counts]) -> Iterator[Counts]:
+    counters.append(collections.Counter())
     try:
-        yield _waits
+        yield counters[-1]
     finally:
-        _waits = before
+        counters.pop()
 
 
 def _wait(what: str) -> None:
-    if _waits is None:
+    _add(_waits, what)
+
+
+def _add(counters: list[Counts], what: str) -> None:
+    if not counters:
         return
     frame: Any = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     if frame is None:
-        _waits["elsewhere"] += 1
+        counters[-1]["elsewhere"] += 1
         return
-    _waits[f"{Path(frame.f_code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno} {what}"] += 1
+    counters[-1][f"{Path(frame.f_code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno} {what}"] += 1
 
 
 # What looks at numbers on the host, and is not marked by torch as such: errors of LAPACK's
@@ -94,6 +113,8 @@ _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
 
 def _count(func: Any, args: Any, kwargs: Any, result_device: torch.device | None) -> None:
     name = func.overloadpacket.__name__
+    if not func.is_view:
+        _add(_launches, name)
     if func in _COPIES:
         source, target = (args[1].device, args[0].device) if len(args) > 1 else (args[0].device, result_device)
         asynchronous = kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])

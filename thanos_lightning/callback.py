@@ -88,7 +88,8 @@ class ThanosPruningCallback(Callback):
             the pattern's own sparsity.) The scan looks at all layers before the first event prunes any, on the batches
             of that event. Under calibration.memory_gib, the scan takes calibration steps of its own. If the steps
             before the event are too few for both, the scan takes half of them.
-        verify_every_n_steps: Optimizer steps between two checks that all pruned weights are zero. 0 never checks.
+        verify_every_n_steps: Optimizer steps between two checks that all pruned weights and their moments are zero. The
+            first step after an event is checked, too. 0 checks only at the end of the training.
         monitor: Metric of the validation loop to measure before the first event, after the last event, and at the end.
             The callback runs validation at these steps if none has just run.
 

@@ -57,7 +57,28 @@ NORMS = 6  # that are compared in a training
 COUNTED = "counted"  # what the callback takes for an attention mask, where a case has uncounted ranks
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning deletes it after the first training
 
-OPTIMIZERS = {"adamw": adamw, "sgd": momentum_sgd, "still": partial(torch.optim.SGD, lr=0.0, momentum=0.9)}
+
+class Drifting(Optimizer):
+    """Moves all weights, also those whose gradients are 0."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for parameter in [one for group in self.param_groups for one in group["params"]]:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad + 0.1, alpha=0.01)
+        return loss
+
+
+OPTIMIZERS = {
+    "adamw": adamw,
+    "sgd": momentum_sgd,
+    "still": partial(torch.optim.SGD, lr=0.0, momentum=0.9),
+    "drifting": Drifting,
+}
 
 
 @dataclasses.dataclass
@@ -564,6 +585,7 @@ def held_states(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]
         "DeepSpeedCPUAdam": ["exp_avg", "exp_avg_sq"],
         "FusedAdam": ["exp_avg", "exp_avg_sq"],
         "SGD": ["momentum_buffer"],
+        "Drifting": [],
     }
     names = moments[type(inner).__name__]
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from pretend import DEVICE, in_place, pretend_trainer, waits
+from pretend import DEVICE, in_place, launches, pretend_trainer, waits
 from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -104,8 +104,8 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) ->
         assert torch.equal(one, other)
 
 
-class Waits(Callback):
-    """Of each batch, what the package waited for."""
+class Counted(Callback):
+    """Of each batch, what the package waited for, or launched."""
 
     def __init__(self, counted: Counter[str]) -> None:
         self.counted, self.before = counted, Counter[str]()
@@ -117,13 +117,24 @@ class Waits(Callback):
         self.each.append(Counter({line: number for line, number in new.items() if line != "elsewhere"}))
 
 
+def test_a_step_masks_a_gradient_and_a_weight_of_each_layer(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(2, 2, 1), verify_every_n_steps=0)
+    with launches() as counted:
+        each = Counted(counted)
+        fit(pretend_trainer, tmp_path, callback, each)
+    for one in each.each[3:]:
+        masking = [number for line, number in one.items() if line.startswith("solver/zeros.py")]
+        assert masking == [2 * LAYERS, 2 * LAYERS], one  # what makes bits of the masks, and what applies them
+        assert sum(one.values()) - sum(masking) < LAYERS, one
+
+
 @pytest.mark.parametrize("options", [{}, {"pattern": "unstructured", "sparsity": 0.5}], ids=str)
 def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     callback = pruning(**options, schedule=SparsitySchedule(5, 5, 1), steps=2, verify_every_n_steps=0)
     with waits() as counted:
-        waiting = Waits(counted)
+        waiting = Counted(counted)
         fit(pretend_trainer, tmp_path, callback, waiting, max_steps=9)
     by_step = waiting.each[1:]  # the first has what came before
     # counted in the steps to 4 and 5, of which the last prunes
@@ -137,7 +148,7 @@ def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
 def test_verification_waits_once(tmp_path: Path) -> None:
     callback = pruning(schedule=SparsitySchedule(2, 2, 1))
     with waits() as counted:
-        waiting = Waits(counted)
+        waiting = Counted(counted)
         fit(pretend_trainer, tmp_path, callback, waiting)
     for one in waiting.each[4:]:
         assert sum(one.values()) == 1, one

@@ -182,6 +182,13 @@ def test_a_zero_that_comes_back_is_an_error(tmp_path: Path, value: float) -> Non
         trainer(tmp_path, Refill(), callback, max_steps=12).fit(ToyLM(), loader(64))
 
 
+def test_an_optimizer_that_moves_moments_without_a_gradient_is_refused_at_once(tmp_path: Path) -> None:
+    module, callback = ToyLM(make_optimizer=torch.optim.Adamax), pruning(schedule=SparsitySchedule(2, 2, 1))
+    with pytest.raises(ZeroViolationError, match=r"\(exp_inf\).* or Adamax moves moments whose gradients are 0"):
+        trainer(tmp_path, callback, max_steps=12).fit(module, loader(64))
+    assert callback.state_dict()["optimizer_steps"] == 3
+
+
 def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path) -> None:
     callback = pruning(schedule=SparsitySchedule(2, 2, 1))
     probe = ZeroProbe(callback)

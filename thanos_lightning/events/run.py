@@ -245,12 +245,13 @@ class PruningRun:
         if now != before:
             self._steps_seen = now
             self._recorder.add(now, outputs)
+            every = self.options.verify_every_n_steps
+            # a batch may take several optimizer steps; the first ones after an event show what an optimizer is like
+            if every and (now // every > before // every or self.enforcer.has_new_masks):
+                self.enforcer.verify()
             self._advance()
             if self._is_saved_at_the_end():
                 self.past.report.summary.recovered = self._measure()
-            every = self.options.verify_every_n_steps
-            if every and now // every > before // every:  # a batch may take several optimizer steps
-                self.enforcer.verify()
         if self._sparsity is None:  # a tensor on the device saves a copy per batch
             self._sparsity = torch.tensor(self.enforcer.sparsity(), device=self.module.device)
         self.module.log("sparsity/total", self._sparsity)

@@ -95,8 +95,8 @@ class ParameterAccess(Protocol):
         """Names of the layers that the optimizer updates, at least in part, on this rank. Talks to no rank."""
         ...
 
-    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
-        """What the optimizer has just written for a layer: the weight or its master, and moments. Talks to no rank."""
+    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
+        """What optimizers step of a layer that one of them updates: the weight or its master. Talks to no rank."""
         ...
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:

@@ -7,7 +7,7 @@ After that, every rank knows who sends what to whom, and a piece is sent only to
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.masks import pack_bits, unpack_bits
 from thanos_lightning.sharding.ranks import Ranks
 
@@ -203,10 +202,6 @@ class FragmentAccess(Ranks):
     @abstractmethod
     def _mask_device(self, layer: PrunableLayer) -> torch.device:
         """The device on which the optimizer steps this rank's piece."""
-
-    @abstractmethod
-    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
-        """See `ParameterAccess`."""
 
     # How pieces are sent and received
 

@@ -80,16 +80,14 @@ class FsdpAccess(FragmentAccess):
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return {name for name in layers if id(self._parameters[name]) in parameters}
 
-    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
         """See `ParameterAccess`."""
-        yield LocalPiece("weight", self._read_exact(layer))
-        yield from self._moments(layer, optimizer)
+        return LocalPiece("weight", self._read_exact(layer))
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
-        yield LocalPiece("weight", self._read_exact(layer))
-        for optimizer in self.optimizers:
-            yield from self._moments(layer, optimizer)
+        yield self.stepped_weight(layer)
+        yield from self._moments(layer)
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """See `ParameterAccess`."""
@@ -99,12 +97,13 @@ class FsdpAccess(FragmentAccess):
                 assert isinstance(gradient, DTensor), "as its parameter"
                 zero_where(_held_entries(gradient).piece(layer, _flat(gradient)), drop)
 
-    def _moments(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+    def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         parameter = self._parameters[layer.name]
-        # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
-                yield LocalPiece(name, _held_entries(value).piece(layer, _flat(value)))
+        for optimizer in self.optimizers:
+            # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
+                    yield LocalPiece(name, _held_entries(value).piece(layer, _flat(value)))
 
     # For FragmentAccess
 
@@ -131,9 +130,8 @@ class FsdpAccess(FragmentAccess):
         self.release()  # the shard that `_write_exact` writes to is the model's copy
 
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
-        for optimizer in self.optimizers:
-            for _, moment, _ in self._moments(layer, optimizer):
-                zero_where(moment, drop)
+        for _, moment, _ in self._moments(layer):
+            zero_where(moment, drop)
 
 
 def _held_entries(parameter: DTensor) -> Range:

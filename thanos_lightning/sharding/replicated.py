@@ -61,9 +61,8 @@ class ReplicatedAccess(Ranks):
             keep = unpack_bits(bits, shape)
         assert keep is not None
         drop = self.local_drop(layer, keep)
-        for optimizer in self.optimizers:
-            for _, moment, _ in self.stepped_tensors(layer, optimizer):
-                zero_where(moment, drop)
+        for _, moment, _ in self._moments(layer):
+            zero_where(moment, drop)
         return drop
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
@@ -83,22 +82,23 @@ class ReplicatedAccess(Ranks):
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return {name for name, layer in layers.items() if id(layer.parameter) in parameters}
 
-    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
         """See `ParameterAccess`."""
-        parameter = layer.parameter
-        yield LocalPiece("weight", layer.own(parameter.data))
-        # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
-        for name, value in optimizer.state.get(parameter, {}).items():
-            # In quantised states (8 bit) a code of 0 need not mean the value 0.
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
-                yield LocalPiece(name, layer.own(value))
+        return LocalPiece("weight", layer.own(layer.parameter.data))
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
-        yield LocalPiece("weight", layer.own(layer.parameter.data))
+        yield self.stepped_weight(layer)
+        yield from self._moments(layer)
+
+    def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        parameter = layer.parameter
         for optimizer in self.optimizers:
-            if self.stepped_by(optimizer, {"": layer}):
-                yield from (piece for piece in self.stepped_tensors(layer, optimizer) if piece.what != "weight")
+            # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
+            for name, value in optimizer.state.get(parameter, {}).items():
+                # In quantised states (8 bit) a code of 0 need not mean the value 0.
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
+                    yield LocalPiece(name, layer.own(value))
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """See `ParameterAccess`."""

@@ -349,30 +349,28 @@ class ZeroAccess(FragmentAccess):
                 names |= self._layers_of.get(id(parameter), set())
         return names & layers.keys()
 
-    def stepped_tensors(self, layer: PrunableLayer, optimizer: Optimizer) -> Iterator[LocalPiece]:
+    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
         """See `ParameterAccess`."""
         master = self._masters[layer.name]
-        if master is None:
-            return
+        assert master is not None, "an optimizer updates the layer"
+        return LocalPiece("master", master.slice_of(master.tensor), self._place(layer, master))
+
+    def _place(self, layer: PrunableLayer, master: _Master) -> slice:
         start = master.held.start - self._layout.held(layer).start
-        place = slice(start, start + master.held.numel)
-        yield LocalPiece("master", master.slice_of(master.tensor), place)
-        # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
-        for name, value in optimizer.state.get(master.tensor, {}).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.tensor.shape:
-                yield LocalPiece(name, master.slice_of(value), place)
+        return slice(start, start + master.held.numel)
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
         yield from self._layout.model_copies(layer)
-        if not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
-            yield from self.stepped_tensors(layer, self.optimizers[0])
-            return
         master = self._masters[layer.name]
         if master is None:
             return
+        if not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
+            yield self.stepped_weight(layer)
+            yield from self._moments(layer, master)
+            return
         yield LocalPiece("master", self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter)))
-        for name in self._moments(master):
+        for name in self._swapped_moments(master):
             yield LocalPiece(name, self._layout.piece(layer, safe_get_local_optimizer_state(layer.parameter, name)))
 
     @torch.no_grad()
@@ -411,7 +409,13 @@ class ZeroAccess(FragmentAccess):
         assert device is not None
         return device
 
-    def _moments(self, master: _Master) -> list[str]:
+    def _moments(self, layer: PrunableLayer, master: _Master) -> Iterator[LocalPiece]:
+        # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
+        for name, value in self.optimizers[0].state.get(master.tensor, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.tensor.shape:
+                yield LocalPiece(name, master.slice_of(value), self._place(layer, master))
+
+    def _swapped_moments(self, master: _Master) -> list[str]:
         """Names of the states that an optimizer on NVMe keeps for each entry. In memory they are 1-D tensors."""
         states = self.optimizers[0].state.get(master.tensor, {})
         return [name for name, value in states.items() if isinstance(value, Tensor) and value.dim() == 1]
@@ -465,15 +469,16 @@ class ZeroAccess(FragmentAccess):
 
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         master = self._masters[layer.name]
-        if master is not None and isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
-            for name in self._moments(master):
+        if master is None:
+            return
+        if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
+            for name in self._swapped_moments(master):
                 part = safe_get_local_optimizer_state(layer.parameter, name).clone()
                 zero_where(self._layout.piece(layer, part), drop.to(part.device))
                 safe_set_local_optimizer_state(layer.parameter, part, name)
             return
-        for what, moment, place in self.stepped_tensors(layer, self.optimizers[0]):
-            if what != "master":
-                zero_where(moment, drop[place])
+        for _, moment, place in self._moments(layer, master):
+            zero_where(moment, drop[place])
 
 
 def _refuse_unknown(engine: Any, wrapped: Any) -> None:

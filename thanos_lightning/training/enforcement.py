@@ -1,7 +1,11 @@
-"""Zeros that hold: after every optimizer step the pruned weights and their moments are exactly 0 again.
+"""Zeros that hold: after every optimizer step the pruned weights and their moments are exactly 0.
 
-A post-step hook of the torch optimizer applies the mask. Every precision, gradient accumulation and manual optimization
-pass through this one place, and it is known there whether the optimizer has really stepped.
+A post-step hook of the torch optimizer masks the weight, or its fp32 master. Every precision, gradient accumulation and
+manual optimization pass through this one place, and it is known there whether the optimizer has really stepped.
+
+The moments are not masked in a step. An event clears them, and masked gradients keep them at 0. This needs an optimizer
+that makes an entry's new moments of this entry's gradient, moments and weight alone, and makes zeros of zeros: as Adam,
+AdamW, SGD, RMSprop, Adagrad and Muon do. Adamax and Rprop move moments whose gradients are 0, which `verify` finds.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.solver.zeros import clear_bits, count_unless_zero, kept_bits, missing_zeros
+from thanos_lightning.solver.zeros import count_unless_zero, missing_zeros, zero_where
 
 
 class ZeroViolationError(RuntimeError):
@@ -24,7 +28,11 @@ class ZeroViolationError(RuntimeError):
 
 
 class MaskEnforcer:
-    """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank."""
+    """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank.
+
+    Attributes:
+        has_new_masks: Whether a mask was set since the last verification. All ranks know it.
+    """
 
     def __init__(self, layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
         self._layers = layers
@@ -32,6 +40,7 @@ class MaskEnforcer:
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
         self._num_pruned: dict[str, int] = {}
+        self.has_new_masks = False
 
     def begin(self) -> None:
         """Begin a training in which the masks are applied."""
@@ -66,6 +75,7 @@ class MaskEnforcer:
         self._drops[name] = None if is_read else drop
         self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
         self._num_pruned[name] = num_pruned
+        self.has_new_masks = True
 
     def _drop(self, name: str) -> Tensor:
         drop = self._drops[name]
@@ -104,15 +114,14 @@ class MaskEnforcer:
 
     @torch.no_grad()
     def enforce(self, optimizer: Optimizer) -> None:
-        """Zero what this optimizer has just written to pruned weights and their moments."""
+        """Zero what this optimizer has just written to pruned weights, or to their masters."""
         for name in self._access.stepped_by(optimizer, self._masked_layers()):
-            kept = kept_bits(self._drop(name))
-            for _, tensor, place in self._access.stepped_tensors(self._layers[name], optimizer):
-                clear_bits(tensor, kept[place])
+            _, tensor, place = self._access.stepped_weight(self._layers[name])
+            zero_where(tensor, self._drop(name)[place])
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
-        """Zero the gradients of pruned weights, so that a clipped norm is that of the sparse model.
+        """Zero the gradients of pruned weights: moments stay 0, and a clipped norm is that of the sparse model.
 
         If the optimizer is one of the strategy's, only the weights that it updates are masked; otherwise all are.
         """
@@ -137,11 +146,22 @@ class MaskEnforcer:
         Raises:
             ZeroViolationError: On all ranks, naming the layers and the tensors.
         """
+        self.has_new_masks = False
         if everywhere := self.violations():
+            if any(text.endswith(("weight)", "master)")) for text in everywhere):
+                why = (
+                    "Something wrote to these weights after the optimizer step (weight averaging, a re-tied or "
+                    "reloaded parameter): remove it, or ignore the layers"
+                )
+            else:
+                kinds = " and ".join(dict.fromkeys(type(one).__name__ for one in self._access.optimizers))
+                why = (
+                    "Gradients of pruned weights are 0 before they are clipped. Something wrote to them later, the "
+                    f"norm that they were clipped by was NaN, or {kinds} moves moments whose gradients are 0: remove "
+                    "what writes, or take an optimizer such as AdamW"
+                )
             raise ZeroViolationError(
-                f"zeros came back: {'; '.join(everywhere[:5])}{' …' if len(everywhere) > 5 else ''}. Something wrote "
-                "to these weights after the optimizer step (weight averaging, a re-tied or reloaded parameter): remove "
-                "it, or ignore the layers"
+                f"zeros came back: {'; '.join(everywhere[:5])}{' …' if len(everywhere) > 5 else ''}. {why}"
             )
 
     @torch.no_grad()
