@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import rich
 import torch
 from jsonargparse import ArgumentError, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
@@ -30,7 +31,7 @@ from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
-from thanos_lightning.cli.training_bar import TrainingBar
+from thanos_lightning.cli.training_bar import TrainingBar, TrainingLog
 from thanos_lightning.cli.yaml_loader import yaml_loader
 
 # said of classes that are not ours, because their arguments may be for the optimizer
@@ -49,9 +50,10 @@ class _Trainer(Trainer):
         assert precision != AUTO  # CLI has resolved it
         callbacks = kwargs.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        # Lightning's own bar wraps at 80 columns, and counts epochs even if max_epochs is -1.
+        # Lightning's own bar counts epochs even if max_epochs is -1, and says nothing in a log
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, TrainingBar()]
+            bar = TrainingBar() if rich.get_console().is_interactive else TrainingLog()
+            kwargs["callbacks"] = [*callbacks, bar]
         super().__init__(*args, precision=precision, **kwargs)
         guard_resume(self.strategy)  # also where there is no callback that does
 

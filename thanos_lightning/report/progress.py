@@ -1,14 +1,13 @@
-"""Shows the progress and the remaining time of a phase in one line, and lets SIGTERM end a phase at once.
+"""Shows how far a phase is and how long it still goes on, and lets SIGTERM end a phase at once.
 
-In a terminal the line is a progress bar. Elsewhere it is text, at most every 30 s, so that a log shows that work goes
-on. The innermost of nested phases is shown. rich draws the bar together with a live display that exists already, such
-as Lightning's RichProgressBar. The bars of tqdm are cleared while this bar is shown.
+In a terminal rich draws a bar, under a live display that exists already, such as Lightning's RichProgressBar. Elsewhere
+it is a line of text, at most every 30 s, so that a log shows that work goes on. Of nested phases all are shown.
 """
 
 from __future__ import annotations
 
 import io
-import logging
+import math
 import os
 import signal
 import sys
@@ -18,20 +17,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 from weakref import WeakSet
 
 import rich
 from lightning_utilities.core.rank_zero import rank_zero_only
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 from tqdm import tqdm
 
 TERMINATED = 128 + signal.SIGTERM  # exit status in a shell of a process that SIGTERM ended
 _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0  # seconds
 _REFRESH = 0.25
-_LONGEST_BAR = 24
+_BAR_WIDTH = 16
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
@@ -55,101 +54,78 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _HowFar(ProgressColumn):
+    """What is done of a phase, in the words that a log has, too."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_how_far(task))
+
+
+def _how_far(task: Task) -> str:
+    counted = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
+    done = f"{counted} {task.fields['unit']}".rstrip() if task.completed or task.total is not None else "…"
+    left = task.time_remaining
+    return f"{done}, about {duration(left)} left" if left else f"{done} after {duration(task.elapsed or 0.0)}"
+
+
 class Phase:
-    """The progress of a phase. `total` is None if it is not known. `note` is further text, cut if the line is full."""
+    """The progress of a phase. `total` is None if it is not known, and `unit` is a plural."""
 
     def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
-        self._first = (description, total, unit)
-        self.note = ""
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(_BAR_WIDTH),
+            _HowFar(Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            expand=True,
+            auto_refresh=False,  # a display within another is refreshed by nobody else
+            transient=True,
+            speed_estimate_period=math.inf,  # a unit may take minutes
+        )
         self._begin = time.monotonic()
-        self.become(description, total, unit, completed)
-
-    def become(self, description: str, total: int | None, unit: str, completed: int = 0) -> None:
-        """Count something else from now on."""
-        self.description, self.total, self.unit = description, total, unit
-        self._completed = self._completed_before = completed
-        self._counts_since = self._advanced_at = time.monotonic()
-
-    def reset(self) -> None:
-        """Return to the initial description, total and unit, with nothing done."""
-        self.become(*self._first)
-
-    def wait(self, seconds: float) -> None:
-        """Leave time that was spent on something else out of the estimate."""
-        self._counts_since += seconds
-        self._advanced_at += seconds
+        self.bar.add_task(description, total=total, completed=completed, unit=unit, note="")
 
     @property
-    def completed(self) -> int:
-        """Number of units that are done."""
-        return self._completed
+    def task(self) -> Task:
+        """What is counted."""
+        return self.bar.tasks[0]
 
-    @completed.setter
-    def completed(self, number: int) -> None:
-        if number != self._completed:
-            self._completed, self._advanced_at = number, time.monotonic()
+    def become(self, description: str, total: float | None, unit: str) -> None:
+        """Count something else from now on."""
+        self.bar.reset(self.task.id, total=total, description=description, unit=unit, note="")
+        self.task.total = total  # for rich None means what it was
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count more units as done. If `note` is None, the current note stays."""
-        self.completed += count
+        """Count more units as done. `note` is further text; if it is None, the current note stays."""
+        self.reach(int(self.task.completed) + count, note)
+
+    def reach(self, completed: int, note: str | None = None) -> None:
+        """Count so many units as done in all."""
+        self.bar.update(self.task.id, completed=completed)
         if note is not None:
-            self.note = note
+            self.bar.update(self.task.id, note=note)
 
     @property
     def seconds(self) -> float:
         """Seconds since the phase began."""
         return time.monotonic() - self._begin
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimate from the mean time per unit; None if nothing is done or the total is not known."""
-        done = self.completed - self._completed_before
-        if self.total is None or done <= 0:
-            return None
-        each = (self._advanced_at - self._counts_since) / done
-        to_do = self.total - self.completed
-        # The estimate falls while a unit is in progress, but not below the time that the later units need.
-        return each * to_do - min(each, time.monotonic() - self._advanced_at) if to_do > 0 else 0.0
-
     def line(self, *, ended: bool = False) -> str:
         """Format the phase as a line of a log."""
-        counted = f"{self.completed}" if self.total is None or ended else f"{self.completed} of {self.total}"
-        counted = f": {counted} {self.unit}".rstrip() if self.completed or self.total is not None else ""
-        if ended:
-            return f"{self.description}{counted or ': done'} in {duration(self.seconds)}"
-        left = self.seconds_left
-        ahead = "" if left is None else f", about {duration(left)} left"
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.description}{counted or ' …'} after {duration(self.seconds)}{ahead}{note}"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        left = self.seconds_left
-        count = f" {self.completed}/{self.total}" if self.total is not None else f" {self.completed or ''}".rstrip()
-        after = f"{count} {self.unit}".rstrip()
-        after += f"  {duration(self.seconds)}" if left is None else f"  {duration(left)} left"
-        text = Text(self.description, no_wrap=True, overflow="ellipsis", end="")
-        room = options.max_width - len(self.description) - len(after) - 1
-        if self.total is not None and room >= 8:
-            width = min(_LONGEST_BAR, room - min(len(self.note) + 2, room // 2) if self.note else room)
-            filled = min(width, round(width * self.completed / max(1, self.total)))
-            text.append(" ").append("━" * filled, style="bold cyan").append("─" * (width - filled), style="dim")
-        text.append(after)
-        if self.note:
-            text.append(f"  {self.note}", style="dim")
-        text.truncate(options.max_width, overflow="ellipsis")
-        yield text
+        task = self.task
+        if not ended:
+            note = f" ({task.fields['note']})" if task.fields["note"] else ""
+            return f"{task.description}: {_how_far(task)}{note}"
+        done = f"{task.completed:.0f} {task.fields['unit']}".rstrip() if task.completed else "done"
+        return f"{task.description}: {done} in {duration(self.seconds)}"
 
 
 class _Display:
-    """Shows the innermost open phase of this process."""
+    """Shows the open phases of this process."""
 
     def __init__(self) -> None:
         self._phases: list[Phase] = []
         self._lock = threading.RLock()
-        self._live: Live | None = None
-        self._log = sys.stderr
-        self._around = ExitStack()
-        self._ends = threading.Event()
         self._last_line = -_BETWEEN_LINES
         # A forked child must not inherit a lock that a thread holds, nor the open phases.
         if hasattr(os, "register_at_fork"):
@@ -157,73 +133,50 @@ class _Display:
                 before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._leave_to_parent
             )
 
-    def open(self, phase: Phase) -> None:
-        with self._lock:
+    @contextmanager
+    def showing(self, phase: Phase) -> Iterator[None]:
+        console, log, ends = rich.get_console(), sys.stderr, threading.Event()
+        is_outermost = not self._phases
+        with ExitStack() as around:
+            if console.is_interactive:
+                if is_outermost:
+                    around.enter_context(tqdm.external_write_mode(nolock=True))
+                    around.callback(setattr, console, "file", console._file)
+                    console.file = console.file  # kept, because a phase may redirect stdout to silence a library
+                around.enter_context(phase.bar)
             self._phases.append(phase)
-            if len(self._phases) > 1:
-                return
-            self._log = sys.stderr  # kept, because a phase may redirect stderr to silence a library
-            console = rich.get_console()
-            if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
-                self._around.enter_context(tqdm.external_write_mode(nolock=True))
-                live = Live(console=console, get_renderable=self._shown, auto_refresh=False, transient=True)
-                self._around.callback(setattr, console, "file", console._file)
-                console.file = console.file
-                direct = sys.stderr
-                live.start(refresh=True)
-                self._live = live
-                self._around.callback(_set_streams, sys.stderr, direct)
-                _set_streams(direct, sys.stderr)
-            self._ends = threading.Event()
-            threading.Thread(target=self._go_on, args=(self._ends,), daemon=True, name="progress").start()
+            if is_outermost:
+                threading.Thread(target=self._go_on, args=(ends, log), daemon=True, name="progress").start()
+            try:
+                yield
+                if not console.is_interactive and phase.seconds > _FIRST_LINE:
+                    self._write(log, phase.line(ended=True))
+            finally:
+                with self._lock:
+                    phase.bar.update(phase.task.id, visible=False, refresh=True)  # a display around it goes on
+                    self._phases.remove(phase)
+                    if is_outermost:
+                        ends.set()
 
-    def close(self, phase: Phase, *, completed: bool) -> None:
-        with self._lock:
-            self._phases.remove(phase)
-            for other in self._phases:
-                other.wait(phase.seconds)
-            if completed and self._live is None and phase.seconds > _FIRST_LINE:
-                self._write(phase.line(ended=True))
-            if not self._phases:
-                self._ends.set()
-                live, self._live = self._live, None
-                if live is not None:
-                    live.stop()
-                self._around.close()
-
-    def _go_on(self, ends: threading.Event) -> None:
+    def _go_on(self, ends: threading.Event, log: TextIO) -> None:
         while not ends.wait(_REFRESH):
             with self._lock:
-                if ends.is_set() or not self._phases:
-                    continue
-                if self._live is not None:
-                    self._live.refresh()
-                elif self._is_due(self._phases[-1]):
-                    self._write(self._phases[-1].line())
+                if ends.is_set():
+                    return
+                if (bar := self._phases[-1].bar).live.is_started:
+                    bar.refresh()
+                elif self._phases[0].seconds > _FIRST_LINE and time.monotonic() - self._last_line >= _BETWEEN_LINES:
+                    self._write(log, "; ".join(phase.line() for phase in self._phases))
 
-    def _is_due(self, phase: Phase) -> bool:
-        return phase.seconds > _FIRST_LINE and time.monotonic() - self._last_line >= _BETWEEN_LINES
-
-    def _write(self, line: str) -> None:
+    def _write(self, log: TextIO, line: str) -> None:
         self._last_line = time.monotonic()
         with suppress(OSError, ValueError):  # a log that is gone must not end the work
-            self._log.write(f"{line}\n")
-            self._log.flush()
-
-    def _shown(self) -> Phase | str:
-        return self._phases[-1] if self._phases else ""
+            log.write(f"{line}\n")
+            log.flush()
 
     def _leave_to_parent(self) -> None:
         self._phases.clear()
         self._lock = threading.RLock()
-
-
-def _set_streams(before: Any, now: Any) -> None:
-    """Move log handlers to another stream. A live display replaces sys.stderr, but handlers have kept the old one."""
-    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
-        for handler in getattr(logger, "handlers", ()):  # placeholders have none
-            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                handler.setStream(now)
 
 
 _display = _Display()
@@ -245,13 +198,8 @@ def shown(phase: Phase) -> Iterator[Phase]:
     if _hidden.get() or getattr(rank_zero_only, "rank", None):
         yield phase
         return
-    _display.open(phase)
-    completed = False
-    try:
+    with _display.showing(phase):
         yield phase
-        completed = True
-    finally:
-        _display.close(phase, completed=completed)
 
 
 @contextmanager
@@ -267,8 +215,8 @@ def open_phase(
         >>> with open_phase("Counting", total=3, unit="sheep") as phase:
         ...     for _ in range(3):
         ...         phase.advance()
-        >>> phase.completed
-        3
+        >>> phase.task.finished
+        True
     """
     with ends_on_sigterm(), shown(Phase(description, total, unit)) as phase:
         if not adopts_bars:
@@ -281,6 +229,7 @@ def open_phase(
 @contextmanager
 def _adopted_bars(phase: Phase) -> Iterator[None]:
     display, bars = tqdm.display, WeakSet[tqdm]()
+    first = (phase.task.description, phase.task.total, phase.task.fields["unit"])
 
     def tell(bar: tqdm, *args: Any, **kwargs: Any) -> bool:  # replaces tqdm.display, as tqdm allows
         bar.fp = io.StringIO()  # swallows the line break at the end of the bar
@@ -288,10 +237,10 @@ def _adopted_bars(phase: Phase) -> Iterator[None]:
             scale, unit = (10**6, "MB") if bar.unit == "B" else (1, "" if bar.unit == "it" else bar.unit.strip())
             if bar not in bars:
                 bars.add(bar)
-                description = (bar.desc or phase.description).rstrip(": .…")
+                description = (bar.desc or phase.task.description).rstrip(": .…")
                 total = int(bar.total / scale) if bar.total else None  # datasets writes 0 for what it doesn't know
                 phase.become(description, total, unit)
-            phase.completed = int(bar.n / scale)
+            phase.reach(int(bar.n / scale))
         return True
 
     tqdm.display = tell
@@ -299,7 +248,7 @@ def _adopted_bars(phase: Phase) -> Iterator[None]:
         yield
     finally:
         tqdm.display = display
-        phase.reset()
+        phase.become(*first)
 
 
 @contextmanager

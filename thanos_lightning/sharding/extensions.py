@@ -42,7 +42,7 @@ def _wait_for(lock: Path, phase: Phase) -> None:
     """Wait until the lock is gone. torch would do so in silence, and go on without an extension if none was built."""
     is_named = False
     while lock.exists():
-        phase.note = f"waiting until {lock.name} is gone"
+        phase.advance(0, note=f"waiting until {lock.name} is gone")
         if not is_named and phase.seconds >= _PATIENCE and not _is_held(lock):
             rank_zero_warn(
                 f"{lock} is a lock that no process of this machine holds: a start that was killed has left it, and "
@@ -51,7 +51,7 @@ def _wait_for(lock: Path, phase: Phase) -> None:
             )
             is_named = True
         time.sleep(_BETWEEN_LOOKS)
-    phase.note = ""
+    phase.advance(0, note="")
 
 
 def _is_held(lock: Path) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 import torch
 from lightning.pytorch import Callback
 from patience import until
+from rich.console import Console
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
-from thanos_lightning.cli.training_bar import TrainingBar
+from thanos_lightning.cli.training_bar import TrainingBar, TrainingLog
 from thanos_lightning.report import progress
 from thanos_lightning.report.progress import Terminated
 
@@ -28,25 +31,45 @@ def at_once(calibration: Any, **options: Any) -> ThanosPruningCallback:
     return ThanosPruningCallback("2:4", calibration=CalibrationOptions(calibration), **options)
 
 
+class Logged(ToyLM):
+    """Shows its loss in progress bars."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+
 def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = ""
 
     class Waits(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             nonlocal told
-            told += until("val/loss ", lambda: capsys.readouterr().err)
+            told += until("train/loss ", lambda: capsys.readouterr().err)
 
-    pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingBar()
+    pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingLog()
     fitted = trainer(tmp_path, pruning, bar, Waits(), max_steps=6, enable_progress_bar=True, num_sanity_val_steps=0)
-    fitted.fit(ToyLM(), loader(), loader(8))
+    fitted.fit(Logged(), loader(), loader(8))
     told += capsys.readouterr().err
     lines = told.splitlines()
     assert any(line.startswith("Training: 6 steps in ") for line in lines)
-    assert any("loss " in line and "val/loss " in line for line in lines if line.startswith("Training: "))
     for phase in ("Validating", "Calibrating", "Solving at step 0", "Writing at step 0"):
         assert any(line.startswith(f"{phase}: ") for line in lines), phase
     assert "Epoch" not in told
     assert "\r" not in told
+
+
+def test_a_terminal_has_lightnings_bar_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rich, "_console", Console())
+    terminal = io.StringIO()
+    bar = TrainingBar(console_kwargs={"file": terminal, "force_terminal": True, "width": 80, "_environ": {}})
+    fitted = trainer(tmp_path, at_once(list(loader(8))), bar, max_steps=20, enable_progress_bar=True)
+    fitted.fit(Logged(), loader(32))
+    told = terminal.getvalue()
+    assert "20/20" in told
+    assert "train/loss: " in told
+    assert "Epoch" not in told
 
 
 def test_a_trainer_without_a_bar_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +84,7 @@ def test_it_tests_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return batch["input_ids"]
 
-    fitted = trainer(tmp_path, TrainingBar(), enable_progress_bar=True)
+    fitted = trainer(tmp_path, TrainingLog(), enable_progress_bar=True)
     fitted.test(Module(), loader(8))
     fitted.predict(Module(), loader(8))
     lines = capsys.readouterr().err.splitlines()
@@ -88,7 +111,7 @@ def test_a_signal_ends_a_calibration_at_once(number: signal.Signals, ends: type[
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     try:
         with pytest.raises(ends):
-            trainer(tmp_path, at_once(batches), TrainingBar(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
+            trainer(tmp_path, at_once(batches), TrainingLog(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
     finally:
         signal.signal(signal.SIGINT, handlers[1])  # which Lightning leaves ignored
     assert batches.taken <= 3
