@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import check_alike, steps_of
 from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport
-from thanos_lightning.report.progress import ends_on_sigterm, hidden
+from thanos_lightning.report.progress import Phase, ends_on_sigterm, hidden, shown
 from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
@@ -304,20 +305,33 @@ class PruningRun:
             is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
             if is_first and self.options.monitor is not None and not self._is_ending():
                 past.report.summary.dense = self._measure()
-            if not self._work(window):
+            if not self._work_on_windows(scans=window.scans):
                 return
-            past.windows_done += 1
-            self.is_in_event = False
             if past.windows_done == len(self.windows):
                 self._scores.pruned(self.trainer)
                 release_stopping(self.trainer, self._held_back)
         if self.options.monitor is not None and past.report.summary.pruned is None and past.report.events:
             past.report.summary.pruned = self._measure()
 
+    def _work_on_windows(self, *, scans: bool) -> bool:
+        """Scan or prune at the end of all windows that end at this step. False if SIGTERM has come before one."""
+        past = self.past
+        due = [window for window in self.windows[past.windows_done :] if window.end_step <= past.optimizer_steps]
+        due = [window for window in due if window.scans == scans]
+        is_off = self.trainer.progress_bar_callback is None  # the user turned progress bars off
+        phase = Phase(f"{'Scanning' if scans else 'Pruning'} at step {due[0].event.step}", len(due), "windows")
+        with hidden(is_off), shown(phase) if len(due) > 1 else nullcontext():
+            for window in due:
+                if not self._work(window):
+                    return False
+                past.windows_done += 1
+                self.is_in_event = False
+                phase.advance()
+        return True
+
     def _work(self, window: Window) -> bool:
         """Scan or prune at the end of a window. False if SIGTERM has come before."""
-        shown = self.trainer.progress_bar_callback is not None  # False if the user turned progress bars off
-        with self._clock.event(), hidden(not shown), ends_on_sigterm():
+        with self._clock.event(), ends_on_sigterm():
             if self._is_ending():  # a SIGTERM that comes later ends the event at once
                 return False
             self.is_in_event = True
