@@ -6,16 +6,12 @@ Each case leaves a rank<r>.json and, unless it was refused, a state<r>.pt with w
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gc
 import json
-import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,16 +20,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from toy import ResumableBatches, grouped, trainer
 from training import Share, make_strategy, whole_parameters
-from transformers import PreTrainedModel
 
 import thanos_lightning.lm.distillation
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.sharding.teacher import frozen_state
 
 FIRST_EVENT = 3
 
@@ -46,14 +40,11 @@ class Case:
     model: str  # folder of the weights to start from
     strategy: str = "ddp"
     precision: str = "32-true"
-    teacher: str = "before-pruning"
+    teacher: str = "start"
     dtype: str = "float32"  # of the teacher
-    as_object: bool = False  # give the model to CausalLM, and let it have a buffer
+    as_object: bool = False  # give the loaded model to CausalLM
     parts: bool = True  # under FSDP shard the embeddings, the last norm and the head apart from the rest
-    stays_gathered: bool = False  # under FSDP gather in bf16, and leave that after a forward
-    measured: bool = False  # validate before the first event
     uneven: bool = False  # give rank 1 a third of the tokens
-    full_disk: bool = False  # where rank 0 writes the teacher
     calibrated: bool = False  # prune half of the weights anywhere, on a calibration set
     save: bool = False
     resume: str | None = None
@@ -69,17 +60,12 @@ class Sharded(CausalLM):
     def configure_model(self) -> None:
         super().configure_model()
         assert self.model is not None
-        arguments: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}  # type: ignore[index]
-        if self.case.stays_gathered:
-            arguments |= {
-                "reshard_after_forward": False,
-                "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-            }
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for layer in self.model.model.layers:
-            fully_shard(layer, **arguments)
+            fully_shard(layer, mesh=mesh)
         if self.case.parts:
-            fully_shard([self.model.model.embed_tokens, self.model.model.norm, self.model.lm_head], **arguments)
-        fully_shard(self.model, **arguments)
+            fully_shard([self.model.model.embed_tokens, self.model.model.norm, self.model.lm_head], mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
 
 class Uneven(Share):
@@ -98,7 +84,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 
 class Watch(Callback):
-    """Takes what the test wants to know of the teacher. To be called before the one that prunes."""
+    """Takes what the test wants to know of the teacher."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -106,8 +92,6 @@ class Watch(Callback):
         self.state: dict[str, Any] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == FIRST_EVENT:
-            self.state["before"] = weights(pl_module.model)
         logged = trainer.callback_metrics
         self.steps.append({name: float(value) for name, value in logged.items() if name.startswith("train/")})
 
@@ -127,11 +111,7 @@ class Watch(Callback):
             "trained": [name for name, parameter in teacher.named_parameters() if parameter.requires_grad],
             "traces": traces(teacher),
         }
-        self.state |= {
-            "teacher": weights(teacher),
-            "weights": weights(pl_module.model),
-            "written": frozen_state(teacher, trainer.strategy),
-        }
+        self.state = {"teacher": weights(teacher), "weights": weights(pl_module.model)}
 
 
 def traces(model: Any) -> list[bool]:
@@ -145,13 +125,12 @@ def traces(model: Any) -> list[bool]:
 
 
 def make_module(case: Case) -> CausalLM:
-    model: Any = case.model
-    if case.as_object:
-        model = load_pretrained(case.model)
-        model.register_buffer("mark", torch.arange(3.0))
     kind = Sharded if case.strategy == "fsdp" else CausalLM
     lm = kind(
-        model, learning_rate=1e-2, lr_schedule="constant", distillation=Distillation(case.teacher, dtype=case.dtype)
+        load_pretrained(case.model) if case.as_object else case.model,
+        learning_rate=1e-2,
+        lr_schedule="constant",
+        distillation=Distillation(case.teacher, dtype=case.dtype),
     )
     if isinstance(lm, Sharded):
         lm.case = case
@@ -169,11 +148,7 @@ def train(case: Case) -> None:
         for batch in batches:
             del batch["labels"]  # so that there are none but those that the model draws
         pattern = {"pattern": "unstructured", "sparsity": 0.5, "batches": batches}
-    pruning = ThanosPruningCallback(
-        **grouped(**pattern),
-        schedule=SparsitySchedule(FIRST_EVENT, FIRST_EVENT, 1),
-        monitor="val/loss" if case.measured else None,
-    )
+    pruning = ThanosPruningCallback(**grouped(**pattern), schedule=SparsitySchedule(FIRST_EVENT, FIRST_EVENT, 1))
     thanos_lightning.lm.distillation.TOKENS_PER_CHUNK = 24  # of the 64 in a batch
     watch = Watch()
     callbacks: list[Callback] = [watch, pruning]
@@ -192,13 +167,9 @@ def train(case: Case) -> None:
         enable_checkpointing=case.save,
     )
     error = None
-    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    full = patch.object(PreTrainedModel, "save_pretrained", side_effect=no_room) if case.full_disk else nullcontext()
     try:
-        validation = Share(4, None) if case.measured else None
-        with full:
-            fitted.fit(make_module(case), val_dataloaders=validation, ckpt_path=case.resume)
-    except (MisconfigurationException, RuntimeError) as failure:
+        fitted.fit(make_module(case), ckpt_path=case.resume)
+    except MisconfigurationException as failure:
         error = str(failure)
     rank = fitted.global_rank
     (out / f"rank{rank}.json").write_text(json.dumps({"error": error, "steps": watch.steps, **watch.found}))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ranks import Trainings, only, results
 from torch import Tensor
-from torch.utils.data import DataLoader
-from toy import Sequences, tiny_llama, trainer
+from toy import tiny_llama
 
-from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.models.targets import find_targets
 
-BEFORE: dict[str, dict[str, Any]] = {
+TAUGHT: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero2": {"strategy": "zero2"},
     "zero3": {"strategy": "zero3", "save": True},
@@ -31,27 +26,21 @@ BEFORE: dict[str, dict[str, Any]] = {
     },
     "fsdp": {"strategy": "fsdp", "save": True},
 }
-IN_BF16: dict[str, dict[str, Any]] = {
-    "zero2 in bf16": {"strategy": "zero2", "dtype": "bfloat16"},
-    "zero3 in bf16": {"strategy": "zero3", "dtype": "bfloat16"},
+OTHERS: dict[str, dict[str, Any]] = {
+    "ddp in bf16": {"strategy": "ddp", "dtype": "bfloat16"},
     "zero3 in fp32 beside bf16-mixed": {"strategy": "zero3", "precision": "bf16-mixed"},
-    "fsdp that stays gathered in bf16": {"strategy": "fsdp", "stays_gathered": True, "measured": True},
-}
-START: dict[str, dict[str, Any]] = {
-    "ddp from the start": {"strategy": "ddp", "teacher": "start", "dtype": "bfloat16"},
-    "zero3 from the start": {"strategy": "zero3", "teacher": "start"},
     "zero3 by name": {"strategy": "zero3", "teacher": "other", "dtype": "bfloat16"},
 }
+ALL = {**TAUGHT, **OTHERS}
 UNEVEN: dict[str, dict[str, Any]] = {
     f"{strategy}, uneven": {"strategy": strategy, "uneven": True} for strategy in ("ddp", "zero3", "fsdp")
 }
 CALIBRATED: dict[str, dict[str, Any]] = {
     f"{strategy}, calibrated": {"strategy": strategy, "calibrated": True} for strategy in ("ddp", "zero3", "fsdp")
 }
-RESUMED = {f"{kind}, resumed after {stop}": (kind, stop) for kind, stop in (("zero3", 4), ("zero3", 2), ("fsdp", 4))}
-FULL = ("ddp", "zero3", "fsdp")
+RESUMED = {f"{kind}, resumed": kind for kind in ("zero3", "fsdp")}
 DEFAULT = ["ddp", "zero3"]
-STEPS, FIRST_EVENT = 6, 3
+STEPS, STOP = 6, 4
 ROUNDING = 1e-6  # of a divergence, which is what is left of entropies near 4
 
 
@@ -61,13 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     for name, seed in (("model", 0), ("other", 1)):
         tiny_llama(seed).save_pretrained(root / name)
     cases = {
-        **BEFORE,
-        **IN_BF16,
-        **START,
+        **ALL,
         **UNEVEN,
         **CALIBRATED,
-        **{name: {**BEFORE[kind], "resume": (kind, stop)} for name, (kind, stop) in RESUMED.items()},
-        **{f"{name}, a full disk": {"strategy": name, "save": True, "full_disk": True} for name in FULL},
+        **{name: {**TAUGHT[kind], "resume": (kind, STOP)} for name, kind in RESUMED.items()},
         "fsdp as a whole": {"strategy": "fsdp", "parts": False},
     }
     cases = {name: {"model": str(root / "model"), **case} for name, case in cases.items()}
@@ -93,42 +79,31 @@ def parameters(seed: int) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in tiny_llama(seed).named_parameters()}
 
 
-@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16]))
-def test_the_teacher_is_what_the_model_was_right_before_the_first_event(trained: Trainings, name: str) -> None:
-    dtype = {**BEFORE, **IN_BF16}[name].get("dtype", "float32")
+@pytest.mark.parametrize("name", only(DEFAULT, ALL))
+def test_the_teacher_stays_what_it_was(trained: Trainings, name: str) -> None:
+    dtype = ALL[name].get("dtype", "float32")
+    expected = rounded(parameters(1 if "teacher" in ALL[name] else 0), dtype)
     for state in states(trained(name)):
-        assert same(state["teacher"], rounded(state["before"], dtype))
-        assert not same(state["teacher"], rounded(parameters(0), dtype))
+        assert same(state["teacher"], expected)
         assert not same(state["teacher"], rounded(state["weights"], dtype))
 
 
-@pytest.mark.rest
-@pytest.mark.parametrize("name", START)
-def test_a_teacher_that_is_there_from_the_start_stays_what_it_was(trained: Trainings, name: str) -> None:
-    expected = parameters(1 if START[name]["teacher"] != "start" else 0)
-    for state in states(trained(name)):
-        assert same(state["teacher"], rounded(expected, START[name].get("dtype", "float32")))
-
-
-@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16, *START]))
-def test_the_model_is_taught_once_there_is_a_teacher(trained: Trainings, name: str) -> None:
+@pytest.mark.parametrize("name", only(DEFAULT, ALL))
+def test_the_model_is_taught(trained: Trainings, name: str) -> None:
     for rank in results(trained(name)):
         assert rank["error"] is None
         assert len(rank["steps"]) == STEPS
         for number, logged in enumerate(rank["steps"]):
-            if name not in START and number < FIRST_EVENT:
-                assert logged.keys() == {"train/loss"}
-                continue
             assert logged.keys() == {"train/loss", "train/cross_entropy", "train/logits"}
             assert all(math.isfinite(value) for value in logged.values())
-            if number >= FIRST_EVENT or "name" in name:
+            if number > 0 or "teacher" in ALL[name]:
                 assert logged["train/logits"] > 1e-5
             assert logged["train/loss"] == pytest.approx(
                 logged["train/cross_entropy"] + logged["train/logits"], rel=1e-5
             )
 
 
-@pytest.mark.parametrize("name", only(DEFAULT, [kind for kind in BEFORE if kind != "ddp"]))
+@pytest.mark.parametrize("name", only(DEFAULT, [kind for kind in TAUGHT if kind != "ddp"]))
 def test_all_strategies_agree(trained: Trainings, name: str) -> None:
     for expected, found in zip(results(trained("ddp")), results(trained(name)), strict=True):
         for one, other in zip(expected["steps"], found["steps"], strict=True):
@@ -162,7 +137,7 @@ def test_ranks_with_unequal_numbers_of_tokens_do_not_wait_for_each_other(trained
             assert other == pytest.approx(one, rel=1e-4, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *IN_BF16, *START]))
+@pytest.mark.parametrize("name", only(DEFAULT, ALL))
 def test_only_zero3_shards_the_teacher(trained: Trainings, name: str) -> None:
     teacher = states(trained(name))[0]["teacher"]
     for rank in results(trained(name)):
@@ -170,7 +145,7 @@ def test_only_zero3_shards_the_teacher(trained: Trainings, name: str) -> None:
             assert rank["shards"] == {}
             continue
         assert rank["shards"].keys() == teacher.keys()
-        persisting = {**BEFORE, **IN_BF16, **START}[name].get("zero", {}).get("stage3_param_persistence_threshold", 0)
+        persisting = ALL[name].get("zero", {}).get("stage3_param_persistence_threshold", 0)
         for parameter, (there, held, total) in rank["shards"].items():
             assert there == (total if total <= persisting else 0)  # else given back after the forward
             assert total == teacher[parameter].numel()
@@ -179,10 +154,10 @@ def test_only_zero3_shards_the_teacher(trained: Trainings, name: str) -> None:
         assert rank["traces"] == [True]
 
 
-@pytest.mark.parametrize("name", only(DEFAULT, [*BEFORE, *START]))
+@pytest.mark.parametrize("name", only(DEFAULT, ALL))
 def test_nothing_of_the_teacher_is_trained_or_saved(trained: Trainings, name: str) -> None:
     total = sum(parameter.numel() for parameter in parameters(0).values())
-    strategy = {**BEFORE, **START}[name]["strategy"]
+    strategy = ALL[name]["strategy"]
     for rank in results(trained(name)):
         assert rank["shared"] == 0
         assert rank["trained"] == []
@@ -198,28 +173,15 @@ def test_a_checkpoint_of_zero3_holds_nothing_of_the_teacher(trained: Trainings) 
     for rank in range(2):
         saved = torch.load(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False)
         assert saved["module"].keys() == expected
-        assert saved["thanos_lightning_teacher"] == str(trained("zero3") / "teacher")
 
 
-@pytest.mark.rest
-def test_the_whole_teacher_is_written_once(trained: Trainings) -> None:
-    for name in ("ddp", "zero2", "zero3", "zero3, given as an object", "fsdp"):
-        first, second = states(trained(name))
-        for parameter, values in first["teacher"].items():
-            assert torch.equal(first["written"][parameter], values)
-        assert (second["written"] == {}) == name.startswith("zero3")
-    marked = states(trained("zero3, given as an object"))[0]["written"]
-    assert marked.keys() == {*tiny_llama().state_dict(), "mark"}
-    assert torch.equal(marked["mark"], torch.arange(3.0))
-
-
-@pytest.mark.parametrize("name", only(["zero3, resumed after 4"], RESUMED))
+@pytest.mark.parametrize("name", only(["zero3, resumed"], RESUMED))
 def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Trainings, name: str) -> None:
-    kind, stop = RESUMED[name]
+    kind = RESUMED[name]
     for whole, resumed in zip(results(trained(kind)), results(trained(name)), strict=True):
         assert resumed["error"] is None
-        assert len(resumed["steps"]) == STEPS - stop
-        for expected, found in zip(whole["steps"][stop:], resumed["steps"], strict=True):
+        assert len(resumed["steps"]) == STEPS - STOP
+        for expected, found in zip(whole["steps"][STOP:], resumed["steps"], strict=True):
             assert found == pytest.approx(expected, rel=1e-5)
     for whole, resumed in zip(states(trained(kind)), states(trained(name)), strict=True):
         assert same(resumed["teacher"], whole["teacher"])
@@ -228,37 +190,8 @@ def test_a_resumed_training_has_the_same_teacher_and_ends_alike(trained: Trainin
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("strategy", FULL)
-def test_where_there_is_no_room_for_the_teacher_all_ranks_end(trained: Trainings, strategy: str) -> None:
-    first, second = results(trained(f"{strategy}, a full disk"))
-    assert "the teacher can't be written to" in first["error"]
-    assert "No space left on device" in first["error"]
-    assert second["error"] == first["error"]
-    assert len(first["steps"]) == len(second["steps"]) == FIRST_EVENT + 1  # none is lost but what came after a save
-
-
-@pytest.mark.rest
 def test_fsdp_that_gathers_the_model_only_as_a_whole_is_refused(trained: Trainings) -> None:
     for rank in results(trained("fsdp as a whole")):
         assert "is gathered only where the whole model is called" in rank["error"]
         assert "list of the embeddings, the last norm and the head" in rank["error"]
         assert rank["steps"] == []
-
-
-def test_only_a_fit_needs_the_teacher_of_a_checkpoint(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "model")
-    data = DataLoader(Sequences(8), batch_size=4)
-
-    def make() -> CausalLM:
-        return CausalLM(str(tmp_path / "model"), lr_schedule="constant", distillation=Distillation())
-
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(1, 1, 1), calibration=CalibrationOptions(steps=1))
-    fitted = trainer(tmp_path, pruning, max_steps=2)
-    fitted.fit(make(), data)
-    fitted.save_checkpoint(tmp_path / "pruned.ckpt")
-    shutil.rmtree(tmp_path / "teacher")
-    lm = make()
-    trainer(tmp_path).validate(lm, data, ckpt_path=tmp_path / "pruned.ckpt", weights_only=False, verbose=False)
-    assert lm._teacher is None
-    with pytest.raises(MisconfigurationException, match="the teacher of the checkpoint is to be in"):
-        trainer(tmp_path, pruning, max_steps=3).fit(make(), data, ckpt_path=tmp_path / "pruned.ckpt")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import glob
-import itertools
 import os
 import re
 import shutil
@@ -27,23 +26,6 @@ def require_free(output: Path) -> None:
         return
     if output.exists():
         raise ValueError(f"{output} exists already: give another folder, or remove it first")
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder of this name. If the name is taken, append the first free number.
-
-    Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     [new_folder(Path(parent), "teacher").name for _ in range(3)]
-        ['teacher', 'teacher-1', 'teacher-2']
-    """
-    for number in itertools.count():
-        folder = parent / (f"{name}-{number}" if number else name)
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            break
-    return folder
 
 
 def partial_beside(path: Path) -> Path:

@@ -34,7 +34,7 @@ from thanos_lightning.events.blocks import Taken, found_or_declared, take
 from thanos_lightning.events.estimate import Batches, Estimate, Needs, estimate
 from thanos_lightning.events.experts import take_experts
 from thanos_lightning.lm import CausalLM, TextData
-from thanos_lightning.lm.distillation import BEFORE_PRUNING, START
+from thanos_lightning.lm.distillation import START
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.models.census import Census, take_census
 from thanos_lightning.models.compiled import compile_in_place
@@ -390,7 +390,7 @@ def _teacher(module: LightningModule) -> int:
     """Bytes of a whole teacher."""
     if not isinstance(module, CausalLM) or (wanted := module.distillation) is None:
         return 0
-    name = module.model_name if wanted.teacher in (START, BEFORE_PRUNING) else wanted.teacher
+    name = module.model_name if wanted.teacher == START else wanted.teacher
     with torch.device("meta"):
         teacher = load_pretrained(name, wanted.dtype)
     return sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())

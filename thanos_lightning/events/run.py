@@ -400,8 +400,6 @@ class PruningRun:
 
     def _prune(self, window: Window) -> None:
         report = self.past.report
-        if not report.events and (tell := getattr(self.module, "on_before_pruning", None)) is not None:
-            tell()
         moments = self._moments(window)
         self._clock.now("solving")
         layers, blocks = prune_window(

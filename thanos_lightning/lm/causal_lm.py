@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
@@ -27,34 +25,17 @@ from typing_extensions import override
 
 from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.checkpoints.buffers import uncast_buffers
-from thanos_lightning.checkpoints.folders import new_folder
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.lm.adapters import add_lora
-from thanos_lightning.lm.distillation import (
-    BEFORE_PRUNING,
-    START,
-    Distillation,
-    check_teacher,
-    check_vocabulary,
-    distil,
-    num_chunks,
-)
+from thanos_lightning.lm.distillation import START, Distillation, check_teacher, check_vocabulary, distil, num_chunks
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
 from thanos_lightning.models.targets import whole_shape
-from thanos_lightning.sharding.teacher import (
-    copy_to_frozen,
-    frozen_state,
-    place_frozen,
-    require_own_gathering,
-    sharding_config,
-)
-from thanos_lightning.training.lightning_private import has_trainer
+from thanos_lightning.sharding.teacher import place_frozen, require_own_gathering, sharding_config
 
 Decay = Literal["linear", "cosine", "constant"]
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch steps AdamW in one kernel
-_TEACHER_KEY = "thanos_lightning_teacher"
 _TOKENS_PER_CHUNK = 2048  # whose logits are fp32 at one time: 1 GiB for a vocabulary of 128,000
 
 
@@ -136,9 +117,7 @@ class CausalLM(LightningModule):
             and an export merges it. Needs peft.
         distillation: A `Distillation` makes the model learn from a dense teacher, too. None learns from the text alone.
             In bfloat16 the teacher takes 2 bytes per parameter on each rank, or over all ranks together under ZeRO-3.
-            Checkpoints do not contain the teacher. A "before-pruning" teacher cannot be made again, so the first
-            checkpoint with that teacher writes it to `<default_root_dir>/teacher`, where a resumed training finds it.
-            If the name is taken, the folder is `teacher-1` and so on.
+            Checkpoints do not contain the teacher: a resumed training makes it again.
 
     Attributes:
         model: The Hugging Face model, None until `configure_model` has loaded it.
@@ -189,15 +168,8 @@ class CausalLM(LightningModule):
         self.lora = lora
         if isinstance(distillation, Mapping):  # from a checkpoint
             distillation = Distillation(**distillation)
-        if lora is not None and distillation is not None and distillation.teacher == BEFORE_PRUNING:
-            raise ValueError(
-                f"the teacher is {BEFORE_PRUNING!r}, which has no place for adapters (lora): take {START!r}, the same "
-                "where the model is pruned before the first step"
-            )
         self.distillation = distillation
         self._teacher: _Teacher | None = None
-        self._teaches = False
-        self._resumed_teacher: str | None = None  # folder of a saved "before-pruning" teacher
         self._is_pruned = False
         self.val_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self.test_perplexity = Perplexity(ignore_index=IGNORED_LABEL)
@@ -225,14 +197,10 @@ class CausalLM(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        wanted = self.distillation is not None and self.distillation.teacher in (START, BEFORE_PRUNING)
-        if stage == "fit" and self.trainer.global_step == 0:
-            # Forget what an earlier training left. A checkpoint is loaded after this.
-            self._resumed_teacher, self._teaches = None, False
+        wanted = self.distillation is not None and self.distillation.teacher == START
         # Copy now: a model that was given loaded cannot be loaded again, and a checkpoint may soon be loaded into it.
         if stage == "fit" and wanted and self.model is not None and self._teacher is None:
-            teacher = copy.deepcopy(self.model)
-            self._teacher = _Teacher(teacher, is_placed=False)
+            self._teacher = _Teacher(copy.deepcopy(self.model), is_placed=False)
 
     @override
     def on_fit_start(self) -> None:
@@ -241,26 +209,19 @@ class CausalLM(LightningModule):
         if self.distillation is None:
             return
         assert self.model is not None
-        name, strategy = self.distillation.teacher, self.trainer.strategy
-        if name == BEFORE_PRUNING and not self._has_callback:
-            raise MisconfigurationException(
-                f"the teacher is {BEFORE_PRUNING!r}, but the Trainer has no ThanosPruningCallback: add one, or take "
-                f"{START!r} or another model as the teacher"
-            )
-        self._teaches = self._teaches or name != BEFORE_PRUNING or self._resumed_teacher is not None
         if self._teacher is not None and self._teacher.is_placed:
             return
-        if self._resumed_teacher is not None:
-            self._teacher = _Teacher(self._load_teacher(self._resumed_teacher), is_placed=False)
-        elif self._teacher is None:
-            source = self.model_name if name in (START, BEFORE_PRUNING) else name
-            self._teacher = _Teacher(self._load_teacher(source), is_placed=False)
-        teacher = self._teacher.model.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
-        self._teacher = _Teacher(place_frozen(teacher, strategy, teacher.base_model), is_placed=True)
+        name = self.distillation.teacher
+        if self._teacher is not None:
+            teacher = self._teacher.model
+        else:
+            teacher = self._load_teacher(self.model_name if name == START else name)
+        teacher = teacher.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
+        self._teacher = _Teacher(place_frozen(teacher, self.trainer.strategy, teacher.base_model), is_placed=True)
         uncast_buffers(self._teacher.model)
         require_own_gathering(self.model)
         check_teacher(self.model, self._teacher.model)
-        if self.tokenizer_name is not None and name not in (START, BEFORE_PRUNING):
+        if self.tokenizer_name is not None and name != START:
             self._check_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
 
     @override
@@ -311,63 +272,15 @@ class CausalLM(LightningModule):
             except (OSError, ValueError) as error:
                 why = error.__cause__ or error  # load_pretrained's message repeats the name and the advice
                 raise MisconfigurationException(
-                    f"the teacher {name!r} can't be loaded ({why}): give {START!r}, {BEFORE_PRUNING!r}, or the hub "
-                    "name or the folder of a model"
+                    f"the teacher {name!r} can't be loaded ({why}): give {START!r}, or the hub name or the folder of a "
+                    "model"
                 ) from error
-
-    def on_before_pruning(self) -> None:
-        """Copy the model to its teacher. ThanosPruningCallback calls this on all ranks right before it first prunes."""
-        if self.distillation is not None and self.distillation.teacher == BEFORE_PRUNING:
-            assert self.model is not None
-            assert self._teacher is not None
-            copy_to_frozen(self.model, self._teacher.model, self.trainer.strategy)
-            self._resumed_teacher, self._teaches = None, True
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write a "before-pruning" teacher, which cannot be made again, to its own folder once in a training."""
-        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING or not self._teaches:
-            return
-        assert self._teacher is not None
-        if self._resumed_teacher is None:
-            state = frozen_state(self._teacher.model, self.trainer.strategy)
-            folder, failed = "", None
-            if self.trainer.is_global_zero:
-                try:
-                    folder = str(new_folder(Path(self.trainer.default_root_dir), "teacher"))
-                    self._teacher.model.save_pretrained(folder, state_dict=state)
-                except (OSError, SafetensorError) as error:  # all ranks raise below, or the others would wait
-                    failed = f"the teacher can't be written to {folder or self.trainer.default_root_dir} ({error})"
-            folder, failed = self.trainer.strategy.broadcast((folder, failed))
-            if failed is not None:
-                raise RuntimeError(f"{failed}: make room, or give the Trainer another default_root_dir, and resume")
-            self._resumed_teacher = folder
-        checkpoint[_TEACHER_KEY] = self._resumed_teacher
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the teacher of a resumed training, and note whether its model is pruned."""
+        """Note whether the model is pruned."""
         pruning = checkpoint.get("callbacks", {}).get(CALLBACK_KEY)
         self._is_pruned = pruning is not None and bool(pruning["report"]["events"])
-        if self.distillation is None or self.distillation.teacher != BEFORE_PRUNING:
-            return
-        if not has_trainer(self) or self.trainer.state.fn != "fit":
-            return
-        folder = checkpoint.get(_TEACHER_KEY)
-        if folder is None and self._is_pruned:
-            raise MisconfigurationException(
-                f"the checkpoint is pruned and has no teacher from {BEFORE_PRUNING!r}: resume with the distillation "
-                f"that it was trained with, or take {START!r} or another model as the teacher"
-            )
-        if folder is not None and not Path(folder).is_dir():
-            raise MisconfigurationException(
-                f"the teacher of the checkpoint is to be in {folder}, which is no folder: bring it back, or name the "
-                "place where it is as the teacher"
-            )
-        self._resumed_teacher, self._teaches = folder, folder is not None
-        if folder is not None and self._teacher is not None and self._teacher.is_placed:
-            # DeepSpeed and FSDP2 load checkpoints after on_fit_start.
-            copy_to_frozen(self._load_teacher(folder), self._teacher.model, self.trainer.strategy)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         if self.lora is not None:
@@ -399,10 +312,9 @@ class CausalLM(LightningModule):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         size = len(batch["input_ids"])
-        if self._teaches:
+        if self.distillation is not None:
             assert self.model is not None
             assert self._teacher is not None
-            assert self.distillation is not None
             entropy, divergence = distil(self.model, self._teacher.model, batch, self._agreed_chunks(batch))
             self.log_dict({"train/cross_entropy": entropy, "train/logits": divergence}, batch_size=size)
             loss = self.distillation.cross_entropy * entropy + self.distillation.logits * divergence

@@ -21,7 +21,7 @@ from thanos_lightning.lm.pretrained import load_tokenizer, torch_dtype
 
 _RENAMED = 0.01  # fraction of the tokens above which it is another vocabulary
 
-START, BEFORE_PRUNING = "start", "before-pruning"
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Distillation:
     """The teacher of a model that is pruned, and the weights of the losses in their sum.
 
     Args:
-        teacher: "start" is the model as it was when the training began. "before-pruning" is the model right before the
-            first pruning event, with what it has learnt by then. Any other value is a hub name or local folder.
+        teacher: "start" is the model as it was when the training began. Any other value is a hub name or local folder.
         cross_entropy: Weight of the loss on the text.
         logits: Weight of KL(teacher ‖ student), the divergence of the next-token distributions.
         dtype: Dtype of the teacher: "bfloat16", "float32" or "float16".
@@ -40,10 +39,10 @@ class Distillation:
 
     Examples:
         >>> Distillation(logits=0.5).teacher
-        'before-pruning'
+        'start'
     """
 
-    teacher: str = BEFORE_PRUNING
+    teacher: str = START
     cross_entropy: float = 1.0
     logits: float = 1.0
     dtype: str = "bfloat16"

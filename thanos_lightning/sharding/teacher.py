@@ -1,14 +1,13 @@
-"""Places a frozen model beside the trained model under any strategy, and copies the trained weights to it."""
+"""Places a frozen model beside the trained model under any strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -52,35 +51,6 @@ def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | 
     }
 
 
-@torch.no_grad()
-def copy_to_frozen(own: nn.Module, frozen: nn.Module, strategy: Strategy) -> None:
-    """Copy the trained model's weights to a placed frozen model. All ranks must call it.
-
-    The frozen model has parameters and buffers of the same names, in any dtype.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        from thanos_lightning.sharding.zero import copy_sharded
-
-        copy_sharded(own, frozen)
-        return
-    for module in own.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # validation leaves gathered copies, which may have less precision
-    for parameter, target in _pairs(own, frozen):
-        target.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-
-
-def _pairs(own: nn.Module, frozen: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    theirs = {**dict(frozen.named_parameters()), **dict(frozen.named_buffers())}
-    for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
-        if name not in theirs:
-            raise MisconfigurationException(
-                f"the teacher has no {name}, which the model shared with another module before it was sharded: in "
-                "configure_model, call fully_shard on the list of the modules that share it"
-            )
-        yield tensor, theirs[name]
-
-
 def require_own_gathering(model: nn.Module) -> None:
     """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them.
 
@@ -96,13 +66,3 @@ def require_own_gathering(model: nn.Module) -> None:
                 "gathered only where the whole model is called: in configure_model, call fully_shard on each decoder "
                 "layer, then on the list of the embeddings, the last norm and the head, and then on the model"
             )
-
-
-@torch.no_grad()
-def frozen_state(frozen: nn.Module, strategy: Strategy) -> dict[str, Tensor]:
-    """Return the state dict of a placed model, whole on rank 0, maybe empty elsewhere. All ranks must call it."""
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        from thanos_lightning.sharding.zero import gathered_state
-
-        return gathered_state(frozen, wanted=strategy.is_global_zero)
-    return dict(frozen.state_dict())

@@ -540,32 +540,3 @@ def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> 
     offload.fwd_pre_hook.remove()
     first.register_forward_pre_hook(lambda *_: offload.get_param_coordinator().reset_step(), prepend=True)
     return model.eval()
-
-
-def copy_sharded(own: nn.Module, frozen: nn.Module) -> None:
-    """Copy weights, by name, from a model that stage 3 shards to one of `shard_frozen`. All ranks must call it."""
-    theirs = dict(frozen.named_parameters())
-    for name, parameter in own.named_parameters():
-        # Both are partitioned alike, but one may be on another device or on disk.
-        with GatheredParameters([parameter]):
-            whole = parameter.detach().to(theirs[name].dtype, copy=True)
-        with GatheredParameters([theirs[name]], modifier_rank=0):
-            theirs[name].data.copy_(whole)
-    for name, buffer in own.named_buffers():
-        frozen.get_buffer(name).copy_(buffer)
-
-
-def gathered_state(frozen: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
-    """Return the state dict of a model of `shard_frozen`, on the CPU of ranks that want it; empty on other ranks."""
-    parameters = dict(frozen.named_parameters(remove_duplicate=False))
-    gathered: dict[int, Tensor] = {}  # tied parameters only once
-    for parameter in parameters.values():
-        if id(parameter) not in gathered:
-            with GatheredParameters([parameter]):
-                gathered[id(parameter)] = parameter.detach().to("cpu", copy=True) if wanted else torch.empty(0)
-    if not wanted:
-        return {}
-    return {
-        name: gathered[id(parameters[name])] if name in parameters else tensor.cpu()
-        for name, tensor in frozen.state_dict().items()
-    }

@@ -65,11 +65,6 @@ def validate(trainer: Trainer) -> None:
         connector._first_loop_iter = first
 
 
-def has_trainer(module: LightningModule) -> bool:
-    """Whether a Trainer runs the module; its public `trainer` raises where none does."""
-    return module._trainer is not None
-
-
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging callback; None before it exists."""
     return callback._average_model

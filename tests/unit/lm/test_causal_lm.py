@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.lm import CausalLM, Distillation
+from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.causal_lm import lr_factor
 from thanos_lightning.lm.pretrained import load_pretrained
 
@@ -357,8 +357,3 @@ def test_lora_without_peft_says_what_to_install(tiny, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"lora needs peft: pip install 'thanos-lightning\[lora\]'"):
         CausalLM(load_pretrained(tiny), lora=LORA)
-
-
-def test_a_teacher_from_before_pruning_has_no_adapters(tiny):
-    with pytest.raises(ValueError, match=r"'before-pruning', which has no place for adapters \(lora\): take 'start'"):
-        CausalLM(tiny, lora=LORA, distillation=Distillation(teacher="before-pruning"))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
@@ -15,7 +15,6 @@ from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruning
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.lm.distillation import check_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
-from thanos_lightning.plan.allocation import Allocation
 
 
 def batches(number=6):
@@ -56,18 +55,9 @@ def same(one, other):
     return all(torch.equal(one[name], other[name].to(one[name].dtype)) for name in one)
 
 
-class Weights(ThanosPruningCallback):
-    """Keeps what the model was right before the first event."""
-
-    def on_train_batch_end(self, trainer, pl_module, *rest):
-        if not self._past.patterns:
-            self.before = weights(pl_module.model)
-        super().on_train_batch_end(trainer, pl_module, *rest)
-
-
 @pytest.mark.parametrize("as_object", [False, True])
 def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path, as_object):
-    lm = CausalLM(load_pretrained(tiny) if as_object else tiny, distillation=Distillation("start"))
+    lm = CausalLM(load_pretrained(tiny) if as_object else tiny, distillation=Distillation())
     trainer(tmp_path, [pruning(0)], max_steps=2, precision="bf16-true").fit(lm, batches())
     wanted = dict(load_pretrained(tiny, "bfloat16").named_buffers())
     own = dict(lm._teacher.model.named_buffers())
@@ -79,9 +69,7 @@ def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path,
 def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
     start = weights(load_pretrained(tiny))
     lm = CausalLM(
-        load_pretrained(tiny) if as_object else tiny,
-        learning_rate=1e-2,
-        distillation=Distillation("start", dtype="float32"),
+        load_pretrained(tiny) if as_object else tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32")
     )
     fit = trainer(tmp_path, [pruning()])
     fit.fit(lm, batches())
@@ -96,29 +84,6 @@ def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object)
     assert trained == {id(parameter) for parameter in lm.parameters()}
     assert not trained & {id(parameter) for parameter in lm._teacher.model.parameters()}
     assert not any(parameter.requires_grad for parameter in lm._teacher.model.parameters())
-
-
-@pytest.mark.parametrize("as_object", [False, True])
-def test_the_teacher_from_before_pruning_is_what_had_been_learnt_by_then(tiny, tmp_path, as_object):
-    lm = CausalLM(
-        load_pretrained(tiny) if as_object else tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32")
-    )
-    seen = []
-    step = lm.training_step
-
-    def training_step(batch, batch_idx):
-        loss = step(batch, batch_idx)
-        seen.append(float(loss) - float(lm(**batch).loss))
-        return loss
-
-    lm.training_step = training_step
-    callback = Weights("2:4", schedule=SparsitySchedule(2, 4, 2), calibration=CalibrationOptions(steps=1))
-    trainer(tmp_path, [callback]).fit(lm, batches())
-    assert same(callback.before, weights(lm._teacher.model))
-    assert not same(callback.before, weights(load_pretrained(tiny)))
-    # the first event of the schedule would prune nothing
-    assert seen[:4] == pytest.approx([0.0] * 4, abs=1e-6)
-    assert all(difference > 1e-6 for difference in seen[4:])
 
 
 def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
@@ -140,94 +105,25 @@ def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
     assert after < 0.3 * before
 
 
-@pytest.mark.parametrize("teacher", ["start", "before-pruning"])
-def test_a_resumed_training_has_the_same_teacher_and_ends_alike(tiny, tmp_path, teacher):
-    chosen = Distillation(teacher, dtype="float32")
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_resumed_training_has_the_same_teacher_and_ends_alike(tiny, tmp_path, as_object):
     ends = []
     for start in (None, 5, 3):  # the first event is at step 4
-        lm = CausalLM(tiny, learning_rate=1e-2, lr_schedule="constant", distillation=chosen)
+        lm = CausalLM(
+            load_pretrained(tiny) if as_object else tiny,
+            learning_rate=1e-2,
+            lr_schedule="constant",
+            distillation=Distillation(dtype="float32"),
+        )
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         fit = trainer(tmp_path, [pruning(), every], max_steps=8, enable_checkpointing=True)
         alike = DataLoader([*batches(1)] * 8, batch_size=None)  # whose place in the epoch doesn't matter
         fit.fit(lm, alike, ckpt_path=start and tmp_path / f"step={start}.ckpt")
         ends.append(weights(lm.model))
-        assert (tmp_path / "teacher").is_dir() == (teacher == "before-pruning")
     assert same(ends[0], ends[1])
     assert same(ends[0], ends[2])
     state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert not any("teacher" in name for name in state["state_dict"])
-
-
-def test_trainings_in_one_folder_keep_their_teachers_apart(tiny, tmp_path):
-    chosen = Distillation(dtype="float32")
-    lm, teachers = CausalLM(tiny, learning_rate=1e-2, distillation=chosen), []
-    for number in range(2):  # the second one goes on from the end of the first, with a Trainer of its own
-        fit = trainer(tmp_path, [pruning()])
-        fit.fit(lm, batches())
-        fit.save_checkpoint(tmp_path / f"{number}.ckpt")
-        teachers.append(weights(lm._teacher.model))
-    assert not same(*teachers)
-    for number, expected in enumerate(teachers):
-        resumed = CausalLM(tiny, distillation=chosen)
-        trainer(tmp_path, [pruning()], max_steps=7).fit(resumed, batches(), ckpt_path=tmp_path / f"{number}.ckpt")
-        assert same(weights(resumed._teacher.model), expected)
-
-
-def test_a_teacher_of_an_earlier_training_is_forgotten(tiny, tmp_path):
-    lm = CausalLM(tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32"))
-    trainer(tmp_path, [pruning()]).fit(lm, batches())
-    taught = []
-
-    class Taught(Callback):
-        def on_train_batch_start(self, *_):
-            taught.append(lm._teaches)
-
-    trainer(tmp_path, [pruning(), Taught()], max_steps=6).fit(lm, batches())
-    assert taught == [False] * 4 + [True] * 2  # the event is at step 4
-
-
-def test_a_lost_teacher_is_named(tiny, tmp_path):
-    lm = CausalLM(tiny, distillation=Distillation())
-    fit = trainer(tmp_path, [pruning()])
-    fit.fit(lm, batches())
-    fit.save_checkpoint(tmp_path / "with.ckpt")
-    (tmp_path / "teacher").rename(tmp_path / "elsewhere")
-    more = trainer(tmp_path, [pruning()], max_steps=7)
-    with pytest.raises(MisconfigurationException, match=r"the teacher of the checkpoint is to be in .*teacher"):
-        more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "with.ckpt")
-    # one that was trained without
-    fit = trainer(tmp_path, [pruning()])
-    fit.fit(CausalLM(tiny), batches())
-    fit.save_checkpoint(tmp_path / "without.ckpt")
-    more = trainer(tmp_path, [pruning()], max_steps=7)
-    with pytest.raises(MisconfigurationException, match="is pruned and has no teacher from 'before-pruning'"):
-        more.fit(CausalLM(tiny, distillation=Distillation()), batches(), ckpt_path=tmp_path / "without.ckpt")
-
-
-def test_a_scan_before_the_first_event_needs_no_teacher(tiny, tmp_path):
-    def made():
-        return ThanosPruningCallback(
-            "unstructured",
-            0.5,
-            schedule=SparsitySchedule(6, 6, 1),
-            calibration=CalibrationOptions(steps=2, memory_gib=1.0),  # the scan has steps of its own
-            allocation=Allocation(),
-        )
-
-    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    fit = trainer(tmp_path, [made(), every], max_steps=8, enable_checkpointing=True)
-    fit.fit(CausalLM(tiny, distillation=Distillation()), batches(8))
-    saved = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["callbacks"]["ThanosPruningCallback"]
-    assert saved["windows_done"] == 1
-    assert saved["report"]["events"] == []
-    lm = CausalLM(tiny, distillation=Distillation())
-    trainer(tmp_path, [made()], max_steps=8).fit(lm, batches(8), ckpt_path=tmp_path / "step=5.ckpt")
-    assert lm._teaches
-
-
-def test_before_pruning_needs_the_callback(tiny, tmp_path):
-    with pytest.raises(MisconfigurationException, match="the Trainer has no ThanosPruningCallback"):
-        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation()), batches())
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -282,7 +178,7 @@ def test_some_renamed_tokens_are_no_other_vocabulary(tmp_path):
 
 
 def test_validation_loads_no_teacher(tiny, tmp_path):
-    lm = CausalLM(tiny, distillation=Distillation("start"))
+    lm = CausalLM(tiny, distillation=Distillation())
     trainer(tmp_path).validate(lm, batches(), verbose=False)
     assert lm._teacher is None
     # and neither does loading a checkpoint to use it

@@ -5,37 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
 
 from thanos_lightning import CPUDeepSpeed
-from thanos_lightning.sharding.teacher import copy_to_frozen, frozen_state, place_frozen, sharding_config
+from thanos_lightning.sharding.teacher import sharding_config
 
 CPU = SingleDeviceStrategy(torch.device("cpu"))
-
-
-def make(dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def test_a_copy_has_the_weights_and_buffers_in_its_own_dtype() -> None:
-    own, frozen = make(), make(torch.bfloat16)
-    own[1].running_mean.copy_(torch.rand(4))
-    assert place_frozen(frozen, CPU, frozen[0]) is frozen
-    copy_to_frozen(own, frozen, CPU)
-    for name, values in frozen_state(frozen, CPU).items():
-        expected = own.state_dict()[name]
-        assert torch.equal(values, expected.bfloat16() if expected.is_floating_point() else expected)
-    assert frozen[0].weight.dtype == torch.bfloat16
-
-
-def test_a_parameter_that_is_tied_no_more_is_named() -> None:
-    own, frozen = make(), make()
-    own.head = nn.Linear(3, 4)
-    with pytest.raises(MisconfigurationException, match=r"the teacher has no head\.weight, .*fully_shard on the list"):
-        copy_to_frozen(own, frozen, CPU)
 
 
 def config_of(dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from thanos_lightning.training.lightning_private import (
     callbacks_of,
     end_on_sigterm,
     has_sigterm,
-    has_trainer,
     logged_step,
     replace_callbacks,
     saves_shards,
@@ -71,8 +70,6 @@ def test_in_a_training(tmp_path):
     trainer = fitted(tmp_path, module)
     assert module.asked == [(1, {"mine"})]  # this batch is counted when its hooks have run
     assert trainer.global_step == 3
-    assert has_trainer(module)
-    assert not has_trainer(Logging())
 
 
 def test_callbacks_are_replaced():
