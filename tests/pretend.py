@@ -317,16 +317,16 @@ class PretendAccelerator(Accelerator):
 
 class _Pretending(SingleDeviceStrategy):
     def model_to_device(self) -> None:
-        with in_place():
+        with _in_place():
             super().model_to_device()
 
     def teardown(self) -> None:
-        with in_place():
+        with _in_place():
             super().teardown()
 
 
 @contextmanager
-def in_place() -> Iterator[None]:
+def _in_place() -> Iterator[None]:
     """Move modules as torch does to and from its own devices: parameters stay the objects they are, tied ones tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from thanos_lightning.callback import ThanosPruningCallback
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
-    from thanos_lightning.events.permute import permute_channels
     from thanos_lightning.models.feedforward import FeedForward
     from thanos_lightning.plan.allocation import Allocation
     from thanos_lightning.plan.options import CalibrationOptions
@@ -28,7 +27,6 @@ _ROOMS = {
     "ThanosPruningCallback": "callback",
     "export_checkpoint": "checkpoints.export",
     "mask_adapters": "training.adapters",
-    "permute_channels": "events.permute",
     "verify_checkpoint": "checkpoints.verify",
 }
 
@@ -43,7 +41,6 @@ __all__ = [
     "ThanosPruningCallback",
     "export_checkpoint",
     "mask_adapters",
-    "permute_channels",
     "verify_checkpoint",
 ]
 

@@ -32,7 +32,6 @@ def test_public_names() -> None:
         "ThanosPruningCallback",
         "export_checkpoint",
         "mask_adapters",
-        "permute_channels",
         "verify_checkpoint",
     ]
     for name in thanos_lightning.__all__:

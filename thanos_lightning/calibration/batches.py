@@ -25,7 +25,7 @@ from thanos_lightning.sharding.kept_error import KeptError
 
 # A backward takes as long as a forward, or longer. The weights of single outputs need fewer tokens than the input
 # moments, so one batch in four suffices.
-BATCHES_PER_BACKWARD = 4
+_BATCHES_PER_BACKWARD = 4
 
 
 def count_dataloader(
@@ -72,7 +72,7 @@ def count_dataloader(
                     seen + access.rank, mask, access.world_size
                 )  # fmt: skip
                 numbers = range(seen, seen + in_round)
-                differentiated = [number for number in numbers if number % BATCHES_PER_BACKWARD == 0]
+                differentiated = [number for number in numbers if number % _BATCHES_PER_BACKWARD == 0]
                 differentiates = backward is not None and bool(differentiated)
                 with (
                     torch.set_grad_enabled(differentiates),

@@ -1,4 +1,4 @@
-"""The commands that aren't LightningCLI's: recipes, plan, verify, export, reshard, permute, plot."""
+"""The commands that aren't LightningCLI's: recipes, plan, verify, export, reshard, plot."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from thanos_lightning.cli import shipped
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-    from transformers import PreTrainedModel
-
     from thanos_lightning.checkpoints.verify import TensorReport
-    from thanos_lightning.events.permute import Reordered
 
 
 TRAINER_COMMANDS = {
@@ -29,7 +25,6 @@ TRAINER_COMMANDS = {
     "test": "run the test loop",
     "predict": "run the prediction loop",
 }
-_TOKENS_PER_BATCH = 1024  # on which a model is measured at a time
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,33 +100,12 @@ def command_parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="read other objects than plain values, which may run code"
     )
 
-    text = "reorder a model's channels, which changes nothing that it computes, so that N:M loses less"
-    permute = commands.add_parser("permute", help=text, description=text, argument_default=argparse.SUPPRESS)
-    permute.set_defaults(run=_permute)
-    _add_model_and_text(permute)
-    permute.add_argument("--pattern", help="the N:M that the model will be pruned to (2:4)")
-    permute.add_argument("--targets", nargs="+", metavar="NAME", help="layers that will be pruned: globs or re:…")
-    permute.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that won't (lm_head)")
-    permute.add_argument("--memory-gib", type=float, metavar="GIB", help="for the second moments of inputs")
-
     text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
     plot = commands.add_parser("plot", help=text, description=text)
     plot.set_defaults(run=_plot)
     plot.add_argument("report", help="the pruning_report.json of a training")
     plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
     return parser
-
-
-def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="hub name or folder, as for training")
-    parser.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--text", required=True, nargs="+", help="to measure the model on: TextData's dataset")
-    parser.add_argument("--text-column", metavar="NAME", help="of a hub data set (text)")
-    parser.add_argument("--dataset-config", metavar="NAME", help="of a hub data set")
-    parser.add_argument("--blocks", type=int, metavar="N", help="blocks of text to measure it on (256)")
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (128)")
-    parser.add_argument("--dtype", help="of the written weights (float32)")
-    parser.add_argument("--device", help="such as cuda (cpu)")
 
 
 def _recipes(name: str | None) -> int:
@@ -172,88 +146,6 @@ def _reshard(checkpoint: str, output: str | None = None, **options: Any) -> int:
     folder = reshard_checkpoint(checkpoint, output, **options)
     sys.stdout.write(f"{folder}: resume from it on any number of ranks (ckpt_path)\n")
     return 0
-
-
-def _permute(model: str, output: str, pattern: str = "2:4", **options: Any) -> int:
-    from thanos_lightning.events.permute import permute_channels, require_nm
-
-    wanted = require_nm(pattern)
-    of_search = {name: options.pop(name) for name in ("targets", "ignore", "memory_gib") if name in options}
-    loaded, batches = _model_and_text(model, output, **options)
-    reordered = permute_channels(loaded, batches, wanted, **of_search)
-    _save(loaded, model, output)
-    for kind, these in _by_kind(reordered).items():
-        before, now = (sum(getattr(f, share) for f in these) / len(these) for share in ("kept_before", "kept"))
-        sys.stdout.write(f"{kind}: the pattern keeps {now:.2%} of what the weights are worth, {before:.2%} before\n")
-    sys.stdout.write(f"{output}: train and prune this one; it computes what {model} does\n")
-    return 0
-
-
-def _model_and_text(
-    model: str,
-    output: str,
-    *,
-    text: list[str],
-    blocks: int = 256,
-    dtype: str = "float32",
-    device: str = "cpu",
-    block_size: int = 128,
-    text_column: str = "text",
-    dataset_config: str | None = None,
-) -> tuple[PreTrainedModel, DataLoader[Any]]:
-    """Load both, once it is known that `output` can be written."""
-    from torch.utils.data import DataLoader
-
-    from thanos_lightning.checkpoints.folders import require_free
-    from thanos_lightning.lm import TextData
-    from thanos_lightning.lm.pretrained import load_pretrained
-
-    if blocks < 1:
-        raise ValueError(f"--blocks is {blocks}: give at least 1")
-    require_free(Path(output).resolve())
-    data = TextData(
-        text[0] if len(text) == 1 else text,
-        model,
-        dataset_config=dataset_config,
-        text_column=text_column,
-        block_size=block_size,
-        batch_size=1,
-        calibration_batches=blocks,
-    )
-    loaded = load_pretrained(model, dtype)
-    try:
-        loaded = loaded.to(device)
-    except (AssertionError, RuntimeError) as error:  # torch has no such device
-        raise ValueError(f"device {device!r} can't be used ({str(error).splitlines()[0]}): leave it out") from error
-    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and block_size > positions:
-        raise ValueError(f"--block-size is {block_size}, but {model} has {positions} positions: give at most as many")
-    data.setup("fit")
-    single = data.calibration_dataloader()
-    several = max(1, _TOKENS_PER_BATCH // block_size)  # one small block after the other takes longer
-    return loaded, DataLoader(single.dataset, batch_size=several, collate_fn=single.collate_fn)
-
-
-def _save(model: PreTrainedModel, source: str, output: str) -> None:
-    """Write the folder, with the tokenizer of the model that it was made of."""
-    from thanos_lightning.checkpoints.folders import whole_folder
-    from thanos_lightning.lm.pretrained import load_tokenizer
-    from thanos_lightning.report.progress import open_phase
-
-    with whole_folder(Path(output).resolve()) as folder:
-        with open_phase(f"Writing {Path(output).name}", adopts_bars=True):
-            model.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
-
-
-def _by_kind(reordered: Sequence[Reordered]) -> dict[str, list[Reordered]]:
-    """Group the results into the residual stream, the MLPs and the value heads."""
-    kinds: dict[str, list[Reordered]] = {}
-    for found in reordered:
-        name = found.channels.name
-        kind = "MLPs" if name.endswith("mlp") else "value heads" if " head " in name else name
-        kinds.setdefault(kind, []).append(found)
-    return kinds
 
 
 def _verify(

@@ -462,18 +462,3 @@ def to_add(names: Iterable[str]) -> str:
     """Return what to add to ignore, for a message."""
     names = list(names)
     return " and ".join(map(repr, names)) if len(names) < 3 else "them, or a glob that matches them,"
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise a ValueError if a module is compiled or adapted, for functions that take a model apart."""
-    if adapted := list(tuner_layers(model)):
-        raise ValueError(
-            f"module {adapted[0]!r} has an adapter of peft: merge it before (merge_and_unload), or put it on the model "
-            "that this returns"
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"module {name or type(module).__name__!r} is compiled (torch.compile): compile the model that this "
-                "returns instead"
-            )

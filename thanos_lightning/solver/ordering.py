@@ -20,8 +20,9 @@ from thanos_lightning.solver.pattern import NM
 
 # Number of groups that exchange inputs in a round. Time and memory grow with the square of this number.
 _EXCHANGING = 128
-# A search ends when _PATIENCE rounds together reduce the lost score by less than _TOLERANCE of it.
-_TOLERANCE, _PATIENCE = 0.001, 4
+# More rounds than _ROUNDS gained nothing. A search ends earlier if _PATIENCE rounds together reduce the lost score by
+# less than _TOLERANCE of it.
+_ROUNDS, _TOLERANCE, _PATIENCE = 15, 0.001, 4
 
 
 def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
@@ -38,16 +39,12 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
     return float(kept.sum(dtype=torch.float64)) / total if total else 1.0
 
 
-def search_order(
-    scores: Float[Tensor, "rows cols"], pattern: NM, *, rounds: int = 60, seed: int = 0
-) -> Int[Tensor, " cols"]:
+def search_order(scores: Float[Tensor, "rows cols"], pattern: NM) -> Int[Tensor, " cols"]:
     """Search for an order of the columns in which an N:M pattern keeps more of the scores than in the given order.
 
     Args:
         scores: (rows, cols), not negative and finite.
         pattern: N:M, where M divides cols. The search ignores outlier rows.
-        rounds: Largest number of rounds; the search ends earlier if rounds hardly gain anything.
-        seed: Seed for the random inputs that are taken out.
 
     Returns:
         int64 (cols,), on the CPU: place -> column. The groups are consecutive columns of ``scores[:, order]``.
@@ -63,10 +60,10 @@ def search_order(
     pattern.check_shape(*scores.shape)
     if not torch.isfinite(scores).all() or (scores < 0).any():
         raise ValueError("scores must be finite and not negative: give squares, such as those of W_ij ‖X_j‖")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     groups = torch.arange(scores.shape[1], device="cpu").view(-1, pattern.m)
     lost = [1 - kept_share(scores, pattern)]
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         for some in torch.split(torch.randperm(len(groups), generator=generator, device="cpu"), _EXCHANGING):
             groups[some] = _exchange(scores, groups[some], pattern, generator)
         lost.append(1 - kept_share(scores[:, groups.flatten().to(scores.device)], pattern))

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -12,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from thanos_lightning import SolverOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
@@ -139,7 +138,7 @@ def test_help_lists_all_commands(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "verify", "export", "permute"):
+    for command in ("fit", "validate", "test", "predict", "recipes", "plan", "verify", "export", "reshard", "plot"):
         assert f"\n    {command} " in shown
 
 
@@ -431,41 +430,6 @@ def test_misconfiguration_of_the_trainer_is_one_line(tmp_path, capsys, monkeypat
     monkeypatch.setenv("THANOS_LIGHTNING_DEBUG", "1")
     with pytest.raises(MisconfigurationException):
         main(arguments)
-
-
-def test_permute(tiny, text_files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    out = tmp_path / "reordered"
-    arguments = ["permute", tiny, str(out), "--text", text_files, "--block-size", "8", "--blocks", "20"]
-    assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "shards" not in said.err  # transformers' own bar
-    lines = said.out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["residual stream", "MLPs", "value heads", str(out)]
-    for line in lines[:3]:
-        now, before = (float(number) for number in re.findall(r"([0-9.]+)%", line))
-        assert 50 < before < now < 100
-    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny, out))
-    assert not torch.equal(old.lm_head.weight, new.lm_head.weight)
-    tokens = AutoTokenizer.from_pretrained(out)("the cat sat on a mat", return_tensors="pt").input_ids
-    with torch.no_grad():
-        torch.testing.assert_close(old(tokens).logits, new(tokens).logits)
-
-    assert main(arguments) == 2
-    assert "reordered exists already: give another folder, or remove it first" in capsys.readouterr().err
-    assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--pattern", "unstructured"]) == 2
-    assert "pattern is 'unstructured': the order of channels matters to N:M only" in capsys.readouterr().err
-    assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--blocks", "0"]) == 2
-    assert "--blocks is 0: give at least 1" in capsys.readouterr().err
-    assert main([*arguments[:2], str(tmp_path / "b"), *arguments[3:-3], "99999", "--blocks", "1"]) == 2
-    assert re.search(r"--block-size is 99999, but .* has \d+ positions: give at most as many", capsys.readouterr().err)
-    assert main(["permute", str(tmp_path / "no"), str(tmp_path / "b"), "--text", text_files]) == 2
-    assert "give a folder that exists" in capsys.readouterr().err
-    assert main(["permute", tiny, str(tmp_path / "b"), "--text", text_files, "--device", "xpu:7"]) == 2
-    assert "device 'xpu:7' can't be used" in capsys.readouterr().err
-    assert main(["permute", tiny, str(tmp_path / "b"), "--text", str(tmp_path / "none.txt")]) == 2
-    assert "none.txt" in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
 
 
 def test_plot(tmp_path, capsys):

@@ -11,7 +11,7 @@ from peft.tuners import lora
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
-from thanos_lightning.models.targets import find_targets, matches, refuse_wrapped, uncalled_layers
+from thanos_lightning.models.targets import find_targets, matches, uncalled_layers
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.solver import NM, Unstructured
 from thanos_lightning.training.adapters import mask_adapters
@@ -271,17 +271,6 @@ def test_what_attention_reads_without_a_call_is_left_out() -> None:
     assert uncalled_layers(model, ["linear*"]) == uncalled_layers(model, ignore=["self_attn.*"]) == []
     with pytest.raises(ValueError, match=r"target '\*\.out_proj' means only what torch's MultiheadAttention reads"):
         find_targets(model, ["linear1", "*.out_proj"])
-
-
-def test_compiled_and_adapted_modules_are_refused_where_a_model_is_taken_apart() -> None:
-    model = tiny_llama()
-    model.model.layers[0].compile()
-    with pytest.raises(ValueError, match=r"model\.layers\.0' is compiled"):
-        refuse_wrapped(model)
-    with pytest.raises(ValueError, match="compiled"):
-        refuse_wrapped(nn.Sequential(torch.compile(nn.Linear(4, 4))))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"k_proj' has an adapter of peft: merge it before"):
-        refuse_wrapped(adapted())
 
 
 def test_computed_and_quantised_weights_are_refused() -> None:
