@@ -59,7 +59,9 @@ SHORT = """
 ## One choice at a time, 102,400 tokens
 
 At a rate of 3e-4, with one order of the text. One training on two kinds of CPU ended at 21.26 and 21.11: less than a
-per cent between two rows says nothing. To repeat one, add `--steps 100 --every 100 --rates 3e-4 --seeds 1`.
+per cent between two rows says nothing. To repeat one, add `--steps 100 --every 100 --rates 3e-4 --seeds 1`. The
+teacher of "first step, taught by the start" was a copy of the model from right before the event at step 0: the same
+model, by a setting that is [gone](../design/tried.md).
 
 """
 LONGER = """
