@@ -92,8 +92,8 @@ class Phase:
 
     def become(self, description: str, total: float | None, unit: str) -> None:
         """Count something else from now on."""
-        self.bar.reset(self.task.id, total=total, description=description, unit=unit, note="")
-        self.task.total = total  # for rich None means what it was
+        self.task.total = total  # for reset, None means what it was
+        self.bar.reset(self.task.id, description=description, unit=unit, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count more units as done. `note` is further text; if it is None, the current note stays."""
