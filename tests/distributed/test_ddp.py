@@ -74,14 +74,15 @@ def test_resume_inside_a_window_is_bit_identical(tmp_path: Path, case: dict[str,
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
+        ("nan", ": layer model.model.layers.1.mlp.down_proj: "),
         ("refill exp_avg", "rank 1: 768 of 768 pruned entries of model.model.layers.1.mlp.up_proj.weight (exp_avg)"),
-        pytest.param("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)", marks=pytest.mark.rest),
+        pytest.param("memory", "OutOfMemoryError: tried to allocate 1 PiB", marks=pytest.mark.rest),
     ],
 )
 def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
     for rank in train(tmp_path, fault=fault):
         assert rank["error"] is not None
+        assert rank["error"].startswith(("PruningError: rank ", "ZeroViolationError: zeros came back: rank 1"))
         assert words in rank["error"]
         if not fault.startswith("refill"):
             assert rank["events"] == []

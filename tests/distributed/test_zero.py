@@ -341,17 +341,16 @@ def test_gradients_that_can_not_be_had_are_refused_where_they_are_asked_for(tmp_
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("nan", "PruningError: layer model.model.layers.1.mlp.down_proj"),
-        pytest.param("memory", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)", marks=pytest.mark.rest),
-        pytest.param(
-            "memory for messages", "OutOfMemoryError: tried to allocate 1 PiB (on rank 1)", marks=pytest.mark.rest
-        ),
-        pytest.param("mask", "ValueError: the batch's 'counted' has shape (4, 16)", marks=pytest.mark.rest),
+        ("nan", ": layer model.model.layers.1.mlp.down_proj: "),
+        pytest.param("memory", "OutOfMemoryError: tried to allocate 1 PiB", marks=pytest.mark.rest),
+        pytest.param("memory for messages", "OutOfMemoryError: tried to allocate 1 PiB", marks=pytest.mark.rest),
+        pytest.param("mask", "rank 1: the batch's 'counted' has shape (4, 16)", marks=pytest.mark.rest),
     ],
 )
 def test_a_fault_on_one_rank_ends_both_with_its_name(tmp_path: Path, fault: str, words: str) -> None:
     for rank in train(tmp_path, strategy="zero3", fault=fault, uncounted=[] if fault == "mask" else None):
         assert rank["error"] is not None
+        assert rank["error"].startswith("PruningError: rank ")
         assert words in rank["error"]
         assert rank["events"] == []
 

@@ -26,7 +26,7 @@ from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCall
 from thanos_lightning.calibration.collector import Collector
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.sharding.owners import PruningError
+from thanos_lightning.sharding.together import PruningError
 from thanos_lightning.solver import NM, Unstructured
 from thanos_lightning.training.enforcement import ZeroViolationError
 

@@ -21,7 +21,7 @@ from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.plan.options import number_of_batches, ranks_sharing
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept_error import KeptError
+from thanos_lightning.sharding.together import failing_together
 
 # A backward takes as long as a forward, or longer. The weights of single outputs need fewer tokens than the input
 # moments, so one batch in four suffices.
@@ -104,14 +104,11 @@ def try_batch(
 
     Raises:
         MisconfigurationException: As `count_dataloader`.
-        ValueError: On all ranks, if one rank's data set raises one.
-        RuntimeError: On all ranks, if one rank's data set raises another error.
+        PruningError: On all ranks, if the data set of one of several raises an error.
     """
-    kept = KeptError(keeps=access.world_size > 1)
     found: list[Any] = []
-    with kept.keeping():
+    with failing_together(access):
         found = _glance(batches)
-    kept.raise_everywhere(access)
     if not all(access.gather(bool(found))):
         return []
     (batch,) = found
@@ -161,19 +158,17 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
     it: with sharded parameters, a forward needs all ranks. All ranks must iterate together.
 
     Raises:
-        ValueError: On all ranks, if one rank's dataloader raises one, or is empty while another's is not.
-        RuntimeError: On all ranks, if one rank's dataloader raises another error.
+        PruningError: On all ranks, if the dataloader of one of several raises an error.
+        ValueError: On all ranks, if one rank's dataloader is empty while another's is not.
     """
-    kept = KeptError(keeps=access.world_size > 1)
     iterator = iter(batches)
     is_share = ranks_sharing(batches) > 1
     spare: Any = None
     while True:
         one_each: list[Any] = []
-        with kept.keeping():
+        with failing_together(access):
             one_each = list(itertools.islice(iterator, 1 if is_share else access.world_size))
             one_each *= access.world_size if is_share else 1
-        kept.raise_everywhere(access)
         spare = one_each[0] if one_each else spare
         by_rank = access.gather((len(one_each), spare is not None))
         in_round = max(number for number, _ in by_rank)

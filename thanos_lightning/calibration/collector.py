@@ -24,8 +24,8 @@ from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept_error import KeptError
-from thanos_lightning.sharding.owners import PruningError, assign_owners
+from thanos_lightning.sharding.owners import assign_owners
+from thanos_lightning.sharding.together import KeptError, PruningError
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ class Collector:
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
         opened.stop()
-        opened.statistics.kept.raise_everywhere(self._access)
+        opened.statistics.kept.fail_together()
         if opened.gradients is not None:
             # A scan compares the layers of several windows, so their sums become means.
             opened.gradients.divide(window.end_step - window.start_step)
         return opened
 
     def _new(self, window: Window) -> _Open:
-        kept = KeptError(keeps=self._access.world_size > 1)
+        kept = KeptError(self._access)
         layers = {name: self._layers[name] for name in window.patterns}
         gradients = OutputGradients(layers, kept) if window.gradients else None
         return _Open(InputStatistics(layers, kept), gradients, self._new_states(window, kept))
@@ -247,7 +247,7 @@ class Collector:
             found.stop()
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration.batches gave no batch: give one that isn't empty")
-        found.statistics.kept.raise_everywhere(self._access)
+        found.statistics.kept.fail_together()
         return found
 
     def _new_states(self, window: Window, kept: KeptError) -> HiddenStates | None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept_error import KeptError
+from thanos_lightning.sharding.together import KeptError
 
 TOKENS_PER_STEP = 512  # of a step in which a block is trained, where one sequence has fewer
 
@@ -104,7 +104,7 @@ class HiddenStates:
 
     blocks: Mapping[str, nn.Module]
     steps: int
-    kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
+    kept: KeptError = field(default_factory=KeptError)
     calls: dict[str, dict[int, Call]] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from thanos_lightning.models.experts import ExpertMatrix
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept_error import KeptError
+from thanos_lightning.sharding.together import KeptError
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -112,7 +112,7 @@ class InputStatistics:
     """
 
     layers: Mapping[str, PrunableLayer]
-    kept: KeptError = field(default_factory=lambda: KeptError(keeps=False))
+    kept: KeptError = field(default_factory=KeptError)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.kept_error import KeptError
+from thanos_lightning.sharding.together import KeptError
 
 # Added to the weights of a layer's outputs, times their mean: few tokens say little about an output that hardly matters
 # to them.
@@ -73,7 +73,7 @@ class OutputGradients:
     def __init__(self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.stopwatch = Stopwatch()
-        self._kept = kept or KeptError(keeps=False)
+        self._kept = kept or KeptError()
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._leaf: Tensor | None = None

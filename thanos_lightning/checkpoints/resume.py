@@ -6,7 +6,7 @@ import os
 import pickle
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from thanos_lightning.checkpoints.foreign import check_shards, not_plain, requir
 from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.sharding.together import failing_together
 
 _GUARDED = "_thanos_lightning_guards_resume"
 _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads them
@@ -62,7 +63,8 @@ def guard_resume(strategy: Strategy) -> None:
         if False in (*args, kwargs.get("weights_only")) and not of_deepspeed:
             return load_checkpoint(checkpoint_path, *args, **kwargs)
         path = Path(checkpoint_path)
-        _raise_everywhere(strategy, _why_unsafe(path))
+        with _all_of(strategy):
+            _refuse_unsafe(path)
         with _plain_values_alone(CLASSES if of_deepspeed else ()):
             try:
                 return load_checkpoint(checkpoint_path, *args, **kwargs)
@@ -75,25 +77,19 @@ def guard_resume(strategy: Strategy) -> None:
     strategy.load_checkpoint = safe_load_checkpoint  # type: ignore[method-assign]
 
 
-def _why_unsafe(path: Path) -> str | None:
-    """Why a checkpoint is not to be loaded; None if it may be, or is not here (a URL)."""
-    try:
-        if shard_files(path):
-            check_shards(path)
-        elif is_zero_folder(path):
-            require_end(path)
-            check_files(path)
-        elif path.exists() and not path.is_dir():
-            require_bounded(path)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+def _refuse_unsafe(path: Path) -> None:
+    """Refuse a checkpoint that is not to be loaded. One that is not here (a URL) passes."""
+    if shard_files(path):
+        check_shards(path)
+    elif is_zero_folder(path):
+        require_end(path)
+        check_files(path)
+    elif path.exists() and not path.is_dir():
+        require_bounded(path)
 
 
-def _raise_everywhere(strategy: Any, why: str | None) -> None:
-    for refused in Ranks(strategy.global_rank, getattr(strategy, "world_size", 1)).gather(why):
-        if refused is not None:
-            raise MisconfigurationException(refused)
+def _all_of(strategy: Any) -> AbstractContextManager[None]:
+    return failing_together(Ranks(strategy.global_rank, getattr(strategy, "world_size", 1)))
 
 
 @contextmanager
@@ -165,8 +161,8 @@ def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
 
 def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
     """Check a DeepSpeed folder and read its plan, None for any other path. If one rank refuses it, all ranks raise."""
-    plan, refused = None, None
-    try:
+    plan = None
+    with _all_of(strategy):
         require_end(path)
         if is_zero_folder(path):
             plan = read_plan(path)
@@ -176,9 +172,6 @@ def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
                 for file in share:
                     require_intact(file)
                     phase.advance(note=file.name)
-    except (ValueError, OSError) as error:
-        refused = str(error)
-    _raise_everywhere(strategy, refused)
     return plan
 
 

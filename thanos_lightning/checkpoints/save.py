@@ -19,21 +19,7 @@ from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks
-
-
-class UnwrittenError(OSError):
-    """A checkpoint could not be written, and nothing of it is left.
-
-    `why` is the system's reason. `rank` is the one that could not write; None if there is only one process.
-    """
-
-    def __init__(self, path: Path, why: str, rank: int | None = None) -> None:
-        where = "" if rank is None else f", on rank {rank}"
-        super().__init__(
-            f"{path} can't be written ({why}{where}), and nothing was left under that name: make room, or give another "
-            "default_root_dir, and go on from the last checkpoint (ckpt_path)"
-        )
-        self.why = why
+from thanos_lightning.sharding.together import PruningError, failing_together
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -62,7 +48,7 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, opened)
             partial.replace(file)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
-            raise UnwrittenError(file, _reason(error)) from error
+            raise _unwritten(file, error) from error
         finally:
             with suppress(OSError):  # it was renamed, or never made
                 partial.unlink()
@@ -78,16 +64,21 @@ class WholeFiles(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def _reason(error: BaseException) -> str:
+def _unwritten(path: Path, error: BaseException) -> PruningError:
+    """Say why a checkpoint could not be written."""
     cause = error if isinstance(error, OSError) else error.__context__
-    return os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+    why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+    return PruningError(
+        f"{path} can't be written ({why}), and nothing was left under that name: make room, or give another "
+        "default_root_dir, and go on from the last checkpoint (ckpt_path)"
+    )
 
 
 def save_whole(strategy: Strategy, *, shards: bool = False) -> None:
     """Make a strategy's checkpoints appear whole or not at all, if they are folders or Lightning's own files.
 
     Changes the strategy in place. `shards` says whether it writes a folder to which each rank adds its shards. If one
-    rank cannot write, all ranks raise its `UnwrittenError`. Loading finds a folder that a killed save has set aside.
+    rank cannot write, all ranks raise a `PruningError`. Loading finds a folder that a killed save has set aside.
     """
     if hasattr(strategy.save_checkpoint, "whole"):
         return
@@ -115,22 +106,14 @@ def _brought_back(load: Callable[..., dict[str, Any]]) -> Any:
     return load_checkpoint
 
 
-def _raise_everywhere(strategy: Any, path: Path, why: str | None) -> None:
-    """Raise on all ranks if one rank could not write. All ranks must call it."""
-    for rank, reason in enumerate(Ranks(strategy.global_rank, strategy.world_size).gather(why)):
-        if reason is not None:
-            raise UnwrittenError(path, reason, rank if strategy.world_size > 1 else None)
-
-
 @contextmanager
-def _raised_everywhere(strategy: Any, path: Path) -> Iterator[None]:
-    """Raise on all ranks if one rank's block fails. All ranks must call it, and wait for each other at its end."""
-    why = None
-    try:
-        yield
-    except OSError as error:
-        why = _reason(error)
-    _raise_everywhere(strategy, path, why)
+def _written_together(strategy: Any, path: Path) -> Iterator[None]:
+    """Raise on all ranks if one rank's block fails to write. All ranks must call it, and wait for each other."""
+    with failing_together(Ranks(strategy.global_rank, strategy.world_size)):
+        try:
+            yield
+        except Exception as error:  # whatever torch and DeepSpeed raise where a write fails
+            raise _unwritten(path, error) from error
 
 
 def _by_the_first(strategy: Any) -> Any:
@@ -138,49 +121,44 @@ def _by_the_first(strategy: Any) -> Any:
     save = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        why = None
-        try:
+        with failing_together(Ranks(strategy.global_rank, strategy.world_size)):
             save(checkpoint, filepath, storage_options)
-        except UnwrittenError as error:
-            why = error.why
-        _raise_everywhere(strategy, Path(filepath), why)
 
     return save_checkpoint
 
 
-def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> str | None:
+def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> None:
     """DeepSpeed's ranks meet after writing. A rank that cannot write joins them, or the others would hang."""
     engine = strategy.deepspeed_engine.checkpoint_engine
     write = engine.save
-    reasons: list[str] = []
+    errors: list[Exception] = []
 
     def keep(*args: Any, **kwargs: Any) -> None:
         try:
             write(*args, **kwargs)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
-            reasons.append(_reason(error))
+            errors.append(error)
 
     engine.save = keep
     try:
         save()
     finally:
         engine.save = write
-    return next(iter(reasons), None)
+    if errors:
+        raise errors[0]
 
 
-def _by_torch(strategy: Any, save: Callable[[], None]) -> str | None:
-    """Torch tells every rank about all failures. Only the lowest failed rank returns a reason."""
+def _by_torch(strategy: Any, save: Callable[[], None]) -> None:
+    """Torch tells every rank about all failures. Only the lowest failed rank raises its own."""
     try:
         save()
     except CheckpointException as error:
         failed, _ = next(iter(error.failures.values()))
-        return _reason(failed) if strategy.global_rank == min(error.failures) else None
-    except OSError as error:  # rank 0 failed to write its additional file
-        return _reason(error)
-    return None
+        if strategy.global_rank == min(error.failures):
+            raise failed from error
 
 
-def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None]) -> Any:
+def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], None]) -> Any:
     """Wrap a save in which all ranks write a temporary folder, which is renamed when all have written."""
     save = strategy.save_checkpoint
 
@@ -197,17 +175,17 @@ def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], str | None
         # name that was renamed half a minute ago. To make a new name asks the disk itself
         made = False
         for has_turn in (strategy.is_global_zero, strategy.local_rank == 0):
-            with _raised_everywhere(strategy, path), suppress(FileExistsError):
+            with _written_together(strategy, path), suppress(FileExistsError):
                 if has_turn and not made:
                     partial.mkdir(parents=True)
                     made = True
-        why = write(strategy, lambda: save(checkpoint, partial, storage_options))
         try:
-            _raise_everywhere(strategy, path, why)
-        except UnwrittenError:
+            with _written_together(strategy, path):
+                write(strategy, lambda: save(checkpoint, partial, storage_options))
+        except PruningError:
             remove(partial)
             raise
-        with _raised_everywhere(strategy, path):
+        with _written_together(strategy, path):
             if made:
                 put_in_place(partial, path)
 

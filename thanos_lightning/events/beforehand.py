@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import torch
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import PruningError, raise_everywhere, reserved
+from thanos_lightning.sharding.together import PruningError, failing_together, reserve
 from thanos_lightning.solver import Unstructured
 from thanos_lightning.training.enforcement import MaskEnforcer
 
@@ -30,14 +29,14 @@ def check_weights(layers: Mapping[str, PrunableLayer], access: ParameterAccess) 
             # A NaN entry makes both extremes NaN. They stay on the device, so that the host waits only once, below
             extremes[name] = torch.stack(torch.aminmax(piece.tensor)).float()
     finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist() if extremes else []
-    own = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
-    broken = list(dict.fromkeys(itertools.chain.from_iterable(access.gather(own))))
-    if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise PruningError(
-            f"the weight of layer {broken[0]}{more} holds NaN or Inf before the training: load a checkpoint that is "
-            "whole, or add such layers to ignore"
-        )
+    broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
+    with failing_together(access):
+        if broken:
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            raise PruningError(
+                f"the weight of layer {broken[0]}{more} holds NaN or Inf before the training: load a checkpoint that "
+                "is whole, or add such layers to ignore"
+            )
 
 
 def hold_zeros(
@@ -55,7 +54,7 @@ def hold_zeros(
         if not _PRUNED_BEFORE * total < zeros < total:
             continue
         size = layer.rows * layer.cols
-        raise_everywhere(reserved({name: 5 * size}, access), access)
+        reserve({name: 5 * size}, access)
         weight = access.collect_weight(layer, owner=0)
         keep = None if weight is None else weight != 0
         num_pruned = access.gather(0 if keep is None else size - int(keep.count_nonzero()))[0]

@@ -21,8 +21,8 @@ from thanos_lightning.models.targets import PrunableLayer, examples, layer_of
 from thanos_lightning.report.data import LayerReport
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import collect_merged
-from thanos_lightning.sharding.owners import raise_everywhere
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.sharding.together import KeptError
 from thanos_lightning.solver import Channels, Experts, HessianAccumulator, Pattern
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.solver.refine import row_losses
@@ -180,19 +180,16 @@ def choose_experts(
     """
     start = time.perf_counter()
     given: dict[str, Tensor] = {}
-    error: tuple[str, Exception] | None = None
+    kept = KeptError(access)
     for name, layer in layers.items():
         weight = collect_merged(layer, owners[name], access)
         counted = sums.pop(name, None)
-        if weight is not None and counted is not None and tokens[name] and error is None:
-            try:
-                with exact_arithmetic(weight.device):
-                    hessian = counted.compute()
-                    weight = weight.to(hessian.dtype)
-                    given[name] = row_losses(torch.zeros_like(weight), weight, hessian).sum()
-            except Exception as failure:  # even out of memory, since the other ranks wait for this one
-                error = (name, failure)
-    raise_everywhere(error, access)
+        if weight is not None and counted is not None and tokens[name] and kept.error is None:
+            with kept.keeping(layer=name), exact_arithmetic(weight.device):
+                hessian = counted.compute()
+                weight = weight.to(hessian.dtype)
+                given[name] = row_losses(torch.zeros_like(weight), weight, hessian).sum()
+    kept.fail_together()
     means: dict[str, float] = {}
     own = dict(zip(given, torch.stack(list(given.values())).tolist() if given else [], strict=True))
     for part in access.gather(own):

@@ -28,7 +28,8 @@ from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged, write_merged
 from thanos_lightning.sharding.lending import lend, lenders
-from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
+from thanos_lightning.sharding.owners import sum_on_owners, tokens_seen
+from thanos_lightning.sharding.together import KeptError, reserve
 from thanos_lightning.solver import Experts, HessianAccumulator, Pattern, PrunedLayer
 from thanos_lightning.solver.factors import FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
@@ -94,7 +95,7 @@ def prune_window(
     ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
     for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
         own[name] = max(own[name], 2 * max(_bytes_of(part) for part in (layers[name], *ordered[name])))
-    raise_everywhere(reserved(own, access), access)
+    reserve(own, access)
     if sums is not None and ordered:
         title = f"Ordering channels at step {window.event.step}"
         orders = order_channels(ordered, layers, window.patterns, sums, owners, access, enforcer, title)
@@ -153,21 +154,20 @@ def _solve_tasks(
     bytes; all ranks will receive it.
     """
     solved: dict[str, _Solved] = {}
-    error: tuple[str, Exception] | None = None
+    kept = KeptError(access)
     in_turn, mine = FactorsInTurn(), list(tasks)
     with open_phase(title, len(mine), "layers") as phase:
         for name, following in itertools.zip_longest(mine, mine[1:]):
             start = time.perf_counter()
-            try:
+            with kept.keeping(layer=name):
                 before = None if following is None else tasks[following].statistics
                 pruned = solve(tasks.pop(name), in_turn, before, options)
                 num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
                 solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
                 phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
-            except Exception as failure:  # even out of memory, since the other ranks wait for this one
-                error = (name, failure)
+            if kept.error is not None:
                 break
-        raise_everywhere(error or reserved(largest, access), access)
+        reserve(largest, access, kept)
     return solved
 
 

@@ -32,7 +32,7 @@ from thanos_lightning.models.targets import PrunableLayer, examples
 from thanos_lightning.report.data import BlockReport
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import raise_everywhere, reserved
+from thanos_lightning.sharding.together import KeptError, reserve
 
 _RATE = 0.015  # of Adam, for weights whose root mean square is 1
 _BETAS = (0.9, 0.95)
@@ -88,13 +88,13 @@ def reconstruct(
         _warn_of_few([outline.inputs[0] for _, outline in shared.outlines[names[0]].values()], states.steps)
     reports: dict[str, BlockReport | str] = {name: "was not called" for name in targets if name not in names}
     reports |= shared.refused
-    error: tuple[str, Exception] | None = None
+    kept = KeptError(access)
     with open_phase(title, len(names), "blocks") as phase:
         for begin in range(0, len(names), access.world_size):
             in_round = names[begin : begin + access.world_size]
             own = in_round[access.rank : access.rank + 1]
             needed = {name: _bytes_of(states.blocks[name]) for name in own}
-            raise_everywhere(error or reserved(needed, access), access)
+            reserve(needed, access, kept)
             mine: _Task | None = None
             for owner, name in enumerate(in_round):
                 for layer in targets[name]:
@@ -105,14 +105,12 @@ def reconstruct(
                     mine = _Task(name, states.blocks[name], values, calls, shared.others, targets[name])
             note = ""
             if mine is not None:
-                try:
+                with kept.keeping(layer=mine.name):
                     found = reports[mine.name] = _train(mine, solved, states.steps, seed=begin + access.rank)
                     if isinstance(found, BlockReport):
                         note = f"{found.error_solved:.2g} to {found.error:.2g} {mine.name}"
-                except Exception as failure:  # even out of memory, since the other ranks wait for this one
-                    error = (mine.name, failure)
             phase.advance(len(in_round), note=note)
-        raise_everywhere(error, access)
+        kept.fail_together()
     everywhere: dict[str, BlockReport | str] = {}
     for part in access.gather(reports):
         everywhere |= part

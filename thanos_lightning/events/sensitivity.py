@@ -18,7 +18,8 @@ from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import collect
 from thanos_lightning.sharding.lending import lend, lenders
-from thanos_lightning.sharding.owners import raise_everywhere, reserved, sum_on_owners, tokens_seen
+from thanos_lightning.sharding.owners import sum_on_owners, tokens_seen
+from thanos_lightning.sharding.together import KeptError, reserve
 from thanos_lightning.solver import Experts, Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
@@ -51,25 +52,24 @@ def scan_window(
     sums = sum_on_owners(counted, moments.accumulators, owners, access, stay=moments.stay)
     lend(sums, lent, layers, tokens, owners, access)
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
-    raise_everywhere(reserved(in_fp32, access), access)
+    reserve(in_fp32, access)
     weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     scanned: dict[str, LayerSensitivity] = {}
-    error: tuple[str, Exception] | None = None
+    kept = KeptError(access)
     mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
     with open_phase("Finding out what each layer would lose", len(mine), "layers") as phase:
         for name, following in itertools.zip_longest(mine, mine[1:]):
             weight = weights.pop(name)
             assert weight is not None
-            try:
+            with kept.keeping(layer=name):
                 inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
                 scanned[name] = _scan_layer(
                     weight.merged(), inputs, tried[name], options, moments.output_weights.get(name)
                 )
                 phase.advance(note=name)
-            except Exception as failure:  # even out of memory, since the other ranks wait for this one
-                error = (name, failure)
+            if kept.error is not None:
                 break
-    raise_everywhere(error, access)
+    kept.fail_together()
     unknown = {name: LayerSensitivity({}) for name in layers if name not in chosen}
     return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
 

@@ -8,7 +8,7 @@ import torch
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import raise_everywhere, reserved
+from thanos_lightning.sharding.together import reserve
 from thanos_lightning.solver import HessianAccumulator
 
 # With fewer tokens for each input, an expert loses less with the mean of the others: benchmarks/experts.py
@@ -54,7 +54,7 @@ def lend(
     if not lent:
         return
     own = {name for name in lent if owners[name] == access.rank}
-    raise_everywhere(reserved({name: 4 * layers[name].cols ** 2 for name in own}, access), access)
+    reserve({name: 4 * layers[name].cols ** 2 for name in own}, access)
     before: dict[str, HessianAccumulator] = {}
     filled: dict[tuple[object, ...], HessianAccumulator] = {}  # gate and up of an expert share theirs
     of_experts = None

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.solver import HessianAccumulator, SolverError
+from thanos_lightning.sharding.together import PruningError, reserve
+from thanos_lightning.solver import HessianAccumulator
 
 # For a square layer, factoring the Hessian takes about a quarter of the time that solving all rows takes.
 _ROWS_PER_FACTOR = 4
-
-
-class PruningError(RuntimeError):
-    """A layer could not be pruned. No layer of its window has been."""
 
 
 def _cost(layer: PrunableLayer) -> int:
@@ -34,31 +31,6 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += _cost(layers[name])
     return owners
-
-
-def reserved(blocks: Mapping[str, int], access: ParameterAccess) -> tuple[str, Exception] | None:
-    """Test whether the memory for messages about layers is free. Return the error for `raise_everywhere`, or None.
-
-    `blocks` maps layers to sizes in bytes.
-    """
-    if access.world_size > 1 and blocks:
-        try:
-            access.reserve(blocks.values())
-        except Exception as failure:  # whatever a device's allocator raises
-            return max(blocks, key=lambda name: blocks[name]), failure
-    return None
-
-
-def raise_everywhere(error: tuple[str, Exception] | None, access: ParameterAccess) -> None:
-    """Raise on all ranks if one has an error (layer, cause), so that none waits for a rank that has given up."""
-    own, cause = None, None
-    if error is not None:
-        layer, cause = error
-        own = f"layer {layer}: {'' if isinstance(cause, SolverError) else f'{type(cause).__name__}: '}{cause}"
-    for rank, message in enumerate(access.gather(own)):
-        if message is not None:
-            where = f" (on rank {rank})" if access.world_size > 1 else ""
-            raise PruningError(f"{message}{where}. No layer of this window was pruned") from cause
 
 
 def tokens_seen(
@@ -105,7 +77,7 @@ def sum_on_owners(
     }
     if not stay:  # a rank frees its own sum before the next total
         needed = dict(sorted(needed.items(), key=lambda item: item[1])[-1:])
-    raise_everywhere(reserved(needed, access), access)
+    reserve(needed, access)
     for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols

@@ -16,8 +16,8 @@ from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.owners import PruningError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.together import PruningError
 from thanos_lightning.solver import Unstructured
 
 BATCHES = list(loader(12))

@@ -22,8 +22,8 @@ from thanos_lightning.calibration.batches import count_dataloader
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.kept_error import KeptError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.together import KeptError, PruningError
 
 
 @pytest.fixture(autouse=True)
@@ -106,23 +106,35 @@ def test_memory_that_is_used_again_is_another_input() -> None:
     assert len({id(accumulator) for accumulator in statistics.accumulators.values()}) == 50
 
 
+class OfTwo(ReplicatedAccess):
+    """The first of two ranks. The other one has nothing to tell."""
+
+    def __init__(self) -> None:
+        super().__init__(world_size=2)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, None]
+
+
 def test_an_error_is_kept_for_all_ranks() -> None:
     layers = find_targets(nn.ModuleList([nn.Linear(8, 4)]))
     inputs, mask = torch.randn(7, 8), torch.tensor([[True, False]])
-    statistics = InputStatistics(layers, KeptError(keeps=True))
+    statistics = InputStatistics(layers, KeptError(OfTwo()))
     statistics.start()
     with statistics.counting(mask):
         layers["0"].modules[0](inputs)
     with statistics.counting():
         layers["0"].modules[0](inputs)
     assert not statistics.accumulators or not statistics.accumulators["0"].num_tokens
-    with pytest.raises(ValueError, match=r"inputs of layer 0 have shape \(7, 8\).* \(on rank 0\)"):
-        statistics.kept.raise_everywhere(ReplicatedAccess())
-    alone = InputStatistics(layers, KeptError(keeps=True))
-    alone.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
+    with pytest.raises(PruningError, match=r"rank 0: the inputs of layer 0 have shape \(7, 8\)"):
+        statistics.kept.fail_together()
+    of_masks = InputStatistics(layers, KeptError(OfTwo()))
+    of_masks.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
+    with pytest.raises(PruningError, match="must be \\(batch, length\\)"):
+        of_masks.kept.fail_together()
+    InputStatistics(layers, KeptError(OfTwo())).kept.fail_together()
     with pytest.raises(ValueError, match="must be \\(batch, length\\)"):
-        alone.kept.raise_everywhere(ReplicatedAccess())
-    InputStatistics(layers).kept.raise_everywhere(ReplicatedAccess())
+        InputStatistics(layers).begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
 
 
 def test_sharing_is_left_when_the_inputs_part() -> None:

@@ -70,7 +70,9 @@ def test_a_folder_of_shards_is_loaded(folder: Path) -> None:
 @pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
 def test_what_torch_unpickles_of_shards(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).write_bytes(pickle.dumps(Stranger(tmp_path / "made")))
-    with pytest.raises(MisconfigurationException, match=rf"{name} holds objects that are not plain .*pathlib"):
+    with pytest.raises(
+        (ValueError, MisconfigurationException), match=rf"{name} holds objects that are not plain .*pathlib"
+    ):
         guarded(_Shards()).load_checkpoint(folder)
     assert not (tmp_path / "made").exists()
 
@@ -98,7 +100,7 @@ def test_shards_lie_in_the_folder(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80garbage", pickle.dumps({}), pickle.dumps([1] * 9)])
 def test_damaged_metadata(folder: Path, content: bytes) -> None:
     (folder / ".metadata").write_bytes(content)
-    with pytest.raises(MisconfigurationException, match=r"\.metadata is damaged: take another"):
+    with pytest.raises(ValueError, match=r"\.metadata is damaged: take another"):
         guarded(_Shards()).load_checkpoint(folder)
 
 
@@ -120,5 +122,5 @@ def test_a_url_runs_no_code_either(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"a.ckpt is no regular file"):
+    with pytest.raises(ValueError, match=r"a.ckpt is no regular file"):
         guarded(SingleDeviceStrategy()).load_checkpoint(tmp_path / "a.ckpt")

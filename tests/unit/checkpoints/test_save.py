@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from thanos_lightning.checkpoints.save import UnwrittenError, WholeFiles, save_whole
+from thanos_lightning.checkpoints.save import WholeFiles, save_whole
+from thanos_lightning.sharding.together import PruningError
 
 CONTENT = {"weight": torch.ones(10_000)}
 
@@ -21,7 +22,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # a full disk, for who isn't root
     try:
-        with pytest.raises(UnwrittenError, match=r"a[.]ckpt can't be written .*, and nothing was left"):
+        with pytest.raises(PruningError, match=r"a[.]ckpt can't be written .*, and nothing was left"):
             WholeFiles().save_checkpoint(CONTENT, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -31,7 +32,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnwrittenError, match=r"Not a directory|File exists"):
+    with pytest.raises(PruningError, match=r"Not a directory|File exists"):
         WholeFiles().save_checkpoint(CONTENT, tmp_path / "file" / "a.ckpt")
 
 

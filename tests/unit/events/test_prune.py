@@ -15,8 +15,9 @@ from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
-from thanos_lightning.sharding.owners import PruningError, assign_owners, sum_on_owners
+from thanos_lightning.sharding.owners import assign_owners, sum_on_owners
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.together import PruningError
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.solver.linalg import Curvature, curvature

@@ -15,8 +15,8 @@ from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.sharding.owners import PruningError
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.together import PruningError
 
 FORWARDS = 16
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.together import KeptError, PruningError, failing_together, reserve
+
+
+class OfTwo(ReplicatedAccess):
+    """The first of two ranks, of which the other one tells what it is given."""
+
+    def __init__(self, other: str | None = None) -> None:
+        super().__init__(world_size=2)
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def test_the_first_error_of_the_first_rank_is_raised_with_its_cause() -> None:
+    kept = KeptError(OfTwo("none left"))
+    for text in ("no room", "no time"):
+        with kept.keeping(layer="up"):
+            raise MemoryError(text)
+    with pytest.raises(PruningError) as raised:
+        kept.fail_together()
+    assert str(raised.value) == "rank 0: layer up: MemoryError: no room. No layer of this window was pruned"
+    assert raised.value.__cause__ is kept.error
+
+
+def test_another_ranks_error_is_raised_here() -> None:
+    with pytest.raises(PruningError, match=r"^rank 1: no batch$"), failing_together(OfTwo("no batch")):
+        pass
+
+
+def test_what_all_ranks_say_is_nobodys() -> None:
+    with pytest.raises(PruningError, match=r"^no batch$"), failing_together(OfTwo("no batch")):
+        raise ValueError("no batch")
+
+
+def test_one_rank_raises_at_once_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"^no batch$"), failing_together(ReplicatedAccess()):
+        raise ValueError("no batch")
+    with pytest.raises(PruningError, match=r"^layer up: too large. No layer"), KeptError().keeping(layer="up"):
+        raise ValueError("too large")
+
+
+def test_memory_that_is_not_there_is_told_before_anything_is_sent() -> None:
+    reserve({"up": 2**60}, ReplicatedAccess())  # sends nothing
+    reserve({"up": 2**20}, OfTwo())
+    with pytest.raises(PruningError, match=r"^rank 0: layer down: RuntimeError: .*memory"):
+        reserve({"up": 2**20, "down": 2**60}, OfTwo())
