@@ -15,11 +15,12 @@ from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
-from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, some_of
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model
 from thanos_lightning.checkpoints.lazy import WithParts
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
+from thanos_lightning.models.targets import examples
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import Experts
 
@@ -96,7 +97,7 @@ def export_checkpoint(
     if outside:
         warnings.warn(
             f"{len(outside)} pruned tensor(s) of {path} are not part of its {note['architecture']} and not exported: "
-            f"{some_of(outside)}",
+            f"{examples(outside)}",
             stacklevel=2,
         )
     inside = {plain_name(name.removeprefix(prefix)): mask for name, mask in masks.items() if name.startswith(prefix)}
@@ -195,8 +196,8 @@ def _assemble(
     missing = [name for name, value in loaded.items() if value.is_meta]
     if missing or unexpected:
         raise ValueError(
-            f"the weights in {path} do not fit {note['architecture']}: missing {some_of(missing)}, unexpected "
-            f"{some_of(unexpected)}; {mend}"
+            f"the weights in {path} do not fit {note['architecture']}: missing {examples(missing)}, unexpected "
+            f"{examples(unexpected)}; {mend}"
         )
     for name, value in weights.items():
         if loaded[name].data_ptr() != value.data_ptr() and not torch.equal(loaded[name], value):

@@ -18,6 +18,7 @@ from thanos_lightning.checkpoints.deepspeed_files import require_end
 from thanos_lightning.checkpoints.foreign import inside, require_regular
 from thanos_lightning.checkpoints.format import sharded_error
 from thanos_lightning.checkpoints.lazy import LazyTensors
+from thanos_lightning.models.targets import examples
 from thanos_lightning.report.plain import read_as
 
 _MOST = 4096  # layers of a model, or experts of a layer
@@ -164,7 +165,7 @@ def _shards(folder: Path) -> list[Path]:
     names = sorted(set(read_as(dict[str, str], content.get("weight_map"), f"{index}: weight_map").values()))
     missing = [name for name in names if not inside(folder, name, index).exists()]
     if missing:
-        raise ValueError(f"{folder} lacks {some_of(missing)}, which {_INDEX} names: copy the whole folder")
+        raise ValueError(f"{folder} lacks {examples(missing)}, which {_INDEX} names: copy the whole folder")
     return [folder / name for name in names]
 
 
@@ -175,8 +176,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore or remove it") from error
-
-
-def some_of(names: Sequence[str]) -> str:
-    """Join the first three names for a message."""
-    return f"{', '.join(names[:3])}{f', … ({len(names)} in all)' if len(names) > 3 else ''}" or "nothing"

@@ -265,8 +265,8 @@ def remove_note(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove_weight, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected nothing"),
-        (add_weight, r"do not fit LlamaForCausalLM: missing nothing, unexpected model\.adapter"),
+        (remove_weight, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected none"),
+        (add_weight, r"do not fit LlamaForCausalLM: missing none, unexpected model\.adapter"),
         (adapt_weight, r"has adapters that an export can't merge, such as model\..*lora_A.*: merge them in Python"),
         (reshape_weight, r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
         (rename_class, "class OfTheirOwn, which transformers .* does not have"),
