@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_lightning.checkpoints.format import class_of
+from thanos_lightning.models.stack import class_of
 
 
 @torch.inference_mode(False)  # a validation's mode would stay with the tensors

@@ -24,6 +24,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     require_end,
 )
 from thanos_lightning.checkpoints.foreign import require_bounded
+from thanos_lightning.models.stack import class_of
 from thanos_lightning.report.plain import read_as
 from thanos_lightning.sharding.masks import LayerMask, checked
 
@@ -97,11 +98,6 @@ def exported_model(module: nn.Module, targets: Collection[str]) -> tuple[str, tr
     ]
     # max takes the first of equals, and named_modules() goes from the outside in
     return max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets), default=None)
-
-
-def class_of(model: transformers.PreTrainedModel) -> type[transformers.PreTrainedModel]:
-    """A model's own class: fully_shard puts another before it."""
-    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
 
 
 def architecture_of(model: transformers.PreTrainedModel) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from thanos_lightning.models.experts import layout_of, matrices_of
+from thanos_lightning.models.stack import class_of
 from thanos_lightning.models.targets import whole_shape
 
 
@@ -184,10 +184,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _smaller(router: nn.Module, number: int) -> nn.Module:
     """A copy of a router for so many experts. It has no tensors of its own, and no hooks."""
-    kind = type(router)
-    if isinstance(router, FSDPModule):
-        kind = kind.__mro__[2]  # fully_shard derives a class of FSDPModule and the module's own
-    copy: Any = object.__new__(kind)
+    copy: Any = object.__new__(class_of(router))
     own = {name: value for name, value in vars(router).items() if name not in ("forward", "_compiled_call_impl")}
     vars(copy).update({**own, **vars(nn.Module()), "_modules": router._modules})
     copy.num_experts = number

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from thanos_lightning.models.targets import PrunableLayer
 
@@ -76,13 +75,15 @@ def replica(module: _Module, values: Mapping[str, Tensor]) -> _Module:
     return _copied(module, first, {})
 
 
+def class_of(module: _Module) -> type[_Module]:
+    """A module's own class: fully_shard puts another before it."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
 def _copied(module: _Module, parameters: Mapping[int, nn.Parameter], done: dict[nn.Module, nn.Module]) -> _Module:
     if module in done:
         return done[module]  # type: ignore[return-value]
-    kind = type(module)
-    if isinstance(module, FSDPModule):
-        kind = kind.__mro__[2]  # fully_shard derives a class of FSDPModule and the module's own
-    copy: _Module = object.__new__(kind)
+    copy: _Module = object.__new__(class_of(module))
     copy.__dict__.update(vars(module))
     for own in ("forward", "_compiled_call_impl"):  # of what places, watches or has compiled this very module
         copy.__dict__.pop(own, None)
