@@ -83,7 +83,7 @@ def prune_window(
     sums = None
     if moments.accumulators is not None:
         counted = {name: layer for name, layer in (seen | experts).items() if tokens[name]}
-        sums = sum_on_owners(counted, moments.accumulators, owners, access)
+        sums = sum_on_owners(counted, moments.accumulators, tokens, owners, access)
         lend(sums, lent, chosen, tokens, owners, access)
     going = []
     if experts:

@@ -49,7 +49,7 @@ def scan_window(
     chosen = {name: layer for name, layer in solved.items() if tokens[name] or name in lent}
     owners = moments.owners
     counted = {name: layer for name, layer in chosen.items() if tokens[name]}
-    sums = sum_on_owners(counted, moments.accumulators, owners, access, stay=moments.stay)
+    sums = sum_on_owners(counted, moments.accumulators, tokens, owners, access, stay=moments.stay)
     lend(sums, lent, layers, tokens, owners, access)
     in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
     reserve(in_fp32, access)

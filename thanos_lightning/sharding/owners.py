@@ -54,6 +54,7 @@ def tokens_seen(
 def sum_on_owners(
     layers: Mapping[str, PrunableLayer],
     accumulators: dict[str, HessianAccumulator],
+    tokens: Mapping[str, int],
     owners: Mapping[str, int],
     access: ParameterAccess,
     *,
@@ -61,9 +62,9 @@ def sum_on_owners(
 ) -> dict[str, HessianAccumulator]:
     """Add up the statistics of all ranks, each on its layer's owner, and empty `accumulators`. All ranks must call it.
 
-    `stay` means that the caller holds the accumulators elsewhere, too, so that emptying the dict frees no memory.
+    `tokens` are those of `tokens_seen`. `stay` means that the caller holds the accumulators elsewhere, too, so that
+    emptying the dict frees no memory.
     """
-    tokens = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
     if access.world_size == 1:
         complete = {name: accumulators[name] for name in layers if name in accumulators}
         accumulators.clear()
@@ -81,11 +82,10 @@ def sum_on_owners(
     for names in groups:
         own = accumulators.get(names[0])
         width = layers[names[0]].cols
-        seen = sum(counts.get(names[0], 0) for counts in tokens)
         for owner in sorted({owners[name] for name in names}):
             summed = access.sum_on(owner, None if own is None else own.triangle, width)
             if summed is not None:
-                whole = HessianAccumulator.of_sum(summed, seen)
+                whole = HessianAccumulator.of_sum(summed, tokens[names[0]])
                 complete.update({name: whole for name in names if owners[name] == owner})
         for name in names:
             accumulators.pop(name, None)

@@ -212,5 +212,6 @@ def test_sums_that_stay_are_all_reserved_beside_those_of_the_owner(stay: bool, w
     with statistics.counting():
         model(torch.ones(3, 8))
     access = SecondSeesTheSame()
-    sum_on_owners(layers, dict(statistics.accumulators), {"0": 0, "1": 0, "2": 1}, access, stay=stay)
+    owners = {"0": 0, "1": 0, "2": 1}
+    sum_on_owners(layers, dict(statistics.accumulators), dict.fromkeys(layers, 6), owners, access, stay=stay)
     assert sorted(access.reserved) == [4 * width**2 for width in widths]
