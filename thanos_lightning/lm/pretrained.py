@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.report.progress import open_phase
+from thanos_lightning.solver.native import cache_folder
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -141,7 +142,7 @@ def _resolve(name: str) -> str:
 
 def _cached_smollm2(package: Path) -> Path:
     """Return the folder with the package's model and tokenizer, which the first call writes."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
+    cache = cache_folder()
     folder = cache / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
     if folder.is_dir():
         return folder

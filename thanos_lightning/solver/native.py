@@ -163,13 +163,18 @@ def project(moved: Float[Tensor, "rows cols"], iterates: "Iterates", ratio: floa
         raise MemoryError(f"no memory for rows of {cols} columns")
 
 
+def cache_folder() -> Path:
+    """The user's folder for what takes long to make."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning"
+
+
 @contextmanager
 def _own_folder() -> Iterator[Path]:
     """Yield the cache folder of libraries if this user alone can write to it, and else a new folder for this process.
 
     A library runs when it is loaded, and a cache may be shared.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thanos_lightning" / "native"
+    folder = cache_folder() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
