@@ -28,8 +28,8 @@ from thanos_lightning.sharding.together import KeptError
 # Added to the weights of a layer's outputs, times their mean: few tokens say little about an output that hardly matters
 # to them.
 _FLOOR = 0.01
-# `OutputGradients.backward` scales the loss: the gradient of a mean over thousands of tokens underflows in float16.
-_LOSS_SCALE = 2.0**14
+# Times a loss before a backward: the gradient of a mean over thousands of tokens underflows in float16.
+LOSS_SCALE = 2.0**14
 
 
 class _Attached(torch.autograd.Function):
@@ -106,8 +106,8 @@ class OutputGradients:
         The loss is of a forward since `start`. If `counts` is False, the gradients are left out of the sums.
         """
         assert self._leaf is not None
-        self._is_counting, self._unscale = counts, 1 / _LOSS_SCALE
-        (_LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
+        self._is_counting, self._unscale = counts, 1 / LOSS_SCALE
+        (LOSS_SCALE * loss).backward(inputs=[self._leaf])  # type: ignore[no-untyped-call]
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # torch forgets the hooks of a view that a model writes on, and the outputs of many layers are views. This one

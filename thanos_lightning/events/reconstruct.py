@@ -27,6 +27,7 @@ from thanos_lightning.calibration.hidden_states import (
     parts_of,
     resolved,
 )
+from thanos_lightning.calibration.outputs import LOSS_SCALE
 from thanos_lightning.models.stack import replica
 from thanos_lightning.models.targets import PrunableLayer, examples
 from thanos_lightning.report.data import BlockReport
@@ -43,7 +44,6 @@ _MEASURED = 4  # batches of so many steps show a block's error before and after
 # Largest squared error of a copy's outputs over their squared norm, before it is pruned: they are kept in 16 bits
 _TOLERANCE = 1e-3
 _MODELS_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_LOSS_SCALE = 2.0**14  # gradients of a mean underflow in float16; Adam's steps don't depend on the scale
 
 
 @dataclass
@@ -256,7 +256,8 @@ def _descend(
             factor = min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / len(parts)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
-            torch.autograd.backward(_LOSS_SCALE * _error(copy, call, part, others, device))
+            # Adam's steps don't depend on the scale
+            torch.autograd.backward(LOSS_SCALE * _error(copy, call, part, others, device))
             for parameter, keep in trained.items():
                 if parameter.grad is not None:  # an expert that got no token in this step
                     parameter.grad.mul_(keep)
