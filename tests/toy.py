@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from thanos_lightning import CalibrationOptions, SolverOptions
+from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 VOCABULARY = 64
 
@@ -84,6 +85,17 @@ def grouped(**options: Any) -> dict[str, Any]:
         if own:
             options[group] = kind(**own)
     return options
+
+
+class OfTwo(ReplicatedAccess):
+    """The first of two ranks, of which the other one tells what it is given."""
+
+    def __init__(self, other: Any = None) -> None:
+        super().__init__(world_size=2)
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
 
 
 class Sequences(Dataset[dict[str, Tensor]]):

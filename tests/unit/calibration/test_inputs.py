@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from toy import Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
+from toy import OfTwo, Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration.batches import count_dataloader
@@ -104,16 +104,6 @@ def test_memory_that_is_used_again_is_another_input() -> None:
             del inputs
     assert len(addresses) == 1
     assert len({id(accumulator) for accumulator in statistics.accumulators.values()}) == 50
-
-
-class OfTwo(ReplicatedAccess):
-    """The first of two ranks. The other one has nothing to tell."""
-
-    def __init__(self) -> None:
-        super().__init__(world_size=2)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, None]
 
 
 def test_an_error_is_kept_for_all_ranks() -> None:

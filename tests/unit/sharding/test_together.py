@@ -1,22 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from toy import OfTwo
 
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.sharding.together import KeptError, PruningError, failing_together, reserve
-
-
-class OfTwo(ReplicatedAccess):
-    """The first of two ranks, of which the other one tells what it is given."""
-
-    def __init__(self, other: str | None = None) -> None:
-        super().__init__(world_size=2)
-        self.other = other
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, self.other]
 
 
 def test_the_first_error_of_the_first_rank_is_raised_with_its_cause() -> None:
