@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterable
 
 PROGRAM = "thanos-lightning"
 DEBUG = "THANOS_LIGHTNING_DEBUG"
@@ -26,6 +28,19 @@ _OF_THE_MACHINE = {
 
 class Mistake(Exception):  # noqa: N818  # the user's, not an error of ours
     """A user's mistake, whose text is the line to show."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: str = "") -> str:
+    """Ask whether the known name that is most alike was meant; empty if none is alike.
+
+    The question ends with a space. `before` and `after` stand around the name in it.
+
+    Examples:
+        >>> did_you_mean("sparsty", ["pattern", "sparsity"])
+        'did you mean sparsity? '
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {before}{close[0]}{after}? " if close else ""
 
 
 def users_mistake(error: BaseException) -> str | None:

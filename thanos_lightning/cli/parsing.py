@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from thanos_lightning.cli.mistakes import PROGRAM
+from thanos_lightning.cli.mistakes import PROGRAM, did_you_mean
 
 _HINTS = {  # advice for a value of the wrong type
     "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
@@ -80,7 +79,9 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
             )
         return _explain(inner, path, options, command)
     if found := re.match("Expected a dot import path string: (.+)", text):
-        return _no_such_short_name(found[1])
+        meant = did_you_mean(found[1], [name for package in _PACKAGES for name in _classes(package)])
+        whole = f"package.module.{found[1]}"
+        return f"class_path is '{found[1]}': {meant}A class of your own is given with its module, such as {whole}"
     if found := re.match("Import path (.+) does not correspond to a subclass of (.+)", text):
         return f"{path[-1]}: {found[1]} is no {found[2]}: give a class that is one"
     if found := re.match("Not a valid subclass of (.+?). Got value: (.+)", text):
@@ -94,7 +95,8 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
     if found := re.match(r"unrecognized arguments: --?([^ =]+)", text):
         return _unknown(found[1], path, options, command)
     if found := re.match(r"module '(.+)' has no attribute '(.+)'", text):
-        return _no_such_class(path[-1], found[1], found[2])
+        meant = did_you_mean(found[2], _classes(found[1]), before=f"{found[1]}.")
+        return f"class_path is '{path[-1]}': {meant or f'{found[1]} has no {found[2]}'}".rstrip()
     if text.startswith("No module named"):
         return f"class_path is '{path[-1]}': {text[0].lower()}{text[1:]}: install it, or mend the path"
     if found := re.match(r"the following arguments are required: (?:\w+\.)?model", text):
@@ -198,39 +200,17 @@ def _unknown(option: str, path: tuple[str, ...], options: Sequence[str], command
     if len(path) < 2:
         whole = option.removeprefix(f"{command}.")
         head, dot, tail = whole.partition(".")
-        heads = difflib.get_close_matches(head, {known.partition(".")[0] for known in options}, n=1)
-        close = difflib.get_close_matches(whole, options, n=1)
-        mended = close or ([f"{heads[0]}{dot}{tail}"] if heads and heads[0] != head else [])
-        return f"{command} has no option {whole}: {_did_you_mean(mended)}`{PROGRAM} {command} --help` lists all"
-    owner = path[-1]
-    close = difflib.get_close_matches(option, _arguments(owner), n=1)
-    name = owner.rpartition(".")[2]
+        heads = {known.partition(".")[0] for known in options}
+        meant = did_you_mean(whole, options)
+        if not meant and head not in heads:
+            meant = did_you_mean(head, heads, after=f"{dot}{tail}")
+        return f"{command} has no option {whole}: {meant}`{PROGRAM} {command} --help` lists all"
+    module, _, name = path[-1].rpartition(".")
+    arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     # --help lists nothing for a class inside a class
     listed = f"`{PROGRAM} {command} --{path[0]}.help={name}` lists all" if len(path) == 2 else ""
-    return f"{name} has no option {option}: {_did_you_mean(close)}{listed}".rstrip(": ")
+    return f"{name} has no option {option}: {did_you_mean(option, arguments)}{listed}".rstrip(": ")
 
 
-def _did_you_mean(close: Sequence[str]) -> str:
-    return f"did you mean {close[0]}? " if close else ""
-
-
-def _arguments(class_path: str) -> list[str]:
-    """List the arguments of a class by name."""
-    module, _, name = class_path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    return list(inspect.signature(kind).parameters)
-
-
-def _no_such_class(class_path: str, module: str, name: str) -> str:
-    close = [f"{module}.{other}" for other in _close(name, [module])]
-    return f"class_path is '{class_path}': {_did_you_mean(close) or f'{module} has no {name}'}".rstrip()
-
-
-def _no_such_short_name(name: str) -> str:
-    mend = _did_you_mean(_close(name, _PACKAGES))
-    return f"class_path is '{name}': {mend}A class of your own is given with its module, such as package.module.{name}"
-
-
-def _close(name: str, modules: Iterable[str]) -> list[str]:
-    known = [other for module in modules for other in dir(importlib.import_module(module)) if other[0].isupper()]
-    return difflib.get_close_matches(name, known, n=1)
+def _classes(module: str) -> list[str]:
+    return [name for name in dir(importlib.import_module(module)) if name[0].isupper()]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+
+from thanos_lightning.cli.mistakes import did_you_mean
 
 
 def recipes() -> dict[str, Path]:
@@ -35,7 +36,6 @@ def headline(file: Path) -> str:
 def find(name: str, among: Mapping[str, Path]) -> Path:
     """Return the file of a name. Raises ValueError if no file has it."""
     if name not in among:
-        close = difflib.get_close_matches(name, among, n=1)
-        known = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"{name!r} is no recipe or launch file: {known}`thanos-lightning recipes` lists all")
+        meant = did_you_mean(name, among)
+        raise ValueError(f"{name!r} is no recipe or launch file: {meant}`thanos-lightning recipes` lists all")
     return among[name]

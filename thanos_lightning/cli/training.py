@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.checkpoints.foreign import require_regular
 from thanos_lightning.checkpoints.resume import guard_resume
-from thanos_lightning.cli.mistakes import Mistake, users_mistake
+from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
 from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
@@ -239,8 +238,7 @@ def require_strategy(strategy: Any, accelerator: Any) -> None:
     if strategy.startswith("fsdp") and on_a_cpu:
         raise Mistake(f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give ddp")
     if strategy != AUTO and strategy not in known:
-        close = difflib.get_close_matches(strategy, known, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
+        meant = did_you_mean(strategy, known)
         raise Mistake(
             f"trainer.strategy is {strategy!r}: {meant}Give auto, ddp, deepspeed_stage_1, deepspeed_stage_2 or "
             "deepspeed_stage_3, or a class_path in the YAML, as the recipe quickstart-zero3-cpu does"
@@ -305,10 +303,9 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
     if path.exists():
         require_regular(path)
     else:
-        close = difflib.get_close_matches(path.stem, list(known), n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
         raise Mistake(
-            f"--config {name}: there is no such file (in {Path.cwd()}), and no recipe is called so: {meant}"
+            f"--config {name}: there is no such file (in {Path.cwd()}), and no recipe is called so: "
+            f"{did_you_mean(path.stem, known)}"
             "`thanos-lightning recipes` lists them"
         )
     try:
