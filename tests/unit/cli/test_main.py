@@ -407,22 +407,6 @@ def test_short_class_name(tmp_path, capsys):
     assert callback["init_args"]["pattern"] == "2:4"
 
 
-@pytest.mark.parametrize(
-    ("init_args", "message"),
-    [
-        ("pattern: 3-4", "pattern='3-4' is not known"),
-        ("schedule: {start_step: 1.5, end_step: 2, every_n_steps: 1}", "start_step is 1.5: a float is a fraction"),
-        ("schedule: {start_step: 9, end_step: 9, every_n_steps: 1}", "first event is at optimizer step 9"),
-        ("pattern: 5:10", "needs an input width divisible by 10"),
-    ],
-)
-def test_mistakes_in_the_configuration_are_one_line(tmp_path, capsys, init_args, message):
-    assert main(["fit", "--config", write_config(tmp_path, spy(init_args))]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("thanos-lightning: error: ")
-    assert message in last
-
-
 def test_misconfiguration_of_the_trainer_is_one_line(tmp_path, capsys, monkeypatch):
     arguments = ["fit", "--config", write_config(tmp_path, spy()), "--trainer.devices=0"]
     assert main(arguments) == 2

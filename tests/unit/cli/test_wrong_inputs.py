@@ -260,6 +260,9 @@ TINY = ("fit", "--config", "tiny.yaml")
             (*TINY, "--trainer.callbacks.0.calibration.batches", "[]"),
             "calibration.batches has no batch ([]): give a DataLoader",
         ),
+        ((*TINY, "--trainer.callbacks.0.pattern", "3-4"), "pattern='3-4' is not known"),
+        ((*TINY, "--trainer.callbacks.0.schedule.end_step", "1.5"), "end_step is 1.5: a float is a fraction"),
+        ((*TINY, "--trainer.callbacks.0.schedule", "{at: [9]}"), "the schedule's first event is at optimizer step 9, "),
         ((*TINY, "--model.model", "empty"), "the model 'empty' can't be loaded (Unrecognized model in empty."),
         ((*TINY, "--model.model", "cut"), "the model 'cut' can't be loaded (Error while deserializing header: "),
         (
