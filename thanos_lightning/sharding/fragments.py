@@ -96,9 +96,7 @@ class FragmentAccess(Ranks):
         device: torch.device,
         optimizers: Sequence[Optimizer],
     ) -> None:
-        super().__init__(rank, world_size, device)
-        self.optimizers = list(optimizers)
-        self.saves_every_rank = False
+        super().__init__(rank, world_size, device, optimizers)
         own = {name: (self._held(layer), self._held_exactly(layer)) for name, layer in layers.items()}
         everywhere = self.gather(own)
         self._ranges = {name: [held[name][0] for held in everywhere] for name in layers}
@@ -135,10 +133,6 @@ class FragmentAccess(Ranks):
         """Zero this rank's optimizer moments of pruned entries."""
 
     # ParameterAccess
-
-    def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """See `ParameterAccess`."""
-        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
     @torch.no_grad()
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:

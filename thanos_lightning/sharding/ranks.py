@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Value = TypeVar("Value")
 
@@ -23,12 +24,24 @@ class Ranks:
     `device` is where this process sends from and receives to. For the attributes, see `ParameterAccess`.
     """
 
+    saves_every_rank: bool = False
     can_differentiate: bool = True
 
-    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.optimizers = list(optimizers)
         self._device = device
+
+    def numbered_parameters(self) -> list[list[Tensor | None]]:
+        """See `ParameterAccess`."""
+        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
     def release(self) -> None:
         """See `ParameterAccess`: nothing is sharded here."""

@@ -16,22 +16,7 @@ from thanos_lightning.solver.zeros import zero_where
 
 
 class ReplicatedAccess(Ranks):
-    """`ParameterAccess` where the local piece is the whole parameter. `device` is as for `Ranks`."""
-
-    def __init__(
-        self,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | None = None,
-        optimizers: Sequence[Optimizer] = (),
-    ) -> None:
-        super().__init__(rank, world_size, device)
-        self.optimizers = list(optimizers)
-        self.saves_every_rank = False
-
-    def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """See `ParameterAccess`."""
-        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+    """`ParameterAccess` where the local piece is the whole parameter. The arguments are as for `Ranks`."""
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """See `ParameterAccess`."""
