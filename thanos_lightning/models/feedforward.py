@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -264,27 +264,19 @@ class _Call:
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:
     """Call a hook after each layer's forward: before or after the hooks that are there."""
-    handles = [
-        module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=first)
-        for name, module in layers.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            handle = module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=first)
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _hooked_before(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, module in layers.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
