@@ -7,7 +7,7 @@ Two ranks with one thread each (on a GPU one) train a Llama with SmolLM2-135M's 
 rank and step: few, since enforcement does not take longer where there are more, and the rest of the step does. First
 come steps in which nothing is collected or masked, then steps that collect, then one event, then steps that enforce.
 Collection is what a collecting step takes longer than the mean of the steps before and after it, less enforcement;
-enforcement is timed in the step (masking gradients, masters and moments). All are medians within one run.
+enforcement is timed in the step (masking gradients and masters). All are medians within one run.
 """
 
 import argparse
