@@ -98,6 +98,16 @@ class OfTwo(ReplicatedAccess):
         return [value, self.other]
 
 
+class Stranger:
+    """What a pickle that means harm has in it: a call. It makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.made,)
+
+
 class Sequences(Dataset[dict[str, Tensor]]):
     """Learnable token sequences: each next token is the one before plus a step that the sequence keeps."""
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from checkpoint_cases import change_a_byte
 from ranks import PRUNABLE, Trainings, masks, only, results, start, train
+from toy import Stranger
 
 from thanos_lightning.checkpoints.deepspeed_files import load_contents, read_zero_folder
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
@@ -348,16 +349,6 @@ def test_files_of_two_saves_are_refused_by_all(
     kind, files = TORN[name]
     checkpoint = torn(saved, kind, tmp_path / "torn.ckpt", files)
     check_refused(checkpoint, "torn.ckpt was not written as a whole: ", tmp_path, capsys, kind=kind)
-
-
-class Stranger:
-    """What a pickle that means harm has in it: a call."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = made
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.made,)
 
 
 @pytest.mark.parametrize(
