@@ -55,6 +55,10 @@ def users_mistake(error: BaseException) -> str | None:
         if isinstance(current, OSError) and current.errno in _OF_THE_MACHINE:
             where = "" if current.filename is None else f"{os.fspath(current.filename)}: "
             return f"{where}{os.strerror(current.errno).lower()}: {_OF_THE_MACHINE[current.errno]}"
+        if type(current).__module__.startswith("pydantic"):  # which DeepSpeed checks its configuration with
+            wrong = current.errors()[0]  # type: ignore[attr-defined]
+            name = ".".join(map(str, wrong["loc"]))
+            return f"{current.title}: {name} is {wrong['input']!r}: {wrong['msg']}"  # type: ignore[attr-defined]
         mark = getattr(current, "problem_mark", None)  # of a YAMLError
         if mark is not None and mark.buffer is not None:
             text = " ".join(mark.buffer.rstrip("\0").split())

@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning.cli import main
+from thanos_lightning.cli.mistakes import users_mistake
 from thanos_lightning.cli.shipped import recipes
 
 QUICKSTART = recipes()["quickstart"].read_text(encoding="utf-8")
@@ -608,3 +609,11 @@ def test_deepspeed_that_is_not_installed(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("lightning.pytorch.strategies.deepspeed._DEEPSPEED_AVAILABLE", False)
     said = line_of(capsys, "fit", "--config", "quickstart-zero3-cpu")
     assert said.startswith("thanos_lightning.CPUDeepSpeed: To use the `DeepSpeedStrategy`, you must have DeepSpeed ins")
+
+
+def test_a_value_that_deepspeed_refuses() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    with pytest.raises(ValueError, match="stage") as refused:
+        DeepSpeedZeroConfig(stage=9)
+    assert users_mistake(refused.value) == "DeepSpeedZeroConfig: stage is 9: Input should be 0, 1, 2, 3 or 3"
