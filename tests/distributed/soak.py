@@ -84,7 +84,7 @@ def main(told: str) -> None:
     fit = trainer(
         out,
         *(pruning, Seen(), saving),
-        max_steps=-1,
+        max_steps=10**6,  # by epochs Lightning 2.6 loses the place in the data at some second resumes
         devices=training.WORLD_SIZE,
         strategy=training.make_strategy(case),
         precision=case.precision,
