@@ -112,7 +112,7 @@ def _written_together(strategy: Any, path: Path) -> Iterator[None]:
     with failing_together(Ranks(strategy.global_rank, strategy.world_size)):
         try:
             yield
-        except Exception as error:  # whatever torch and DeepSpeed raise where a write fails
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
             raise _unwritten(path, error) from error
 
 
@@ -121,13 +121,19 @@ def _by_the_first(strategy: Any) -> Any:
     save = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        with failing_together(Ranks(strategy.global_rank, strategy.world_size)):
+        unwritten = None
+        try:
             save(checkpoint, filepath, storage_options)
+        except PruningError as error:  # others may come amid a talk, and are raised at once
+            unwritten = error
+        with failing_together(Ranks(strategy.global_rank, strategy.world_size)):
+            if unwritten is not None:
+                raise unwritten
 
     return save_checkpoint
 
 
-def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> None:
+def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> BaseException | None:
     """DeepSpeed's ranks meet after writing. A rank that cannot write joins them, or the others would hang."""
     engine = strategy.deepspeed_engine.checkpoint_engine
     write = engine.save
@@ -144,21 +150,22 @@ def _by_deepspeed(strategy: Any, save: Callable[[], None]) -> None:
         save()
     finally:
         engine.save = write
-    if errors:
-        raise errors[0]
+    return next(iter(errors), None)
 
 
-def _by_torch(strategy: Any, save: Callable[[], None]) -> None:
-    """Torch tells every rank about all failures. Only the lowest failed rank raises its own."""
+def _by_torch(strategy: Any, save: Callable[[], None]) -> BaseException | None:
+    """Torch tells every rank about all failures. Only the lowest failed rank returns its own."""
     try:
         save()
     except CheckpointException as error:
         failed, _ = next(iter(error.failures.values()))
-        if strategy.global_rank == min(error.failures):
-            raise failed from error
+        return failed if strategy.global_rank == min(error.failures) else None
+    except OSError as error:  # rank 0 failed to write its additional file
+        return error
+    return None
 
 
-def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], None]) -> Any:
+def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], BaseException | None]) -> Any:
     """Wrap a save in which all ranks write a temporary folder, which is renamed when all have written."""
     save = strategy.save_checkpoint
 
@@ -179,9 +186,11 @@ def _beside(strategy: Any, write: Callable[[Any, Callable[[], None]], None]) -> 
                 if has_turn and not made:
                     partial.mkdir(parents=True)
                     made = True
+        failure = write(strategy, lambda: save(checkpoint, partial, storage_options))
         try:
             with _written_together(strategy, path):
-                write(strategy, lambda: save(checkpoint, partial, storage_options))
+                if failure is not None:
+                    raise failure
         except PruningError:
             remove(partial)
             raise
