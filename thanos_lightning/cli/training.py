@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentError, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
@@ -30,7 +30,7 @@ from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
 from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
-from thanos_lightning.cli.training_bar import TrainingBar, TrainingLog
+from thanos_lightning.cli.training_bar import TrainingBar
 from thanos_lightning.cli.yaml_loader import yaml_loader
 
 # said of classes that are not ours, because their arguments may be for the optimizer
@@ -51,8 +51,7 @@ class _Trainer(Trainer):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         # Lightning's own bar counts epochs even if max_epochs is -1, and says nothing in a log
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            bar = TrainingBar() if rich.get_console().is_interactive else TrainingLog()
-            kwargs["callbacks"] = [*callbacks, bar]
+            kwargs["callbacks"] = [*callbacks, TrainingBar()]
         super().__init__(*args, precision=precision, **kwargs)
         guard_resume(self.strategy)  # also where there is no callback that does
 
@@ -220,7 +219,12 @@ class CLI(LightningCLI):
 def train(argv: list[str]) -> int:
     """Run one of the Trainer's commands, and return the exit status 0."""
     CLI(argv)
-    _leave_ranks()
+    # torch does not leave the process group by itself, and then a thread of Gloo may hold a tensor while Python ends,
+    # and abort a process that has done its work. After an error other ranks may be inside a collective, and a barrier
+    # would wait for them.
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # the others need rank 0's store to leave
+        dist.destroy_process_group()
     return 0
 
 
@@ -317,16 +321,3 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
     if not isinstance(content, dict):
         what = "is empty" if content is None else "holds no keys"
         raise Mistake(f"--config {name} {what}: give a YAML file as `thanos-lightning recipes quickstart` prints one")
-
-
-def _leave_ranks() -> None:
-    """Leave the process group, because torch does not do so by itself.
-
-    Otherwise a thread of Gloo may still hold a tensor while Python ends, and abort a process that has done its work.
-    Do not call this after an error: other ranks may be inside a collective, and the barrier would wait for them.
-    """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # the others need rank 0's store to leave
-        dist.destroy_process_group()

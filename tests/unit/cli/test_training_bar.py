@@ -16,7 +16,7 @@ from rich.console import Console
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
-from thanos_lightning.cli.training_bar import TrainingBar, TrainingLog
+from thanos_lightning.cli.training_bar import TrainingBar
 from thanos_lightning.report import progress
 from thanos_lightning.report.progress import Terminated
 
@@ -48,7 +48,7 @@ def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pyte
             nonlocal told
             told += until("train/loss ", lambda: capsys.readouterr().err)
 
-    pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingLog()
+    pruning, bar = at_once(list(loader(8)), monitor="val/loss"), TrainingBar()
     fitted = trainer(tmp_path, pruning, bar, Waits(), max_steps=6, enable_progress_bar=True, num_sanity_val_steps=0)
     fitted.fit(Logged(), loader(), loader(8))
     told += capsys.readouterr().err
@@ -62,21 +62,21 @@ def test_a_log_tells_training_validation_and_events(tmp_path: Path, capsys: pyte
 
 def test_a_log_tells_how_far_the_windows_of_an_event_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pruning = ThanosPruningCallback("2:4", calibration=CalibrationOptions(list(loader(8)), memory_gib=40 / 2**20))
-    trainer(tmp_path, pruning, TrainingLog(), max_steps=1, enable_progress_bar=True).fit(ToyLM(), loader())
+    trainer(tmp_path, pruning, TrainingBar(), max_steps=1, enable_progress_bar=True).fit(ToyLM(), loader())
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("Pruning at step 0: 1 of 2 windows after ") and "; " in line for line in lines)
     assert any(line.startswith("Pruning at step 0: 2 windows in ") for line in lines)
 
 
-def test_a_terminal_has_lightnings_bar_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rich, "_console", Console())
+def test_a_terminal_has_a_bar_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
-    bar = TrainingBar(console_kwargs={"file": terminal, "force_terminal": True, "width": 80, "_environ": {}})
+    monkeypatch.setattr(rich, "_console", Console(file=terminal, force_terminal=True, width=80, _environ={}))
+    bar = TrainingBar()
     fitted = trainer(tmp_path, at_once(list(loader(8))), bar, max_steps=20, enable_progress_bar=True)
     fitted.fit(Logged(), loader(32))
     told = terminal.getvalue()
-    assert "20/20" in told
-    assert "train/loss: " in told
+    assert "20 of 20 steps" in told
+    assert "train/loss " in told
     assert "Epoch" not in told
 
 
@@ -92,7 +92,7 @@ def test_it_tests_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return batch["input_ids"]
 
-    fitted = trainer(tmp_path, TrainingLog(), enable_progress_bar=True)
+    fitted = trainer(tmp_path, TrainingBar(), enable_progress_bar=True)
     fitted.test(Module(), loader(8))
     fitted.predict(Module(), loader(8))
     lines = capsys.readouterr().err.splitlines()
@@ -119,7 +119,7 @@ def test_a_signal_ends_a_calibration_at_once(number: signal.Signals, ends: type[
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     try:
         with pytest.raises(ends):
-            trainer(tmp_path, at_once(batches), TrainingLog(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
+            trainer(tmp_path, at_once(batches), TrainingBar(), max_steps=2, enable_progress_bar=True).fit(lm, loader())
     finally:
         signal.signal(signal.SIGINT, handlers[1])  # which Lightning leaves ignored
     assert batches.taken <= 3
