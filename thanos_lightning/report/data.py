@@ -182,18 +182,6 @@ class Clock:
     """Measures the training, its events and the parts of each event.
 
     The times of the training and of its events go to `summary`. Each part of an event waits for the work of `device`.
-
-    Examples:
-        >>> summary = Summary()
-        >>> clock = Clock(summary)
-        >>> with clock.event():
-        ...     clock.now("solving")
-        ...     time.sleep(0.01)
-        >>> clock.tick()
-        >>> 0.01 <= summary.event_seconds <= summary.training_seconds
-        True
-        >>> round(sum(clock.parts.values()), 6) == round(summary.event_seconds, 6)
-        True
     """
 
     def __init__(self, summary: Summary | None = None, device: torch.device = _CPU) -> None:
@@ -276,12 +264,10 @@ class PruningReport:
 
     def state(self) -> dict[str, Any]:
         """The report as plain values. Each event is JSON text, so that many events cost a checkpoint little."""
-        return {"events": self._written_events(), "summary": asdict(self.summary), "history": asdict(self.history)}
-
-    def _written_events(self) -> list[str]:
-        """The events as JSON. Only the last event can still change, so only it is written anew each time."""
+        # Only the last event can still change, so only it is written anew each time.
         self._finished += map(_json_of, self.events[len(self._finished) : -1])
-        return [*self._finished, *map(_json_of, self.events[-1:])]
+        events = [*self._finished, *map(_json_of, self.events[-1:])]
+        return {"events": events, "summary": asdict(self.summary), "history": asdict(self.history)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
@@ -291,9 +277,7 @@ class PruningReport:
             ValueError: If the state is of other types, or an event has no weights.
         """
         entries = read_as(dict[str, Any], state, "the report")
-        if "events" not in entries:
-            raise ValueError("the report has no events")
-        events = read_as(list[Any], entries["events"], "the report: events")
+        events = read_as(list[Any], entries.get("events"), "the report: events")
         decoded = [json.loads(event) if isinstance(event, str) else event for event in events]
         report: PruningReport = read_as(cls, {**entries, "events": decoded}, "the report")
         if any(math.prod(layer.shape) < 1 for event in report.events for layer in event.layers):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Further kinds differ by their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # one fewer than colours, so that all pairs of both come in turn
 _GREY = "#6b6b6b"
 _MOST_KINDS = 14
 _MOST_NAMES = 24  # more names would not be legible below an axis
@@ -176,7 +176,7 @@ def _draw_sparsities(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) ->
 
 
 def _draw_losses(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> None:
-    looks = itertools.cycle(zip(_COLOURS * len(_MARKERS), _markers(), strict=False))
+    looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
     for (kind, layers), (colour, marker) in zip(groups.items(), looks, strict=False):
         means = _mean_by_depth(layers, "relative_loss")
         axis.plot(
@@ -186,12 +186,6 @@ def _draw_losses(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> Non
     axis.set(xlabel="block, front to back")
     axis.locator_params(axis="x", integer=True)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-
-
-def _markers() -> list[str]:
-    """Return a marker for each colour, round after round. Every round pairs the colours with other markers."""
-    rounds = range(len(_MARKERS))
-    return [_MARKERS[(index + shift) % len(_MARKERS)] for shift in rounds for index in range(len(_COLOURS))]
 
 
 def _finish_losses(layers: Sequence[LayerReport], axis: Axes) -> None:

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 from weakref import WeakSet
@@ -42,18 +43,6 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as minutes and seconds, with hours if there are any.
-
-    Examples:
-        >>> duration(9.7), duration(130), duration(7321)
-        ('0:09', '2:10', '2:02:01')
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 class _HowFar(ProgressColumn):
     """What is done of a phase, in the words that a log has, too."""
 
@@ -65,7 +54,11 @@ def _how_far(task: Task) -> str:
     counted = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
     done = f"{counted} {task.fields['unit']}".rstrip() if task.completed or task.total is not None else "…"
     left = task.time_remaining
-    return f"{done}, about {duration(left)} left" if left else f"{done} after {duration(task.elapsed or 0.0)}"
+    return f"{done}, about {_whole(left)} left" if left else f"{done} after {_whole(task.elapsed or 0.0)}"
+
+
+def _whole(seconds: float) -> timedelta:
+    return timedelta(seconds=int(seconds))
 
 
 class Phase:
@@ -117,7 +110,7 @@ class Phase:
             note = f" ({task.fields['note']})" if task.fields["note"] else ""
             return f"{task.description}: {_how_far(task)}{note}"
         done = f"{task.completed:.0f} {task.fields['unit']}".rstrip() if task.completed else "done"
-        return f"{task.description}: {done} in {duration(self.seconds)}"
+        return f"{task.description}: {done} in {_whole(self.seconds)}"
 
 
 class _Display:
@@ -195,10 +188,8 @@ def hidden(is_hidden: bool = True) -> Iterator[None]:
 @contextmanager
 def shown(phase: Phase) -> Iterator[Phase]:
     """Show a phase on the first rank while the block runs. Unlike `open_phase`, this leaves SIGTERM alone."""
-    if _hidden.get() or getattr(rank_zero_only, "rank", None):
-        yield phase
-        return
-    with _display.showing(phase):
+    is_silent = _hidden.get() or getattr(rank_zero_only, "rank", None)
+    with nullcontext() if is_silent else _display.showing(phase):
         yield phase
 
 
@@ -218,12 +209,9 @@ def open_phase(
         >>> phase.task.finished
         True
     """
-    with ends_on_sigterm(), shown(Phase(description, total, unit)) as phase:
-        if not adopts_bars:
-            yield phase
-            return
-        with _adopted_bars(phase):
-            yield phase
+    phase = Phase(description, total, unit)
+    with ends_on_sigterm(), shown(phase), _adopted_bars(phase) if adopts_bars else nullcontext():
+        yield phase
 
 
 @contextmanager

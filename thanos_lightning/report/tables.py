@@ -10,7 +10,6 @@ from pathlib import Path
 
 import rich
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport, mean_loss
@@ -41,7 +40,7 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
     return {name: labels[path] for name, path in paths.items()}
 
 
-def print_event(event: EventReport, console: Console | None = None) -> None:
+def print_event(event: EventReport) -> None:
     """Print a table after an event. It has a row per kind of layer, because a model has hundreds of similar layers."""
     # Without padding, eight columns fit into the 80 characters of a plain terminal.
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -68,7 +67,7 @@ def print_event(event: EventReport, console: Console | None = None) -> None:
         "all", str(len(event.layers)), "", "", f"{event.sparsity:.2%}", f"{event.relative_loss:.4f}", "",
         f"{sum(layer.seconds for layer in event.layers):.1f} s",
     )  # fmt: skip
-    console = console or rich.get_console()
+    console = rich.get_console()
     console.print(f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)", highlight=False)
     console.print(table, width=min(_WIDTH, console.width))
     if event.blocks:
@@ -85,9 +84,9 @@ def _listed(parts: Mapping[Part, float]) -> str:
     return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items() if seconds or part not in _RARE)
 
 
-def print_summary(report: PruningReport, console: Console | None = None) -> None:
+def print_summary(report: PruningReport) -> None:
     """Print the sparsity of all layers to prune, the metric (dense, pruned and recovered) and the time of pruning."""
-    summary, console = report.summary, console or rich.get_console()
+    summary, console = report.summary, rich.get_console()
     events = f"{len(report.events)} event{'s' if len(report.events) != 1 else ''}"
     of_model = ""
     if summary.model_weights:
@@ -115,21 +114,18 @@ def print_summary(report: PruningReport, console: Console | None = None) -> None
         )
 
 
-def print_outcome(
-    checkpoint: Path | None, report: Path, *, is_exportable: bool, console: Console | None = None
-) -> None:
+def print_outcome(checkpoint: Path | None, report: Path, *, is_exportable: bool) -> None:
     """Print the paths of the files that the training wrote, and the next command.
 
     `checkpoint` is None if none was saved. `is_exportable` says whether the model is a Hugging Face model.
     """
-    console = console or rich.get_console()
     lines = [f"  report      {_shown(report)}"] if report.is_file() else []
     if checkpoint is not None:
         lines.insert(0, f"  checkpoint  {_shown(checkpoint)}")
         if is_exportable:
             lines.append(f"  next        thanos-lightning export {shlex.quote(_shown(checkpoint))} exported")
     for line in lines:  # never wrapped, because users copy them
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(path: Path) -> str:

@@ -578,7 +578,7 @@ LAYER = (*EVENT, "layers", 0)
     [
         (as_text("[]"), "report.json is no pruning report (the report is [], not keys and values): give the prun"),
         (as_text(DEEP), "report.json is no pruning report (maximum recursion depth"),
-        (as_text("{}"), "report.json is no pruning report (the report has no events): give the pruning_report.js"),
+        (as_text("{}"), "report.json is no pruning report (the report: events is None, not a list): give the prun"),
         (with_entry("events", value={}), "report.json is no pruning report (the report: events is {}, not a list)"),
         (with_entry(*EVENT, value=None), "report.json is no pruning report (the report: events is None, not keys"),
         (with_entry(*EVENT, "step", value="x"), "report.json is no pruning report (the report: events.step is 'x', "),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from tqdm import tqdm
 
 from thanos_lightning.report import progress
-from thanos_lightning.report.progress import Phase, Terminated, duration, ends_on_sigterm, hidden, open_phase, shown
+from thanos_lightning.report.progress import Phase, Terminated, ends_on_sigterm, hidden, open_phase, shown
 
 
 @pytest.fixture
@@ -50,12 +51,12 @@ def test_a_bar_is_one_line_that_fits(width: int, total: int | None) -> None:
 
 def test_a_line_of_a_log_says_how_far_it_is() -> None:
     phase = Phase("Solving", 210, "layers")
-    assert phase.line() == "Solving: 0 of 210 layers after 0:00"
+    assert phase.line() == "Solving: 0 of 210 layers after 0:00:00"
     phase.advance(7, note="q_proj")
-    assert phase.line() == "Solving: 7 of 210 layers after 0:00 (q_proj)"
-    assert phase.line(ended=True) == "Solving: 7 layers in 0:00"
-    assert Phase("Packing").line() == "Packing: … after 0:00"
-    assert Phase("Packing").line(ended=True) == "Packing: done in 0:00"
+    assert phase.line() == "Solving: 7 of 210 layers after 0:00:00 (q_proj)"
+    assert phase.line(ended=True) == "Solving: 7 layers in 0:00:00"
+    assert Phase("Packing").line() == "Packing: … after 0:00:00"
+    assert Phase("Packing").line(ended=True) == "Packing: done in 0:00:00"
 
 
 def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
@@ -63,10 +64,8 @@ def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
     for _ in range(3):
         time.sleep(0.01)
         phase.advance()
-    left = phase.task.time_remaining
-    assert left is not None
-    assert left >= 10_000
-    assert phase.line() == f"Training: 11 of 1000008 steps, about {duration(left)} left"
+    assert (phase.task.time_remaining or 0) >= 10_000
+    assert re.fullmatch(r"Training: 11 of 1000008 steps, about .*\d+:\d\d:\d\d left", phase.line())
 
 
 @pytest.mark.usefixtures("impatient")

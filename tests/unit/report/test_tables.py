@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 from rich.console import Console
 
 from thanos_lightning.report.data import BlockReport, EventReport, LayerReport, PruningReport, Summary
@@ -16,12 +17,13 @@ def layer(name: str, shape: tuple[int, int] = (14336, 14336)) -> LayerReport:
     return LayerReport(name, shape, "unstructured", 0.5, 2.0, 0.04, 1234.5)
 
 
-def printed(function: Callable[..., None], *args: Any, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    function(*args, console)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= 80
-    return text
+def printed(function: Callable[..., None], *args: Any, width: int = 80, **options: Any) -> str:
+    """What a function prints on a console of this width."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rich, "_console", Console(file=said, width=width))
+        function(*args, **options)
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
         layer("l.0.mlp.proj"),
     ]
     text = printed(print_event, EventReport(20, 0.5, layers, 100.0, 0.0, 4938.0, writing_seconds=2.5), width=width)
+    assert max(map(len, text.splitlines())) <= 80
     assert "optimizer step 20 to 50.0%" in text
     (up,) = [line for line in text.splitlines() if "up_proj" in line]
     row = ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
@@ -71,6 +74,7 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
     ]
     summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000, 0.5)
     text = printed(print_summary, PruningReport(events, summary))
+    assert max(map(len, text.splitlines())) <= 80
     assert "Pruned to 50.00% of the targets, 39.5% of the whole model, in 2 events" in text
     assert "not measured" in text
     assert "val/perplexity" in text
@@ -88,17 +92,15 @@ def test_the_end_names_what_was_left_and_what_to_do(tmp_path: Path, monkeypatch:
     for name in ("last.ckpt", "pruning_report.json"):
         (tmp_path / "run" / name).touch()
     monkeypatch.chdir(tmp_path)
-
-    def outcome(checkpoint: Path | None, *, is_exportable: bool) -> list[str]:
-        console = Console(file=io.StringIO(), width=20)
-        report = tmp_path / "run" / "pruning_report.json"
-        print_outcome(checkpoint, report, is_exportable=is_exportable, console=console)
-        return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-
-    assert outcome(tmp_path / "run" / "last.ckpt", is_exportable=True) == [
-        "  checkpoint  run/last.ckpt",
-        "  report      run/pruning_report.json",
-        "  next        thanos-lightning export run/last.ckpt exported",
+    lines = [
+        "  checkpoint  run/last.ckpt\n",
+        "  report      run/pruning_report.json\n",
+        "  next        thanos-lightning export run/last.ckpt exported\n",
     ]
-    assert len(outcome(tmp_path / "run" / "last.ckpt", is_exportable=False)) == 2
-    assert outcome(None, is_exportable=True) == ["  report      run/pruning_report.json"]
+    report = tmp_path / "run" / "pruning_report.json"
+    for checkpoint, is_exportable, said in (
+        (tmp_path / "run" / "last.ckpt", True, lines),
+        (tmp_path / "run" / "last.ckpt", False, lines[:2]),
+        (None, True, lines[1:2]),
+    ):
+        assert printed(print_outcome, checkpoint, report, width=20, is_exportable=is_exportable) == "".join(said)
