@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
     "test": "run the test loop",
     "predict": "run the prediction loop",
 }
+GIGABYTES = {"a100": 80, "h100": 80, "h200": 141, "b200": 180, "l40s": 48, "mi300x": 192, "mi325x": 256}  # data sheets
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,35 +45,38 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def added(name: str, run: Callable[..., int], text: str, **settings: Any) -> argparse.ArgumentParser:
+        # SUPPRESS leaves out arguments that are not given, so that the function's own defaults apply.
+        settings = {"description": text, "argument_default": argparse.SUPPRESS, **settings}
+        command = commands.add_parser(name, help=text, **settings)
+        command.set_defaults(run=run)
+        return command
+
     for name, text in TRAINER_COMMANDS.items():  # only for the help: main() sends them to LightningCLI
         commands.add_parser(name, help=text, add_help=False)
 
-    text = "list the recipes and launch files that come with the package, or print one"
-    listing = commands.add_parser("recipes", help=text, description=text)
-    listing.set_defaults(run=_recipes)
+    listing = added("recipes", _recipes, "list the recipes and launch files that come with the package, or print one")
     listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
 
     text = "say what fit would take, before a cluster is rented: memory, windows, messages; exit 1 if it does not fit"
-    planning = commands.add_parser(
+    planning = added(
         "plan",
-        help=text,
+        _plan,
+        text,
         description=f"{text[0].upper()}{text[1:]}. No weights and no GPU are needed.",
         epilog=f"All other arguments are those of `{PROGRAM} fit`, such as --config and --trainer.max_steps.",
         usage=f"{PROGRAM} plan --config RECIPE [options] [arguments of fit]",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    planning.set_defaults(run=_plan)
     planning.add_argument("--devices", type=int, metavar="N", help="devices of each machine, in place of the Trainer's")
     planning.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
-    planning.add_argument("--device", metavar="NAME", help="its memory, by the data sheet: h100, a100, …")
-    planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device")
+    planning.add_argument("--device", type=str.lower, choices=GIGABYTES, help="its memory, by the data sheet")
+    planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device, if it is another")
     planning.add_argument("--json", dest="as_json", action="store_true", help="as JSON, sizes in bytes")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
-    # SUPPRESS leaves out arguments that are not given, so that verify_checkpoint's own defaults apply.
-    verify = commands.add_parser("verify", help=text, description=text, argument_default=argparse.SUPPRESS)
-    verify.set_defaults(run=_verify)
+    verify = added("verify", _verify, text)
     verify.add_argument("checkpoint", help="Hugging Face folder, .safetensors file, or trainer checkpoint (.ckpt)")
     verify.add_argument("--pattern", help='"2:4" (any N:M), "unstructured", "structured"; else what was recorded')
     verify.add_argument("--sparsity", type=float, help="fraction of zeros, where the pattern does not imply it")
@@ -80,9 +84,7 @@ def command_parser() -> argparse.ArgumentParser:
     verify.add_argument("--targets", nargs="+", metavar="NAME", help="layers that the pattern is for: globs or re:…")
     verify.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that it is not for (lm_head)")
 
-    text = "write a trainer checkpoint as a Hugging Face folder, verified"
-    export = commands.add_parser("export", help=text, description=text, argument_default=argparse.SUPPRESS)
-    export.set_defaults(run=_export)
+    export = added("export", _export, "write a trainer checkpoint as a Hugging Face folder, verified")
     export.add_argument("checkpoint", help="trainer checkpoint (.ckpt)")
     export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
@@ -91,8 +93,7 @@ def command_parser() -> argparse.ArgumentParser:
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
 
     text = "convert a DeepSpeed checkpoint folder so that any number of ranks resumes it"
-    reshard = commands.add_parser("reshard", help=text, description=text, argument_default=argparse.SUPPRESS)
-    reshard.set_defaults(run=_reshard)
+    reshard = added("reshard", _reshard, text)
     reshard.add_argument("checkpoint", help="folder that DeepSpeed's strategy wrote, at ZeRO stage 1, 2 or 3")
     reshard.add_argument("output", metavar="OUT", nargs="?", help="folder to write; CHECKPOINT-resharded by default")
     reshard.add_argument("--processes", type=int, metavar="N", help="how many convert at a time (1)")
@@ -101,14 +102,13 @@ def command_parser() -> argparse.ArgumentParser:
     )
 
     text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
-    plot = commands.add_parser("plot", help=text, description=text)
-    plot.set_defaults(run=_plot)
+    plot = added("plot", _plot, text)
     plot.add_argument("report", help="the pruning_report.json of a training")
     plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
     return parser
 
 
-def _recipes(name: str | None) -> int:
+def _recipes(name: str | None = None) -> int:
     known = shipped.recipes(), shipped.launch_files()
     if name is not None:
         sys.stdout.write(shipped.find(name, known[0] | known[1]).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from thanos_lightning.events.announce import describe, sized
+from thanos_lightning.events.announce import sized
 from thanos_lightning.events.estimate import Needs
 from thanos_lightning.plan.training_steps import steps_of
 from thanos_lightning.plan.windows import Window
@@ -24,10 +24,8 @@ def plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, re
 
     `name` says how many devices there are. `memory` is that of one. With one of `remedies` the training would fit.
     """
-    trainer, share = planned.trainer, outlook.share
-    steps = steps_of(trainer)
-    said = describe(outlook.options, outlook.taken, outlook.census, outlook.estimated, outlook.events, steps=steps)
-    lines = [said, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
+    share = outlook.share
+    lines = [outlook.announced, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
     parts = {**vars(share.held), "other models": outlook.beside}
     for part, size in parts.items():
         if size:
@@ -41,15 +39,14 @@ def plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, re
         lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
-    if steps is None:
+    if steps_of(planned.trainer) is None:
         lines.append("  steps         not known without the data: --trainer.max_steps says how many")
     elif planned.steps_are_limited:
         lines.append("  steps         at most max_steps: epochs may end it before")
     if memory is not None:
         left = memory - outlook.most
         if left >= 0:
-            in_training = memory - outlook.in_training
-            lines.append(f"  it fits       if activations take no more than {sized(in_training)}")
+            lines.append(f"  it fits       if activations take no more than {sized(memory - outlook.in_training)}")
         else:
             lines.append(f"  does not fit  {sized(-left)} too much")
             lines += [f"  would fit     {remedy}" for remedy in remedies]

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
@@ -30,13 +31,14 @@ from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.precision import AUTO
 from thanos_lightning.cli.training import CLI
+from thanos_lightning.events.announce import describe
 from thanos_lightning.events.blocks import Taken, found_or_declared, take
 from thanos_lightning.events.estimate import Batches, Estimate, Needs, estimate
 from thanos_lightning.events.experts import take_experts
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import START
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.census import Census, take_census
+from thanos_lightning.models.census import take_census
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
 from thanos_lightning.models.stack import find_blocks
@@ -44,8 +46,7 @@ from thanos_lightning.models.targets import PrunableLayer, find_targets, prunabl
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.plan.planner import Planner
-from thanos_lightning.plan.schedule import Event
-from thanos_lightning.plan.training_steps import scheduled_events
+from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.held import Share, share_of, zero_of
@@ -102,16 +103,13 @@ class PlannedCLI(CLI):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what Lightning says of the device that is here, and of seeds."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    """Hide what libraries say of the device that is here, and of seeds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextmanager
@@ -137,10 +135,7 @@ class Outlook:
     """What a training would take.
 
     Attributes:
-        options: The callback's, with the sparsity that channels and experts really have.
-        taken: The layers to prune, and their patterns at the end.
-        census: Counts of weights.
-        events: Those of the schedule.
+        announced: What the training says before its first batch.
         share: What a rank holds.
         windows: As the run would plan them, if a scan found all layers alike.
         estimated: What it takes to prune.
@@ -149,10 +144,7 @@ class Outlook:
         beside: Bytes of models that are only read, such as a teacher.
     """
 
-    options: PruningOptions
-    taken: Taken
-    census: Census
-    events: Sequence[Event]
+    announced: str
     share: Share
     windows: Sequence[Window]
     estimated: Estimate
@@ -171,7 +163,7 @@ class Plan:
 
     def __init__(self, cli: PlannedCLI) -> None:
         self.trainer, self.module = cli.trainer, cli.model
-        self.nodes = at_least_one("trainer.num_nodes", cli.asked.num_nodes)
+        self.nodes = _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
         self.ranks = _devices(cli.asked) * self.nodes
         self.strategy = _strategy(cli.asked.strategy, self.ranks)
         self.options = _options(self.trainer, self.strategy)
@@ -257,10 +249,7 @@ class Plan:
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         beside = self._teacher // (ranks if shares_teacher else 1) + self._averages
         return Outlook(
-            options,
-            taken,
-            census,
-            events,
+            describe(options, taken, census, estimated, events, steps=steps_of(trainer)),
             share,
             windows,
             estimated,
@@ -291,9 +280,7 @@ class Plan:
     def _averages(self) -> int:
         """Bytes of copies of all weights that WeightAveraging keeps."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        number = sum(isinstance(callback, WeightAveraging) for callback in callbacks)
-        each: int = sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
-        return number * each
+        return sum(isinstance(callback, WeightAveraging) for callback in callbacks) * _size(self.module)
 
 
 def _at_events(
@@ -314,19 +301,19 @@ def _at_events(
 
 def _devices(asked: Any) -> int:
     """The number of devices of a machine."""
-    devices = asked.devices
-    text = str(devices)
-    if isinstance(devices, (list, tuple)) or "," in text:
-        chosen = devices if isinstance(devices, (list, tuple)) else text.split(",")
-        return at_least_one("trainer.devices", len([one for one in chosen if one != ""]))
-    if text in (AUTO, "-1"):
+    given = asked.devices
+    if isinstance(given, str) and "," in given:
+        given = given.strip(",").split(",")
+    if isinstance(given, (list, tuple)):
+        return _at_least_one("trainer.devices", len(given))
+    if str(given) in (AUTO, "-1"):
         if asked.accelerator == "cpu":
             return 1
-        raise Mistake(f"trainer.devices is {text}, which is another number on each machine: give --devices, such as 8")
-    return at_least_one("trainer.devices", devices)
+        raise Mistake(f"trainer.devices is {given}, which is another number on each machine: give --devices, such as 8")
+    return _at_least_one("trainer.devices", given)
 
 
-def at_least_one(name: str, value: Any) -> int:
+def _at_least_one(name: str, value: Any) -> int:
     """The value as a number, or a `Mistake` that names it."""
     if not str(value).isdecimal() or int(value) < 1:
         raise Mistake(f"{name} is {value}: give at least 1")
@@ -392,8 +379,12 @@ def _teacher(module: LightningModule) -> int:
         return 0
     name = module.model_name if wanted.teacher == START else wanted.teacher
     with torch.device("meta"):
-        teacher = load_pretrained(name, wanted.dtype)
-    return sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+        return _size(load_pretrained(name, wanted.dtype))
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _feed_forwards(module: LightningModule, trainer: Trainer, options: PruningOptions) -> list[FeedForward]:

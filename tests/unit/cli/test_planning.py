@@ -170,10 +170,9 @@ def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--devices", "0"], "--devices is 0: give at least 1"),
+        (["--devices", "0"], "trainer.devices is 0: give at least 1"),
         (["--trainer.num_nodes", "0"], "trainer.num_nodes is 0: give at least 1"),
         (["--memory-gib", "0"], "--memory-gib is 0: give a number > 0, such as 80"),
-        (["--device", "h10"], "--device h10: did you mean h100? Known are a100, h100"),
         (["--trainer.devices", "-1", "--trainer.accelerator", "gpu"], "trainer.devices is -1, which is another number"),
         (["--trainer.callbacks", "null"], "the trainer has no ThanosPruningCallback, so nothing would be pruned: add"),
         (["--trainer.max_stpes", "3"], "fit has no option trainer.max_stpes: did you mean trainer.max_steps? "),
