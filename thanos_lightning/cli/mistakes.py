@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Iterable
 
@@ -13,12 +13,8 @@ PROGRAM = "thanos-lightning"
 DEBUG = "THANOS_LIGHTNING_DEBUG"
 # Errors of the machine, and advice for each. Wherever they are raised, the code is not the cause.
 _OF_THE_MACHINE = {
-    errno.ENOSPC: "make room on that disk, or give a folder on another",
-    errno.EDQUOT: "make room in that quota, or give a folder on another disk",
-    errno.EFBIG: "make room for it, or give a folder on another disk",
-    errno.EROFS: "give a folder that can be written to",
-    errno.EACCES: "give a path that you may use",
-    errno.EPERM: "give a path that you may use",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room for it, or give a folder on another disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give a path that you may use"),
     errno.ENOTDIR: "give a path whose parents are folders",
     errno.EISDIR: "give a file",
     errno.ENOENT: "give a path that exists",
@@ -63,32 +59,19 @@ def users_mistake(error: BaseException) -> str | None:
         if mark is not None and mark.buffer is not None:
             text = " ".join(mark.buffer.rstrip("\0").split())
             problem = str(getattr(current, "problem", current))
-            is_alias = "alphabetic or numeric" in problem or "alias" in problem
-            mend = "put names that begin with * in quotes" if is_alias else "close each bracket and quote"
-            return f"{text} is no YAML: {problem}; {mend}"
+            return f"{text} is no YAML: {problem}; close each bracket and quote, and quote names that begin with *"
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return None
 
 
 def _is_said_by_us(error: BaseException) -> bool:
-    kinds: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError, ImportError)
     if isinstance(error, (Mistake, ArgumentError)) or _is_of_the_package(type(error).__module__):
         return True
-    if "lightning" in sys.modules:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        if isinstance(error, MisconfigurationException):
-            return True
-    return isinstance(error, kinds) and _is_raised_by_us(error)
-
-
-def _is_raised_by_us(error: BaseException) -> bool:
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return _is_of_the_package(trace.tb_frame.f_globals.get("__name__", ""))
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, which need not be imported
+        return True
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    kinds = (ValueError, FileNotFoundError, ImportError)
+    return isinstance(error, kinds) and bool(raised_in) and _is_of_the_package(raised_in[-1])
 
 
 def _is_of_the_package(module: str) -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
 import thanos_lightning.callback
@@ -31,7 +32,7 @@ from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.training_bar import TrainingBar
-from thanos_lightning.cli.yaml_loader import yaml_loader
+from thanos_lightning.cli.yaml_loader import load_yaml
 
 # said of classes that are not ours, because their arguments may be for the optimizer
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
@@ -67,8 +68,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str], **options: Any) -> None:
         # These warnings are about calls of LightningCLI, which the user cannot change.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-        loader, error = yaml_loader()
-        set_loader(_MODE, loader, exceptions=(error,))
+        set_loader(_MODE, load_yaml, exceptions=(YAMLError,))
         mode = {"parser_mode": _MODE, "exit_on_error": False}
         super().__init__(
             trainer_class=_Trainer,
@@ -130,7 +130,7 @@ class CLI(LightningCLI):
                 inner = inner[parent]
                 if "class_path" in inner:  # parsed dataclasses have lost their class_path
                     inner = inner.setdefault("init_args", {})
-            inner[last] = yaml_loader()[0](value)
+            inner[last] = load_yaml(value)
         nested: Any = listed
         for part in reversed(f"{root}trainer.callbacks".split(".")):
             nested = {part: nested}
@@ -299,7 +299,7 @@ def _with_recipes(argv: list[str]) -> list[str]:
 
 def _require_configuration(name: str, known: Iterable[str]) -> None:
     """Refuse a --config that jsonargparse couldn't read."""
-    path, load_error = Path(name), yaml_loader()[1]
+    path = Path(name)
     if "://" in name or name.lstrip().startswith("{"):  # fsspec's URLs, and configurations as text
         return
     if path.is_dir():
@@ -313,8 +313,8 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
             "`thanos-lightning recipes` lists them"
         )
     try:
-        content = yaml_loader()[0](path.read_text(encoding="utf-8"))
-    except (load_error, UnicodeDecodeError) as error:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where, why = ("", error) if mark is None else (f" in line {mark.line + 1}", getattr(error, "problem", error))
         raise Mistake(f"--config {name} is no YAML: {why}{where}") from error

@@ -5,7 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 _MOST = 100_000  # values of a configuration
+_TEXT = re.compile(r"^(?:[-+]?[0-9][0-9_]*:[0-9:._]+|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*)$")  # base 60, and dates
+_NUMBER = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?)$")
+_OURS = [("tag:yaml.org,2002:str", _TEXT), ("tag:yaml.org,2002:float", _NUMBER)]
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads 1e-4 as a number, and no base-60 numbers or dates."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's, whose first that matches counts
+        first: [*_OURS, *theirs] for first, theirs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
@@ -19,46 +32,19 @@ def _size(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def yaml_loader() -> tuple[Any, type[Exception]]:
-    """Return a loader that reads 2:4 as text, and the exception that it raises.
+def load_yaml(text: str) -> Any:
+    """Read a configuration, in which 2:4 is text and 1e-4 a number. YAML 1.1 reads 2:4 as 124, and 1e-4 as text.
 
-    YAML 1.1 reads an unquoted 2:4 as 124, a number to the base of 60, and 1e-4 as text. This loader has no such base
-    and reads 1e-4 as a number.
+    Raises:
+        YAMLError: If it is no YAML, nested too deeply, or has too many values.
     """
-    import yaml  # type: ignore[import-untyped]
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Reads 1e-4 as a number, and no base-60 numbers or dates."""
-
-        yaml_implicit_resolvers = {  # noqa: RUF012  # an attribute of PyYAML's
-            first: [
-                (tag, expression)
-                for tag, expression in resolvers
-                if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
-            ]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    integer = r"[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"
-    floating = (
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
-    )
-    for tag, expression in (("float", floating), ("int", integer)):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{expression})$"), list("-+0123456789.")
-        )
-
-    def load(text: str) -> Any:
-        loader = Loader(text)
-        try:
-            node = loader.get_single_node()
-            if _size(node, {}) > _MOST:
-                raise yaml.YAMLError(f"with its aliases (*) written out it has more than {_MOST:,} values")
-            return None if node is None else loader.construct_document(node)
-        except RecursionError as error:
-            raise yaml.YAMLError("its brackets are nested too deeply") from error
-        finally:
-            loader.dispose()
-
-    return load, yaml.YAMLError
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if _size(node, {}) > _MOST:
+            raise yaml.YAMLError(f"with its aliases (*) written out it has more than {_MOST:,} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("its brackets are nested too deeply") from error
+    finally:
+        loader.dispose()

@@ -147,12 +147,12 @@ FIT = ("fit", "--config", "quickstart")
         ((*FIT, "--modle.learning_rate", "1"), "fit has no option modle.learning_rate: did you mean model.lear"),
         (
             (*FIT, "--trainer.callbacks.0.ignore", "[*.0.mlp.down_proj, lm_head]"),
-            "[*.0.mlp.down_proj, lm_head] is no YAML: expected alphabetic or numeric character, but found '.'; put "
-            "names that begin with * in quotes",
+            "[*.0.mlp.down_proj, lm_head] is no YAML: expected alphabetic or numeric character, but found '.'; close "
+            "each bracket and quote, and quote names that begin with *",
         ),
         (
             (*FIT, "--trainer.callbacks.0.ignore", "[a, b"),
-            "[a, b is no YAML: expected ',' or ']', but got '<stream end>'; close each bracket and quote",
+            "[a, b is no YAML: expected ',' or ']', but got '<stream end>'; close each bracket and quote, and ",
         ),
         ((*FIT, "--model.learning_rate", "fast"), "learning_rate of CausalLM is 'fast': give a number"),
         ((*FIT, "--model.lerning_rate", "1"), "CausalLM has no option lerning_rate: did you mean learning_rate? "),
