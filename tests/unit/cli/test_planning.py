@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,7 @@ class Sharded(ToyLM):
 @pytest.fixture
 def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Arguments for a tiny model and a tiny text: of each rank's weights 24,000 are in layers to prune."""
-    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
-    monkeypatch.delenv("THANOS_LIGHTNING_DEBUG", raising=False)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.chdir(tmp_path)
     model, text = tiny_files(tmp_path)
     return [
         *("--model", "CausalLM", "--model.model", model, "--data", "TextData", "--data.dataset", str(text)),

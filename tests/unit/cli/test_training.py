@@ -1,20 +1,33 @@
-import sys
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from lightning.pytorch import Callback
 
-from thanos_lightning import Allocation, ThanosPruningCallback
+from thanos_lightning import Allocation, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
 from thanos_lightning.cli.mistakes import Mistake
+from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.solver import NM
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
+def cli_of(*arguments, config="quickstart"):
+    return CLI(["--config", config, *arguments], run=False)
+
+
+def options_of(*arguments, config="quickstart"):
+    """The options of the last callback that prunes."""
+    callbacks = cli_of(*arguments, config=config).trainer.callbacks
+    return [one for one in callbacks if isinstance(one, ThanosPruningCallback)][-1].options
+
+
+def recipe_with(line):
+    """The quickstart with another line in place of the pattern's."""
+    text = recipes()["quickstart"].read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(re.sub('pattern: "2:4".*', line, text, count=1), encoding="utf-8")
+    return "mine.yaml"
 
 
 def printed(capsys, *arguments):
@@ -34,18 +47,22 @@ def test_a_file_of_a_recipes_name(capsys, tmp_path):
     assert printed(capsys, "--config", "quickstart", "--model.model=a")["trainer"]["max_steps"] == 7
 
 
-def test_precision_is_resolved_and_said(tmp_path, monkeypatch, caplog):
+def test_a_trained_model_can_be_tested(copied, capsys):
+    assert main(["test", "--config", "tiny.yaml", "--ckpt_path", "a.ckpt"]) == 0
+    assert "test/perplexity" in capsys.readouterr().out
+
+
+def test_precision_is_resolved_and_said(monkeypatch, caplog):
     monkeypatch.setattr("thanos_lightning.cli.training.fast_precision", lambda device: ("64-true", f"it is {device}"))
     with caplog.at_level("INFO"):
-        cli = CLI(["--config", "quickstart"], run=False)
+        cli = cli_of()
     assert cli.trainer.precision == "64-true"
     assert cli.config.trainer.precision == "64-true"  # what is saved
     assert [line for line in caplog.messages if "precision" in line] == ["precision: 64-true, since it is cpu"]
 
 
-def test_a_precision_that_is_given(monkeypatch):
-    cli = CLI(["--config", "quickstart", "--trainer.precision", "bf16-mixed"], run=False)
-    assert cli.trainer.precision == "bf16-mixed"
+def test_a_precision_that_is_given():
+    assert cli_of("--trainer.precision", "bf16-mixed").trainer.precision == "bf16-mixed"
 
 
 class Solves(Callback):
@@ -57,29 +74,50 @@ class Solves(Callback):
 
 def test_options_of_another_callback_are_its_own():
     mine = [f"--trainer.callbacks+={__name__}.Solves", "--trainer.callbacks.solver=3"]
-    cli = CLI(["--config", "quickstart", *mine], run=False)
-    assert [one.solver for one in cli.trainer.callbacks if isinstance(one, Solves)] == [3]
+    assert [one.solver for one in cli_of(*mine).trainer.callbacks if isinstance(one, Solves)] == [3]
     with pytest.raises(Mistake, match="schedule of Solves is 'soon': give a number"):
-        CLI(["--config", "quickstart", *mine, "--trainer.callbacks.schedule=soon"], run=False)
+        cli_of(*mine, "--trainer.callbacks.schedule=soon")
 
 
-def test_an_option_of_a_group_that_is_not_given():
+@pytest.mark.parametrize("asked", ["uniform", "loss"])
+def test_an_option_of_a_group_that_is_not_given(asked):
     callback = "--trainer.callbacks.0"
     others = [f"{callback}.pattern=unstructured", f"{callback}.sparsity=0.5"]
-    for asked in ("uniform", "loss"):
-        cli = CLI(["--config", "quickstart", *others, f"{callback}.allocation.by={asked}"], run=False)
-        (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
-        assert pruning.options.allocation == Allocation(asked)
+    assert options_of(*others, f"{callback}.allocation.by={asked}").allocation == Allocation(asked)
 
 
 @pytest.mark.parametrize("argument", ["--trainer.callbacks.0.pattern", "--trainer.callbacks.0.init_args.pattern"])
 def test_an_argument_of_one_callback(argument):
-    cli = CLI(["--config", "quickstart", argument, "1:4", "--trainer.callbacks.0.schedule.at=[0, 8]"], run=False)
-    (pruning,) = (one for one in cli.trainer.callbacks if isinstance(one, ThanosPruningCallback))
-    saving = cli.trainer.checkpoint_callback
-    assert (pruning.options.pattern, pruning.options.schedule.at, pruning.options.monitor) == (
-        NM(1, 4),
-        (0, 8),
-        "val/perplexity",
-    )
-    assert saving.filename == "quickstart"
+    cli = cli_of(argument, "1:4", "--trainer.callbacks.0.schedule.at=[0, 8]")
+    options = cli.trainer.callbacks[0].options
+    assert (options.pattern, options.schedule.at, options.monitor) == (NM(1, 4), (0, 8), "val/perplexity")
+    assert cli.trainer.checkpoint_callback.filename == "quickstart"
+
+
+def test_a_callback_on_the_command_line():
+    given = ["pattern=4:8", "targets=['*.up_proj']", "schedule.start_step=1", "schedule.end_step=0.5"]
+    added = [f"--trainer.callbacks.{one}" for one in (*given, "schedule.every_n_steps=1")]
+    options = options_of("--trainer.callbacks+=ThanosPruningCallback", *added)
+    assert (options.pattern, list(options.targets)) == (NM(4, 8), ["*.up_proj"])
+    assert options.schedule == SparsitySchedule(1, 0.5, 1)
+
+
+@pytest.mark.parametrize("text", ["4:8", '"4:8"'])
+def test_quotes_around_a_pattern_are_optional(text):
+    assert options_of(config=recipe_with(f"pattern: {text}")).pattern == NM(4, 8)
+
+
+def test_the_configuration_is_saved(trained):
+    saved = yaml.safe_load((trained / "run" / "config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["pattern"] == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", 1), ("0.2", 0.2), ("1e-1", 0.1), (".5", 0.5), ("0", 0), ("0.0", 0.0)]
+)
+def test_steps_and_fractions_stay_apart(text, value):
+    three = options_of(config=recipe_with(f"schedule: {{start_step: {text}, end_step: {text}, every_n_steps: 1}}"))
+    listed = options_of(config=recipe_with(f"schedule: {{at: [{text}]}}"))
+    for found in (three.schedule.start_step, three.schedule.end_step, listed.schedule.at[0]):
+        assert found == value
+        assert type(found) is type(value)

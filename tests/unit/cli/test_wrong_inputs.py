@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,10 +17,6 @@ from typing import Any
 import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning.cli import main
 from thanos_lightning.cli.mistakes import users_mistake
@@ -29,13 +24,6 @@ from thanos_lightning.cli.shipped import recipes
 
 QUICKSTART = recipes()["quickstart"].read_text(encoding="utf-8")
 PATTERN = 'pattern: "2:4".*'
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
-    monkeypatch.delenv("THANOS_LIGHTNING_DEBUG", raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 def line_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -150,10 +138,7 @@ FIT = ("fit", "--config", "quickstart")
             "[*.0.mlp.down_proj, lm_head] is no YAML: expected alphabetic or numeric character, but found '.'; close "
             "each bracket and quote, and quote names that begin with *",
         ),
-        (
-            (*FIT, "--trainer.callbacks.0.ignore", "[a, b"),
-            "[a, b is no YAML: expected ',' or ']', but got '<stream end>'; close each bracket and quote, and ",
-        ),
+        ((*FIT, "--trainer.callbacks.0.ignore", "[a, b"), "[a, b is no YAML: expected ',' or ']', but got '<stream e"),
         ((*FIT, "--model.learning_rate", "fast"), "learning_rate of CausalLM is 'fast': give a number"),
         ((*FIT, "--model.lerning_rate", "1"), "CausalLM has no option lerning_rate: did you mean learning_rate? "),
         (
@@ -172,7 +157,7 @@ FIT = ("fit", "--config", "quickstart")
         (("prune",), "argument COMMAND: invalid choice: 'prune' (choose from "),
         (("verify",), "the following arguments are required: checkpoint (`thanos-lightning verify --help` tells more)"),
         (("verify", "a", "--sparsity", "half"), "argument --sparsity: invalid float value: 'half'"),
-        (("plan", "--device", "h10"), "argument --device: invalid choice: 'h10' (choose from "),
+        (("plan", "--device", "h10"), "argument --device: invalid choice: 'h10' (choose from 'a100', 'h100', "),
         (("recipes", "quickstrat"), "'quickstrat' is no recipe or launch file: did you mean quickstart? "),
     ],
 )
@@ -187,58 +172,6 @@ def test_a_rank_says_which_it_is(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 # What is found when the parts are made, in files, or on the disk: a tiny model, trained for two steps
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.yaml, the model tiny, the text text.txt, and run/checkpoints/tiny.ckpt."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name, width, known in (("tiny", 16, 8), ("wide", 32, 8), ("few", 16, 4)):
-        words = Tokenizer(WordLevel({word: number for number, word in enumerate("abcdefgh")}, unk_token="a"))
-        words.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a").save_pretrained(folder / name)
-        settings = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 0}
-        LlamaForCausalLM(LlamaConfig(vocab_size=known, hidden_size=width, **settings)).save_pretrained(folder / name)
-    shutil.copytree(folder / "tiny", folder / "cut")
-    os.truncate(folder / "cut" / "model.safetensors", 900)
-    (folder / "empty").mkdir()
-    (folder / "text.txt").write_text("b c d e f g h " * 40)
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 99)
-    (folder / "tiny.yaml").write_text(
-        """\
-seed_everything: 1
-model: {class_path: CausalLM, init_args: {model: tiny, lr_schedule: constant}}
-data: {class_path: TextData, init_args: {dataset: text.txt, tokenizer: tiny, block_size: 8, batch_size: 2}}
-trainer:
-  accelerator: cpu
-  max_steps: 2
-  num_sanity_val_steps: 0
-  limit_val_batches: 0
-  logger: false
-  default_root_dir: run
-  callbacks:
-    - class_path: ThanosPruningCallback
-      init_args: {solver: {method: magnitude}, schedule: {start_step: 1, end_step: 1, every_n_steps: 1}}
-    - class_path: ModelCheckpoint
-      init_args: {filename: tiny, every_n_train_steps: 2, enable_version_counter: false}
-"""
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["thanos-lightning"])
-        assert main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "2"]) == 0
-        assert main(["export", "run/checkpoints/tiny.ckpt", "exported"]) == 0
-    checkpoint = folder / "run" / "checkpoints" / "tiny.ckpt"
-    (folder / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:9000])
-    (folder / "garbage.ckpt").write_bytes(b"\x80garbage" * 99)
-    torch.save({"weights": 1}, folder / "other.ckpt")
-    content = torch.load(checkpoint, weights_only=True)
-    del content["hyper_parameters"]  # as a module of one's own may keep none
-    content["optimizer_states"][0]["state"].clear()  # whose shapes would be others
-    content["state_dict"] = {name: value[:1] for name, value in content["state_dict"].items()}
-    content["thanos_lightning"]["optimizer_parameters"] = None
-    torch.save(content, folder / "shapes.ckpt")
-    return folder
 
 
 CHECKPOINT = "run/checkpoints/tiny.ckpt"
@@ -285,6 +218,16 @@ TINY = ("fit", "--config", "tiny.yaml")
             (*TINY, "--ckpt_path", CHECKPOINT, "--model.model", "wide"),
             f"model of CausalLM is 'wide', 'tiny' in {CHECKPOINT}, whose weights would replace it: give --model.model ",
         ),
+        ((*TINY, "--trainer.devices", "0"), "`Trainer(devices='0')` value is not a valid input using cpu"),
+        (("verify", "nowhere"), "nowhere does not exist"),
+        (("verify", "exported", "--sparsity", "0.5"), "--sparsity, --outlier-fraction, --targets and --ignore go with"),
+        (("verify", "exported", "--targets", "*"), "--sparsity, --outlier-fraction, --targets and --ignore go with a "),
+        (("verify", "exported", "--pattern", "2-4"), "pattern='2-4' is not known"),
+        (("verify", "exported", "--pattern", "unstructured"), "pattern='unstructured' needs a sparsity"),
+        (("verify", "exported", "--pattern", "2:4", "--targets", "nothing"), "target 'nothing' matches no pruna"),
+        (("export", CHECKPOINT, "exported"), "{folder}/exported exists already"),
+        (("export", CHECKPOINT, "out", "--dtype", "int8"), "dtype is 'int8'"),
+        (("export", CHECKPOINT, "out", "--tokenizer", "/nowhere"), "the tokenizer '/nowhere'"),
         (("export", "tiny", "out"), "tiny is a Hugging Face folder, not a trainer's: give a .ckpt, which the "),
         (("export", "run", "out"), "run is damaged or no trainer checkpoint: give a .ckpt file"),
         (("export", CHECKPOINT, "text.txt/out"), "{folder}/text.txt/out: not a directory: give a path whose"),
@@ -318,18 +261,12 @@ def test_a_data_set_of_a_hub_that_cannot_be_reached(
 def test_a_full_disk(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the largest size that a file of this process may have, which needs no root."""
     monkeypatch.chdir(trained)
-    before = (trained / CHECKPOINT).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     try:
-        saved = line_of(capsys, *TINY)
-        exported = line_of(capsys, "export", CHECKPOINT, "full")
+        assert line_of(capsys, "export", CHECKPOINT, "full").startswith(f"{trained}/full can't be written (")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert saved.startswith(f"{CHECKPOINT} can't be written (File too large), and nothing was left under that name: ")
-    assert exported.startswith(f"{trained}/full can't be written (")
-    assert (trained / CHECKPOINT).read_bytes() == before
-    assert [file.name for file in (trained / CHECKPOINT).parent.iterdir()] == ["tiny.ckpt"]
     assert not (trained / "full").exists()
 
 
@@ -433,8 +370,6 @@ FOLDERS = [
     (INDEX, as_text("{}"), VERIFY, "hf/model.safetensors.index.json: weight_map is None, not keys and values"),
     (INDEX, as_text(DEEP), VERIFY, "hf/model.safetensors.index.json is damaged (maximum recursion"),
     (INDEX, as_text('{"weight_map": {"a": 3}}'), VERIFY, "hf/model.safetensors.index.json: weight_map.a is 3, not te"),
-    (INDEX, as_text('{"weight_map": {"a": "../x"}}'), VERIFY, "hf/model.safetensors.index.json has the name '../x', "),
-    (INDEX, as_text('{"weight_map": {"a": "/x"}}'), VERIFY, "hf/model.safetensors.index.json has the name '/x', whic"),
     (CONFIG, as_text("null"), AGAINST, "hf/config.json: the configuration is None, not keys and values"),
     (CONFIG, with_entry("architectures", value=5), AGAINST, "hf/config.json: architectures is 5, not a list"),
     (CONFIG, with_entry("architectures", value=["logging"]), AGAINST, "hf holds a model of the class logging, which"),
@@ -480,16 +415,6 @@ EXPORTS = [
     (with_entry(*STATE, "report", "events", value=7), "the report: events is 7, not a list"),
     (with_entry("callbacks", value={}), "a.ckpt holds no state of a ThanosPruningCallback: give a checkpoint of a tr"),
 ]
-
-
-@pytest.fixture
-def copied(trained: Path, tmp_path: Path) -> Path:
-    """A folder with hf, which was exported, and a.ckpt, both to be damaged; it is the current one."""
-    shutil.copytree(trained / "exported", tmp_path / "hf")
-    shutil.copy(trained / CHECKPOINT, tmp_path / "a.ckpt")
-    for name in ("tiny", "tiny.yaml", "text.txt"):
-        (tmp_path / name).symlink_to(trained / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize(("file", "damage", "command", "line"), FOLDERS)
@@ -570,8 +495,7 @@ def test_configurations(
     assert line_of(capsys, command, "--config", "mine.yaml").startswith(line)
 
 
-EVENT = ("events", 0)
-LAYER = (*EVENT, "layers", 0)
+LAYER = ("events", 0, "layers", 0)
 
 
 @pytest.mark.parametrize(
@@ -580,18 +504,8 @@ LAYER = (*EVENT, "layers", 0)
         (as_text("[]"), "report.json is no pruning report (the report is [], not keys and values): give the prun"),
         (as_text(DEEP), "report.json is no pruning report (maximum recursion depth"),
         (as_text("{}"), "report.json is no pruning report (the report: events is None, not a list): give the prun"),
-        (with_entry("events", value={}), "report.json is no pruning report (the report: events is {}, not a list)"),
-        (with_entry(*EVENT, value=None), "report.json is no pruning report (the report: events is None, not keys"),
-        (with_entry(*EVENT, "step", value="x"), "report.json is no pruning report (the report: events.step is 'x', "),
-        (with_entry(*EVENT, "step", value=10**30), "report.json is no pruning report (the report: events.step is 10"),
-        (with_entry(*EVENT, "target", value=[]), "report.json is no pruning report (the report: events.target is []"),
-        (with_entry(*EVENT, "more", value=1), "report.json is no pruning report (the report: events has 'more', which"),
         (with_entry(*LAYER, "name", value=3), "report.json is no pruning report (the report: events.layers.name is 3"),
-        (with_entry(*LAYER, "name", value="x" * 10**6), "report.json is no pruning report (the report: events.layers"),
-        (with_entry(*LAYER, "shape", value=[8]), "report.json is no pruning report (the report: events.layers.shape"),
         (with_entry(*LAYER, "shape", value=[0, 8]), "report.json is no pruning report (the report has a layer without"),
-        (with_entry(*LAYER, "loss", value="x"), "report.json is no pruning report (the report: events.layers.loss is"),
-        (with_entry("summary", value=[]), "report.json is no pruning report (the report: summary is [], not keys and"),
         (with_entry("summary", "metric", value=1), "report.json is no pruning report (the report: summary.metric is 1"),
         (with_entry("history", "losses", value=[[1]]), "report.json is no pruning report (the report: history.losses "),
         (with_entry("events", value=[]), "the report has no event: nothing to plot"),
