@@ -30,7 +30,8 @@ from thanos_lightning.cli import main
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
 SPARSITIES = {
     "smollm2-135m-2of4-distilled": 0.5,
@@ -54,46 +55,22 @@ PLANNED = [  # and where
     *((name, f"recipes/{name}.yaml") for name in ("llama-3.1-8b-2of4", *ZERO3)),
     ("llama-3.1-8b-2of4-zero3", "docs/scaling/plan.md"),
 ]
-# What the hub says of each model: the configuration's class, and what is not that class's default
-_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
-_QWEN3 = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
-CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "meta-llama/Llama-3.1-8B": (LlamaConfig, {**_LLAMA3, "intermediate_size": 14336}),
-    "meta-llama/Llama-3.1-70B": (
-        LlamaConfig,
-        {
-            **_LLAMA3,
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-        },
-    ),
-    "meta-llama/Llama-3.2-1B": (
-        LlamaConfig,
-        {
-            **_LLAMA3,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "Qwen/Qwen3-0.6B": (Qwen3Config, {**_QWEN3, "hidden_size": 1024, "intermediate_size": 3072}),
-    "Qwen/Qwen3-1.7B": (Qwen3Config, {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144}),
-    "HuggingFaceTB/SmolLM2-135M": (
-        LlamaConfig,
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-    ),
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+CONFIGS: dict[str, tuple[type[PreTrainedConfig], tuple[int, ...], int, bool]] = {
+    # What the hub says of each model: the class, these sizes, heads of keys and values, whether embeddings are tied
+    "meta-llama/Llama-3.1-8B": (LlamaConfig, (128256, 4096, 14336, 32, 32), 8, False),
+    "meta-llama/Llama-3.1-70B": (LlamaConfig, (128256, 8192, 28672, 80, 64), 8, False),
+    "meta-llama/Llama-3.2-1B": (LlamaConfig, (128256, 2048, 8192, 16, 32), 8, True),
+    "Qwen/Qwen3-0.6B": (Qwen3Config, (151936, 1024, 3072, 28, 16), 8, True),
+    "Qwen/Qwen3-1.7B": (Qwen3Config, (151936, 2048, 6144, 28, 16), 8, True),
+    "HuggingFaceTB/SmolLM2-135M": (LlamaConfig, (49152, 576, 1536, 30, 9), 3, True),
 }
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
 
 
 def build(recipe: Path) -> LightningCLI:
@@ -111,9 +88,8 @@ def test_a_recipe_says_what_it_is(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith("distilled")])
-def test_a_recipe_with_a_teacher_has_losses_for_it(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    cli = build(next(recipe for recipe in RECIPES if recipe.stem == name))
+def test_a_recipe_with_a_teacher_has_losses_for_it(name: str) -> None:
+    cli = build(FOLDER / f"{name}.yaml")
     teaching = cli.model.distillation
     assert isinstance(teaching, Distillation)
     assert teaching.dtype == "bfloat16"
@@ -128,12 +104,11 @@ def only(kind: type[Callback], cli: LightningCLI) -> Any:
 
 
 @pytest.fixture
-def at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def at_hand(tmp_path: Path) -> None:
     """The configurations of the recipes' models, in folders of their names, where the command looks first."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
-    for name, (kind, settings) in CONFIGS.items():
-        kind(**settings).save_pretrained(tmp_path / name)
+    for name, (kind, sizes, heads, are_tied) in CONFIGS.items():
+        settings = dict(zip(SIZES, sizes, strict=True))
+        kind(**settings, num_key_value_heads=heads, tie_word_embeddings=are_tied).save_pretrained(tmp_path / name)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -147,8 +122,7 @@ def test_the_promised_recipes_are_there() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_recipe_builds(recipe: Path) -> None:
     cli = build(recipe)
     assert isinstance(cli.model, CausalLM)
     assert isinstance(cli.datamodule, TextData)
@@ -174,11 +148,8 @@ def test_a_recipe_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize("name", ZERO3)
-def test_a_zero3_recipe_shards_all_and_offloads_nothing(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = next(recipe for recipe in RECIPES if recipe.stem == name)
+def test_a_zero3_recipe_shards_all_and_offloads_nothing(name: str) -> None:
+    recipe = FOLDER / f"{name}.yaml"
     cli = build(recipe)
     strategy = cli.trainer.strategy
     assert isinstance(strategy, DeepSpeedStrategy)
@@ -218,7 +189,7 @@ def test_a_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str
 def test_what_is_written_of_a_large_recipe_is_its_plan(
     name: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = [line.lstrip("#").strip() for line in (RECIPES[0].parents[1] / file).read_text().splitlines()]
+    written = [line.lstrip("#").strip() for line in (FOLDER.parent / file).read_text().splitlines()]
     (command,) = (line for line in written if line.startswith(f"thanos-lightning plan --config {name} "))
     status, text = planned(capsys, *command.split()[2:])
     assert status == 0
@@ -250,7 +221,7 @@ def rehearsal(recipe: Path, folder: Path) -> Path:
 @pytest.mark.rest
 @pytest.mark.parametrize("name", ZERO3)
 def test_a_zero3_recipe_is_rehearsed_on_cpus(name: str, tmp_path: Path) -> None:
-    recipe = rehearsal(next(recipe for recipe in RECIPES if recipe.stem == name), tmp_path)
+    recipe = rehearsal(FOLDER / f"{name}.yaml", tmp_path)
     # a launcher's variables would say that the processes are there already
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
     env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}

@@ -157,7 +157,7 @@ FIT = ("fit", "--config", "quickstart")
         (("prune",), "argument COMMAND: invalid choice: 'prune' (choose from "),
         (("verify",), "the following arguments are required: checkpoint (`thanos-lightning verify --help` tells more)"),
         (("verify", "a", "--sparsity", "half"), "argument --sparsity: invalid float value: 'half'"),
-        (("plan", "--device", "h10"), "argument --device: invalid choice: 'h10' (choose from 'a100', 'h100', "),
+        (("plan", "--device", "h10"), "argument --device: invalid choice: 'h10' (choose from "),
         (("recipes", "quickstrat"), "'quickstrat' is no recipe or launch file: did you mean quickstart? "),
     ],
 )
