@@ -23,7 +23,6 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from thanos_lightning.calibration.tiny_input import tiny_run
@@ -49,6 +48,7 @@ from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.choice import check_strategy
+from thanos_lightning.sharding.fsdp import require_rows
 from thanos_lightning.sharding.held import Share, share_of, zero_of
 from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.adapters import mask_adapters
@@ -194,12 +194,8 @@ class Plan:
         if self._half is not None and not self._autocasts:
             module.to(self._half)
         if sharded:
-            for name, layer in find_targets(module, self.options.targets, self.options.ignore).items():
-                if not isinstance(layer.parameter, DTensor):
-                    raise Mistake(
-                        f"layer {name} is not sharded: in configure_model, call fully_shard on a module that holds it, "
-                        f"or add {name!r} to ignore"
-                    )
+            for layer in find_targets(module, self.options.targets, self.options.ignore).values():
+                require_rows(layer)
         self._teacher = _teacher(module)
 
     @cached_property

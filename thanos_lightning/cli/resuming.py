@@ -17,7 +17,8 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
     """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
 
     Raises:
-        Mistake: If the path is missing, or no checkpoint.
+        Mistake: If the path is no checkpoint of a training.
+        FileNotFoundError: If the path is missing.
         ValueError: If the checkpoint is damaged, or holds objects that are not plain values.
     """
     path = Path(ckpt_path)
@@ -26,8 +27,6 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
     bring_back(path)
     if (path / ".metadata").is_file():  # a folder of FSDP2
         return {}
-    if not path.exists():
-        raise Mistake(f"--ckpt_path {ckpt_path} does not exist (in {Path.cwd()}): give a .ckpt that the Trainer wrote")
     if path.is_dir() and not (path / "checkpoint").is_dir():
         inside = sorted(path.rglob("*.ckpt"))
         mend = f"give what is in it, such as {inside[0]}" if inside else "give a .ckpt that the Trainer wrote"

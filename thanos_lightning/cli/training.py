@@ -234,13 +234,11 @@ def require_strategy(strategy: Any, accelerator: Any) -> None:
         return
     known = StrategyRegistry.available_strategies()
     on_a_cpu = accelerator == "cpu" or (accelerator == AUTO and not torch.cuda.is_available())
-    if strategy.startswith("deepspeed") and on_a_cpu:
+    if strategy.startswith(("deepspeed", "fsdp")) and on_a_cpu:
         raise Mistake(
-            f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give thanos_lightning.CPUDeepSpeed, and its "
-            "stage (--trainer.strategy.stage 3)"
+            f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give ddp, or thanos_lightning.CPUDeepSpeed "
+            "and its stage (--trainer.strategy.stage 3)"
         )
-    if strategy.startswith("fsdp") and on_a_cpu:
-        raise Mistake(f"trainer.strategy is {strategy!r}, which needs GPUs: on CPUs give ddp")
     if strategy != AUTO and strategy not in known:
         meant = did_you_mean(strategy, known)
         raise Mistake(

@@ -46,7 +46,7 @@ class FsdpAccess(FragmentAccess):
         self._sharded_modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
         self.release()
         # Looked up once, because a gathered module shows other tensors in place of its parameters.
-        self._parameters = {name: _require_rows(layer) for name, layer in layers.items()}
+        self._parameters = {name: require_rows(layer) for name, layer in layers.items()}
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
@@ -147,7 +147,7 @@ def _held_entries(parameter: DTensor) -> Range:
     return Range(start * width, rows * width)
 
 
-def _require_rows(layer: PrunableLayer) -> DTensor:
+def require_rows(layer: PrunableLayer) -> DTensor:
     """Return the layer's parameter, which must be sharded by rows."""
     parameter = layer.parameter
     if not isinstance(parameter, DTensor):
