@@ -18,12 +18,7 @@ _BETWEEN_READINGS = 1.0  # seconds
 
 
 class TrainingBar(ProgressBar):
-    """Counts the optimizer steps of a training, and not the batches of each epoch.
-
-    Examples:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(max_steps=50, callbacks=[TrainingBar()], logger=False, enable_checkpointing=False)
-    """
+    """Counts the optimizer steps of a training, and not the batches of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()

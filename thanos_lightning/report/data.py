@@ -249,13 +249,7 @@ def _json_of(event: EventReport) -> str:
 
 @dataclass
 class PruningReport:
-    """All events of a training, what they did to the monitored metric, and how the training went.
-
-    Examples:
-        >>> report = PruningReport(events=[EventReport(step=10, target=0.5)])
-        >>> PruningReport.from_state(report.state()) == report
-        True
-    """
+    """All events of a training, what they did to the monitored metric, and how the training went."""
 
     events: list[EventReport] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
