@@ -13,13 +13,6 @@ from thanos_lightning.cli import main
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def fill(folder, value):
-    tensors = load_file(folder / "model.safetensors")
-    flat = tensors[UP].view(-1)
-    flat[flat.eq(0).nonzero()[0]] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 # The program
 
 
@@ -94,7 +87,10 @@ def test_verify_summary(copied, capsys, checkpoint):
 @pytest.mark.parametrize("arguments", [[], ["--pattern", "2:4"], ["--pattern", "unstructured", "--sparsity", "0.5"]])
 @pytest.mark.parametrize("value", [0.1, -0.0])
 def test_verify_table(copied, capsys, value, arguments):
-    fill(copied / "hf", value)
+    tensors = load_file("hf/model.safetensors")
+    flat = tensors[UP].view(-1)
+    flat[flat.eq(0).nonzero()[0]] = value
+    save_file(tensors, "hf/model.safetensors", metadata={"format": "pt"})
     assert main(["verify", "hf", *arguments]) == 1
     shown = capsys.readouterr()
     assert UP in shown.out

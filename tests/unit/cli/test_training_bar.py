@@ -71,8 +71,7 @@ def test_a_log_tells_how_far_the_windows_of_an_event_are(tmp_path: Path, capsys:
 def test_a_terminal_has_a_bar_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(rich, "_console", Console(file=terminal, force_terminal=True, width=80, _environ={}))
-    bar = TrainingBar()
-    fitted = trainer(tmp_path, at_once(list(loader(8))), bar, max_steps=20, enable_progress_bar=True)
+    fitted = trainer(tmp_path, at_once(list(loader(8))), TrainingBar(), max_steps=20, enable_progress_bar=True)
     fitted.fit(Logged(), loader(32))
     told = terminal.getvalue()
     assert "20 of 20 steps" in told
