@@ -303,11 +303,10 @@ def test_seconds_are_those_of_finished_work(tmp_path: Path) -> None:
 def test_a_model_whose_channels_are_reordered_computes_what_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unpruned(task: Any, *_: Any) -> PrunedLayer:
-        weight = task.weight.merged()
+    def unpruned(weight: torch.Tensor, *_: Any) -> PrunedLayer:
         return PrunedLayer(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
 
-    monkeypatch.setattr("thanos_lightning.events.prune.solve", unpruned)
+    monkeypatch.setattr("thanos_lightning.events.prune.prune_layer", unpruned)
     batches = list(loader(16))
     model = tiny_llama().eval()
     weight = model.model.layers[1].mlp.down_proj.weight.detach().clone()

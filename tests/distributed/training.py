@@ -636,7 +636,7 @@ class Exhausted(Callback):
             def prune(*args: Any, **kwargs: Any) -> Any:
                 raise torch.OutOfMemoryError("tried to allocate 1 PiB")
 
-            thanos_lightning.events.prune.solve = prune
+            thanos_lightning.events.prune.prune_layer = prune
 
 
 class ExhaustedInside(Callback):
@@ -775,7 +775,7 @@ class KilledInside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_rank == trainer.world_size - 1:
-            thanos_lightning.events.prune.solve = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+            thanos_lightning.events.prune.prune_layer = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KilledInASave(Callback):
@@ -991,7 +991,7 @@ def put_back() -> Iterator[None]:
     """Afterwards, what callbacks have replaced for one training is again what it was."""
     replaced = [
         (thanos_lightning.events.run, "prune_window"),
-        (thanos_lightning.events.prune, "solve"),
+        (thanos_lightning.events.prune, "prune_layer"),
         (thanos_lightning.events.prune, "order_channels"),
         (Ranks, "reserve"),
         (HessianAccumulator, "update"),

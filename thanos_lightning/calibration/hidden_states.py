@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Call:
 
     Attributes:
         inputs: The hidden states that the block got, (batch, length, width), float16 or bfloat16.
-        outputs: Those that it gave, (batch, length, any width).
+        outputs: Those that it gave, (batch, length, any width); empty until it has returned.
         args: Its other positional arguments, with a `Reference` for each tensor.
         kwargs: Its keyword arguments likewise.
         keyword: Name of the argument that has the hidden states; None if it is the first positional one.
@@ -62,17 +62,6 @@ def parts_of(shape: tuple[int, ...]) -> list[slice]:
     number, *length, _ = shape
     together = max(1, TOKENS_PER_STEP // max(1, math.prod(length)))
     return [slice(first, first + together) for first in range(0, number, together)]
-
-
-class _Begun(NamedTuple):
-    """The first part of a call, with the meaning of `Call`."""
-
-    inputs: Tensor
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    keyword: str | None
-    dtype: torch.dtype
-    computes_in: torch.dtype | None
 
 
 class _RefusedError(Exception):
@@ -111,7 +100,7 @@ class HiddenStates:
     _handles: list[RemovableHandle] = field(default_factory=list)
     _number: int | None = None  # of the batch
     _counted: Reference | None = None
-    _begun: dict[str, _Begun] = field(default_factory=dict)
+    _begun: dict[str, Call] = field(default_factory=dict)
     _known: dict[int, tuple[Tensor, Reference]] = field(default_factory=dict)  # by id, within a batch
     _last: tuple[Tensor, int, Tensor] | None = None  # the last output, its version, and its copy
 
@@ -181,7 +170,8 @@ class HiddenStates:
             stored = last[2]  # what one block gives is what the next one gets
         else:
             stored = _stored(hidden)
-        self._begun[name] = _Begun(stored, args, kwargs, keyword, hidden.dtype, _computes_in(hidden))
+        dtype, computes_in, none = hidden.dtype, _computes_in(hidden), torch.empty(0, device="cpu")
+        self._begun[name] = Call(stored, none, args, kwargs, keyword, self._counted, dtype, computes_in)
 
     def _after(self, name: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._is_recording(name) or name not in self._begun:
@@ -198,10 +188,7 @@ class HiddenStates:
             given = _stored(hidden)
             self._last = hidden.detach(), hidden._version, given
             assert self._number is not None
-            self.calls.setdefault(name, {})[self._number] = Call(
-                begun.inputs, given, begun.args, begun.kwargs, begun.keyword, self._counted, begun.dtype,
-                begun.computes_in,
-            )  # fmt: skip
+            self.calls.setdefault(name, {})[self._number] = replace(begun, outputs=given)
 
     def _refuse(self, name: str, why: str) -> None:
         self.refused[name] = why
@@ -273,32 +260,18 @@ def _computes_in(hidden: Tensor) -> torch.dtype | None:
     return hidden.dtype if hidden.dtype in (torch.float16, torch.bfloat16) else None
 
 
-class Outline(NamedTuple):
-    """All of a call but its tensors, and their shapes and dtypes."""
-
-    inputs: tuple[tuple[int, ...], torch.dtype]
-    outputs: tuple[tuple[int, ...], torch.dtype]
-    rest: tuple[Any, ...]
-
-
-def outline_of(call: Call) -> Outline:
-    """The outline, which other ranks are told."""
-    rest = call.args, call.kwargs, call.keyword, call.counted, call.dtype, call.computes_in
-    inputs, outputs = ((tuple(one.shape), one.dtype) for one in (call.inputs, call.outputs))
-    return Outline(inputs, outputs, rest)
-
-
 @dataclass(frozen=True)
 class SharedStates:
     """The calls that all ranks have recorded.
 
     Attributes:
-        outlines: Block name -> number of the batch -> (rank that has recorded it, its outline), in order of batches.
+        outlines: Block name -> number of the batch -> (rank that has recorded it, the call, whose hidden states are on
+            the meta device), in order of batches.
         others: All tensors that calls refer to.
         refused: Blocks that can't be called again -> the reason.
     """
 
-    outlines: Mapping[str, Mapping[int, tuple[int, Outline]]]
+    outlines: Mapping[str, Mapping[int, tuple[int, Call]]]
     others: Mapping[str, Tensor]
     refused: Mapping[str, str]
 
@@ -306,14 +279,18 @@ class SharedStates:
     def of(cls, states: HiddenStates, access: ParameterAccess) -> SharedStates:
         """Tell all ranks what each has recorded. All ranks must call it, and get the same."""
         own = {
-            name: {number: outline_of(call) for number, call in calls.items()} for name, calls in states.calls.items()
+            name: {
+                number: replace(call, inputs=call.inputs.to("meta"), outputs=call.outputs.to("meta"))
+                for number, call in calls.items()
+            }
+            for name, calls in states.calls.items()
         }
-        shapes = {digest: (tuple(one.shape), one.dtype) for digest, one in states.others.items()}
+        shapes = {digest: one.to("meta") for digest, one in states.others.items()}
         everywhere = access.gather((own, shapes, states.refused))
         refused: dict[str, str] = {}
         for _, _, of_rank in everywhere:
             refused = {**of_rank, **refused}
-        outlines: dict[str, Mapping[int, tuple[int, Outline]]] = {}
+        outlines: dict[str, Mapping[int, tuple[int, Call]]] = {}
         for name in states.blocks:
             found = {
                 number: (rank, outline)
@@ -327,10 +304,8 @@ class SharedStates:
         for digest in sorted(described):
             holders = [rank for rank, (_, table, _) in enumerate(everywhere) if digest in table]
             if len(holders) < access.world_size:
-                shape, dtype = described[digest]
-                tensor = others.get(digest, torch.empty(shape, dtype=dtype, device="cpu"))
+                tensor = others.setdefault(digest, torch.empty_like(described[digest], device="cpu"))
                 access.broadcast(tensor, holders[0])
-                others[digest] = tensor
         return cls(outlines, others, refused)
 
 
@@ -347,12 +322,12 @@ def collect_calls(
         if access.rank not in (rank, owner):
             continue
         both = []
-        for which, (shape, dtype) in (("inputs", outline.inputs), ("outputs", outline.outputs)):
-            mine = getattr(own[number], which) if rank == access.rank else None
-            both.append(access.send(mine, source=rank, destination=owner, shape=shape, dtype=dtype))
+        for which in ("inputs", "outputs"):
+            mine, meta = getattr(own.get(number), which, None), getattr(outline, which)
+            both.append(access.send(mine, source=rank, destination=owner, shape=meta.shape, dtype=meta.dtype))
+        inputs, outputs = both
         if access.rank == owner:
-            inputs, outputs = both
             assert inputs is not None
             assert outputs is not None
-            calls.append(Call(inputs.cpu(), outputs.cpu(), *outline.rest))
+            calls.append(replace(outline, inputs=inputs.cpu(), outputs=outputs.cpu()))
     return calls if access.rank == owner else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -341,16 +341,3 @@ def _why_none(module: LightningModule) -> str:
         "read by one column of a down layer alone): if it has some, name them in a method feed_forwards() of it that "
         "returns a list of FeedForward(down, ups), or take another pattern"
     )
-
-
-def keep_of_owned(keep: Tensor, part: PrunableLayer) -> Tensor:
-    """The keep mask (rows, cols) of a weight or bias that a down layer's channels own, from the mask of that layer.
-
-    Examples:
-        >>> import torch
-        >>> up = PrunableLayer("up", (), rows=4, cols=1, transposed=False)
-        >>> keep_of_owned(torch.tensor([[True, False], [False, False]]), up).tolist()
-        [[True], [False], [True], [False]]
-    """
-    rows = keep.any(0).repeat(part.rows // keep.shape[1])
-    return rows.unsqueeze(1).expand(part.rows, part.cols)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +149,6 @@ def _check_configurations(
 # At an event
 
 
-@dataclass(frozen=True)
-class Going:
-    """The experts of a mixture that are gone after an event, by their down layers, and the mixture's report."""
-
-    downs: list[str]
-    report: LayerReport
-
-
 def choose_experts(
     mixtures: Mapping[str, Mixture],
     layers: Mapping[str, PrunableLayer],
@@ -167,8 +158,10 @@ def choose_experts(
     owners: Mapping[str, int],
     gone: set[str],
     access: ParameterAccess,
-) -> list[Going]:
+) -> list[tuple[list[str], LayerReport]]:
     """Choose the experts that go from each mixture. All ranks must call it, and return the same, but for seconds.
+
+    Return for each mixture the down layers of the experts that are gone after the event, and its report.
 
     An expert gives a token its output times the router's share: what down_proj makes of its inputs, which are counted
     times the share. The mean of the square of its norm, over the tokens that the expert gets, is ½·tr(W H Wᵀ) of
@@ -206,21 +199,17 @@ def choose_experts(
         sums_given = {down: means.get(down, 0.0) * tokens[down] for down in downs}
         lost, whole = sum(sums_given[down] for down in going), sum(sums_given.values())
         sent = sum(tokens[down] for down in downs)
-        found.append(
-            Going(
-                going,
-                LayerReport(
-                    name=name,
-                    shape=(mixture.size, mixture.weights),
-                    pattern=pattern.name,
-                    sparsity=len(going) / mixture.size,
-                    loss=lost / max(1, sent),
-                    relative_loss=lost / whole if whole else 0.0,
-                    seconds=seconds * mixture.size,
-                    tokens=sent,
-                ),
-            )
+        report = LayerReport(
+            name=name,
+            shape=(mixture.size, mixture.weights),
+            pattern=pattern.name,
+            sparsity=len(going) / mixture.size,
+            loss=lost / max(1, sent),
+            relative_loss=lost / whole if whole else 0.0,
+            seconds=seconds * mixture.size,
+            tokens=sent,
         )
+        found.append((going, report))
     return found
 
 

@@ -9,13 +9,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from thanos_lightning.calibration.moments import Moments
-from thanos_lightning.events.blocks import keep_of_owned
 from thanos_lightning.events.experts import choose_experts, drop_experts
 from thanos_lightning.events.order import of_ordered_inputs, order_channels, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
@@ -30,7 +29,7 @@ from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged,
 from thanos_lightning.sharding.lending import lend, lenders
 from thanos_lightning.sharding.owners import sum_on_owners, tokens_seen
 from thanos_lightning.sharding.together import KeptError, reserve
-from thanos_lightning.solver import Experts, HessianAccumulator, Pattern, PrunedLayer
+from thanos_lightning.solver import Experts, HessianAccumulator
 from thanos_lightning.solver.factors import FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -108,25 +107,13 @@ def prune_window(
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
-    tasks = {
-        name: _Task(
-            window.patterns[name],
-            weight,
-            earlier.pop(name),
-            (sums or {}).pop(name, None),
-            moments.output_weights.get(name),
-        )
-        for name, weight in weights.items()
-        if weight is not None
-    }
+    mine = {name: weight for name, weight in weights.items() if weight is not None}
     del weights
     largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
-    solved = _solve_tasks(tasks, largest, access, options, f"Solving at step {window.event.step}")
-    facts: dict[str, tuple[int, float, float, float]] = {}
-    for part in access.gather({name: result.facts for name, result in solved.items()}):
-        facts.update(part)
-    kept = {name: Kept(result.pruned.weight, result.pruned.mask) for name, result in solved.items()}
-    del solved
+    kept, own_reports = _solve(window, mine, earlier, sums or {}, moments.output_weights, options, largest, access)
+    solved: dict[str, tuple[LayerReport, int]] = {}
+    for part in access.gather(own_reports):
+        solved |= part
     trained: list[BlockReport] = []
     if moments.states is not None and blocks:
         now("reconstructing")
@@ -138,73 +125,71 @@ def prune_window(
         title = f"Reconstructing at step {window.event.step}"
         owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
     now("writing")
-    reports = _write(window, chosen, kept, facts, owners, access, enforcer, owned or {})
-    reports = [replace(report, tokens=tokens.get(report.name)) for report in reports]
-    for mixture in going:
-        drop_experts(mixture.downs, experts, owned or {}, moments.owners, access, enforcer)
-    return [*reports, *(mixture.report for mixture in going)], trained
-
-
-def _solve_tasks(
-    tasks: dict[str, _Task], largest: Mapping[str, int], access: ParameterAccess, options: SolverOptions, title: str
-) -> dict[str, _Solved]:
-    """Solve the tasks of this rank, and raise on all ranks if one fails. All ranks must call it.
-
-    Tasks are removed as they are solved, to free memory. `largest` names the layer whose result takes most memory, in
-    bytes; all ranks will receive it.
-    """
-    solved: dict[str, _Solved] = {}
-    kept = KeptError(access)
-    in_turn, mine = FactorsInTurn(), list(tasks)
-    with open_phase(title, len(mine), "layers") as phase:
-        for name, following in itertools.zip_longest(mine, mine[1:]):
-            start = time.perf_counter()
-            with kept.keeping(layer=name):
-                before = None if following is None else tasks[following].statistics
-                pruned = solve(tasks.pop(name), in_turn, before, options)
-                num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                solved[name] = _Solved(pruned, num_pruned, time.perf_counter() - start)
-                phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
-            if kept.error is not None:
-                break
-        reserve(largest, access, kept)
-    return solved
-
-
-def _write(
-    window: Window,
-    layers: Mapping[str, PrunableLayer],
-    kept: dict[str, Kept],
-    facts: Mapping[str, tuple[int, float, float, float]],
-    owners: Mapping[str, int],
-    access: ParameterAccess,
-    enforcer: MaskEnforcer,
-    owned: Mapping[str, Sequence[PrunableLayer]],
-) -> list[LayerReport]:
-    """Write what the owners have, which is emptied, and hold the masks. All ranks must call it."""
-    reports = []
-    with open_phase(f"Writing at step {window.event.step}", len(layers), "layers") as phase:
-        for name, layer in layers.items():
-            own = kept.pop(name, None)
-            weight, keep = (None, None) if own is None else (own.weight, own.keep)
-            drop = write_merged(layer, weight, keep, owners[name], access)
-            num_pruned, loss, relative_loss, seconds = facts[name]
-            enforcer.hold(name, drop, num_pruned)
-            for one in owned.get(name, ()):
+    with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
+        for name, layer in chosen.items():
+            result = kept.pop(name, None)
+            weight, keep = (None, None) if result is None else (result.weight, result.keep)
+            enforcer.hold(name, write_merged(layer, weight, keep, owners[name], access), solved[name][1])
+            for one in (owned or {}).get(name, ()):
                 _write_owned(one, keep, owners[name], access, enforcer)
-            reports.append(
-                LayerReport(
-                    name=name,
-                    shape=(layer.rows, layer.cols),
-                    pattern=window.patterns[name].name,
-                    sparsity=num_pruned / (layer.rows * layer.cols),
-                    loss=loss,
-                    relative_loss=relative_loss,
-                    seconds=seconds,
-                )
-            )
             phase.advance()
-    return reports
+    for downs, _ in going:
+        drop_experts(downs, experts, owned or {}, moments.owners, access, enforcer)
+    reports = [replace(solved[name][0], tokens=tokens.get(name)) for name in chosen]
+    return [*reports, *(report for _, report in going)], trained
+
+
+def _solve(
+    window: Window,
+    weights: dict[str, Adapted],
+    earlier: dict[str, Tensor | None],
+    sums: dict[str, HessianAccumulator],
+    output_weights: Mapping[str, Tensor],
+    options: SolverOptions,
+    largest: Mapping[str, int],
+    access: ParameterAccess,
+) -> tuple[dict[str, Kept], dict[str, tuple[LayerReport, int]]]:
+    """Solve the layers whose weights this rank has, and raise on all ranks if one fails. All ranks must call it.
+
+    A layer without a sum is solved by magnitude. What has been solved is removed from the arguments, to free memory.
+    `earlier` has the keep masks of earlier events. `largest` names the layer whose result takes most memory, in bytes;
+    all ranks will receive it. Return the results, and a report of each layer with the number of its pruned entries.
+    """
+    blindly = SolverOptions.as_published("magnitude") if options.needs_statistics else options
+    kept: dict[str, Kept] = {}
+    reports: dict[str, tuple[LayerReport, int]] = {}
+    failed, in_turn, names = KeptError(access), FactorsInTurn(), list(weights)
+    with open_phase(f"Solving at step {window.event.step}", len(names), "layers") as phase:
+        for name, following in itertools.zip_longest(names, names[1:], fillvalue=""):
+            start = time.perf_counter()
+            is_seen = name in sums
+            with failed.keeping(layer=name):
+                weight, keep, of_outputs = weights.pop(name).merged(), earlier.pop(name), output_weights.get(name)
+                pruned = prune_layer(
+                    weight,
+                    in_turn.take(sums.pop(name), sums.get(following)) if is_seen else None,
+                    window.patterns[name],
+                    options if is_seen else blindly,
+                    None if keep is None else keep.logical_not(),
+                    None if of_outputs is None else of_outputs.to(weight.device),
+                )
+                num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                kept[name] = Kept(pruned.weight, pruned.mask)
+                report = LayerReport(
+                    name=name,
+                    shape=(weight.shape[0], weight.shape[1]),
+                    pattern=window.patterns[name].name,
+                    sparsity=num_pruned / weight.numel(),
+                    loss=pruned.loss,
+                    relative_loss=pruned.relative_loss,
+                    seconds=time.perf_counter() - start,
+                )
+                reports[name] = report, num_pruned
+                phase.advance(note=f"{pruned.relative_loss:.4f} {'.'.join(name.split('.')[-4:])}")
+            if failed.error is not None:
+                break
+        reserve(largest, access, failed)
+    return kept, reports
 
 
 def _write_owned(
@@ -214,7 +199,8 @@ def _write_owned(
     weight, earlier = collect_merged(part, owner, access), enforcer.collect_keep(part.name, owner)
     own = None
     if keep is not None and weight is not None:
-        own = keep_of_owned(keep, part).to(weight.device)
+        rows = keep.any(0).repeat(part.rows // keep.shape[1])  # row i, width + i, … is of channel i
+        own = rows.unsqueeze(1).expand(part.rows, part.cols).to(weight.device)
         own = own if earlier is None else own & earlier.to(own.device)
         weight = weight.where(own, 0)
     num_pruned = access.gather(0 if own is None else own.numel() - int(own.count_nonzero()))[owner]
@@ -224,45 +210,6 @@ def _write_owned(
 def _bytes_of(layer: PrunableLayer) -> int:
     """A weight in fp32 and its mask, and what its adapters add."""
     return (9 if layer.adapters else 5) * layer.rows * layer.cols
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """The result of a layer that this rank has solved."""
-
-    pruned: PrunedLayer
-    num_pruned: int
-    seconds: float
-
-    @property
-    def facts(self) -> tuple[int, float, float, float]:
-        """What all ranks need for their reports."""
-        return self.num_pruned, self.pruned.loss, self.pruned.relative_loss, self.seconds
-
-
-@dataclass
-class _Task:
-    """A layer that this rank solves. `keep` is the keep mask of earlier events; `statistics` is None without tokens."""
-
-    pattern: Pattern
-    weight: Adapted
-    keep: Tensor | None
-    statistics: HessianAccumulator | None
-    output_weights: Tensor | None
-
-
-def solve(
-    task: _Task, in_turn: FactorsInTurn, before: HessianAccumulator | None, options: SolverOptions
-) -> PrunedLayer:
-    """Solve a layer, by magnitude if there are no statistics. `before` is the statistics of the next layer."""
-    statistics, task.statistics = task.statistics, None
-    if statistics is None and options.needs_statistics:
-        options = SolverOptions.as_published("magnitude")
-    inputs = None if statistics is None else in_turn.take(statistics, before)
-    del statistics  # frees the sum, unless another layer shares it
-    weight, frozen = task.weight.merged(), None if task.keep is None else task.keep.logical_not()
-    output_weights = None if task.output_weights is None else task.output_weights.to(weight.device)
-    return prune_layer(weight, inputs, task.pattern, options, frozen, output_weights)
 
 
 def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, PrunableLayer]) -> None:

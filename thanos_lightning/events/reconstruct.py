@@ -85,7 +85,7 @@ def reconstruct(
     moved = dict(owners)
     names = [name for name in targets if shared.outlines.get(name)]
     if names:
-        _warn_of_few([outline.inputs[0] for _, outline in shared.outlines[names[0]].values()], states.steps)
+        _warn_of_few([outline.inputs.shape for _, outline in shared.outlines[names[0]].values()], states.steps)
     reports: dict[str, BlockReport | str] = {name: "was not called" for name in targets if name not in names}
     reports |= shared.refused
     kept = KeptError(access)

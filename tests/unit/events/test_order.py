@@ -63,11 +63,10 @@ def ordered_blocks() -> Iterator[list[tuple[str, Tensor]]]:
 def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver leaves every weight as it is."""
 
-    def nothing(task: Any, *_: Any) -> PrunedLayer:
-        weight = task.weight.merged()
+    def nothing(weight: Tensor, *_: Any) -> PrunedLayer:
         return PrunedLayer(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
 
-    monkeypatch.setattr(room, "solve", nothing)
+    monkeypatch.setattr(room, "prune_layer", nothing)
 
 
 @pytest.mark.parametrize(

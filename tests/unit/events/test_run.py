@@ -139,13 +139,13 @@ def test_sigterm_saves_on_exception(tmp_path: Path, said: list[str]) -> None:
 def test_a_signal_in_an_event_saves_nothing_of_it(
     number: int, ends: type[BaseException], tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = thanos_lightning.events.prune.solve
+    solve = thanos_lightning.events.prune.prune_layer
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), number)
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(thanos_lightning.events.prune, "solve", interrupted)
+    monkeypatch.setattr(thanos_lightning.events.prune, "prune_layer", interrupted)
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_on_exception=True)
     with pytest.raises(ends):
         fit(tmp_path, once(), saving, OnExceptionCheckpoint(tmp_path))
@@ -155,7 +155,7 @@ def test_a_signal_in_an_event_saves_nothing_of_it(
         f"{by} ended the training at step 2: to go on, give the newest checkpoint as ckpt_path "
         f"(--ckpt_path {tmp_path / 'step=1.ckpt'})"
     ]
-    monkeypatch.setattr(thanos_lightning.events.prune, "solve", solve)
+    monkeypatch.setattr(thanos_lightning.events.prune, "prune_layer", solve)
     resumed = once()
     fit(tmp_path, resumed, resume=tmp_path / "step=1.ckpt")
     assert [event.step for event in resumed.report.events] == [2]
