@@ -1,5 +1,6 @@
-"""A tiny model and a tiny tokenizer in a folder, as a user's own local model would be."""
+"""A tiny model and a tiny tokenizer in a folder, as a user's own local model would be; statistics that never stop."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,12 @@ def text_files(tmp_path: Path) -> str:
         words = (WORDS[(index * 7 + position * (1 + index % 3)) % len(WORDS)] for position in range(12))
         (tmp_path / f"part-{index:02d}.txt").write_text(" ".join(words))
     return str(tmp_path / "part-*.txt")
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
+    yield
+    import torch
+
+    torch.compiler.set_stance("default")

@@ -22,6 +22,7 @@ from thanos_lightning.calibration.outputs import OutputGradients, output_weights
 from thanos_lightning.calibration.tokens import has_text, token_mask
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.plan.options import CalibrationOptions
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import assign_owners
@@ -53,11 +54,9 @@ class Collector:
     Args:
         layers: Name -> layer, of all windows.
         access: How the strategy's parameters are reached.
-        calibration: The batches of a calibration set; "datamodule" asks the datamodule, or the LightningModule, for
-            them. None collects from training batches.
-        attention_mask_key: Key of the mask of real tokens in a batch; None counts every token.
-        keeps_scan: Whether the statistics of a sensitivity scan may be kept for the event at the same step.
-        needs_loss: Whether a calibration batch without a loss is an error where a window collects gradients.
+        options: Of the calibration. Without memory_gib, the statistics of a sensitivity scan are kept for the event at
+            the same step. With output_weights, a calibration batch without a loss is an error where a window collects
+            gradients.
         blocks: Name -> block that is trained at an event, on the calibration set.
         block_steps: For how many steps.
     """
@@ -66,20 +65,13 @@ class Collector:
         self,
         layers: Mapping[str, PrunableLayer],
         access: ParameterAccess,
-        *,
-        calibration: str | Iterable[Any] | None,
-        attention_mask_key: str | None,
-        keeps_scan: bool,
-        needs_loss: bool,
-        blocks: Mapping[str, Block] | None = None,
-        block_steps: int = 0,
+        options: CalibrationOptions,
+        blocks: Mapping[str, Block],
+        block_steps: int,
     ) -> None:
-        self._layers, self._access = layers, access
-        self._calibration = calibration
-        self._attention_mask_key = attention_mask_key
-        self._keeps_scan = keeps_scan
-        self._needs_loss = needs_loss
-        self._blocks, self._block_steps = blocks or {}, block_steps
+        self._layers, self._access, self._options = layers, access, options
+        self._keeps_scan = options.memory_gib is None
+        self._blocks, self._block_steps = blocks, block_steps
         self._open: _Open | None = None
         self._kept: _Open | None = None  # statistics of a scan, valid until the weights change
         self._warned: set[str] = set()
@@ -91,7 +83,7 @@ class Collector:
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise a MisconfigurationException if neither the datamodule nor the module has a promised calibration set."""
-        if isinstance(self._calibration, str):
+        if isinstance(self._options.batches, str):
             self._holder(trainer, module)
 
     def try_batch(self, trainer: Trainer, module: LightningModule, *, gradients: bool) -> None:
@@ -100,7 +92,7 @@ class Collector:
         Raises:
             MisconfigurationException: As `take`.
         """
-        if self._calibration is None:
+        if self._options.batches is None:
             return
         with isolate_rng():  # the training draws what it would have drawn
             for output in try_batch(self.batches(trainer, module), trainer, module, self._access, gradients=gradients):
@@ -152,12 +144,12 @@ class Collector:
             self._open.gradients.load(gradients)
 
     def _counted(self, batch: Any) -> Tensor | None:
-        if self._attention_mask_key is None:
+        if (key := self._options.attention_mask_key) is None:
             return None
-        counted = token_mask(batch, self._attention_mask_key)
+        counted = token_mask(batch, key)
         if counted is None and has_text(batch):
             self._warn_once(
-                f"the batches have no {self._attention_mask_key!r}, so every token counts, padding too. Name the mask "
+                f"the batches have no {key!r}, so every token counts, padding too. Name the mask "
                 "in attention_mask_key, or set it to None to say that there is no padding"
             )
         return counted
@@ -176,7 +168,7 @@ class Collector:
         found, self._kept = self._kept, None
         is_new = found is None
         if found is None:
-            in_training = self._calibration is None
+            in_training = self._options.batches is None
             found = self._close(window) if in_training else self._run_calibration(window, trainer, module)
         if window.scans and self._keeps_scan:
             self._kept = found
@@ -186,7 +178,7 @@ class Collector:
             assign_owners(layers, self._access.world_size),
             {name: one for name, one in accumulators.items() if name in layers},
             self._output_weights(list(layers), found.gradients),
-            found.seconds if is_new and self._calibration is None else 0.0,
+            found.seconds if is_new and self._options.batches is None else 0.0,
             states=None if window.scans else found.states,
             stay=self._kept is not None,
         )
@@ -270,7 +262,7 @@ class Collector:
         loss = loss_of(output)
         if all(self._access.gather(loss is not None)):  # a backward of sharded parameters needs all ranks
             return loss
-        if self._needs_loss:
+        if self._options.output_weights is not None:
             raise MisconfigurationException(
                 "output_weights asks for gradients, but for a calibration batch the module returns no loss "
                 f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
@@ -279,9 +271,9 @@ class Collector:
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
         """Return the batches of the calibration set, or raise as `check`."""
-        if not isinstance(self._calibration, str):
-            assert self._calibration is not None
-            return self._calibration
+        if not isinstance(self._options.batches, str):
+            assert self._options.batches is not None
+            return self._options.batches
         batches: Iterable[Any] = self._holder(trainer, module).calibration_dataloader()
         return batches
 

@@ -86,7 +86,7 @@ class PruningRun:
                 f"calibration.block_steps is {steps}, but no block has two layers to prune and keeps its experts (an "
                 "entry of an nn.ModuleList, such as a decoder layer): leave it out"
             )
-        self.collector = self._new_collector()
+        self.collector = Collector(self.layers, self.access, options.calibration, self.blocks, options.block_steps)
         self.collector.check(trainer, module)
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -346,19 +346,6 @@ class PruningRun:
         if window.is_last:
             self._finish(event)
         return True
-
-    def _new_collector(self) -> Collector:
-        calibration = self.options.calibration
-        return Collector(
-            self.layers,
-            self.access,
-            calibration=calibration.batches,
-            attention_mask_key=calibration.attention_mask_key,
-            keeps_scan=calibration.memory_gib is None,
-            needs_loss=calibration.output_weights is not None,
-            blocks=self.blocks,
-            block_steps=self.options.block_steps,
-        )
 
     def _moments(self, window: Window) -> Moments:
         if self.options.solver.needs_statistics:

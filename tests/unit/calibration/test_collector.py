@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from toy import ToyLM, loader, trainer
 
+from thanos_lightning import CalibrationOptions
 from thanos_lightning.calibration.collector import Collector
 from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.models.targets import find_targets
@@ -22,13 +23,18 @@ from thanos_lightning.solver import Unstructured
 
 BATCHES = list(loader(12))
 LAYER = "model.model.layers.1.mlp.down_proj"
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
-@pytest.fixture(autouse=True)
-def compiling() -> Iterator[None]:
-    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
-    yield
-    torch.compiler.set_stance("default")
+class Counted:
+    """Batches that count how often they are run through."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.runs = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.runs += 1
+        return iter(self.batches)
 
 
 @pytest.fixture
@@ -45,8 +51,8 @@ def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
 
 
 def collector(module: ToyLM, **settings: Any) -> Collector:
-    defaults = {"calibration": None, "attention_mask_key": None, "keeps_scan": True, "needs_loss": False}
-    return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), **{**defaults, **settings})
+    options = CalibrationOptions(**{"attention_mask_key": None, **settings})
+    return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), options, {}, 0)
 
 
 def window(module: ToyLM, *, start: int = 0, scans: bool = False, gradients: bool = False) -> Window:
@@ -82,7 +88,7 @@ def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitt
     assert trained.seconds > 0
     assert trained.output_weights == {}
     assert collecting.statistics is None
-    told = collector(module, calibration=BATCHES).take(window(module), fitted, module)
+    told = collector(module, batches=BATCHES).take(window(module), fitted, module)
     torch.testing.assert_close(moments(told), moments(trained))
 
 
@@ -124,17 +130,9 @@ def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None
 
 
 def test_an_event_takes_what_its_scan_was_told(module: ToyLM, fitted: Trainer) -> None:
-    class Counted:
-        def __init__(self) -> None:
-            self.runs = 0
-
-        def __iter__(self) -> Iterator[Any]:
-            self.runs += 1
-            return iter(BATCHES)
-
     for keeps, forgets, runs in ((True, False, 1), (True, True, 2), (False, False, 2)):
-        batches = Counted()
-        collecting = collector(module, calibration=batches, keeps_scan=keeps)
+        batches = Counted(BATCHES)
+        collecting = collector(module, batches=batches, memory_gib=None if keeps else 1.0)
         looked = collecting.take(window(module, scans=True, gradients=True), fitted, module)
         if forgets:
             collecting.forget_scan()
@@ -159,7 +157,7 @@ def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fi
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
-    collecting = collector(module, keeps_scan=keeps)
+    collecting = collector(module, memory_gib=None if keeps else 1.0)
     collecting.open(window(module, scans=True, gradients=True), module)
     train_on(module, collecting, BATCHES)
     of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
@@ -177,7 +175,7 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
 
 def test_a_calibration_set_without_a_mask_is_told_that_padding_counts(module: ToyLM, fitted: Trainer) -> None:
     unmasked = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in BATCHES]
-    told = collector(module, calibration=unmasked, attention_mask_key="attention_mask")
+    told = collector(module, batches=unmasked, attention_mask_key="attention_mask")
     with pytest.warns(UserWarning, match="have no 'attention_mask', so every token counts"):
         told.take(window(module), fitted, module)
 
@@ -185,9 +183,9 @@ def test_a_calibration_set_without_a_mask_is_told_that_padding_counts(module: To
 def test_batches_without_a_loss(module: ToyLM, fitted: Trainer) -> None:
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 14 layer\(s\)"):
-        found = collector(module, calibration=unlabelled).take(window(module, gradients=True), fitted, module)
+        found = collector(module, batches=unlabelled).take(window(module, gradients=True), fitted, module)
     assert found.output_weights == {}
-    needing = collector(module, calibration=unlabelled, needs_loss=True)
+    needing = collector(module, batches=unlabelled, output_weights="diagonal")
     with pytest.raises(MisconfigurationException, match=r"returns no loss \(CausalLMOutputWithPast\)"):
         needing.take(window(module, gradients=True), fitted, module)
 
@@ -214,6 +212,6 @@ def test_what_was_not_collected_is_an_error(module: ToyLM, fitted: Trainer) -> N
     with pytest.raises(PruningError, match="step 3 is due, but its statistics were not collected"):
         collector(module).take(window(module), fitted, module)
     with pytest.raises(PruningError, match="gave no batch"):
-        collector(module, calibration=[]).take(window(module), fitted, module)
+        collector(module, batches=Counted([])).take(window(module), fitted, module)
     with pytest.raises(MisconfigurationException, match="neither the datamodule nor the LightningModule has a method"):
-        collector(module, calibration="datamodule").take(window(module), fitted, module)
+        collector(module, batches="datamodule").take(window(module), fitted, module)

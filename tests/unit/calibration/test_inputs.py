@@ -4,7 +4,6 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,7 @@ from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.sharding.together import KeptError, PruningError
 
-
-@pytest.fixture(autouse=True)
-def compiling() -> Iterator[None]:
-    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
-    yield
-    torch.compiler.set_stance("default")
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -24,13 +24,7 @@ from thanos_lightning.solver.linalg import Curvature, curvature
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
 
 OPTIONS = SolverOptions.as_published()
-
-
-@pytest.fixture(autouse=True)
-def compiling() -> Iterator[None]:
-    """Statistics that a test doesn't stop would keep compiled modules of later tests from compiling."""
-    yield
-    torch.compiler.set_stance("default")
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
