@@ -7,7 +7,7 @@ are shown their inputs times the share, and gradients of outputs over it: a laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,26 +44,27 @@ def one_by_one(layers: Iterable[PrunableLayer]) -> Callable[[], None]:
     return undo
 
 
+class _Reached(NamedTuple):
+    """An expert that some of these inputs reach: which tokens they are, and the router's share of each."""
+
+    expert: int
+    inputs: Tensor
+    tokens: Tensor
+    share: Tensor | None
+
+
 def _routed(
     experts: Any, layout: Layout, matrices: Mapping[str, ExpertMatrix], *args: Tensor, **kwargs: Tensor
 ) -> Tensor:
     hidden, chosen, shares = (*args, *kwargs.values())  # (tokens, hidden), (tokens, top k), (tokens, top k)
-    weights = _weights(experts, matrices)
-    reached, inner = [], []
-    for expert, (tokens, places) in enumerate(_by_expert(chosen, len(experts.down_proj))):
-        if len(tokens):
-            share = shares[tokens, places].unsqueeze(1)
-            reached.append((expert, tokens, share))
-            seen = _Seen(hidden[tokens], tokens, len(hidden), share.detach().clamp(min=_LEAST_SHARE))
-            inner.append(_up(experts, layout, matrices, weights, expert, seen))
-    # called once, as by the model itself: ZeRO-3 counts the calls of modules, and they must be alike on all ranks
-    whole = torch.cat(inner) if inner else hidden.new_zeros(0, _width(layout, matrices))
-    whole = experts._apply_gate(whole) if experts.has_gate else experts.act_fn(whole)
+    reached = [
+        _Reached(expert, hidden, tokens, shares[tokens, places].unsqueeze(1))
+        for expert, (tokens, places) in enumerate(_by_expert(chosen, len(experts.down_proj)))
+        if len(tokens)
+    ]
+    gate = experts._apply_gate if experts.has_gate else experts.act_fn
     result = torch.zeros_like(hidden)
-    for (expert, tokens, share), one in zip(reached, whole.split([len(one) for one in inner]), strict=True):
-        matrix = matrices[f"{expert}.down_proj"]
-        shown = (one * share).to(one.dtype)
-        given = matrix(shown, tokens=tokens, of=len(hidden), weight=weights[matrix.parameter][expert])
+    for (expert, _, tokens, share), given in _given(experts, layout, matrices, reached, gate):
         if experts.has_bias:
             given = given + experts.down_proj_bias[expert] * share
         result.index_add_(0, tokens, given.to(result.dtype))
@@ -80,58 +81,52 @@ def _by_expert(chosen: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _all_tokens(experts: Any, layout: Layout, matrices: Mapping[str, ExpertMatrix], hidden: Tensor) -> Tensor:
     by_expert = hidden.view(len(experts.down_proj), -1, hidden.shape[-1])
-    weights = _weights(experts, matrices)
-    reached, inner = [], []
-    for expert, inputs in enumerate(by_expert):
-        tokens = inputs.any(1).nonzero().squeeze(1)
-        if len(tokens):
-            reached.append((expert, tokens))
-            seen = _Seen(inputs[tokens], tokens, len(inputs), None)
-            inner.append(_up(experts, layout, matrices, weights, expert, seen))
-    whole = torch.cat(inner) if inner else hidden.new_zeros(0, _width(layout, matrices))
-    gate, up = whole.chunk(2, dim=-1)
-    whole = up * experts.act_fn(gate)
+    reached = [
+        _Reached(expert, inputs, tokens, None)
+        for expert, inputs in enumerate(by_expert)
+        if len(tokens := inputs.any(1).nonzero().squeeze(1))
+    ]
+
+    def gated(whole: Tensor) -> Tensor:
+        gate, up = whole.chunk(2, dim=-1)
+        activated: Tensor = experts.act_fn(gate)
+        return up * activated
+
     results = list(torch.zeros_like(by_expert))
-    for (expert, tokens), one in zip(reached, whole.split([len(one) for one in inner]), strict=True):
-        matrix = matrices[f"{expert}.down_proj"]
-        given = matrix(one, tokens=tokens, of=by_expert.shape[1], weight=weights[matrix.parameter][expert])
+    for (expert, _, tokens, _), given in _given(experts, layout, matrices, reached, gated):
         results[expert] = results[expert].index_add(0, tokens, given.to(hidden.dtype))
     return torch.cat(results)
 
 
-class _Seen(NamedTuple):
-    """The inputs of an expert, which of so many tokens they are, and the router's share of each."""
-
-    inputs: Tensor
-    tokens: Tensor
-    of: int
-    share: Tensor | None
-
-
-def _weights(experts: Any, matrices: Mapping[str, ExpertMatrix]) -> dict[str, tuple[Tensor, ...]]:
-    """The weight of each expert by parameter: taken apart once, or each backward would fill a whole gradient."""
-    return {name: getattr(experts, name).unbind(0) for name in {one.parameter for one in matrices.values()}}
-
-
-def _width(layout: Layout, matrices: Mapping[str, ExpertMatrix]) -> int:
-    return sum(matrices[f"0.{name}"].shape[0] for name in layout.ups)
-
-
-def _up(
+def _given(
     experts: Any,
     layout: Layout,
     matrices: Mapping[str, ExpertMatrix],
-    weights: Mapping[str, tuple[Tensor, ...]],
-    expert: int,
-    seen: _Seen,
-) -> Tensor:
-    inputs, tokens, of, share = seen
-    shown = inputs if share is None else (inputs.detach() * share).to(inputs.dtype)
-    given = []
-    for name in layout.ups:
-        matrix = matrices[f"{expert}.{name}"]
-        own = matrix(shown, inputs, share, tokens, of=of, weight=weights[matrix.parameter][expert])
-        given.append(own if share is None else unscaled(own, share))
-    whole = torch.cat(given, dim=-1) if len(given) > 1 else given[0]
+    reached: Sequence[_Reached],
+    gate: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[_Reached, Tensor]]:
+    """What each expert gives, by its matrices, which are called one by one."""
+    # taken apart once, or each backward would fill a whole gradient
+    weights = {name: getattr(experts, name).unbind(0) for name in {one.parameter for one in matrices.values()}}
     bias = getattr(experts, f"{next(iter(layout.ups.values()))[0]}_bias", None)
-    return whole if bias is None else whole + bias[expert]
+    inner: list[Tensor] = []
+    for expert, hidden, tokens, share in reached:
+        inputs = hidden[tokens]
+        least = None if share is None else share.detach().clamp(min=_LEAST_SHARE)
+        shown = inputs if least is None else (inputs.detach() * least).to(inputs.dtype)
+        given = []
+        for name in layout.ups:
+            matrix = matrices[f"{expert}.{name}"]
+            own = matrix(shown, inputs, least, tokens, of=len(hidden), weight=weights[matrix.parameter][expert])
+            given.append(own if least is None else unscaled(own, least))
+        up = torch.cat(given, dim=-1) if len(given) > 1 else given[0]
+        inner.append(up if bias is None else up + bias[expert])
+    # called once, as by the model itself: ZeRO-3 counts the calls of modules, and they must be alike on all ranks
+    width = sum(matrices[f"0.{name}"].shape[0] for name in layout.ups)
+    whole = gate(torch.cat(inner) if inner else experts.down_proj.new_zeros(0, width))
+    parts = torch.split(whole, [len(one) for one in inner])
+    for one, part in zip(reached, parts, strict=True):
+        matrix = matrices[f"{one.expert}.down_proj"]
+        shown = part if one.share is None else (part * one.share).to(part.dtype)
+        weight = weights[matrix.parameter][one.expert]
+        yield one, matrix(shown, tokens=one.tokens, of=len(one.inputs), weight=weight)
