@@ -34,6 +34,7 @@ from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
+from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
@@ -114,7 +115,7 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
         prune_window(
             window,
             layers,
-            Moments.of_window(layers, access.world_size, accumulators),
+            Moments(assign_owners(layers, access.world_size), accumulators),
             access=access,
             enforcer=enforcer,
             options=OPTIONS,

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from thanos_lightning.calibration.hidden_states import HiddenStates
-from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -26,10 +24,6 @@ class Moments:
         seconds: Training time that collecting has taken.
         states: What the window's blocks got and gave on this rank; None if no block is trained.
         stay: Whether the accumulators are kept for the event after a scan, so that emptying the dict frees no memory.
-
-    Examples:
-        >>> Moments.of_window({}, world_size=2).owners
-        {}
     """
 
     owners: Mapping[str, int]
@@ -38,13 +32,3 @@ class Moments:
     seconds: float = 0.0
     states: HiddenStates | None = None
     stay: bool = False
-
-    @classmethod
-    def of_window(
-        cls,
-        layers: Mapping[str, PrunableLayer],
-        world_size: int,
-        accumulators: dict[str, HessianAccumulator] | None = None,
-    ) -> Moments:
-        """Make moments without output weights, with owners decided from the layers' shapes."""
-        return cls(assign_owners(layers, world_size), accumulators)

@@ -41,6 +41,7 @@ from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
+from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.solver import Channels, Experts
 from thanos_lightning.training.enforcement import MaskEnforcer
 from thanos_lightning.training.lightning_private import end_on_sigterm, has_sigterm, logged_step
@@ -354,7 +355,7 @@ class PruningRun:
             self._clock.add("calibrating", moments.seconds)
             self.past.report.summary.collecting_seconds += moments.seconds
         else:
-            moments = Moments.of_window(self._layers_of(window), self.access.world_size)
+            moments = Moments(assign_owners(self._layers_of(window), self.access.world_size))
         # A calibration set or a validation may leave whole copies of weights, whose memory the solves need
         self.access.release()
         return moments
