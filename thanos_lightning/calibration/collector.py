@@ -74,7 +74,7 @@ class Collector:
         self._blocks, self._block_steps = blocks, block_steps
         self._open: _Open | None = None
         self._kept: _Open | None = None  # statistics of a scan, valid until the weights change
-        self._warned: set[str] = set()
+        self._has_warned = False
 
     @property
     def statistics(self) -> InputStatistics | None:
@@ -147,8 +147,9 @@ class Collector:
         if (key := self._options.attention_mask_key) is None:
             return None
         counted = token_mask(batch, key)
-        if counted is None and has_text(batch):
-            self._warn_once(
+        if counted is None and not self._has_warned and has_text(batch):
+            self._has_warned = True
+            rank_zero_warn(
                 f"the batches have no {key!r}, so every token counts, padding too. Name the mask "
                 "in attention_mask_key, or set it to None to say that there is no padding"
             )
@@ -286,11 +287,6 @@ class Collector:
             "calibration.batches is 'datamodule', but neither the datamodule nor the LightningModule has a method "
             "calibration_dataloader(): add one, give batches, or None to use the training batches"
         )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            rank_zero_warn(message)
 
 
 def loss_scale(trainer: Trainer) -> float | Tensor:

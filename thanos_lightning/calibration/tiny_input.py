@@ -34,10 +34,7 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
 
     def run() -> Any:
         with trainer.precision_plugin.forward_context():
-            return called(*args, **kwargs)
-
-    def counted() -> Any:
-        given = run()
+            given = called(*args, **kwargs)
         phase.advance()
         return given
 
@@ -52,14 +49,14 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
         ):
             try:
                 with torch.no_grad():
-                    counted()
+                    run()
             except Exception as error:  # whatever a model raises on an input that it doesn't take
                 raise ValueError(
                     f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
                     f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
                     "example_input_array, as a sequence of some tokens"
                 ) from error
-            yield counted
+            yield run
     finally:
         compile_again()
         for part, mode in modes:

@@ -106,18 +106,9 @@ def estimate(
 ) -> Estimate:
     """Estimate a training by formulas, from the shapes of its layers.
 
-    Args:
-        options: The callback's.
-        layers: Name -> layer to prune, front to back.
-        census: Counts of weights.
-        windows: All that are planned.
-        blocks: Name -> block that is trained at an event.
-        batches: The calibration set, or the training's batches.
-        accumulated: Number of training batches for an optimizer step.
-        again: Whether layers are pruned more than once.
-        ranks: Number of ranks.
-        in_pieces: Whether each rank has a piece of each weight and mask.
-        device: Where layers are solved; None for where they are.
+    `batches` is the calibration set, or the training's batches, of which an optimizer step takes `accumulated`. `again`
+    says whether layers are pruned more than once, `in_pieces` whether each rank has a piece of each weight and mask.
+    `device` is where layers are solved; None for where they are.
     """
     solver = options.solver
 

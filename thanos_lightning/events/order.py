@@ -40,19 +40,12 @@ def order_channels(
 ) -> dict[str, Int[Tensor, " width"]]:
     """Write the weights of feed-forward blocks in a better order of their channels. All ranks must call it.
 
-    Args:
-        free: Name of a down layer -> the weights and biases that compute its inputs, as in `Taken`.
-        layers: The down layers, by name.
-        patterns: Their patterns; N:M.
-        sums: Of those that this rank owns, the second moments of their inputs, in the old order.
-        owners: Name of a down layer -> the rank that searches its order.
-        access: How weights are reached.
-        enforcer: Holds the masks of layers before a down layer that are pruned already; theirs get the order, too.
-        title: What the progress bar says.
+    `free` has the weights and biases that compute the inputs of a down layer, as in `Taken`; all other arguments are of
+    down layers. `sums` has the second moments of their inputs, in the old order, of those that this rank owns. A layer
+    before a down layer may be pruned already: its mask gets the order, too.
 
-    Returns:
-        The new order of each block's channels, place -> old channel, on all ranks. A block whose search fails is left
-        out, and a warning names it.
+    Return the new order of each block's channels, place -> old channel, on all ranks. A block whose search fails is
+    left out, and a warning names it.
     """
     samples = {name: _some_rows(collect_merged(layers[name], owners[name], access)) for name in free}
     own: dict[str, Tensor] = {}

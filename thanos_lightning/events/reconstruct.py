@@ -64,16 +64,9 @@ def reconstruct(
 ) -> tuple[dict[str, int], list[BlockReport]]:
     """Train the blocks whose calls were recorded. All ranks must call it.
 
-    Args:
-        states: The calls. They are forgotten one by one.
-        targets: Block name -> the layers in it that were solved.
-        solved: Layer name -> what its owner has solved. A block's layers move to the rank that trains it.
-        owners: Layer name -> the rank that has solved it.
-        access: How parameters are reached.
-        title: What the progress bar says.
-
-    Returns:
-        The new owners, and a report of each block that was trained; the same on all ranks.
+    `targets` has the layers of each block that were solved. The calls are forgotten one by one, and what the owner of a
+    layer has `solved` moves to the rank that trains its block. Return the new owners, and a report of each block that
+    was trained; the same on all ranks.
 
     Raises:
         PruningError: On all ranks, if one fails, such as from lack of memory. No layer is pruned.
