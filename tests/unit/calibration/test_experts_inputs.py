@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,19 +35,27 @@ def gradients_of(model: Any, batch: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@contextmanager
+def counted(layers: dict[str, PrunableLayer], mask: Tensor | None = None) -> Iterator[InputStatistics]:
+    """What the layers get inside is counted."""
+    statistics = InputStatistics(layers)
+    statistics.start()
+    with statistics.counting(mask):
+        yield statistics
+    statistics.stop()
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_training_step_is_what_it_was(family: str) -> None:
     model = tiny_mixture(family)
     logits, wanted = model(input_ids=tokens()).logits, gradients_of(model, tokens())
     layers = find_targets(model)
-    statistics, outputs = InputStatistics(layers), OutputGradients(layers)
-    statistics.start()
+    outputs = OutputGradients(layers)
     outputs.start()
-    with statistics.counting():
+    with counted(layers):
         torch.testing.assert_close(model(input_ids=tokens()).logits, logits)
         for name, gradient in gradients_of(model, tokens()).items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
-    statistics.stop()
     outputs.stop()
     assert torch.equal(model(input_ids=tokens()).logits, logits)  # by transformers' own forward again
     assert all("forward" not in vars(module) for module in model.modules())
@@ -57,11 +67,8 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
     model = tiny_mixture(family).double()
     model.set_experts_implementation("eager")  # the others know no float64
     layers = {name: layer for name, layer in experts_of(model).items() if name.endswith("down_proj")}
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting():
+    with counted(layers) as statistics:
         model(input_ids=tokens())
-    statistics.stop()
     assert len(statistics.accumulators) > 4
     for name, layer in list(layers.items())[-8:]:  # all experts of the last layer
         given: list[Tensor] = []
@@ -85,12 +92,10 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
 def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradient(family: str) -> None:
     model = tiny_mixture(family)
     layers = experts_of(model)
-    statistics, outputs = InputStatistics(layers), OutputGradients(layers)
-    statistics.start()
+    outputs = OutputGradients(layers)
     outputs.start()
-    with statistics.counting():
+    with counted(layers) as statistics:
         model(input_ids=tokens(1, 1)).logits.square().sum().backward()
-    statistics.stop()
     outputs.stop()
     reached = statistics.accumulators
     matrices = len({name.rpartition(".")[2] for name in layers})
@@ -112,11 +117,8 @@ def test_inputs_count_as_much_as_the_routers_share_of_them() -> None:
     for name, module in model.named_modules():
         if name.endswith("experts"):
             module.register_forward_pre_hook(lambda _, args, name=name: routed.update({name: args}))
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting():
+    with counted(layers) as statistics:
         model(input_ids=tokens())
-    statistics.stop()
     for name, moments in statistics.accumulators.items():
         experts, expert, matrix = name.rsplit(".", 2)
         hidden, chosen, shares = routed[experts]
@@ -137,12 +139,9 @@ def test_padding_does_not_count(family: str) -> None:
     mask[1, 9:] = False
     mask[2] = False
     sums = []
-    for counted, shown in ((mask, batch), (None, batch[:1]), (None, batch[1:2, :9])):
-        statistics = InputStatistics(layers)
-        statistics.start()
-        with statistics.counting(counted):
+    for kept, shown in ((mask, batch), (None, batch[:1]), (None, batch[1:2, :9])):
+        with counted(layers, kept) as statistics:
             model(input_ids=shown)
-        statistics.stop()
         sums.append(statistics.accumulators)
     for name, whole in sums[0].items():
         parts = [one[name] for one in sums[1:] if name in one]
@@ -158,11 +157,8 @@ def test_recomputation_counts_once(use_reentrant: bool) -> None:
     wanted = gradients_of(model, tokens())
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting():
+    with counted(layers) as statistics:
         found = gradients_of(model, tokens())
-    statistics.stop()
     by_layer = sum(
         moments.num_tokens for name, moments in statistics.accumulators.items() if name.endswith("down_proj")
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.replicated import ReplicatedAccess
+
+NONE = "no hidden states (batch, length, width) first, but"
 
 
 def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
@@ -52,18 +55,14 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
 
 
 def test_what_a_block_changes_in_place_was_kept_before() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = (nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(2))
+    class InPlace(Block):
+        def forward(self, hidden: Tensor, state: Any = None) -> Any:
+            return super().forward(hidden.add_(1))
 
-        def forward(self, hidden: Tensor) -> Tensor:
-            return self.second(self.first(hidden.add_(1)))  # type: ignore[no-any-return]
-
-    model = nn.ModuleDict({"layers": nn.ModuleList([InPlace()])})
-    states = of(model)
+    block = InPlace()
+    states = of(alone(block))
     with torch.no_grad(), states.recording(0, None):
-        model["layers"][0](torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+        block(torch.zeros(2, 3, 4))
     assert not states.calls["layers.0"][0].inputs.any()
 
 
@@ -135,72 +134,53 @@ def test_recomputed_forwards_are_not_recorded() -> None:
     assert list(states.calls["layers.1"]) == [0]
 
 
-class Odd(nn.Module):
-    """Calls its block in a way that can't be repeated."""
-
-    def __init__(self, how: str) -> None:
+class Block(nn.Module):
+    def __init__(self, gives: Callable[[Tensor], Any] = lambda hidden: hidden) -> None:
         super().__init__()
-        self.layers, self.how = nn.ModuleList([OddBlock(how)]), how
-
-    def forward(self, hidden: Tensor) -> Any:
-        block = self.layers[0]
-        if self.how == "twice":
-            return block(block(hidden))
-        if self.how == "object":
-            return block(hidden, state=object())
-        if self.how == "tokens":
-            return block(hidden.argmax(-1))
-        if self.how == "flat":
-            return block(hidden.flatten(0, 1))
-        return block(hidden)
-
-
-class OddBlock(nn.Module):
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.up, self.down, self.how = nn.Linear(4, 8), nn.Linear(8, 4), how
+        self.up, self.down, self.gives = nn.Linear(4, 8), nn.Linear(8, 4), gives
 
     def forward(self, hidden: Tensor, state: Any = None) -> Any:
-        if not hidden.is_floating_point():
-            hidden = hidden[..., None].expand(*hidden.shape, 4).float()
-        hidden = self.down(self.up(hidden))
-        return {"hidden": hidden} if self.how == "mapping" else hidden.mean(1) if self.how == "pooled" else hidden
+        return self.gives(self.down(self.up(hidden.float())))
+
+
+def alone(block: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList([block])})
 
 
 @pytest.mark.parametrize(
-    ("how", "why"),
+    ("call", "gives", "why"),
     [
-        ("twice", "is called more than once in a forward"),
-        ("object", "gets state=a object"),
-        ("tokens", "gets no hidden states (batch, length, width) first, but a tensor (2, 3) of torch.int64"),
-        ("flat", "gets no hidden states (batch, length, width) first, but a tensor (6, 4) of torch.float32"),
-        ("mapping", "gives no hidden states (batch, length, width) first, but a dict"),
-        ("pooled", "gives no hidden states (batch, length, width) first, but a tensor (2, 4) of torch.float32"),
+        (lambda block, x: block(block(x)), lambda x: x, "is called more than once in a forward"),
+        (lambda block, x: block(x, state=object()), lambda x: x, "gets state=a object"),
+        (lambda block, x: block(x[:, 0].long()), lambda x: x, f"gets {NONE} a tensor (2, 4) of torch.int64"),
+        (lambda block, x: block(x[:, 0]), lambda x: x, f"gets {NONE} a tensor (2, 4) of torch.float32"),
+        (lambda block, x: block(x), lambda x: {"hidden": x}, f"gives {NONE} a dict"),
+        (lambda block, x: block(x), lambda x: x.mean(1), f"gives {NONE} a tensor (2, 4) of torch.float32"),
     ],
 )
-def test_a_block_that_can_not_be_called_again_says_why(how: str, why: str) -> None:
-    model = Odd(how)
-    states = of(model)
+def test_a_block_that_can_not_be_called_again_says_why(call: Any, gives: Any, why: str) -> None:
+    block = Block(gives)
+    states = of(alone(block))
     for number in range(2):
         with states.recording(number, None):
-            model(torch.randn(2, 3, 4))
+            call(block, torch.randn(2, 3, 4))
     assert states.refused == {"layers.0": why}
     assert states.calls == {}
 
 
 def test_inference_mode_is_a_reason() -> None:
-    model = Odd("")
-    states = of(model)
+    block = Block()
+    states = of(alone(block))
     with torch.inference_mode(), states.recording(0, None):
-        model(torch.randn(2, 3, 4))
+        block(torch.randn(2, 3, 4))
     assert "torch.inference_mode" in states.refused["layers.0"]
 
 
 def test_a_mask_that_does_not_fit_is_a_reason() -> None:
-    model = Odd("")
-    states = of(model)
+    block = Block()
+    states = of(alone(block))
     with states.recording(0, lambda: torch.tensor([[True, True, False, False]])):
-        model(torch.randn(2, 3, 4))
+        block(torch.randn(2, 3, 4))
     assert states.refused == {"layers.0": "gets (2, 3) hidden states, of which no mask says which count"}
 
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,69 +123,51 @@ def test_an_error_is_kept_for_all_ranks() -> None:
 
 
 def test_sharing_is_left_when_the_inputs_part() -> None:
-    class Parting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, one: Tensor, other: Tensor) -> Tensor:
-            return self.a(one) + self.b(other)
-
-    model = Parting()
+    a, b = model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
     statistics = started(model)
     one, other = torch.randn(2, 4), torch.randn(2, 4)
     with statistics.counting():
-        model(one, one)
-    with statistics.counting(), pytest.warns(UserWarning, match="layer b no longer sees the inputs of another"):
-        model(one, other)
+        for layer in model:
+            layer(one)
     with statistics.counting():
-        model(other, other)
-    a, b = statistics.accumulators["a"], statistics.accumulators["b"]
-    torch.testing.assert_close(a.sum, 2 * one.T @ one + other.T @ other)
-    assert a.num_tokens == 6
-    torch.testing.assert_close(b.sum, 2 * one.T @ one + 2 * other.T @ other)  # one batch too many, as the warning says
-    assert b.num_tokens == 8
+        a(one)
+        with pytest.warns(UserWarning, match="layer 1 no longer sees the inputs of another"):
+            b(other)
+    with statistics.counting():
+        for layer in model:
+            layer(other)
+    of_a, of_b = statistics.accumulators["0"], statistics.accumulators["1"]
+    torch.testing.assert_close(of_a.sum, 2 * one.T @ one + other.T @ other)
+    assert of_a.num_tokens == 6
+    # one batch too many, as the warning says
+    torch.testing.assert_close(of_b.sum, 2 * one.T @ one + 2 * other.T @ other)
+    assert of_b.num_tokens == 8
 
 
-@pytest.mark.parametrize("alone", ["a", "b"])
-def test_sharing_is_left_when_only_one_is_called(alone: str) -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, *names: str) -> None:
-            for name in names:
-                getattr(self, name)(x)
-
-    model = Branching()
+@pytest.mark.parametrize("alone", [0, 1])
+def test_sharing_is_left_when_only_one_is_called(alone: int) -> None:
+    model, other = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), 1 - alone
     statistics = started(model)
+    shared = torch.ones(2, 4)
     with statistics.counting():
-        model(torch.ones(2, 4), "a", "b")
-    other = "b" if alone == "a" else "a"
+        for layer in model:
+            layer(shared)
     with pytest.warns(UserWarning, match=f"layer {other} no longer sees"), statistics.counting():
-        model(torch.ones(3, 4), alone)
+        model[alone](torch.ones(3, 4))
     with statistics.counting():
-        model(torch.ones(5, 4), other)
-    assert statistics.accumulators[alone].num_tokens == 5
-    assert statistics.accumulators[other].num_tokens == 2 + 3 + 5  # the 3 are the batch that the warning is about
+        model[other](torch.ones(5, 4))
+    assert statistics.accumulators[f"{alone}"].num_tokens == 5
+    assert statistics.accumulators[f"{other}"].num_tokens == 2 + 3 + 5  # the 3 are the batch that the warning is about
 
 
 def test_a_tensor_changed_in_place_is_another_input() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.a(x).detach()
-            return y + self.b(x.mul_(2))
-
-    model = InPlace()
+    a, b = model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
     statistics = started(model)
+    inputs = torch.ones(1, 4)
     with statistics.counting(), torch.no_grad():
-        model(torch.ones(1, 4))
-    assert statistics.accumulators["b"].sum[0, 0] == 4 * statistics.accumulators["a"].sum[0, 0]
+        a(inputs)
+        b(inputs.mul_(2))
+    assert statistics.accumulators["1"].sum[0, 0] == 4 * statistics.accumulators["0"].sum[0, 0]
 
 
 def test_padding_does_not_count() -> None:
@@ -202,24 +185,26 @@ def test_padding_does_not_count() -> None:
         torch.testing.assert_close(with_padding.accumulators[name].sum, accumulator.sum, rtol=1e-4, atol=1e-5)
 
 
-def test_flattened_and_pooled_inputs_find_their_tokens() -> None:
-    model = nn.Linear(4, 4)
-    mask = torch.tensor([[True, False], [True, True]])
-    inputs = torch.randn(2, 2, 4)
-    flat = started(nn.Sequential(model))
-    with flat.counting(mask):
-        model(inputs.reshape(4, 4))
-    torch.testing.assert_close(flat.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
-    pooled = started(nn.Sequential(model))
-    with pooled.counting(mask):
-        model(inputs[:, 0])
-    assert pooled.accumulators["0"].num_tokens == 2
+@pytest.mark.parametrize(
+    "shaped", [lambda inputs: inputs, lambda inputs: inputs.reshape(6, 4), lambda inputs: inputs.transpose(0, 1)]
+)
+def test_inputs_of_each_layout_find_their_tokens(shaped: Callable[[Tensor], Tensor]) -> None:
+    model, inputs = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 3, 4)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    statistics = started(model)
+    with statistics.counting(mask):
+        model(shaped(inputs))
+    assert statistics.accumulators["0"].num_tokens == 5
+    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
 
 
-def test_inputs_that_hide_their_tokens_are_refused() -> None:
+def test_pooled_inputs_count_and_inputs_that_hide_their_tokens_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     statistics = started(model)
     mask = torch.tensor([[True, False], [True, True]])
+    with statistics.counting(mask):
+        model(torch.randn(2, 4))
+    assert statistics.accumulators["0"].num_tokens == 2
     with statistics.counting(mask), pytest.raises(ValueError, match=r"layer 0 have shape \(3, 4\)"):
         model(torch.randn(3, 4))
 
@@ -242,17 +227,6 @@ def test_token_mask_shapes() -> None:
         token_mask([{"attention_mask": mask}, {"attention_mask": mask}])
 
 
-def test_sequence_first_inputs_take_the_mask_transposed() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    mask = torch.tensor([[True, False, True], [True, True, True]])
-    inputs = torch.randn(2, 3, 4)
-    statistics = started(model)
-    with statistics.counting(mask):
-        model(inputs.transpose(0, 1))
-    assert statistics.accumulators["0"].num_tokens == 5
-    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
-
-
 def test_inference_mode_inputs_count_and_are_never_shared() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     statistics = started(model)
@@ -262,51 +236,17 @@ def test_inference_mode_inputs_count_and_are_never_shared() -> None:
     assert statistics.accumulators["0"].num_tokens == 4
 
 
-def test_a_state_is_a_snapshot() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    statistics = started(model)
-    with statistics.counting():
-        model(torch.ones(2, 4))
-    state = statistics.state()
-    with statistics.counting():
-        model(torch.ones(2, 4))
-    assert state["sums"]["0"]["sum"][0, 0] == 2
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_forward_counts_once(reentrant: bool) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.linear(x))
-
-    block = Block()
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    block.linear.register_forward_pre_hook(count)
+    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    calls: list[Any] = []
+    block[0].register_forward_pre_hook(lambda *call: calls.append(call))
     statistics = started(block)
     with statistics.counting():
         inputs = torch.randn(3, 4, requires_grad=True)
         checkpoint(block, inputs, use_reentrant=reentrant).sum().backward()
-    assert calls == 2, "the forward was not recomputed: the test shows nothing"
-    assert statistics.accumulators["linear"].num_tokens == 3
-
-
-def test_gradient_checkpointing_of_a_real_model_counts_once() -> None:
-    model = tiny_llama()
-    model.gradient_checkpointing_enable()
-    model.train()
-    statistics = started(model)
-    with statistics.counting():
-        model(**batch()).loss.backward()
-    assert {accumulator.num_tokens for accumulator in statistics.accumulators.values()} == {24}
+    assert len(calls) == 2, "the forward was not recomputed: the test shows nothing"
+    assert statistics.accumulators["0"].num_tokens == 3
 
 
 def test_nothing_counts_outside_and_hooks_go_away() -> None:
@@ -366,19 +306,29 @@ def test_conv1d_and_keyword_inputs() -> None:
 
 def test_state_goes_on_where_it_was() -> None:
     model = tiny_llama()
-    whole, first = started(model), started(model)
-    with whole.counting(), first.counting():
+    whole, second = started(model), InputStatistics(find_targets(model))
+    with whole.counting():
         model(**batch())
-    first.stop()
-    second = InputStatistics(find_targets(model))
-    second.load_states([first.state()])
+    state = whole.state()
     second.start()
-    with whole.counting(), second.counting():
+    with whole.counting():
+        model(**batch(number=5))
+    second.load_states([state])  # which is a snapshot
+    with second.counting():
         model(**batch(number=5))
     for name, accumulator in whole.accumulators.items():
         assert torch.equal(second.accumulators[name].sum, accumulator.sum)
         assert second.accumulators[name].num_tokens == accumulator.num_tokens
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
+
+
+def calibrated(
+    module: LightningModule, batches: Any, folder: Path, *, access: Any = None, backward: Any = None
+) -> InputStatistics:
+    statistics, fitted = InputStatistics(find_targets(module)), trainer(folder, max_steps=1)
+    access = access or ReplicatedAccess()
+    count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, backward=backward)
+    return statistics
 
 
 class Alike(ReplicatedAccess):
@@ -392,12 +342,9 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
     module = ToyLM().train()
     module.model.model.layers[0].eval()
     batches = [batch(number=number) for number in (1, 2, 3, 4)]
-    fitted = trainer(tmp_path, max_steps=1)
     counts = []
     for rank in range(2):
-        statistics = InputStatistics(find_targets(module))
-        access = Alike(rank, world_size=2)
-        assert count_dataloader(statistics, batches, fitted, module, access, counted=token_mask) == 2
+        statistics = calibrated(module, batches, tmp_path, access=Alike(rank, world_size=2))
         counts.append({a.num_tokens for a in statistics.accumulators.values()})
     assert counts == [{8 * 4}, {8 * 6}]
     assert all(not part._forward_pre_hooks for part in module.modules())
@@ -407,7 +354,6 @@ def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_are_of_one_batch_in_four(tmp_path: Path, world_size: int) -> None:
-    module, fitted = ToyLM(), trainer(tmp_path, max_steps=1)
     batches = [batch(number=number) for number in range(1, 8)]  # told apart by their numbers of sequences
     counted = []
 
@@ -417,15 +363,7 @@ def test_gradients_are_of_one_batch_in_four(tmp_path: Path, world_size: int) -> 
             counted.append(len(output.logits) - 1)
 
     for rank in range(world_size):
-        count_dataloader(
-            InputStatistics(find_targets(module)),
-            batches,
-            fitted,
-            module,
-            Alike(rank, world_size=world_size),
-            counted=token_mask,
-            backward=backward,
-        )
+        calibrated(ToyLM(), batches, tmp_path, access=Alike(rank, world_size=world_size), backward=backward)
     assert sorted(counted) == [0, 4]
 
 
@@ -474,19 +412,10 @@ def test_batches_that_are_no_mappings_go_through_the_training_step(tmp_path: Pat
 
 
 def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
-    module, fitted = Classifier(), trainer(tmp_path, max_steps=1)
+    module, losses = Classifier(), []
     logged: list[Any] = []
     module.log = lambda *one, **_: logged.append(one)
-    statistics, losses = InputStatistics(find_targets(module)), []
-    count_dataloader(
-        statistics,
-        pairs(),
-        fitted,
-        module,
-        ReplicatedAccess(),
-        counted=lambda _: None,
-        backward=lambda output, counts: losses.append(output),
-    )
+    statistics = calibrated(module, pairs(), tmp_path, backward=lambda output, counts: losses.append(output))
     assert logged == []
     assert [loss.requires_grad for loss in losses] == [True, True]
     assert statistics.accumulators["encoder.layers.0.linear1"].num_tokens == 6 * 4 * 5
@@ -495,26 +424,10 @@ def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
-    manual, three = Classifier(), [(*pair, 0) for pair in pairs(1)]
-    manual.automatic_optimization = False
-    for module, batches, words in (
-        (
-            Classifier(),
-            three,
-            r"is a tuple, on which training_step\(batch, 0\) of Classifier fails \(ValueError: too many",
-        ),
-        (
-            Classifier(),
-            [{"x": pairs(1)[0]}],
-            r"is a dict, on which forward\(\*\*batch\) of Classifier fails \(TypeError",
-        ),
-        (manual, pairs(1), "under manual optimization that would train"),
-    ):
-        statistics = InputStatistics(find_targets(module))
-        with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
-            count_dataloader(
-                statistics, batches, trainer(tmp_path, max_steps=1), module, ReplicatedAccess(), counted=lambda _: None
-            )
+    module, batches = Classifier(), [(*pair, 0) for pair in pairs(1)]
+    words = r"is a tuple, on which training_step\(batch, 0\) of Classifier fails \(ValueError: too many"
+    with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
+        calibrated(module, batches, tmp_path)
 
 
 def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toy import tiny_llama
 
 from thanos_lightning.calibration.outputs import OutputGradients, output_weights
 from thanos_lightning.models.targets import find_targets
@@ -30,12 +29,12 @@ def expected(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Tensor]:
         hidden = model[0](batch)
         out = model[2](model[1](hidden))
         for name, one in zip(("0", "2"), torch.autograd.grad(out.square().sum(), (hidden, out)), strict=True):
-            sums[name] = sums.get(name, 0) + one.square().flatten(end_dim=-2).sum(0)
+            sums[name] = sums.get(name, 0) + one.square().reshape(-1, one.shape[-1]).sum(0)
     return sums
 
 
 def test_sums_are_those_of_autograd_over_all_batches() -> None:
-    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(1, 8)]
+    model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
     gradients = started(model)
     for batch in batches:
         model(batch).square().sum().backward()
@@ -48,15 +47,6 @@ def test_sums_are_those_of_autograd_over_all_batches() -> None:
         torch.testing.assert_close(gradients.sums[name], wanted)
 
 
-def test_one_vector_counts_as_a_token() -> None:
-    model, vector = small(), torch.randn(8)
-    gradients = started(model)
-    model(vector).square().sum().backward()
-    gradients.stop()
-    for name, wanted in expected(model, [vector.unsqueeze(0)]).items():
-        torch.testing.assert_close(gradients.sums[name], wanted)
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_each_token_once(use_reentrant: bool) -> None:
     model, batch = small(), torch.randn(5, 8)
@@ -66,21 +56,6 @@ def test_activation_checkpointing_counts_each_token_once(use_reentrant: bool) ->
     gradients.stop()
     for name, wanted in expected(model, [batch]).items():
         torch.testing.assert_close(gradients.sums[name], wanted)
-
-
-def test_checkpointed_layers_of_a_language_model_count_as_others() -> None:
-    tokens = torch.arange(12).reshape(2, 6)
-    found = []
-    for checkpointed in (False, True):
-        model = tiny_llama().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        gradients = started(model)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        found.append(gradients.sums)
-    assert found[0].keys() == found[1].keys() == find_targets(tiny_llama()).keys()
-    for name, wanted in found[0].items():
-        torch.testing.assert_close(found[1][name], wanted)
 
 
 def test_forwards_without_a_backward_count_nothing() -> None:
