@@ -249,8 +249,16 @@ def test_the_announcement_says_how_many_stay(tmp_path: Path, capsys: pytest.Capt
     assert "4 of 8 experts stay in each of 2 mixtures, 2 for each token" in " ".join(capsys.readouterr().out.split())
 
 
-def in_groups(**config: Any) -> t.PreTrainedModel:
-    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**{**DEEPSEEK, "n_group": 4, "topk_group": 1, **config}))
+def in_groups(open_groups: int = 1) -> t.PreTrainedModel:
+    config = {**DEEPSEEK, "n_routed_experts": 16, "n_group": 4, "topk_group": open_groups}
+    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**config))
+
+
+def without_a_router() -> Any:
+    model = tiny_mixture()
+    for layer in model.model.layers:
+        del layer.mlp.gate.top_k
+    return model
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -275,6 +283,15 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "an allocation": (tiny_mixture, {"allocation": Allocation("loss")}, "experts go in equal number from each layer"),
     "no batches": (tiny_mixture, {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}, "looks at no batches"),
+    "too many": (
+        tiny_mixture, {"sparsity": 0.875}, r"leaves 1 of the 8 experts of .*, fewer than the 2 .*: lower .* to 0.75",
+    ),
+    "of a group too many": (in_groups, {"sparsity": 0.75}, r"4 groups, 1 of them in the 1 groups .*: lower .* to 0.5"),
+    "of a group none": (in_groups, {"sparsity": 0.1}, r"each of 4 groups, which rounds to none: .* to 0.25"),
+    "a router that can't": (
+        lambda: in_groups(4), {"sparsity": 0.75}, r"DeepseekV3TopkRouter\) can't choose among 4 of its 16 experts",
+    ),
+    "no known router": (without_a_router, {}, r"no router is known beside the experts model.model.layers.0.mlp"),
     "an option of the solver": (tiny_mixture, {"damping": 0.5}, "solver.damping is 0.5, but the pattern 'experts' sol"),
 }  # fmt: skip
 
@@ -286,31 +303,6 @@ def test_what_can_t_be_dropped_is_refused_before_the_training(tmp_path: Path, ca
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, dropping(**options), max_steps=6).fit(module, loader())
     assert module.losses == []
-
-
-@pytest.mark.parametrize(
-    ("model", "sparsity", "message"),
-    [
-        (lambda: tiny_mixture(), 0.875, r"leaves 1 of the 8 experts of .*, fewer than the 2 .*: lower .* to 0.75"),
-        (lambda: in_groups(n_routed_experts=16), 0.75, r"4 groups, 1 of them in the 1 groups .*: lower .* to 0.5"),
-        (lambda: in_groups(n_routed_experts=16), 0.1, r"each of 4 groups, which rounds to none: .* to 0.25"),
-        (
-            lambda: in_groups(n_routed_experts=16, topk_group=4), 0.75,
-            r"DeepseekV3TopkRouter\) can't choose among 4 of its 16 experts",
-        ),
-    ],
-)  # fmt: skip
-def test_what_routing_does_not_allow_is_refused(tmp_path: Path, model: Any, sparsity: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, dropping(sparsity), max_steps=6).fit(ToyLM(model()), loader())
-
-
-def test_a_known_layout_without_a_known_router_is_refused(tmp_path: Path) -> None:
-    model: Any = tiny_mixture()
-    for layer in model.model.layers:
-        del layer.mlp.gate.top_k
-    with pytest.raises(ValueError, match=r"no router is known beside the experts model.model.layers.0.mlp.experts"):
-        trainer(tmp_path, dropping(), max_steps=6).fit(ToyLM(model), loader())
 
 
 def test_blocks_that_lose_experts_are_not_reconstructed(tmp_path: Path) -> None:

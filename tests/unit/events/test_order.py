@@ -190,15 +190,6 @@ def test_the_order_stays_where_another_one_gains_nothing_or_was_not_asked_for(
     assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
 
 
-def test_the_order_of_a_pruned_model_stays(tmp_path: Path) -> None:
-    model = tiny_llama()
-    pruned(tmp_path, model, reorder=False)
-    zeros = model.model.layers[0].mlp.down_proj.weight == 0
-    with pytest.warns(UserWarning, match="pruned already"):
-        pruned(tmp_path, model)
-    assert (model.model.layers[0].mlp.down_proj.weight == 0).equal(zeros)
-
-
 def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path) -> None:
     model = tiny_llama()
     pruned(tmp_path, model, pattern="3:4", reorder=False)
@@ -280,52 +271,37 @@ class Quantised(nn.Linear):
         return nn.functional.linear(x, ((groups / step).round() * step).flatten(1))
 
 
-def _scales(first: nn.Module, mlp: Any) -> None:
-    mlp.up_proj = Scaled(*mlp.up_proj.weight.shape)
+def having(layer: nn.Module, **parameters: nn.Parameter) -> nn.Module:
+    for name, value in parameters.items():
+        setattr(layer, name, value)
+    return layer
 
 
-def _adapter_before(first: nn.Module, mlp: Any) -> None:
-    mlp.up_proj = Adapted(mlp.up_proj)
+BIAS = nn.Parameter(torch.linspace(-1, 1, 48))
+# what -> the layer of a block that becomes another one, made from the block's and the first block's mlp
+INDEXED: dict[str, tuple[str, Callable[[Any, Any], nn.Module]]] = {
+    "scales": ("up_proj", lambda mlp, _: Scaled(*mlp.up_proj.weight.shape)),
+    "an adapter before": ("up_proj", lambda mlp, _: Adapted(mlp.up_proj)),
+    "an adapter after": ("down_proj", lambda mlp, _: Adapted(mlp.down_proj)),
+    "a computed weight": ("up_proj", lambda mlp, _: parametrizations.weight_norm(mlp.up_proj)),
+    "a weight for two": ("up_proj", lambda mlp, _: having(mlp.up_proj, weight=mlp.gate_proj.weight)),
+    "a weight for blocks": ("up_proj", lambda mlp, first: having(mlp.up_proj, weight=first.up_proj.weight)),
+    "a bias for blocks": ("up_proj", lambda mlp, _: having(mlp.up_proj, bias=BIAS)),
+    "a quantised weight": ("down_proj", lambda mlp, _: Quantised(*reversed(mlp.down_proj.weight.shape))),
+}
 
 
-def _adapter_after(first: nn.Module, mlp: Any) -> None:
-    mlp.down_proj = Adapted(mlp.down_proj)
-
-
-def _computed(first: nn.Module, mlp: Any) -> None:
-    parametrizations.weight_norm(mlp.up_proj)
-
-
-def _tied(first: nn.Module, mlp: Any) -> None:
-    mlp.up_proj.weight = mlp.gate_proj.weight
-
-
-def _tied_across(first: Any, mlp: Any) -> None:
-    mlp.up_proj.weight = first.up_proj.weight
-
-
-def _a_bias_for_two(first: Any, mlp: Any) -> None:
-    if mlp is first:
-        mlp.up_proj.bias = nn.Parameter(torch.randn(mlp.up_proj.out_features))
-    mlp.up_proj.bias = first.up_proj.bias
-
-
-def _quantised(first: nn.Module, mlp: Any) -> None:
-    mlp.down_proj = Quantised(mlp.down_proj.in_features, mlp.down_proj.out_features)
-
-
-@pytest.mark.parametrize(
-    "change", [_scales, _computed, _adapter_before, _adapter_after, _tied, _tied_across, _a_bias_for_two, _quantised]
-)
+@pytest.mark.parametrize("what", INDEXED)
 @pytest.mark.usefixtures("keeps_all")
-def test_what_something_else_indexes_keeps_its_order(change: Callable[[Any, Any], None], tmp_path: Path) -> None:
+def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path) -> None:
     model = tiny_llama().eval()
+    name, make = INDEXED[what]
     for layer in model.model.layers:
-        change(model.model.layers[0].mlp, layer.mlp)
+        setattr(layer.mlp, name, make(layer.mlp, model.model.layers[0].mlp))
     with torch.no_grad():
         before = model(BATCH).logits
     with ordered_blocks() as ordered:
-        pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if change is _computed else "lm_head")
+        pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
     assert not [name for name, _ in ordered if name.endswith(("down_proj", "inner"))]
     model.eval()
     with torch.no_grad():

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from toy import Sequences, ToyLM, loader, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
-from thanos_lightning.calibration.hidden_states import HiddenStates
+from thanos_lightning.calibration.hidden_states import HiddenStates, first_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer, find_targets
@@ -28,15 +29,30 @@ def batch(number: int, padding: int = 0) -> dict[str, Tensor]:
 
 
 def recorded(model: nn.Module, steps: int = 64, padding: int = 0) -> HiddenStates:
-    blocks = find_blocks(model, find_targets(model))
-    states = HiddenStates({name: block.module for name, block in blocks.items()}, steps)
-    states.start()
+    states = watched(model, steps)
     for number in range(FORWARDS):
         inputs = batch(number, padding)
         with states.recording(number, lambda inputs=inputs: inputs["attention_mask"].bool()):  # type: ignore[misc]
             model(**inputs)
     states.stop()
     return states
+
+
+def watched(model: nn.Module, steps: int) -> HiddenStates:
+    blocks = find_blocks(model, find_targets(model))
+    states = HiddenStates({name: block.module for name, block in blocks.items()}, steps)
+    states.start()
+    return states
+
+
+def alone(block: nn.Module, inputs: Sequence[Tensor], steps: int = 16) -> tuple[nn.ModuleDict, HiddenStates]:
+    """A model of this block, called `layers.0`, which has been called with these hidden states."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    states = watched(model, steps)
+    for number, hidden in enumerate(inputs):
+        with torch.no_grad(), states.recording(number, None):
+            block(hidden.clone())
+    return model, states
 
 
 def halves(layers: Mapping[str, PrunableLayer]) -> dict[str, Kept]:
@@ -60,28 +76,22 @@ def trained(model: nn.Module, states: HiddenStates, kept: dict[str, Kept]) -> li
 def outputs(
     model: nn.Module, name: str, inputs: Mapping[str, Tensor], kept: Mapping[str, Kept]
 ) -> tuple[Tensor, Tensor]:
-    """What a block gives with its own weights, and with these, on what it gets: float64, by the model's own hooks."""
-    given: list[Tensor] = []
+    """What a block gives with its own weights, and with these, on what it gets in the model."""
+    calls: list[tuple[Any, Any]] = []
     block, layers = model.get_submodule(name), find_targets(model)
-    own = {which: layer.parameter.detach().clone() for which, layer in layers.items() if which.startswith(f"{name}.")}
-    again = True
-
-    def both(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal again
-        given.append(output if isinstance(output, Tensor) else output[0])
-        if again:
-            again = False
-            for which in own:
-                layers[which].parameter.data.copy_(layers[which].oriented(kept[which].weight))
-            module(*args, **kwargs)
-            for which, weight in own.items():
-                layers[which].parameter.data.copy_(weight)
-
-    handle = block.register_forward_hook(both, with_kwargs=True)
+    before = copy.deepcopy(block.state_dict())
+    handle = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     with torch.no_grad():
         model(**inputs, use_cache=False)
-    handle.remove()
-    return given[0], given[1]
+        handle.remove()
+        ((args, kwargs),) = calls
+        own = first_of(block(*args, **kwargs))
+        for which, layer in layers.items():
+            if which.startswith(f"{name}."):
+                layer.parameter.copy_(layer.oriented(kept[which].weight))
+        new = first_of(block(*args, **kwargs))
+    block.load_state_dict(before)
+    return own, new
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
@@ -159,31 +169,6 @@ def test_the_same_calls_give_the_same_weights_and_leave_random_numbers_alone() -
     assert all(one.weight.equal(results[1][name].weight) for name, one in results[0].items())
 
 
-def test_a_copy_that_computes_something_else_leaves_the_block_alone() -> None:
-    class Counting(nn.Module):
-        """Gives something else at each call."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), 0
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            self.calls += 1
-            return self.calls * self.second(self.first(hidden))  # type: ignore[no-any-return]
-
-    model = nn.ModuleDict({"layers": nn.ModuleList([Counting()])})
-    blocks = find_blocks(model, find_targets(model))
-    states = HiddenStates({name: block.module for name, block in blocks.items()}, 4)
-    states.start()
-    with states.recording(0, None):
-        model["layers"][0](torch.randn(2, 3, 8))
-    kept = halves(find_targets(model))
-    solved = {name: one.weight.clone() for name, one in kept.items()}
-    with pytest.warns(UserWarning, match=r"1 block.*layers.0 gives something else.*calibration.block_steps=0"):
-        assert trained(model, states, kept) == []
-    assert all(one.weight.equal(solved[name]) for name, one in kept.items())
-
-
 def test_a_block_that_was_not_called_is_named() -> None:
     model = tiny_llama().eval()
     states, kept = recorded(model), halves(find_targets(model))
@@ -209,15 +194,10 @@ class Experts(nn.Module):
 
 def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"layers": nn.ModuleList([Experts()])})
-    blocks = find_blocks(model, find_targets(model))
-    states = HiddenStates({name: block.module for name, block in blocks.items()}, 16)
-    states.start()
-    for number in range(8):
-        hidden = torch.randn(1, 600, 8)
+    inputs = [torch.randn(1, 600, 8) for _ in range(8)]
+    for number, hidden in enumerate(inputs):
         hidden[0, 0, 0] = 1 if number == 3 else -1
-        with torch.no_grad(), states.recording(number, None):
-            model["layers"][0](hidden)
+    model, states = alone(Experts(), inputs)
     kept = halves(find_targets(model))
     solved = {name: one.weight.clone() for name, one in kept.items()}
     (report,) = trained(model, states, kept)
@@ -225,44 +205,51 @@ def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
     assert not any(one.weight.equal(solved[name]) for name, one in kept.items())
 
 
-def test_a_block_that_changes_what_it_gets_is_given_a_copy() -> None:
-    class InPlace(Experts):
-        def forward(self, hidden: Tensor) -> Tensor:
-            hidden.mul_(2)
-            return hidden + self.other(self.one(hidden).relu())
+class InPlace(Experts):
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden.mul_(2)
+        return hidden + self.other(self.one(hidden).relu())
 
+
+def test_a_block_that_changes_what_it_gets_is_given_a_copy() -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"layers": nn.ModuleList([InPlace()])}).bfloat16()
-    blocks = find_blocks(model, find_targets(model))
-    states = HiddenStates({name: block.module for name, block in blocks.items()}, 16)
-    states.start()
     given = [torch.randn(1, 600, 8, dtype=torch.bfloat16) for _ in range(8)]
-    for number, hidden in enumerate(given):
-        with torch.no_grad(), states.recording(number, None):
-            model["layers"][0](hidden.clone())
+    model, states = alone(InPlace().bfloat16(), given)
     calls = list(states.calls["layers.0"].values())
     (report,) = trained(model, states, halves(find_targets(model)))
     assert report.error < report.error_solved
     assert all(call.inputs.equal(hidden) for call, hidden in zip(calls, given, strict=True))
 
 
-def test_a_block_that_fails_on_a_later_batch_is_left_alone() -> None:
-    class Short(Experts):
-        def forward(self, hidden: Tensor) -> Tensor:
-            if hidden.shape[1] > 4 and hidden.requires_grad is False and torch.is_grad_enabled():
-                raise ValueError("too long")
-            return super().forward(hidden)
+class Counting(Experts):
+    """Gives something else at each call."""
 
-    model = nn.ModuleDict({"layers": nn.ModuleList([Short()])})
-    blocks = find_blocks(model, find_targets(model))
-    states = HiddenStates({name: block.module for name, block in blocks.items()}, 4)
-    states.start()
-    for number, length in enumerate((4, 8)):
-        with torch.no_grad(), states.recording(number, None):
-            model["layers"][0](torch.randn(2, length, 8))
+    calls = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * self.other(self.one(hidden))  # type: ignore[no-any-return]
+
+
+class Short(Experts):
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[1] > 4 and torch.is_grad_enabled():
+            raise ValueError("too long")
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (Counting, r"1 block.*layers.0 gives something else.*calibration.block_steps=0"),
+        (Short, r"layers.0 fails when it is called on its own \(ValueError: too long\)"),
+    ],
+)
+def test_a_block_that_can_not_be_trained_is_left_alone(block: type[nn.Module], words: str) -> None:
+    model, states = alone(block(), [torch.randn(2, length, 8) for length in (4, 8)], steps=4)
     kept = halves(find_targets(model))
     solved = {name: one.weight.clone() for name, one in kept.items()}
-    with pytest.warns(UserWarning, match=r"layers.0 fails when it is called on its own \(ValueError: too long\)"):
+    with pytest.warns(UserWarning, match=words):
         assert trained(model, states, kept) == []
     assert all(one.weight.equal(solved[name]) for name, one in kept.items())
 
