@@ -26,6 +26,7 @@ from thanos_lightning.sharding.together import failing_together
 # A backward takes as long as a forward, or longer. The weights of single outputs need fewer tokens than the input
 # moments, so one batch in four suffices.
 _BATCHES_PER_BACKWARD = 4
+_OWN_STEP, _TRAINING_STEP = "calibration_step(batch)", "training_step(batch, 0)"
 
 
 def count_dataloader(
@@ -112,8 +113,7 @@ def try_batch(
     if not all(access.gather(bool(found))):
         return []
     (batch,) = found
-    _refuse_manual(module, batch)
-    if not isinstance(batch, Mapping) and _own_step(module) is None:
+    if _way(module, batch)[1] == _TRAINING_STEP:
         return []
     on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     with _evaluating(module), torch.set_grad_enabled(gradients), trainer.precision_plugin.forward_context():
@@ -230,18 +230,12 @@ def _all_called() -> Iterator[None]:
 
 
 def _forward(module: LightningModule, batch: Any) -> Any:
-    if (step := _own_step(module)) is not None:
-        return step(batch)
-    _refuse_manual(module, batch)
-    runs, call = (
-        (partial(module, **batch), "forward(**batch)")
-        if isinstance(batch, Mapping)
-        else (partial(_training_step, module, batch), "training_step(batch, 0)")
-    )
+    runs, call = _way(module, batch)
     try:
         return runs()
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and "unpack" not in str(error):  # raised by a hook or by the model itself
+        # a ValueError of another kind is raised by a hook or by the model itself
+        if call == _OWN_STEP or (isinstance(error, ValueError) and "unpack" not in str(error)):
             raise
         raise MisconfigurationException(
             f"a calibration batch is a {type(batch).__name__}, on which {call} of {type(module).__name__} fails "
@@ -249,17 +243,19 @@ def _forward(module: LightningModule, batch: Any) -> Any:
         ) from error
 
 
-def _own_step(module: LightningModule) -> Callable[[Any], Any] | None:
+def _way(module: LightningModule, batch: Any) -> tuple[Callable[[], Any], str]:
+    """How the module is run on a batch, and what that calls."""
     step: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
-    return step
-
-
-def _refuse_manual(module: LightningModule, batch: Any) -> None:
-    if not isinstance(batch, Mapping) and _own_step(module) is None and not module.automatic_optimization:
+    if step is not None:
+        return partial(step, batch), _OWN_STEP
+    if isinstance(batch, Mapping):
+        return partial(module, **batch), "forward(**batch)"
+    if not module.automatic_optimization:
         raise MisconfigurationException(
             f"a calibration batch is a {type(batch).__name__}, which goes through training_step, but under manual "
             f"optimization that would train: {_mend(module)}"
         )
+    return partial(_training_step, module, batch), _TRAINING_STEP
 
 
 def _mend(module: LightningModule) -> str:
