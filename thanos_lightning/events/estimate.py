@@ -36,12 +36,7 @@ class Batches:
 
     @classmethod
     def of(cls, batches: Any) -> Batches:
-        """Look at one sample of a list or a dataloader, and leave the training's random numbers as they are.
-
-        Examples:
-            >>> Batches.of([{"input_ids": torch.zeros(8, 128, dtype=torch.long)}] * 3)
-            Batches(number=3, tokens=1024, length=128)
-        """
+        """Look at one sample of a list or a dataloader, and leave the training's random numbers as they are."""
         number = tokens = length = None
         with suppress(Exception), torch.random.fork_rng(devices=[]):  # an estimate must not end a training
             number = len(batches)

@@ -19,13 +19,6 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
 
     Layers of one parent with equally many inputs read the same input (q, k, v; gate, up). The last layer of such a
     group is the exception if it has as many outputs as inputs (o).
-
-    Examples:
-        >>> from torch import nn
-        >>> from thanos_lightning.models.targets import find_targets
-        >>> attention = nn.ModuleDict({name: nn.Linear(8, rows) for name, rows in (("q", 8), ("k", 4), ("o", 8))})
-        >>> [[layer.name for layer in group] for group in sharing(list(find_targets(attention).values()))]
-        [['q', 'k'], ['o']]
     """
     alike: dict[tuple[str, int], list[PrunableLayer]] = {}
     for layer in layers:
