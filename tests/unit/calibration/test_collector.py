@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ def collector(module: ToyLM, **settings: Any) -> Collector:
     return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), options, {}, 0)
 
 
-def window(module: ToyLM, *, start: int = 0, scans: bool = False, gradients: bool = False) -> Window:
+def window(module: ToyLM, *, scans: bool = False, gradients: bool = False) -> Window:
     patterns = dict.fromkeys(find_targets(module, "*", "lm_head"), Unstructured(0.5))
-    return Window(Event(3, 1.0), patterns, start, 3, is_last=True, scans=scans, gradients=gradients)
+    return Window(Event(3, 1.0), patterns, 0, 3, is_last=True, scans=scans, gradients=gradients)
 
 
 def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tensor]]) -> None:
@@ -55,12 +54,6 @@ def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tenso
         collecting.end()
         module(input_ids=batch["input_ids"] * 0)  # what runs after the training step is not counted
         loss.backward()
-
-
-def sums(state: dict[str, Any] | None) -> dict[str, float]:
-    assert state is not None
-    found = {name: float(entry["sum"].sum()) for name, entry in state["sums"].items()}
-    return found | {f"{name}, gradients": float(one.sum()) for name, one in state["gradients"].items()}
 
 
 def moments(collected: Moments) -> Tensor:
@@ -78,66 +71,6 @@ def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitt
     assert collecting.statistics is None
     told = collector(module, batches=BATCHES).take(window(module), fitted, module)
     torch.testing.assert_close(moments(told), moments(trained))
-
-
-def test_output_weights_are_means_over_the_steps_of_a_window(module: ToyLM, fitted: Trainer) -> None:
-    found = []
-    for start, batches in ((2, BATCHES[:1]), (0, [BATCHES[0]] * 3)):
-        collecting = collector(module)
-        collecting.open(window(module, start=start, gradients=True), module)
-        train_on(module, collecting, batches)
-        found.append(collecting.take(window(module, start=start, gradients=True), fitted, module).output_weights)
-    assert len(found[0]) == 14
-    for name, one in found[0].items():
-        torch.testing.assert_close(found[1][name], one)
-
-
-def test_a_window_goes_on_from_its_state(module: ToyLM, fitted: Trainer) -> None:
-    ends = []
-    for stop in (None, 1):
-        collecting = collector(module)
-        collecting.open(window(module, gradients=True), module)
-        train_on(module, collecting, BATCHES[:stop])
-        if stop is not None:
-            state = collecting.state()
-            assert state is not None
-            collecting.stop()
-            train_on(module, collecting, BATCHES[:stop])  # its hooks are gone
-            after = collecting.state()
-            assert after is not None
-            assert [sums(one) for one in after] == [sums(one) for one in state]
-            collecting = collector(module)
-            assert collecting.state() is None
-            collecting.open(window(module, gradients=True), module)
-            collecting.load(state)
-            train_on(module, collecting, BATCHES[stop:])
-        ends.append(collecting.take(window(module, gradients=True), fitted, module))
-    assert torch.equal(moments(ends[0]), moments(ends[1]))
-    for name, one in ends[0].output_weights.items():
-        torch.testing.assert_close(ends[1].output_weights[name], one)
-
-
-def test_an_event_takes_what_its_scan_was_told(module: ToyLM, fitted: Trainer) -> None:
-    class Counted:
-        runs = 0
-
-        def __iter__(self) -> Iterator[Any]:
-            self.runs += 1
-            return iter(BATCHES)
-
-    for keeps, forgets, runs in ((True, False, 1), (True, True, 2), (False, False, 2)):
-        batches = Counted()
-        collecting = collector(module, batches=batches, memory_gib=None if keeps else 1.0)
-        looked = collecting.take(window(module, scans=True, gradients=True), fitted, module)
-        if forgets:
-            collecting.forget_scan()
-        pruned = collecting.take(window(module, gradients=True), fitted, module)
-        assert batches.runs == runs
-        assert torch.equal(moments(looked), moments(pruned))
-        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
-        assert len(looked.output_weights) == 14
-        collecting.take(window(module, gradients=True), fitted, module)  # of weights that are others by now
-        assert batches.runs == runs + 1
 
 
 def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:

@@ -58,10 +58,6 @@ PHI3 = t.Phi3Config(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
     pad_token_id=0,
 )  # fmt: skip
-OPT = t.OPTConfig(
-    hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
-    word_embed_proj_dim=32, max_position_embeddings=64,
-)  # fmt: skip
 KINDS: dict[str, tuple[Any, int, dict[str, list[str]]]] = {
     "llama": (
         tiny_llama,
@@ -83,14 +79,6 @@ KINDS: dict[str, tuple[Any, int, dict[str, list[str]]]] = {
         lambda: t.Phi3ForCausalLM(PHI3),
         48,
         blocks_of(["model.model.layers.{}.mlp.down_proj.weight"], ["model.model.layers.{}.mlp.gate_up_proj.weight"]),
-    ),
-    "opt, with biases": (
-        lambda: t.OPTForCausalLM(OPT),
-        48,
-        blocks_of(
-            ["model.model.decoder.layers.{}.fc2.weight"],
-            ["model.model.decoder.layers.{}.fc1.weight", "model.model.decoder.layers.{}.fc1.bias"],
-        ),
     ),
 }
 

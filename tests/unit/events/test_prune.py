@@ -65,19 +65,7 @@ def test_fewer_tokens_than_inputs_are_warned_of_where_products_of_inputs_count(
     assert not said(6, "magnitude")
 
 
-def test_layers_become_what_the_solver_returns() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    inputs = torch.randn(50, 8)
-    expected = prune(model[0].weight.detach(), 2 / 50 * inputs.T @ inputs, NM(2, 4), damping=0.01)
-    reports = run(model, inputs)
-    torch.testing.assert_close(model[0].weight, expected.weight, rtol=1e-4, atol=1e-6)
-    assert [report.name for report in reports] == ["0", "2"]
-    assert reports[0].relative_loss == pytest.approx(expected.relative_loss, rel=1e-3)
-    assert reports[0].sparsity == 0.5
-
-
-def test_layers_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,22 +84,15 @@ def test_layers_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPa
     torch.manual_seed(0)
     model, inputs = Branches(), torch.randn(50, 8)
     hessian = 2 / 50 * inputs.T @ inputs
-    expected = [prune(one.weight.detach(), hessian, NM(2, 4)).weight for one in (model.left, model.right)]
+    expected = [prune(one.weight.detach(), hessian, NM(2, 4)) for one in (model.left, model.right)]
     widths.clear()
-    run(model, inputs)
+    reports = run(model, inputs)
+    assert [report.name for report in reports] == ["left", "right", "after"]
     assert len(widths) == 2  # left and right, and after
-    for found, weight in zip((model.left, model.right), expected, strict=True):
-        torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-6)
-
-
-def test_nothing_is_written_when_one_layer_fails() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    with torch.no_grad():
-        model[2].weight[0, 0] = float("inf")
-    before = model[0].weight.detach().clone()
-    with pytest.raises(PruningError, match=r"layer 2: .*No layer of this window was pruned"):
-        run(model, torch.randn(50, 8))
-    assert torch.equal(model[0].weight, before)
+    for found, wanted, report in zip((model.left, model.right), expected, reports, strict=False):
+        torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-6)
+        assert report.relative_loss == pytest.approx(wanted.relative_loss, rel=1e-3)
+        assert report.sparsity == 0.5
 
 
 def test_broken_weights_are_named_before_the_training() -> None:
