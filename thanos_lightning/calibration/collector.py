@@ -18,7 +18,7 @@ from thanos_lightning.calibration.batches import count_dataloader, loss_of, try_
 from thanos_lightning.calibration.hidden_states import HiddenStates
 from thanos_lightning.calibration.inputs import InputStatistics, gather_states, load_own_states
 from thanos_lightning.calibration.moments import Moments
-from thanos_lightning.calibration.outputs import OutputGradients, output_weights
+from thanos_lightning.calibration.outputs import OutputGradients
 from thanos_lightning.calibration.tokens import has_text, token_mask
 from thanos_lightning.models.stack import Block
 from thanos_lightning.models.targets import PrunableLayer
@@ -211,7 +211,7 @@ class Collector:
     def _output_weights(self, layers: Sequence[str], gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
             return {}
-        found = output_weights(gradients.total(self._access))
+        found = gradients.weights(self._access)
         if missing := [name for name in layers if name not in found]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "

@@ -145,23 +145,14 @@ class OutputGradients:
         for one in self.sums.values():
             one /= steps
 
-    def total(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
-        """Add up the sums of squares on all ranks. All must call it. Layers without any gradient are missing."""
+    def weights(self, access: ParameterAccess) -> dict[str, Float[Tensor, " rows"]]:
+        """How much an error at each output counts: its sum on all ranks, plus a hundredth of the layer's mean.
+
+        All ranks must call it. Layers without any gradient are missing.
+        """
         found = [
             self.sums[name].cpu() if name in self.sums else torch.zeros(layer.rows, dtype=torch.float32, device="cpu")
             for name, layer in self._layers.items()
         ]
         parts = torch.split(access.total(torch.cat(found)), [len(one) for one in found])
-        return {name: part for name, part in zip(self._layers, parts, strict=True) if part.any()}
-
-
-def output_weights(sums: Mapping[str, Float[Tensor, " rows"]]) -> dict[str, Float[Tensor, " rows"]]:
-    """Weigh an error at each output by the output's sum plus a hundredth of the layer's mean.
-
-    A layer's sums of squared gradients must not all be zero.
-
-    Examples:
-        >>> output_weights({"a": torch.tensor([1.0, 3.0])})
-        {'a': tensor([1.0200, 3.0200])}
-    """
-    return {name: one + _FLOOR * one.mean() for name, one in sums.items()}
+        return {name: part + _FLOOR * part.mean() for name, part in zip(self._layers, parts, strict=True) if part.any()}

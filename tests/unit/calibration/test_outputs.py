@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thanos_lightning.calibration.outputs import OutputGradients, output_weights
+from thanos_lightning.calibration.outputs import OutputGradients
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 
@@ -104,17 +104,19 @@ def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() ->
     model[0].requires_grad_(False)
     gradients = started(model)
     model(torch.randn(4, 8)).square().sum().backward()
-    total = gradients.total(ReplicatedAccess())
-    assert list(total) == ["2"]
+    weights = gradients.weights(ReplicatedAccess())
+    assert list(weights) == ["2"]
     resumed = OutputGradients(find_targets(model))
-    resumed.load(total)
-    torch.testing.assert_close(resumed.total(ReplicatedAccess()), total)
+    resumed.load(gradients.sums)
+    torch.testing.assert_close(resumed.weights(ReplicatedAccess()), weights)
 
 
 def test_no_output_is_worth_nothing() -> None:
-    weights = output_weights({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([1e-30, 0.0])})
-    torch.testing.assert_close(weights["a"], torch.tensor([0.02, 4.02]))
-    assert (weights["b"] > 0).all()
+    gradients = OutputGradients(find_targets(small()))
+    gradients.load({"0": torch.tensor([0.0, 0, 0, 0, 0, 6]), "2": torch.tensor([1e-30, 0, 0, 0])})
+    weights = gradients.weights(ReplicatedAccess())
+    torch.testing.assert_close(weights["0"], torch.tensor([0.01, 0.01, 0.01, 0.01, 0.01, 6.01]))
+    assert (weights["2"] > 0).all()
 
 
 def test_a_backward_of_its_own_touches_no_parameter() -> None:
