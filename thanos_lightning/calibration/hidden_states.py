@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from thanos_lightning.sharding.access import ParameterAccess
@@ -97,7 +96,7 @@ class HiddenStates:
     calls: dict[str, dict[int, Call]] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    _handles: list[RemovableHandle] = field(default_factory=list)
+    _hooks: ExitStack = field(default_factory=ExitStack)
     _number: int | None = None  # of the batch
     _counted: Reference | None = None
     _begun: dict[str, Call] = field(default_factory=dict)
@@ -107,14 +106,12 @@ class HiddenStates:
     def start(self) -> None:
         """Add the hooks."""
         for name, block in self.blocks.items():
-            self._handles.append(block.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(partial(self._after, name)))
+            self._hooks.enter_context(block.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._hooks.enter_context(block.register_forward_hook(partial(self._after, name)))
 
     def stop(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     @contextmanager
     def recording(self, number: int, counted: Callable[[], Tensor | None] | None, ranks: int = 1) -> Iterator[None]:

@@ -13,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.calibration.experts import one_by_one
 from thanos_lightning.calibration.tokens import CountedTokens
@@ -117,26 +116,23 @@ class InputStatistics:
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
     _seen: dict[str, int] = field(default_factory=dict)
-    _handles: list[RemovableHandle] = field(default_factory=list)
-    _eager: ExitStack = field(default_factory=ExitStack)
+    _hooks: ExitStack = field(default_factory=ExitStack)
     _is_counting: bool = False
     _counted: CountedTokens | None = None
 
     def start(self, root: nn.Module | None = None) -> None:
         """Add the hooks. Compiled modules in `root` run as plain Python until `stop`: graphs ignore new hooks."""
         if root is not None:
-            self._eager.callback(run_eagerly(root))
-        self._eager.callback(one_by_one(self.layers.values()))
+            self._hooks.callback(run_eagerly(root))
+        self._hooks.callback(one_by_one(self.layers.values()))
         for name, layer in self.layers.items():
             for module in layer.modules:
-                self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+                hook = module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True)
+                self._hooks.enter_context(hook)
 
     def stop(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._eager.close()
+        self._hooks.close()
 
     def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
         """Count the forwards from now on.

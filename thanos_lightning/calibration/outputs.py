@@ -12,13 +12,13 @@ count for more, in these moments as in the training.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.report.stopwatch import Stopwatch
@@ -75,7 +75,7 @@ class OutputGradients:
         self.stopwatch = Stopwatch()
         self._kept = kept or KeptError()
         self._layers = layers
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._leaf: Tensor | None = None
         self._is_counting = True
         self._unscale: float | Tensor = 1.0  # undoes the loss scale in a gradient
@@ -87,7 +87,7 @@ class OutputGradients:
             self._leaf = torch.zeros((), device=device, requires_grad=True)
         for name, layer in self._layers.items():
             for module in layer.modules:
-                self._handles.append(module.register_forward_hook(partial(self._watch, name)))
+                self._hooks.enter_context(module.register_forward_hook(partial(self._watch, name)))
 
     def begin(self, loss_scale: float | Tensor = 1.0) -> None:
         """Begin a training batch whose loss is multiplied by `loss_scale` before the backward."""
@@ -96,9 +96,7 @@ class OutputGradients:
     def stop(self) -> None:
         """Remove the hooks."""
         self._leaf = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         """Run a backward that stops at the layers' outputs, and touches no gradient of a parameter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from thanos_lightning.calibration.collector import Collector, loss_scale
 from thanos_lightning.calibration.moments import Moments
@@ -99,7 +98,7 @@ class PruningRun:
         self._steps_seen = 0  # optimizer steps at the end of the last batch
         self._scores = BestScores(past.old_scores)
         self._held_back: list[EarlyStopping] = []
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
@@ -150,7 +149,8 @@ class PruningRun:
             self._check_monitor(options.monitor)
         counting = self._counting_optimizer()
         for optimizer in self.access.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting)))
+            hook = optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting))
+            self._hooks.enter_context(hook)
         if restored is not None and restored["collected"] is not None:
             # The window in whose midst the checkpoint was saved
             self.collector.open(self.windows[past.windows_done], self.module)
@@ -488,9 +488,7 @@ class PruningRun:
     def stop(self) -> None:
         """Remove all hooks, and give EarlyStopping back to the Trainer. The masks stay for a checkpoint."""
         release_stopping(self.trainer, self._held_back)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self.enforcer.end()
         self.collector.stop()
 
