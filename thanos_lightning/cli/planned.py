@@ -222,8 +222,7 @@ class Plan:
         options, taken = self._taken(module, options or self.options)
         layers = dict(taken.layers)
         masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
-        can_differentiate = self._can_differentiate(options, strategy)
-        planner = Planner.of(options, options.schedule, can_differentiate=can_differentiate)
+        planner = Planner(options, options.schedule, self._can_differentiate(options, strategy))
         windows = planner.plan(trainer, layers, taken.final, None)
         census = take_census(module, masked)
         held_by = strategy if ranks > 1 or of_deepspeed else None

@@ -91,7 +91,7 @@ class PruningRun:
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             schedule = schedule.resolve(past.total_steps)  # as in the fit before
-        self.planner = Planner.of(options, schedule, can_differentiate=self.access.can_differentiate)
+        self.planner = Planner(options, schedule, self.access.can_differentiate)
         if schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -23,68 +24,51 @@ class Planner:
     """Plans the windows of a training.
 
     Attributes:
-        pattern: The main pattern. Its layers share one budget of zeros.
-        schedule: When to prune, and to which sparsity.
-        allocates: Whether layers get unequal sparsities, by a sensitivity scan.
-        gives_way: Whether the allocation is the default, not the user's choice. The default leaves out layers whose
-            losses are unknown, and prunes all layers alike if no steps are left for a scan.
-        calibration_steps: Most optimizer steps that a window collects; 0 if windows collect nothing in the training.
-        memory_gib: Memory for the second moments of a window; None holds all at once.
-        weighs_outputs: Whether the loss's gradients weigh outputs, where rows or layers compete for zeros.
-        lacks_gradients: Whether there are no gradients on the calibration set, as under some ways of sharding.
+        options: What is asked of the callback.
+        schedule: That of the options, or the one that a resumed training began with.
+        can_differentiate: As of `ParameterAccess`.
+
+    Raises:
+        MisconfigurationException: If output weights ask for gradients where there are none.
     """
 
-    pattern: Pattern
+    options: PruningOptions
     schedule: SparsitySchedule
-    allocates: bool
-    gives_way: bool
-    calibration_steps: int
-    memory_gib: float | None
-    weighs_outputs: bool = False
-    lacks_gradients: bool = False
+    can_differentiate: bool = True
 
-    @classmethod
-    def of(cls, options: PruningOptions, schedule: SparsitySchedule, *, can_differentiate: bool = True) -> Planner:
-        """The planner that the callback's options ask for.
-
-        Args:
-            options: Checked options.
-            schedule: Theirs, or the one that a resumed training began with.
-            can_differentiate: As of `ParameterAccess`.
-
-        Raises:
-            MisconfigurationException: If output weights ask for gradients where there are none.
-        """
-        lacks_gradients = options.calibration.batches is not None and not can_differentiate
-        if lacks_gradients and options.calibration.output_weights == "diagonal":
+    def __post_init__(self) -> None:
+        if self.lacks_gradients and self.options.calibration.output_weights == "diagonal":
             raise MisconfigurationException(
                 "calibration.output_weights is 'diagonal', but under ZeRO-3 there are no gradients on "
                 "calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
                 "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
                 "'uniform'"
             )
-        allocates = options.allocation == Allocation("loss")
-        if options.allocation is None and options.weighs_outputs and not lacks_gradients:
-            allocates = nothing_to_allocate(options.pattern) is None
-        return cls(
-            options.pattern,
-            schedule,
-            allocates,
-            gives_way=options.allocation is None,
-            calibration_steps=options.calibration.steps if options.collects_in_training else 0,
-            memory_gib=options.calibration.memory_gib if options.solver.needs_statistics else None,
-            weighs_outputs=options.weighs_outputs,
-            lacks_gradients=lacks_gradients,
-        )
+
+    @property
+    def lacks_gradients(self) -> bool:
+        """Whether there are no gradients on the calibration set, as under some ways of sharding."""
+        return self.options.calibration.batches is not None and not self.can_differentiate
+
+    @property
+    def allocates(self) -> bool:
+        """Whether layers get unequal sparsities, by a sensitivity scan.
+
+        The default leaves out layers whose losses are unknown, and gives way if no steps are left for a scan.
+        """
+        options = self.options
+        by_default = options.allocation is None and options.weighs_outputs and not self.lacks_gradients
+        return self.needs_scan or (by_default and nothing_to_allocate(options.pattern) is None)
 
     @property
     def needs_scan(self) -> bool:
         """Whether the training can't run without a sensitivity scan, because the user chose the allocation."""
-        return self.allocates and not self.gives_way
+        return self.options.allocation == Allocation("loss")
 
     def to_try(self, final: Mapping[str, Pattern]) -> dict[str, list[Pattern]]:
         """The patterns whose losses the scan computes for each layer, from the final ones before the allocation."""
-        return {name: levels(pattern) if pattern == self.pattern else [pattern] for name, pattern in final.items()}
+        shared = self.options.pattern
+        return {name: levels(pattern) if pattern == shared else [pattern] for name, pattern in final.items()}
 
     def plan(
         self,
@@ -112,40 +96,17 @@ class Planner:
                 or if too few steps are left for a scan that is needed.
             ValueError: If windows do not fit before their events.
         """
-        windows = self._plan(
-            trainer, layers, final, sensitivities, optimizer_steps=optimizer_steps, begun_with_scan=begun_with_scan
-        )
-        if not self.lacks_gradients or not any(window.gradients for window in windows):
-            return windows
-        rank_zero_warn(
-            "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a whole, "
-            "such as mixtures of experts (leaf_module in its configuration): errors at all outputs count alike, and "
-            "layers are pruned alike unless allocation.by is 'loss'. Leave the batches out to have those of the "
-            "training batches"
-        )
-        return [replace(window, gradients=False) for window in windows]
-
-    def _plan(
-        self,
-        trainer: Trainer,
-        layers: Mapping[str, PrunableLayer],
-        final: Mapping[str, Pattern],
-        sensitivities: Mapping[str, LayerSensitivity] | None,
-        *,
-        optimizer_steps: int,
-        begun_with_scan: bool | None,
-    ) -> list[Window]:
         events = checked_events(self.schedule, trainer)
         if not self.allocates:
             return self._plan_pruning(events, layers, final)
-        first, collects = events[0].step, self.calibration_steps > 0
-        needed = len(split_by_memory(list(layers.values()), self.memory_gib))
+        first, calibration = events[0].step, self.options.calibration
+        needed = len(split_by_memory(list(layers.values()), calibration.memory_gib))
         # If all moments are held at once, the first event reuses those of the scan
-        at_once = self.memory_gib is None
-        step = first if at_once else first - min(first // 2, needed * self.calibration_steps)
+        at_once = calibration.memory_gib is None
+        step = first if at_once else first - min(first // 2, needed * self._steps)
         has_room = step >= needed and (at_once or first - step >= needed)
         since = 0 if at_once else step
-        if collects and not has_room:
+        if self._steps and not has_room:
             if not self.needs_scan or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
                 rank_zero_info(
                     f"{first} optimizer step(s) are too few to look at the layers before the first event: all are "
@@ -158,14 +119,7 @@ class Planner:
                 f"{needed} window(s): start the schedule later (start_step), {at_its_step}give "
                 "calibration.batches, or leave the allocation out"
             )
-        scan = plan_windows(
-            [(Event(step, 0.0), final)],
-            layers,
-            calibration_steps=self.calibration_steps,
-            budget_gib=self.memory_gib,
-            scans=True,
-            weighs_outputs=self.weighs_outputs,
-        )
+        scan = self._placed([(Event(step, 0.0), final)], layers, scans=True)
         begins_with_it = bool(sensitivities) or scan[0].start_step >= optimizer_steps
         if not self.needs_scan and not (begins_with_it if begun_with_scan is None else begun_with_scan):
             rank_zero_info("the training goes on too late to look at the layers before the first event: all are alike")
@@ -186,17 +140,17 @@ class Planner:
         unknown = [
             name
             for name, pattern in final.items()
-            if pattern == self.pattern
-            and (not sensitivities[name].losses or (self.gives_way and sensitivities[name].weighted_losses is None))
+            if pattern == self.options.pattern
+            and (not sensitivities[name].losses or not (self.needs_scan or sensitivities[name].weighted_losses))
         ]
         if unknown:
             rank_zero_warn(
                 f"it is not known what {len(unknown)} layer(s), such as {unknown[0]}, would lose, since no token, or "
-                f"no gradient, has reached them: each is pruned to {self.pattern.sparsity:.2%}, and only layers of "
-                "which it is known share their zeros. Allocation('uniform') is without this warning"
+                f"no gradient, has reached them: each is pruned to {self.options.pattern.sparsity:.2%}, and only "
+                "layers of which it is known share their zeros. Allocation('uniform') is without this warning"
             )
         known = {name: pattern for name, pattern in final.items() if name not in unknown}
-        allocated = allocate(sensitivities, layers, known, self.pattern)
+        allocated = allocate(sensitivities, layers, known, self.options.pattern)
         return {
             name: final[name] if name in unknown else allocated[name]
             for name in final
@@ -206,18 +160,38 @@ class Planner:
     def _plan_pruning(
         self, events: list[Event], layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], since: int = 0
     ) -> list[Window]:
-        windows = plan_windows(
-            [(event, patterns_at(event, final)) for event in events],
-            layers,
-            calibration_steps=self.calibration_steps,
-            budget_gib=self.memory_gib,
-            since=since,
-            weighs_outputs=self.weighs_outputs,
-        )
+        windows = self._placed([(event, patterns_at(event, final)) for event in events], layers, since=since)
         steps = min((window.end_step - window.start_step for window in windows), default=0)
-        if steps < self.calibration_steps != CALIBRATION_STEPS:
+        if steps < self._steps != CALIBRATION_STEPS:
             rank_zero_info(
-                f"calibration.steps is {self.calibration_steps}, but some windows have only {steps} optimizer step(s) "
-                "since the event before"
+                f"calibration.steps is {self._steps}, but some windows have only {steps} optimizer step(s) since the "
+                "event before"
             )
         return windows
+
+    @property
+    def _steps(self) -> int:
+        """Most optimizer steps that a window collects; 0 if windows collect nothing in the training."""
+        return self.options.calibration.steps if self.options.collects_in_training else 0
+
+    def _placed(
+        self, work: list[tuple[Event, Mapping[str, Pattern]]], layers: Mapping[str, PrunableLayer], **others: Any
+    ) -> list[Window]:
+        """Call `plan_windows`, and leave out gradients where there are none."""
+        windows = plan_windows(
+            work,
+            layers,
+            calibration_steps=self._steps,
+            budget_gib=self.options.calibration.memory_gib,
+            weighs_outputs=self.options.weighs_outputs,
+            **others,
+        )
+        if not self.lacks_gradients or not any(window.gradients for window in windows):
+            return windows
+        rank_zero_warn(
+            "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a whole, "
+            "such as mixtures of experts (leaf_module in its configuration): errors at all outputs count alike, and "
+            "layers are pruned alike unless allocation.by is 'loss'. Leave the batches out to have those of the "
+            "training batches"
+        )
+        return [replace(window, gradients=False) for window in windows]

@@ -8,8 +8,9 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy import tiny_llama
 
+from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.plan.allocation import LayerSensitivity, allocate, nothing_to_allocate
+from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, nothing_to_allocate
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import checked_events
@@ -18,6 +19,8 @@ from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
 
 LAYERS = find_targets(tiny_llama())
 BUDGET = 2.5 * 4 * 32 * 32 / 2**30  # GiB, in which the layers take eight windows
+HALF, ONCE = Unstructured(0.5), SparsitySchedule(20, 20, 1)
+BATCHES = [{"input_ids": None}]
 
 
 def numbers(steps: float = 40, *, automatic: bool = True, fast: bool = False) -> Any:
@@ -26,22 +29,20 @@ def numbers(steps: float = 40, *, automatic: bool = True, fast: bool = False) ->
     return SimpleNamespace(estimated_stepping_batches=steps, fast_dev_run=fast, lightning_module=module)
 
 
-def planner(**settings: Any) -> Planner:
-    defaults = {
-        "pattern": Unstructured(0.5),
-        "schedule": SparsitySchedule(20, 20, 1),
-        "allocates": True,
-        "gives_way": True,
-        "calibration_steps": 4,
-        "memory_gib": None,
-    }
-    return Planner(**{**defaults, **settings})
+def planner(
+    pattern: Pattern = HALF,
+    schedule: SparsitySchedule = ONCE,
+    allocation: Allocation | None = None,
+    can_differentiate: bool = True,
+    **calibration: Any,
+) -> Planner:
+    given = CalibrationOptions(**({"steps": 4} if "batches" not in calibration else {}), **calibration)
+    options = ThanosPruningCallback("unstructured", 0.5, schedule, calibration=given).options
+    return Planner(replace(options, pattern=pattern, allocation=allocation), schedule, can_differentiate)
 
 
 def plan(of: Planner, sensitivities: dict[str, LayerSensitivity] | None = None, **settings: Any) -> list[Window]:
-    arguments = {"optimizer_steps": 0, "begun_with_scan": None, **settings}
-    trainer = arguments.pop("trainer", numbers())
-    return of.plan(trainer, LAYERS, dict.fromkeys(LAYERS, of.pattern), sensitivities or {}, **arguments)
+    return of.plan(numbers(), LAYERS, dict.fromkeys(LAYERS, of.options.pattern), sensitivities or {}, **settings)
 
 
 def sensitivities(weighted: bool = True) -> dict[str, LayerSensitivity]:
@@ -68,19 +69,22 @@ def test_a_scan_comes_before_the_first_event() -> None:
     short = planner(schedule=SparsitySchedule(6, 6, 1), memory_gib=1.0)
     assert spans(plan(short, sensitivities())) == [(0, 3, True), (3, 6, False)]
     # with a calibration set nothing is collected in the training
-    at_once = planner(schedule=SparsitySchedule(0, 0, 1), calibration_steps=0)
+    at_once = planner(schedule=SparsitySchedule(0, 0, 1), batches=BATCHES)
     assert spans(plan(at_once, sensitivities())) == [(0, 0, True), (0, 0, False)]
 
 
 def test_gradients_are_collected_where_rows_or_layers_compete() -> None:
     twice = SparsitySchedule(at=[10, 20])  # dense rows compete at the first event
     for pattern, wanted in ((Unstructured(0.5), [True, True]), (NM(2, 4), [True, False])):
-        alike = planner(pattern=pattern, schedule=twice, allocates=False, weighs_outputs=True)
-        assert [window.gradients for window in plan(alike)] == wanted
-        assert not any(window.gradients for window in plan(replace(alike, weighs_outputs=False)))
+        alike = pattern, twice, Allocation("uniform")
+        assert [window.gradients for window in plan(planner(*alike))] == wanted
+        assert not any(window.gradients for window in plan(planner(*alike, output_weights="uniform")))
         with pytest.warns(UserWarning, match="there are no gradients on calibration.batches"):
-            assert not any(window.gradients for window in plan(replace(alike, lacks_gradients=True)))
-    assert [window.gradients for window in plan(planner(weighs_outputs=True))] == [True]  # a scan
+            without = plan(planner(*alike, can_differentiate=False, batches=BATCHES))
+        assert not any(window.gradients for window in without)
+    assert [window.gradients for window in plan(planner())] == [True]  # a scan
+    with pytest.raises(MisconfigurationException, match="output_weights is 'diagonal', but under ZeRO-3 there are no"):
+        planner(can_differentiate=False, batches=BATCHES, output_weights="diagonal")
 
 
 def test_layers_that_lose_more_stay_denser() -> None:
@@ -92,7 +96,7 @@ def test_layers_that_lose_more_stay_denser() -> None:
 
 @pytest.mark.parametrize("pattern", [NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)])
 def test_rows_and_columns_have_the_budget_to_half_of_one(pattern: Pattern) -> None:
-    _, pruning = plan(planner(pattern=pattern, gives_way=False), sensitivities(weighted=False))
+    _, pruning = plan(planner(pattern, allocation=Allocation("loss")), sensitivities(weighted=False))
     shapes = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
     found = {name: pruning.patterns[name].num_pruned(*shape) for name, shape in shapes.items()}
     assert len({pruning.patterns[name].sparsity for name in LAYERS}) > 2
@@ -134,7 +138,7 @@ def test_layers_of_which_it_is_not_known_what_they_lose_keep_out_of_an_allocatio
     assert sum(counts) == sum(Unstructured(0.5).num_pruned(layer.rows, layer.cols) for layer in others.values())
     assert len(set(pruning.patterns.values())) > 2
     # who asks for an allocation gets one for all, by relative losses
-    _, pruning = plan(planner(gives_way=False), some)
+    _, pruning = plan(planner(allocation=Allocation("loss")), some)
     assert Unstructured(0.5) not in {pruning.patterns[name] for name in frozen}
 
 
@@ -157,25 +161,25 @@ def test_a_layer_that_an_allocation_leaves_dense_is_not_pruned() -> None:
 def test_a_default_gives_way_and_what_was_asked_for_does_not(settings: dict[str, Any]) -> None:
     assert not any(window.scans for window in plan(planner(**settings)))
     with pytest.raises(MisconfigurationException, match="leaves too few to look at the layers before"):
-        plan(planner(**settings, gives_way=False))
+        plan(planner(**settings, allocation=Allocation("loss")))
 
 
 def test_a_training_that_goes_on_late_has_no_scan_unless_it_is_asked_for() -> None:
-    bounded = planner(memory_gib=1.0)
+    bounded, asked_for = planner(memory_gib=1.0), planner(allocation=Allocation("loss"), memory_gib=1.0)
     for late in ({"optimizer_steps": 13}, {"begun_with_scan": False}):
         assert spans(plan(bounded, **late)) == [(16, 20, False)]
-        assert plan(replace(bounded, gives_way=False), **late)[0].scans
+        assert plan(asked_for, **late)[0].scans
     assert plan(bounded, optimizer_steps=13, begun_with_scan=True)[0].scans
 
 
 def test_what_does_not_fit_behind_a_scan_is_refused_before_it() -> None:
     crowded = SparsitySchedule(at=[20, 21, 22])
     with pytest.raises(ValueError, match=r"the event at optimizer step 21 needs statistics from 8 window\(s\)"):
-        plan(planner(schedule=crowded, calibration_steps=1, memory_gib=BUDGET))
+        plan(planner(schedule=crowded, memory_gib=BUDGET))
 
 
 def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
-    final = {"shared": of.pattern, **overrides}
+    final = {"shared": of.options.pattern, **overrides}
     return {name: [pattern.sparsity for pattern in found] for name, found in of.to_try(final).items()}
 
 
