@@ -28,7 +28,7 @@ from thanos_lightning.events.run import PruningRun
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions
+from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions, default_schedule
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import check_trained
@@ -122,9 +122,9 @@ class ThanosPruningCallback(Callback):
         verify_every_n_steps: int = 100,
         monitor: str | None = None,
     ) -> None:
-        self.options = PruningOptions.checked(
+        self.options = PruningOptions(
             parse_pattern(pattern, sparsity, outlier_fraction),
-            schedule=schedule,
+            schedule=default_schedule(calibration) if schedule is None else schedule,
             targets=targets,
             ignore=ignore,
             overrides=overrides,

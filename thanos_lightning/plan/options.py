@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -19,7 +20,6 @@ from thanos_lightning.solver.layer import SolverOptions
 CALIBRATION_STEPS = 32  # the default of calibration.steps
 MULTIPLE_OF = 64  # the default of multiple_of
 BLOCK_STEPS = 64  # the default of calibration.block_steps, on a calibration set
-_AT_ONCE, _GRADUALLY = SparsitySchedule(at=[0]), SparsitySchedule(at=[0.1, 0.2, 0.3, 0.4])
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,16 @@ class CalibrationOptions:
         check_batches("calibration.batches", self.batches)
         check_whole("calibration.steps", self.steps, 1)
         check_name("calibration.attention_mask_key", self.attention_mask_key, "attention_mask")
-        check_memory("calibration.memory_gib", self.memory_gib)
-        check_choice("calibration.output_weights", self.output_weights, ("diagonal", "uniform", None))
+        is_number = isinstance(self.memory_gib, (int, float)) and not isinstance(self.memory_gib, bool)
+        if self.memory_gib is not None and not (is_number and 0 < self.memory_gib < math.inf):
+            raise ValueError(
+                f"calibration.memory_gib is {self.memory_gib!r}: give a number of GiB > 0, such as 4, or None to hold "
+                "all at once"
+            )
+        if self.output_weights not in ("diagonal", "uniform", None):
+            raise ValueError(
+                f"calibration.output_weights is {self.output_weights!r}: choose 'diagonal', 'uniform' or None"
+            )
         if self.block_steps is not None:
             check_whole("calibration.block_steps", self.block_steps, 0)
         if self.block_steps and self.batches is None:
@@ -84,16 +92,18 @@ class CalibrationOptions:
 class PruningOptions:
     """All options of the callback, checked as far as possible without a model.
 
-    The attributes are the callback's arguments, with the default schedule filled in. `pattern` is made of pattern,
-    sparsity and outlier_fraction, and holds for all targets without an override. An allocation of None still stands for
-    the default.
+    The attributes are the callback's arguments. `pattern` is made of pattern, sparsity and outlier_fraction, and holds
+    for all targets without an override. An allocation of None still stands for the default.
+
+    Raises:
+        ValueError: If an option can't be right. The message names the option and the fix.
     """
 
     pattern: Pattern
     schedule: SparsitySchedule
-    targets: tuple[str, ...]
-    ignore: tuple[str, ...]
-    overrides: tuple[TargetOverride, ...]
+    targets: str | Sequence[str]
+    ignore: str | Sequence[str]
+    overrides: Sequence[TargetOverride]
     multiple_of: int
     reorder: bool
     solver: SolverOptions
@@ -102,82 +112,52 @@ class PruningOptions:
     verify_every_n_steps: int
     monitor: str | None
 
-    @classmethod
-    def checked(
-        cls,
-        pattern: Pattern,
-        *,
-        schedule: SparsitySchedule | None,
-        targets: str | Sequence[str],
-        ignore: str | Sequence[str],
-        overrides: Sequence[TargetOverride],
-        multiple_of: int,
-        reorder: bool,
-        solver: SolverOptions,
-        calibration: CalibrationOptions,
-        allocation: Allocation | None,
-        verify_every_n_steps: int,
-        monitor: str | None,
-    ) -> PruningOptions:
-        """Check the arguments of the callback, and fill in their defaults.
-
-        Raises:
-            ValueError: If an argument can't be right. The message names the argument and the fix.
-        """
-        targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
-        if not targets:
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            object.__setattr__(self, name, check_expressions(name, getattr(self, name)))
+        if not self.targets:
             raise ValueError("targets is []: give at least one glob, such as '*', or leave it out")
-        overrides = check_overrides(overrides)
-        check_kind("solver", solver, SolverOptions)
-        check_kind("calibration", calibration, CalibrationOptions)
-        if schedule is None:
-            schedule = _GRADUALLY if calibration.batches is None else _AT_ONCE
-        if not isinstance(schedule, SparsitySchedule):
+        object.__setattr__(self, "overrides", check_overrides(self.overrides))
+        check_kind("solver", self.solver, SolverOptions)
+        check_kind("calibration", self.calibration, CalibrationOptions)
+        if not isinstance(self.schedule, SparsitySchedule):
             raise ValueError(
-                f"schedule is {schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), one with at, "
-                "or None"
+                f"schedule is {self.schedule!r}: give a SparsitySchedule(start_step, end_step, every_n_steps), one "
+                "with at, or None"
             )
-        if allocation is not None:
-            check_kind("allocation", allocation, Allocation)
-        if allocation == Allocation("loss"):
-            if not solver.needs_statistics:
+        if self.allocation is not None:
+            check_kind("allocation", self.allocation, Allocation)
+        method = self.solver.method
+        if self.allocation == Allocation("loss"):
+            if not self.solver.needs_statistics:
                 raise ValueError(
-                    f"method {solver.method!r} reports no losses, and allocation by 'loss' needs them: choose "
-                    "'thanos', 'sparsegpt' or 'wanda', or allocate by 'uniform'"
+                    f"method {method!r} reports no losses, and allocation by 'loss' needs them: choose 'thanos', "
+                    "'sparsegpt' or 'wanda', or allocate by 'uniform'"
                 )
-            if (reason := nothing_to_allocate(pattern)) is not None:
+            if (reason := nothing_to_allocate(self.pattern)) is not None:
                 raise ValueError(reason)
-        check_whole("verify_every_n_steps", verify_every_n_steps, 0)
-        patterns = [pattern, *(other.parsed() for other in overrides)]
-        if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-            raise ValueError(f"multiple_of is {multiple_of!r}: give a whole number of channels ≥ 1, such as 64")
-        if multiple_of != MULTIPLE_OF and not any(isinstance(one, Channels) for one in patterns):
+        check_whole("verify_every_n_steps", self.verify_every_n_steps, 0)
+        check_whole("multiple_of", self.multiple_of, 1, "channels")
+        if self.multiple_of != MULTIPLE_OF and not self._has(Channels):
             raise ValueError(
-                f"multiple_of is {multiple_of}, but no pattern is 'channels', whose number it rounds: leave it out"
+                f"multiple_of is {self.multiple_of}, but no pattern is 'channels', whose number it rounds: leave it out"
             )
-        if any(isinstance(one, Experts) for one in patterns) and not solver.needs_statistics:
+        if self._has(Experts) and not self.solver.needs_statistics:
             raise ValueError(
-                f"the pattern 'experts' drops those that give least, and method {solver.method!r} looks at no batches: "
-                "take 'thanos'"
+                f"the pattern 'experts' drops those that give least, and method {method!r} looks at no batches: take "
+                "'thanos'"
             )
-        if not isinstance(reorder, bool):
-            raise ValueError(f"reorder is {reorder!r}: give True or False")
-        check_name("monitor", monitor, "val/loss")
-        refuse_unused(solver, calibration, patterns)
-        return cls(
-            pattern,
-            schedule,
-            targets,
-            ignore,
-            overrides,
-            multiple_of,
-            reorder,
-            solver,
-            calibration,
-            allocation,
-            verify_every_n_steps,
-            monitor,
-        )
+        if not isinstance(self.reorder, bool):
+            raise ValueError(f"reorder is {self.reorder!r}: give True or False")
+        check_name("monitor", self.monitor, "val/loss")
+        refuse_unused(self.solver, self.calibration, self._patterns)
+
+    @property
+    def _patterns(self) -> list[Pattern]:
+        return [self.pattern, *(other.parsed() for other in self.overrides)]
+
+    def _has(self, kind: type[Pattern]) -> bool:
+        return any(isinstance(pattern, kind) for pattern in self._patterns)
 
     def with_pattern(self, final: Mapping[str, Pattern]) -> PruningOptions:
         """The same options with the sparsity that channels or experts really have in the final patterns, for asked."""
@@ -194,14 +174,8 @@ class PruningOptions:
     @property
     def reorders(self) -> bool:
         """Whether channels get another order, where they may: only before optimizers have moments of the weights."""
-        patterns = [self.pattern, *(other.parsed() for other in self.overrides)]
         has_statistics = self.solver.needs_statistics and not self.collects_in_training
-        return (
-            self.reorder
-            and has_statistics
-            and any(isinstance(one, NM) for one in patterns)
-            and self.schedule.begins_at_once
-        )
+        return self.reorder and has_statistics and self._has(NM) and self.schedule.begins_at_once
 
     @property
     def block_steps(self) -> int:
@@ -227,36 +201,28 @@ class PruningOptions:
         return words
 
 
+def default_schedule(calibration: CalibrationOptions) -> SparsitySchedule:
+    """When to prune where the user does not say: once before the first step, if there is a calibration set."""
+    is_at_once = isinstance(calibration, CalibrationOptions) and calibration.batches is not None
+    return SparsitySchedule(at=[0] if is_at_once else [0.1, 0.2, 0.3, 0.4])
+
+
 def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise a ValueError if a value is not an instance of the options class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {described(value)}: give {kind.__name__}(...)")
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise a ValueError if a value is not a whole number of optimizer steps, or is below `least`."""
+def check_whole(name: str, value: Any, least: int, of: str = "optimizer steps") -> None:
+    """Raise a ValueError if a value is not a whole number, or is below `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}: give a whole number of optimizer steps ≥ {least}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """Raise a ValueError if a value is not among the choices."""
-    if value not in choices:
-        *others, last = map(repr, choices)
-        raise ValueError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")
+        raise ValueError(f"{name} is {value!r}: give a whole number of {of} ≥ {least}")
 
 
 def check_name(name: str, value: Any, example: str) -> None:
     """Raise a ValueError if a value is neither a non-empty string nor None."""
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name} is {value!r}: give a name, such as {example!r}, or None")
-
-
-def check_memory(name: str, value: Any) -> None:
-    """Raise a ValueError if a value is neither a positive finite number of GiB nor None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and 0 < value < math.inf):
-        raise ValueError(f"{name} is {value!r}: give a number of GiB > 0, such as 4, or None to hold all at once")
 
 
 def check_batches(name: str, value: Any) -> None:
@@ -267,19 +233,15 @@ def check_batches(name: str, value: Any) -> None:
     if isinstance(value, Iterator):
         raise ValueError(f"{name} is an iterator, which the first event would use up: {mend}")
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} is {_shortened(value)}: {mend}")
+        raise ValueError(f"{name} is {reprlib.repr(value)}: {mend}")
     if number_of_batches(value) == 0:
         raise ValueError(f"{name} has no batch ({described(value)}): {mend}")
     if isinstance(value, Sequence) and isinstance(value[0], (str, bytes)):
-        raise ValueError(f"{name} holds text ({_shortened(value[0])}), not batches: {mend}")
+        raise ValueError(f"{name} holds text ({reprlib.repr(value[0])}), not batches: {mend}")
 
 
 def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patterns: Sequence[Pattern]) -> None:
-    """Refuse options that have no effect together with the other options, since the user expects an effect.
-
-    Raises:
-        ValueError: If an option has no effect under any pattern. The message names the first one and the reason.
-    """
+    """Refuse options that have no effect under any pattern, since the user expects an effect."""
     of_all = [solver.unused(pattern) for pattern in patterns]
     for name, reason in of_all[0].items():
         if all(name in unused for unused in of_all) and getattr(solver, name) != getattr(SolverOptions(), name):
@@ -348,8 +310,3 @@ def ranks_sharing(batches: Iterable[Any]) -> int:
     """
     samplers = getattr(batches, "sampler", None), getattr(getattr(batches, "batch_sampler", None), "sampler", None)
     return next((one.num_replicas for one in samplers if isinstance(one, DistributedSampler)), 1)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
