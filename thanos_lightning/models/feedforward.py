@@ -104,27 +104,30 @@ def check_feed_forwards(
     mend = "take another pattern, or name blocks in feed_forwards() without it" if found else "correct feed_forwards()"
     users = Counter(name for block in blocks for name in (block.down, *block.ups))
     for block in blocks:
-        for name in (block.down, *block.ups):
-            if name not in layers:
-                raise ValueError(
-                    f"the feed-forward block of {block.down} names {name!r}, which is no Linear or Conv1D layer of the "
-                    f"model: {mend}"
-                )
-            if users[name] > 1:
-                raise ValueError(f"layer {name} is in two feed-forward blocks, and can lose channels of one: {mend}")
-        rows = {up: width_of(layers[up], dim=0) for up in block.ups}
-        width = width_of(layers[block.down], dim=1)
-        if not block.ups or any(number % width for number in rows.values()):
-            raise ValueError(
-                f"the feed-forward block of {block.down} has {width} channels, and its ups have other numbers of rows "
-                f"({rows}): {mend}"
-            )
+        if (why := _misfit(block, layers, users)) is not None:
+            raise ValueError(f"{why}: {mend}")
     if blocks and not _is_proven(layers, blocks, run):
         wrong = next((block for block in blocks if not _is_proven(layers, [block], run)), blocks[0])
         raise ValueError(
             f"channels of the feed-forward block of {wrong.down} are read elsewhere, too, or not one by one (a norm "
             f"over channels, or rows in another order), so that they can't be taken out: {mend}"
         )
+
+
+def _misfit(block: FeedForward, layers: Mapping[str, PrunableModule], users: Mapping[str, int]) -> str | None:
+    """Why layers of such names and shapes can't be a block, if they can't."""
+    for name in (block.down, *block.ups):
+        if name not in layers:
+            return f"the feed-forward block of {block.down} names {name!r}, no Linear or Conv1D layer of the model"
+        if users[name] > 1:
+            return f"layer {name} is in two feed-forward blocks, and can lose channels of one"
+    width, rows = width_of(layers[block.down], dim=1), {up: width_of(layers[up], dim=0) for up in block.ups}
+    if not rows or any(number % width for number in rows.values()):
+        return (
+            f"the feed-forward block of {block.down} has {width} channels, and its ups have other numbers of rows "
+            f"({rows})"
+        )
+    return None
 
 
 def in_any_order(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[[], Any]) -> list[FeedForward]:
@@ -147,11 +150,8 @@ def in_any_order(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[
     users = Counter(name for block in blocks for name in (block.down, *block.ups))
     kinds: dict[str, list[FeedForward]] = {}
     for block in blocks:
-        names = (block.down, *block.ups)
-        if block.ups and all(name in layers and users[name] == 1 for name in names):
-            width = width_of(layers[block.down], dim=1)
-            if all(width_of(layers[up], dim=0) % width == 0 for up in block.ups):
-                kinds.setdefault(kind_of(block.down), []).append(block)
+        if _misfit(block, layers, users) is None:
+            kinds.setdefault(kind_of(block.down), []).append(block)
     proven = [block for kind in kinds.values() for block in kind]
     if proven and not _is_proven(layers, proven, run):
         proven = [block for kind in kinds.values() if _is_proven(layers, kind, run) for block in kind]
@@ -188,9 +188,10 @@ def _unlike_channels(
 
     downs, ups = {name: layers[name] for name in orders}, {name: layers[name] for name in down_of}
     with torch.no_grad():
-        with _hooked_before(downs, note):
+        with _hooked(downs, note, before=True):
             one = run()
-        with _hooked(ups, exchange, first=True), _hooked_before({name: layers[name] for name in got}, compare):
+        called = {name: layers[name] for name in got}
+        with _hooked(ups, exchange, first=True), _hooked(called, compare, before=True):
             other = run()
     return unlike | (downs.keys() - got.keys()) if _same(one, other) else set(downs)
 
@@ -220,7 +221,7 @@ def _is_proven(layers: Mapping[str, PrunableModule], blocks: Sequence[FeedForwar
 
     downs = {block.down: layers[block.down] for block in blocks}
     ups = {up: layers[up] for block in blocks for up in block.ups}
-    with torch.no_grad(), _hooked_before(downs, without):
+    with torch.no_grad(), _hooked(downs, without, before=True):
         one = run()
         with _hooked(ups, disturb):
             other = run()
@@ -243,12 +244,7 @@ def kind_of(name: str) -> str:
 
 
 def width_of(module: PrunableModule, dim: int) -> int:
-    """The number of a layer's outputs (dim 0) or inputs (dim 1).
-
-    Examples:
-        >>> width_of(nn.Linear(8, 4), dim=0)
-        4
-    """
+    """The number of a layer's outputs (dim 0) or inputs (dim 1)."""
     return whole_shape(module.weight)[1 - dim if isinstance(base_of(module), Conv1D) else dim]
 
 
@@ -262,20 +258,14 @@ class _Call:
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:
-    """Call a hook after each layer's forward: before or after the hooks that are there."""
+def _hooked(
+    layers: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False, first: bool = False
+) -> Iterator[None]:
+    """Call a hook after each layer's forward, or before it: as the last of its hooks, or as the first."""
     with ExitStack() as stack:
         for name, module in layers.items():
-            handle = module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=first)
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def _hooked_before(layers: Mapping[str, nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, module in layers.items():
-            stack.callback(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(partial(hook, name), prepend=first, with_kwargs=True).remove)
         yield
 
 

@@ -236,8 +236,8 @@ def test_a_declared_block_is_proven_and_the_wrong_one_named() -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (FeedForward("down", ["gate"]), "names 'gate', which is no Linear or Conv1D layer of the model"),
-        (FeedForward("out", ["up"]), "names 'out', which is no"),
+        (FeedForward("down", ["gate"]), "names 'gate', no Linear or Conv1D layer of the model"),
+        (FeedForward("out", ["up"]), "names 'out', no"),
         (FeedForward("up", ["down"]), r"has 8 channels, .*\{'down': 12\}"),
         (FeedForward("down", []), "has 12 channels"),
     ],
