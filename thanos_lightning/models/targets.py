@@ -126,12 +126,7 @@ class Adapter:
 
 
 def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
-    """The layer of modules that hold one weight.
-
-    Examples:
-        >>> layer_of("up", nn.Linear(8, 4)).rows
-        4
-    """
+    """The layer of modules that hold one weight."""
     if isinstance(modules[0], ExpertMatrix):
         return PrunableLayer(name, modules, *modules[0].shape, modules[0].transposed)
     transposed = isinstance(base_of(modules[0]), Conv1D)
@@ -141,12 +136,7 @@ def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the whole shape of a parameter, even if this rank holds only a piece of it.
-
-    Examples:
-        >>> whole_shape(nn.Linear(8, 4).weight)
-        (4, 8)
-    """
+    """Return the whole shape of a parameter, even if this rank holds only a piece of it."""
     # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and keeps the shape in ds_shape.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -170,6 +160,16 @@ def matches(name: str, expression: str) -> bool:
         except re.error as error:
             raise ValueError(f"{expression!r} is not a regular expression ({error}): correct it") from error
     return fnmatchcase(name, expression) or fnmatchcase(name, f"*.{expression}")
+
+
+def _matching(names: Iterable[str], targets: Sequence[str], ignore: Sequence[str] = ()) -> list[str]:
+    """The names that one of the targets matches, and nothing that is ignored."""
+    return [
+        name
+        for name in names
+        if any(matches(name, expression) for expression in targets)
+        and not any(matches(name, expression) for expression in ignore)
+    ]
 
 
 def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
@@ -212,9 +212,9 @@ def did_you_mean(expression: str, names: Iterable[str]) -> str:
 def _check_ignored(model: nn.Module, expressions: Sequence[str], prunable: Iterable[str]) -> None:
     """Refuse an expression that leaves nothing out. It is most likely misspelt, and what it means would be pruned."""
     for expression in expressions:
-        if expression in IGNORED or any(matches(name, expression) for name in prunable):
+        if expression in IGNORED or _matching(prunable, [expression]):
             continue
-        meant = [name for name, _ in model.named_modules() if matches(name, expression)]
+        meant = _matching(dict(model.named_modules()), [expression])
         if not meant:
             near = did_you_mean(expression, prunable)
             raise ValueError(
@@ -273,13 +273,7 @@ def uncalled_layers(
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
     ]
-    meant, not_meant = check_expressions("targets", targets), check_expressions("ignore", ignore)
-    return [
-        name
-        for name in names
-        if any(matches(name, expression) for expression in meant)
-        and not any(matches(name, expression) for expression in not_meant)
-    ]
+    return _matching(names, check_expressions("targets", targets), check_expressions("ignore", ignore))
 
 
 def find_targets(
@@ -308,27 +302,17 @@ def find_targets(
     """
     targets, ignore = check_expressions("targets", targets), check_expressions("ignore", ignore)
     prunable = prunable_modules(model)
-    uncalled = {name: prunable.pop(name) for name in uncalled_layers(model) if name in prunable}
+    for name in uncalled_layers(model):
+        prunable.pop(name, None)
     for expression in targets:
         _check_known(model, expression)
-        if not any(matches(name, expression) for name in prunable):
-            if any(matches(name, expression) for name in uncalled):
-                raise ValueError(
-                    f"target {expression!r} means only what torch's MultiheadAttention reads without calling it "
-                    f"({examples(uncalled)}), of which no inputs can be collected: leave it out, or take an attention "
-                    "made of Linear layers"
-                )
+        if not _matching(prunable, [expression]):
             raise ValueError(
-                f"target {expression!r} matches no prunable layer (Linear, Conv1D, experts)"
-                f"{did_you_mean(expression, prunable)}. The model has: {examples(prunable)}"
+                f"target {expression!r} matches no prunable layer (Linear or Conv1D, but not of nn.MultiheadAttention, "
+                f"or experts){did_you_mean(expression, prunable)}. The model has: {examples(prunable)}"
             )
     _check_ignored(model, ignore, prunable)
-    chosen = {
-        name: module
-        for name, module in prunable.items()
-        if any(matches(name, expression) for expression in targets)
-        and not any(matches(name, expression) for expression in ignore)
-    }
+    chosen = {name: prunable[name] for name in _matching(prunable, targets, ignore)}
     if not chosen:
         raise ValueError(
             f"targets {list(targets)} without ignore {list(ignore)} leave no layer to prune. "
@@ -380,8 +364,7 @@ def find_targets(
 def _check_known(model: nn.Module, expression: str) -> None:
     """Refuse a target that means experts which would stay dense. A bare "*" means all that can be pruned."""
     for name, experts in unknown_experts(model) if expression != "*" else ():
-        names = [name, *(f"{name}.{parameter}" for parameter in experts._parameters)]
-        if any(matches(one, expression) for one in names):
+        if _matching([name, *(f"{name}.{parameter}" for parameter in experts._parameters)], [expression]):
             raise ValueError(
                 f"target {expression!r} means {type(experts).__name__} ({name}), experts whose layout is not known: "
                 "known are those of transformers 5, such as Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss and Llama 4. "
@@ -391,7 +374,7 @@ def _check_known(model: nn.Module, expression: str) -> None:
 
 def _refuse_bystanders(model: nn.Module, chosen: Mapping[str, PrunableModule], targets: Sequence[str]) -> None:
     """Refuse a bare "*" that matches a teacher beside the trained model."""
-    caught = {name for name in chosen if not any(matches(name, other) for other in targets if other != "*")}
+    caught = _matching(chosen, ["*"], [other for other in targets if other != "*"])
     roots: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{root}.") or not root for root in roots):

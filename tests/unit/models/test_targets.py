@@ -269,7 +269,7 @@ def test_what_attention_reads_without_a_call_is_left_out() -> None:
     assert list(find_targets(model)) == ["linear1", "linear2"]
     assert uncalled_layers(model) == ["self_attn.out_proj"]
     assert uncalled_layers(model, ["linear*"]) == uncalled_layers(model, ignore=["self_attn.*"]) == []
-    with pytest.raises(ValueError, match=r"target '\*\.out_proj' means only what torch's MultiheadAttention reads"):
+    with pytest.raises(ValueError, match=r"target '\*\.out_proj' matches no .*, but not of nn\.MultiheadAttention"):
         find_targets(model, ["linear1", "*.out_proj"])
 
 
