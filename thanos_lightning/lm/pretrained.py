@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from thanos_lightning.checkpoints.folders import whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver.native import cache_folder
@@ -31,12 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name. An unknown name raises a ValueError.
-
-    Examples:
-        >>> torch_dtype("bfloat16")
-        torch.bfloat16
-    """
+    """Return the dtype of a name. An unknown name raises a ValueError."""
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}: choose one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -142,8 +136,7 @@ def _resolve(name: str) -> str:
 
 def _cached_smollm2(package: Path) -> Path:
     """Return the folder with the package's model and tokenizer, which the first call writes."""
-    cache = cache_folder()
-    folder = cache / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
+    folder = cache_folder() / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
     if folder.is_dir():
         return folder
     missing = [reader for reader in _GGUF_READERS if importlib.util.find_spec(reader) is None]
@@ -162,30 +155,16 @@ def _cached_smollm2(package: Path) -> Path:
         text = f"Converting {files[0].name}, once; it is kept in {folder}"
         rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # A folder appears whole or not at all: another process may look for it, and this one may be killed
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
-    except OSError as error:
-        raise _unwritable(cache, error) from error
-    try:
-        with open_phase(f"Converting {files[0].name}", adopts_bars=True):
+        with open_phase(f"Converting {files[0].name}", adopts_bars=True), whole_folder(folder) as unfinished:
             convert_gguf(files[0], unfinished)
-        unfinished.chmod(0o755)  # mkdtemp gives access to the owner only
-        unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same content
-            raise _unwritable(cache, error) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            why = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise FileNotFoundError(
+                f"{SMOLLM2!r} is kept in {folder.parent}, which can't be written ({why}): make room for 519 MB, or set "
+                "XDG_CACHE_HOME to another folder"
+            ) from error
     return folder
-
-
-def _unwritable(cache: Path, error: Exception) -> FileNotFoundError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-    return FileNotFoundError(
-        f"{SMOLLM2!r} is kept in {cache}, which can't be written ({why}): make room for 519 MB, or set XDG_CACHE_HOME "
-        "to another folder"
-    )
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
