@@ -228,18 +228,14 @@ class CausalLM(LightningModule):
     def on_train_start(self) -> None:
         """Keep this module's rates and warn if zeros will be lost. By now every strategy has loaded its checkpoint."""
         self._keep_rates()
-        if self._is_pruned and not self._has_callback:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if self._is_pruned and not any(callback.state_key == CALLBACK_KEY for callback in callbacks):
             self._is_pruned = False
             rank_zero_warn(
                 "this model is pruned, but the Trainer has no ThanosPruningCallback: its zeros will be lost with the "
                 "first optimizer step. To keep them, give the Trainer the callback that the model was pruned with (and "
                 "ckpt_path), or a new one, which keeps the zeros that it finds"
             )
-
-    @property
-    def _has_callback(self) -> bool:
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        return any(callback.state_key == CALLBACK_KEY for callback in callbacks)
 
     def _check_tokens(self) -> None:
         """Refuse text with tokens that have no embedding in the model. torch would only raise an IndexError."""

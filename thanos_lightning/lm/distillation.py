@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ def _check_head(model: PreTrainedModel) -> None:
     try:
         with torch.no_grad():
             whole = model(input_ids=tokens, use_cache=False).logits.float()
-            parts = _head(model)(_base(model)(input_ids=tokens, use_cache=False).last_hidden_state).float()
+            parts = _head(model)(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
     finally:
         model.train(training)
     if not (whole - parts).abs().max() <= 1e-2 * whole.abs().max():
@@ -122,11 +122,6 @@ def _check_head(model: PreTrainedModel) -> None:
             "distillation in chunks leaves out: call the functions of thanos_lightning.lm.distillation on its logits, "
             "in your own training_step"
         )
-
-
-def _base(model: PreTrainedModel) -> nn.Module:
-    base: nn.Module = model.base_model
-    return base
 
 
 def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -174,8 +169,8 @@ def distil(
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     inputs["use_cache"] = False
     with torch.no_grad():
-        its = _base(teacher)(**inputs).last_hidden_state
-    own = _base(student)(**inputs).last_hidden_state
+        its = teacher.base_model(**inputs).last_hidden_state
+    own = student.base_model(**inputs).last_hidden_state
     heads = _head(student), _head(teacher)
     return head_losses(own, its, *heads, batch["labels"], batch.get("attention_mask"), chunks)
 
@@ -234,38 +229,27 @@ def head_losses(
     Raises:
         ValueError: If the heads have different vocabularies.
     """
-    targets = _targets(labels)
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # the next label of each token
     weights = torch.ones_like(labels, dtype=torch.bool) if counted is None else counted.bool()
     rows = (student.flatten(end_dim=1), teacher.detach().flatten(end_dim=1), targets, weights.flatten())
+    chunks = chunks or num_chunks(len(targets))
 
     def losses(hidden: Tensor, its_hidden: Tensor, some_targets: Tensor, some_weights: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             its_logits = teacher_head(its_hidden)
         logits = student_head(hidden)
         _check_logits(logits, its_logits)
-        return _entropies(logits, some_targets), _divergences(logits, its_logits, some_weights)
+        entropy = functional.cross_entropy(logits.float(), some_targets, ignore_index=IGNORED_LABEL, reduction="sum")
+        return entropy, _divergences(logits, its_logits, some_weights)
 
     entropies, divergences = zip(
         *(
             checkpoint(losses, *chunk, use_reentrant=False)
-            for chunk in zip(*(_parts(tensor, chunks) for tensor in rows), strict=True)
+            for chunk in zip(*(torch.tensor_split(tensor, chunks) for tensor in rows), strict=True)
         ),
         strict=True,
     )
     return _mean(entropies, targets != IGNORED_LABEL), _mean(divergences, weights)
-
-
-def _parts(rows: Tensor, chunks: int | None) -> tuple[Tensor, ...]:
-    return torch.tensor_split(rows, chunks or num_chunks(len(rows)))
-
-
-def _targets(labels: Tensor) -> Tensor:
-    """Return the next label of each token, flat."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-
-
-def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def _mean(sums: Sequence[Tensor], counted: Tensor) -> Tensor:
