@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -63,7 +63,7 @@ class Past:
             "event_parts": {},
             "measured": self.measured,
             "old_scores": self.old_scores,
-            "sensitivities": {name: scan.state() for name, scan in self.sensitivities.items()},
+            "sensitivities": {name: asdict(scan) for name, scan in self.sensitivities.items()},
             "save": "",
         }
         assert of_run.keys() <= state.keys()

@@ -39,12 +39,7 @@ class MaskedAdapter:
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that peft has put in the place of others, by name.
-
-    Examples:
-        >>> tuner_layers(nn.Sequential(nn.Linear(2, 2)))
-        {}
-    """
+    """The layers that peft has put in the place of others, by name."""
     if "peft" not in sys.modules:  # otherwise no layer can be of it
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,12 +48,7 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def saved_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Modules of which peft trains a whole copy (modules_to_save), by name with a dot, and the active copies.
-
-    Examples:
-        >>> saved_modules(nn.Sequential(nn.Linear(2, 2)))
-        {}
-    """
+    """Modules of which peft trains a whole copy (modules_to_save), by name with a dot, and the active copies."""
     return {
         f"{name}.": list(module.active_adapters)
         for name, module in model.named_modules()
@@ -67,11 +57,6 @@ def saved_modules(model: nn.Module) -> dict[str, list[str]]:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer that an adapter is on, or the module itself if it has none.
-
-    Examples:
-        >>> base_of(nn.Linear(2, 2))
-        Linear(in_features=2, out_features=2, bias=True)
-    """
+    """The layer that an adapter is on, or the module itself if it has none."""
     base = getattr(module, "get_base_layer", None)
     return module if base is None else base()

@@ -162,12 +162,7 @@ class ExpertMatrix(nn.Module):
 
 
 def matrices_of(experts: nn.Module) -> dict[str, ExpertMatrix]:
-    """The matrices of a module with a known layout, expert by expert; empty for all other modules.
-
-    Examples:
-        >>> matrices_of(nn.Linear(2, 2))
-        {}
-    """
+    """The matrices of a module with a known layout, expert by expert; empty for all other modules."""
     layout = layout_of(experts)
     if layout is None:
         return {}

@@ -112,10 +112,6 @@ def find_mixtures(model: nn.Module) -> dict[str, Mixture]:
     """Find the mixtures of experts of a model whose router is known, by the name of the experts.
 
     The router is the one module beside the experts that has a `top_k` and a row of a parameter for each expert.
-
-    Examples:
-        >>> find_mixtures(nn.Sequential(nn.Linear(2, 2)))
-        {}
     """
     modules = dict(model.named_modules())
     found: dict[str, Mixture] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.budget import by_loss, in_units
@@ -45,12 +45,7 @@ class Allocation:
 
 
 def nothing_to_allocate(pattern: Pattern) -> str | None:
-    """Why a pattern leaves nothing to allocate, and the mend; None if it leaves something.
-
-    Examples:
-        >>> from thanos_lightning.solver import Unstructured
-        >>> nothing_to_allocate(Unstructured(0.6))
-    """
+    """Why a pattern leaves nothing to allocate, and the mend; None if it leaves something."""
     if isinstance(pattern, Channels):
         return "channels go in equal number from each block, since a model has one width: leave the allocation out"
     if isinstance(pattern, Experts):
@@ -80,10 +75,6 @@ class LayerSensitivity:
 
     losses: dict[float, float]
     weighted_losses: dict[float, float] | None = None
-
-    def state(self) -> dict[str, Any]:
-        """The attributes as plain values, by name."""
-        return asdict(self)
 
 
 def levels(pattern: Pattern) -> list[Pattern]:

@@ -21,10 +21,6 @@ from typing import Any
 Time = Any
 
 
-def _is_fraction(value: float) -> bool:
-    return isinstance(value, float)
-
-
 @dataclass(frozen=True)
 class Event:
     """One pruning at one optimizer step.
@@ -93,17 +89,13 @@ class SparsitySchedule:
                 _check_time("a time of at", time)
             object.__setattr__(self, "at", tuple(self.at))  # unlike a list, a tuple is immutable and hashable
         times = self._times
-        if len({_is_fraction(time) for time in times}) == 1:  # else resolve() checks the order
+        if len({isinstance(time, float) for time in times}) == 1:  # else resolve() checks the order
             self._check_order(times)
 
     @property
     def _times(self) -> tuple[int | float, ...]:
         """The times that must rise."""
-        if self.at is not None:
-            return tuple(self.at)
-        assert self.start_step is not None
-        assert self.end_step is not None
-        return self.start_step, self.end_step
+        return (self.start_step, self.end_step) if self.at is None else tuple(self.at)
 
     def _check_order(self, times: Sequence[int | float]) -> None:
         if self.at is not None and any(later <= before for before, later in itertools.pairwise(times)):
@@ -117,7 +109,7 @@ class SparsitySchedule:
     @property
     def has_fractions(self) -> bool:
         """Whether the length of the training must be known to place the events."""
-        return any(map(_is_fraction, (*self._times, self.every_n_steps or 0)))
+        return any(isinstance(time, float) for time in (*self._times, self.every_n_steps))
 
     @property
     def begins_at_once(self) -> bool:
@@ -147,13 +139,13 @@ class SparsitySchedule:
         """
 
         def steps(time: float) -> float:
-            return time * total_steps if _is_fraction(time) else time
+            return time * total_steps if isinstance(time, float) else time
 
         if self.at is not None:
             self._check_order([steps(time) for time in self.at])
             whole = [max(1, round(steps(time))) if time else 0 for time in self.at]
             return SparsitySchedule(at=sorted(set(whole)))
-        (first, last), every = map(steps, self._times), steps(self.every_n_steps or 0)
+        (first, last), every = map(steps, self._times), steps(self.every_n_steps)
         start, end = (max(1, round(step)) if step else 0 for step in (first, last))
         # Start, end and distance are rounded separately, which must not make room for one more event before the end
         number = max(1, math.ceil((last - first) / every - 1e-9))
@@ -186,7 +178,7 @@ def _check_time(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}: give optimizer steps (int) or a fraction of training (float)")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is {value}: give a number of optimizer steps ≥ 0, or a fraction below 1")
-    if _is_fraction(value) and value >= 1:
+    if isinstance(value, float) and value >= 1:
         raise ValueError(
             f"{name} is {value}: a float is a fraction of the training, below 1, so that steps are left to recover; "
             f"for steps write {int(value)}"

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -98,7 +99,7 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
     groups: list[list[PrunableLayer]] = [[]]
     held = 0
     parts = _divided(layers, _block_of)
-    for finer in (_mixture_of, _name_of):
+    for finer in (_mixture_of, attrgetter("name")):
         parts = [
             part
             for whole in parts
@@ -128,10 +129,6 @@ def _block_of(layer: PrunableLayer) -> str:
 
 def _mixture_of(layer: PrunableLayer) -> str:
     return layer.name if layer.expert is None else layer.name.rsplit(".", 2)[0]
-
-
-def _name_of(layer: PrunableLayer) -> str:
-    return layer.name
 
 
 def plan_windows(
@@ -217,15 +214,10 @@ def _check_together(
 
 
 def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], changed: Mapping[str, str]) -> None:
-    """Compare the windows that a checkpoint has completed or opened with those of this run.
+    """Refuse to go on if the first windows of this run are not those that had begun at a checkpoint.
 
-    Args:
-        windows: The first windows of this run's plan.
-        recorded: `Window.state` of the windows that had begun at the checkpoint.
-        changed: The callback's arguments that have changed, each with a sentence that says how.
-
-    Raises:
-        MisconfigurationException: If the windows differ, since masks or sums would belong to other events.
+    Masks or sums would belong to other events. `recorded` has each window's `state`, `changed` the callback's arguments
+    that have changed, each with a sentence that says how.
     """
     if [window.state() for window in windows] != list(recorded):
         raise MisconfigurationException(
@@ -247,11 +239,7 @@ def reasons(changed: Mapping[str, str]) -> str:
 
 
 def check_ahead(windows: Sequence[Window], optimizer_steps: int) -> None:
-    """Refuse a plan whose next window should have begun already. `windows` are those that have not begun.
-
-    Raises:
-        MisconfigurationException: If the next window is late. The message names the window's event.
-    """
+    """Refuse a plan whose next window should have begun already. `windows` are those that have not begun."""
     if windows and windows[0].start_step < optimizer_steps:
         raise MisconfigurationException(
             f"the event at optimizer step {windows[0].event.step} needs the steps from {windows[0].start_step} on, but "
