@@ -18,9 +18,7 @@ class EpochSampler(DistributedSampler[int]):
         skip: Number of this process's leading indices to leave out.
     """
 
-    def __init__(self, dataset: Dataset[Any], num_replicas: int, rank: int, shuffle: bool, seed: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
-        self.skip = 0
+    skip = 0
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.skip, None)

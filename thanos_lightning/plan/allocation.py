@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -101,13 +101,14 @@ def allocate(
     layers: Mapping[str, PrunableLayer],
     final: Mapping[str, Pattern],
     pattern: Pattern,
+    unknown: Collection[str] = (),
 ) -> dict[str, Pattern]:
     """The final pattern of each layer. Layers of the main pattern share one budget of zeros.
 
-    `final` holds the patterns before the allocation. Overridden patterns stay as they are. Layers that stay dense are
-    missing from the result.
+    `final` holds the patterns before the allocation. Overridden patterns stay as they are, and so do those of the
+    layers of which it is unknown what they lose. Layers that stay dense are missing from the result.
     """
-    shared = {name: layers[name] for name, planned in final.items() if planned == pattern}
+    shared = {name: layers[name] for name, planned in final.items() if planned == pattern and name not in unknown}
     sizes = {name: layer.rows * layer.cols for name, layer in shared.items()}
     alike = {name: pattern.num_pruned(layer.rows, layer.cols) for name, layer in shared.items()}
     lowest, highest = _limits(pattern)

@@ -30,11 +30,7 @@ class TargetOverride:
     outlier_fraction: float | None = None
 
     def parsed(self) -> Pattern:
-        """The pattern as an object.
-
-        Raises:
-            ValueError: If `parse_pattern` raises it.
-        """
+        """The pattern as an object, or the ValueError of `parse_pattern`."""
         return parse_pattern(self.pattern, self.sparsity, self.outlier_fraction)
 
 

@@ -149,13 +149,7 @@ class Planner:
                 f"no gradient, has reached them: each is pruned to {self.options.pattern.sparsity:.2%}, and only "
                 "layers of which it is known share their zeros. Allocation('uniform') is without this warning"
             )
-        known = {name: pattern for name, pattern in final.items() if name not in unknown}
-        allocated = allocate(sensitivities, layers, known, self.options.pattern)
-        return {
-            name: final[name] if name in unknown else allocated[name]
-            for name in final
-            if name in unknown or name in allocated  # others stay dense
-        }
+        return allocate(sensitivities, layers, final, self.options.pattern, unknown)
 
     def _plan_pruning(
         self, events: list[Event], layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], since: int = 0
