@@ -111,11 +111,11 @@ class Stranger:
 class Sequences(Dataset[dict[str, Tensor]]):
     """Learnable token sequences: each next token is the one before plus a step that the sequence keeps."""
 
-    def __init__(self, number: int, length: int = 16, padding: int = 0) -> None:
+    def __init__(self, number: int, length: int = 16, padding: int = 0, vocabulary: int = VOCABULARY) -> None:
         generator = torch.Generator().manual_seed(1)
-        start = torch.randint(VOCABULARY, (number, 1), generator=generator)
+        start = torch.randint(vocabulary, (number, 1), generator=generator)
         step = torch.randint(1, 5, (number, 1), generator=generator)
-        self.tokens = (start + step * torch.arange(length)) % VOCABULARY
+        self.tokens = (start + step * torch.arange(length)) % vocabulary
         self.mask = torch.ones_like(self.tokens)
         if padding:
             self.mask[:, length - padding :] = 0

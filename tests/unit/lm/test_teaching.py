@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
+from toy import loader, trainer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
@@ -18,33 +18,21 @@ from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
 
 
 def batches(number=6):
-    generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randint(12, (2, 9), generator=generator) for _ in range(number)]
-    return DataLoader(
-        [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in drawn], batch_size=None
+    return loader(2 * number, batch_size=2, length=9, vocabulary=12)
+
+
+def taught(model, as_object, **arguments):
+    return CausalLM(
+        load_pretrained(model) if as_object else model,
+        learning_rate=1e-2,
+        lr_schedule="constant",
+        distillation=Distillation(**arguments),
     )
 
 
 def pruning(start=2):
     schedule = SparsitySchedule(start, start + 2, 2)
     return ThanosPruningCallback("2:4", schedule=schedule, calibration=CalibrationOptions(steps=1))
-
-
-def trainer(folder, callbacks=(), **kwargs):
-    return Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_steps": 6,
-            "max_epochs": -1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": list(callbacks),
-            "default_root_dir": folder,
-            **kwargs,
-        }
-    )
 
 
 def weights(model):
@@ -57,8 +45,8 @@ def same(one, other):
 
 @pytest.mark.parametrize("as_object", [False, True])
 def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path, as_object):
-    lm = CausalLM(load_pretrained(tiny) if as_object else tiny, distillation=Distillation())
-    trainer(tmp_path, [pruning(0)], max_steps=2, precision="bf16-true").fit(lm, batches())
+    lm = taught(tiny, as_object)
+    trainer(tmp_path, pruning(0), max_steps=2, precision="bf16-true").fit(lm, batches())
     wanted = dict(load_pretrained(tiny, "bfloat16").named_buffers())
     own = dict(lm._teacher.model.named_buffers())
     assert own.keys() == wanted.keys() != set()
@@ -68,10 +56,8 @@ def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path,
 @pytest.mark.parametrize("as_object", [False, True])
 def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
     start = weights(load_pretrained(tiny))
-    lm = CausalLM(
-        load_pretrained(tiny) if as_object else tiny, learning_rate=1e-2, distillation=Distillation(dtype="float32")
-    )
-    fit = trainer(tmp_path, [pruning()])
+    lm = taught(tiny, as_object, dtype="float32")
+    fit = trainer(tmp_path, pruning(), max_steps=6)
     fit.fit(lm, batches())
     assert same(start, weights(lm._teacher.model))
     assert not same(start, weights(lm.model))
@@ -92,9 +78,7 @@ def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
         for parameter in teacher.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     teacher.save_pretrained(tmp_path / "other")
-    lm = CausalLM(
-        tiny, learning_rate=1e-2, distillation=Distillation(str(tmp_path / "other"), cross_entropy=0, dtype="float32")
-    )
+    lm = taught(tiny, False, teacher=str(tmp_path / "other"), cross_entropy=0, dtype="float32")
     values = []
     for steps in (1, 30):
         fit = trainer(tmp_path, max_steps=steps)
@@ -109,14 +93,9 @@ def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
 def test_a_resumed_training_has_the_same_teacher_and_ends_alike(tiny, tmp_path, as_object):
     ends = []
     for start in (None, 5, 3):  # the first event is at step 4
-        lm = CausalLM(
-            load_pretrained(tiny) if as_object else tiny,
-            learning_rate=1e-2,
-            lr_schedule="constant",
-            distillation=Distillation(dtype="float32"),
-        )
+        lm = taught(tiny, as_object, dtype="float32")
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        fit = trainer(tmp_path, [pruning(), every], max_steps=8, enable_checkpointing=True)
+        fit = trainer(tmp_path, pruning(), every, max_steps=8, enable_checkpointing=True)
         alike = DataLoader([*batches(1)] * 8, batch_size=None)  # whose place in the epoch doesn't matter
         fit.fit(lm, alike, ckpt_path=start and tmp_path / f"step={start}.ckpt")
         ends.append(weights(lm.model))
@@ -133,7 +112,7 @@ def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path, empty):
         nothing.mkdir()
     message = r"the teacher '.*nothing' can't be loaded \((?!no model).*: give 'start'"
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(nothing))), batches())
+        trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(nothing))), batches())
 
 
 def test_a_teacher_to_which_tokens_mean_something_else_is_refused(tiny, tmp_path):
@@ -151,7 +130,7 @@ def test_a_teacher_to_which_tokens_mean_something_else_is_refused(tiny, tmp_path
     file.write_text(json.dumps(words))
     message = r"the teacher '.*other' has another vocabulary than the model: 2 of 12 .* 3, which is 'cat' to the model"
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+        trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
 
 
 def test_a_tokenizer_that_transformers_makes_up_says_nothing(tiny, tmp_path):
@@ -182,7 +161,7 @@ def test_validation_loads_no_teacher(tiny, tmp_path):
     trainer(tmp_path).validate(lm, batches(), verbose=False)
     assert lm._teacher is None
     # and neither does loading a checkpoint to use it
-    fit = trainer(tmp_path, [pruning()])
+    fit = trainer(tmp_path, pruning(), max_steps=6)
     fit.fit(lm, batches())
     fit.save_checkpoint(tmp_path / "lm.ckpt")
     loaded = CausalLM.load_from_checkpoint(tmp_path / "lm.ckpt", weights_only=False)

@@ -5,8 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toy import trainer
 from transformers import AutoTokenizer
 
 from thanos_lightning.lm import TextData, text
@@ -124,10 +125,7 @@ def test_hub_splits_and_columns(tiny, monkeypatch):
 
 
 def test_python_reference(tiny):
-    data = _ready("python-reference", tiny, block_size=64)
-    assert len(data._train_blocks) > 500
-    again = _ready("python-reference", tiny, block_size=64)
-    assert _rows(data.val_dataloader()) == _rows(again.val_dataloader())
+    assert len(_ready("python-reference", tiny, block_size=64)._train_blocks) > 500
 
 
 def test_a_python_without_its_reference_is_named(tiny, monkeypatch):
@@ -178,23 +176,13 @@ def test_another_text_or_tokenizer_is_not_taken_for_the_cached_one(text_files, t
         ({"validation_fraction": 1.0}, r"validation_fraction is 1\.0"),
         ({"validation_split": "test"}, "validation_split is 'test', but dataset 'python-reference' is not from"),
         ({"dataset_config": "en"}, "dataset_config is 'en'"),
+        *(({"dataset": value}, "matches no file") for value in ("*.nothing", "no.txt", "/no/such/file", ["missing"])),
+        *(({"dataset": value}, "give 'python-reference', a hub name, or text files") for value in ("", [])),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        TextData("python-reference", "any", **arguments)
-
-
-@pytest.mark.parametrize("dataset", ["*.nothing", "missing.txt", "/no/such/file", ["missing"]])
-def test_no_file_is_named(dataset):
-    with pytest.raises(ValueError, match="matches no file"):
-        TextData(dataset, "any")
-
-
-@pytest.mark.parametrize("dataset", ["", []])
-def test_no_dataset_is_named(dataset):
-    with pytest.raises(ValueError, match="give 'python-reference', a hub name, or text files"):
-        TextData(dataset, "any")
+        TextData(**{"dataset": "python-reference", "tokenizer": "any", **arguments})
 
 
 def test_files_and_globs_can_be_mixed(text_files, tmp_path):
@@ -261,18 +249,10 @@ class SaveRanks(Callback):
 
 def _fit(data, tmp_path, model=None, ckpt_path=None, callbacks=(), **kwargs):
     model = model or Recorder()
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **kwargs,
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer(tmp_path, *callbacks, enable_checkpointing=saves, num_sanity_val_steps=0, **kwargs).fit(
+        model, data, ckpt_path=ckpt_path
     )
-    trainer.fit(model, data, ckpt_path=ckpt_path)
     return model.seen
 
 
