@@ -28,11 +28,9 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         ({"pattern": "4:2"}, "n:m = 4:2 keeps n of every m weights and needs 1 <= n < m"),
-        ({"pattern": "2:0"}, "n:m = 2:0"),
         ({"pattern": "2:x"}, "pattern='2:x' is not known: write"),
         ({"pattern": 124}, 'reads an unquoted 2:4 as the number 124: quote it as "2:4"'),
         ({"pattern": 0.5}, 'pattern=0.5 is not text: write n:m such as "2:4"'),
-        ({"pattern": None}, "pattern=None is not text: write"),
         ({"pattern": (2, 4)}, "pattern=(2, 4) is not text: write"),
         ({"pattern": "unstructured"}, "pattern='unstructured' needs a sparsity: give the fraction"),
         *(
@@ -43,10 +41,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"pattern": "2:4", "sparsity": "0.5"}, "sparsity='0.5' is not a number"),
         ({"outlier_fraction": "0.1"}, "outlier_fraction='0.1' is not a number in [0, 1): give"),
         ({"schedule": [1, 2, 3]}, "schedule is [1, 2, 3]: give a SparsitySchedule"),
-        ({"schedule": {"start_step": 1}}, "schedule is {'start_step': 1}: give a SparsitySchedule"),
-        ({"schedule": "gradual"}, "schedule is 'gradual': give a SparsitySchedule"),
         ({"targets": None}, "targets is None: give a list of globs"),
-        ({"targets": 3}, "targets is 3: give a list of globs"),
         ({"targets": [3]}, "targets holds 3: give globs"),
         ({"targets": []}, "targets is []: give at least one"),
         ({"targets": ["re:("]}, "'re:(' is not a regular expression"),
@@ -54,11 +49,9 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ignore": [""]}, "ignore holds '': give globs"),
         ({"overrides": ["x"]}, "overrides holds 'x': give a list of TargetOverride"),
         ({"overrides": None}, "overrides is None: give a list of TargetOverride"),
-        ({"overrides": TargetOverride(["*"], "2:4")}, "give a list of TargetOverride"),
         ({"overrides": [TargetOverride(["*"], "4:2")]}, "n:m = 4:2"),
         ({"overrides": [TargetOverride(None, "2:4")]}, "an override's targets is None: give a list"),  # type: ignore[arg-type]
         ({"method": "obs"}, "method='obs' is not known: choose one of thanos, sparsegpt, wanda, magnitude"),
-        ({"method": None}, "method=None is not known: choose one of thanos"),
         *(({"block_size": value}, f"block_size={value!r} is not a whole number >= 1") for value in (0, 1.5, "64", NAN)),
         *(
             ({"damping": value}, f"damping={value!r} is not a finite number")
@@ -90,21 +83,9 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"allocation": "loss"}, "allocation is 'loss': give Allocation(...)"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
-        ({"verify_every_n_steps": "often"}, "verify_every_n_steps is 'often': give a whole number"),
         ({"monitor": 3}, "monitor is 3: give a name, such as 'val/loss', or None"),
-    ],
-)
-def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        ThanosPruningCallback(**grouped(**arguments))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+        # What changes nothing
         ({"method": "wanda", "saliency": "obs"}, "solver.saliency is 'obs', but method 'wanda' has its own: leave"),
-        ({"method": "sparsegpt", "saliency": "wanda"}, "solver.saliency is 'wanda', but method 'sparsegpt' has"),
         ({"method": "wanda", "block_size": 64}, "solver.block_size is 64, but method 'wanda' prunes no blocks"),
         ({"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1}, "solver.damping is 0.1, but"),
         (
@@ -126,9 +107,10 @@ def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: 
         ),
     ],
 )
-def test_what_changes_nothing_is_refused(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)):
+def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
         ThanosPruningCallback(**grouped(**arguments))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_default_that_is_given_is_taken() -> None:

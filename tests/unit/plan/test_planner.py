@@ -10,7 +10,7 @@ from toy import tiny_llama
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, nothing_to_allocate
+from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import SparsitySchedule
 from thanos_lightning.plan.training_steps import checked_events
@@ -178,42 +178,19 @@ def test_what_does_not_fit_behind_a_scan_is_refused_before_it() -> None:
         plan(planner(schedule=crowded, memory_gib=BUDGET))
 
 
-def tried(of: Planner, **overrides: Pattern) -> dict[str, list[float]]:
-    final = {"shared": of.options.pattern, **overrides}
-    return {name: [pattern.sparsity for pattern in found] for name, found in of.to_try(final).items()}
-
-
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         (Unstructured(0.6), [0.45, 0.75]),
-        (Unstructured(0.1), [0.05, 0.25]),
         (Unstructured(0.9), [0.75, 0.95]),
-        (NM(2, 4, outlier_fraction=0.2), [0.25, 0.5]),
         (Structured(0.8, outlier_fraction=0.1), [0.65, 0.855]),
     ],
     ids=str,
 )
 def test_layers_are_tried_at_the_limits(pattern: Pattern, expected: list[float]) -> None:
-    found = tried(planner(pattern=pattern), other=NM(1, 4))
-    assert found == {"shared": pytest.approx(expected), "other": [0.75]}
-
-
-@pytest.mark.parametrize(
-    ("pattern", "is_for_it"),
-    [
-        (Unstructured(0.6), True),
-        (Unstructured(0.1), True),
-        (Unstructured(0.95), False),
-        (NM(2, 4), False),
-        (NM(2, 4, 0.2), True),
-        (Structured(0.3), True),
-        (Structured(0.3, 0.1), True),
-        (Structured(0.855, 0.1), False),
-    ],
-)
-def test_what_can_be_shared(pattern: Pattern, is_for_it: bool) -> None:
-    assert (nothing_to_allocate(pattern) is None) == is_for_it
+    tried = planner(pattern).to_try({"shared": pattern, "other": NM(1, 4)})
+    assert [level.sparsity for level in tried["shared"]] == pytest.approx(expected)
+    assert tried["other"] == [NM(1, 4)]
 
 
 def test_events_of_a_training() -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from thanos_lightning.plan.schedule import SparsitySchedule
 
+THREE = {"start_step": 0, "end_step": 10, "every_n_steps": 5}
+
 
 def test_cubic_is_zhu_and_gupta() -> None:
     start, every, number, final = 10, 5, 6, 0.8
@@ -18,11 +20,6 @@ def test_cubic_is_zhu_and_gupta() -> None:
         expected = final + (0 - final) * (1 - (t - start) / (number * every)) ** 3
         assert event.step == t
         assert event.sparsity(final) == pytest.approx(expected, abs=1e-12)
-
-
-def test_one_shot() -> None:
-    (event,) = SparsitySchedule(7, 7, 1).events()
-    assert (event.step, event.sparsity(0.5)) == (7, 0.5)
 
 
 def test_the_last_event_is_at_the_end_whatever_the_distance() -> None:
@@ -41,20 +38,15 @@ def test_rounding_moves_no_event_to_before_the_first_step() -> None:
     assert SparsitySchedule(0.01, 0.02, 0.01).resolve(20).events()[0].step == 1
 
 
-@pytest.mark.parametrize("total", range(10, 27))
-def test_of_a_short_training_rounding_may_take_an_event(total: int) -> None:
-    steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
-    assert len(steps) in (3, 4)
-    assert steps[-1] == round(0.4 * total)
-
-
-@given(total=st.integers(27, 5000))
+@given(total=st.integers(10, 5000))
 def test_rounding_adds_no_event(total: int) -> None:
     steps = [event.step for event in SparsitySchedule(0.0, 0.4, 0.1).resolve(total).events()]
-    assert len(steps) == 4
-    assert steps == pytest.approx([0.1 * total, 0.2 * total, 0.3 * total, 0.4 * total], abs=3)
-    uneven = [event.step for event in SparsitySchedule(0.0, 0.25, 0.1).resolve(total).events()]
-    assert uneven == pytest.approx([0.1 * total, 0.2 * total, 0.25 * total], abs=2)
+    assert steps[-1] == round(0.4 * total)
+    if len(steps) != 3 or total >= 27:  # of a short training rounding may take an event
+        assert steps == pytest.approx([0.1 * total, 0.2 * total, 0.3 * total, 0.4 * total], abs=3)
+    if total >= 27:
+        uneven = [event.step for event in SparsitySchedule(0.0, 0.25, 0.1).resolve(total).events()]
+        assert uneven == pytest.approx([0.1 * total, 0.2 * total, 0.25 * total], abs=2)
 
 
 def test_a_list_of_times_is_a_schedule() -> None:
@@ -103,12 +95,20 @@ def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, fi
         ({"start_step": 1.0}, "start_step is 1.0: a float is a fraction .* for steps write 1"),
         ({"end_step": 1.0}, "end_step is 1.0: a float is a fraction"),
         ({"every_n_steps": None}, "every_n_steps is missing: give start_step, end_step and every_n_steps, or at"),
-        ({"at": [1, 2]}, "at and start_step are given, but one places the events"),
+        ({"at": [1, 2], "start_step": 1}, "at and start_step are given, but one places the events"),
+        ({"at": []}, r"at is \[\]: give a list of times, such as"),
+        ({"at": "0.1"}, "at is '0.1': give a list of times"),
+        ({"at": 3}, "at is 3: give a list of times"),
+        ({"at": [2, 2]}, r"at is \[2, 2\]: give times that rise"),
+        ({"at": [0.3, 0.2]}, r"at is \[0.3, 0.2\]: give times that rise"),
+        ({"at": [5, -1]}, "a time of at is -1"),
+        ({"at": [0.5, 1.0]}, "a time of at is 1.0: a float is a fraction"),
+        ({"at": [True]}, "a time of at is True"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
+def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        SparsitySchedule(**{"start_step": 0, "end_step": 10, "every_n_steps": 5, **arguments})  # type: ignore[arg-type]
+        SparsitySchedule(**(arguments if "at" in arguments else {**THREE, **arguments}))
 
 
 @pytest.mark.parametrize("total", [20, 1000])
@@ -132,21 +132,3 @@ def test_whether_it_begins_at_once(times: dict[str, Any], total: int) -> None:
 def test_mixed_kinds_are_ordered_when_resolved() -> None:
     with pytest.raises(ValueError, match="before it starts"):
         SparsitySchedule(30, 0.5, 5).resolve(50)
-
-
-@pytest.mark.parametrize(
-    ("at", "words"),
-    [
-        ([], r"at is \[\]: give a list of times, such as"),
-        ("0.1", "at is '0.1': give a list of times"),
-        (3, "at is 3: give a list of times"),
-        ([2, 2], r"at is \[2, 2\]: give times that rise"),
-        ([0.3, 0.2], r"at is \[0.3, 0.2\]: give times that rise"),
-        ([5, -1], "a time of at is -1"),
-        ([0.5, 1.0], "a time of at is 1.0: a float is a fraction"),
-        ([True], "a time of at is True"),
-    ],
-)
-def test_times_that_can_not_be_right_are_named(at: object, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        SparsitySchedule(at=at)  # type: ignore[arg-type]
