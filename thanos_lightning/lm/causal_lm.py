@@ -27,7 +27,7 @@ from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictio
 from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.lm.adapters import add_lora
-from thanos_lightning.lm.distillation import START, Distillation, check_teacher, check_vocabulary, distil, num_chunks
+from thanos_lightning.lm.distillation import START, Distillation, check_teacher, distil, num_chunks, other_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
 from thanos_lightning.models.targets import whole_shape
@@ -222,7 +222,11 @@ class CausalLM(LightningModule):
         require_own_gathering(self.model)
         check_teacher(self.model, self._teacher.model)
         if self.tokenizer_name is not None and name != START:
-            self._check_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
+            refused = None
+            if self.trainer.is_global_zero:  # for all ranks, because the files may exist only there
+                refused = other_vocabulary(self.tokenizer_name, name, self.model.config.get_text_config().vocab_size)
+            if (refused := self.trainer.strategy.broadcast(refused)) is not None:
+                raise ValueError(refused)
 
     @override
     def on_train_start(self) -> None:
@@ -247,18 +251,6 @@ class CausalLM(LightningModule):
                 f"the tokenizer {data.tokenizer!r} has {data.vocabulary()} tokens and the model {known}, and the text "
                 f"holds token {data.largest_token()}: give the model's own tokenizer"
             )
-
-    def _check_vocabulary(self, model: str, teacher: str, vocab_size: int) -> None:
-        """Check on rank 0 for all ranks, because the files may exist only there."""
-        refused = None
-        if self.trainer.is_global_zero:
-            try:
-                check_vocabulary(model, teacher, vocab_size)
-            except ValueError as error:
-                refused = str(error)
-        refused = self.trainer.strategy.broadcast(refused)
-        if refused is not None:
-            raise ValueError(refused)
 
     def _load_teacher(self, name: str) -> PreTrainedModel:
         assert self.distillation is not None

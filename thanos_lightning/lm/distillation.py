@@ -77,31 +77,29 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         _check_head(model)
 
 
-def check_vocabulary(model: str, teacher: str, vocab_size: int) -> None:
-    """Refuse a teacher whose tokens differ from the model's, which an equal number of tokens would hide.
+def other_vocabulary(model: str, teacher: str, vocab_size: int) -> str | None:
+    """Why the tokens of a teacher are not the model's, which an equal number of tokens would hide.
 
-    `model` and `teacher` are names for `load_tokenizer`. The check passes if either tokenizer cannot be found and read.
-    It also passes a few renamed tokens, as chat models have them.
-
-    Raises:
-        ValueError: Shows an id with its token in the model and its token in the teacher.
+    `model` and `teacher` are names for `load_tokenizer`. None if the tokens are the same but for a few renamed ones, as
+    chat models have them, or if either tokenizer cannot be found and read.
     """
     try:
         own, its = (load_tokenizer(name).get_vocab() for name in (model, teacher))
     except Exception:  # readers of many formats raise many kinds of errors, none a reason not to train
-        return
+        return None
     # Without tokenizer files, transformers makes up a tokenizer of some special tokens for most kinds of models.
     if min(len(own), len(its)) < vocab_size / 2:
-        return
+        return None
     words = {index: word for word, index in its.items()}
     other = {word: index for word, index in own.items() if words.get(index) != word}
-    if len(other) > _RENAMED * len(own):
-        word, index = min(other.items(), key=lambda item: item[1])
-        raise ValueError(
-            f"the teacher {teacher!r} has another vocabulary than the model: {len(other):,} of {len(own):,} tokens are "
-            f"others, such as {index}, which is {word!r} to the model and {words.get(index)!r} to the teacher: take a "
-            "teacher with the model's tokenizer"
-        )
+    if len(other) <= _RENAMED * len(own):
+        return None
+    word, index = min(other.items(), key=lambda item: item[1])
+    return (
+        f"the teacher {teacher!r} has another vocabulary than the model: {len(other):,} of {len(own):,} tokens are "
+        f"others, such as {index}, which is {word!r} to the model and {words.get(index)!r} to the teacher: take a "
+        "teacher with the model's tokenizer"
+    )
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -156,15 +154,6 @@ def distil(
             model's forward takes.
         chunks: In how many chunks the tokens go through the heads; None takes `num_chunks`. If calling a head gathers
             it (ZeRO-3, FSDP2), all ranks must give the same number: the largest that any rank needs.
-
-    Examples:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
-        >>> tokens = torch.arange(8).unsqueeze(0)
-        >>> _, divergence = distil(model, model, {"input_ids": tokens, "labels": tokens})
-        >>> float(divergence)
-        0.0
     """
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     inputs["use_cache"] = False
