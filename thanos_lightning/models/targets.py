@@ -177,10 +177,6 @@ def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[
 
     Raises:
         ValueError: If they are no globs or `re:` expressions. The message names the argument.
-
-    Examples:
-        >>> check_expressions("targets", "*.mlp.*")
-        ('*.mlp.*',)
     """
     if isinstance(expressions, str):  # a lone string would be read letter by letter
         expressions = [expressions]
@@ -232,10 +228,6 @@ def prunable_modules(model: nn.Module) -> dict[str, PrunableModule]:
     """All Linear and Conv1D layers, and matrices of fused experts, by name.
 
     A layer that peft has adapted is under the name that it had before.
-
-    Examples:
-        >>> list(prunable_modules(nn.Sequential(nn.Linear(8, 4), nn.ReLU())))
-        ['0']
     """
     adapted = {name: base_of(module) for name, module in tuner_layers(model).items()}
     layers = {name: base for name, base in adapted.items() if isinstance(base, PRUNABLE)}
@@ -263,10 +255,6 @@ def uncalled_layers(
     """Names of the targets whose inputs can't be collected, because torch's attention reads their weights itself.
 
     The arguments are as for `find_targets`.
-
-    Examples:
-        >>> uncalled_layers(nn.TransformerEncoderLayer(8, nhead=2))
-        ['self_attn.out_proj']
     """
     names = [
         f"{name}.out_proj" if name else "out_proj"

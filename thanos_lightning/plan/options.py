@@ -288,12 +288,7 @@ def described(value: Any) -> str:
 
 
 def number_of_batches(batches: Iterable[Any]) -> int | None:
-    """The number of batches, of all ranks that share them; None if it is not known before an iteration.
-
-    Examples:
-        >>> number_of_batches([1, 2]), number_of_batches(iter([]))
-        (2, None)
-    """
+    """The number of batches, of all ranks that share them; None if it is not known before an iteration."""
     try:
         return len(batches) * ranks_sharing(batches)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # such as the DataLoader of an IterableDataset
