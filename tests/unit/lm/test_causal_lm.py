@@ -115,8 +115,15 @@ def test_norms_and_biases_do_not_decay(tiny):
     assert len(decaying["params"]) + len(others["params"]) == len(list(lm.parameters()))
 
 
-def _rates(lm, **trainer_arguments):
-    rates = []
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "training", "expected"),
+    [
+        ("linear", 1, {"max_epochs": 2, "accumulate_grad_batches": 2}, [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("constant", 0.5, {"max_steps": 6}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_is_per_optimizer_step(tiny, schedule, warmup, training, expected):
+    lm, rates = CausalLM(tiny, learning_rate=1.0, warmup=warmup, lr_schedule=schedule), []
     step = lm.training_step
 
     def training_step(batch, batch_idx):
@@ -124,20 +131,8 @@ def _rates(lm, **trainer_arguments):
         return step(batch, batch_idx)
 
     lm.training_step = training_step
-    _trainer(**trainer_arguments).fit(lm, _batches(6))
-    return rates
-
-
-def test_the_learning_rate_is_per_optimizer_step(tiny):
-    lm = CausalLM(tiny, learning_rate=1.0, warmup=1, lr_schedule="linear")
-    # two batches a step, 2 epochs of 6 batches: 6 steps
-    rates = _rates(lm, max_epochs=2, accumulate_grad_batches=2)
-    assert rates == pytest.approx([rate for rate in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2) for _ in range(2)])
-
-
-def test_warmup_can_be_a_fraction(tiny):
-    rates = _rates(CausalLM(tiny, learning_rate=1.0, warmup=0.5, lr_schedule="constant"), max_steps=6, max_epochs=-1)
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    _trainer(**training).fit(lm, _batches(6))
+    assert rates == pytest.approx([rate for rate in expected for _ in range(len(rates) // len(expected))])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

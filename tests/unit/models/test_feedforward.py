@@ -77,31 +77,40 @@ def test_a_vision_transformer() -> None:
 
 
 class Mixed(nn.Module):
-    """Its second layer's rows reach columns in another order, or its input is read elsewhere, too."""
+    """Functions say what is between its layers, and what else is made of the channels."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, between: Any = torch.relu, also: Any = lambda result, hidden: result) -> None:
         super().__init__()
-        self.up, self.down, self.kind = nn.Linear(8, 12), nn.Linear(12, 8), kind
+        torch.manual_seed(0)
+        self.up, self.down, self.between, self.also = nn.Linear(8, 12), nn.Linear(12, 8), between, also
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.up(x).relu()
-        if self.kind == "rolled":
-            hidden = hidden.roll(1, -1)
-        if self.kind == "normalised":
-            hidden = nn.functional.layer_norm(hidden, (12,))
-        result = self.down(hidden)
-        return result + hidden[..., :8] if self.kind == "read twice" else result
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.between(self.up(x))
+        return self.also(self.down(hidden), hidden)
 
 
-@pytest.mark.parametrize(("kind", "found"), [("plain", 1), ("rolled", 0), ("normalised", 0), ("read twice", 0)])
-def test_only_rows_that_are_columns_make_a_block(kind: str, found: int) -> None:
-    torch.manual_seed(0)
-    model = Mixed(kind).eval()
-    run = run_of(model)
+UP_AND_DOWN = [FeedForward("down", ["up"])]
+
+
+def rolled() -> Mixed:
+    return Mixed(lambda hidden: hidden.relu().roll(1, -1))
+
+
+def normalised() -> Mixed:
+    return Mixed(lambda hidden: nn.functional.layer_norm(hidden.relu(), (12,)))
+
+
+def read_twice() -> Mixed:
+    return Mixed(also=lambda result, hidden: result + hidden[..., :8])
+
+
+@pytest.mark.parametrize(("make", "found"), [(Mixed, 1), (rolled, 0), (normalised, 0), (read_twice, 0)])
+def test_only_rows_that_are_columns_make_a_block(make: Any, found: int) -> None:
+    run = run_of(model := make().eval())
     assert len(find_feed_forwards(model, run)) == found
     if not found:
         with pytest.raises(ValueError, match="channels of the feed-forward block of down are read elsewhere"):
-            check_feed_forwards(model, [FeedForward("down", ["up"])], run)
+            check_feed_forwards(model, UP_AND_DOWN, run)
 
 
 def test_the_gate_of_an_attention_keeps_the_order_of_what_it_gates() -> None:
@@ -121,56 +130,35 @@ def test_the_gate_of_an_attention_keeps_the_order_of_what_it_gates() -> None:
 
 @pytest.mark.parametrize("where", ["up", "down"])
 def test_what_a_hook_does_to_channels_keeps_their_order(where: str) -> None:
-    torch.manual_seed(0)
-    model = Mixed("plain").eval()
+    model = Mixed().eval()
     scale = torch.linspace(0.5, 1, 12)
     if where == "up":
         model.up.register_forward_hook(lambda module, args, output: output * scale)
     else:
         model.down.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
-    blocks = [FeedForward("down", ["up"])]
-    check_feed_forwards(model, blocks, run_of(model))
-    assert in_any_order(model, blocks, run_of(model)) == []
-
-
-@pytest.mark.parametrize("channel", range(12))
-def test_a_single_channel_that_is_read_elsewhere_keeps_the_order(channel: int) -> None:
-    class Read(Mixed):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-            hidden = self.up(x).relu()
-            return self.down(hidden), hidden[..., channel]
-
-    torch.manual_seed(0)
-    model = Read("plain").eval()
-    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
+    check_feed_forwards(model, UP_AND_DOWN, run_of(model))
+    assert in_any_order(model, UP_AND_DOWN, run_of(model)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channel", range(12))
-def test_a_single_channel_that_is_treated_otherwise_keeps_the_order(channel: int, dtype: torch.dtype) -> None:
-    class Masked(Mixed):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = torch.tanh(self.up(x))
-            return self.down(hidden * (torch.arange(12) != channel))
-
-    torch.manual_seed(0)
-    model, x = Masked("plain").eval().to(dtype), torch.randn(1, 8, 8).to(dtype)
-    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model, x)) == []
+def test_a_single_channel_that_is_read_elsewhere_or_treated_otherwise_keeps_the_order(
+    channel: int, dtype: torch.dtype
+) -> None:
+    read = Mixed(also=lambda result, hidden: (result, hidden[..., channel]))
+    masked = Mixed(lambda hidden: torch.tanh(hidden) * (torch.arange(12) != channel))
+    for model in (read, masked):
+        run = run_of(model.eval().to(dtype), torch.randn(1, 8, 8).to(dtype))
+        assert in_any_order(model, UP_AND_DOWN, run) == []
 
 
 def test_scales_that_are_nearly_alike_keep_the_order() -> None:
-    class Scaled(Mixed):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(torch.tanh(self.up(x)) * torch.linspace(0.994, 1.006, 12))
-
-    torch.manual_seed(0)
-    model = Scaled("plain").eval()
-    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
+    model = Mixed(lambda hidden: torch.tanh(hidden) * torch.linspace(0.994, 1.006, 12)).eval()
+    assert in_any_order(model, UP_AND_DOWN, run_of(model)) == []
 
 
 def test_one_odd_block_leaves_the_others_free() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Mixed("plain"), Mixed("rolled"), nn.Linear(8, 8)).eval()
+    model = nn.Sequential(Mixed(), rolled(), nn.Linear(8, 8)).eval()
     model[0], model[1] = nn.Sequential(model[0]), nn.ModuleDict({"odd": model[1]})
     model[1].forward = lambda x: model[1]["odd"](x)
     blocks = [FeedForward("0.0.down", ["0.0.up"]), FeedForward("1.odd.down", ["1.odd.up"])]
@@ -181,13 +169,13 @@ def test_one_odd_block_leaves_the_others_free() -> None:
 
 def test_a_block_that_was_not_called_keeps_its_order() -> None:
     model = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})
-    assert in_any_order(model, [FeedForward("down", ["up"])], lambda: torch.zeros(1)) == []
+    assert in_any_order(model, UP_AND_DOWN, lambda: torch.zeros(1)) == []
 
 
 def test_a_block_that_is_called_twice_keeps_its_order() -> None:
     torch.manual_seed(0)
     model = Shared().eval()
-    assert in_any_order(model, [FeedForward("down", ["up"])], run_of(model)) == []
+    assert in_any_order(model, UP_AND_DOWN, run_of(model)) == []
 
 
 class Shared(nn.Module):
@@ -205,7 +193,7 @@ class Shared(nn.Module):
 
 def test_a_declared_block_is_proven_and_the_wrong_one_named() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Shared(), Mixed("rolled")).eval()
+    model = nn.Sequential(Shared(), rolled()).eval()
     run = run_of(model)
     assert find_feed_forwards(model, run) == []
     right, wrong = FeedForward("0.down", ["0.up"]), FeedForward("1.down", ["1.up"])
