@@ -72,11 +72,9 @@ def assign_patterns(
         except ValueError as error:
             misfits[name] = error
     if misfits:
-        first, *others = misfits
-        which = f"{len(misfits)} of {len(layers)} layers can't take their pattern"
-        of_all = f"{which} ({examples(misfits)}). Layer" if others else "layer"
+        first, why = next(iter(misfits.items()))
         raise ValueError(
-            f"{of_all} {first}: {misfits[first]}. Or add {to_add(misfits)} to ignore, or override "
-            f"{'their patterns' if others else 'its pattern'}"
+            f"{len(misfits)} of {len(layers)} layers can't take their pattern ({examples(misfits)}). Layer {first}: "
+            f"{why}. Or add {to_add(misfits)} to ignore, or override the pattern"
         )
     return patterns

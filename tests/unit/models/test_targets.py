@@ -269,5 +269,5 @@ def test_overrides() -> None:
     with pytest.raises(ValueError, match="override target 'mpl' matches none"):
         assign_patterns(layers, NM(2, 4), [TargetOverride(["mpl"], "4:8")])
     odd = find_targets(nn.Sequential(nn.Linear(8, 8), nn.Linear(10, 8)))
-    with pytest.raises(ValueError, match=r"layer 1: .*10.*Or add '1' to ignore"):
+    with pytest.raises(ValueError, match=r"1 of 2 layers .*Layer 1: .*10.*Or add '1' to ignore"):
         assign_patterns(odd, NM(2, 4))
