@@ -111,7 +111,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
         SparsitySchedule(**(arguments if "at" in arguments else {**THREE, **arguments}))
 
 
-@pytest.mark.parametrize("total", [20, 1000])
+@pytest.mark.parametrize("total", [20, 39])
 @pytest.mark.parametrize(
     "times",
     [
@@ -124,8 +124,6 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
 )
 def test_whether_it_begins_at_once(times: dict[str, Any], total: int) -> None:
     schedule = SparsitySchedule(**times)
-    if (total == 1000 and times.get("end_step") == 15) or times.get("at") == [0.2, 8]:
-        total = 20
     assert schedule.begins_at_once == (schedule.resolve(total).events()[0].step == 0)
 
 
