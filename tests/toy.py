@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from thanos_lightning import CalibrationOptions, SolverOptions
+from thanos_lightning import CalibrationOptions, SolverOptions, ThanosPruningCallback
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 VOCABULARY = 64
@@ -187,6 +187,49 @@ class ToyLM(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.parameters())
+
+
+def at(hook: str, act: Callable[..., Any]) -> Callback:
+    """A callback that acts in one hook."""
+    callback = Callback()
+    setattr(callback, hook, act)
+    return callback
+
+
+class ZeroProbe(Callback):
+    """Looks after each batch whether each pruned entry is +0, of weights and moments, and whether it stays pruned.
+
+    The gradients of pruned entries have to be 0 before they are clipped.
+    """
+
+    def __init__(self, pruning: ThanosPruningCallback) -> None:
+        self.pruning = pruning
+        self.keeps: dict[str, Tensor] = {}
+        self.checked = 0  # tensors
+        self.sparsities: list[float] = []  # of what has a mask, after each batch
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        for name, keep in self.keeps.items():
+            layer = self.pruning._run.masked[name]
+            if layer.parameter.grad is not None:
+                assert not layer.oriented(layer.own(layer.parameter.grad))[~keep].any(), f"a gradient of {name}"
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        run = self.pruning._run
+        assert self.keeps.keys() <= set(run.enforcer.masked)
+        for name in run.enforcer.masked:
+            keep, layer = run.enforcer.keep_mask(name), run.masked[name]
+            assert not (keep & ~self.keeps.get(name, keep)).any(), f"a pruned weight of {name} is kept again"
+            self.keeps[name] = keep.clone()
+            states = [optimizer.state.get(layer.parameter, {}) for optimizer in trainer.optimizers]
+            for what, tensor in [("weight", layer.parameter), *(one for state in states for one in state.items())]:
+                if torch.is_tensor(tensor) and tensor.shape == layer.parameter.shape:
+                    pruned = layer.oriented(layer.own(tensor.detach()))[~keep]
+                    assert not (pruned.ne(0) | pruned.signbit()).any(), f"{what} of {name} is not 0 where it is pruned"
+                    self.checked += 1
+        if self.keeps:
+            zeros = sum(int((~keep).sum()) for keep in self.keeps.values())
+            self.sparsities.append(zeros / sum(keep.numel() for keep in self.keeps.values()))
 
 
 def trainer(root: Path, *callbacks: Any, **kwargs: Any) -> Trainer:

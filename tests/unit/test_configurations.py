@@ -25,9 +25,21 @@ import transformers as t
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from tiny_mixtures import tiny_mixture
-from toy import VOCABULARY, Sequences, ToyLM, adamw, grouped, loader, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from toy import (
+    VOCABULARY,
+    Sequences,
+    ToyLM,
+    ZeroProbe,
+    adamw,
+    grouped,
+    loader,
+    momentum_sgd,
+    tiny_gpt2,
+    tiny_llama,
+    trainer,
+)
 
 from thanos_lightning import (
     Allocation,
@@ -216,32 +228,6 @@ class Drawn(ToyLM):
         return self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
 
 
-class Watch(Callback):
-    """Looks at each weight and moment after each batch, and after an event that follows it."""
-
-    def __init__(self, pruning: ThanosPruningCallback) -> None:
-        self.pruning = pruning
-        self.keeps: dict[str, torch.Tensor] = {}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        run = self.pruning._run
-        assert run is not None
-        assert self.keeps.keys() <= set(run.enforcer.masked)
-        for name in run.enforcer.masked:
-            keep, layer = run.enforcer.keep_mask(name), run.masked[name]
-            assert keep is not None
-            assert not (keep & ~self.keeps.get(name, keep)).any(), f"a pruned weight of {name} is kept again"
-            self.keeps[name] = keep.clone()
-            states = [optimizer.state.get(layer.parameter, {}) for optimizer in trainer.optimizers]
-            for what, tensor in [
-                ("weight", layer.parameter),
-                *(moment for state in states for moment in state.items()),
-            ]:
-                if torch.is_tensor(tensor) and tensor.shape == layer.parameter.shape:
-                    pruned = layer.oriented(layer.own(tensor.detach()))[~keep]
-                    assert not (pruned.ne(0) | pruned.signbit()).any(), f"{what} of {name} is not 0 where it is pruned"
-
-
 def check_counts(draw: Draw, pruning: ThanosPruningCallback, keeps: dict[str, torch.Tensor]) -> None:
     """Each layer, or all that share their zeros together, has as many zeros as the pattern asks for."""
     run = pruning._run
@@ -307,7 +293,7 @@ def train(draw: Draw, root: Path) -> str | None:
     torch._dynamo.reset()
     try:
         pruning = callback_of(draw)
-        watch = Watch(pruning)
+        watch = ZeroProbe(pruning)
         clipping = {None: {}, "norm": {"gradient_clip_val": 1.0}, "value": {"gradient_clip_val": 0.1}}[draw["clipping"]]
         fit = trainer(
             root,
