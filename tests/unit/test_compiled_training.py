@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch._dynamo.utils import counters
-from toy import ToyLM, grouped, loader, trainer
+from toy import ToyLM, at, grouped, loader, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint, verify_checkpoint
 from thanos_lightning.solver import NM
@@ -81,6 +81,10 @@ WAYS: dict[str, dict[str, Any]] = {
 PROMPTLY = [("the LightningModule", "from training batches"), ("blocks in place", "a calibration set")]
 
 
+def pruning(way: str = "from training batches") -> ThanosPruningCallback:
+    return ThanosPruningCallback("2:4", **grouped(**WAYS[way]))
+
+
 class Graphs(Callback):
     """How much was traced until the end of each batch."""
 
@@ -108,6 +112,12 @@ def train(module: Any, root: Path, *callbacks: Callback, **options: Any) -> Ligh
     return trained
 
 
+def check_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, value in one.items():
+        assert torch.equal(value == 0, other[name] == 0), name
+        torch.testing.assert_close(value, other[name])
+
+
 @pytest.mark.parametrize(
     ("form", "way"),
     [
@@ -117,16 +127,12 @@ def train(module: Any, root: Path, *callbacks: Callback, **options: Any) -> Ligh
     ],
 )
 def test_every_form_is_pruned_as_if_it_were_not_compiled(form: str, way: str, tmp_path: Path) -> None:
-    plain = train(Quiet(), tmp_path / "plain", ThanosPruningCallback("2:4", **grouped(**WAYS[way]))).state_dict()
+    plain = train(Quiet(), tmp_path / "plain", pruning(way)).state_dict()
     graphs = Graphs()
-    pruned = train(
-        FORMS[form](), tmp_path / "compiled", ThanosPruningCallback("2:4", **grouped(**WAYS[way])), graphs
-    ).state_dict()
+    pruned = train(FORMS[form](), tmp_path / "compiled", pruning(way), graphs).state_dict()
     assert graphs.traced[-1][0] > 0, "nothing was compiled"
     assert pruned.keys() == plain.keys()
-    for name, value in plain.items():
-        assert torch.equal(value == 0, pruned[name] == 0), name
-        torch.testing.assert_close(value, pruned[name])
+    check_alike(pruned, plain)
     exported = tmp_path / "exported"
     export_checkpoint(tmp_path / "compiled/end.ckpt", exported)
     for path in (exported, tmp_path / "compiled/end.ckpt"):
@@ -142,12 +148,7 @@ def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback
     torch._dynamo.reset()
     counters.clear()
     beside = Graphs()
-    train(
-        FORMS[form](),
-        tmp_path / "with",
-        ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"])),
-        beside,
-    )
+    train(FORMS[form](), tmp_path / "with", pruning(), beside)
     # windows are steps 3 and 4, 7 and 8: nothing is traced in them, nor anew after them
     assert beside.traced == without.traced
     assert torch._dynamo.eval_frame._stance.stance == "default"
@@ -155,31 +156,17 @@ def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback
 
 @pytest.mark.parametrize("form", ["the LightningModule", "blocks in place", "a function"])
 def test_no_graph_runs_in_a_window_even_where_a_step_asks_for_it(form: str, tmp_path: Path) -> None:
-    def pruning() -> ThanosPruningCallback:
-        return ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
-
-    class Asking(Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
-            torch.compiler.set_stance("default")
-
+    asking = at("on_train_batch_start", lambda *_: torch.compiler.set_stance("default"))
     try:
-        module = train(FORMS[form](), tmp_path, pruning(), Asking())
+        module = train(FORMS[form](), tmp_path, pruning(), asking)
     finally:
         torch.compiler.set_stance("default")
-    plain = train(Quiet(), tmp_path / "plain", pruning()).state_dict()
-    for name, value in module.state_dict().items():
-        assert torch.equal(value == 0, plain[name] == 0), name
-        torch.testing.assert_close(value, plain[name])
+    check_alike(module.state_dict(), train(Quiet(), tmp_path / "plain", pruning()).state_dict())
 
 
 def test_a_compiled_module_can_be_copied_in_a_window(tmp_path: Path) -> None:
     module, copies = of_blocks(), []
-
-    class Copying(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            copies.append(copy.deepcopy(module.model))
-
-    train(module, tmp_path, ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"])), Copying())
+    train(module, tmp_path, pruning(), at("on_train_batch_end", lambda *_: copies.append(copy.deepcopy(module.model))))
     inputs = torch.arange(16).view(1, 16)
     assert len(copies) == 12
     for one in copies:
@@ -191,16 +178,12 @@ def test_a_compiled_module_that_is_never_called_is_pruned_by_magnitude(tmp_path:
     module = Quiet()
     module.spare = torch.nn.Linear(16, 16)
     module.spare.compile(backend="eager")
-    callback = ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
     with pytest.warns(UserWarning, match="that no token has reached"):
-        train(module, tmp_path, callback)
+        train(module, tmp_path, pruning())
     assert sum(int((value == 0).sum()) for value in module.state_dict().values()) == (15_360 + 16 * 16) / 2
 
 
 def test_a_training_that_was_compiled_otherwise_resumes(tmp_path: Path) -> None:
-    def pruning() -> ThanosPruningCallback:
-        return ThanosPruningCallback("2:4", **grouped(**WAYS["from training batches"]))
-
     torch.manual_seed(1)
     first = trainer(tmp_path, pruning(), max_steps=7)  # in the midst of a window
     first.fit(InConfigureModel(), loader(64))
