@@ -8,11 +8,12 @@ import pytest
 import recovery
 import tables
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
+from toy import trainer
 
 RESULTS = Path(recovery.__file__).parent / "results"
 PYDOCS = {"model": "smollm2-135m", "text": "pydocs", "validation_split": "validation"}
@@ -75,17 +76,8 @@ class _Regression(LightningModule):
 
 def test_lightnings_schedule_is_cubic_and_spares_the_head(tmp_path: Path) -> None:
     module = _Regression()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=6,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[recovery.lightning_pruning(module, 0.6, epochs=4)],
-    )
-    trainer.fit(module, DataLoader(torch.randn(8, 16), batch_size=4))
+    pruning = recovery.lightning_pruning(module, 0.6, epochs=4)
+    trainer(tmp_path, pruning, max_epochs=6).fit(module, DataLoader(torch.randn(8, 16), batch_size=4))
 
     cubic = [0.6 * (1 - (1 - min(1.0, epoch / 4)) ** 3) for epoch in range(6)]
     assert module.sparsities == pytest.approx(cubic, abs=4 / 256)  # in whole weights, rounded at each of four times
@@ -113,23 +105,6 @@ def test_gaps_are_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str
     assert lines["gradual"]["gap_over_sparsegpt"] == pytest.approx(math.log(15 / 10) / math.log(20 / 10), abs=1e-4)
     assert lines["gradual"]["perplexity"] == pytest.approx(math.sqrt(15 * 12), abs=1e-4)
     assert "10.0 (10.0%)" in capsys.readouterr().out  # the share of the events
-
-
-def test_a_picture_has_a_column_for_each_pattern_and_all_contenders() -> None:
-    task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
-    console = Console(width=160, quiet=True)
-    rows = {"2:4": [row("dense", 10.0), row("sr-ste", 14.0), row("gradual", 12.0)], "60%": [row("gradual", 11.0)]}
-    lines = [line for pattern in rows for line in recovery.report(pattern, rows[pattern], task, console)]
-
-    figure = recovery.draw(lines, task)
-
-    first, second, below, _ = figure.axes
-    assert [first.get_title(), second.get_title()] == ["2:4", "60%"]
-    assert [list(line.get_ydata()) for line in first.lines] == [[10.0] * 2, [14.0] * 2, [12.0] * 2]
-    assert [list(line.get_ydata()) for line in below.lines] == [[0.5, 0.5]] * 3
-    assert [list(line.get_ydata()) for line in second.lines] == [[11.0] * 2]
-    assert second.lines[0].get_color() == first.lines[2].get_color()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "sr-ste", "gradual"]
 
 
 def test_the_time_of_an_event_is_counted_where_it_was() -> None:
