@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,7 +15,6 @@ install_import_hook("thanos_lightning.solver", "beartype.beartype")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-LEFT_OUT = pytest.StashKey[int]()
 LONGEST = ("test_zero.py", "test_zero_checkpoints.py")  # of --rest
 
 
@@ -42,7 +40,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # two processes that take one file after the other end at about one time if the longest begin
         items[:] = sorted(chosen, key=lambda item: item.path.name not in LONGEST)
         config.hook.pytest_deselected(items=left_out)
-        config.stash[LEFT_OUT] = len(left_out)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -52,18 +49,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    number = config.stash.get(LEFT_OUT, 0)
-    if number and not config.getoption("rest"):
-        terminalreporter.write_line(f"{number} tests are left out here, and run by the same command with --rest")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that prints the summary, where this is a worker of pytest-xdist."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, 0)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Take what a worker told; each has collected all tests."""
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)  # it may have crashed
+    if not config.getoption("rest"):
+        terminalreporter.write_line(
+            "tests that are marked rest are left out here: the same command with --rest runs them"
+        )
