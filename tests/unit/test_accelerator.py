@@ -57,12 +57,9 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FITS)
 def test_a_training_ends_as_on_the_cpu(name: str, tmp_path: Path) -> None:
     options, settings = FITS[name]
-    ended = {}
-    for make in (trainer, pretend_trainer):
-        callback = pruning(**options)
-        module = fit(make, tmp_path, callback, **settings)
-        ended[make] = (module, callback)
-    (on_cpu, expected), (there, callback) = ended[trainer], ended[pretend_trainer]
+    expected, callback = pruning(**options), pruning(**options)
+    on_cpu = fit(trainer, tmp_path, expected, **settings)
+    there = fit(pretend_trainer, tmp_path, callback, **settings)
     is_low = settings.get("precision") == "bf16-true"
     assert there.losses == pytest.approx(on_cpu.losses, rel=3e-2 if is_low else 1e-3)
     alike = total = 0
@@ -78,13 +75,10 @@ def test_a_training_ends_as_on_the_cpu(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(precision: str, tmp_path: Path) -> None:
-    if precision == "16-mixed":
-        scaler = torch.amp.GradScaler("pretend", init_scale=2.0**20)  # the first steps overflow
-        settings: dict[str, Any] = {"plugins": [MixedPrecision("16-mixed", "pretend", scaler)]}
-    else:
-        settings = {"plugins": [MixedPrecision("bf16-mixed", "pretend")]}
-    callback = pruning("unstructured", 0.5)
-    module = fit(pretend_trainer, tmp_path, callback, max_steps=12 if precision == "16-mixed" else 8, **settings)
+    scaler = torch.amp.GradScaler("pretend", init_scale=2.0**20) if precision == "16-mixed" else None
+    callback, plugin = pruning("unstructured", 0.5), MixedPrecision(precision, "pretend", scaler)
+    # the first steps overflow in 16 bits
+    module = fit(pretend_trainer, tmp_path, callback, max_steps=12, plugins=[plugin])
     assert callback.report.events[-1].sparsity == pytest.approx(0.5, abs=1e-3)
     assert module.losses[-1] < module.losses[0]
 
