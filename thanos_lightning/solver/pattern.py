@@ -37,7 +37,11 @@ def _check_outlier_fraction(value: object) -> None:
 class _Base(ABC):
     """What a pattern has to say: to the solver, to the plan, and to the check of a mask."""
 
-    if TYPE_CHECKING:  # else a dataclass would take the property for the default of its field
+    if TYPE_CHECKING:  # a pattern has each of these as a field, a class attribute or a property
+
+        @property
+        def name(self) -> str:
+            """What a user writes: ``"unstructured"``, ``"structured"``, ``"channels"``, ``"experts"``, or n:m."""
 
         @property
         def sparsity(self) -> float:
@@ -47,18 +51,12 @@ class _Base(ABC):
         def outlier_fraction(self) -> float:
             """Fraction of the rows that stay dense."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What a user writes: ``"unstructured"``, ``"structured"``, ``"channels"``, ``"experts"``, or n:m."""
+        @property
+        def rows_compete(self) -> bool:
+            """Whether errors of different rows are compared, in the choice of weights, of columns or of dense rows."""
 
-    @abstractmethod
-    def check_shape(self, rows: int, cols: int) -> None:
-        """Raise where a (rows, cols) layer cannot take this pattern.
-
-        Raises:
-            ValueError: If the pattern does not fit the columns.
-        """
+    def check_shape(self, rows: int, cols: int) -> None:  # noqa: B027 (most patterns fit any layer)
+        """Raise a ValueError where the columns of a (rows, cols) layer cannot take this pattern."""
 
     def num_dense_rows(self, rows: int) -> int:
         """Number of rows that stay dense."""
@@ -83,17 +81,13 @@ class _Base(ABC):
             )
         return self._at(sparsity)
 
-    @abstractmethod
-    def _at(self, sparsity: float) -> "Pattern": ...
+    def _at(self, sparsity: float) -> "Pattern":
+        pattern: Pattern = replace(cast("Any", self), sparsity=sparsity)
+        return pattern
 
-    @property
-    @abstractmethod
-    def rows_compete(self) -> bool:
-        """Whether errors of different rows are compared, in the choice of weights, of columns or of dense rows."""
-
-    @abstractmethod
     def sparsest(self, most: float) -> "Pattern":
         """The same kind of pattern where the rows that are not dense have the sparsity ``most``; n:m keeps its own."""
+        return self._at(most * (1 - self.outlier_fraction))
 
     @abstractmethod
     def units(self, rows: int, cols: int) -> tuple[int, int]:
@@ -125,36 +119,18 @@ class Unstructured(_Base):
     """
 
     sparsity: float
+    name = "unstructured"
+    outlier_fraction = 0.0
+    rows_compete = True
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-
-    @property
-    def name(self) -> str:
-        return "unstructured"
-
-    @property
-    def outlier_fraction(self) -> float:
-        return 0.0
-
-    def check_shape(self, rows: int, cols: int) -> None:
-        pass
 
     def num_pruned(self, rows: int, cols: int) -> int:
         return int(self.sparsity * rows * cols)
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
         return max(0, self.num_pruned(*keep.shape) - int((~keep).sum()))
-
-    def _at(self, sparsity: float) -> "Unstructured":
-        return Unstructured(sparsity)
-
-    @property
-    def rows_compete(self) -> bool:
-        return True
-
-    def sparsest(self, most: float) -> "Unstructured":
-        return Unstructured(most)
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
         return 1, rows * cols
@@ -267,6 +243,8 @@ class Structured(_Base):
 
     sparsity: float
     outlier_fraction: float = 0.0
+    name = "structured"
+    rows_compete = True
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -276,10 +254,6 @@ class Structured(_Base):
                 f"sparsity={self.sparsity!r} with outlier_fraction={self.outlier_fraction!r} would remove every column "
                 "of the rows that are no outliers: their sum has to stay below 1"
             )
-
-    @property
-    def name(self) -> str:
-        return "structured"
 
     def check_shape(self, rows: int, cols: int) -> None:
         if self.num_columns(cols) >= cols:
@@ -308,16 +282,6 @@ class Structured(_Base):
             int(keep[kept_per_row.argsort()[:sparse_rows]].sum(0).sort().values[: self.num_columns(cols)].sum())
             for kept_per_row in (keep.sum(1), keep[:, emptiest].sum(1))
         )
-
-    def _at(self, sparsity: float) -> "Structured":
-        return replace(self, sparsity=sparsity)
-
-    @property
-    def rows_compete(self) -> bool:
-        return True
-
-    def sparsest(self, most: float) -> "Structured":
-        return replace(self, sparsity=most * (1 - self.outlier_fraction))
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
         return rows - self.num_dense_rows(rows), cols - 1
@@ -351,10 +315,7 @@ class Channels(Structured):
 
     outlier_fraction: float = field(default=0.0, init=False, repr=False)
     dim: Literal[0, 1] = field(default=1, repr=False)
-
-    @property
-    def name(self) -> str:
-        return "channels"
+    name = "channels"
 
     def check_shape(self, rows: int, cols: int) -> None:
         pass
@@ -385,24 +346,16 @@ class Experts(_Base):
     """
 
     sparsity: float
+    name = "experts"
+    outlier_fraction = 0.0
+    rows_compete = False
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
 
-    @property
-    def name(self) -> str:
-        return "experts"
-
-    @property
-    def outlier_fraction(self) -> float:
-        return 0.0
-
     def num_experts(self, experts: int, groups: int = 1) -> int:
         """Number of experts removed of so many, the same from each of the groups."""
         return round(self.sparsity * experts / groups) * groups
-
-    def check_shape(self, rows: int, cols: int) -> None:
-        pass
 
     # A layer with this pattern is a matrix of an expert that goes
 
@@ -411,16 +364,6 @@ class Experts(_Base):
 
     def violations(self, keep: Bool[Tensor, "rows cols"]) -> int:
         return int(keep.sum())
-
-    def _at(self, sparsity: float) -> "Experts":
-        return Experts(sparsity)
-
-    @property
-    def rows_compete(self) -> bool:
-        return False
-
-    def sparsest(self, most: float) -> "Experts":
-        return self
 
     def units(self, rows: int, cols: int) -> tuple[int, int]:
         return rows * cols, 1
@@ -466,42 +409,32 @@ def parse_pattern(
         _check_sparsity(sparsity)
     if outlier_fraction is not None:
         _check_outlier_fraction(outlier_fraction)
+    n, m = divmod(pattern, 60) if isinstance(pattern, int) else (0, 0)
+    if 1 <= n < m:
+        raise ValueError(
+            f"pattern={pattern!r} is not text. YAML reads an unquoted {n}:{m} as the number {pattern}: quote it as "
+            f'"{n}:{m}"'
+        )
+    kinds = {kind.name: kind for kind in (Unstructured, Structured, Channels, Experts)}
+    text = pattern.strip().lower() if isinstance(pattern, str) else ""
+    parsed: Pattern
     if isinstance(pattern, Pattern):
-        _check_agreement(pattern, sparsity, outlier_fraction)
-        return pattern
-    if not isinstance(pattern, str):
-        n, m = divmod(pattern, 60) if isinstance(pattern, int) else (0, 0)
-        if 1 <= n < m:
-            raise ValueError(
-                f"pattern={pattern!r} is not text. YAML reads an unquoted {n}:{m} as the number {pattern}: quote it as "
-                f'"{n}:{m}"'
-            )
-        raise ValueError(
-            f'pattern={pattern!r} is not text: write n:m such as "2:4", or "unstructured", "structured", "channels" or '
-            '"experts" with a sparsity'
-        )
-    text = pattern.strip().lower()
-    if groups := re.fullmatch(r"(\d+):(\d+)", text):
+        parsed = pattern
+    elif groups := re.fullmatch(r"(\d+):(\d+)", text):
         parsed = NM(int(groups[1]), int(groups[2]), outlier_fraction or 0.0)
-        _check_agreement(parsed, sparsity, outlier_fraction)
-        return parsed
-    if text not in ("unstructured", "structured", "channels", "experts"):
+    elif text not in kinds:
         raise ValueError(
-            f'pattern={pattern!r} is not known: write "unstructured", "structured", "channels", "experts", or n:m such '
-            'as "2:4"'
+            f'pattern={pattern!r} is no pattern: write n:m such as "2:4", or "unstructured", "structured", "channels" '
+            'or "experts" with a sparsity'
         )
-    if sparsity is None:
+    elif sparsity is None:
         raise ValueError(f"pattern={text!r} needs a sparsity: give the fraction of weights to remove, such as 0.5")
-    if text == "structured":
-        return Structured(sparsity, outlier_fraction or 0.0)
-    kinds: dict[str, type[Unstructured | Channels | Experts]] = {
-        "unstructured": Unstructured,
-        "channels": Channels,
-        "experts": Experts,
-    }
-    whole = kinds[text](sparsity)
-    _check_agreement(whole, None, outlier_fraction)
-    return whole
+    elif text == "structured":
+        parsed = Structured(sparsity, outlier_fraction or 0.0)
+    else:
+        parsed = kinds[text](sparsity)
+    _check_agreement(parsed, sparsity, outlier_fraction)
+    return parsed
 
 
 def _check_agreement(pattern: Pattern, sparsity: float | None, outlier_fraction: float | None) -> None:

@@ -28,10 +28,10 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         ({"pattern": "4:2"}, "n:m = 4:2 keeps n of every m weights and needs 1 <= n < m"),
-        ({"pattern": "2:x"}, "pattern='2:x' is not known: write"),
+        ({"pattern": "2:x"}, "pattern='2:x' is no pattern: write"),
         ({"pattern": 124}, 'reads an unquoted 2:4 as the number 124: quote it as "2:4"'),
-        ({"pattern": 0.5}, 'pattern=0.5 is not text: write n:m such as "2:4"'),
-        ({"pattern": (2, 4)}, "pattern=(2, 4) is not text: write"),
+        ({"pattern": 0.5}, 'pattern=0.5 is no pattern: write n:m such as "2:4"'),
+        ({"pattern": (2, 4)}, "pattern=(2, 4) is no pattern: write"),
         ({"pattern": "unstructured"}, "pattern='unstructured' needs a sparsity: give the fraction"),
         *(
             ({"pattern": "unstructured", "sparsity": value}, f"sparsity={value!r} is not a number between 0 and 1")
