@@ -89,9 +89,6 @@ def penalties(
     """Compute what all rows of a layer share in all steps, from c and the undamped H.
 
     The steps minimise the damped loss, with the damping of the method.
-
-    Raises:
-        FactorizationError: If H is far from positive semi-definite.
     """
     A = damped(hessian, damping)
     root = cost.sqrt()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.linalg import Curvature, FactorizationError
+from thanos_lightning.solver.linalg import Curvature, cholesky
 
 # Between two looks at the scores, at most so many columns go, and at most this share of those that are to go.
 _ROUND, _SHARE = 16, 1 / 32
@@ -25,9 +25,6 @@ def eliminate(
     """Choose ``count`` columns, all of ``first`` among them. Each choice takes the earlier ones' updates into account.
 
     If ``first`` has more than ``count``, it is the choice.
-
-    Raises:
-        FactorizationError: If the Hessian of the columns that are left is not numerically positive definite.
     """
     W, V, gone = W.clone(), curvature.factor.mT @ curvature.factor, first.clone()
     _remove(W, V, first)
@@ -49,10 +46,7 @@ def _remove(W: Float[Tensor, "rows cols"], V: Float[Tensor, "cols cols"], chosen
     if not chosen.any():
         return
     across = V[:, chosen]
-    lower, info = torch.linalg.cholesky_ex(across[chosen])
-    if info.item() != 0:
-        raise FactorizationError("the Cholesky factorisation of the removed columns met a pivot that is not positive")
-    E = torch.cholesky_solve(across.mT, lower)
+    E = torch.cholesky_solve(across.mT, cholesky(across[chosen]))
     W.addmm_(W[:, chosen], E, alpha=-1)
     V.addmm_(across, E, alpha=-1)
     W[:, chosen] = 0

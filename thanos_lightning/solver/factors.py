@@ -20,15 +20,6 @@ class Factors:
     Attributes:
         hessian: The given Hessian, widened to float32 if its dtype has fewer bits.
         kept: Whether this object keeps its factors for another layer. Otherwise only the caller holds them.
-
-    Examples:
-        >>> factors = Factors(4 * torch.eye(2))
-        >>> factors.kept = True
-        >>> factors.curvature(0.0).factor
-        tensor([[0.5000, 0.0000],
-                [0.0000, 0.5000]])
-        >>> factors.curvature(0.0) is factors.curvature(0.0)
-        True
     """
 
     def __init__(self, hessian: Tensor) -> None:
@@ -40,11 +31,7 @@ class Factors:
         self._penalties: tuple[float, int, Penalties] | None = None
 
     def curvature(self, damping: float) -> Curvature:
-        """Damp and factor the Hessian: see `linalg.curvature`.
-
-        Raises:
-            FactorizationError: If the damped Hessian is not numerically positive definite.
-        """
+        """Damp and factor the Hessian: see `linalg.curvature`."""
         if self._curvature is not None and self._curvature[0] == damping:
             result = self._curvature[1]
         else:
@@ -57,9 +44,6 @@ class Factors:
         """Compute what the steps of `admm.alternate` share: see `admm.penalties`.
 
         ``cost`` is `admm.weight_costs` of the factor that `curvature` returned last.
-
-        Raises:
-            FactorizationError: If the Hessian is far from positive semi-definite.
         """
         if self._penalties is not None and self._penalties[:2] == (damping, steps):
             result = self._penalties[2]
@@ -70,25 +54,14 @@ class Factors:
 
 
 class FactorsInTurn:
-    """Give the factors of one layer after the other. Consecutive layers with the same statistics share their factors.
-
-    Examples:
-        >>> statistics = HessianAccumulator.of_sum(torch.eye(2), num_tokens=1)
-        >>> in_turn = FactorsInTurn()
-        >>> in_turn.take(statistics, before=statistics) is in_turn.take(statistics)
-        True
-    """
+    """Give the factors of one layer after the other. Consecutive layers with the same statistics share factors."""
 
     def __init__(self) -> None:
         self._statistics: HessianAccumulator | None = None
         self._factors: Factors | None = None
 
     def take(self, statistics: HessianAccumulator, before: HessianAccumulator | None = None) -> Factors:
-        """Return the factors of a layer. Keep them if ``before``, the statistics of the next layer, is the same object.
-
-        Raises:
-            ValueError: If no token was counted.
-        """
+        """Return the factors of a layer. Keep them if the next layer's statistics, ``before``, are the same object."""
         factors = self._factors if statistics is self._statistics else None
         if factors is None:
             self._statistics = self._factors = None  # frees memory for the next factors

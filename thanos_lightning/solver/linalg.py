@@ -11,7 +11,7 @@ Because R is *upper* triangular, the trailing blocks factor alone: H[i:, i:] = R
 
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,10 @@ class NonFiniteError(SolverError):
 
 
 class FactorizationError(SolverError):
-    """A Cholesky factorisation failed: the damped Hessian is not positive definite."""
+    """A Cholesky factorisation failed: the damped Hessian is not positive definite.
+
+    Every function of the solver that factors a matrix raises it where the matrix is not numerically positive definite.
+    """
 
 
 @contextmanager
@@ -59,10 +62,7 @@ def exact_arithmetic(device: torch.device, operands: torch.dtype = torch.float32
     exactly (bf16 in bf16 on CPUs; bf16 and fp16 in TF32 on NVIDIA GPUs) are multiplied in it and summed in float32. The
     products are the same, several times faster.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(_highest_precision())
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _highest_precision():
         # _highest_precision restores these switches
         if device.type == "cpu" and (operands == torch.bfloat16 or _has_no_rounding_kernel()):
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
@@ -134,9 +134,6 @@ def curvature(hessian: Float[Tensor, "cols cols"], damping: float) -> Curvature:
     """Damp and factor an undamped H, which is symmetric positive semi-definite, in float32 or float64.
 
     ``damping`` is relative to mean(diag H).
-
-    Raises:
-        FactorizationError: If the damped Hessian is not numerically positive definite.
     """
     return Curvature(
         factor=inverse_factor(damped(hessian, damping)), norms=input_norms(hessian), dead=hessian.diagonal() == 0
@@ -170,7 +167,6 @@ def damping_ladder(damping: float) -> Iterator[float]:
     """Yield the dampings to try in turn: the given one, then ten times more each, up to ``MAX_DAMPING``.
 
     Examples:
-        >>> from thanos_lightning.solver.linalg import damping_ladder
         >>> list(damping_ladder(0.01))
         [0.01, 0.1, 1.0]
     """
@@ -182,21 +178,28 @@ def damping_ladder(damping: float) -> Iterator[float]:
         power += 1
 
 
+def cholesky(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The lower triangular L with L Lᵀ = ``matrix``."""
+    factored = torch.linalg.cholesky_ex(matrix)
+    _refuse_failed(bool(factored.info))
+    lower: Tensor = factored.L
+    return lower
+
+
+def _refuse_failed(failed: bool) -> None:
+    if failed:
+        raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
+
+
 def inverse_factor(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
     """The upper triangular U with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for every i.
 
     Equivalent to ``torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)``, without forming the inverse.
-
-    Raises:
-        FactorizationError: If H is not numerically positive definite.
     """
     n = len(hessian)
     if n <= _LEAF or hessian.device.type != "cpu":
         # Reversing both axes turns the lower Cholesky factor into the upper one that we want: H = R Rᵀ.
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if info.item() != 0:
-            raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
-        return _inverse_of_triangle(lower.flip(0, 1))
+        return _inverse_of_triangle(cholesky(hessian.flip(0, 1)).flip(0, 1))
     half = n // 2
     rest = inverse_factor(hessian[half:, half:])
     right = hessian[:half, half:] @ rest.mT  # R[:half, half:]
@@ -230,16 +233,10 @@ def inverse(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Invert a symmetric positive definite matrix, with less work than `inverse_factor`.
 
     It should not be nearly singular: the inverse loses as many digits as two factorisations do.
-
-    Raises:
-        FactorizationError: If it is not numerically positive definite.
     """
     n = len(matrix)
     if n <= _LEAF or matrix.device.type != "cpu":
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if info.item() != 0:
-            raise FactorizationError("the Cholesky factorisation met a pivot that is not positive")
-        return torch.cholesky_inverse(lower)
+        return torch.cholesky_inverse(cholesky(matrix))
     # by the Schur complement of the first half
     half = n // 2
     first = inverse(matrix[:half, :half])
@@ -272,15 +269,11 @@ def solve_spd_batch(matrices: Float[Tensor, "batch n n"], rhs: Float[Tensor, "ba
     """Solve A x = b for a batch of symmetric positive definite A. Overwrites ``matrices``.
 
     Equivalent to ``torch.linalg.solve(matrices, rhs)``. Only the lower triangles of A are read.
-
-    Raises:
-        FactorizationError: If some A is not numerically positive definite.
     """
     failed = _factor_batch(matrices)
     halfway = torch.linalg.solve_triangular(matrices, rhs.unsqueeze(-1), upper=False)
     solution: Tensor = torch.linalg.solve_triangular(matrices.mT, halfway, upper=True).squeeze(-1)
-    if failed.any():
-        raise FactorizationError("the Cholesky factorisation of a block met a pivot that is not positive")
+    _refuse_failed(bool(failed.any()))
     return solution
 
 
@@ -311,15 +304,11 @@ def solve_subsets(
     padded with the identity. The systems of a chunk take ``_CHUNK_BYTES`` bytes at most on CPUs, and
     ``SYSTEMS_AT_A_TIME`` bytes elsewhere, unless one system alone exceeds it. The matrix is symmetric positive
     definite. Sets may have any size.
-
-    Raises:
-        FactorizationError: If a system is not numerically positive definite.
     """
     sizes, order = members.sum(1).sort(descending=True)
     if native.usable(matrix) and sizes[0] <= native.LARGEST:
         solutions, failed_pivots = native.solve_subsets(matrix, members, rhs, order, int(sizes[0]))
-        if failed_pivots:
-            raise FactorizationError("the Cholesky factorisation of a block met a pivot that is not positive")
+        _refuse_failed(failed_pivots > 0)
         return solutions
     counts = sizes.tolist()
     n, largest, padding = len(matrix), counts[0], counts[0] - counts[-1]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from thanos_lightning.solver.elimination import eliminate
-from thanos_lightning.solver.linalg import Curvature, FactorizationError, solve_subsets
+from thanos_lightning.solver.linalg import Curvature, cholesky, solve_subsets
 from thanos_lightning.solver.pattern import NM, Channels, Solvable, Structured
 from thanos_lightning.solver.saliency import (
     choose_regular,
@@ -41,9 +41,6 @@ def thanos(
     n:m rounds the width of a block up to whole groups. Structured and channels prune all their columns in one block as
     wide as the layer. ``saliency`` is the score of unstructured and n:m choices, see ``scales``. ``weight`` is not
     changed.
-
-    Raises:
-        FactorizationError: If a system of multipliers is not numerically positive definite.
     """
     W = weight.masked_fill(curvature.dead, 0)
     if isinstance(pattern, Structured):
@@ -118,7 +115,4 @@ def _shared_errors(
 ) -> Float[Tensor, "rows width"]:
     """E = Λ Uᵀ where every row loses the same columns: one factorisation for all rows."""
     chosen = U[:, columns]
-    lower, info = torch.linalg.cholesky_ex(chosen.mT @ chosen)
-    if info.item() != 0:
-        raise FactorizationError("the Cholesky factorisation of the removed columns met a pivot that is not positive")
-    return torch.cholesky_solve(W[:, columns].mT, lower).mT @ chosen.mT
+    return torch.cholesky_solve(W[:, columns].mT, cholesky(chosen.mT @ chosen)).mT @ chosen.mT
