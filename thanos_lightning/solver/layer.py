@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -158,7 +157,6 @@ class SolverOptions:
             device: Device on which the layer is pruned.
 
         Examples:
-            >>> from thanos_lightning.solver.layer import SolverOptions
             >>> SolverOptions.as_published().peak_bytes(2048, 2048) // 2**20
             83
         """
@@ -281,15 +279,13 @@ def prune_layer(
             f"method={options.method!r} with admm_steps={options.admm_steps} and refine_steps={options.refine_steps} "
             "needs a Hessian; only magnitude without these does not"
         )
-    (pattern,) = _solvable([pattern])
-    pattern.check_shape(*weight.shape)
+    pattern = _solvable(pattern, weight)
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool) if frozen is None else frozen
         if inputs is None:
-            W = original.to(torch.promote_types(original.dtype, torch.float32))
-            scale = _scale(output_weights, W)
-            pruned = magnitude(W if scale is None else W * scale, frozen, pattern)
+            W, _ = _scaled(original, torch.promote_types(original.dtype, torch.float32), output_weights)
+            pruned = magnitude(W, frozen, pattern)
             return PrunedLayer(original.masked_fill(pruned, 0), ~pruned, math.nan, math.nan)
         result, keep, lost = _solve(original, inputs, frozen, pattern, options, output_weights)
         _check_result(result, options)
@@ -298,13 +294,11 @@ def prune_layer(
     return PrunedLayer(result, keep, loss, relative(loss, dense))
 
 
-def _solvable(patterns: Sequence[Pattern]) -> list[Solvable]:
-    solvable: list[Solvable] = []
-    for pattern in patterns:
-        if isinstance(pattern, Experts):
-            raise ValueError(f"{pattern!r} is for all experts of a mixture together, not for one layer: take another")
-        solvable.append(pattern)
-    return solvable
+def _solvable(pattern: Pattern, weight: Tensor) -> Solvable:
+    if isinstance(pattern, Experts):
+        raise ValueError(f"{pattern!r} is for all experts of a mixture together, not for one layer: take another")
+    pattern.check_shape(*weight.shape)
+    return pattern
 
 
 def relative(loss: float, dense: float) -> float:
@@ -328,36 +322,24 @@ def losses_at(
         row.
 
     Examples:
-        >>> import torch
         >>> from thanos_lightning.solver import NM
-        >>> from thanos_lightning.solver.factors import Factors
-        >>> from thanos_lightning.solver.layer import SolverOptions, losses_at
         >>> rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
         >>> losses_at(rows, Factors(torch.eye(4)), [NM(2, 4), NM(3, 4)], SolverOptions(damping=0.0))
         ([tensor([2.5000, 2.5000]), tensor([0.5000, 0.5000])], tensor([15., 15.]))
     """
     H = inputs.hessian
     _check_tensors(weight, H, None, output_weights)
-    solvable = _solvable(patterns)
-    for pattern in solvable:
-        pattern.check_shape(*weight.shape)
+    solvable = [_solvable(pattern, weight) for pattern in patterns]
     with exact_arithmetic(weight.device):
         original = weight.detach()
         frozen = torch.zeros_like(original, dtype=torch.bool)
-        losses = partial(_finite_losses, original=original, H=H, options=options)
+
+        def losses(weight: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"]) -> Float[Tensor, " rows"]:
+            _check_result(weight, options)
+            return row_losses(weight, original, H)
+
         by_pattern, _ = _by_method(original, inputs, frozen, solvable, options, output_weights, losses)
         return by_pattern, losses(torch.zeros_like(original), frozen)
-
-
-def _finite_losses(
-    weight: Float[Tensor, "rows cols"],
-    keep: Bool[Tensor, "rows cols"],
-    original: Float[Tensor, "rows cols"],
-    H: Float[Tensor, "cols cols"],
-    options: SolverOptions,
-) -> Float[Tensor, " rows"]:
-    _check_result(weight, options)
-    return row_losses(weight, original, H)
 
 
 def _solve(
@@ -403,61 +385,48 @@ def _by_method(
     output_weights: Float[Tensor, " rows"] | None,
     then: Callable[[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]], T],
 ) -> tuple[list[T], Curvature | None]:
-    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results."""
+    """Call ``then`` with the weights and the mask that the method alone finds for each pattern; return its results.
+
+    For output weights g, the methods prune the rows scaled by √g_i. The weighted loss Σ_i g_i ‖ΔW_i X‖² is the plain
+    loss of the scaled rows, and the update of a row is linear in the row. So the methods need no output weights. The
+    steps on single rows after the method don't need them either.
+    """
     H = inputs.hessian
-    W, scale = original.to(H.dtype), _scale(output_weights, H)
-    scaled = W if scale is None else W * scale
-    rows = _ScaledRows(original, scaled, scale, frozen, options)
+    W, scale = _scaled(original, H.dtype, output_weights)
+
+    def unchanged(pattern: Solvable) -> tuple[Tensor, Tensor]:
+        pruned = (
+            magnitude(W, frozen, pattern)
+            if options.method == "magnitude"
+            else wanda(W, input_norms(H), frozen, pattern)
+        )
+        return zero_where(original.clone(), pruned), ~pruned
+
+    def updated(pattern: Solvable, curvature: Curvature) -> tuple[Tensor, Tensor]:
+        if options.method == "sparsegpt":
+            weight, pruned = sparsegpt(W, curvature, frozen, pattern, options.block_size)
+        else:
+            weight, pruned = thanos(W, curvature, frozen, pattern, options.block_size, options.saliency)
+        if scale is not None:
+            weight.div_(scale)
+        return zero_where(weight.to(original.dtype), pruned), ~pruned
+
     if options.method in ("magnitude", "wanda"):
-        return [then(*rows.without_updates(pattern, H)) for pattern in patterns], None
+        return [then(*unchanged(pattern)) for pattern in patterns], None
     return _with_enough_damping(
-        lambda curvature: [then(*rows.with_updates(pattern, curvature)) for pattern in patterns],
-        inputs,
-        options.damping,
+        lambda curvature: [then(*updated(pattern, curvature)) for pattern in patterns], inputs, options.damping
     )
 
 
-@dataclass(frozen=True)
-class _ScaledRows:
-    """The rows that a method prunes, scaled by √g_i for output weights g.
-
-    The weighted loss Σ_i g_i ‖ΔW_i X‖² is the plain loss of the scaled rows, and the update of a row is linear in the
-    row. So the methods need no output weights. The steps on single rows after the method don't need them either.
-    """
-
-    original: Float[Tensor, "rows cols"]
-    scaled: Float[Tensor, "rows cols"]
-    scale: Float[Tensor, "rows 1"] | None
-    frozen: Bool[Tensor, "rows cols"]
-    options: SolverOptions
-
-    def without_updates(
-        self, pattern: Solvable, H: Float[Tensor, "cols cols"]
-    ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-        """Prune by a method that leaves the kept weights unchanged; return the weights and the keep mask."""
-        if self.options.method == "magnitude":
-            pruned = magnitude(self.scaled, self.frozen, pattern)
-        else:
-            pruned = wanda(self.scaled, input_norms(H), self.frozen, pattern)
-        return zero_where(self.original.clone(), pruned), ~pruned
-
-    def with_updates(
-        self, pattern: Solvable, curvature: Curvature
-    ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-        """Prune by a method that updates the kept weights; return the weights and the keep mask."""
-        W, frozen, block_size = self.scaled, self.frozen, self.options.block_size
-        if self.options.method == "sparsegpt":
-            updated, pruned = sparsegpt(W, curvature, frozen, pattern, block_size)
-        else:
-            updated, pruned = thanos(W, curvature, frozen, pattern, block_size, self.options.saliency)
-        if self.scale is not None:
-            updated.div_(self.scale)
-        return zero_where(updated.to(self.original.dtype), pruned), ~pruned
-
-
-def _scale(output_weights: Float[Tensor, " rows"] | None, like: Tensor) -> Float[Tensor, "rows 1"] | None:
-    """Return √g_i of each row i, for output weights g."""
-    return None if output_weights is None else output_weights.detach().to(like.dtype).sqrt().unsqueeze(1)
+def _scaled(
+    original: Float[Tensor, "rows cols"], dtype: torch.dtype, output_weights: Float[Tensor, " rows"] | None
+) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, "rows 1"] | None]:
+    """Return the rows scaled by √g_i for output weights g, and √g_i."""
+    W = original.to(dtype)
+    if output_weights is None:
+        return W, None
+    scale = output_weights.detach().to(dtype).sqrt().unsqueeze(1)
+    return W * scale, scale
 
 
 def _improve(
@@ -549,20 +518,20 @@ def _check_tensors(
         )
     if not _is_finite(weight):
         raise NonFiniteError("the weight holds NaN or Inf: the training has diverged, or the checkpoint is broken")
-    if frozen is not None:
-        if frozen.dtype != torch.bool or frozen.shape != weight.shape:
-            raise ValueError(
-                f"frozen has shape {tuple(frozen.shape)} and dtype {frozen.dtype}; it has to be bool, and of the "
-                f"weight's shape {tuple(weight.shape)}: True = has to stay zero"
-            )
-        _check_device("frozen", frozen, weight)
+    for name, tensor in (("hessian", hessian), ("frozen", frozen), ("output_weights", output_weights)):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device} and the weight on {weight.device}: move one of them")
+    if frozen is not None and (frozen.dtype != torch.bool or frozen.shape != weight.shape):
+        raise ValueError(
+            f"frozen has shape {tuple(frozen.shape)} and dtype {frozen.dtype}; it has to be bool, and of the "
+            f"weight's shape {tuple(weight.shape)}: True = has to stay zero"
+        )
     if output_weights is not None:
         if output_weights.shape != weight.shape[:1] or not output_weights.is_floating_point():
             raise ValueError(
                 f"output_weights has shape {tuple(output_weights.shape)} and dtype {output_weights.dtype}; it has to "
                 f"be floating-point, one number for each of the {len(weight)} rows of the weight"
             )
-        _check_device("output_weights", output_weights, weight)
         if not (_is_finite(output_weights) and output_weights.min() > 0):
             raise ValueError(
                 "output_weights holds numbers that are not finite and positive: give each output that may err freely "
@@ -576,7 +545,6 @@ def _check_tensors(
             f"hessian of shape {tuple(hessian.shape)} and dtype {hessian.dtype} does not fit a weight of shape "
             f"{tuple(weight.shape)}: it has to be a floating-point ({cols}, {cols})"
         )
-    _check_device("hessian", hessian, weight)
     if not _is_finite(hessian):
         raise NonFiniteError(
             "the hessian holds NaN or Inf: an activation overflowed in the batches that it was made of"
@@ -598,8 +566,3 @@ def _check_result(result: Tensor, options: SolverOptions) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     # The extremes show NaN and infinities. On CPUs they take a tenth of the time of isfinite
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.device != weight.device:
-        raise ValueError(f"{name} is on {tensor.device} and the weight on {weight.device}: move one of them")
