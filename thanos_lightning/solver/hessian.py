@@ -51,13 +51,7 @@ class HessianAccumulator:
 
     @classmethod
     def of_sum(cls, total: Tensor, num_tokens: int) -> "HessianAccumulator":
-        """Make an accumulator of `total`, the upper triangle of Σ x xᵀ over `num_tokens` tokens.
-
-        Examples:
-            >>> from thanos_lightning.solver import HessianAccumulator
-            >>> HessianAccumulator.of_sum(torch.tensor([[4.0]]), num_tokens=2).compute()
-            tensor([[4.]])
-        """
+        """Make an accumulator of `total`, the upper triangle of Σ x xᵀ over `num_tokens` tokens."""
         accumulator = cls.__new__(cls)
         accumulator.triangle, accumulator.num_tokens = total, num_tokens
         return accumulator

@@ -15,7 +15,6 @@ def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"])
     The tensor has any real dtype and is overwritten. Return it, or a view of it.
 
     Examples:
-        >>> from thanos_lightning.solver.zeros import zero_where
         >>> zero_where(torch.tensor([-1.0, 2.0, float("nan")]), torch.tensor([True, False, True]))
         tensor([0., 2., 0.])
     """
@@ -40,7 +39,6 @@ def count_unless_zero(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*s
     """Count the pruned entries that are not exactly +0, such as -0 and NaN. The count is on the tensor's device.
 
     Examples:
-        >>> from thanos_lightning.solver.zeros import count_unless_zero
         >>> count_unless_zero(torch.tensor([-0.0, 2.0, 0.0]), torch.tensor([True, False, True]))
         tensor(1)
     """
@@ -52,7 +50,6 @@ def missing_zeros(tensor: Shaped[Tensor, "*shape"], number: int) -> Int64[Tensor
     """Count how many of a number of zeros are not there any more; -0 is none. The count is on the tensor's device.
 
     Examples:
-        >>> from thanos_lightning.solver.zeros import missing_zeros
         >>> missing_zeros(torch.tensor([-0.0, 2.0, 0.0]), 2)
         tensor(1)
     """
