@@ -22,13 +22,11 @@ from thanos_lightning.solver.linalg import (
     exact_arithmetic,
     input_norms,
 )
-from thanos_lightning.solver.magnitude import magnitude
 from thanos_lightning.solver.pattern import Experts, Pattern, Solvable, Structured
 from thanos_lightning.solver.refine import losses_by, refine, residual_of, row_losses
-from thanos_lightning.solver.saliency import SALIENCIES, Saliency
+from thanos_lightning.solver.saliency import SALIENCIES, Saliency, magnitude, wanda
 from thanos_lightning.solver.sparsegpt import sparsegpt
 from thanos_lightning.solver.thanos import thanos
-from thanos_lightning.solver.wanda import wanda
 from thanos_lightning.solver.zeros import zero_where
 
 T = TypeVar("T")
@@ -78,13 +76,10 @@ class SolverOptions:
         for name, known in (("method", METHODS), ("saliency", SALIENCIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(known)}")
-        for name, least, mend in (
-            ("block_size", 1, "give the number of columns, such as 128"),
-            ("admm_steps", 0, "give the number of steps, or 0 for none"),
-            ("refine_steps", 0, "give the number of steps, or 0 for none"),
-        ):
+        for name, least in (("block_size", 1), ("admm_steps", 0), ("refine_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                mend = f"give one, such as {getattr(SolverOptions, name)}"
                 raise ValueError(f"{name}={value!r} is not a whole number >= {least}: {mend}")
         is_number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
         if not (is_number and 0 <= self.damping < math.inf):

@@ -1,5 +1,7 @@
 """Scores that say which weights matter least, and exact choices of the lowest scores.
 
+The methods ``wanda`` and ``magnitude`` are such choices alone, since they leave the kept weights unchanged.
+
 Legend (arXiv 2504.05346):
     W  (rows, cols)  weights as they are now, after the updates so far
     X_j              all values of input j; its norm comes from the Hessian's diagonal
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import Curvature
-from thanos_lightning.solver.pattern import NM, Structured, Unstructured
+from thanos_lightning.solver.pattern import NM, Solvable, Structured, Unstructured
 
 Saliency = Literal["wanda", "obs", "balanced"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
@@ -212,3 +214,26 @@ def choose_regular(
     if isinstance(pattern, NM):
         return lowest_in_groups(scores.masked_fill(frozen, -torch.inf), frozen, sparse_rows, pattern)
     return lowest_columns(energy, frozen, sparse_rows, pattern)
+
+
+def wanda(
+    W: Float[Tensor, "rows cols"], norms: Float[Tensor, " cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable
+) -> Bool[Tensor, "rows cols"]:
+    """Choose by |W_ij| ‖X_j‖ within each row (Sun et al., arXiv 2306.11695). ``norms`` are ‖X_j‖ up to a common scale.
+
+    An unstructured pattern prunes equally many weights per row, up to one.
+    """
+    scores = importance(W, norms)
+    if isinstance(pattern, Unstructured):
+        return lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, num_to_prune(pattern, frozen))
+    return choose_regular(scores, frozen, pattern)
+
+
+def magnitude(
+    W: Float[Tensor, "rows cols"], frozen: Bool[Tensor, "rows cols"], pattern: Solvable
+) -> Bool[Tensor, "rows cols"]:
+    """Choose by |W_ij| (Han et al., arXiv 1506.02626). An unstructured pattern compares all weights of the layer."""
+    scores = W.abs()
+    if isinstance(pattern, Unstructured):
+        return lowest(scores.masked_fill(frozen, -torch.inf), num_to_prune(pattern, frozen))
+    return choose_regular(scores, frozen, pattern)
