@@ -265,18 +265,6 @@ def quadratic_forms(vectors: Float[Tensor, "rows n"], matrix: Float[Tensor, "n n
     return total
 
 
-def solve_spd_batch(matrices: Float[Tensor, "batch n n"], rhs: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
-    """Solve A x = b for a batch of symmetric positive definite A. Overwrites ``matrices``.
-
-    Equivalent to ``torch.linalg.solve(matrices, rhs)``. Only the lower triangles of A are read.
-    """
-    failed = _factor_batch(matrices)
-    halfway = torch.linalg.solve_triangular(matrices, rhs.unsqueeze(-1), upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(matrices.mT, halfway, upper=True).squeeze(-1)
-    _refuse_failed(bool(failed.any()))
-    return solution
-
-
 def _factor_batch(matrices: Float[Tensor, "batch n n"]) -> Bool[Tensor, " batch"]:
     """Factor each matrix by Cholesky in place, into the lower triangle. True where that failed."""
     n = matrices.shape[-1]
@@ -329,7 +317,10 @@ def solve_subsets(
         index = column[start:stop, :size].to(index_dtype)
         flat = (index.unsqueeze(2) * len(extended) + index.unsqueeze(1)).flatten()
         systems = extended.flatten().index_select(0, flat).view(-1, size, size)
-        solution[start:stop, :size] = solve_spd_batch(systems, values[start:stop, :size])
+        failed = _factor_batch(systems)
+        halfway = torch.linalg.solve_triangular(systems, values[start:stop, :size, None], upper=False)
+        solution[start:stop, :size] = torch.linalg.solve_triangular(systems.mT, halfway, upper=True).squeeze(-1)
+        _refuse_failed(bool(failed.any()))
         start = stop
     scattered = rhs.new_zeros(len(rhs), n + padding).scatter_(1, column, solution)
     return torch.empty_like(rhs).index_copy_(0, order, scattered[:, :n])

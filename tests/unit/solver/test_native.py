@@ -76,6 +76,8 @@ def test_a_system_that_is_not_positive_is_noticed(bad, row):
     members[row, 5] = True
     with pytest.raises(FactorizationError):
         solve_subsets(matrix, members, torch.ones(31, 9))
+    with pytest.raises(FactorizationError):
+        in_torch(solve_subsets, matrix, members, torch.ones(31, 9))
 
 
 def test_systems_too_large_to_interleave_are_left_to_torch(monkeypatch):
@@ -166,25 +168,16 @@ def test_project(rows, groups, width, tied, seed):
     torch.testing.assert_close(from_original, its_from_original)
 
 
-def test_a_transposed_weight_is_pruned_as_its_copy():
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)])
+def test_tensors_with_gaps_are_pruned_as_their_copies(pattern):
     weight, H = layer(36, 48)
-    for pattern in (NM(2, 4), Unstructured(0.5)):
-        lying, standing = (
-            prune(one, H.float(), pattern, admm_steps=4, refine_steps=1) for one in (weight, weight.T.contiguous().T)
-        )
-        assert torch.equal(lying.mask, standing.mask)
-        torch.testing.assert_close(lying.weight, standing.weight)
-
-
-def test_project_takes_weights_whose_rows_are_not_side_by_side():
-    moved, original, U, from_original = torch.randn(4, 5, 12, generator=generator(0))
-    keep = torch.ones(5, 12, dtype=torch.bool)
-    results = []
-    for W0 in (original, original.repeat(1, 2)[:, :12], original.T.contiguous().T):
-        written = [one.clone() for one in (moved, U, from_original, keep)]
-        Iterates(W0, *written[1:], torch.zeros_like(keep), torch.ones(12), 4, 1.0).project(written[0], 0.5)
-        results.append(written[2])
-    assert all(torch.equal(result, results[0]) for result in results)
+    H = H.float()
+    expected = prune(weight, H, pattern, admm_steps=4, refine_steps=1)
+    of_wide, of_large = weight.repeat(1, 2)[:, :48], H.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    for tensors in ((weight.T.contiguous().T, H), (of_wide, H), (weight, of_large)):
+        result = prune(*tensors, pattern, admm_steps=4, refine_steps=1)
+        assert torch.equal(result.mask, expected.mask)
+        torch.testing.assert_close(result.weight, expected.weight)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -202,7 +195,7 @@ def test_a_layer_is_pruned_as_in_torch(method, pattern):
 # How it is built
 
 
-def test_it_is_built_once(fresh):
+def test_it_is_built_once_for_each_kind_of_cpu(fresh, monkeypatch):
     assert native.usable(torch.ones(1))
     (built,) = fresh.iterdir()
     changed = built.stat().st_mtime_ns
@@ -210,6 +203,10 @@ def test_it_is_built_once(fresh):
     assert native.usable(torch.ones(1))
     assert [*fresh.iterdir()] == [built]
     assert built.stat().st_mtime_ns == changed
+    monkeypatch.setattr(native, "_cpu", lambda: "another")
+    native.compiled.cache_clear()
+    assert native.usable(torch.ones(1))
+    assert len([*fresh.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("mode", [0o707, None])
@@ -225,14 +222,6 @@ def test_what_others_could_have_written_is_not_loaded(fresh, monkeypatch, mode):
     native.compiled.cache_clear()
     assert native.usable(torch.ones(1))
     assert built.read_bytes() == b"another user's"
-
-
-def test_another_cpu_has_a_library_of_its_own(fresh, monkeypatch):
-    assert native.usable(torch.ones(1))
-    monkeypatch.setattr(native, "_cpu", lambda: "another")
-    native.compiled.cache_clear()
-    assert native.usable(torch.ones(1))
-    assert len([*fresh.iterdir()]) == 2
 
 
 def _solve_in_a_new_process(folder: str) -> float:
