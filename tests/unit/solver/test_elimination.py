@@ -67,14 +67,3 @@ def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
     keep[2, 4] = True
     assert Channels(0.3).violations(keep) == 1
     assert Channels(0.3, dim=0).violations(keep.T) == 1
-
-
-def test_output_weights_change_the_choice_and_not_the_update():
-    weight, H = layer(6, 12)
-    frozen = torch.zeros(6, 12, dtype=torch.bool)
-    frozen[:, 2:5] = True
-    weights = torch.rand(6, generator=torch.Generator().manual_seed(0)).double() + 0.1
-    plain, weighted = (
-        prune(weight.double(), H, Channels(0.25), frozen=frozen, output_weights=one) for one in (None, weights)
-    )
-    torch.testing.assert_close(weighted.weight, plain.weight)

@@ -20,19 +20,12 @@ def test_batches_and_merge_are_additions():
     whole, first, second = HessianAccumulator(4), HessianAccumulator(4), HessianAccumulator(4)
     whole.update(inputs)
     first.update(inputs[:5])
-    second.update(inputs[5:7])
-    second.update(inputs[7:].view(5, 1, 4))
+    second.update(inputs[5])
+    second.update(inputs[6:].view(6, 1, 4))
     first.merge(second)
     assert first.num_tokens == whole.num_tokens == 12
     torch.testing.assert_close(first.sum, whole.sum)
     assert set(vars(first)) == {"triangle", "num_tokens"}
-
-
-def test_a_single_token_without_batch_dimension():
-    accumulator = HessianAccumulator(3)
-    accumulator.update(torch.tensor([1.0, 2.0, 3.0]))
-    assert accumulator.num_tokens == 1
-    assert accumulator.compute()[2, 2] == 18
 
 
 def test_squares_are_float32_under_autocast_and_medium_precision():
@@ -50,14 +43,6 @@ def test_squares_are_float32_under_autocast_and_medium_precision():
     assert not exact.sum.requires_grad
 
 
-def test_bf16_inputs_are_widened_before_they_are_squared():
-    inputs = torch.randn(100, 8).bfloat16()
-    accumulator = HessianAccumulator(8)
-    accumulator.update(inputs)
-    assert accumulator.sum.dtype == torch.float32
-    torch.testing.assert_close(accumulator.sum, inputs.float().T @ inputs.float())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 1100])
 def test_strips_make_the_whole_product(dtype, width):
@@ -70,12 +55,6 @@ def test_strips_make_the_whole_product(dtype, width):
     assert not accumulator.triangle.tril(-max(128, -(-width // 8))).any()
 
 
-def test_the_units_of_products_are_put_back():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    HessianAccumulator(4).update(torch.ones(3, 4).bfloat16())
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-
-
 def test_born_in_inference_mode_grows_outside():
     with torch.inference_mode():
         accumulator = HessianAccumulator(2)
@@ -84,15 +63,11 @@ def test_born_in_inference_mode_grows_outside():
     assert accumulator.num_tokens == 2
 
 
-def test_no_tokens():
+def test_bad_input():
     accumulator = HessianAccumulator(2)
     accumulator.update(torch.ones(3, 2), torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="no token was counted"):
         accumulator.compute()
-
-
-def test_bad_input():
-    accumulator = HessianAccumulator(2)
     with pytest.raises(ValueError, match="in_features=0"):
         HessianAccumulator(0)
     with pytest.raises(ValueError, match="in_features=2"):

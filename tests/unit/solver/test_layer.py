@@ -57,11 +57,11 @@ def test_masks_only_lose_entries_as_the_sparsity_grows(method, pattern, shape, f
 
 
 @property_based
-@given(methods, patterns, patterns, shapes, st.integers(0, 3))
-def test_frozen_weights_of_another_pattern_stay_zero(method, earlier, pattern, shape, seed):
+@given(methods, patterns, patterns, shapes, st.integers(0, 3), st.sampled_from([0, 3, 12]))
+def test_frozen_weights_of_another_pattern_stay_zero(method, earlier, pattern, shape, seed, steps):
     weight, H = layer(*shape, seed)
     frozen = ~prune(weight, H, earlier, method=method).mask
-    result = prune(weight, H, pattern, method=method, block_size=8, frozen=frozen)
+    result = prune(weight, H, pattern, method=method, block_size=8, frozen=frozen, admm_steps=steps)
     assert not result.weight[frozen].any()
     assert not result.mask[frozen].any()
     assert pattern.violations(result.mask) == 0
@@ -111,27 +111,29 @@ def test_permuting_rows_commutes(method, pattern, shape, seed):
 
 
 @property_based
-@given(methods, patterns, st.sampled_from([1e-20, 1e-6, 0.3, 1e6, 1e20]), st.booleans())
-def test_the_scale_of_the_hessian_scales_the_loss_only(method, pattern, scale, dead):
+@given(methods, patterns, st.sampled_from([1e-20, 1e-6, 0.3, 1e6, 1e20]), st.booleans(), st.sampled_from([0, 9]))
+def test_the_scale_of_the_hessian_scales_the_loss_only(method, pattern, scale, dead, admm_steps):
     inputs = tokens(16)
     if dead:
         inputs[:, 3] = 0
     weight, H = layer(10, 16)[0], hessian_of(inputs)
-    once, scaled = (prune(weight, h, pattern, method=method, refine_steps=2) for h in (H, scale * H))
+    steps = {"admm_steps": admm_steps, "refine_steps": 2}
+    once, scaled = (prune(weight.double(), h, pattern, method=method, **steps) for h in (H, scale * H))
     assert torch.equal(once.mask, scaled.mask)
     torch.testing.assert_close(once.weight, scaled.weight)
     assert scaled.loss == pytest.approx(scale * once.loss)
     assert scaled.relative_loss == pytest.approx(once.relative_loss)
 
 
-@pytest.mark.parametrize("refine_steps", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [(0, 0), (0, 2), (0, 50), (4, 2), (4, 50)])
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_are_what_the_tokens_say(method, refine_steps):
+def test_losses_are_what_the_tokens_say(method, steps, dtype):
     inputs = tokens(16).float()
     accumulator = HessianAccumulator(16)
     accumulator.update(inputs)
-    weight = layer(10, 16)[0].bfloat16()
-    result = prune(weight, accumulator.compute(), NM(2, 4), method=method, refine_steps=refine_steps)
+    weight, H = layer(10, 16)[0].to(dtype), accumulator.compute().to(torch.promote_types(dtype, torch.float32))
+    result = prune(weight, H, NM(2, 4), method=method, admm_steps=steps[0], refine_steps=steps[1])
     outputs, pruned_outputs = (inputs.double() @ w.double().T for w in (weight, result.weight))
     loss = (outputs - pruned_outputs).square().sum(1).mean()
     assert result.loss == pytest.approx(loss.item(), rel=1e-4)
@@ -201,16 +203,6 @@ def test_the_weight_keeps_its_dtype_and_the_arguments_their_values(method, dtype
     assert all(torch.equal(a, b) for a, b in zip(before, (weight, H, frozen), strict=True))
 
 
-@pytest.mark.parametrize("method", ["thanos", "sparsegpt"])
-def test_weights_of_dead_inputs_vanish(method):
-    inputs = tokens(16)
-    inputs[:, [2, 9]] = 0
-    weight = layer(10, 16)[0]
-    result = prune(weight, hessian_of(inputs), Structured(0.25, 0.2), method=method)
-    assert not result.weight[:, [2, 9]].any()
-    assert int((~result.mask).sum()) == 8 * 5
-
-
 def test_training_precision_does_not_reach_the_solver():
     weight, H = layer(64, 128)
     H = H.float()
@@ -224,13 +216,6 @@ def test_training_precision_does_not_reach_the_solver():
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(exact.weight, disturbed.weight)
     assert exact.loss == disturbed.loss
-
-
-def test_strided_tensors():
-    weight, _ = layer(24, 8)
-    contiguous = prune(weight.T.contiguous(), torch.eye(24), NM(2, 4), block_size=8)
-    strided = prune(weight.T, torch.eye(48)[::2, ::2], NM(2, 4), block_size=8)
-    assert torch.equal(contiguous.weight, strided.weight)
 
 
 def _indefinite(lowest_eigenvalue: float) -> torch.Tensor:
@@ -258,17 +243,12 @@ def test_at_the_end_of_the_ladder_is_an_error_that_says_what_to_do(damping):
 
 
 def test_a_result_beyond_the_dtype_is_an_error():
-    weight = torch.tensor([[60000.0, 60000.0, 1.0, 1.0]], dtype=torch.float16)
-    H = torch.ones(4, 4) + torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    frozen = torch.tensor([[True, False, False, False]])
+    weight = torch.tensor([[50000.0, 60000.0]], dtype=torch.float16)
+    H = torch.ones(2, 2) + 1e-3 * torch.eye(2)
     with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
-        prune(weight, H, Unstructured(0.25), frozen=frozen, damping=1e-4)
-
-
-def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
-    tensor = torch.eye(*shape)
-    tensor[0, 0] = value
-    return tensor
+        prune(weight, H, Unstructured(0.5), damping=1e-4)
+    with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
+        losses_at(weight, Factors(H), [Unstructured(0.5)], SolverOptions(damping=1e-4))
 
 
 @pytest.mark.parametrize(
@@ -280,30 +260,27 @@ def _bad(value: float, shape: tuple[int, int]) -> torch.Tensor:
         ({"block_size": 0}, "block_size=0"),
         ({"block_size": True}, "block_size=True is not a whole number >= 1"),
         ({"damping": -0.1}, "damping=-0.1"),
-        ({"damping": math.nan}, "damping=nan"),
         ({"damping": math.inf}, "damping=inf"),
         ({"refine_steps": -1}, "refine_steps=-1"),
         ({"weight": torch.ones(8)}, "not a non-empty floating-point matrix"),
         ({"weight": torch.ones(0, 8)}, "not a non-empty"),
         ({"weight": torch.ones(3, 8, dtype=torch.int64)}, "floating-point matrix"),
-        ({"weight": _bad(math.nan, (3, 8))}, "weight holds NaN"),
-        ({"weight": _bad(math.inf, (3, 8))}, "weight holds NaN"),
+        ({"weight": torch.full((3, 8), math.nan)}, "weight holds NaN"),
         ({"hessian": torch.ones(8, 4)}, r"hessian of shape \(8, 4\)"),
-        ({"hessian": torch.eye(4)}, r"floating-point \(8, 8\)"),
         ({"hessian": torch.eye(8, dtype=torch.int64)}, "dtype torch.int64"),
-        ({"hessian": _bad(math.nan, (8, 8))}, "hessian holds NaN"),
+        ({"hessian": torch.full((8, 8), math.nan)}, "hessian holds NaN"),
         ({"hessian": torch.eye(8) + torch.ones(8, 8).triu()}, "not symmetric"),
         ({"hessian": torch.eye(8, device="meta")}, "hessian is on meta"),
         ({"hessian": None}, "needs a Hessian"),
+        ({"hessian": None, "method": "magnitude", "refine_steps": 1}, "needs a Hessian"),
         ({"frozen": torch.zeros(3, 8)}, "has to be bool"),
         ({"frozen": torch.zeros(3, 4, dtype=torch.bool)}, r"weight's shape \(3, 8\)"),
         ({"frozen": torch.zeros(3, 8, dtype=torch.bool, device="meta")}, "frozen is on meta"),
         ({"output_weights": torch.ones(8)}, r"output_weights has shape \(8,\) .* one number for each of the 3 rows"),
         ({"output_weights": torch.ones(3, dtype=torch.int64)}, "has to be floating-point"),
         ({"output_weights": torch.tensor([1.0, 0.0, 1.0])}, "not finite and positive"),
-        ({"output_weights": torch.tensor([1.0, math.inf, 1.0])}, "not finite and positive"),
         ({"output_weights": torch.ones(3, device="meta")}, "output_weights is on meta"),
-        ({"pattern": NM(2, 3)}, "divisible by 3"),
+        ({"pattern": NM(2, 3)}, r"divisible by 3, and a \(3, 8\) weight has 8"),
         ({"pattern": Structured(0.9)}, "all 8 columns"),
     ],
 )
@@ -347,52 +324,18 @@ def test_rows_that_were_pruned_before_stay_and_the_others_are_improved_as_if_alo
 
 
 @property_based
-@given(methods, patterns, shapes, st.integers(0, 3))
-def test_output_weights_are_those_of_scaled_rows(method, pattern, shape, seed):
+@given(methods, patterns, shapes, st.integers(0, 3), st.booleans())
+def test_output_weights_are_those_of_scaled_rows(method, pattern, shape, seed, improved):
     weight, H = layer(*shape, seed)
     weights = 10 ** torch.empty(shape[0], dtype=torch.float64).uniform_(-2, 2)
-    result = prune(weight.double(), H.double(), pattern, method=method, output_weights=weights)
+    options = {"method": method, "admm_steps": 4 * improved, "refine_steps": 2 * improved}
+    result = prune(weight.double(), H.double(), pattern, **options, output_weights=weights)
     scale = weights.sqrt().unsqueeze(1)
-    scaled = prune(weight.double() * scale, H.double(), pattern, method=method)
+    scaled = prune(weight.double() * scale, H.double(), pattern, **options)
     assert torch.equal(result.mask, scaled.mask)
     torch.testing.assert_close(result.weight * scale, scaled.weight)
     error = weight.double() - result.weight
     assert result.loss == pytest.approx(0.5 * float((error @ H.double() * error).sum()))
-
-
-@property_based
-@given(methods, patterns, shapes, st.integers(0, 3), st.booleans())
-def test_output_weights_of_one_size_change_nothing(method, pattern, shape, seed, improved):
-    weight, H = (one.double() for one in layer(*shape, seed))
-    options = {"method": method, "admm_steps": 4 * improved, "refine_steps": 2 * improved}
-    alike = prune(weight, H, pattern, **options, output_weights=torch.full(shape[:1], 4.0))
-    without = prune(weight, H, pattern, **options)
-    assert torch.equal(alike.mask, without.mask)
-    torch.testing.assert_close(alike.weight, without.weight)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_output_weights_leave_choices_within_a_row_alone(method):
-    weight, H = layer(6, 8)
-    weights = torch.tensor([1e-2, 1e2, 1.0, 3.0, 5.0, 1e-1])
-    weighted = prune(weight, H, NM(2, 4), method=method, output_weights=weights)
-    assert torch.equal(weighted.mask, prune(weight, H, NM(2, 4), method=method).mask)
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Structured(0.5), NM(2, 4, outlier_fraction=0.25)])
-def test_outputs_that_count_more_err_less(pattern):
-    weight, _ = layer(16, 32)
-    H = torch.eye(32, dtype=torch.float64) + 0.3  # of inputs alike, so that columns are chosen by their weights
-    weights = torch.where(torch.arange(16) < 4, 100.0, 1.0)
-
-    def weighted_loss(result):
-        error = weight - result.weight
-        return float((weights.to(error.dtype) * ((error @ H.to(error.dtype)) * error).sum(1)).sum())
-
-    plain = prune(weight, H, pattern, saliency="balanced", admm_steps=4, refine_steps=2)
-    weighted = prune(weight, H, pattern, saliency="balanced", admm_steps=4, refine_steps=2, output_weights=weights)
-    assert weighted_loss(weighted) < 0.9 * weighted_loss(plain)
-    assert int((~weighted.mask).sum()) == int((~plain.mask).sum())
 
 
 @property_based
@@ -407,14 +350,3 @@ def test_losses_at_several_patterns_are_those_of_each(method, pattern, shape, se
         alone = prune(weight, H.float(), one, method=method, block_size=8, output_weights=weights)
         assert float(lost.sum()) == pytest.approx(alone.loss, rel=1e-5, abs=1e-8)
         assert relative(float(lost.sum()), float(dense.sum())) == pytest.approx(alone.relative_loss, rel=1e-5)
-
-
-def test_losses_at_a_pattern_that_does_not_fit_are_an_error():
-    weight, H = layer(4, 6)
-    with pytest.raises(ValueError, match="divisible"):
-        losses_at(weight, Factors(H.float()), [NM(2, 4)], SolverOptions())
-    large = torch.tensor([[50000.0, 60000.0]], dtype=torch.float16)
-    with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
-        losses_at(
-            large, Factors(torch.ones(2, 2) + 1e-3 * torch.eye(2)), [Unstructured(0.5)], SolverOptions(damping=1e-4)
-        )

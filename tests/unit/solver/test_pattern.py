@@ -28,11 +28,8 @@ def test_parse_pattern(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("4:2",), "1 <= n < m"),
         (("4:4",), "1 <= n < m"),
         (("0:4",), "1 <= n < m"),
-        (("2:0",), "1 <= n < m"),
-        (("2:x",), "is no pattern"),
         (("-2:4",), "is no pattern"),
         (("",), "is no pattern"),
         (("rows", 0.5), "is no pattern"),
@@ -44,15 +41,12 @@ def test_parse_pattern(arguments, expected):
         (("2:4", "0.5"), "sparsity='0.5' is not a number"),
         (("2:4", None, "0.1"), "outlier_fraction='0.1' is not a number"),
         (("unstructured",), "needs a sparsity"),
-        (("structured",), "needs a sparsity"),
-        (("channels",), "needs a sparsity"),
         (("channels", 0.3, 0.1), "the pattern channels exempts no row"),
         (("unstructured", 0), "between 0 and 1"),
         (("unstructured", 1), "between 0 and 1"),
-        (("unstructured", -0.1), "between 0 and 1"),
-        (("unstructured", 1.5), "between 0 and 1"),
         (("unstructured", float("nan")), "between 0 and 1"),
         (("unstructured", 0.5, 0.1), "exempts no row"),
+        (("experts", 0.5, 0.1), "exempts no row, so leave outlier_fraction out"),
         (("structured", 0.5, 0.5), "every column"),
         (("structured", 0.5, 1.0), "outlier_fraction=1.0"),
         (("2:4", None, -0.1), "outlier_fraction=-0.1"),
@@ -70,31 +64,11 @@ def test_numbers_of_the_wrong_kind():
         NM(True, 4)
 
 
-def test_names_and_sparsities():
-    assert [(p.name, round(p.sparsity, 9), p.outlier_fraction) for p in PATTERNS] == [
-        ("unstructured", 0.5, 0.0),
-        ("2:4", 0.5, 0.0),
-        ("1:4", 0.6, 0.2),
-        ("structured", 0.3, 0.0),
-        ("structured", 0.25, 0.2),
-        ("channels", 0.3, 0.0),
-    ]
-
-
 def test_counts():
     assert Unstructured(0.5).num_pruned(3, 3) == 4
     assert NM(4, 8, 0.1).num_pruned(72, 256) == 65 * 128
     assert Structured(0.3, 0.1).num_pruned(72, 160) == 65 * 54
     assert Structured(0.07).num_pruned(1, 100) == 7  # 0.07 * 100 is 7.000000000000001
-
-
-def test_check_shape():
-    with pytest.raises(ValueError, match=r"divisible by 4, and a \(8, 6\) weight has 6"):
-        NM(2, 4).check_shape(8, 6)
-    with pytest.raises(ValueError, match="all 3 columns"):
-        Structured(0.9).check_shape(8, 3)
-    for pattern in PATTERNS:
-        pattern.check_shape(10, 8)
 
 
 def test_violations_of_unstructured():
@@ -122,13 +96,10 @@ def test_violations_of_structured():
     assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 0
     keep[3, 4] = True
     assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 1
-
-
-def test_violations_of_structured_find_a_dense_row_that_is_not_the_densest():
-    keep = torch.ones(4, 8, dtype=torch.bool)
+    keep[:] = True
     keep[:3, :2] = False
-    keep[3, 4:] = False  # an outlier with more zeros than any other row
-    assert Structured(0.18, outlier_fraction=0.25).violations(keep) == 0
+    keep[3, 2:] = False  # an outlier with more zeros than any other row
+    assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 0
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -149,17 +120,10 @@ def test_with_sparsity_of_nm_keeps_the_groups_and_rounds_no_row_away():
 
 
 def test_experts_are_counted_in_equal_number_from_groups():
-    counts = [
-        Experts(0.3).num_experts(8),
-        Experts(0.3).num_experts(8, groups=4),
-        Experts(0.3).num_experts(16, groups=4),
-    ]
-    assert counts == [2, 4, 4]
+    assert [Experts(0.3).num_experts(*counts) for counts in ((8,), (8, 4), (16, 4))] == [2, 4, 4]
     assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
 
 
 def test_no_layer_is_pruned_to_experts():
     with pytest.raises(ValueError, match=r"Experts\(sparsity=0.5\) is for all experts of a mixture together"):
         prune(torch.ones(4, 4), torch.eye(4), Experts(0.5))
-    with pytest.raises(ValueError, match="exempts no row, so leave outlier_fraction out"):
-        parse_pattern("experts", 0.5, 0.1)

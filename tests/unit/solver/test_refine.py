@@ -5,7 +5,7 @@ import torch
 from cases import METHODS, PATTERNS, hessian_of, layer, tokens
 from reference import optimum
 
-from thanos_lightning.solver import NM, HessianAccumulator, Unstructured, prune
+from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.refine import refine, residual_of, row_losses
 
 
@@ -35,11 +35,12 @@ def test_each_step_helps_each_method(method, pattern):
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
+@pytest.mark.parametrize("kind", ["refine_steps", "admm_steps"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_loss_never_gets_worse_after_rounding(dtype):
+def test_the_loss_never_gets_worse_after_rounding(dtype, kind):
     weight, H = layer(32, 16)
     weight, H = weight.to(dtype), H.float()
-    losses = [prune(weight, H, NM(2, 4), block_size=16, refine_steps=steps).loss for steps in (0, 1, 2, 5, 50, 500)]
+    losses = [prune(weight, H, NM(2, 4), block_size=16, **{kind: steps}).loss for steps in (0, 1, 2, 5, 50, 500)]
     assert all(loss <= losses[0] for loss in losses)
 
 
@@ -49,7 +50,8 @@ def test_a_singular_hessian_and_converged_rows_give_no_nan():
     H = hessian_of(tokens(8, count=3))
     H[3] = H[:, 3] = 0
     pruned = prune(weight, H, Unstructured(0.3), refine_steps=50)
-    assert torch.isfinite(pruned.weight).all()
+    change, dense = (pruned.weight - weight).double(), weight.double()
+    assert ((change @ H) * change).sum() <= 1e-6 * ((dense @ H) * dense).sum()
     assert pruned.relative_loss < 1e-6
     assert prune(weight, torch.zeros(8, 8), Unstructured(0.3), method="magnitude", refine_steps=3).loss == 0
 
@@ -78,34 +80,3 @@ def test_rows_that_got_worse_keep_what_they_had(value, monkeypatch):
     assert (result.weight == start.weight).all(1).tolist() == [False, True, False, False]
     assert result.loss < start.loss
     assert result.loss == pytest.approx(float(row_losses(result.weight, weight, H).sum()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("steps", [2, 50])
-@pytest.mark.parametrize("admm_steps", [0, 4])
-def test_the_loss_is_that_of_the_weights(dtype, steps, admm_steps):
-    weight, H = layer(12, 24)
-    weight, hessian = weight.to(dtype), H.to(torch.promote_types(dtype, torch.float32))
-    pruned = prune(weight, hessian, NM(2, 4), refine_steps=steps, admm_steps=admm_steps)
-    change = pruned.weight.double() - weight.double()
-    expected, dense = (float(((one @ H) * one).sum()) / 2 for one in (change, weight.double()))
-    assert pruned.loss == pytest.approx(expected, rel=1e-4)
-    assert pruned.relative_loss == pytest.approx(expected / dense, rel=1e-4)
-
-
-def test_the_loss_of_weights_that_need_not_lose_is_rounding():
-    weight, H = torch.randn(6, 16), hessian_of(tokens(16, count=4)).float()
-    pruned = prune(weight, H, Unstructured(0.5), refine_steps=200)
-    change = (pruned.weight - weight).double()
-    for loss in (pruned.loss, float(((change @ H.double()) * change).sum()) / 2):
-        assert loss <= 1e-6 * float(((weight @ H) * weight).sum()) / 2
-
-
-def test_row_losses_are_means_over_tokens():
-    inputs = tokens(6, count=40)
-    accumulator = HessianAccumulator(6)
-    accumulator.update(inputs)
-    change = torch.randn(3, 6)
-    losses = row_losses(change, torch.zeros(3, 6), accumulator.compute())
-    torch.testing.assert_close(residual_of(change, torch.zeros(3, 6), accumulator.compute())[1], losses)
-    torch.testing.assert_close(losses, (inputs.float() @ change.T).square().mean(0), rtol=1e-4, atol=1e-6)

@@ -10,8 +10,6 @@ from thanos_lightning.solver.linalg import curvature
 from thanos_lightning.solver.saliency import (
     SALIENCIES,
     choose_sparse_rows,
-    conditional_importance,
-    importance,
     lowest,
     lowest_columns,
     lowest_in_groups,
@@ -19,14 +17,18 @@ from thanos_lightning.solver.saliency import (
     scales,
 )
 
+
+def drawn(data, rows, cols, values):
+    return torch.tensor(data.draw(st.lists(values, min_size=rows * cols, max_size=rows * cols))).view(rows, cols)
+
+
 few_values = st.integers(0, 3)  # so that ties are the rule
 
 
 @settings(derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(1, 6))
 def test_lowest_is_exact_with_ties(data, rows, cols):
-    scores = torch.tensor(data.draw(st.lists(few_values, min_size=rows * cols, max_size=rows * cols))).float()
-    scores = scores.view(rows, cols)
+    scores = drawn(data, rows, cols, few_values).float()
     count, width = data.draw(st.integers(0, rows * cols)), data.draw(st.integers(1, cols))
     chosen = lowest(scores, count)
     assert chosen.sum() == count
@@ -51,20 +53,11 @@ def test_lowest_of_many_is_the_same_with_and_without_the_sample():
             assert values[chosen].max() <= values[~chosen].min()
 
 
-def test_lowest_with_frozen_scores():
-    scores = torch.tensor([[3.0, -torch.inf], [-torch.inf, 1.0]])
-    assert lowest(scores, 2).tolist() == [[False, True], [True, False]]
-    assert lowest(scores, 3).tolist() == [[False, True], [True, True]]
-    assert lowest(scores, 0).sum() == 0
-
-
 @settings(derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(1, 6))
 def test_lowest_per_row_is_even_and_exact(data, rows, cols):
-    scores = torch.tensor(data.draw(st.lists(few_values, min_size=rows * cols, max_size=rows * cols))).float()
-    scores = scores.view(rows, cols)
-    frozen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols)))
-    frozen = frozen.view(rows, cols)
+    scores = drawn(data, rows, cols, few_values).float()
+    frozen = drawn(data, rows, cols, st.booleans())
     count = data.draw(st.integers(int(frozen.sum()), rows * cols))
     chosen = lowest_per_row(scores.masked_fill(frozen, -torch.inf), frozen, count)
     assert chosen.sum() == count
@@ -111,12 +104,6 @@ def test_columns_of_least_energy_over_the_sparse_rows():
     assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 1, 0, 0], [0] * 4]
     frozen[0, 3] = frozen[1, 2] = True
     assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
-
-
-def test_scores():
-    W = torch.tensor([[-2.0, 3.0]])
-    assert importance(W, torch.tensor([2.0, 0.5])).tolist() == [[4.0, 1.5]]
-    assert conditional_importance(W, torch.tensor([2.0, 0.5])).tolist() == [[1.0, 36.0]]
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 100])

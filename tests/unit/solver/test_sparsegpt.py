@@ -4,7 +4,6 @@ from cases import layer
 from reference import sparsegpt as reference_sparsegpt
 
 from thanos_lightning.solver import NM, Structured, Unstructured, prune
-from thanos_lightning.solver.sparsegpt import _block_budgets
 
 
 @pytest.mark.parametrize("dead", [(), (4, 17)])
@@ -24,17 +23,3 @@ def test_structured_columns_are_adapted_to_by_the_columns_to_their_right():
     first = int(removed.int().argmax())
     assert torch.equal(result.weight[:, :first], weight.double()[:, :first])
     assert not torch.equal(result.weight[:, first + 1 :], (weight.double() * result.mask)[:, first + 1 :])
-
-
-def test_block_budgets_add_up():
-    def budgets(count):
-        return _block_budgets(frozen, Unstructured((count + 0.5) / 30), 4)
-
-    frozen = torch.zeros(3, 10, dtype=torch.bool)
-    assert budgets(13) == [5, 5, 3]
-    frozen[:, :4] = True
-    assert budgets(12) == [12, 0, 0]
-    assert budgets(15) == [12, 2, 1]
-    assert budgets(5) == [12, 0, 0]
-    frozen[:] = True
-    assert budgets(5) == [12, 12, 6]

@@ -73,9 +73,3 @@ def test_frozen_sets_of_any_shape_are_solved_jointly(seed, density):
     result = prune(weight.double(), H, Structured(0.2), frozen=frozen)
     assert not result.mask[frozen].any()
     torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
-
-
-def test_the_block_size_is_rounded_up_to_whole_groups():
-    weight, H = layer(5, 24)
-    rounded, asked = (prune(weight, H, NM(2, 4), block_size=size).weight for size in (8, 6))
-    assert torch.equal(rounded, asked)
