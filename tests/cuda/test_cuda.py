@@ -41,11 +41,14 @@ def pruning(pattern: str = "2:4", **options: Any) -> ThanosPruningCallback:
     return ThanosPruningCallback(pattern, PATTERNS[pattern], **grouped(**{**settings, **options}))
 
 
-def fit(root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:
+def on_device(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return trainer(root, *callbacks, **{"accelerator": "gpu" if ON_GPU else "cpu", "max_steps": 8, **settings})
+
+
+def fit(root: Path, *callbacks: Callback, **settings: Any) -> ToyLM:
     torch.manual_seed(0)
     module = ToyLM()
-    fitted = trainer(root, callback, *more, **{"accelerator": "gpu" if ON_GPU else "cpu", "max_steps": 8, **settings})
-    fitted.fit(module, loader(64, padding=3))
+    on_device(root, *callbacks, **settings).fit(module, loader(64, padding=3))
     return module
 
 
@@ -126,7 +129,7 @@ def test_the_fused_optimizer_is_masked(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     lm = CausalLM(str(tmp_path / "model"), lr_schedule="constant", distillation=Distillation())
     callback = pruning()
-    fitted = trainer(tmp_path, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=8)
+    fitted = on_device(tmp_path, callback)
     fitted.fit(lm, loader(64))
     assert fitted.optimizers[0].defaults["fused"] is True
     assert callback.report.events[-1].sparsity == 0.5
@@ -151,18 +154,8 @@ class Sharded(ToyLM):
 
 @pytest.mark.parametrize("kind", ["zero3", "fsdp"])
 def test_a_sharding_strategy(kind: str, tmp_path: Path) -> None:
-    callback = pruning()
     saving = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=8)
-    fitted = trainer(
-        tmp_path,
-        callback,
-        saving,
-        accelerator="gpu" if ON_GPU else "cpu",
-        devices=1,
-        strategy=sharded(kind),
-        max_steps=8,
-        enable_checkpointing=True,
-    )
+    fitted = on_device(tmp_path, pruning(), saving, strategy=sharded(kind), enable_checkpointing=True)
     fitted.fit(Sharded(), loader(64))
     reports = verify_checkpoint(tmp_path / "end.ckpt")
     assert len(reports) == 14
@@ -175,14 +168,7 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) ->
         torch.manual_seed(0)
         module = ToyLM()
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        fitted = trainer(
-            tmp_path,
-            pruning("unstructured"),
-            saving,
-            accelerator="gpu" if ON_GPU else "cpu",
-            max_steps=8,
-            enable_checkpointing=True,
-        )
+        fitted = on_device(tmp_path, pruning("unstructured"), saving, enable_checkpointing=True)
         fitted.fit(module, ResumableBatches(64), ckpt_path=path)
         ended.append(list(module.parameters()))
     for one, other in zip(*ended, strict=True):
@@ -216,10 +202,9 @@ def test_no_step_outside_of_windows_waits_for_the_gpu(tmp_path: Path) -> None:
 
 
 class Peaks(Callback):
-    """The most memory that training steps take, and calibrations."""
+    """The most memory that training steps take."""
 
-    def __init__(self) -> None:
-        self.trained = self.calibrated = 0
+    trained = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if ON_GPU:
@@ -251,8 +236,7 @@ def test_a_calibration_takes_no_more_memory_than_a_training_step_and_its_sums(tm
     module, peaks = Measured(), Peaks()
     batches = list(loader(16, batch_size=16, length=64))
     callback = pruning("unstructured", batches=batches * 8, schedule=SparsitySchedule(3, 3, 1))
-    fitted = trainer(tmp_path, peaks, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=5)
-    fitted.fit(module, loader(256, batch_size=16, length=64))
+    on_device(tmp_path, peaks, callback, max_steps=5).fit(module, loader(256, batch_size=16, length=64))
     if ON_GPU:
         sums = sum(4 * layer.shape[1] ** 2 + 4 * layer.shape[0] for layer in callback.report.events[0].layers)
         assert 0 < module.calibrated <= 1.2 * (peaks.trained + sums)
@@ -285,8 +269,7 @@ def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(run, "prune_window", measured)
     module = ToyLM(tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16) if ON_GPU else None)
     callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=1)
-    fitted = trainer(tmp_path, Beside(), callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=4)
-    fitted.fit(module, loader(64))
+    on_device(tmp_path, Beside(), callback, max_steps=4).fit(module, loader(64))
     assert told[0].event > told[0].moments > 0
     if ON_GPU:
         assert peaks[0] - held[0] == pytest.approx(told[0].event, rel=0.2)
@@ -312,7 +295,7 @@ def test_a_model_whose_channels_are_reordered_computes_what_it_did(
     weight = model.model.layers[1].mlp.down_proj.weight.detach().clone()
     before = model(batches[0]["input_ids"]).logits
     callback = pruning(batches=batches, block_steps=0, schedule=SparsitySchedule(at=[0]))
-    fitted = trainer(tmp_path, callback, accelerator="gpu" if ON_GPU else "cpu", max_steps=1)
+    fitted = on_device(tmp_path, callback, max_steps=1)
     fitted.fit(ToyLM(model, lambda parameters: torch.optim.SGD(parameters, lr=0.0)), loader())
     model.cpu().eval()
     torch.testing.assert_close(model(batches[0]["input_ids"]).logits, before, rtol=1e-3, atol=1e-3)
