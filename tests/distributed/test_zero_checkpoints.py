@@ -13,7 +13,7 @@ from checkpoint_cases import change_a_byte
 from ranks import PRUNABLE, Trainings, masks, only, results, start, train
 from toy import Stranger
 
-from thanos_lightning.checkpoints.deepspeed_files import load_contents, read_zero_folder
+from thanos_lightning.checkpoints.deepspeed_files import load_contents
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
 from thanos_lightning.checkpoints.reshard import reshard_checkpoint
@@ -139,7 +139,7 @@ def test_each_rank_of_stage_3_stores_a_share_of_the_masks(saved: Trainings, tmp_
     for command in (["verify", str(copy)], ["reshard", str(copy)]):
         assert main(command) == 2
     with pytest.raises(ValueError, match="lacks the model states of rank 1: copy the whole folder"):
-        read_zero_folder(copy)
+        TrainerCheckpoint.read(copy)
 
 
 @pytest.mark.rest
@@ -181,15 +181,16 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", only(["zero1", "zero2", "zero3"], KINDS))
 def test_the_folder_is_read_as_it_was_trained(saved: Trainings, kind: str) -> None:
     trained = torch.load(saved(kind) / "state0.pt", weights_only=True)["weights"]
-    folder = read_zero_folder(saved(kind) / f"step={END}.ckpt")
+    checkpoint = TrainerCheckpoint.read(saved(kind) / f"step={END}.ckpt")
     precision = KINDS[kind].get("precision", "32-true").split("-")[0]
     dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision]
     for name, weight in trained.items():
-        read = folder.weights[f"model.{name}"]
+        read = checkpoint.state_dict[f"model.{name}"]
         assert read.dtype == torch.float32
         assert torch.equal(read.to(dtype).float(), weight)
     moments = {"momentum_buffer"} if "SGD" in kind else {"exp_avg", "exp_avg_sq"}
-    assert moments <= folder.beside["model.model.norm.weight"].keys()
+    assert checkpoint.beside is not None
+    assert moments <= checkpoint.beside["model.model.norm.weight"].keys()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_verify_and_export(saved: Trainings, tmp_path: Path, kind: str, capsys: 
     assert main(["verify", str(out), "--pattern", "2:4"]) == 0
     assert "14 tensors" in capsys.readouterr().out
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    weights = read_zero_folder(checkpoint).weights
+    weights = TrainerCheckpoint.read(checkpoint).state_dict
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[f"model.{name}"])
 

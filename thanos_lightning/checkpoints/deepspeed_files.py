@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos_lightning.checkpoints.foreign import inside, require_bounded
+from thanos_lightning.checkpoints.foreign import inside, not_plain, require_bounded
 from thanos_lightning.checkpoints.lazy import LazyTensors
 
 _UNIVERSAL = "latest_universal"
@@ -62,23 +62,6 @@ CLASSES = (  # of DeepSpeed, which its files mention
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 _STAND_INS: list[Any] = [(_Opaque, name) for name in CLASSES]
-
-
-@dataclass(frozen=True, eq=False)
-class ZeroFolder:
-    """The content of a DeepSpeed checkpoint folder.
-
-    Attributes:
-        content: What Lightning and its callbacks saved on rank 0.
-        others: What they saved on the other ranks, if each rank wrote its own file (stage 3).
-        weights: Parameter or buffer name -> its most exact copy: the fp32 master if there is one.
-        beside: Parameter name -> other tensors of its shape: the moments, and the model's copy where that is whole.
-    """
-
-    content: Mapping[str, Any]
-    others: Sequence[Mapping[str, Any]]
-    weights: Mapping[str, Tensor]
-    beside: Mapping[str, Mapping[str, Tensor]]
 
 
 def is_zero_folder(path: Path) -> bool:
@@ -114,26 +97,19 @@ class Plan:
 
     Attributes:
         stage: The ZeRO stage.
-        world_size: The number of ranks that wrote the folder.
-        is_universal: Whether the folder was resharded, so that it fits any number of ranks.
+        world_size: The number of ranks that wrote the folder. One that was resharded fits any number.
         shapes: Name -> shape of each trained parameter; empty if the folder does not say.
     """
 
     stage: int
     world_size: int
-    is_universal: bool
     shapes: Mapping[str, tuple[int, ...]]
 
 
 def read_plan(path: Path) -> Plan:
     """Read which training a folder fits. Reads no weights. Raises ValueError if a file is missing or damaged."""
     content = load_file(model_files(path)[0])
-    return Plan(
-        stage=int(content["ds_config"].get("zero_optimization", {}).get("stage", 0)),
-        world_size=int(content["dp_world_size"]),
-        is_universal=is_universal(path),
-        shapes={name: tuple(shape) for group in content.get("param_shapes") or [] for name, shape in group.items()},
-    )
+    return Plan(stage=_stage_of(content), world_size=int(content["dp_world_size"]), shapes=_shapes_of(content))
 
 
 def require_masters(path: Path) -> None:
@@ -155,8 +131,15 @@ def read_parameter_groups(path: Path) -> list[dict[str, Any]]:
     return groups
 
 
-def read_zero_folder(path: Path) -> ZeroFolder:
+def read_zero_folder(
+    path: Path,
+) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, Tensor], dict[str, Mapping[str, Tensor]]]:
     """Open a DeepSpeed checkpoint folder.
+
+    Returns:
+        What Lightning and its callbacks saved on rank 0; what they saved on the other ranks, if each rank wrote its own
+        file (stage 3); parameter or buffer name -> its most exact copy, the fp32 master if there is one; and parameter
+        name -> other tensors of its shape: the moments, and the model's copy where that is whole.
 
     Raises:
         ValueError: If a file is missing, damaged or from another save, or if this kind of folder is not supported.
@@ -167,7 +150,7 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     content, *of_others = contents
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # Buffers, and parameters that the optimizer does not update, are only in the model's copy.
-    weights: dict[str, Callable[[], Tensor]] = {name: _constant(value) for name, value in module.items()}
+    weights: dict[str, Callable[[], Tensor]] = {name: value.detach for name, value in module.items()}
     if is_universal(path):
         states = _of_universal(path / "checkpoint" / "zero", content)
     else:
@@ -181,15 +164,16 @@ def read_zero_folder(path: Path) -> ZeroFolder:
     for name, parts in states.items():
         others = {what: make for what, make in parts.items() if what != _MASTER}
         if name in module:
-            others["model's copy"] = _constant(module[name])
-        weights[name] = parts.get(_MASTER, weights.get(name, _missing(path, name)))
+            others["model's copy"] = module[name].detach
+        if _MASTER in parts:
+            weights[name] = parts[_MASTER]
         beside[name] = LazyTensors(others)
     weights.update(_frozen(contents))
     # In fp32 like the masters: other readers would load a model of two precisions in the lower one.
     untrained = weights.keys() & (content.get("frozen_param_shapes") or {}).keys()
     weights.update({name: _in_fp32(weights[name]) for name in untrained})
     _share_masters(weights, module, states)
-    return ZeroFolder(content, of_others, LazyTensors(weights), beside)
+    return content, of_others, LazyTensors(weights), beside
 
 
 def _share_masters(
@@ -230,12 +214,8 @@ def load_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS):
             content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=not _trusts.get())
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({named[1]})" if named else ""
-        raise ValueError(
-            f"{path} holds objects that are not plain values{what}, and reading these could run any code: if you trust "
-            "who wrote it, allow the class (torch.serialization.add_safe_globals) or say reshard --trusted"
-        ) from error
+        mend = "allow the class (torch.serialization.add_safe_globals) or say reshard --trusted"
+        raise not_plain(path, error, mend) from error
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path} holds an object whose class is not to be had here ({error}): install it") from error
     except Exception as error:  # torch raises many kinds of errors for a truncated file
@@ -254,16 +234,6 @@ def files_of(path: Path) -> list[Path]:
         if file.is_symlink() and file.is_dir():
             raise ValueError(f"{file} is a link to a folder: copy the folder that it leads to into its place")
     return [file for file in found if file.suffix == ".pt"]
-
-
-def check_files(path: Path) -> None:
-    """Read every file safely with `load_file`, before DeepSpeed reads it in a way that may run code from the file.
-
-    Raises:
-        ValueError: Names the first file that is damaged, or holds objects that are not plain values.
-    """
-    for file in files_of(path):
-        load_file(file)
 
 
 def check_one_save(path: Path) -> None:
@@ -321,13 +291,16 @@ def load_contents(path: Path) -> list[dict[str, Any]]:
     files = model_files(path)
     contents = [load_file(file) for file in files]
     if any(_RANK.search(file.name) for file in files) and not is_universal(path):
-        missing = set(range(int(contents[0]["dp_world_size"]))) - {_rank_of(file) for file in files}
-        if missing:
-            raise ValueError(
-                f"{path / 'checkpoint'} lacks the model states of rank {min(missing)}: copy the whole folder, from all "
-                "nodes"
-            )
+        _require_ranks(path, files, int(contents[0]["dp_world_size"]), "model")
     return contents
+
+
+def _require_ranks(path: Path, files: Sequence[Path], number: int, what: str) -> None:
+    if missing := set(range(number)) - {_rank_of(file) for file in files}:
+        raise ValueError(
+            f"{path / 'checkpoint'} lacks the {what} states of rank {min(missing)}: copy the whole folder, from all "
+            "nodes"
+        )
 
 
 def _rank_of(file: Path) -> int:
@@ -335,32 +308,19 @@ def _rank_of(file: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def _stage_of(content: Mapping[str, Any]) -> int:
+    return int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
+
+
 def _optimizer_files(path: Path, content: Mapping[str, Any]) -> list[Path]:
     """List the optimizer files of all ranks in rank order. Stage 0 has none."""
     files = sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
-    stage = int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
-    missing = set(range(int(content["dp_world_size"]) if stage else 0)) - {_rank_of(file) for file in files}
-    if missing:
-        raise ValueError(
-            f"{path / 'checkpoint'} lacks the optimizer states of rank {min(missing)}: copy the whole folder, from all "
-            "nodes"
-        )
+    _require_ranks(path, files, int(content["dp_world_size"]) if _stage_of(content) else 0, "optimizer")
     return files
-
-
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return tensor.detach
 
 
 def _in_fp32(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: make().float()
-
-
-def _missing(path: Path, name: str) -> Callable[[], Tensor]:
-    def fail() -> Tensor:
-        raise ValueError(f"{path} holds no weights of {name}, only moments: it is damaged, give another one")
-
-    return fail
 
 
 def _joined(pieces: Sequence[Tensor], shape: Sequence[int]) -> Callable[[], Tensor]:
@@ -372,6 +332,10 @@ def _joined(pieces: Sequence[Tensor], shape: Sequence[int]) -> Callable[[], Tens
 
 
 _States = dict[str, dict[str, Callable[[], Tensor]]]
+
+
+def _shapes_of(content: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: torch.Size(shape) for group in content.get("param_shapes") or [] for name, shape in group.items()}
 
 
 def _moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
@@ -389,42 +353,42 @@ def _moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     return moments
 
 
-def _of_stage_3(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:
-    """At stage 3 a rank's flat group joins equal parts of its parameters. A parameter is padded to split evenly."""
+def _with_moments(masters: Sequence[Tensor], saved: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    return [{_MASTER: master, **_moments_of(saved.get(group, {}), master)} for group, master in enumerate(masters)]
+
+
+def _split(groups: Sequence[Sequence[Mapping[str, Tensor]]], shapes: Mapping[str, torch.Size]) -> _States:
+    """Split each rank's groups, in which flat tensors join equal parts of parameters, each padded to split evenly."""
     states: _States = {}
     group, offset = 0, 0
-    flat_groups = [rank["fp32_flat_groups"] for rank in ranks]
-    moments = [
-        {
-            index: _moments_of(rank["optimizer_state_dict"]["state"].get(index, {}), flat)
-            for index, flat in enumerate(rank["fp32_flat_groups"])
-        }
-        for rank in ranks
-    ]
-    for name, shape in (item for shapes in content["param_shapes"] for item in shapes.items()):
-        part = -(-torch.Size(shape).numel() // len(ranks))
-        if offset + part > flat_groups[0][group].numel():
+    for name, shape in shapes.items():
+        part = -(-shape.numel() // len(groups))
+        if offset + part > groups[0][group][_MASTER].numel():
             group, offset = group + 1, 0
         place = slice(offset, offset + part)
-        parts = {_MASTER: _joined([flat[group][place] for flat in flat_groups], shape)}
-        for what in moments[0][group]:
-            parts[what] = _joined([of_rank[group][what][place] for of_rank in moments], shape)
-        states[name] = parts
+        states[name] = {
+            what: _joined([of_rank[group][what][place] for of_rank in groups], shape) for what in groups[0][group]
+        }
         offset += part
     return states
 
 
+def _of_stage_3(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:
+    """At stage 3 each rank has a part of each parameter in its flat groups."""
+    groups = [_with_moments(rank["fp32_flat_groups"], rank["optimizer_state_dict"]["state"]) for rank in ranks]
+    return _split(groups, _shapes_of(content))
+
+
 def _of_stage_12(content: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> _States:
     """At stages 1 and 2 each rank has a piece of a group's flat vector. The files map parameters to its entries."""
-    shapes = {name: shape for group in content["param_shapes"] for name, shape in group.items()}
+    shapes = _shapes_of(content)
     pieces: dict[str, dict[str, list[Tensor]]] = {}
     for rank in ranks:
         base = rank["base_optimizer_state"]
-        for group, mapping in enumerate(rank["param_slice_mappings"]):
-            flat = rank["single_partition_of_fp32_groups"][group]
-            # Elastic checkpoints hold a list of states instead of a dict by number.
-            state = base[group] if isinstance(base, list) else base["state"].get(group, {})
-            flats = {_MASTER: flat, **_moments_of(state, flat)}
+        # Elastic checkpoints hold a list of states instead of a dict by number.
+        saved = dict(enumerate(base)) if isinstance(base, list) else base["state"]
+        groups = _with_moments(rank["single_partition_of_fp32_groups"], saved)
+        for mapping, flats in zip(rank["param_slice_mappings"], groups, strict=True):
             for name, fragment in mapping.items():
                 for what, values in flats.items():
                     piece = values[fragment.start : fragment.start + fragment.numel]
@@ -444,36 +408,20 @@ def _of_stage_0(content: Mapping[str, Any]) -> _States:
     states: _States = {name: {} for name in names if name is not None}
     saved = optimizer.get("optimizer_state_dict", optimizer)["state"]
     if "fp32_groups_flat" in optimizer:
-        _split_flat_groups(states, names, content["module"], optimizer["fp32_groups_flat"], saved)
-        return states
+        assert None not in names, "a fused optimizer has the module's own parameters"
+        return _split(
+            [_with_moments(optimizer["fp32_groups_flat"], saved)],
+            {name: content["module"][name].shape for name in states},
+        )
     masters = [master for group in optimizer.get("fp32_groups", []) for master in group]
     for index, name in enumerate(names):
         if name is None:
             continue
         if masters:
-            states[name][_MASTER] = _constant(masters[index])
+            states[name][_MASTER] = masters[index].detach
         for what, value in _moments_of(saved.get(index, {}), content["module"][name]).items():
-            states[name][what] = _constant(value)
+            states[name][what] = value.detach
     return states
-
-
-def _split_flat_groups(
-    states: _States,
-    names: Sequence[str | None],
-    module: Mapping[str, Tensor],
-    flats: Sequence[Tensor],
-    saved: Mapping[int, Mapping[str, Any]],
-) -> None:
-    group, offset = 0, 0
-    for name in names:
-        assert name is not None, "a fused optimizer has the module's own parameters"
-        shape = module[name].shape
-        if offset + shape.numel() > flats[group].numel():
-            group, offset = group + 1, 0
-        place = slice(offset, offset + shape.numel())
-        for what, values in {_MASTER: flats[group], **_moments_of(saved.get(group, {}), flats[group])}.items():
-            states[name][what] = _joined([values[place]], shape)
-        offset += shape.numel()
 
 
 def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
@@ -487,15 +435,14 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
         return lambda: _joined([read(file)], shape)()
 
     states: _States = {}
-    for name, shape in (item for shapes in content["param_shapes"] for item in shapes.items()):
+    for name, shape in _shapes_of(content).items():
         files = sorted(inside(folder, name, folder.parent).glob("*.pt"))
         if _MASTER not in {file.stem for file in files}:
             raise ValueError(f"{folder / name} holds no {_MASTER}.pt: reshard the checkpoint again")
-        numel = torch.Size(shape).numel()
         states[name] = {}
         for file in files:
             value = read(file)
-            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() >= numel:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() >= shape.numel():
                 states[name][file.stem] = whole(file, shape)
     return states
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _LONGEST = 255  # letters of a name, which is what file systems allow
+_OF_FIT = "say fit --weights_only false (in Python, fit(…, weights_only=False))"
 _METADATA = "*.metadata"  # of FSDP2's folders: one of all ranks, or one of each rank
 # All that torch writes into such a file, beside plain values and dtypes
 _OF_METADATA = {
@@ -123,16 +124,13 @@ def check_shards(path: Path) -> None:
         require_bounded(file)
         try:
             with file.open("rb") as opened:
-                metadata = _MetadataReader(opened).load()
+                names = [stored.relative_path for stored in _MetadataReader(opened).load().storage_data.values()]
         except pickle.UnpicklingError as error:
             raise not_plain(file, error) from error
         except Exception as error:  # pickle raises many kinds of errors for a damaged file
             raise ValueError(f"{file} is damaged: take another checkpoint, or copy it again") from error
-        storage = getattr(metadata, "storage_data", None)
-        if not isinstance(storage, dict):
-            raise ValueError(f"{file} is damaged: take another checkpoint, or copy it again")
-        for stored in storage.values():
-            require_bounded(inside(path, getattr(stored, "relative_path", ""), file))
+        for name in names:
+            require_bounded(inside(path, name, file))
 
 
 class _MetadataReader(pickle.Unpickler):
@@ -143,10 +141,11 @@ class _MetadataReader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
-def not_plain(path: Path, error: Exception) -> ValueError:
-    """Make the error for what the Trainer would load of a checkpoint, if that could run code."""
+def not_plain(path: Path, error: Exception, mend: str = _OF_FIT) -> ValueError:
+    """Make the error for a file whose reading could run code. `mend` is what those do who trust the file."""
     named = re.search(r"GLOBAL (\S+)", str(error))
+    what = named[1] if named else str(error).partition("\n")[0]
     return ValueError(
-        f"{path} holds objects that are not plain values ({named[1] if named else error}), and reading these could run "
-        "any code: if you trust who wrote it, say fit --weights_only false (in Python, fit(…, weights_only=False))"
+        f"{path} holds objects that are not plain values ({what}), and reading these could run any code: if you trust "
+        f"who wrote it, {mend}"
     )

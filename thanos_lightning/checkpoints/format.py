@@ -23,7 +23,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_zero_folder,
     require_end,
 )
-from thanos_lightning.checkpoints.foreign import require_bounded
+from thanos_lightning.checkpoints.foreign import not_plain, require_bounded
 from thanos_lightning.models.stack import class_of
 from thanos_lightning.report.plain import read_as
 from thanos_lightning.sharding.masks import LayerMask, checked
@@ -155,26 +155,23 @@ class TrainerCheckpoint:
             raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
         require_end(path)
         if path.is_dir() and is_zero_folder(path):
-            folder = read_zero_folder(path)
-            for content in (folder.content, *folder.others):
+            checkpoint = cls(path, *read_zero_folder(path))
+            for content in (checkpoint.content, *checkpoint.others):
                 _require_types(content, path)
-            return cls(path, folder.content, folder.others, folder.weights, folder.beside)
-        if path.is_dir() and not any(path.glob("**/.metadata")):
-            raise _not_a_checkpoint(path)
+            return checkpoint
         if path.is_dir():
-            raise sharded_error(path)
+            raise sharded_error(path) if any(path.glob("**/.metadata")) else _not_a_checkpoint(path)
         require_bounded(path)
         if not zipfile.is_zipfile(path):
             raise _not_a_checkpoint(path)
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds objects that are not plain values, and reading these could run any code: "
-                f"{_first_line(error)} Save plain values as hyperparameters, or, if you trust the file, allow the "
-                "class (torch.serialization.add_safe_globals) and call export_checkpoint or verify_checkpoint from "
-                "Python"
-            ) from error
+            mend = (
+                "allow the class (torch.serialization.add_safe_globals) and call export_checkpoint or "
+                "verify_checkpoint from Python, or save plain values as hyperparameters"
+            )
+            raise not_plain(path, error, mend) from error
         except RuntimeError as error:  # a zip archive, but not torch's
             raise _not_a_checkpoint(path) from error
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
@@ -314,12 +311,6 @@ def _not_a_checkpoint(path: Path) -> ValueError:
         f"{path} is damaged or no trainer checkpoint: give a .ckpt file that Lightning's Trainer wrote (a Hugging Face "
         "model is given as its folder)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    """Find the line of a long torch error that names the class."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line or "class" in line), lines[0])
 
 
 def _is_moment(value: Any, like: Tensor | None) -> bool:

@@ -12,9 +12,9 @@ import torch
 
 from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
-    check_files,
     check_one_save,
     files_of,
+    is_universal,
     is_zero_folder,
     load_contents,
     load_file,
@@ -61,10 +61,7 @@ def reshard_checkpoint(
             "are"
         )
     with trusting(trusted):
-        plan = read_plan(path)
-        _check(path, plan.stage, plan.is_universal, processes)
-        if not trusted:
-            check_files(path)
+        _check(path, read_plan(path).stage, processes)
         check_one_save(path)
         states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
         for state in states:
@@ -83,10 +80,10 @@ def reshard_checkpoint(
     return output
 
 
-def _check(path: Path, stage: int, is_universal: bool, processes: int) -> None:
+def _check(path: Path, stage: int, processes: int) -> None:
     if processes < 1:
         raise ValueError(f"processes is {processes}: give a number ≥ 1")
-    if is_universal:
+    if is_universal(path):
         raise ValueError(f"{path} is resharded already: resume from it on any number of ranks")
     require_masters(path)
     if stage == 0:

@@ -20,7 +20,6 @@ from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     CLASSES,
     Plan,
-    check_files,
     check_one_save,
     files_of,
     is_universal,
@@ -78,12 +77,16 @@ def guard_resume(strategy: Strategy) -> None:
 
 
 def _refuse_unsafe(path: Path) -> None:
-    """Refuse a checkpoint that is not to be loaded. One that is not here (a URL) passes."""
+    """Refuse a checkpoint that is not to be loaded. One that is not here (a URL) passes.
+
+    DeepSpeed reads its files in a way that may run code from them, so each one is read safely before.
+    """
+    require_end(path)
     if shard_files(path):
         check_shards(path)
     elif is_zero_folder(path):
-        require_end(path)
-        check_files(path)
+        for file in files_of(path):
+            load_file(file)
     elif path.exists() and not path.is_dir():
         require_bounded(path)
 
@@ -163,7 +166,6 @@ def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
     """Check a DeepSpeed folder and read its plan, None for any other path. If one rank refuses it, all ranks raise."""
     plan = None
     with _all_of(strategy):
-        require_end(path)
         if is_zero_folder(path):
             plan = read_plan(path)
             check_one_save(path)
@@ -182,7 +184,7 @@ def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
             f"{path} was written at ZeRO stage {plan.stage}, and this training is at stage {stage}: resume at stage "
             f"{plan.stage}, or export the checkpoint and start from the exported model"
         )
-    if plan.stage > 0 and not plan.is_universal and plan.world_size != strategy.world_size:
+    if plan.stage > 0 and not is_universal(path) and plan.world_size != strategy.world_size:
         raise MisconfigurationException(
             f"{path} was written by {plan.world_size} ranks, and {strategy.world_size} resume it: run "
             f"`thanos-lightning reshard {path}`, and resume from the folder that it makes"
@@ -200,11 +202,10 @@ def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
         if name not in aliases or (name in ours and ours[name] != shape):
             found = f"shape {ours[name]}" if name in ours else "no such parameter"
             raise MisconfigurationException(
-                f"{path} is a checkpoint of another model: it has {name} of shape {shape}, and this model has {found}. "
-                "Resume with the model that it was trained with"
+                f"{path} is a checkpoint of another model: it has {name} of shape {tuple(shape)}, and this model has "
+                f"{found}. Resume with the model that it was trained with"
             )
-    missing = [name for name in ours if name not in plan.shapes]
-    if missing:
+    if missing := [name for name in ours if name not in plan.shapes]:
         raise MisconfigurationException(
             f"{path} is a checkpoint of another model: it lacks {missing[0]}, which this model trains. Resume with the "
             "model that it was trained with"

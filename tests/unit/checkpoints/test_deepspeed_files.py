@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thanos_lightning.checkpoints.deepspeed_files import check_files, load_file, require_end, trusting
+from thanos_lightning.checkpoints.deepspeed_files import files_of, load_file, require_end, trusting
 
 
 class Mine:
@@ -41,7 +41,7 @@ def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt" / "checkpoint" / "zero").mkdir(parents=True)
     (tmp_path / "a.ckpt" / "checkpoint" / "zero" / "layer.weight").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"layer\.weight is a link to a folder: copy"):
-        check_files(tmp_path / "a.ckpt")
+        files_of(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("file", ["latest", "latest_universal"])
