@@ -106,20 +106,18 @@ def export_checkpoint(
     channels = {} if keep_shape else channel_masks(inside)
     if channels and keep_adapter:
         raise ValueError("adapters are as wide as the model was in training: give --keep-shape with --keep-adapter")
+    experts = {name: mask for name, mask in inside.items() if isinstance(mask.pattern, Experts)}
+    if experts and keep_shape:
+        raise ValueError(
+            "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
+        )
+    state, cut = WithParts(model.state_dict()), channels
+    _require_zeros([check_mask(name, state, mask) for name, mask in (channels | experts).items()], path)
     if channels:
-        state = model.state_dict()
-        _require_zeros([check_mask(name, state, mask) for name, mask in channels.items()], path)
         model = shrink(model, channels, path)
-    cut = dict(channels)
-    if experts := {name: mask for name, mask in inside.items() if isinstance(mask.pattern, Experts)}:
-        if keep_shape:
-            raise ValueError(
-                "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
-            )
-        state = WithParts(model.state_dict())
-        _require_zeros([check_mask(name, state, mask) for name, mask in experts.items()], path)
-        model, of_routers, of_experts, others = without_experts(model, inside, path)
-        inside, cut = {**others, **of_routers, **of_experts}, cut | of_routers | of_experts
+    if experts:
+        model, changed, others = without_experts(model, inside, path)
+        inside, cut = others | changed, channels | changed
     adapters: list[str] = []
     with whole_folder(output) as folder:
         with open_phase(f"Writing {output.name}", adopts_bars=True):
@@ -218,21 +216,16 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
     """Load the tokenizer to export. Warn and return None if there is none."""
     name = given or recorded
-    folder = Path(name) if name else None
-    if name is None or (
-        given is None
-        and folder is not None
-        and folder.is_dir()
-        and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
-    ):
+    folder = Path(name or "")
+    holds_none = folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
+    if name is None or (given is None and holds_none):
         warnings.warn(
             f"{'the checkpoint names no tokenizer' if name is None else f'{name} holds no tokenizer'}, so none is "
             "exported: give one with --tokenizer",
             stacklevel=3,
         )
         return None
-    if folder is not None:
-        require_regular_files(folder)
+    require_regular_files(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -56,14 +56,7 @@ def training_note(
 
     Returns plain values to store under `NOTE_KEY`. `stepped` has the module's parameters of each optimizer, in the
     order in which the optimizer's state numbers them. None fills a number without a parameter. Optimizers are ordered
-    as in the checkpoint's `optimizer_states`.
-
-    `targets` are the names of the layers to prune.
-
-    Examples:
-        >>> layer = nn.Linear(2, 2)
-        >>> training_note(layer, [layer.parameters()], targets=[""])["optimizer_parameters"]
-        [['weight', 'bias']]
+    as in the checkpoint's `optimizer_states`. `targets` are the names of the layers to prune.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     note: dict[str, Any] = {
@@ -76,7 +69,7 @@ def training_note(
         note |= {
             "model_prefix": prefix,
             "adapters": adapters_note(model),
-            "architecture": architecture_of(model),
+            "architecture": class_of(model).__name__,
             "config": model.config.to_dict(),
             "generation_config": None if generation is None else generation.to_dict(),
             "tokenizer": getattr(module, "tokenizer_name", None) or model.config.name_or_path or None,
@@ -98,11 +91,6 @@ def exported_model(module: nn.Module, targets: Collection[str]) -> tuple[str, tr
     ]
     # max takes the first of equals, and named_modules() goes from the outside in
     return max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets), default=None)
-
-
-def architecture_of(model: transformers.PreTrainedModel) -> str:
-    """The name of a model's class in transformers."""
-    return class_of(model).__name__
 
 
 # Trainer checkpoints
@@ -149,8 +137,6 @@ class TrainerCheckpoint:
             FileNotFoundError: If there is no such file.
             ValueError: If the path is no trainer checkpoint, or holds objects that are not plain values.
         """
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give a checkpoint that the Trainer wrote (.ckpt)")
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
         require_end(path)

@@ -12,9 +12,10 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from thanos_lightning.checkpoints.adapters import plain_name
-from thanos_lightning.checkpoints.format import architecture_of, exported_model
+from thanos_lightning.checkpoints.format import exported_model
 from thanos_lightning.checkpoints.huggingface import build_model, parameter_aliases
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
+from thanos_lightning.models.stack import class_of
 from thanos_lightning.models.targets import PrunableLayer, whole_shape
 
 
@@ -76,14 +77,15 @@ def why_not_exported(module: nn.Module, layers: Mapping[str, PrunableLayer]) -> 
     if found is None or not any(name.startswith(found[0]) for name in layers):
         return None
     prefix, model = found
+    architecture = class_of(model).__name__
     try:
-        built = build_model(architecture_of(model), model.config.to_dict(), Path("the LightningModule"))
+        built = build_model(architecture, model.config.to_dict(), Path("the LightningModule"))
         own = {name: whole_shape(value) for name, value in model.state_dict(keep_vars=True).items()}
         shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
         if not any(".lora_" in name for name in own) and own != shapes:
             name = next(name for name in {**own, **shapes} if own.get(name) != shapes.get(name))
             return (
-                f"{prefix}{name} has the shape {own.get(name)}, and {shapes.get(name)} in the {architecture_of(model)} "
+                f"{prefix}{name} has the shape {own.get(name)}, and {shapes.get(name)} in the {architecture} "
                 "that its configuration describes: change the configuration with the model"
             )
         kinds: dict[str, str] = {}

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.models.experts import matrices_of
 from thanos_lightning.models.routing import Mixture, find_mixtures
+from thanos_lightning.models.stack import class_of
 from thanos_lightning.models.targets import layer_of
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Channels, Experts
@@ -27,12 +27,9 @@ def channel_masks(masks: Mapping[str, LayerMask]) -> dict[str, LayerMask]:
 def shrink(
     model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
 ) -> transformers.PreTrainedModel:
-    """Make a model without the channels that the masks prune. It shares the other tensors.
+    """Make a model without the channels that the masks prune, at least one. It shares the other tensors.
 
-    Args:
-        model: With its weights, of which all that the masks prune are zero.
-        masks: Parameter name -> mask of channels, at least one.
-        path: Of the checkpoint, for messages.
+    All weights that the masks prune are zero. `path` is the checkpoint's, for messages.
 
     Raises:
         ValueError: If no entry of the configuration makes the blocks so wide.
@@ -42,7 +39,7 @@ def shrink(
         state[name] = _without(state[name], mask)
     widths = min((kept.numel(), int(kept.count_nonzero())) for kept in map(_kept, masks.values()))
     shapes = {name: value.shape for name, value in state.items()}
-    config = resized(architecture_of(model), model.config.to_dict(), shapes, widths, path)
+    config = resized(model, shapes, widths)
     if config is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
@@ -64,38 +61,31 @@ def _built(
 
 def without_experts(
     model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
-) -> tuple[transformers.PreTrainedModel, dict[str, LayerMask], dict[str, LayerMask], dict[str, LayerMask]]:
+) -> tuple[transformers.PreTrainedModel, dict[str, LayerMask], dict[str, LayerMask]]:
     """Make a model without the experts that masks of the pattern `Experts` prune. It shares the other tensors.
 
-    Args:
-        model: With its weights.
-        masks: Parameter name, with its place -> mask, of all that is pruned.
-        path: Of the checkpoint, for messages.
+    `masks` are of all that is pruned, by parameter name with its place. `path` is the checkpoint's, for messages.
 
     Returns:
-        The smaller model; masks of the routers' parameters, of which rows went; masks of the matrices of experts that
+        The smaller model; masks of the routers' parameters, of which rows went, and of the matrices of experts that
         stay, which have no zeros; and all other masks. Names are those in the smaller model.
 
     Raises:
         ValueError: If mixtures would have unequal numbers of experts, or the configuration can't give the number.
     """
-    pattern = max((mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)), key=_sparsity)
+    patterns = [mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)]
+    pattern = max(patterns, key=lambda one: one.sparsity)
     mixtures = find_mixtures(model)
     state, others = dict(model.state_dict()), dict(masks)
     routers: dict[str, LayerMask] = {}
     stay: dict[str, LayerMask] = {}
     numbers = set()
     for name, mixture in mixtures.items():
-        matrices = [
-            (int(own.partition(".")[0]), layer_of(f"{name}.{own}", matrix))
-            for own, matrix in matrices_of(mixture.experts).items()
-        ]
-        own_masks = {layer.name: others.pop(layer.parameter_name, None) for _, layer in matrices}
-        gone = {
-            expert
-            for expert, layer in matrices
-            if (mask := own_masks[layer.name]) is not None and isinstance(mask.pattern, Experts)
-        }
+        matrices = []
+        for own, matrix in matrices_of(mixture.experts).items():
+            layer = layer_of(f"{name}.{own}", matrix)
+            matrices.append((int(own.partition(".")[0]), layer, others.pop(layer.parameter_name, None)))
+        gone = {expert for expert, _, mask in matrices if mask is not None and isinstance(mask.pattern, Experts)}
         kept = [expert for expert in range(mixture.size) if expert not in gone]
         numbers.add(len(kept))
         for own in mixture.of_router:
@@ -106,11 +96,10 @@ def without_experts(
         for tensor in _with_entries(mixture):
             state[tensor] = state[tensor][kept]
         new = {expert: number for number, expert in enumerate(kept)}
-        for expert, layer in matrices:
+        for expert, layer, mask in matrices:
             if expert in gone:
                 continue
             place = layer.parameter_name.replace(f"[{expert}", f"[{new[expert]}")
-            mask = own_masks[layer.name]
             if mask is not None:
                 others[place] = mask
             else:
@@ -122,20 +111,20 @@ def without_experts(
     config = configuration_with(model, next(iter(mixtures.values())).size - number, path)
     if config is None:
         raise ValueError(f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts")
-    return _built(model, config, state, path), routers, stay, others
+    return _built(model, config, state, path), routers | stay, others
 
 
 def configuration_with(model: transformers.PreTrainedModel, dropped: int, path: Path) -> dict[str, Any] | None:
     """The configuration of a model that lacks so many experts of each of its mixtures; None if there is none."""
-    config = model.config.to_dict()
-    whole = build_model(architecture_of(model), config, path)  # without what a training adds, such as adapters
+    # without what a training adds, such as adapters
+    whole = build_model(class_of(model).__name__, model.config.to_dict(), path)
     shapes = {name: list(value.shape) for name, value in whole.state_dict().items()}
     size = 0
     for mixture in find_mixtures(whole).values():
         size = mixture.size
         for name in _with_entries(mixture):
             shapes[name][0] -= dropped
-    return resized(architecture_of(model), config, shapes, (size, size - dropped), path)
+    return resized(model, shapes, (size, size - dropped))
 
 
 def _with_entries(mixture: Mixture) -> list[str]:
@@ -146,16 +135,8 @@ def _with_entries(mixture: Mixture) -> list[str]:
     ]
 
 
-def _sparsity(pattern: Experts) -> float:
-    return pattern.sparsity
-
-
 def resized(
-    architecture: str,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, Sequence[int]],
-    sizes: tuple[int, int],
-    path: Path,
+    model: transformers.PreTrainedModel, shapes: Mapping[str, Sequence[int]], sizes: tuple[int, int]
 ) -> dict[str, Any] | None:
     """Find the configuration of a smaller model by trying; None if there is none.
 
@@ -163,12 +144,11 @@ def resized(
     model that is built from it has to have the shapes that are left.
 
     Args:
-        architecture: The model's class in transformers.
-        config: Of the model as it is.
+        model: As it is.
         shapes: Name of a parameter or buffer -> shape, of the smaller model.
         sizes: Number of channels or experts in the model, and in the smaller one.
-        path: For messages.
     """
+    config = model.config.to_dict()
     entries = list(_entries(config, sizes[0]))
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     for tried in (*([entry] for entry in entries), entries):
@@ -176,7 +156,7 @@ def resized(
         for entry in tried:
             changed = _changed(changed, entry, sizes[1])
         try:
-            smaller = build_model(architecture, changed, path)
+            smaller = build_model(class_of(model).__name__, changed, Path())
         except Exception:  # another size, such as one that the number of heads has to divide
             continue
         if {name: tuple(value.shape) for name, value in smaller.state_dict().items()} == wanted:

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.calibration.tiny_input import tiny_run
-from thanos_lightning.checkpoints.format import architecture_of
 from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.models.adapters import MaskedAdapter, base_of
 from thanos_lightning.models.feedforward import (
@@ -307,8 +305,7 @@ def _warn_if_fixed(module: LightningModule, taken: Taken) -> None:
                     shape = shapes[part.parameter_name.removeprefix(prefix)]
                     dim = (part.name == name) != part.transposed
                     shape[dim] = shape[dim] // widths[0] * widths[1]
-        model, path = models[home], Path(home or type(module).__name__)
-        if resized(architecture_of(model), model.config.to_dict(), shapes, widths, path) is None:
+        if resized(models[home], shapes, widths) is None:
             rank_zero_warn(
                 f"the configuration of {type(models[home]).__name__} has no entry that makes its feed-forward blocks "
                 f"{widths[1]} channels wide: an export has to keep its shape (--keep-shape), and be no faster"
