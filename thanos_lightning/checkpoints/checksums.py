@@ -11,13 +11,6 @@ def require_intact(path: Path) -> None:
 
     Reads the whole file, and raises ValueError if bytes of it have changed. Files in the format from before torch 1.6
     have no checksums and pass.
-
-    Examples:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "a.pt"
-        ...     torch.save(torch.ones(3), file)
-        ...     require_intact(file)
     """
     if not zipfile.is_zipfile(path):
         return

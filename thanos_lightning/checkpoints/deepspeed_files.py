@@ -191,11 +191,7 @@ def _share_masters(
 
 @contextmanager
 def trusting(trusts: bool) -> Iterator[None]:
-    """Let `load_file` read objects other than plain values inside the block, which may run any code from a file.
-
-    Args:
-        trusts: False changes nothing.
-    """
+    """Let `load_file` read any object inside the block, which may run any code from a file. False changes nothing."""
     token = _trusts.set(trusts or _trusts.get())
     try:
         yield
@@ -206,8 +202,7 @@ def trusting(trusts: bool) -> Iterator[None]:
 def load_file(path: Path) -> dict[str, Any]:
     """Read one of a folder's files. Tensors stay on disk until they are used. No code of it runs, unless `trusting`.
 
-    Raises:
-        ValueError: If the file is damaged, or holds objects that are not plain values.
+    Raises ValueError if the file is damaged, or holds objects that are not plain values.
     """
     require_bounded(path)
     try:
@@ -226,8 +221,7 @@ def load_file(path: Path) -> dict[str, Any]:
 def files_of(path: Path) -> list[Path]:
     """List all files with tensors in a DeepSpeed checkpoint folder.
 
-    Raises:
-        ValueError: If a folder in it is a link. DeepSpeed would follow the link, and this search does not.
+    Raises ValueError if a folder in it is a link. DeepSpeed would follow the link, and this search does not.
     """
     found = sorted((path / "checkpoint").rglob("*"))
     for file in found:
@@ -244,42 +238,38 @@ def check_one_save(path: Path) -> None:
     """
     if is_universal(path):
         return  # reshard_checkpoint checks its source
-    by_file: dict[str, dict[str, Any]] = {}
+    first: dict[str, tuple[str, Any]] = {}
+
+    def compare(file: Path, what: str, value: Any) -> None:
+        name, known = first.setdefault(what, (file.name, value))
+        if known != value:
+            raise ValueError(
+                f"{path} was not written as a whole: {name} is of {what} {known}, and {file.name} of {value}. "
+                "Take another checkpoint: a rank ended while this one was written over an older one"
+            )
+
     contents = load_contents(path)
     for file, content in zip(model_files(path), contents, strict=True):
-        steps: dict[str, Any] = {"global step": content.get("global_step")}
+        compare(file, "global step", content.get("global_step"))
         if "global_steps" in content:
-            steps["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
+            compare(file, "step of the optimizer", content["global_steps"] - (content.get("skipped_steps") or 0))
         for state in (content.get("callbacks") or {}).values():
             if isinstance(state, Mapping) and "optimizer_steps" in state:
-                steps |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
-        by_file[file.name] = steps
+                compare(file, "step of the callback", state["optimizer_steps"])
+                compare(file, "mark of the save", state.get("save"))
     for file in _optimizer_files(path, contents[0]):
-        counts = _steps_of_optimizer(load_file(file)["optimizer_state_dict"])
-        by_file[file.name] = {"step of the optimizer": max(counts)} if counts else {}
-    first: dict[str, tuple[str, Any]] = {}
-    for name, steps in by_file.items():
-        for what, value in steps.items():
-            known = first.setdefault(what, (name, value))
-            if known[1] != value:
-                raise ValueError(
-                    f"{path} was not written as a whole: {known[0]} is of {what} {known[1]}, and {name} of {value}. "
-                    "Take another checkpoint: a rank ended while this one was written over an older one"
-                )
+        if (step := _step_of_optimizer(load_file(file)["optimizer_state_dict"])) is not None:
+            compare(file, "step of the optimizer", step)
 
 
-def _steps_of_optimizer(state: Mapping[str, Any]) -> set[int]:
+def _step_of_optimizer(state: Mapping[str, Any]) -> int | None:
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     entries = base if isinstance(base, list) else (base or {}).get("state", {}).values()
-    return {int(entry["step"]) for entry in entries if "step" in entry}
+    return max((int(entry["step"]) for entry in entries if "step" in entry), default=None)
 
 
 def model_files(path: Path) -> list[Path]:
-    """List the files with what Lightning keeps: rank 0's, and at stage 3 those of all ranks in rank order.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """List the files with what Lightning keeps: rank 0's, and at stage 3 those of all ranks in rank order."""
     files = sorted((path / "checkpoint").glob(_MODEL_FILES), key=_rank_of)
     if not files:
         raise ValueError(f"{path / 'checkpoint'} holds no {_MODEL_FILES[1:]}: copy the whole folder, from all nodes")
@@ -404,23 +394,22 @@ def _of_stage_0(content: Mapping[str, Any]) -> _States:
     named = (content.get(NOTE_KEY) or {}).get("optimizer_parameters")
     if not named or not optimizer:
         return {}
-    names: list[str | None] = named[0]
-    states: _States = {name: {} for name in names if name is not None}
+    names: list[Any] = named[0]  # None for what is no parameter of the module
+    states: _States = {}
+    module = content["module"]
     saved = optimizer.get("optimizer_state_dict", optimizer)["state"]
     if "fp32_groups_flat" in optimizer:
         assert None not in names, "a fused optimizer has the module's own parameters"
         return _split(
-            [_with_moments(optimizer["fp32_groups_flat"], saved)],
-            {name: content["module"][name].shape for name in states},
+            [_with_moments(optimizer["fp32_groups_flat"], saved)], {name: module[name].shape for name in names}
         )
     masters = [master for group in optimizer.get("fp32_groups", []) for master in group]
     for index, name in enumerate(names):
-        if name is None:
-            continue
-        if masters:
-            states[name][_MASTER] = masters[index].detach
-        for what, value in _moments_of(saved.get(index, {}), content["module"][name]).items():
-            states[name][what] = value.detach
+        if name is not None:
+            tensors = _moments_of(saved.get(index, {}), module[name])
+            if masters:
+                tensors[_MASTER] = masters[index]
+            states[name] = {what: value.detach for what, value in tensors.items()}
     return states
 
 

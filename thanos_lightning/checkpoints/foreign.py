@@ -34,18 +34,7 @@ _OF_METADATA = {
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what could be read without an end.
-
-    Raises:
-        FileNotFoundError: If there is nothing at the path.
-        ValueError: If there is something else than a regular file.
-
-    Examples:
-        >>> require_regular(Path("/dev/null"))
-        Traceback (most recent call last):
-            ...
-        ValueError: /dev/null is no regular file but a device or a pipe: give a file, or copy what it gives into one
-    """
+    """Raise an error if there is nothing at the path, or something that could be read without an end."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a file that does")
     if not path.is_file():
@@ -61,12 +50,9 @@ def require_regular_files(folder: Path) -> None:
 
 
 def require_bounded(path: Path) -> None:
-    """Refuse a checkpoint that could become far more in memory than its file is.
+    """Refuse a checkpoint that could become far more in memory than its file is: its parts are compressed, or overlap.
 
-    Raises:
-        FileNotFoundError: If there is nothing at the path.
-        ValueError: If there is no regular file, or an archive whose parts are compressed or overlap. `torch.save`
-            writes each part as it is, so that a checkpoint needs no more memory than its file has bytes.
+    `torch.save` writes each part as it is, so that a checkpoint needs no more memory than its file has bytes.
     """
     require_regular(path)
     if not zipfile.is_zipfile(path):
@@ -91,15 +77,7 @@ def require_bounded(path: Path) -> None:
 
 
 def inside(folder: Path, name: str, named_by: Path) -> Path:
-    """Return the path of a name that a file gives, of a file or folder right inside `folder`.
-
-    Raises:
-        ValueError: If the name leads elsewhere, or is too long for one.
-
-    Examples:
-        >>> inside(Path("out"), "default", Path("a.ckpt")).as_posix()
-        'out/default'
-    """
+    """The path of a name that a file gives, right inside `folder`. Raises ValueError if the name leads elsewhere."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > _LONGEST:
         raise ValueError(
             f"{named_by} has the name {str(name)[:_LONGEST]!r}, which would be a path: a name of a file or folder has "
@@ -114,11 +92,9 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def check_shards(path: Path) -> None:
-    """Read what torch unpickles of FSDP2's folder, with the classes that torch writes and no others.
+    """Refuse a folder of FSDP2 with objects of other classes than torch writes, whose reading could run any code.
 
-    Raises:
-        ValueError: If there are objects of other classes, whose reading could run any code, or if a shard would be
-            read from outside of the folder.
+    So is a folder whose shards would be read from outside of it.
     """
     for file in shard_files(path):
         require_bounded(file)

@@ -198,17 +198,16 @@ def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:
     if not plan.shapes:
         return
     aliases = {name for name, _ in strategy.lightning_module.named_parameters(remove_duplicate=False)}
-    for name, shape in plan.shapes.items():
-        if name not in aliases or (name in ours and ours[name] != shape):
-            found = f"shape {ours[name]}" if name in ours else "no such parameter"
-            raise MisconfigurationException(
-                f"{path} is a checkpoint of another model: it has {name} of shape {tuple(shape)}, and this model has "
-                f"{found}. Resume with the model that it was trained with"
-            )
-    if missing := [name for name in ours if name not in plan.shapes]:
+    unlike = [
+        f"has {name} of shape {tuple(shape)}, and this model has "
+        + (f"shape {ours[name]}" if name in ours else "no such parameter")
+        for name, shape in plan.shapes.items()
+        if name not in aliases or (name in ours and ours[name] != shape)
+    ]
+    unlike += [f"lacks {name}, which this model trains" for name in ours if name not in plan.shapes]
+    if unlike:
         raise MisconfigurationException(
-            f"{path} is a checkpoint of another model: it lacks {missing[0]}, which this model trains. Resume with the "
-            "model that it was trained with"
+            f"{path} is a checkpoint of another model: it {unlike[0]}. Resume with the model that it was trained with"
         )
 
 

@@ -26,13 +26,6 @@ class WholeFiles(TorchCheckpointIO):
     """Writes a temporary file and renames it. Lightning's own class leaves part of a file if the disk is full.
 
     Loading refuses a file whose bytes have changed.
-
-    Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     WholeFiles().save_checkpoint({"a": 1}, f"{folder}/a.ckpt")
-        ...     os.listdir(folder)
-        ['a.ckpt']
     """
 
     @override
