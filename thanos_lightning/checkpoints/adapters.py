@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +52,13 @@ def adapters_note(model: nn.Module) -> dict[str, Any]:
     for module in model.modules():
         found = getattr(module, "peft_config", None)
         if isinstance(found, Mapping):
-            configs |= {name: _plain(config.to_dict()) for name, config in found.items()}
+            as_json = {name: json.dumps(config.to_dict(), default=_in_json) for name, config in found.items()}
+            configs |= {name: json.loads(text) for name, text in as_json.items()}
     return {"layers": layers, "configs": configs if layers else {}, "saved": saved_modules(model)}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(entry) for entry in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+def _in_json(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def adapters_of(note: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -73,12 +67,7 @@ def adapters_of(note: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def adapted_name(layer: str, note: Mapping[str, Any]) -> str:
-    """The name of the module that holds a layer's weight in a checkpoint with this note.
-
-    Examples:
-        >>> adapted_name("up_proj", {})
-        'up_proj'
-    """
+    """The name of the module that holds a layer's weight in a checkpoint with this note."""
     return f"{layer}{_BASE[:-1]}" if layer in adapters_of(note)["layers"] else layer
 
 
@@ -140,11 +129,7 @@ def _part(layer: str, part: str, adapter: str, weights: Mapping[str, Tensor]) ->
 def write_adapters(
     folder: Path, weights: Mapping[str, Tensor], adapters: Mapping[str, Any], checkpoint: Path
 ) -> list[str]:
-    """Write each adapter as peft does, into a folder of its name. Return the names.
-
-    Raises:
-        ValueError: If there are none, or a name is no name of a folder.
-    """
+    """Write each adapter as peft does, into a folder of its name. Return the names; there has to be one."""
     names = sorted({adapter for about in adapters["layers"].values() for adapter in about["scales"]})
     if not names:
         raise ValueError("the checkpoint has no LoRA adapter of a pruned layer to keep: leave out --keep-adapter")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
 from thanos_lightning.checkpoints.verify import TensorReport, smaller_shapes
@@ -35,6 +34,11 @@ def write_card(
         what += f", and what was zero as a whole was taken out: {shapes}"
     if zeros:
         what += f". {zeros / numel:.2%} of their entries are zero"
+    beside = [
+        f"LoRA adapters lie beside it ({', '.join(adapters)}). They add nothing where a weight is 0: after "
+        "loading one with peft, call thanos_lightning.mask_adapters(model).",
+        "",
+    ]
     lines = [
         "---",
         "library_name: transformers",
@@ -46,21 +50,14 @@ def write_card(
         f"Made{source} by thanos-lightning {importlib.metadata.version('thanos-lightning')}, in a training of "
         f"{state['optimizer_steps']} optimizer steps: {what}. It loads as any model of transformers does.",
         "",
-        *_beside(adapters),
+        *(beside if adapters else []),
         *_measured(PruningReport.from_state(state["report"])),
-        *_options(state["arguments"]),
-    ]
-    (folder / _CARD).write_text("\n".join(lines), encoding="utf-8")
-
-
-def _beside(adapters: Sequence[str]) -> list[str]:
-    if not adapters:
-        return []
-    return [
-        f"LoRA adapters lie beside it ({', '.join(adapters)}). They add nothing where a weight is 0: after "
-        "loading one with peft, call thanos_lightning.mask_adapters(model).",
+        "The options of ThanosPruningCallback were:",
+        "",
+        *(f"    {name} = {value}" for name, value in state["arguments"].items() if value != "None"),
         "",
     ]
+    (folder / _CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
 def _measured(report: PruningReport) -> list[str]:
@@ -75,8 +72,3 @@ def _measured(report: PruningReport) -> list[str]:
     rows = (("before pruning", summary.dense), ("right after the last event", summary.pruned), (label, last))
     table = [f"| {label} | {value:.4g} |" for label, value in rows if value is not None]
     return [f"| {summary.metric} | |", "|---|---|", *table, ""] if table else []
-
-
-def _options(arguments: Mapping[str, Any]) -> list[str]:
-    lines = [f"{name} = {value}" for name, value in arguments.items() if value != "None"]
-    return ["The options of ThanosPruningCallback were:", "", *(f"    {line}" for line in lines), ""]

@@ -130,8 +130,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
     Raises ValueError if these are not .safetensors files, or if the folder holds other weights beside them.
     """
-    named = _named_by_configuration(folder)
-    found = [*sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1], *named]
+    found = sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1]
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if isinstance(config, Mapping) and (name := config.get("transformers_weights")) is not None:
+        found.append(f"config.json's transformers_weights {name!r}")
     found += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).exists()]
     if len(found) > 1:
         raise ValueError(
@@ -150,13 +152,6 @@ def _weight_files(folder: Path) -> list[Path]:
             "save_pretrained wrote, a .safetensors file, or a .ckpt file"
         )
     return [folder / "model.safetensors"]
-
-
-def _named_by_configuration(folder: Path) -> list[str]:
-    """The weights that config.json names, which transformers loads and no others."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    name = config.get("transformers_weights") if isinstance(config, Mapping) else None
-    return [] if name is None else [f"config.json's transformers_weights {name!r}"]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from thanos_lightning.checkpoints.adapters import adapted_name
 from thanos_lightning.checkpoints.deepspeed_files import is_zero_folder
 from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, read_config, read_json
-from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, part_of, whole_of
+from thanos_lightning.checkpoints.lazy import WithParts, part_of, whole_of
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.models.targets import find_targets, matches
@@ -78,7 +77,7 @@ class _Expected:
         shape: The stored shape, if it is known.
         zeros: The exact number of zeros, if it was recorded.
         mask: The layer's mask, which is unpacked only while the tensor is checked.
-        moments: Name -> another tensor in the parameter's layout that the mask must hold for, such as a moment.
+        moments: Name -> another tensor of the whole parameter's shape that the mask must hold for, such as a moment.
         dense_shape: The shape before channels or experts were taken out. Nothing of what is left has to be 0.
     """
 
@@ -147,7 +146,7 @@ def verify_checkpoint(
 
 def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
     """Check the zeros of one tensor, which may be missing on disk, against its mask."""
-    return _check(name, tensors, [_expected_of_mask(mask)])
+    return _check(name, tensors, [_expected_of_mask(mask, {})])
 
 
 def check_shrunk(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
@@ -157,12 +156,7 @@ def check_shrunk(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> T
 
 
 def smaller_shapes(reports: Iterable[TensorReport]) -> str:
-    """The dimensions that channels or experts were taken out of, before and after, for a message; "" if there are none.
-
-    Examples:
-        >>> smaller_shapes([TensorReport("down", (4, 6), "channels", 0.0, 0, 0, dense_shape=(4, 8))])
-        '8 channels became 6'
-    """
+    """Say what was taken out, such as "8 channels became 6", for a message; "" if nothing was."""
     found = {
         (before, after, "experts" if report.pattern == "experts" else "channels")
         for report in reports
@@ -191,15 +185,14 @@ def _expect_of_files(
                 expected[name] = [entry]
     elif pattern is None:
         raise ValueError(f"{path} has no {_RECORD} beside it: say what to check with --pattern, such as --pattern 2:4")
-    if pattern is not None:
-        layers = _layers_of_folder(folder, targets, ignore) if (folder / "config.json").is_file() else None
-        if layers is None:
-            _expect_matrices(expected, tensors, pattern, targets, ignore)
-        else:
-            for names, transposed in layers:
-                name = files.stored_name(names)
-                if name in tensors or not is_shard:
-                    expected.setdefault(name, []).append(_Expected(pattern, transposed))
+    if pattern is not None and (folder / "config.json").is_file():
+        for names, transposed in _layers_of_folder(folder, targets, ignore):
+            name = files.stored_name(names)
+            if name in tensors or not is_shard:
+                expected.setdefault(name, []).append(_Expected(pattern, transposed))
+    elif pattern is not None:
+        for name in _matrices(tensors, targets, ignore):
+            expected.setdefault(name, []).append(_Expected(pattern))
     if not expected:
         raise ValueError(f"{path} has no tensor to check: verify the folder, or change --targets and --ignore")
     return tensors, expected
@@ -222,52 +215,35 @@ def _expect_of_trainer_checkpoint(
             "Trainer that has the callback",
             stacklevel=3,
         )
-    expected = {name: [_expected_of_mask(mask, moments=_moments_of(name, moments))] for name, mask in masks.items()}
-    if pattern is not None:
-        if checkpoint.describes_a_model:
-            note = checkpoint.require_note()
-            model = build_model(note["architecture"], note["config"], path)
-            for name, layer in find_targets(model, targets, ignore).items():
-                own = layer.parameter_name if layer.expert else f"{adapted_name(name, note)}.weight"
-                full_name = f"{note['model_prefix']}{own}"
-                expected.setdefault(full_name, []).append(_Expected(pattern, layer.transposed))
-        else:
-            _expect_matrices(expected, checkpoint.state_dict, pattern, targets, ignore)
+    expected = {
+        name: [_expected_of_mask(mask, (moments or {}).get(whole_of(name), {}))] for name, mask in masks.items()
+    }
+    if pattern is not None and checkpoint.describes_a_model:
+        note = checkpoint.require_note()
+        model = build_model(note["architecture"], note["config"], path)
+        for name, layer in find_targets(model, targets, ignore).items():
+            own = layer.parameter_name if layer.expert else f"{adapted_name(name, note)}.weight"
+            expected.setdefault(f"{note['model_prefix']}{own}", []).append(_Expected(pattern, layer.transposed))
+    elif pattern is not None:
+        for name in _matrices(checkpoint.state_dict, targets, ignore):
+            expected.setdefault(name, []).append(_Expected(pattern))
     if not expected:
         raise ValueError(f"{path} has no tensor to check: change --targets and --ignore")
     return WithParts(checkpoint.state_dict), expected
 
 
-def _moments_of(name: str, moments: Mapping[str, Mapping[str, Tensor]] | None) -> Mapping[str, Tensor]:
-    whole = (moments or {}).get(whole_of(name), {})
-    return LazyTensors({what: partial(_part, whole, what, name) for what in whole})
+def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor]) -> _Expected:
+    return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments)
 
 
-def _part(tensors: Mapping[str, Tensor], what: str, name: str) -> Tensor:
-    return part_of(tensors[what], name)
+def _matrices(tensors: Mapping[str, Tensor], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
+    """Name every targeted matrix, where no model says which tensors are layers."""
 
+    def is_targeted(module: str) -> bool:
+        return any(matches(module, one) for one in targets) and not any(matches(module, one) for one in ignore)
 
-def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor] | None = None) -> _Expected:
-    return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments or {})
-
-
-def _expect_matrices(
-    expected: dict[str, list[_Expected]],
-    tensors: Mapping[str, Tensor],
-    pattern: Pattern,
-    targets: Sequence[str],
-    ignore: Sequence[str],
-) -> None:
-    """Expect every targeted matrix to conform, because no model says which tensors are layers."""
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if (
-            tensor.dim() == 2
-            and tensor.is_floating_point()
-            and any(matches(module, expression) for expression in targets)
-            and not any(matches(module, expression) for expression in ignore)
-        ):
-            expected.setdefault(name, []).append(_Expected(pattern))
+    named = [name for name in tensors if is_targeted(name.removesuffix(".weight"))]
+    return [name for name in named if (tensor := tensors[name]).dim() == 2 and tensor.is_floating_point()]
 
 
 def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str]) -> list[tuple[list[str], bool]]:
@@ -305,8 +281,7 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
         )
     tensor = _as_matrix(tensors[name])
     missing_zeros, other, problems = 0, 0, []
-    not_finite = tensor.numel() - int(tensor.isfinite().count_nonzero())
-    if not_finite:
+    if not_finite := tensor.numel() - int(tensor.isfinite().count_nonzero()):
         other += not_finite
         problems.append(f"{not_finite} entries are NaN or infinite")
     values = _is_value(tensor)
@@ -324,8 +299,7 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
         problems += found
         for moment_name, moment in expected.moments.items():
             assert drop is not None, "moments come with a mask"
-            alive = int((_is_value(_as_matrix(moment)) & drop).count_nonzero())
-            if alive:
+            if alive := int((_is_value(_as_matrix(part_of(moment, name))) & drop).count_nonzero()):
                 other += alive
                 problems.append(f"{alive} pruned entries of its moment {moment_name} are not 0")
     negative = int((tensor.eq(0) & tensor.signbit()).count_nonzero()) if missing_zeros else 0
@@ -358,11 +332,9 @@ def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor
         return values.numel(), [str(error)]
     if excess:
         problems.append(f"{excess} entries more than pattern {expected.pattern.name} allows are not 0")
-    off = 0 if expected.zeros is None else abs(zeros - expected.zeros)
-    if off:
+    if off := 0 if expected.zeros is None else abs(zeros - expected.zeros):
         problems.append(f"{zeros} zeros, recorded were {expected.zeros}")
-    came_back = 0 if drop is None else int((values & drop).count_nonzero())
-    if came_back:
+    if came_back := 0 if drop is None else int((values & drop).count_nonzero()):
         problems.append(f"{came_back} pruned entries are not 0")
     return max(excess, off, came_back), problems
 
