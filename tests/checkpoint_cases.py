@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from toy import VOCABULARY, ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -20,6 +19,19 @@ from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.verify import TensorReport
 from thanos_lightning.sharding.masks import LayerMask, pack_bits
 
+SIZES: dict[str, Any] = {  # of a configuration of any family
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 PRUNED = {"llama": "model.layers.1.mlp.up_proj.weight", "gpt2": "transformer.h.1.mlp.c_fc.weight"}
 names = pytest.mark.parametrize("name", ["llama", "gpt2"])
 
@@ -68,15 +80,25 @@ def change_checkpoint(source: Path, target: Path, change: Callable[[dict[str, An
     return target
 
 
-def _masks(content: dict[str, Any]) -> dict[str, Any]:
-    (state,) = content["callbacks"].values()
-    masks: dict[str, Any] = state["masks"]
-    return masks
+@pytest.fixture
+def changed(trained: dict[str, tuple[ToyLM, Path]], tmp_path: Path) -> Callable[..., Path]:
+    """Makes a.ckpt, which is one of the two checkpoints with a change."""
+
+    def make(change: Callable[[dict[str, Any]], object], name: str = "llama") -> Path:
+        return change_checkpoint(trained[name][1], tmp_path / "a.ckpt", change)
+
+    return make
+
+
+def state_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The callback's state."""
+    state: dict[str, Any] = content["callbacks"]["ThanosPruningCallback"]
+    return state
 
 
 def _flip(content: dict[str, Any], *, kept: bool) -> None:
     """Let one entry of a mask be pruned that was kept, or the other way round."""
-    mask = _masks(content)[f"model.{PRUNED['llama']}"]
+    mask = state_of(content)["masks"][f"model.{PRUNED['llama']}"]
     keep = LayerMask.from_state(mask).keep
     keep.view(-1)[keep.view(-1).eq(kept).nonzero()[0]] = not kept
     mask["bits"] = pack_bits(keep)
@@ -93,10 +115,10 @@ CHANGED_MASKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "one entry kept": (lambda content: _flip(content, kept=False), "1 more entries than|prunes 767 entries"),
     "one entry pruned": (lambda content: _flip(content, kept=True), "prunes 769 entries, recorded were 768"),
     "one mask missing": (
-        lambda content: _masks(content).pop(f"model.{PRUNED['llama']}"),
+        lambda content: state_of(content)["masks"].pop(f"model.{PRUNED['llama']}"),
         "mask of model.model.layers.1.mlp.up_proj.weight, of 768 pruned entries, is missing",
     ),
-    "all masks missing": (lambda content: _masks(content).clear(), "of 512 pruned entries, is missing"),
+    "all masks missing": (lambda content: state_of(content)["masks"].clear(), "of 512 pruned entries, is missing"),
     "other weights": (
         lambda content: content["state_dict"][f"model.{PRUNED['llama']}"].fill_(1.0),
         "768 pruned entries|768 of 768 pruned entries",
@@ -109,12 +131,9 @@ def change_a_byte(file: Path, at: float | None = None) -> None:
     """At this fraction of a file of torch's, or in the middle of its largest tensor, where torch doesn't notice it."""
     content = bytearray(file.read_bytes())
     if at is None:
-        with zipfile.ZipFile(file) as archive:
-            part = max(
-                (part for part in archive.infolist() if "/data/" in part.filename), key=lambda one: one.file_size
-            )
-        lengths = struct.unpack_from("<HH", content, part.header_offset + 26)  # of its name, and of what follows that
-        place = part.header_offset + 30 + sum(lengths) + part.file_size // 2
+        with zipfile.ZipFile(file) as archive:  # which stores tensors as they are
+            largest = max((archive.read(name) for name in archive.namelist() if "/data/" in name), key=len)
+        place = content.index(largest) + len(largest) // 2
     else:
         place = int(at * len(content))
     content[place] ^= 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from checkpoint_cases import SIZES
 from lightning.pytorch import Callback, Trainer
 from tiny_mixtures import tiny_mixture
 from torch import Tensor, nn
@@ -17,19 +18,6 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.export import export_checkpoint
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (t.LlamaConfig, {}),
     "qwen 2": (t.Qwen2Config, {}),

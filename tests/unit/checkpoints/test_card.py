@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_cases import change_checkpoint
+from checkpoint_cases import change_checkpoint, state_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import VOCABULARY, ToyLM, grouped, loader, save_tiny, trainer
 from transformers import AutoModelForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_checkpoint
-from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.report.data import PruningReport
 
 
@@ -36,6 +35,8 @@ def test_the_card_ends_with_the_metric_of_the_report(trained: Path, tmp_path: Pa
     assert summary.recovered is not None
     assert summary.recovered != summary.pruned
     card = card_of(trained, 6, tmp_path / "out")
+    assert "| val/loss | |" in card
+    assert f"| before pruning | {summary.dense:.4g} |" in card
     assert f"| right after the last event | {summary.pruned:.4g} |" in card
     assert f"| at the end of the training | {summary.recovered:.4g} |" in card
 
@@ -47,6 +48,14 @@ def test_the_metric_after_the_event_is_not_told_twice(trained: Path, tmp_path: P
     assert "optimizer steps |" not in card
 
 
+def test_a_checkpoint_of_before_the_end_has_the_last_metric(trained: Path, tmp_path: Path) -> None:
+    def measure(content: dict[str, Any]) -> None:
+        state_of(content)["report"]["history"]["metrics"].append((5, 20.5))
+
+    export_checkpoint(change_checkpoint(trained / "step=5.ckpt", tmp_path / "a.ckpt", measure), tmp_path / "out")
+    assert "| after 5 optimizer steps | 20.5 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_no_file_says_where_a_user_keeps_models(trained: Path, tmp_path: Path) -> None:
     assert "Made from tiny-llama by" in card_of(trained, 6, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()] == []
@@ -54,7 +63,7 @@ def test_no_file_says_where_a_user_keeps_models(trained: Path, tmp_path: Path) -
 
 def test_a_schedule_may_be_long(trained: Path, tmp_path: Path) -> None:
     def lengthen(content: dict[str, Any]) -> None:
-        content["callbacks"][CALLBACK_KEY]["arguments"]["schedule"] = f"SparsitySchedule(at={tuple(range(999))})"
+        state_of(content)["arguments"]["schedule"] = f"SparsitySchedule(at={tuple(range(999))})"
 
     changed = change_checkpoint(trained / "step=6.ckpt", tmp_path / "long.ckpt", lengthen)
     export_checkpoint(changed, tmp_path / "out")

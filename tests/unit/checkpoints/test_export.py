@@ -3,9 +3,9 @@ import json
 import checkpoint_cases
 import pytest
 import torch
-from checkpoint_cases import PRUNED, change_checkpoint, failed, fill, names, train, untied_llama
+from checkpoint_cases import PRUNED, failed, fill, names, state_of, train, untied_llama
 from safetensors.torch import load_file
-from toy import VOCABULARY, ToyLM
+from toy import LETTERS, Stranger, ToyLM, save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from thanos_lightning import TargetOverride
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 
 PROMPT = torch.tensor([[3, 5, 7, 11]])
 # fixtures: pytest looks for them among this module's names
-trained, exported = checkpoint_cases.trained, checkpoint_cases.exported
+trained, exported, changed = checkpoint_cases.trained, checkpoint_cases.exported, checkpoint_cases.changed
 
 
 @names
@@ -32,15 +32,10 @@ def test_exported_model_is_the_trained_one(trained, exported, name):
 
 
 @names
-def test_tied_weights_are_stored_once(trained, exported, name):
-    stored = load_file(exported[name] / "model.safetensors")
-    assert ("lm_head.weight" in stored) == (name == "llama")
-
-
-@names
 def test_record_counts_what_is_on_disk(exported, name):
     record = json.loads((exported[name] / "sparsity.json").read_text())
     stored = load_file(exported[name] / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (name == "llama")  # what is tied is stored once
     assert record["format"] == 1
     assert record["sparsity"] == 0.5
     assert len(record["tensors"]) == {"llama": 14, "gpt2": 8}[name]
@@ -76,13 +71,6 @@ def test_zeros_survive_a_cast(trained, tmp_path, name, dtype):
     assert not failed(verify_checkpoint(tmp_path / "out"))
 
 
-def test_training_dtype_is_kept(tmp_path):
-    module = ToyLM(untied_llama())
-    export_checkpoint(train(tmp_path, module, precision="bf16-true"), tmp_path / "out")
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
 def test_patterns_of_their_own(tmp_path):
     checkpoint = train(
         tmp_path,
@@ -109,36 +97,21 @@ def test_patterns_of_their_own(tmp_path):
     }
 
 
-def test_tokenizer(trained, tmp_path):
-    from tokenizers import Tokenizer, models
+def test_tokenizer(trained, changed, tmp_path):
+    save_tiny(tmp_path / "tokenizer", LETTERS)
+    export_checkpoint(trained["llama"][1], tmp_path / "given", tokenizer=tmp_path / "tokenizer")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "given").convert_tokens_to_ids("f") == 7
 
-    words = {"[UNK]": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]"
-    )
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    _, checkpoint = trained["llama"]
-    export_checkpoint(checkpoint, tmp_path / "given", tokenizer=tmp_path / "tokenizer")
-    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "given").convert_tokens_to_ids("w7") == 7
+    def recorded(name):
+        return changed(lambda content: content["thanos_lightning"].update(tokenizer=str(tmp_path / name)))
 
-    def record(content, name):
-        content["thanos_lightning"]["tokenizer"] = str(tmp_path / name)
-
-    recorded = change_checkpoint(checkpoint, tmp_path / "a.ckpt", lambda content: record(content, "tokenizer"))
-    export_checkpoint(recorded, tmp_path / "recorded")
+    export_checkpoint(recorded("tokenizer"), tmp_path / "recorded")
     assert (tmp_path / "recorded" / "tokenizer.json").is_file()
-    gone = change_checkpoint(checkpoint, tmp_path / "b.ckpt", lambda content: record(content, "gone"))
     with pytest.raises(ValueError, match=r"tokenizer .*gone' that was used in training .*--tokenizer"):
-        export_checkpoint(gone, tmp_path / "out")
+        export_checkpoint(recorded("gone"), tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    none = change_checkpoint(checkpoint, tmp_path / "c.ckpt", lambda content: record(content, "empty"))
     with pytest.warns(UserWarning, match="empty holds no tokenizer.*--tokenizer"):
-        export_checkpoint(none, tmp_path / "out")
-
-
-def test_no_tokenizer_warns(trained, tmp_path):
-    with pytest.warns(UserWarning, match="names no tokenizer.*--tokenizer"):
-        export_checkpoint(trained["llama"][1], tmp_path / "out")
+        export_checkpoint(recorded("empty"), tmp_path / "out")
 
 
 def test_layers_outside_the_hugging_face_model(tmp_path):
@@ -151,43 +124,34 @@ def test_layers_outside_the_hugging_face_model(tmp_path):
     assert len(verify_checkpoint(checkpoint)) == 15
 
 
-def test_nothing_sparse_inside_the_model_writes_nothing(trained, tmp_path):
-    def elsewhere(content):
-        for state in content["callbacks"].values():
-            for part in ("masks", "pruned"):
-                state[part] = {f"other.{name}": value for name, value in state[part].items()}
+def rename(content, old, new):
+    """All parameters, of which the names begin with the old prefix."""
+    for part, place in (("masks", state_of(content)), ("pruned", state_of(content)), ("state_dict", content)):
+        place[part] = {name.replace(old, new, 1): value for name, value in place[part].items()}
 
-    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", elsewhere)
+
+def test_nothing_sparse_inside_the_model_writes_nothing(changed, tmp_path):
+    checkpoint = changed(lambda content: rename(content, "model.", "other."))
     with pytest.raises(ValueError, match="none of the 14 pruned tensors"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-def test_module_that_is_the_model_itself(trained, tmp_path):
+def test_module_that_is_the_model_itself(changed, tmp_path):
     def without_prefix(content):
         content["thanos_lightning"]["model_prefix"] = ""
-        content["state_dict"] = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
-        for state in content["callbacks"].values():
-            for part in ("masks", "pruned"):
-                state[part] = {name.removeprefix("model."): value for name, value in state[part].items()}
+        rename(content, "model.", "")
 
-    checkpoint = change_checkpoint(trained["gpt2"][1], tmp_path / "a.ckpt", without_prefix)
-    assert len(export_checkpoint(checkpoint, tmp_path / "out")) == 8
+    assert len(export_checkpoint(changed(without_prefix, "gpt2"), tmp_path / "out")) == 8
 
 
 # Nothing half done
 
 
-@pytest.mark.parametrize("kind", ["file", "full folder"])
-def test_output_must_be_free(trained, tmp_path, kind):
-    output = tmp_path / "out"
-    if kind == "file":
-        output.write_text("")
-    else:
-        output.mkdir()
-        (output / "a").write_text("")
+def test_output_must_be_free(trained, tmp_path):
+    (tmp_path / "out").touch()
     with pytest.raises(ValueError, match=r"out exists already: give another folder, or remove"):
-        export_checkpoint(trained["llama"][1], output)
+        export_checkpoint(trained["llama"][1], tmp_path / "out")
 
 
 def test_empty_output_is_free(trained, tmp_path):
@@ -209,12 +173,8 @@ def test_nothing_is_left_after_an_error(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [0.5, -0.0, float("nan")])
-def test_weights_that_broke_their_mask_are_not_exported(trained, tmp_path, value):
-    checkpoint = change_checkpoint(
-        trained["llama"][1],
-        tmp_path / "a.ckpt",
-        lambda content: fill(content["state_dict"][f"model.{PRUNED['llama']}"], value),
-    )
+def test_weights_that_broke_their_mask_are_not_exported(changed, tmp_path, value):
+    checkpoint = changed(lambda content: fill(content["state_dict"][f"model.{PRUNED['llama']}"], value))
     with pytest.raises(NonconformingError, match="1 of 14 pruned tensors") as raised:
         export_checkpoint(checkpoint, tmp_path / "out")
     assert [report.name for report in failed(raised.value.reports)] == [PRUNED["llama"]]
@@ -224,69 +184,48 @@ def test_weights_that_broke_their_mask_are_not_exported(trained, tmp_path, value
 # Wrong inputs; what can't be read at all is in test_verify.py
 
 
-class NotPlain:
-    """Not to be read from a file by running its code."""
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
+        export_checkpoint(tmp_path / "nowhere.ckpt", tmp_path / "out")
 
 
-def test_objects_are_not_unpickled(trained, tmp_path):
-    checkpoint = change_checkpoint(
-        trained["llama"][1], tmp_path / "a.ckpt", lambda content: content.update(hyper_parameters={"f": NotPlain()})
-    )
-    with pytest.raises(ValueError, match=r"not plain values.*NotPlain.*add_safe_globals"):
+def test_objects_are_not_unpickled(changed, tmp_path):
+    checkpoint = changed(lambda content: content.update(hyper_parameters={"f": Stranger(tmp_path / "made")}))
+    with pytest.raises(ValueError, match=r"not plain values .*add_safe_globals"):
         export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "made").exists()
 
 
-def remove_weight(content):
-    del content["state_dict"]["model.model.norm.weight"]
-
-
-def add_weight(content):
-    content["state_dict"]["model.model.adapter"] = torch.zeros(1)
-
-
-def adapt_weight(content):
-    content["state_dict"]["model.model.layers.0.mlp.up_proj.lora_A.default.weight"] = torch.zeros(1)
-
-
-def reshape_weight(content):
-    content["state_dict"]["model.model.norm.weight"] = torch.zeros(3)
-    content["optimizer_states"] = []  # else its moments are of another shape
-    content["thanos_lightning"]["optimizer_parameters"] = []
-
-
-def rename_class(content):
-    content["thanos_lightning"]["architecture"] = "OfTheirOwn"
-
-
-def remove_note(content):
-    del content["thanos_lightning"]
+NORM, ADAPTER = "model.norm.weight", "model.layers.0.mlp.up_proj.lora_A.default.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "tensor", "message"),
     [
-        (remove_weight, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected none"),
-        (add_weight, r"do not fit LlamaForCausalLM: missing none, unexpected model\.adapter"),
-        (adapt_weight, r"has adapters that an export can't merge, such as model\..*lora_A.*: merge them in Python"),
-        (reshape_weight, r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
-        (rename_class, "class OfTheirOwn, which transformers .* does not have"),
-        (remove_note, "does not say which Hugging Face model it holds"),
+        (NORM, None, r"do not fit LlamaForCausalLM: missing model\.norm\.weight, unexpected none"),
+        ("model.adapter", torch.zeros(1), r"do not fit LlamaForCausalLM: missing none, unexpected model\.adapter"),
+        (ADAPTER, torch.zeros(1), r"has adapters that an export can't merge, such as model\..*lora_A.*: merge them"),
+        (NORM, torch.zeros(3), r"do not fit LlamaForCausalLM .*size mismatch for model\.norm\.weight"),
     ],
 )
-def test_checkpoint_that_does_not_fit(trained, tmp_path, change, message):
-    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", change)
+def test_checkpoint_that_does_not_fit(changed, tmp_path, name, tensor, message):
+    def change(content):
+        content["state_dict"][f"model.{name}"] = tensor
+        if tensor is None:
+            del content["state_dict"][f"model.{name}"]
+        content["thanos_lightning"]["optimizer_parameters"] = None  # whose moments may be of another shape
+
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        export_checkpoint(checkpoint, tmp_path / "out")
+        export_checkpoint(changed(change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_weight_lost_by_tying(trained, tmp_path):
+def test_weight_lost_by_tying(changed, tmp_path):
     def untie(content):
         content["state_dict"]["model.lm_head.weight"] = content["state_dict"]["model.lm_head.weight"] + 1
 
-    checkpoint = change_checkpoint(trained["gpt2"][1], tmp_path / "a.ckpt", untie)
     with pytest.raises(ValueError, match=r"lm_head\.weight in .* is tied .* would be lost"):
-        export_checkpoint(checkpoint, tmp_path / "out")
+        export_checkpoint(changed(untie, "gpt2"), tmp_path / "out")
 
 
 def test_unknown_dtype(trained, tmp_path):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from checkpoint_cases import change_checkpoint, failed, train, untied_llama
+from checkpoint_cases import change_checkpoint, failed, state_of, train, untied_llama
 from safetensors.torch import load_file, save_file
-from toy import VOCABULARY, ToyLM, tiny_gpt2
+from toy import VOCABULARY, ToyLM
 
 from thanos_lightning import TargetOverride
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
@@ -18,57 +18,41 @@ from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.cli import main
 from thanos_lightning.models.feedforward import find_feed_forwards
 from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.solver import Channels
+from thanos_lightning.solver import Channels, Experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
-# name -> model, the configuration's name of the width, widths before and after
-MODELS: dict[str, tuple[Any, str, tuple[int, int]]] = {
-    "llama": (untied_llama, "intermediate_size", (48, 36)),
-    "as wide as the residual stream": (lambda: untied_llama(intermediate_size=32), "intermediate_size", (32, 24)),
-    "gpt2": (tiny_gpt2, "n_inner", (128, 96)),
-    "mistral": (lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED)), "intermediate_size", (48, 36)),
-    "qwen2": (lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)), "intermediate_size", (48, 36)),
-    "qwen3": (lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
-    "gemma2": (lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
-    "gemma3": (lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GROUPED, head_dim=8)), "intermediate_size", (48, 36)),
-    "phi3": (lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED, pad_token_id=0)), "intermediate_size", (48, 36)),
-    "opt": (
-        lambda: t.OPTForCausalLM(t.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)),
-        "ffn_dim",
-        (48, 36),
-    ),
-    "gpt-neox": (
-        lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL, intermediate_size=48)),
-        "intermediate_size",
-        (48, 36),
-    ),
-    "bart, whose encoder and decoder have a width each": (
-        lambda: t.BartForConditionalGeneration(
-            t.BartConfig(
-                vocab_size=VOCABULARY,
-                d_model=32,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
-                max_position_embeddings=64,
-            )
-        ),
-        "decoder_ffn_dim",
-        (48, 36),
-    ),
-    "another size that heads have to divide": (
-        lambda: untied_llama(intermediate_size=32, head_dim=8),
-        "intermediate_size",
-        (32, 24),
-    ),
-    "bert": (lambda: t.BertForMaskedLM(t.BertConfig(**SMALL, intermediate_size=48)), "intermediate_size", (48, 36)),
+BART: dict[str, Any] = {  # whose encoder and decoder have a width each
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
 }
+# name -> class of the configuration, and its settings
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (t.LlamaConfig, GROUPED),
+    "as wide as the residual stream": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32}),
+    "another size that heads have to divide": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32, "head_dim": 8}),
+    "gpt2": (t.GPT2Config, SMALL),
+    "mistral": (t.MistralConfig, GROUPED),
+    "qwen2": (t.Qwen2Config, GROUPED),
+    "qwen3": (t.Qwen3Config, {**GROUPED, "head_dim": 8}),
+    "gemma2": (t.Gemma2Config, {**GROUPED, "head_dim": 8}),
+    "gemma3": (t.Gemma3TextConfig, {**GROUPED, "head_dim": 8}),
+    "phi3": (t.Phi3Config, {**GROUPED, "pad_token_id": 0}),
+    "opt": (t.OPTConfig, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt-neox": (t.GPTNeoXConfig, {**SMALL, "intermediate_size": 48}),
+    "bart": (t.BartConfig, BART),
+    "bert": (t.BertConfig, {**SMALL, "intermediate_size": 48}),
+}
+WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "bart": "decoder_ffn_dim"}  # the configuration's name of the width
+KINDS = {"bert": t.AutoModelForMaskedLM, "bart": t.AutoModelForSeq2SeqLM}
 TOKENS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -80,13 +64,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_smaller_model_computes_what_the_masked_one_does(tmp_path: Path, name: str) -> None:
-    build, entry, (before, after) = MODELS[name]
+    config, settings = MODELS[name]
+    kind, entry = KINDS.get(name, t.AutoModelForCausalLM), WIDTHS.get(name, "intermediate_size")
+    before = settings.get(entry, 128)  # four times the residual stream, for GPT-2
+    after = before * 3 // 4
     torch.manual_seed(0)
     ignored = {"ignore": ["*decoder"]} if name == "bert" else {}
-    checkpoint = train(tmp_path, ToyLM(build()), **CHANNELS, **ignored)
+    checkpoint = train(tmp_path, ToyLM(kind.from_config(config(**settings))), **CHANNELS, **ignored)
     reports = export_checkpoint(checkpoint, tmp_path / "small")
     export_checkpoint(checkpoint, tmp_path / "masked", keep_shape=True)
-    kind = {"bert": t.AutoModelForMaskedLM, "bart": t.AutoModelForSeq2SeqLM}.get(name[:4], t.AutoModelForCausalLM)
     small, masked = (kind.from_pretrained(tmp_path / one).eval() for one in ("small", "masked"))
     assert getattr(small.config, entry) == after
     assert getattr(masked.config, entry) in (before, None)
@@ -158,7 +144,7 @@ def test_zeros_that_are_no_whole_channels_are_named(trained: Path, tmp_path: Pat
 
 def test_a_width_of_which_the_configuration_knows_nothing(trained: Path, tmp_path: Path) -> None:
     def leave_one_block_out(content: dict[str, Any]) -> None:
-        state = content["callbacks"]["ThanosPruningCallback"]
+        state = state_of(content)
         for name in [name for name in state["masks"] if ".layers.1." in name]:
             del state["masks"][name], state["pruned"][name]
 
@@ -191,25 +177,24 @@ def test_an_image_model(tmp_path: Path) -> None:
     torch.testing.assert_close(small(pixels).logits, model(pixels).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_before_any_channel_is_gone_the_model_stays(tmp_path: Path) -> None:
+def test_before_any_channel_is_gone_the_model_stays(trained: Path, tmp_path: Path) -> None:
     """The first of many events may ask for less than one channel."""
-    checkpoint = train(tmp_path, ToyLM(untied_llama()), **CHANNELS)
 
     def fill(content: dict[str, Any]) -> None:
-        state = content["callbacks"]["ThanosPruningCallback"]
-        for name, mask in state["masks"].items():
+        for mask in state_of(content)["masks"].values():
             mask["bits"].fill_(255)
             mask["sparsity"] = 0.001
-            state["pruned"][name] = 0
+        del state_of(content)["pruned"]
 
-    early = change_checkpoint(checkpoint, tmp_path / "early.ckpt", fill)
+    early = change_checkpoint(trained, tmp_path / "early.ckpt", fill)
     export_checkpoint(early, tmp_path / "out")
     assert t.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 48
 
 
-def test_channels_are_not_verified_by_a_pattern(trained: Path) -> None:
-    with pytest.raises(ValueError, match=r"channels are checked by what was recorded.*leave --pattern out"):
-        verify_checkpoint(trained, Channels(0.25))
+@pytest.mark.parametrize("pattern", [Channels(0.25), Experts(0.5)])
+def test_channels_and_experts_are_not_verified_by_a_pattern(trained: Path, pattern: Channels | Experts) -> None:
+    with pytest.raises(ValueError, match=r" are checked by what was recorded.*leave --pattern out"):
+        verify_checkpoint(trained, pattern)
 
 
 def test_a_changed_shape_is_found(trained: Path, tmp_path: Path) -> None:
@@ -239,18 +224,3 @@ def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "48 channels became 36" in card
     assert "    pattern = Channels(sparsity=0.25)" in card
-
-
-def test_the_card_has_what_was_measured(trained: Path, tmp_path: Path) -> None:
-    def measure(content: dict[str, Any]) -> None:
-        report = content["callbacks"]["ThanosPruningCallback"]["report"]
-        report["summary"] |= {"metric": "val/perplexity", "dense": 12.5, "pruned": 40.25}
-        report["history"]["metrics"] = [(0, 12.5), (1, 40.25), (3, 20.5)]  # saved before the end
-
-    measured = change_checkpoint(trained, tmp_path / "measured.ckpt", measure)
-    export_checkpoint(measured, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| val/perplexity | |" in card
-    assert "| before pruning | 12.5 |" in card
-    assert "| right after the last event | 40.25 |" in card
-    assert "| after 3 optimizer steps | 20.5 |" in card
