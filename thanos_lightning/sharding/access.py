@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
-
-Value = TypeVar("Value")
+from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.solver.zeros import zero_where
 
 
 class LocalPiece(NamedTuple):
@@ -28,129 +29,133 @@ class LocalPiece(NamedTuple):
     place: slice = slice(None)
 
 
-class ParameterAccess(Protocol):
-    """How a strategy's parameters are read, written and masked, and how its ranks agree.
+class ParameterAccess(Ranks, ABC):
+    """How a strategy's parameters are read, written and masked. How its ranks agree, `Ranks` says.
 
     "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it. The drop mask of
     a layer is bool, True = pruned, in that layout. The owner of a layer is the rank that solves it.
 
     Attributes:
-        rank: This process among `world_size`.
-        world_size: Number of processes.
         optimizers: The torch optimizers that step the parameters, or their masters.
         saves_every_rank: Whether a checkpoint keeps the callback state of every rank, and returns each rank its own.
             Otherwise it keeps rank 0's state for all ranks.
         can_differentiate: Whether an extra backward outside a training step leaves the training unchanged.
     """
 
-    rank: int
-    world_size: int
-    optimizers: list[Optimizer]
-    saves_every_rank: bool
-    can_differentiate: bool
+    saves_every_rank: bool = False
+    can_differentiate: bool = True
+    _kind = "weight"  # of what optimizers step; or "master"
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
+        super().__init__(rank, world_size, device)
+        self.optimizers = list(optimizers)
 
     # Reading and writing layers: all ranks call these, in one order
 
+    @abstractmethod
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
         """Return the full weight (out_features, in_features) on its owner, from the most exact copy. Read-only."""
-        ...
 
+    @abstractmethod
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
         """Assemble the keep mask (out_features, in_features) on the owner from every rank's `drop`."""
-        ...
 
+    @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
         """Return copies of all parameters of a module, whole, by name, on the owner. They are the model's copies."""
-        ...
+        if self.rank != owner:
+            return None
+        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
+    @abstractmethod
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """Replace every copy of a weight, and zero the optimizer moments of its pruned entries.
 
         `weight` and `keep` are (out_features, in_features) on the owner, None elsewhere. Return this rank's drop mask.
         """
-        ...
 
+    @abstractmethod
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
         """Assemble the keep mask (out_features, in_features) on every rank from every rank's `drop`."""
-        ...
 
     def release(self) -> None:
         """Free the whole copies of sharded weights that a forward or backward outside a training step leaves behind."""
-        ...
 
     # What this rank does alone
 
+    @abstractmethod
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
         """Return this rank's drop mask for a keep mask (out_features, in_features). Talks to no rank."""
-        ...
 
+    @abstractmethod
     def completes_step(self, optimizer: Optimizer) -> bool:
         """Whether this call of a post-step hook completes a training step. Talks to no rank.
 
         It does not if a scaler has skipped the step, or if the optimizer is called again for the same step.
         """
-        ...
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
         """Names of the layers that the optimizer updates, at least in part, on this rank. Talks to no rank."""
-        ...
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return {name for name, layer in layers.items() if id(self._stepped(layer)) in stepped}
 
     def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
         """What optimizers step of a layer that one of them updates: the weight or its master. Talks to no rank."""
-        ...
+        stepped = self._stepped(layer)
+        assert stepped is not None, "an optimizer updates the layer"
+        return LocalPiece(self._kind, self._piece(layer, stepped), self._place(layer))
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """All tensors of a layer on this rank, for counting only; they may be copies. Talks to no rank."""
-        ...
+        yield self.stepped_weight(layer)
+        yield from self._moments(layer)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         """For each optimizer, the module's parameters in the order of its state; None for any other tensor."""
-        ...
+        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """Zero the pruned parts of the gradient that the next step will use, where there is one. Talks to no rank.
 
         `drops` are layers of one parameter, each with this rank's piece of its drop mask.
         """
-        ...
+        for layer, drop in drops:
+            stepped = self._stepped(layer)
+            if stepped is not None and stepped.grad is not None:
+                zero_where(self._piece(layer, stepped.grad), drop)
 
-    # How ranks agree
+    # Where optimizers have a layer on this rank
 
-    def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
-        """Sum a symmetric fp32 matrix (width, width) over ranks, on its owner; None elsewhere. Talks to all.
+    @abstractmethod
+    def _stepped(self, layer: PrunableLayer) -> Tensor | None:
+        """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
 
-        A rank without a matrix passes None, which counts as zeros.
-        """
-        ...
+    @abstractmethod
+    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+        """The layer's entries, by a view, of a tensor that is laid out as the one that is stepped."""
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Sum fp32 tensors of one shape over ranks, on all ranks. Talks to all."""
-        ...
+    def _place(self, layer: PrunableLayer) -> slice:
+        """The part of the rank's drop mask that covers these entries."""
+        return slice(None)
 
-    def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite a tensor, of one shape and dtype on all ranks, with the owner's values. Talks to all."""
-        ...
+    def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        stepped = self._stepped(layer)
+        if stepped is None:
+            return
+        for optimizer in self.optimizers:
+            # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
+            for name, value in optimizer.state.get(stepped, {}).items():
+                # In quantised states (8 bit) a code of 0 need not mean the value 0.
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == stepped.shape:
+                    yield LocalPiece(name, self._piece(layer, value), self._place(layer))
 
-    def send(
-        self,
-        tensor: Tensor | None,
-        *,
-        source: int,
-        destination: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor | None:
-        """Send the source's tensor, of a shape and dtype, to a rank. Both return it, others None. Only these talk."""
-        ...
-
-    def reserve(self, sizes: Iterable[int]) -> None:
-        """Allocate blocks of these sizes in bytes, all at once, and free them. Talks to no rank.
-
-        A rank that runs out of memory here raises, and can tell the others. Between two messages, the others would wait
-        for it.
-        """
-        ...
-
-    def gather(self, value: Value) -> list[Value]:
-        """Return the small Python values of all ranks, by rank. Talks to all."""
-        ...
+    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+        """Zero this rank's optimizer moments of pruned entries."""
+        for _, moment, place in self._moments(layer):
+            zero_where(moment, drop[place])

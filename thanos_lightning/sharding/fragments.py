@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.masks import pack_bits, unpack_bits
-from thanos_lightning.sharding.ranks import Ranks
 
 
 class Range(NamedTuple):
@@ -82,7 +82,7 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     return sorted(taken, key=lambda part: part[1].start)
 
 
-class FragmentAccess(Ranks):
+class FragmentAccess(ParameterAccess):
     """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter.
 
     All ranks must create it. `layers` are all that may be pruned. `device` is as for `Ranks`.
@@ -128,30 +128,17 @@ class FragmentAccess(Ranks):
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
         """Overwrite the model's copy on all ranks with the owner's (out_features, in_features). Talks to all."""
 
-    @abstractmethod
-    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
-        """Zero this rank's optimizer moments of pruned entries."""
-
     # ParameterAccess
 
     @torch.no_grad()
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
         """See `ParameterAccess`."""
-        flat = self._collect(
-            self._read_exact(layer),
-            self._exact_ranges[layer.name],
-            layer.rows * layer.cols,
-            owner,
-            self._exact_dtype(layer),
-        )
-        return None if flat is None else self._matrix(layer, flat)
+        return self._collect(layer, self._read_exact(layer), self._exact_ranges[layer.name], owner)
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
         """See `ParameterAccess`."""
-        flat = self._collect(
-            drop.to(torch.uint8), self._ranges[layer.name], layer.rows * layer.cols, owner, torch.uint8
-        )
-        return None if flat is None else self._matrix(layer, flat.logical_not())
+        whole = self._collect(layer, drop.to(torch.uint8), self._ranges[layer.name], owner)
+        return None if whole is None else whole.logical_not()
 
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
@@ -197,6 +184,10 @@ class FragmentAccess(Ranks):
     def _mask_device(self, layer: PrunableLayer) -> torch.device:
         """The device on which the optimizer steps this rank's piece."""
 
+    def _place(self, layer: PrunableLayer) -> slice:
+        held, stepped = self._ranges[layer.name][self.rank], self._exact_ranges[layer.name][self.rank]
+        return slice(stepped.start - held.start, stepped.stop - held.start)
+
     # How pieces are sent and received
 
     @staticmethod
@@ -204,16 +195,15 @@ class FragmentAccess(Ranks):
         """Reshape a flattened parameter to (out_features, in_features)."""
         return flat.view(layer.cols, layer.rows).t() if layer.transposed else flat.view(layer.rows, layer.cols)
 
-    def _collect(
-        self, own: Tensor, ranges: Sequence[Range], numel: int, owner: int, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _collect(self, layer: PrunableLayer, own: Tensor, ranges: Sequence[Range], owner: int) -> Tensor | None:
+        numel = layer.rows * layer.cols
         parts = cover(ranges, numel, first=owner)
         held = ranges[self.rank]
         if self.rank != owner:
             mine = [own[part.start - held.start :][: part.numel] for holder, part in parts if holder == self.rank]
             self._exchange([(dist.isend, piece.to(self._device).contiguous(), owner) for piece in mine])
             return None
-        whole = torch.empty(numel, dtype=dtype, device=self._device)
+        whole = torch.empty(numel, dtype=own.dtype, device=self._device)
         awaited = []
         for holder, part in parts:
             into = whole[part.start : part.stop]
@@ -222,7 +212,7 @@ class FragmentAccess(Ranks):
             else:
                 awaited.append((dist.irecv, into, holder))
         self._exchange(awaited)
-        return whole
+        return self._matrix(layer, whole)
 
     def _hand_out(self, whole: Tensor | None, ranges: Sequence[Range], owner: int, dtype: torch.dtype) -> Tensor:
         held = ranges[self.rank]

@@ -7,7 +7,7 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,17 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.access import LocalPiece
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
-from thanos_lightning.solver.zeros import zero_where
 
 _TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for this mesh dimension
-
-
-@torch.no_grad()
-def _flat(tensor: DTensor) -> Tensor:
-    """Return a flat, writable view of this rank's part of a tensor. Talks to no rank."""
-    return tensor.to_local().view(-1)
 
 
 class FsdpAccess(FragmentAccess):
@@ -75,35 +67,15 @@ class FsdpAccess(FragmentAccess):
         """See `ParameterAccess`."""
         return True  # Lightning offers no gradient scaler under this strategy
 
-    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """See `ParameterAccess`."""
-        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return {name for name in layers if id(self._parameters[name]) in parameters}
+    # For ParameterAccess
 
-    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
-        """See `ParameterAccess`."""
-        return LocalPiece("weight", self._read_exact(layer))
+    def _stepped(self, layer: PrunableLayer) -> DTensor:
+        return self._parameters[layer.name]
 
-    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        """See `ParameterAccess`."""
-        yield self.stepped_weight(layer)
-        yield from self._moments(layer)
-
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
-        """See `ParameterAccess`."""
-        for layer, drop in drops:
-            gradient = self._parameters[layer.name].grad
-            if gradient is not None:
-                assert isinstance(gradient, DTensor), "as its parameter"
-                zero_where(_held_entries(gradient).piece(layer, _flat(gradient)), drop)
-
-    def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        parameter = self._parameters[layer.name]
-        for optimizer in self.optimizers:
-            # .get, because state is a defaultdict: asking for an unknown parameter would create an entry
-            for name, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, DTensor) and value.is_floating_point() and value.shape == parameter.shape:
-                    yield LocalPiece(name, _held_entries(value).piece(layer, _flat(value)))
+    @torch.no_grad()
+    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor), "as its parameter"
+        return _held_entries(tensor).piece(layer, tensor.to_local().view(-1))
 
     # For FragmentAccess
 
@@ -120,18 +92,13 @@ class FsdpAccess(FragmentAccess):
         return self._read_exact(layer).device  # with offloading, not the forward's device
 
     def _read_exact(self, layer: PrunableLayer) -> Tensor:
-        parameter = self._parameters[layer.name]
-        return _held_entries(parameter).piece(layer, _flat(parameter))
+        return self._piece(layer, self._parameters[layer.name])
 
     def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
         self._read_exact(layer).copy_(values)
 
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
         self.release()  # the shard that `_write_exact` writes to is the model's copy
-
-    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
-        for _, moment, _ in self._moments(layer):
-            zero_where(moment, drop)
 
 
 def _held_entries(parameter: DTensor) -> Range:

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -21,40 +20,32 @@ _ENTRIES_IN_FLIGHT = 2**22
 class Ranks:
     """One process among others. With one process nothing is sent. With more, torch.distributed must be initialised.
 
-    `device` is where this process sends from and receives to. For the attributes, see `ParameterAccess`.
+    Attributes:
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+
+    `device` is where this process sends from and receives to.
     """
 
-    saves_every_rank: bool = False
-    can_differentiate: bool = True
-
-    def __init__(
-        self,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | None = None,
-        optimizers: Sequence[Optimizer] = (),
-    ) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.optimizers = list(optimizers)
         self._device = device
 
-    def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """See `ParameterAccess`."""
-        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
-
-    def release(self) -> None:
-        """See `ParameterAccess`: nothing is sharded here."""
-
     def reserve(self, sizes: Iterable[int]) -> None:
-        """See `ParameterAccess`."""
+        """Allocate blocks of these sizes in bytes, all at once, and free them. Talks to no rank.
+
+        A rank that runs out of memory here raises, and can tell the others. Between two messages, the others would wait
+        for it.
+        """
         blocks = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
         del blocks
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
-        """See `ParameterAccess`. This rank's matrix stays unchanged. Talks to all.
+        """Sum a symmetric fp32 matrix (width, width) over ranks, on its owner; None elsewhere. Talks to all.
 
-        A reduction sends little more than the upper triangle, and at most a sixteenth of a large matrix at a time.
+        A rank without a matrix passes None, which counts as zeros. This rank's matrix stays unchanged. A reduction
+        sends little more than the upper triangle, and at most a sixteenth of a large matrix at a time.
         """
         if self.world_size == 1:
             return matrix
@@ -75,7 +66,7 @@ class Ranks:
         return total
 
     def total(self, tensor: Tensor) -> Tensor:
-        """See `ParameterAccess`."""
+        """Sum fp32 tensors of one shape over ranks, on all ranks. Talks to all."""
         if self.world_size > 1:
             tensor = tensor.to(self._device, copy=True)
             dist.all_reduce(tensor)
@@ -90,7 +81,7 @@ class Ranks:
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor | None:
-        """See `ParameterAccess`."""
+        """Send the source's tensor, of a shape and dtype, to a rank. Both return it, others None. Only these talk."""
         if self.rank == source:
             assert tensor is not None
             if source != destination:
@@ -101,13 +92,6 @@ class Ranks:
         received = torch.empty(shape, dtype=dtype, device=self._device)
         self._exchange([(dist.irecv, received, source)])
         return received
-
-    @torch.no_grad()
-    def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
-        """See `ParameterAccess`."""
-        if self.rank != owner:
-            return None
-        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @staticmethod
     def _exchange(messages: Sequence[tuple[Any, Tensor, int]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.ranks import Ranks
 
 
@@ -25,7 +24,7 @@ class KeptError:
         ValueError: no batch
     """
 
-    def __init__(self, ranks: ParameterAccess | Ranks | None = None) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.error: Exception | None = None
         self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
 
@@ -61,7 +60,7 @@ class KeptError:
 
 
 @contextmanager
-def failing_together(ranks: ParameterAccess | Ranks) -> Iterator[None]:
+def failing_together(ranks: Ranks) -> Iterator[None]:
     """Let all ranks leave the block, or none. All ranks must call it, and wait for each other at its end.
 
     Raises:
@@ -73,7 +72,7 @@ def failing_together(ranks: ParameterAccess | Ranks) -> Iterator[None]:
     kept.fail_together()
 
 
-def reserve(blocks: Mapping[str, int], access: ParameterAccess, kept: KeptError | None = None) -> None:
+def reserve(blocks: Mapping[str, int], access: Ranks, kept: KeptError | None = None) -> None:
     """Test whether the memory for messages about layers is free. All ranks must call it.
 
     `blocks` maps layers to sizes in bytes. `kept` may have an error of this rank from before.

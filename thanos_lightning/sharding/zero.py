@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -70,76 +70,45 @@ class _Master:
         return _Master(self.tensor, self.offset + layer.start + own.start - self.held.start, own) if own.numel else None
 
 
-class _Layout(Protocol):
-    """Where one of DeepSpeed's optimizers keeps masters, model copies and gradients."""
+class _Whole:
+    """Where DeepSpeed's optimizer keeps masters, model copies and gradients: at stage 0 each rank holds all of them."""
 
-    def masters(self) -> Sequence[Tensor]:
-        """All tensors that the torch optimizer steps on this rank, in the order of the steps."""
-        ...
-
-    def master(self, layer: PrunableLayer) -> _Master | None:
-        """This rank's piece, or None if the rank has none or the layer is not trained."""
-        ...
-
-    def held(self, layer: PrunableLayer) -> Range:
-        """The entries whose mask this rank needs."""
-        ...
-
-    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        """The held entries of the model's copy, flat."""
-        ...
-
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
-        """Zero the held entries of the gradient that the next step uses, of layers of one parameter."""
-        ...
+    def __init__(self, optimizer: Any) -> None:
+        is_flat = isinstance(optimizer, FP16_Optimizer)
+        stepped = [group["params"] for group in optimizer.param_groups]
+        models = optimizer.fp16_groups if is_flat or isinstance(optimizer, FP16_UnfusedOptimizer) else stepped
+        self._masters: list[Tensor] = [master for group in stepped for master in group]
+        self._models: list[Tensor | None] = [model for group in models for model in group]
+        self._of: dict[int, _Master] = {}
+        for masters, group in zip(stepped, models, strict=True):
+            offset = 0
+            for index, model in enumerate(group):
+                self._of[id(model)] = _Master(masters[0 if is_flat else index], offset, Range(0, model.numel()))
+                offset += model.numel() if is_flat else 0
 
     def numbered(self) -> list[Tensor | None]:
         """The module's parameters that the torch optimizer's state numbers one by one, in order."""
-        ...
-
-
-class _Whole:
-    """Stage 0: each rank holds all of every parameter."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self._of: dict[int, _Master] = {}
-        if isinstance(optimizer, FP16_UnfusedOptimizer):
-            self._masters = [master for group in optimizer.fp32_groups for master in group]
-            models = [parameter for group in optimizer.fp16_groups for parameter in group]
-            self._models: list[Tensor | None] = list(models)
-            for model, master in zip(models, self._masters, strict=True):
-                self._of[id(model)] = _Master(master, 0, Range(0, model.numel()))
-        elif isinstance(optimizer, FP16_Optimizer):
-            self._masters = list(optimizer.fp32_groups_flat)
-            self._models = [parameter for group in optimizer.fp16_groups for parameter in group]
-            for flat, group in zip(self._masters, optimizer.fp16_groups, strict=True):
-                offset = 0
-                for model in group:
-                    self._of[id(model)] = _Master(flat, offset, Range(0, model.numel()))
-                    offset += model.numel()
-        else:
-            self._masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._models = list(self._masters)
-            for parameter in self._masters:
-                self._of[id(parameter)] = _Master(parameter, 0, Range(0, parameter.numel()))
-
-    def numbered(self) -> list[Tensor | None]:
         return self._models
 
     def masters(self) -> Sequence[Tensor]:
+        """All tensors that the torch optimizer steps on this rank, in the order of the steps."""
         return self._masters
 
     def master(self, layer: PrunableLayer) -> _Master | None:
+        """This rank's piece, or None if the rank has none or the layer is not trained."""
         master = self._of.get(id(layer.parameter))
         return None if master is None else master.of(layer)
 
     def held(self, layer: PrunableLayer) -> Range:
+        """The entries whose mask this rank needs."""
         return Range(0, layer.rows * layer.cols)
 
     def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+        """The held entries of the model's copy, flat."""
         yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1))
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+        """Zero the held entries of the gradient that the next step uses, of layers of one parameter."""
         for layer, drop in drops:
             if layer.parameter.grad is not None:
                 gradient = layer.own(layer.parameter.grad)
@@ -291,12 +260,17 @@ class _Stage3:
             safe_set_local_grad(parameter, gradient)
 
 
+_Layout: TypeAlias = _Whole | _Stage12 | _Stage3  # with the methods of the first
+
+
 class ZeroAccess(FragmentAccess):
     """`ParameterAccess` under a DeepSpeed engine that is up.
 
     Raises:
         MisconfigurationException: If zeros could not be kept under this kind of DeepSpeed training, naming the cause.
     """
+
+    _kind = "master"
 
     def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, PrunableLayer]) -> None:
         self._engine = strategy.deepspeed_engine
@@ -310,10 +284,6 @@ class ZeroAccess(FragmentAccess):
             self._layout = _Whole(wrapped)
         inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
         self._masters = {name: self._layout.master(layer) for name, layer in layers.items()}
-        self._layers_of: dict[int, set[str]] = {}
-        for name, master in self._masters.items():
-            if master is not None:
-                self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         self.saves_every_rank = isinstance(self._layout, _Stage3)
         if isinstance(self._layout, _Stage3):
@@ -341,24 +311,6 @@ class ZeroAccess(FragmentAccess):
         last = self._layout.masters()[-1]
         return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
 
-    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """See `ParameterAccess`."""
-        names: set[str] = set()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                names |= self._layers_of.get(id(parameter), set())
-        return names & layers.keys()
-
-    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
-        """See `ParameterAccess`."""
-        master = self._masters[layer.name]
-        assert master is not None, "an optimizer updates the layer"
-        return LocalPiece("master", master.slice_of(master.tensor), self._place(layer, master))
-
-    def _place(self, layer: PrunableLayer, master: _Master) -> slice:
-        start = master.held.start - self._layout.held(layer).start
-        return slice(start, start + master.held.numel)
-
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
         yield from self._layout.model_copies(layer)
@@ -366,8 +318,7 @@ class ZeroAccess(FragmentAccess):
         if master is None:
             return
         if not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
-            yield self.stepped_weight(layer)
-            yield from self._moments(layer, master)
+            yield from super().local_tensors(layer)
             return
         yield LocalPiece("master", self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter)))
         for name in self._swapped_moments(master):
@@ -386,6 +337,17 @@ class ZeroAccess(FragmentAccess):
         # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
             self._layout.mask_gradient(drops)
+
+    # For ParameterAccess
+
+    def _stepped(self, layer: PrunableLayer) -> Tensor | None:
+        master = self._masters[layer.name]
+        return None if master is None else master.tensor
+
+    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+        master = self._masters[layer.name]
+        assert master is not None, "an optimizer updates the layer"
+        return master.slice_of(tensor)
 
     # For FragmentAccess
 
@@ -408,12 +370,6 @@ class ZeroAccess(FragmentAccess):
         device = self._device if master is None or master.tensor.numel() == 0 else master.tensor.device
         assert device is not None
         return device
-
-    def _moments(self, layer: PrunableLayer, master: _Master) -> Iterator[LocalPiece]:
-        # .get, because state is a defaultdict: asking for an unknown tensor would create an entry
-        for name, value in self.optimizers[0].state.get(master.tensor, {}).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.tensor.shape:
-                yield LocalPiece(name, master.slice_of(value), self._place(layer, master))
 
     def _swapped_moments(self, master: _Master) -> list[str]:
         """Names of the states that an optimizer on NVMe keeps for each entry. In memory they are 1-D tensors."""
@@ -469,16 +425,13 @@ class ZeroAccess(FragmentAccess):
 
     def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
         master = self._masters[layer.name]
-        if master is None:
+        if master is None or not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
+            super()._zero_moments(layer, drop)
             return
-        if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
-            for name in self._swapped_moments(master):
-                part = safe_get_local_optimizer_state(layer.parameter, name).clone()
-                zero_where(self._layout.piece(layer, part), drop.to(part.device))
-                safe_set_local_optimizer_state(layer.parameter, part, name)
-            return
-        for _, moment, place in self._moments(layer, master):
-            zero_where(moment, drop[place])
+        for name in self._swapped_moments(master):
+            part = safe_get_local_optimizer_state(layer.parameter, name).clone()
+            zero_where(self._layout.piece(layer, part), drop.to(part.device))
+            safe_set_local_optimizer_state(layer.parameter, part, name)
 
 
 def _refuse_unknown(engine: Any, wrapped: Any) -> None:

@@ -17,8 +17,8 @@ from deepspeed.utils import mixed_precision_linkage  # noqa: E402
 fragments = importlib.import_module("deepspeed.utils.tensor_fragment")  # its package has a class of that name
 
 NAMES: list[tuple[type | ModuleType, list[str]]] = [
-    (fused_optimizer.FP16_Optimizer, ["fp16_groups", "fp32_groups_flat", "optimizer", "loss_scale"]),
-    (unfused_optimizer.FP16_UnfusedOptimizer, ["fp16_groups", "fp32_groups", "optimizer"]),
+    (fused_optimizer.FP16_Optimizer, ["fp16_groups", "param_groups", "optimizer", "loss_scale"]),
+    (unfused_optimizer.FP16_UnfusedOptimizer, ["fp16_groups", "param_groups", "optimizer"]),
     (
         bf16_optimizer.BF16_Optimizer,
         ["bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_dict", "optimizer"],
