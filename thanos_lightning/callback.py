@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +47,6 @@ from thanos_lightning.training.other_callbacks import (
     call_last,
     check_companions,
     check_trainer,
-    note_saves,
     saved_checkpoint,
 )
 
@@ -145,7 +143,7 @@ class ThanosPruningCallback(Callback):
         self._layers: dict[str, PrunableLayer] = {}
         self._final: dict[str, Pattern] = {}
         self._run: PruningRun | None = None
-        self._saved: list[Path] = []  # the checkpoints of this fit
+        self._farewell: Farewell | None = None  # of this fit
 
     @property
     def report(self) -> PruningReport:
@@ -179,7 +177,7 @@ class ThanosPruningCallback(Callback):
         check_strategy(trainer.strategy)
         save_whole(trainer.strategy, shards=saves_shards(trainer.strategy))
         note_sigterm(trainer)
-        self._saved = note_saves(trainer)
+        self._farewell = Farewell(trainer)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             announce_builds()  # such as that of DeepSpeedCPUAdam
 
@@ -314,8 +312,8 @@ class ThanosPruningCallback(Callback):
         is_in_event = self._run is not None and self._run.is_in_event
         if self._run is not None:
             self._run.stop()
-        if trainer.state.fn == "fit":
-            call_last(trainer, Farewell(self._saved), saves=not is_in_event)
+        if trainer.state.fn == "fit" and self._farewell is not None:
+            call_last(trainer, self._farewell, saves=not is_in_event)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

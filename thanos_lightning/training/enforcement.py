@@ -31,6 +31,7 @@ class MaskEnforcer:
     """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank.
 
     Attributes:
+        num_pruned: Layer name -> how many entries its mask prunes, on all ranks together.
         has_new_masks: Whether a mask was set since the last verification. All ranks know it.
     """
 
@@ -39,7 +40,7 @@ class MaskEnforcer:
         self._access = access
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
-        self._num_pruned: dict[str, int] = {}
+        self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False
 
     def begin(self) -> None:
@@ -74,7 +75,7 @@ class MaskEnforcer:
         is_read = layer.shows_its_mask and torch.equal(self._zeros_of(layer), drop)
         self._drops[name] = None if is_read else drop
         self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
-        self._num_pruned[name] = num_pruned
+        self.num_pruned[name] = num_pruned
         self.has_new_masks = True
 
     def _drop(self, name: str) -> Tensor:
@@ -96,21 +97,16 @@ class MaskEnforcer:
             return None
         return self._access.collect_keep(self._layers[name], self._drop(name), owner)
 
-    @property
-    def num_pruned(self) -> dict[str, int]:
-        """Layer name -> how many entries its mask prunes, on all ranks together."""
-        return dict(self._num_pruned)
-
     def is_gone(self, name: str) -> bool:
         """Whether all of a layer is pruned. All ranks know it."""
-        return self._num_pruned.get(name) == self._layers[name].rows * self._layers[name].cols
+        return self.num_pruned.get(name) == self._layers[name].rows * self._layers[name].cols
 
     def _masked_layers(self) -> dict[str, PrunableLayer]:
         return {name: self._layers[name] for name in self._drops}
 
     def sparsity(self) -> float:
         """Fraction of the weights of all layers that is pruned."""
-        return sum(self._num_pruned.values()) / sum(layer.rows * layer.cols for layer in self._layers.values())
+        return sum(self.num_pruned.values()) / sum(layer.rows * layer.cols for layer in self._layers.values())
 
     @torch.no_grad()
     def enforce(self, optimizer: Optimizer) -> None:

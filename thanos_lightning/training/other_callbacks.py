@@ -137,20 +137,6 @@ def saved_checkpoint(trainer: Trainer) -> Path | None:
     return next((Path(path) for path in [*best, *others] if path and Path(path).exists()), None)
 
 
-def note_saves(trainer: Trainer) -> list[Path]:
-    """Return a list that grows by the path of each checkpoint that the Trainer saves from now on."""
-    saved: list[Path] = []
-    save = trainer.save_checkpoint
-
-    @wraps(save)
-    def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
-        save(filepath, *args, **kwargs)
-        saved.append(Path(filepath))
-
-    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
-    return saved
-
-
 def call_last(trainer: Trainer, last: Callback, *, saves: bool) -> None:
     """In a hook of a callback, let the Trainer call `last` after all others, and none that saves if not `saves`."""
     called = callbacks_of(trainer)  # which the Trainer goes through
@@ -159,10 +145,18 @@ def call_last(trainer: Trainer, last: Callback, *, saves: bool) -> None:
 
 
 class Farewell(Callback):
-    """Says which checkpoint to go on from, when a signal has ended the training. `saved` are those of this fit."""
+    """Says which checkpoint to go on from, when a signal has ended the training. Made before anything is saved."""
 
-    def __init__(self, saved: list[Path]) -> None:
-        self._saved = saved
+    def __init__(self, trainer: Trainer) -> None:
+        self._saved: list[Path] = []
+        save = trainer.save_checkpoint
+
+        @wraps(save)
+        def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+            save(filepath, *args, **kwargs)
+            self._saved.append(Path(filepath))
+
+        trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
