@@ -3,21 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from toy import tiny_gpt2
 
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.choice import check_strategy, choose_access
+from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.replicated import ReplicatedAccess
-
-
-def test_one_device_is_replicated() -> None:
-    single = choose_access(SingleDeviceStrategy(torch.device("cpu")), {})
-    assert isinstance(single, ReplicatedAccess)
-    assert (single.rank, single.world_size) == (0, 1)
 
 
 def test_other_strategies_are_refused_by_name() -> None:
@@ -29,7 +23,7 @@ def test_other_strategies_are_refused_by_name() -> None:
             check_strategy(kind.__new__(kind))
 
 
-def test_a_weight_is_written_in_its_own_layout() -> None:
+def test_a_weight_and_its_mask_lie_as_the_parameter_does() -> None:
     model = tiny_gpt2()
     layer = find_targets(model)["transformer.h.0.attn.c_attn"]
     access = ReplicatedAccess()
@@ -37,17 +31,10 @@ def test_a_weight_is_written_in_its_own_layout() -> None:
     keep = new > 0
     drop = access.write(layer, new, keep, owner=0)
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, new.T)
-    assert torch.equal(drop, ~keep.T)
     assert torch.equal(access.collect_weight(layer, owner=0), new)
-
-
-def test_masks_go_to_the_local_layout_and_back() -> None:
-    layer = find_targets(tiny_gpt2())["transformer.h.0.attn.c_attn"]
-    access = ReplicatedAccess()
-    keep = torch.rand(layer.rows, layer.cols) > 0.5
-    drop = access.local_drop(layer, keep)
-    assert drop.shape == layer.parameter.shape
+    assert torch.equal(drop, ~keep.T)
     assert drop.is_contiguous()
+    assert torch.equal(access.local_drop(layer, keep), drop)
     assert torch.equal(access.full_keep(layer, drop), keep)
     assert torch.equal(access.collect_keep(layer, drop, owner=0), keep)
 
@@ -78,10 +65,3 @@ def test_writing_zeroes_the_moments_of_pruned_weights() -> None:
     moment = optimizer.state[net[0].weight]["exp_avg"]
     assert not moment[~keep].any()
     assert moment[keep].all()
-
-
-def test_memory_that_is_not_there_is_told_before_anything_is_sent() -> None:
-    access = ReplicatedAccess()
-    access.reserve([100, 2**20])
-    with pytest.raises(RuntimeError, match="memory"):
-        access.reserve([100, 2**60])

@@ -5,18 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
 from thanos_lightning.training.lightning_private import (
     after_configure_model,
-    average_of,
-    callbacks_of,
     end_on_sigterm,
     has_sigterm,
     logged_step,
-    replace_callbacks,
     saves_shards,
     training_metrics,
     validate,
@@ -72,14 +68,6 @@ def test_in_a_training(tmp_path):
     assert trainer.global_step == 3
 
 
-def test_callbacks_are_replaced():
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    own = callbacks_of(trainer)
-    assert own == trainer.callbacks
-    replace_callbacks(trainer, own[:-1])
-    assert callbacks_of(trainer) == own[:-1]
-
-
 def test_sigterm():
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert callable(trainer._signal_connector._sigterm_notifier_fn)  # note_sigterm replaces these two
@@ -112,20 +100,6 @@ def test_what_comes_after_configure_model():
         trainer.validate(module)
         assert "configure_model" not in vars(module)
     assert order == ["configured", "Configured"] * 2
-
-
-def test_the_average_of_weights(tmp_path):
-    averaging = WeightAveraging()
-    assert average_of(averaging) is None
-    seen = []
-
-    class Asks(BoringModel):
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            seen.append(average_of(averaging))
-
-    fitted(tmp_path, Asks(), callbacks=[averaging])
-    assert all(isinstance(average.n_averaged, torch.Tensor) for average in seen)
-    assert {name for name, _ in seen[0].module.named_parameters()} == {"layer.weight", "layer.bias"}
 
 
 @pytest.mark.parametrize("saves", [True, False])

@@ -45,11 +45,21 @@ class Scripted(ToyLM):
             self.validations += 1
 
 
-def fit(module: LightningModule, root: Path, *callbacks: Any, **kwargs: Any) -> Trainer:
+def fit(module: LightningModule, root: Path, *callbacks: Any, resume: Path | None = None, **kwargs: Any) -> Trainer:
     settings = {"max_steps": 16, "check_val_every_n_epoch": None, "val_check_interval": 1, "enable_checkpointing": True}
     made = trainer(root, *callbacks, **{**settings, **kwargs})
-    made.fit(module, loader(64), loader(4))
+    made.fit(module, loader(64), loader(4), ckpt_path=resume)
     return made
+
+
+class Steps(Callback):
+    """Keeps the weights that each step ends with."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.weights.append({name: weight.detach().clone() for name, weight in pl_module.named_parameters()})
 
 
 # Averages
@@ -89,18 +99,11 @@ def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order:
 
 
 def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -> None:
-    class Steps(Callback):
-        def __init__(self) -> None:
-            self.weights: list[Tensor] = []
-
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            self.weights.append(pl_module.model.model.layers[0].mlp.up_proj.weight.detach().clone())
-
     average, steps = EMAWeightAveraging(decay=0.5), Steps()
     module = ToyLM()
     fit(module, tmp_path, pruning(), average, steps, max_steps=8)
     # the last event is after step 6, and its result is what the average begins with
-    sixth, seventh, eighth = steps.weights[5:8]
+    sixth, seventh, eighth = (weights["model.model.layers.0.mlp.up_proj.weight"] for weights in steps.weights[5:8])
     found = module.model.model.layers[0].mlp.up_proj.weight.detach()
     torch.testing.assert_close(found, 0.25 * sixth + 0.25 * seventh + 0.5 * eighth)
 
@@ -180,40 +183,20 @@ def test_nor_by_the_loss_of_the_step_before_it_was_pruned(tmp_path: Path) -> Non
 
 def test_what_was_scored_too_early_is_forgotten_in_a_resumed_training_too(tmp_path: Path) -> None:
     # the last event is at step 6, and the next validation at step 8
-    for start, metrics in ((None, [1.0]), (7, [5.0, 6.0])):
+    for resume, metrics in ((None, [1.0]), (tmp_path / "step=7.ckpt", [5.0, 6.0])):
         best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", every_n_train_steps=1)
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        made = trainer(
-            tmp_path,
-            pruning(),
-            best,
-            every,
-            max_steps=12,
-            check_val_every_n_epoch=None,
-            val_check_interval=4,
-            enable_checkpointing=True,
-        )
-        made.fit(Scripted(metrics), loader(64), loader(4), ckpt_path=start and tmp_path / f"step={start}.ckpt")
+        callbacks = (pruning(), best, every)
+        fit(Scripted(metrics), tmp_path, *callbacks, resume=resume, max_steps=12, val_check_interval=4)
     assert float(best.best_model_score) == 5.0
 
 
 def test_the_best_survives_a_resume(tmp_path: Path) -> None:
-    for start, metrics in ((None, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 6.0]), (8, [9.0, 8.0])):
+    for resume, metrics in ((None, [1.0] * 6 + [5.0, 6.0]), (tmp_path / "step=8.ckpt", [9.0, 8.0])):
         best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted")
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        module = Scripted(metrics)
-        made = trainer(
-            tmp_path,
-            pruning(),
-            best,
-            every,
-            max_steps=8 if start is None else 10,
-            check_val_every_n_epoch=None,
-            val_check_interval=1,
-            enable_checkpointing=True,
-        )
-        made.fit(module, loader(64), loader(4), ckpt_path=start and tmp_path / f"step={start}.ckpt")
-        assert Path(best.best_model_path).name == "best-step=6.ckpt" or start is None
+        fit(Scripted(metrics), tmp_path, pruning(), best, every, resume=resume, max_steps=10 if resume else 8)
+        assert Path(best.best_model_path).name == "best-step=6.ckpt" or resume is None
     assert float(best.best_model_score) == 1.0
 
 
@@ -283,13 +266,6 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
 
     def decaying(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
-
-    class Steps(Callback):
-        def __init__(self) -> None:
-            self.weights: list[dict[str, Tensor]] = []
-
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            self.weights.append({name: weight.detach().clone() for name, weight in pl_module.named_parameters()})
 
     steps = Steps()
     fit(Still(make_optimizer=decaying), tmp_path, pruning(), steps, max_steps=8)
