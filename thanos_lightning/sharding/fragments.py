@@ -108,9 +108,9 @@ class FragmentAccess(ParameterAccess):
     def _held(self, layer: PrunableLayer) -> Range:
         """The entries whose mask this rank holds."""
 
-    @abstractmethod
     def _held_exactly(self, layer: PrunableLayer) -> Range:
         """The entries whose most exact copy this rank holds: the master, if there is one."""
+        return self._held(layer)
 
     @abstractmethod
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:

@@ -82,9 +82,6 @@ class FsdpAccess(FragmentAccess):
     def _held(self, layer: PrunableLayer) -> Range:
         return _held_entries(self._parameters[layer.name]).of(layer)
 
-    def _held_exactly(self, layer: PrunableLayer) -> Range:
-        return self._held(layer)
-
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
         return self._parameters[layer.name].dtype
 
