@@ -17,10 +17,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -157,21 +158,13 @@ class Share(ResumableBatches):
                 batch[COUNTED] = torch.full_like(batch["input_ids"], int(rank not in uncounted))
 
 
-def narrow_llama() -> Any:
-    """Has a layer of four rows, of which the last of three ranks gets none, and others that don't divide by three."""
-    return tiny_llama(num_attention_heads=8, num_key_value_heads=1)
-
-
-def wide_llama() -> Any:
-    """Has weights of the MiB a rank from which DeepSpeed swaps to disk, also in bf16: those of its MLP."""
-    return tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
-    "narrow": narrow_llama,
-    "wide": wide_llama,
+    # has a layer of four rows, of which the last of three ranks gets none, and others that don't divide by three
+    "narrow": partial(tiny_llama, num_attention_heads=8, num_key_value_heads=1),
+    # has weights of the MiB a rank from which DeepSpeed swaps to disk, also in bf16: those of its MLP
+    "wide": partial(tiny_llama, hidden_size=512, intermediate_size=2048, num_hidden_layers=1),
     "mixtral": tiny_mixture,
     "gpt-oss": partial(tiny_mixture, "gpt-oss"),
     "olmoe": partial(tiny_mixture, "olmoe", number=64),  # of which a rank's batch reaches some
@@ -365,6 +358,16 @@ def as_stored(masks: dict[str, LayerMask], parameters: dict[str, Any]) -> dict[s
     return stored
 
 
+def sparse_norm(module: Any, masks: dict[str, Tensor], gradient_of: Callable[[Any], Tensor]) -> float:
+    """The norm of all gradients, as if those under the masks were 0."""
+    total = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            gradient = gradient_of(parameter) * masks.get(name, 1)
+            total += float(gradient.double().square().sum())
+    return total**0.5
+
+
 class Watch(Callback):
     """Looks, after every step, at what is under the masks: by DeepSpeed's public functions or torch alone."""
 
@@ -437,16 +440,9 @@ class Watch(Callback):
         self._sparse_norm = 0.0
         if not masks or len(self.norms) >= NORMS:
             return
-        total = 0.0
-        for name, parameter in pl_module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            gradient = safe_get_full_grad(parameter)
-            if name in masks:
-                gradient = gradient * masks[name]
-            total += float(gradient.double().square().sum())
         # gradients in fp16 are scaled; in others some of DeepSpeed's optimizers have None there
-        self._sparse_norm = total**0.5 / (getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
+        scale = getattr(engine.optimizer, "loss_scale", 1.0) or 1.0
+        self._sparse_norm = sparse_norm(pl_module, masks, safe_get_full_grad) / scale
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -489,31 +485,18 @@ class ClippedNorm(Callback):
         self.norms: list[tuple[float, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.clip = clip = torch.nn.utils.clip_grad_norm_
+        clip = torch.nn.utils.clip_grad_norm_
 
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
             if not self.pruning.report.events or len(self.norms) >= NORMS:
                 return clip(*args, **kwargs)
             masks = as_stored(masks_of(self.pruning), dict(pl_module.named_parameters()))
-            total = 0.0
-            for name, parameter in pl_module.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                gradient = parameter.grad.full_tensor()
-                if name in masks:
-                    gradient = gradient * masks[name]
-                total += float(gradient.double().square().sum())
+            sparse = sparse_norm(pl_module, masks, lambda parameter: parameter.grad.full_tensor())
             norm: Any = clip(*args, **kwargs)
-            self.norms.append((total**0.5, float(norm.full_tensor())))
+            self.norms.append((sparse, float(norm.full_tensor())))
             return norm
 
         torch.nn.utils.clip_grad_norm_ = recorded
-
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        torch.nn.utils.clip_grad_norm_ = self.clip
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        torch.nn.utils.clip_grad_norm_ = self.clip
 
 
 @contextmanager
@@ -627,58 +610,34 @@ class Poison(Callback):
             collector.statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
 
 
-class Exhausted(Callback):
-    """Lets the solver of one rank run out of memory."""
+class Failing(Callback):
+    """Lets a function fail on the last rank, when it has been called so often: by an error, or by a kill."""
+
+    def __init__(self, place: Any, name: str, error: Exception | None = None, spared: int = 0) -> None:
+        self.place, self.name, self.error, self.spared = place, name, error, spared
+
+    def rank(self, trainer: Trainer) -> int:
+        return trainer.world_size - 1
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_rank == 1:
+        if trainer.global_rank == self.rank(trainer):
+            setattr(self.place, self.name, self.fail)
 
-            def prune(*args: Any, **kwargs: Any) -> Any:
-                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
-
-            thanos_lightning.events.prune.prune_layer = prune
-
-
-class ExhaustedInside(Callback):
-    """Lets one rank run out of memory inside a forward: in the hook that counts inputs."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_rank == 1:
-
-            def update(*args: Any) -> None:
-                raise torch.OutOfMemoryError("tried to allocate 1 PiB")
-
-            HessianAccumulator.update = update  # type: ignore[method-assign]
+    def fail(self, *args: Any, **kwargs: Any) -> None:
+        self.spared -= 1
+        if self.spared < 0:
+            if self.error is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                raise type(self.error)(*self.error.args)
 
 
-class Starved(Callback):
-    """Lets one rank lack the memory for what others send, when it has had it so often."""
-
-    def __init__(self, before: int = 0) -> None:
-        self.before = before
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_rank == 1:
-
-            def reserve(*args: Any) -> None:
-                self.before -= 1
-                if self.before < 0:
-                    raise torch.OutOfMemoryError("tried to allocate 1 PiB")
-
-            Ranks.reserve = reserve  # type: ignore[method-assign]
-
-
-class FullDisk(Callback):
+class FullDisk(Failing):
     """Leaves no room for what the last rank writes, or the first, where it writes for all."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def rank(self, trainer: Trainer) -> int:
         writes_alone = isinstance(trainer.strategy, DDPStrategy) and not hasattr(trainer.strategy, "deepspeed_engine")
-        if trainer.global_rank == (0 if writes_alone else trainer.world_size - 1):
-
-            def save(*args: Any, **kwargs: Any) -> None:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            torch.save = save
+        return 0 if writes_alone else super().rank(trainer)
 
 
 class Additive(Callback):
@@ -770,14 +729,6 @@ class Killed(Callback):
         self.reached(trainer, "end")  # after the optimizer's step, before an event and the checkpoint
 
 
-class KilledInside(Callback):
-    """Kills the last rank inside an event, while the others wait for its results."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_rank == trainer.world_size - 1:
-            thanos_lightning.events.prune.prune_layer = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-
-
 class KilledInASave(Callback):
     """Kills the last rank in the save at step 6, when it has written what Lightning keeps, and the others more."""
 
@@ -806,16 +757,17 @@ class Locked(Callback):
         warnings.filterwarnings("error", message=".* is a lock")
 
 
+EXHAUSTED = torch.OutOfMemoryError("tried to allocate 1 PiB")
 FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": Poison,
-    "memory": Exhausted,
-    "memory for messages": Starved,
-    "memory for weights": partial(Starved, before=1),
-    "memory inside a forward": ExhaustedInside,
-    "disk": FullDisk,
+    "memory": partial(Failing, thanos_lightning.events.prune, "prune_layer", EXHAUSTED),
+    "memory for messages": partial(Failing, Ranks, "reserve", EXHAUSTED),
+    "memory for weights": partial(Failing, Ranks, "reserve", EXHAUSTED, spared=1),
+    "memory inside a forward": partial(Failing, HessianAccumulator, "update", EXHAUSTED),  # in the hook on inputs
+    "disk": partial(FullDisk, torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "mask": Additive,
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
-    "killed_inside": KilledInside,
+    "killed_inside": partial(Failing, thanos_lightning.events.prune, "prune_layer"),  # while others wait for its results
     "killed in a save": KilledInASave,
     "locked": Locked,
     "SIGTERM": partial(Terminates, 0, 1),
@@ -952,9 +904,7 @@ def train(case: Case) -> None:
         validation = Share(case.batch_size) if case.monitor is not None else None
         resume = None if case.resume is None else case.resume.replace("{rank}", os.environ.get("RANK", "0"))
         fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
-    except RuntimeError as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    except (ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
+    except (RuntimeError, ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
         error = f"{type(failure).__name__}: {failure}"
     weights = getattr(results, "weights", {})
     report = {
@@ -986,28 +936,22 @@ def train(case: Case) -> None:
     (out / f"rank{fitted.global_rank}.json").write_text(json.dumps(report))
 
 
-@contextmanager
-def put_back() -> Iterator[None]:
-    """Afterwards, what callbacks have replaced for one training is again what it was."""
-    replaced = [
-        (thanos_lightning.events.run, "prune_window"),
-        (thanos_lightning.events.prune, "prune_layer"),
-        (thanos_lightning.events.prune, "order_channels"),
-        (Ranks, "reserve"),
-        (HessianAccumulator, "update"),
-        (torch, "save"),
-    ]
-    before = [getattr(place, name) for place, name in replaced]
-    try:
-        yield
-    finally:
-        for (place, name), value in zip(replaced, before, strict=True):
-            setattr(place, name, value)
+REPLACED = [
+    (thanos_lightning.events.run, "prune_window"),
+    (thanos_lightning.events.prune, "prune_layer"),
+    (thanos_lightning.events.prune, "order_channels"),
+    (Ranks, "reserve"),
+    (HessianAccumulator, "update"),
+    (torch, "save"),
+    (torch.nn.utils, "clip_grad_norm_"),
+]
 
 
 def train_all(cases: list[dict[str, Any]]) -> None:
     for case in cases:
-        with put_back():
+        with ExitStack() as put_back:  # what callbacks replace for one training
+            for place, name in REPLACED:
+                put_back.enter_context(mock.patch.object(place, name, getattr(place, name)))
             train(Case(**case))
         gc.collect()
 
