@@ -37,6 +37,14 @@ PRUNABLE = [
     for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ]
 
+# Cases that several tests train, in part
+OFFLOADED: dict[str, Any] = {"deepspeed": {"offload_optimizer": True, "offload_parameters": True}}
+FP32_SUMS: dict[str, Any] = {
+    "strategy": "zero1",
+    "precision": "bf16-mixed",
+    "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+}
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -265,6 +273,38 @@ class Trainings:
 
 def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def check_zeros(ranks: Sequence[dict[str, Any]], **expected: Any) -> None:
+    """A training without an error, in which each rank found no pruned entry that is not 0, and these values."""
+    for rank in ranks:
+        assert rank["error"] is None
+        assert rank["violations"] == []
+        assert {name: rank[name] for name in expected} == expected
+
+
+def check_resumed(whole: Path, resumed: Path, stop: int) -> None:
+    """A resumed training is the one that was never stopped, to the last bit."""
+    for before, after in zip(results(whole), results(resumed), strict=True):
+        check_zeros([after], losses=before["losses"][stop:], digest=before["digest"])
+
+
+def check_equal_masks(out: Path, ranks: int = 2) -> dict[str, torch.Tensor]:
+    """The masks, which are the same on all ranks."""
+    first = masks(out)
+    for rank in range(1, ranks):
+        other = masks(out, rank)
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], keep) for name, keep in first.items())
+    return first
+
+
+def check_clipped(ranks: Sequence[dict[str, Any]], tolerance: float, least: int = 0) -> None:
+    """The norm that gradients were clipped by is that of the sparse model, at least so often."""
+    for rank in ranks:
+        assert len(rank["norms"]) >= least
+        for sparse, clipped_by in rank["norms"]:
+            assert clipped_by == pytest.approx(sparse, rel=tolerance)
 
 
 def check_sparsity(kept: dict[str, torch.Tensor], case: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Trainings, agreement, only, results, train
+from ranks import Trainings, agreement, check_resumed, check_zeros, only, results, train
 from toy import tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -63,9 +63,8 @@ def exported(folder: Path) -> LlamaForCausalLM:
 @pytest.mark.parametrize("name", only(["ddp", "zero3"], STRATEGIES))
 def test_what_adapters_learn_keeps_zeros(name: str, when: str, trained: Trainings) -> None:
     folder, reference = trained(f"{name}, {when}"), trained(f"ddp, {when}")
+    check_zeros(results(folder))
     for seen in results(folder):
-        assert seen["error"] is None
-        assert seen["violations"] == []
         assert seen["checked"]["weight"] > 0
         assert len(seen["ordered"]) == (2 if when == "before the first step" else 0)
     with torch.no_grad():
@@ -91,8 +90,4 @@ def test_parts_of_an_adapted_layer_that_are_sharded_one_by_one_are_refused(tmp_p
 
 @pytest.mark.parametrize("name", only([], RESUMED))
 def test_a_resumed_training_ends_with_the_same_bits(name: str, trained: Trainings) -> None:
-    whole, resumed = trained(f"{name}, during the training"), trained(f"{name}, resumed")
-    for one, other in zip(results(whole), results(resumed), strict=True):
-        assert one["error"] is other["error"] is None
-        assert other["losses"] == one["losses"][5:]
-        assert other["digest"] == one["digest"]
+    check_resumed(trained(f"{name}, during the training"), trained(f"{name}, resumed"), 5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Trainings, agreement, only, results, train
+from ranks import OFFLOADED, Trainings, agreement, only, results, train
 from torch import Tensor
 from toy import tiny_gpt2, tiny_llama
 
@@ -16,7 +16,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero1, bf16": {"strategy": "zero1", "precision": "bf16-true"},
     "zero3": {"strategy": "zero3"},
-    "zero3, all offloaded": {"strategy": "zero3", "deepspeed": {"offload_optimizer": True, "offload_parameters": True}},
+    "zero3, all offloaded": {"strategy": "zero3", **OFFLOADED},
     "fsdp": {"strategy": "fsdp"},
     "fsdp, all as one": {"strategy": "fsdp", "fsdp": {"how": "root"}},
     **{f"{name}, with biases, transposed": {"strategy": name, "model": "gpt2"} for name in ("ddp", "zero3", "fsdp")},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Trainings, only, results
+from ranks import OFFLOADED, Trainings, only, results
 from torch import Tensor
 from toy import tiny_llama
 
@@ -18,7 +18,7 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero2": {"strategy": "zero2"},
     "zero3": {"strategy": "zero3", "save": True},
-    "zero3 offloaded": {"strategy": "zero3", "deepspeed": {"offload_optimizer": True, "offload_parameters": True}},
+    "zero3 offloaded": {"strategy": "zero3", **OFFLOADED},
     "zero3, given as an object": {
         "strategy": "zero3",
         "as_object": True,
