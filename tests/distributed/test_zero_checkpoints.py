@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_cases import change_a_byte
-from ranks import PRUNABLE, Trainings, masks, only, results, start, train
+from ranks import FP32_SUMS, OFFLOADED, PRUNABLE, Trainings, agreement, check_resumed, check_zeros, only, start, train
 from toy import Stranger
 
 from thanos_lightning.checkpoints.deepspeed_files import load_contents
@@ -26,17 +27,9 @@ TRAINED: dict[str, dict[str, Any]] = {
     "zero3 in sub-groups": {"strategy": "zero3", "zero": {"sub_group_size": 3000}},
     "zero2": {"strategy": "zero2"},
     "zero2 in bf16": {"strategy": "zero2", "precision": "bf16-true"},
-    "zero1 with fp32 accumulation": {
-        "strategy": "zero1",
-        "precision": "bf16-mixed",
-        "config": {"data_types": {"grad_accum_dtype": "fp32"}},
-    },
+    "zero1 with fp32 accumulation": FP32_SUMS,
     "zero1": {"strategy": "zero1"},
-    "zero3 offloaded": {
-        "strategy": "zero3",
-        "precision": "bf16-mixed",
-        "deepspeed": {"offload_optimizer": True, "offload_parameters": True},
-    },
+    "zero3 offloaded": {"strategy": "zero3", "precision": "bf16-mixed", **OFFLOADED},
     "zero3 in fp16": {"strategy": "zero3", "precision": "16-mixed"},
     "zero3 with a frozen embedding": {
         "strategy": "zero3",
@@ -67,30 +60,21 @@ def resharded(saved: Trainings, kind: str, step: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3"], KINDS))
+RESUMED = {
+    **dict.fromkeys(KINDS, (INSIDE, BETWEEN, AFTER)),
+    **{f"{kind}, resharded": (INSIDE, AFTER) for kind in SHARDED_ADAM},
+}
+
+
+@pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3", "zero3, resharded"], RESUMED))
 def test_resuming_is_bit_identical(saved: Trainings, tmp_path: Path, kind: str) -> None:
-    for step in (INSIDE, BETWEEN, AFTER):
-        checkpoint = saved(kind) / f"step={step}.ckpt"
-        resumed = train(tmp_path / str(step), resume=str(checkpoint), **KINDS[kind])
-        for before, after in zip(results(saved(kind)), resumed, strict=True):
-            assert after["error"] is None
-            assert after["losses"] == before["losses"][step:]
-            assert after["digest"] == before["digest"]
-            assert after["violations"] == []
-            assert after["batches_seen"] == END
-
-
-@pytest.mark.parametrize("kind", only(["zero3"], SHARDED_ADAM))
-def test_a_resharded_checkpoint_resumes_bit_identically_on_as_many_ranks(
-    saved: Trainings, tmp_path: Path, kind: str
-) -> None:
-    for step in (INSIDE, AFTER):
-        resumed = train(tmp_path / str(step), resume=str(resharded(saved, kind, step)), **KINDS[kind])
-        for before, after in zip(results(saved(kind)), resumed, strict=True):
-            assert after["error"] is None
-            assert after["losses"] == before["losses"][step:]
-            assert after["digest"] == before["digest"]
-            assert after["batches_seen"] == END
+    """On as many ranks."""
+    name, _, again = kind.partition(",")
+    for step in RESUMED[kind]:
+        checkpoint = resharded(saved, name, step) if again else saved(name) / f"step={step}.ckpt"
+        ranks = train(tmp_path / str(step), resume=str(checkpoint), **KINDS[name])
+        check_zeros(ranks, batches_seen=END)
+        check_resumed(saved(name), tmp_path / str(step), step)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.rest)])
@@ -100,17 +84,12 @@ def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(
 ) -> None:
     for step in (INSIDE, AFTER):
         out = tmp_path / str(step)
-        for rank in train(out, ranks, resume=str(resharded(saved, kind, step)), **KINDS[kind]):
-            assert rank["error"] is None
-            assert rank["violations"] == []
+        found = train(out, ranks, resume=str(resharded(saved, kind, step)), **KINDS[kind])
+        check_zeros(found, collectives=[], events=[3, 6, 7], steps=END)
+        for rank in found:
             assert min(rank["checked"].values()) == 14 * {INSIDE: 8, AFTER: 2}[step]
-            assert rank["collectives"] == []
-            assert rank["events"] == [3, 6, 7]
-            assert rank["steps"] == END
             assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
-        if step == AFTER:  # the masks go on
-            for mask_name, keep in masks(saved(kind)).items():
-                assert torch.equal(keep, masks(out)[mask_name])
+    assert agreement(saved(kind), tmp_path / str(AFTER)) == 1
 
 
 @pytest.mark.rest
@@ -120,26 +99,15 @@ def test_what_is_whole_resumes_on_other_numbers_of_ranks(
     saved: Trainings, tmp_path: Path, kind: str, ranks: int
 ) -> None:
     checkpoint = saved(kind) / f"step={AFTER}.ckpt"
-    for rank in train(tmp_path, ranks, resume=str(checkpoint), **KINDS[kind]):
-        assert rank["error"] is None
-        assert rank["violations"] == []
-        assert rank["steps"] == END
-    for mask_name, keep in masks(saved(kind)).items():
-        assert torch.equal(keep, masks(tmp_path)[mask_name])
+    check_zeros(train(tmp_path, ranks, resume=str(checkpoint), **KINDS[kind]), steps=END)
+    assert agreement(saved(kind), tmp_path) == 1
 
 
-def test_each_rank_of_stage_3_stores_a_share_of_the_masks(saved: Trainings, tmp_path: Path) -> None:
+def test_each_rank_of_stage_3_stores_a_share_of_the_masks(saved: Trainings) -> None:
     checkpoint = saved("zero3") / f"step={AFTER}.ckpt"
     first, second = (pruning_state(content)["masks"] for content in load_contents(checkpoint))
     assert (len(first), len(second)) == (7, 7)
     assert {name.removeprefix("model.") for name in first | second} == set(PRUNABLE)
-    copy = tmp_path / "copy.ckpt"
-    shutil.copytree(checkpoint, copy)
-    (copy / "checkpoint" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
-    for command in (["verify", str(copy)], ["reshard", str(copy)]):
-        assert main(command) == 2
-    with pytest.raises(ValueError, match="lacks the model states of rank 1: copy the whole folder"):
-        TrainerCheckpoint.read(copy)
 
 
 @pytest.mark.rest
@@ -151,6 +119,9 @@ def test_what_can_not_be_resumed_is_refused_with_the_mend(saved: Trainings, tmp_
         assert "is a checkpoint of another model: it has model.model.embed_tokens.weight" in rank["error"]
     for rank in train(tmp_path / "stage", strategy="zero2", precision="bf16-mixed", resume=checkpoint):
         assert "was written at ZeRO stage 3, and this training is at stage 2" in rank["error"]
+    train(tmp_path / "ddp", save=[8], max_steps=8)
+    for rank in train(tmp_path / "one file", strategy="zero3", resume=str(tmp_path / "ddp" / "step=8.ckpt")):
+        assert "is one file, which another strategy wrote, and DeepSpeed resumes from a folder" in rank["error"]
 
 
 @pytest.mark.rest
@@ -167,9 +138,8 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
     )
     loaded = torch.load(file, weights_only=True)["state_dict"]
     after = torch.load(tmp_path / "zero3" / "state0.pt", weights_only=True)["weights"]
+    check_zeros(resumed)
     for rank in resumed:
-        assert rank["error"] is None
-        assert rank["violations"] == []
         assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
     for name in PRUNABLE:  # two steps of Adam move a weight by no more than its learning rate each
         assert (after[name] - loaded[f"model.{name}"]).abs().max() < 3 * 3e-3
@@ -227,8 +197,7 @@ def test_verify_and_export(saved: Trainings, tmp_path: Path, kind: str, capsys: 
 def test_the_exported_model_is_the_trained_one(tmp_path: Path, strategy: str, precision: str) -> None:
     """To the bit, as every rank has it at the end: what no checkpoint holds is cast on none of them."""
     case = {"strategy": strategy, "precision": precision, "configure_model": True, "distributed": False}
-    for rank in train(tmp_path / "trained", probed=True, save=[8], max_steps=8, **case):
-        assert rank["error"] is None
+    check_zeros(train(tmp_path / "trained", probed=True, save=[8], max_steps=8, **case))
     with pytest.warns(UserWarning, match="no tokenizer"):
         export_checkpoint(tmp_path / "trained" / "step=8.ckpt", tmp_path / "exported", dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
@@ -267,18 +236,6 @@ def test_what_came_back_on_disk_is_found(saved: Trainings, tmp_path: Path, kind:
 
 
 @pytest.mark.rest
-def test_incomplete_folders_are_named(saved: Trainings, tmp_path: Path) -> None:
-    checkpoint = copied(saved, tmp_path)
-    (checkpoint / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(ValueError, match="lacks the optimizer states of rank 0: copy the whole folder"):
-        TrainerCheckpoint.read(checkpoint)
-    for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
-        file.unlink()
-    with pytest.raises(ValueError, match=r"holds no mp_rank_00_model_states.pt: copy the whole folder"):
-        TrainerCheckpoint.read(checkpoint)
-
-
-@pytest.mark.rest
 def test_what_can_not_be_resharded_is_refused(
     saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,23 +260,16 @@ def test_what_can_not_be_resharded_is_refused(
 # Folders that lie
 
 
-def check_refused(
-    checkpoint: Path,
-    words: str,
-    out: Path,
-    capsys: pytest.CaptureFixture[str],
-    commands: tuple[str, ...] = ("verify", "export", "reshard"),
-    kind: str = "zero3",
-) -> None:
+def check_refused(checkpoint: Path, words: str, out: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """By the commands, and by all ranks of a training."""
     capsys.readouterr()
-    for command in commands:
-        more = [str(out / "out")] if command == "export" else []
-        assert main([command, str(checkpoint), *more]) == 2
+    for command in (["verify"], ["export", str(out / "out")], ["reshard"]):
+        assert main([command[0], str(checkpoint), *command[1:]]) == 2
         assert words in capsys.readouterr().err
     for rank in train(out / "resumed", resume=str(checkpoint), **KINDS[kind]):
         assert words in rank["error"]
         assert rank["losses"] == []
+    assert not checkpoint.with_name(f"{checkpoint.name}-resharded").exists()
 
 
 def torn(saved: Trainings, kind: str, folder: Path, files: str) -> Path:
@@ -349,30 +299,56 @@ def test_files_of_two_saves_are_refused_by_all(
 ) -> None:
     kind, files = TORN[name]
     checkpoint = torn(saved, kind, tmp_path / "torn.ckpt", files)
-    check_refused(checkpoint, "torn.ckpt was not written as a whole: ", tmp_path, capsys, kind=kind)
+    check_refused(checkpoint, "torn.ckpt was not written as a whole: ", tmp_path, capsys, kind)
 
 
-@pytest.mark.parametrize(
-    "file",
-    only(
-        ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"],
-        [
-            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-            "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
-            "zero_pp_rank_1_mp_rank_00_model_states.pt",
-        ],
-    ),
-)
-def test_no_code_of_a_file_is_run(
-    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+def add_a_stranger(file: Path) -> None:
+    torch.save({**torch.load(file, weights_only=False), "more": Stranger(file.with_name("made"))}, file)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def make_another_version(file: Path) -> None:
+    content = torch.load(file, weights_only=False)
+    (state,) = (state for key, state in content["callbacks"].items() if key.startswith("Thanos"))
+    state["format"] = content["thanos_lightning"]["format"] = 6
+    torch.save(content, file)
+
+
+STRANGE, SHORT = "{file} holds objects that are not plain values", "{file} is damaged, or was cut short: take another"
+CHANGED = "{file} is damaged: some of its bytes are not those that were written"
+LACKS = "lacks the {} states of rank {}: copy the whole folder"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "a stranger, masters of rank 0": (add_a_stranger, "*rank_0_*optim_states.pt", STRANGE),
+    "a stranger, masters of rank 1": (add_a_stranger, "*rank_1_*optim_states.pt", STRANGE),
+    "a stranger, the model": (add_a_stranger, "*rank_1_*model_states.pt", STRANGE),
+    "cut short, masters": (cut_short, "*rank_1_*optim_states.pt", SHORT),
+    "cut short, the model": (cut_short, "*rank_0_*model_states.pt", SHORT),
+    # of a tensor's bytes, which each reads without noticing it; each rank checks other files
+    "a changed byte, masters": (change_a_byte, "*rank_1_*optim_states.pt", CHANGED),
+    "a changed byte, the model": (change_a_byte, "*rank_0_*model_states.pt", CHANGED),
+    "another version": (make_another_version, "*model_states.pt", "has format 6"),
+    "masters missing": (Path.unlink, "*rank_0_*optim_states.pt", LACKS.format("optimizer", 0)),
+    "a model missing": (Path.unlink, "*rank_1_*model_states.pt", LACKS.format("model", 1)),
+    "no model": (Path.unlink, "*model_states.pt", "holds no mp_rank_00_model_states.pt: copy the whole folder"),
+    "not written to its end": (Path.unlink, "../latest", "folder of DeepSpeed's that was not written to its end"),
+}
+
+
+@pytest.mark.parametrize("name", only(["a stranger, masters of rank 1", "a model missing"], DAMAGES))
+def test_a_damaged_folder_is_refused_by_all(
+    saved: Trainings, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, made = copied(saved, tmp_path), tmp_path / "made"
-    path = checkpoint / "checkpoint" / file
-    content = torch.load(path, weights_only=False)
-    torch.save({**content, "more": Stranger(made)}, path)
-    words = f"{file} holds objects that are not plain values"
-    check_refused(checkpoint, words, tmp_path, capsys, commands=("verify", "reshard"))
-    assert not made.exists()
+    damage, files, words = DAMAGES[name]
+    checkpoint = copied(saved, tmp_path)
+    changed = list((checkpoint / "checkpoint").glob(files))
+    assert changed
+    for file in changed:
+        damage(file)
+    check_refused(checkpoint, words.format(file=changed[0].name), tmp_path, capsys, "zero3")
+    assert not (checkpoint / "checkpoint" / "made").exists()
 
 
 @pytest.mark.rest
@@ -396,58 +372,13 @@ def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path
 
 
 @pytest.mark.rest
-def test_a_folder_of_another_version_is_refused(
-    saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = copied(saved, tmp_path)
-    for file in (checkpoint / "checkpoint").glob("*model_states.pt"):
-        content = torch.load(file, weights_only=False)
-        (state,) = (state for key, state in content["callbacks"].items() if key.startswith("Thanos"))
-        state["format"] = content["thanos_lightning"]["format"] = 6
-        torch.save(content, file)
-    check_refused(checkpoint, "has format 6", tmp_path, capsys)
-    assert not (tmp_path / "copy.ckpt-resharded").exists()
-
-
-@pytest.mark.rest
 @pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "*rank_0_*model_states.pt"])
 def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: str) -> None:
-    checkpoint, made = copied(saved, tmp_path), tmp_path / "made"
+    checkpoint = copied(saved, tmp_path)
     path = next((checkpoint / "checkpoint").glob(file))
-    torch.save({**torch.load(path, weights_only=False), "more": Stranger(made)}, path)
+    add_a_stranger(path)
     assert main(["reshard", str(checkpoint), str(tmp_path / "out"), "--trusted"]) == 0
-    assert made.exists()
-
-
-one_of_each_kind = pytest.mark.parametrize(
-    "file", ["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
-)
-
-
-@pytest.mark.rest
-@one_of_each_kind
-def test_a_file_that_was_cut_short_is_named(
-    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = copied(saved, tmp_path)
-    path = checkpoint / "checkpoint" / file
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    words = f"{file} is damaged, or was cut short: take another checkpoint"
-    check_refused(checkpoint, words, tmp_path, capsys, commands=("verify", "reshard"))
-
-
-@pytest.mark.rest
-@one_of_each_kind
-def test_a_changed_byte_ends_all_ranks(
-    saved: Trainings, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a tensor's bytes, which each reads without noticing it; each rank checks other files."""
-    checkpoint = copied(saved, tmp_path)
-    path = checkpoint / "checkpoint" / file
-    change_a_byte(path)
-    torch.load(path, weights_only=False)
-    words = f"{file} is damaged: some of its bytes are not those that were written"
-    check_refused(checkpoint, words, tmp_path, capsys)
+    assert path.with_name("made").exists()
 
 
 @pytest.mark.rest
@@ -463,26 +394,6 @@ def test_a_file_that_one_node_lacks_ends_all_ranks(saved: Trainings, tmp_path: P
 
 
 @pytest.mark.rest
-def test_a_folder_that_was_not_written_to_its_end_is_named(
-    saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = copied(saved, tmp_path)
-    (checkpoint / "latest").unlink()
-    words = "copy.ckpt is a checkpoint folder of DeepSpeed's that was not written to its end"
-    check_refused(checkpoint, words, tmp_path, capsys)
-
-
-@pytest.mark.rest
-def test_one_file_is_no_checkpoint_of_deepspeeds(tmp_path: Path) -> None:
-    train(tmp_path / "ddp", save=[8], max_steps=8)
-    for rank in train(tmp_path / "zero3", strategy="zero3", resume=str(tmp_path / "ddp" / "step=8.ckpt")):
-        assert (
-            "step=8.ckpt is one file, which another strategy wrote, and DeepSpeed resumes from a folder"
-            in rank["error"]
-        )
-
-
-@pytest.mark.rest
 @pytest.mark.parametrize("kind", ["zero3", "zero1"])
 def test_a_folder_that_is_overwritten_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
     """A rank is killed in its second save under one name: what is there is the first."""
@@ -493,8 +404,6 @@ def test_a_folder_that_is_overwritten_appears_whole_or_not_at_all(tmp_path: Path
     checkpoint = tmp_path / "out" / "last-one.ckpt"
     assert {report.ok for report in verify_checkpoint(checkpoint)} <= {True}
     assert int(TrainerCheckpoint.read(checkpoint).content["global_step"]) == 4
-    for rank in train(tmp_path / "out", resume=str(checkpoint), **{**case, "max_steps": 8}):
-        assert rank["error"] is None
-        assert rank["steps"] == 8
+    check_zeros(train(tmp_path / "out", resume=str(checkpoint), **{**case, "max_steps": 8}), steps=8)
     assert [path.name for path in (tmp_path / "out").glob(".*")] == []
     assert int(TrainerCheckpoint.read(checkpoint).content["global_step"]) == 8

@@ -767,7 +767,9 @@ FAULTS: dict[str, Callable[[], Callback]] = {
     "disk": partial(FullDisk, torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "mask": Additive,
     **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
-    "killed_inside": partial(Failing, thanos_lightning.events.prune, "prune_layer"),  # while others wait for its results
+    "killed_inside": partial(
+        Failing, thanos_lightning.events.prune, "prune_layer"
+    ),  # while others wait for its results
     "killed in a save": KilledInASave,
     "locked": Locked,
     "SIGTERM": partial(Terminates, 0, 1),
