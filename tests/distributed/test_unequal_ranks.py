@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
-from ranks import Trainings, masks, only, results
+from ranks import Trainings, check_equal_masks, check_zeros, only, results
 
 LEFT = "step=3.ckpt"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
@@ -29,26 +29,30 @@ MEMORY = {
     "memory for weights": ["a calibration set"],  # of the scan
     "memory": ["training batches"],  # in solving
 }
-REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+REFUSED: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     **{
-        f"{strategy}, {what}": (case, words)
+        f"{strategy}, {what}": ({"strategy": strategy, **case}, words)
         for strategy in STRATEGIES
-        for what, (case, words) in {
+        for what, (case, *words) in {
             "no calibration batch": (
-                {"strategy": strategy, **CALIBRATED, "fewer": 7},
-                ("ValueError: calibration.batches has no batch on rank 1",),
+                {**CALIBRATED, "fewer": 7},
+                "ValueError: calibration.batches has no batch on rank 1",
             ),
             "fewer training batches": (
-                {"strategy": strategy, "fewer": 2, "epochs": 1},
-                ("rank 0 has 27 optimizer steps to train and rank 1 has 25",),
+                {"fewer": 2, "epochs": 1},
+                "rank 0 has 27 optimizer steps to train and rank 1 has 25",
             ),
             "a full disk": (
-                {"strategy": strategy, "fault": "disk", "save": [3], "max_steps": 5},
-                (
-                    f"PruningError: rank {int(strategy != 'ddp')}: ",
-                    f"{LEFT} can't be written (No space left on device)",
-                ),
+                {"fault": "disk", "save": [3], "max_steps": 5},
+                f"PruningError: rank {int(strategy != 'ddp')}: ",
+                f"{LEFT} can't be written (No space left on device)",
             ),
+            "nan": ({"fault": "nan"}, "PruningError: rank 1: layer model.model.layers.1.mlp.down_proj: "),
+            "a mask that is none": (
+                {"fault": "mask", "uncounted": []},
+                "PruningError: rank 1: the batch's 'counted' has shape (4, 16)",
+            ),
+            "no token at all": ({"uncounted": [0, 1]}, "PruningError: no token was counted at all"),
         }.items()
     },
     **{
@@ -61,6 +65,12 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         for data in where
     },
 }
+REFILLED: dict[str, tuple[dict[str, Any], str]] = {
+    f"{strategy}, {what}": ({"strategy": strategy, "precision": "bf16-mixed", "fault": f"refill {what}"}, what)
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    for what in ("weight", "master", "exp_avg", "exp_avg_sq")
+    if what != "master" or strategy.startswith("zero")
+}
 SAMPLED = "ddp, a distributed sampler"
 ON_THREE: dict[str, dict[str, Any]] = {
     strategy: {"strategy": strategy, "fewer": 3, **CALIBRATED} for strategy in STRATEGIES
@@ -69,12 +79,14 @@ REFUSED_ON_THREE: dict[str, dict[str, Any]] = {
     f"{strategy}, fewer training batches": {"strategy": strategy, "fewer": 2, "epochs": 1} for strategy in STRATEGIES
 }
 DEFAULT = ["ddp, no calibration batch", "zero3, memory inside a forward, a calibration set"]
+DEFAULT += [f"{strategy}, nan" for strategy in ("ddp", "zero3", "fsdp")]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     sampled = {**CALIBRATED, "calibration_batches": 8, "sampled": True}
-    cases = {**FEWER, SAMPLED: {"strategy": "ddp", **sampled}, **{name: case for name, (case, _) in REFUSED.items()}}
+    refused = {name: case for name, (case, _) in (REFUSED | REFILLED).items()}
+    cases = {**FEWER, SAMPLED: {"strategy": "ddp", **sampled}, **refused}
     return Trainings(tmp_path_factory.mktemp("unequal"), cases)
 
 
@@ -86,24 +98,19 @@ def of_three(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 @pytest.mark.parametrize("name", only(["zero3, 1 batches fewer"], FEWER))
 def test_a_calibration_set_that_ends_early_on_one_rank_is_counted_to_the_end(trained: Trainings, name: str) -> None:
     first, second = results(trained(name))
-    for rank in (first, second):
-        assert rank["error"] is None
-        assert rank["violations"] == []
-        assert rank["events"] == [3]
+    check_zeros((first, second), events=[3])
+    check_equal_masks(trained(name))
     # of 7 batches rank 0 counts 0, 2, 4 and 6, and rank 1 those of 1, 3 and 5 that it has; each layer, once
     per_batch = 14 * 4 * 16
     assert sum(first["tokens"]) == 4 * per_batch
     assert sum(second["tokens"]) == {1: 3, 2: 2}[FEWER[name]["fewer"]] * per_batch
-    for mask_name, keep in masks(trained(name)).items():
-        assert torch.equal(keep, masks(trained(name), 1)[mask_name])
 
 
 def test_each_rank_counts_all_that_a_distributed_sampler_gives_it(trained: Trainings) -> None:
     ranks = results(trained(SAMPLED))
-    assert [rank["error"] for rank in ranks] == [None, None]
+    check_zeros(ranks)
+    check_equal_masks(trained(SAMPLED))
     assert [sum(rank["tokens"]) for rank in ranks] == [4 * 14 * 4 * 16] * 2  # of 8 batches each has four
-    for mask_name, keep in masks(trained(SAMPLED)).items():
-        assert torch.equal(keep, masks(trained(SAMPLED), 1)[mask_name])
 
 
 @pytest.mark.parametrize("name", only(DEFAULT, REFUSED))
@@ -116,20 +123,27 @@ def test_all_ranks_end_with_one_error(trained: Trainings, name: str) -> None:
         assert first["scanned"] == second["scanned"] == 0
     if name.endswith("a full disk"):  # nor is there a part of it
         assert [path for path in trained(name).iterdir() if LEFT in path.name] == []
+    else:
+        assert first["events"] == second["events"] == []
+
+
+@pytest.mark.parametrize("name", only(["ddp, exp_avg", "zero3, master"], REFILLED))
+def test_what_one_rank_fills_is_found_on_all(trained: Trainings, name: str) -> None:
+    for rank in results(trained(name)):
+        assert "ZeroViolationError: zeros came back: rank 1: " in rank["error"]
+        assert f"pruned entries of model.model.layers.1.mlp.up_proj.weight ({REFILLED[name][1]})" in rank["error"]
+        assert rank["steps"] == 9
+        assert rank["violations"] == []  # before
 
 
 @pytest.mark.rest
 @pytest.mark.parametrize("strategy", ON_THREE)
 def test_three_ranks_count_what_they_have(of_three: Trainings, strategy: str) -> None:
     ranks = results(of_three(strategy), 3)
-    for rank in ranks:
-        assert rank["error"] is None
-        assert rank["violations"] == []
-        assert rank["events"] == [3]
+    check_zeros(ranks, events=[3])
+    check_equal_masks(of_three(strategy), ranks=3)
     # of 7 batches rank 0 counts 0, 3 and 6, rank 1, which has four, that of 1, and rank 2 those of 2 and 5
     assert [sum(rank["tokens"]) / (14 * 4 * 16) for rank in ranks] == [3, 1, 2]
-    for mask_name, keep in masks(of_three(strategy)).items():
-        assert torch.equal(keep, masks(of_three(strategy), 2)[mask_name])
 
 
 @pytest.mark.rest
