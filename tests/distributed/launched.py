@@ -44,8 +44,7 @@ class Launched(ToyLM):
         return loader(64)
 
     def on_train_end(self) -> None:
-        with whole_parameters(self) as parameters:
-            values = {name: weight.float().numpy() for name, weight in parameters.items()}
+        values = {name: weight.float().numpy() for name, weight in whole_parameters(self).items()}
         noted = {
             "rank": self.trainer.global_rank,
             "local_rank": self.trainer.local_rank,

@@ -7,6 +7,7 @@ of them, and take the trainings of all tests, one after the other. Tests that ne
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -104,13 +105,7 @@ class Nursery:
         self.process.communicate()
 
 
-_nurseries: list[Nursery] = []
-
-
-def _nursery() -> Nursery:
-    if not _nurseries:
-        _nurseries.append(Nursery())
-    return _nurseries[0]
+_nursery = functools.cache(Nursery)
 
 
 class Processes:
@@ -222,9 +217,9 @@ def end_pools() -> None:
     for pool in list(_pools.values()):
         pool.end()
         shutil.rmtree(pool.folder)
-    for nursery in _nurseries:
-        nursery.end()
-    _nurseries.clear()
+    if _nursery.cache_info().currsize:
+        _nursery().end()
+        _nursery.cache_clear()
 
 
 def train_all(cases: Sequence[dict[str, Any]], ranks: int = 2, module: str = "training") -> None:

@@ -77,12 +77,6 @@ class Uneven(Share):
             yield {name: values[:, : length if dist.get_rank() == 0 else length // 3] for name, values in batch.items()}
 
 
-def weights(model: Any) -> dict[str, Tensor]:
-    """All of a model on this rank. All ranks must call it."""
-    with whole_parameters(SimpleNamespace(model=model)) as parameters:
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
 class Watch(Callback):
     """Takes what the test wants to know of the teacher."""
 
@@ -111,7 +105,10 @@ class Watch(Callback):
             "trained": [name for name, parameter in teacher.named_parameters() if parameter.requires_grad],
             "traces": traces(teacher),
         }
-        self.state = {"teacher": weights(teacher), "weights": weights(pl_module.model)}
+        self.state = {
+            "teacher": whole_parameters(SimpleNamespace(model=teacher)),
+            "weights": whole_parameters(pl_module),
+        }
 
 
 def traces(model: Any) -> list[bool]:

@@ -663,22 +663,15 @@ class Refill(Callback):
                 getattr(weight, "ds_tensor", weight).data += 1
             elif not hasattr(trainer.strategy, "deepspeed_engine"):
                 trainer.optimizers[0].state[weight][self.what].data += 1
-            elif hasattr(weight, "ds_tensor"):
-                from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-                ones = torch.ones_like(weight.ds_tensor, dtype=torch.float32)
-                if self.what == "master":
-                    safe_set_local_fp32_param(weight, ones)
-                else:
-                    safe_set_local_optimizer_state(weight, ones, self.what)
             else:
-                from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+                from deepspeed import utils
 
-                ones = torch.ones_like(weight, dtype=torch.float32)
+                held = "local" if hasattr(weight, "ds_tensor") else "full"
+                ones = torch.ones_like(getattr(weight, "ds_tensor", weight), dtype=torch.float32)
                 if self.what == "master":
-                    safe_set_full_fp32_param(weight, ones)
+                    getattr(utils, f"safe_set_{held}_fp32_param")(weight, ones)
                 else:
-                    safe_set_full_optimizer_state(weight, ones, self.what)
+                    getattr(utils, f"safe_set_{held}_optimizer_state")(weight, ones, self.what)
 
 
 class Disabled(Callback):
@@ -778,24 +771,22 @@ FAULTS: dict[str, Callable[[], Callback]] = {
 }
 
 
-@contextmanager
-def whole_parameters(module: Any) -> Iterator[dict[str, Tensor]]:
+def whole_parameters(module: Any) -> dict[str, Tensor]:
+    """Copies of all parameters of a module's model on this rank. All ranks must call it."""
     parameters = dict(module.model.named_parameters())
     if any(hasattr(p, "ds_id") for p in parameters.values()):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(parameters.values())):
-            yield {name: p.detach().clone() for name, p in parameters.items()}
-        return
-    yield {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in parameters.items()}
+            return {name: p.detach().clone() for name, p in parameters.items()}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in parameters.items()}
 
 
 class Results(Callback):
     """Takes what the test wants to know while the strategy still holds its parameters."""
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        with whole_parameters(pl_module) as parameters:
-            self.weights = {name: p.float().clone() for name, p in parameters.items()}
+        self.weights = {name: parameter.float() for name, parameter in whole_parameters(pl_module).items()}
 
 
 def make_strategy(case: Case) -> Any:
