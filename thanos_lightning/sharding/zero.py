@@ -284,6 +284,10 @@ class ZeroAccess(FragmentAccess):
             self._layout = _Whole(wrapped)
         inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
         self._masters = {name: self._layout.master(layer) for name, layer in layers.items()}
+        self._layers_of: dict[int, set[str]] = {}  # since an optimizer may step once for each of many sub-groups
+        for name, master in self._masters.items():
+            if master is not None:
+                self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         self.saves_every_rank = isinstance(self._layout, _Stage3)
         if isinstance(self._layout, _Stage3):
@@ -310,6 +314,12 @@ class ZeroAccess(FragmentAccess):
         # ZeRO steps the groups one after another, each by a separate call.
         last = self._layout.masters()[-1]
         return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
+
+    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
+        """See `ParameterAccess`."""
+        stepped = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        names: set[str] = set().union(*(self._layers_of.get(number, ()) for number in stepped))
+        return names & layers.keys()
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """See `ParameterAccess`."""
