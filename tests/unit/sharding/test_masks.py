@@ -74,7 +74,7 @@ def test_state_that_is_damaged():
     state = LayerMask.of(random_mask((4, 8), 0), NM(2, 4)).state()
     with pytest.raises(ValueError, match="damaged"):
         LayerMask.from_state(state | {"shape": [4, 9]})
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="is no pattern"):
         LayerMask.from_state(state | {"pattern": "checkerboard"})
 
 
