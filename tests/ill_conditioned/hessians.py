@@ -23,6 +23,8 @@ FAMILIES = (
     "scales of 1e-6 to 1e6, shuffled",
     "scales of 1e-6 to 1e6, ascending",
     "scales of 1e-6 to 1e6, descending",
+    "all times 1e-6",
+    "all times 1e6",
     "each input twice, far apart",
     "each input twice, side by side",
     "one input, copied",
@@ -71,6 +73,8 @@ def _inputs(family: str, cols: int, seed: int) -> Tensor:
     if family.startswith("scales"):
         order = {"shuffled": _shuffled(cols, seed), "ascending": slice(None), "descending": torch.arange(cols).flip(0)}
         return X * scales[order[family.split()[-1]]]
+    if family.startswith("all times"):
+        return X * float(family.split()[-1])
     if family == "each input twice, far apart":
         X[:, cols // 2 :] = X[:, : cols // 2]
     elif family == "each input twice, side by side":

@@ -31,6 +31,22 @@ def test_a_layer_has_the_pattern_and_loses_no_more_than_by_wanda(family, task, r
 
 @small_families
 @patterns
+def test_small_layers_lose_more_than_by_wanda_only_where_next_to_nothing_is_lost(family, pattern):
+    """Thanos minimises the damped loss; where inputs differ by many orders, the damping outweighs most of them.
+
+    Of 900 layers of 8 x 16 (300 of each pattern) whose inputs range from 1e-6 to 1e6, 15 to 20 lose more than by Wanda,
+    at most 1.09 times as much, and 9 where one input is 1e6 times the others, at most 1.19 times; then Wanda, too,
+    loses less than 1e-11 of the layer's energy. Below 1e-15 it is rounding: in float64, Thanos loses less.
+    """
+    for seed in range(6):
+        weight, _, H = layer(family, 8, 16, seed)
+        wanda, result = prune(weight, H, pattern, method="wanda"), prune(weight, H, pattern)
+        slack = 1.25 if wanda.relative_loss < 1e-10 else 1.0
+        assert result.relative_loss <= max(slack * wanda.relative_loss, 1e-15)
+
+
+@small_families
+@patterns
 def test_for_the_mask_of_wanda_the_damped_loss_is_never_higher(family, pattern):
     """What Thanos promises exactly, and why the undamped loss can be higher."""
     for seed in range(6):
@@ -61,14 +77,3 @@ def test_without_damping_the_weights_are_finite_and_the_sparsity_is_exact(family
     assert torch.isfinite(result.weight).all()
     assert int((~result.mask).sum()) == pattern.num_pruned(*result.mask.shape)
     assert pattern.violations(result.weight != 0) == 0
-
-
-@pytest.mark.parametrize("family", ["low rank and noise", "8 tokens"])
-@pytest.mark.parametrize("kind", ["refine_steps", "admm_steps"])
-def test_on_a_singular_hessian_refinement_lets_no_weights_grow_and_does_not_raise_what_the_tokens_lose(family, kind):
-    """Of 30 steps, the last ones come long after convergence."""
-    weight, inputs, H = layer(family)
-    for pattern, size in TASKS.values():
-        start, refined = (prune(weight, H, pattern, block_size=size, **{kind: steps}).weight for steps in (0, 30))
-        assert refined.norm() < 2 * weight.norm()
-        assert energy(refined.double() - weight.double(), inputs) <= energy(start.double() - weight.double(), inputs)
