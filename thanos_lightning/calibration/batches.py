@@ -293,11 +293,6 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """Return the output itself or the `loss` in it, if that is a scalar that requires a gradient; None otherwise.
-
-    Examples:
-        >>> loss_of({"loss": torch.ones((), requires_grad=True)})
-        tensor(1., requires_grad=True)
-    """
+    """Return the output itself or the `loss` in it, if that is a scalar that requires a gradient; None otherwise."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     return found if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad else None

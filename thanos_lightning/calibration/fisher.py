@@ -50,11 +50,6 @@ def sampled_loss(
     divided by `LOSS_PER`, in float32. It is about as large as a mean. Unlike a mean, it gives the tokens of short and
     long batches the same weight when squared gradients of batches are added. The seed is for a generator of its own, so
     that no other random numbers change.
-
-    Examples:
-        >>> logits = torch.tensor([[[0.0, 50.0], [50.0, 0.0]]], requires_grad=True)  # it is certain of both
-        >>> sampled_loss(logits, torch.tensor([[True, True]]), seed=1)
-        tensor(0., grad_fn=<DivBackward0>)
     """
     generator = torch.Generator(logits.device).manual_seed(seed)
     chosen = logits[counted]  # (counted tokens, vocabulary)

@@ -52,12 +52,7 @@ class Call:
 
 
 def parts_of(shape: tuple[int, ...]) -> list[slice]:
-    """The sequences of each step on a batch of hidden states of this shape, (batch, length, width).
-
-    Examples:
-        >>> parts_of((3, 256, 8))
-        [slice(0, 2, None), slice(2, 4, None)]
-    """
+    """The sequences of each step on a batch of hidden states of this shape, (batch, length, width)."""
     number, *length, _ = shape
     together = max(1, TOKENS_PER_STEP // max(1, math.prod(length)))
     return [slice(first, first + together) for first in range(0, number, together)]
@@ -78,16 +73,6 @@ class HiddenStates:
         calls: Block name -> number of the batch -> its call.
         others: The other tensors that blocks got, on the CPU, by their digests.
         refused: Name of each block that can't be called again with what it got -> the reason.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-        >>> states = HiddenStates({"1": model[1]}, steps=4)
-        >>> states.start()
-        >>> with states.recording(0, None):
-        ...     _ = model(torch.ones(1, 5, 2))
-        >>> states.stop()
-        >>> states.calls["1"][0].inputs.shape
-        torch.Size([1, 5, 3])
     """
 
     blocks: Mapping[str, nn.Module]

@@ -97,17 +97,6 @@ class InputStatistics:
 
     `kept` keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
     waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
-
-    Examples:
-        >>> from thanos_lightning.models.targets import find_targets
-        >>> model = nn.Sequential(nn.Linear(8, 4))
-        >>> statistics = InputStatistics(find_targets(model))
-        >>> statistics.start()
-        >>> with statistics.counting():
-        ...     _ = model(torch.ones(3, 8))
-        >>> statistics.stop()
-        >>> statistics.accumulators["0"].num_tokens
-        3
     """
 
     layers: Mapping[str, PrunableLayer]

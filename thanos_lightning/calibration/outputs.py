@@ -57,17 +57,6 @@ class OutputGradients:
     Gradients that are not finite are left out; they occur when a gradient scaler is about to skip the step. Padding
     needs no mask: its gradients are 0 if the loss ignores it. `kept` keeps an error of a hook while other ranks would
     wait. Nothing is counted after an error. `stopwatch` measures the time that summing takes.
-
-    Examples:
-        >>> from thanos_lightning.models.targets import find_targets
-        >>> model = nn.Linear(2, 2, bias=False)
-        >>> _ = model.weight.data.copy_(torch.eye(2))
-        >>> gradients = OutputGradients(find_targets(nn.Sequential(model)))
-        >>> gradients.start()
-        >>> (model(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) ** 2).sum().backward()
-        >>> gradients.stop()
-        >>> gradients.sums["0"]
-        tensor([40., 80.])
     """
 
     def __init__(self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None) -> None:

@@ -17,10 +17,6 @@ def token_mask(batch: Any, key: str = "attention_mask") -> Tensor | None:
 
     Raises:
         ValueError: If there are several masks, or the mask is additive or not of shape (batch, length).
-
-    Examples:
-        >>> token_mask({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
-        tensor([[ True, False]])
     """
     masks = list(_find(batch, key))
     if not masks:

@@ -146,12 +146,7 @@ def _millions(number: int) -> str:
 
 
 def sized(size: int) -> str:
-    """Format bytes.
-
-    Examples:
-        >>> sized(3 * 2**29), sized(2**20)
-        ('1.5 GiB', '1 MiB')
-    """
+    """Bytes in words, such as "1.5 GiB" or "1 MiB"."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(1, round(size / 2**20))} MiB"
 
 

@@ -80,13 +80,7 @@ def order_channels(
 
 
 def rows_of(order: Int[Tensor, " width"], part: PrunableLayer) -> Int[Tensor, " rows"]:
-    """The order of the rows of a weight or bias that channels own: rows i, width + i, … are those of channel i.
-
-    Examples:
-        >>> fused = PrunableLayer("gate_up", (), rows=4, cols=1, transposed=False)
-        >>> rows_of(torch.tensor([1, 0]), fused)
-        tensor([1, 0, 3, 2])
-    """
+    """The order of the rows of a weight or bias that channels own: rows i, width + i, … are those of channel i."""
     return torch.cat([order + start for start in range(0, part.rows, len(order))])
 
 

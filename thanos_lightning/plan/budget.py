@@ -32,12 +32,6 @@ def by_loss(
         budget: Number of weights to prune, in all layers together, within the sums of the limits.
         lowest: Layer -> its smallest sparsity.
         highest: Layer -> its largest sparsity.
-
-    Examples:
-        >>> losses = {"cheap": {0.25: 1.0, 0.5: 2.0, 0.75: 4.0}, "dear": {0.25: 10.0, 0.5: 20.0, 0.75: 40.0}}
-        >>> sizes, lowest, highest = (dict.fromkeys(losses, number) for number in (100, 0.0, 0.75))
-        >>> by_loss(losses, sizes, 100, lowest, highest)
-        {'cheap': 75, 'dear': 25}
     """
     least, most = _limits(budget, sizes, lowest, highest)
     counts = dict(least)
@@ -100,10 +94,6 @@ def in_units(counts: Mapping[str, int], units: Mapping[str, tuple[int, int]]) ->
     The next layer makes up for the rounding error. The sums of weights before and after differ by half a unit at most,
     unless a layer lacks units.
     `units` maps each layer to (weights in a unit, units in the layer).
-
-    Examples:
-        >>> in_units({"a": 14, "b": 14, "c": 14}, dict.fromkeys("abc", (10, 5)))
-        {'a': 1, 'b': 2, 'c': 1}
     """
     rounded, carried = {}, 0
     for name, count in counts.items():

@@ -259,12 +259,7 @@ def refuse_unused(solver: SolverOptions, calibration: CalibrationOptions, patter
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """The arguments that have changed, each with a sentence that says how. Those that `before` lacks are not compared.
-
-    Examples:
-        >>> differences({"damping": "0.01", "monitor": "None"}, {"damping": "0.1", "monitor": "None"})
-        {'damping': 'damping was 0.01 and is 0.1'}
-    """
+    """The changed arguments, each with a sentence that says how. Those that `before` lacks are not compared."""
     return {
         name: f"{name} was {before[name]} and is {value}"
         for name, value in now.items()
@@ -296,12 +291,6 @@ def number_of_batches(batches: Iterable[Any]) -> int | None:
 
 
 def ranks_sharing(batches: Iterable[Any]) -> int:
-    """The number of ranks among which a DistributedSampler shares the batches of a DataLoader; 1 without one.
-
-    Examples:
-        >>> from torch.utils.data import DataLoader
-        >>> ranks_sharing(DataLoader([1, 2, 3], sampler=DistributedSampler([1, 2, 3], num_replicas=2, rank=0)))
-        2
-    """
+    """The number of ranks among which a DistributedSampler shares the batches of a DataLoader; 1 without one."""
     samplers = getattr(batches, "sampler", None), getattr(getattr(batches, "batch_sampler", None), "sampler", None)
     return next((one.num_replicas for one in samplers if isinstance(one, DistributedSampler)), 1)

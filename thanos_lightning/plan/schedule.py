@@ -113,12 +113,7 @@ class SparsitySchedule:
 
     @property
     def begins_at_once(self) -> bool:
-        """Whether the first event is before the first step, however long the training is.
-
-        Examples:
-            >>> SparsitySchedule(at=[0, 0.5]).begins_at_once, SparsitySchedule(0, 0.5, 0.1).begins_at_once
-            (True, False)
-        """
+        """Whether the first event is before the first step, however long the training is."""
         first, last = self._times[0], self._times[-1]
         return first == 0 and (self.at is not None or last == 0)
 

@@ -30,11 +30,6 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
     All layers become sparser together: unstructured layers by single weights, N:M layers by rows (the fraction of dense
     rows falls to its final value), structured layers and channels by columns, mixtures by experts. Layers keep their
     order, front to back.
-
-    Examples:
-        >>> from thanos_lightning.solver import NM
-        >>> patterns_at(Event(10, 0.5), {"a": NM(2, 4)})
-        {'a': NM(n=2, m=4, outlier_fraction=0.5)}
     """
     return {name: pattern.with_sparsity(event.sparsity(pattern.sparsity)) for name, pattern in final.items()}
 
@@ -228,12 +223,7 @@ def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], change
 
 
 def reasons(changed: Mapping[str, str]) -> str:
-    """The changed arguments that can change a window, as the end of an error message.
-
-    Examples:
-        >>> reasons({"monitor": "monitor was None and is 'a'", "pattern": "pattern was NM(2, 4) and is NM(1, 4)"})
-        ': pattern was NM(2, 4) and is NM(1, 4)'
-    """
+    """The changed arguments that can change a window, as the end of an error message."""
     sentences = [sentence for name, sentence in changed.items() if name not in _BESIDE_THE_PLAN]
     return f": {'; '.join(sentences)}" if sentences else ""
 

@@ -56,10 +56,6 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
 
     Raises:
         ValueError: If no rank holds some entry.
-
-    Examples:
-        >>> cover([Range(0, 4), Range(2, 4)], numel=6, first=1)
-        [(0, Range(start=0, numel=2)), (1, Range(start=2, numel=4))]
     """
     own = ranges[first]
     taken = [(first, own)] if own.numel else []

@@ -99,11 +99,6 @@ def share_of(
         strategy: One that is supported; None for one device.
         ranks: Their number.
         autocasts: Whether a forward multiplies by copies in 16 bits; not under DeepSpeed, whose model has 16 bits.
-
-    Examples:
-        >>> held = share_of(nn.Linear(8, 8, bias=False), [], None, 1, autocasts=False).held
-        >>> held.weights, held.gradients, held.moments, held.total
-        (256, 256, 512, 1024)
     """
     parameters = list(module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]

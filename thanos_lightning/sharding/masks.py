@@ -15,12 +15,7 @@ from thanos_lightning.solver import Channels, Pattern, parse_pattern
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first.
-
-    Examples:
-        >>> pack_bits(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
+    """Pack a bool tensor of any shape into a flat uint8 tensor on the CPU, eight entries a byte, lowest bit first."""
     flat = mask.detach().flatten()
     padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
     places = torch.arange(8, dtype=torch.uint8, device=flat.device)
@@ -32,10 +27,6 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         ValueError: If the number of bytes is not ceil(prod(shape) / 8).
-
-    Examples:
-        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))
-        tensor([ True, False,  True])
     """
     numel = _require_size(packed, shape)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
@@ -66,11 +57,6 @@ class LayerMask:
 
     Raises:
         ValueError: If the bits do not fit the shape.
-
-    Examples:
-        >>> mask = LayerMask.of(torch.tensor([[True, False]]), parse_pattern("unstructured", 0.5))
-        >>> mask.keep, mask.sparsity
-        (tensor([[ True, False]]), 0.5)
     """
 
     bits: Tensor
@@ -140,11 +126,6 @@ def checked(
     Raises:
         ValueError: If a mask keeps more than its pattern allows, or prunes another number of entries than was
             recorded, or after the last one, if a mask is missing. The message names the mask.
-
-    Examples:
-        >>> mask = LayerMask.of(torch.tensor([[True, False]]), parse_pattern("unstructured", 0.5))
-        >>> [name for name, _, _ in checked([("a", mask)], {"a": 1})]
-        ['a']
     """
     mend = "the checkpoint was changed after it was saved, take another one"
     missing = dict(pruned or {})

@@ -19,12 +19,7 @@ def _cost(layer: PrunableLayer) -> int:
 
 
 def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, int]:
-    """Assign the rank that solves each layer, from shapes alone, so that the work is spread evenly.
-
-    Examples:
-        >>> assign_owners({}, world_size=2)
-        {}
-    """
+    """Assign the rank that solves each layer, from shapes alone, so that the work is spread evenly."""
     loads = [0] * world_size
     owners = {}
     for name in sorted(layers, key=lambda name: (-_cost(layers[name]), name)):

@@ -16,12 +16,6 @@ class KeptError:
     """Keeps the first error of this rank until all ranks can be told. Raised at once, it would leave them waiting.
 
     With one rank, or with None for `ranks`, nobody waits, and errors are raised at once.
-
-    Examples:
-        >>> with KeptError().keeping():
-        ...     raise ValueError("no batch")
-        Traceback (most recent call last):
-        ValueError: no batch
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
