@@ -124,8 +124,7 @@ class HiddenStates:
     # Hooks
 
     def _is_recording(self, name: str) -> bool:
-        is_again = torch._C._current_graph_task_id() != -1  # activation checkpointing recomputes
-        return self._number is not None and name not in self.refused and self.kept.error is None and not is_again
+        return self._number is not None and name not in self.refused and self.kept.error is None
 
     def _before(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_recording(name):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from toy import Sequences, tiny_llama
 
 from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, SharedStates, collect_calls, resolved
@@ -113,25 +112,6 @@ def test_a_cache_is_left_out() -> None:
     assert states.refused == {}
     plain = (type(None), bool, tuple, Reference)
     assert all(isinstance(value, plain) for value in states.calls["model.layers.0"][0].kwargs.values())
-
-
-def test_recomputed_forwards_are_not_recorded() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2)])
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            for layer in self.layers:
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
-            return hidden
-
-    model = Checkpointed()
-    states = of(model)
-    with states.recording(0, None):
-        model(torch.randn(2, 3, 4, requires_grad=True)).sum().backward()
-    assert states.refused == {}
-    assert list(states.calls["layers.1"]) == [0]
 
 
 class Block(nn.Module):
