@@ -5,7 +5,6 @@ Each layer has a number of weights, and losses that a solver predicts at a few s
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ def by_loss(
 
     The logarithm of a loss is interpolated linearly between the levels. The lower convex hull of this interpolated loss
     makes the greedy choice optimal: it always prunes where the next weight costs least. At the optimum, one more weight
-    costs equally much in all layers within their limits.
+    costs equally much in all layers within their limits. Slopes of a hull rise, so that its segments come in order.
 
     Args:
         losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
@@ -37,18 +36,16 @@ def by_loss(
     counts = dict(least)
     left = budget - sum(counts.values())
     hulls = {name: _hull(losses[name], lowest[name], most[name] / size) for name, size in sizes.items()}
-    # (loss per weight, layer, number of the segment)
-    queue = [(hull[0][1] / sizes[name], name, 0) for name, hull in hulls.items() if hull]
-    heapq.heapify(queue)
-    while left:
-        _, name, index = heapq.heappop(queue)
-        is_last = index + 1 == len(hulls[name])
-        until = most[name] if is_last else round(hulls[name][index][0] * sizes[name])
+    segments = sorted(
+        (slope / sizes[name], name, number, end)
+        for name, hull in hulls.items()
+        for number, (end, slope) in enumerate(hull, 1)
+    )
+    for _, name, number, end in segments:
+        until = most[name] if number == len(hulls[name]) else round(end * sizes[name])
         taken = min(left, max(0, until - counts[name]))
         counts[name] += taken
         left -= taken
-        if not is_last:
-            heapq.heappush(queue, (hulls[name][index + 1][1] / sizes[name], name, index + 1))
     return counts
 
 
