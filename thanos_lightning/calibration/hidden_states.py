@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from thanos_lightning.calibration.inputs import Seen
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError
 
@@ -86,7 +87,7 @@ class HiddenStates:
     _counted: Reference | None = None
     _begun: dict[str, Call] = field(default_factory=dict)
     _known: dict[int, tuple[Tensor, Reference]] = field(default_factory=dict)  # by id, within a batch
-    _last: tuple[Tensor, int, Tensor] | None = None  # the last output, its version, and its copy
+    _last: tuple[Seen, Tensor] | None = None  # the last output, and its copy
 
     def start(self) -> None:
         """Add the hooks."""
@@ -146,11 +147,8 @@ class HiddenStates:
             raise _RefusedError("is called under torch.inference_mode, whose tensors can't be trained on")
         args = tuple(self._plain("", value) for value in args[1:])
         kwargs = {which: self._plain(which, value) for which, value in kwargs.items() if which != keyword}
-        last = self._last
-        if last is not None and _is_same(last[0], hidden) and hidden._version == last[1]:
-            stored = last[2]  # what one block gives is what the next one gets
-        else:
-            stored = _stored(hidden)
+        last = self._last  # what one block gives is what the next one gets
+        stored = last[1] if last is not None and last[0].is_of(hidden) else _stored(hidden)
         dtype, computes_in, none = hidden.dtype, _computes_in(hidden), torch.empty(0, device="cpu")
         self._begun[name] = Call(stored, none, args, kwargs, keyword, self._counted, dtype, computes_in)
 
@@ -167,7 +165,7 @@ class HiddenStates:
                 self._refuse(name, f"gets {tuple(shape[:2])} hidden states, of which no mask says which count")
                 return
             given = _stored(hidden)
-            self._last = hidden.detach(), hidden._version, given
+            self._last = Seen(hidden), given
             assert self._number is not None
             self.calls.setdefault(name, {})[self._number] = replace(begun, outputs=given)
 
@@ -205,17 +203,6 @@ def first_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def resolved(value: Any, others: Mapping[str, Tensor]) -> Any:
-    """The value with the tensors in place of their references."""
-    if isinstance(value, Reference):
-        return others[value.digest]
-    if isinstance(value, (tuple, list)):
-        return type(value)(resolved(entry, others) for entry in value)
-    if isinstance(value, Mapping):
-        return {key: resolved(entry, others) for key, entry in value.items()}
-    return value
-
-
 def _said(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
@@ -225,13 +212,6 @@ def _said(value: Any) -> str:
 def _stored(hidden: Tensor) -> Tensor:
     kept = torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
     return hidden.detach().to("cpu", kept, copy=True)
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    def place(tensor: Tensor) -> tuple[Any, ...]:
-        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-    return place(one) == place(other)
 
 
 def _computes_in(hidden: Tensor) -> torch.dtype | None:

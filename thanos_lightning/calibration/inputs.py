@@ -30,8 +30,8 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class _Seen:
-    """Identifies the input of a layer, to tell whether another layer is called with the same input.
+class Seen:
+    """Identifies the input of a layer or block, to tell whether another one is called with the same input.
 
     It compares memory, not tensors, because DeepSpeed gives each module another view of its input. A weak reference
     lets checkpointing free the memory, but no other storage gets the same address while this object lives.
@@ -42,7 +42,7 @@ class _Seen:
         self._place = self._place_of(inputs)
         self._version = _version(inputs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         return self  # a copied module copies its hooks, and a second owner of the weak reference would free it twice
 
     @staticmethod
@@ -66,7 +66,7 @@ class _Statistics:
 
     accumulator: HessianAccumulator
     updates: int = 0
-    last: _Seen | None = None
+    last: Seen | None = None
 
     def saw(self, inputs: Tensor) -> bool:
         return self.last is not None and self.last.is_of(inputs)
@@ -74,7 +74,7 @@ class _Statistics:
     @torch.no_grad()  # what autograd saved here would be missing where checkpointing recomputes, and counts nothing
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         """Count the rows with the indices `counted`, or all rows if it is None."""
-        self.last = _Seen(inputs)
+        self.last = Seen(inputs)
         if counted is not None:
             inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
         self.accumulator.update(inputs)

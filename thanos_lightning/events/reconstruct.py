@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from thanos_lightning.calibration.hidden_states import (
     Call,
     HiddenStates,
+    Reference,
     SharedStates,
     collect_calls,
     first_of,
     parts_of,
-    resolved,
 )
 from thanos_lightning.calibration.outputs import LOSS_SCALE
 from thanos_lightning.models.stack import replica
@@ -220,7 +221,7 @@ def _why_not(failure: Exception) -> str:
 
 def _parts(call: Call, others: Mapping[str, Tensor]) -> Iterator[slice]:
     """The sequences of each step; without those of padding alone."""
-    counted = resolved(call.counted, others)
+    counted = None if call.counted is None else others[call.counted.digest]
     for part in parts_of(tuple(call.inputs.shape)):
         if counted is None or counted[part].any():
             yield part
@@ -267,9 +268,14 @@ def _mean_error(
 
 def _error(copy: nn.Module, call: Call, part: slice, others: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """The mean squared error of the outputs for some sequences of a call, over each token's own squared norm."""
+
+    def of_part(reference: Reference) -> Tensor:
+        value = others[reference.digest]
+        is_of_batch = value.ndim > 1 and len(value) == len(call.inputs) > 1
+        return (value[part] if is_of_batch else value).to(device)
+
     hidden = call.inputs[part].to(device, call.dtype, copy=True)  # which the block may change in place
-    rest = resolved((call.args, dict(call.kwargs), call.counted), others)
-    args, kwargs, counted = _cut(rest, part, len(call.inputs), device)
+    args, kwargs, counted = apply_to_collection((call.args, call.kwargs, call.counted), Reference, of_part)
     if call.keyword is None:
         args = (hidden, *args)
     else:
@@ -282,15 +288,3 @@ def _error(copy: nn.Module, call: Call, part: slice, others: Mapping[str, Tensor
     norms = wanted.square().sum(-1)
     error: Tensor = ((output - wanted).square().sum(-1) / norms.clamp(min=1e-3 * float(norms.mean()))).mean()
     return error
-
-
-def _cut(value: Any, part: slice, number: int, device: torch.device) -> Any:
-    """The part of a value that belongs to some of so many sequences, on the device."""
-    if isinstance(value, Tensor):
-        is_of_batch = value.ndim > 1 and len(value) == number > 1
-        return (value[part] if is_of_batch else value).to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cut(entry, part, number, device) for entry in value)
-    if isinstance(value, dict):
-        return {key: _cut(entry, part, number, device) for key, entry in value.items()}
-    return value

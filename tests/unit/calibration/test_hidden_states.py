@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from toy import Sequences, tiny_llama
 
-from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, SharedStates, collect_calls, resolved
+from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, SharedStates, collect_calls
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import find_targets
@@ -20,6 +21,10 @@ NONE = "no hidden states (batch, length, width) first, but"
 def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
     data = Sequences(number, length=8, padding=padding)
     return {key: torch.stack([row[key] for row in data]) for key in data[0]}
+
+
+def resolved(value: Any, states: HiddenStates) -> Any:
+    return apply_to_collection(value, Reference, lambda one: states.others[one.digest])
 
 
 def of(model: nn.Module, steps: int = 64) -> HiddenStates:
@@ -47,8 +52,8 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
     states.stop()
     with torch.no_grad():  # what was recorded is all that the block takes
         block = model.model.layers[1]
-        kwargs = resolved(second.kwargs, states.others)
-        given = block(second.inputs.float(), *resolved(second.args, states.others), **kwargs)
+        kwargs = resolved(second.kwargs, states)
+        given = block(second.inputs.float(), *resolved(second.args, states), **kwargs)
         head = model.lm_head(model.model.norm(given))
     torch.testing.assert_close(head, logits, rtol=5e-2, atol=2e-2)
 
@@ -99,7 +104,7 @@ def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
     calls = states.calls["model.layers.1"]
     assert calls[0].counted == calls[1].counted
     assert calls[2].counted is None
-    assert resolved(calls[0].counted, states.others).equal(batch(2)["attention_mask"].bool())
+    assert resolved(calls[0].counted, states).equal(batch(2)["attention_mask"].bool())
     assert calls[0].kwargs["position_embeddings"] == calls[2].kwargs["position_embeddings"]
     assert len({one.data_ptr() for one in states.others.values()}) == len(states.others) < 8
 
