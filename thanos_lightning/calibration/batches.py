@@ -141,11 +141,14 @@ def _glance(batches: Iterable[Any]) -> list[Any]:
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Run a module in evaluation mode, as a calibration set needs it: every layer is called, checkpointing stays on."""
     modes = [(part, part.training) for part in module.modules()]
+    is_fast = torch.backends.mha.get_fastpath_enabled()  # a kernel that reads weights without calling their layers
     module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _all_called(), _checkpointing(module):
+        with _checkpointing(module):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
         for part, mode in modes:
             part.training = mode
 
@@ -216,17 +219,6 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
         for part, func in zip(parts, before, strict=True):
             part._gradient_checkpointing_func = func
             part.training = False
-
-
-@contextmanager
-def _all_called() -> Iterator[None]:
-    """Turn off torch's fused kernel for attention, which in evaluation mode reads weights without calling layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _forward(module: LightningModule, batch: Any) -> Any:
