@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -146,7 +146,12 @@ class PruningRun:
             check_begun(self.windows[:begun], restored["windows"][:begun], changed)
         check_ahead(self.windows[begun:], past.optimizer_steps)
         if options.monitor is not None:
-            self._check_monitor(options.monitor)
+            past.report.summary.metric = options.monitor
+            if not trainer.enable_validation:
+                raise MisconfigurationException(
+                    f"monitor is {options.monitor!r}, but the Trainer has no validation: give a validation dataloader, "
+                    "or monitor=None"
+                )
         counting = self._counting_optimizer()
         for optimizer in self.access.optimizers:
             hook = optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting))
@@ -171,14 +176,6 @@ class PruningRun:
         self._advance()
         if trainer.received_sigterm:
             raise SIGTERMException  # Lightning would train a batch first
-
-    def _check_monitor(self, monitor: str) -> None:
-        self.past.report.summary.metric = monitor
-        if not self.trainer.enable_validation:
-            raise MisconfigurationException(
-                f"monitor is {monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
-                "monitor=None"
-            )
 
     def _route(self) -> None:
         """Let the routers choose among the experts that are left."""
@@ -360,12 +357,6 @@ class PruningRun:
         self.access.release()
         return moments
 
-    def _free_in(self, window: Window) -> dict[str, Sequence[PrunableLayer]]:
-        """The feed-forward blocks of a window whose channels may get another order, by their down layers."""
-        if self.past.optimizer_steps > 0:
-            return {}  # the optimizers have moments, in the old order
-        return {name: parts for name, parts in self.taken.free.items() if name in window.patterns}
-
     def _layers_of(self, window: Window) -> dict[str, PrunableLayer]:
         return {name: self.layers[name] for name in window.patterns}
 
@@ -398,7 +389,7 @@ class PruningRun:
             enforcer=self.enforcer,
             options=self.options.solver,
             owned=self.taken.owned,
-            free=self._free_in(window),
+            free={} if self.past.optimizer_steps else self.taken.free,  # optimizers' moments have the old order
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             blocks=self.blocks,
             mixtures=self.taken.mixtures,
