@@ -6,6 +6,7 @@ After that, every rank knows who sends what to whom, and a piece is sent only to
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -57,25 +58,16 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     Raises:
         ValueError: If no rank holds some entry.
     """
-    own = ranges[first]
-    taken = [(first, own)] if own.numel else []
-    position = 0
-    while position < numel:
-        if own.numel and position == own.start:
-            position = own.stop
-            continue
-        limit = own.start if own.numel and position < own.start else numel
-        holder = max(
-            (rank for rank, held in enumerate(ranges) if held.start <= position < held.stop),
-            key=lambda rank: ranges[rank].stop,
-            default=None,
-        )
-        if holder is None:
-            raise ValueError(f"entry {position} of {numel} is held by no rank: {list(ranges)}")
-        stop = min(limit, ranges[holder].stop)
-        taken.append((holder, Range(position, stop - position)))
-        position = stop
-    return sorted(taken, key=lambda part: part[1].start)
+    edges = {0, numel, *(edge for held in ranges for edge in (held.start, held.stop))}
+    taken: list[tuple[int, Range]] = []
+    for start, stop in itertools.pairwise(sorted(edges)):
+        holders = [rank for rank, held in enumerate(ranges) if held.start <= start < held.stop]
+        if not holders:
+            raise ValueError(f"entry {start} of {numel} is held by no rank: {list(ranges)}")
+        holder = first if first in holders else holders[0]
+        begin = taken.pop()[1].start if taken and taken[-1][0] == holder else start
+        taken.append((holder, Range(begin, stop - begin)))
+    return taken
 
 
 class FragmentAccess(ParameterAccess):
