@@ -42,18 +42,14 @@ def count_dataloader(
 ) -> int:
     """Run the module on a calibration set in evaluation mode, and return how many batches this rank counted.
 
-    Args:
-        statistics: Accumulates the inputs. This function adds and removes the hooks.
-        batches: This rank's iterable of calibration batches, of which rank r counts batches r, r + world_size, …
-        trainer: Moves the batches to the device, and sets the precision of the forward.
-        module: Called as `calibration_step(batch)` if it has this method. Otherwise a mapping goes through
-            `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging.
-        access: Lets the ranks communicate.
-        counted: Finds the mask of a batch's tokens that count, as for `InputStatistics.counting`.
-        backward: Called with the module's output for a batch, and whether its gradients count. They count for one batch
-            in four, whatever the number of ranks. If they count on one rank, all ranks call it, because a backward may
-            need all. Other batches run without gradients, as do all if None.
-        states: Records what blocks get and give. This function adds and removes the hooks.
+    The module is called as `calibration_step(batch)` if it has this method. Otherwise a mapping goes through
+    `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging. Hooks are added to
+    `statistics` and `states`, and removed. Rank r counts batches r, r + world_size, … of its own `batches`, and
+    `counted` finds the mask of a batch's tokens, as for `InputStatistics.counting`.
+
+    `backward` is called with the module's output for a batch, and whether its gradients count. They count for one batch
+    in four, whatever the number of ranks. If they count on one rank, all ranks call it, because a backward may need
+    all. Other batches run without gradients, as do all if it is None.
 
     Raises:
         MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.

@@ -49,16 +49,11 @@ class _Open:
 
 
 class Collector:
-    """Collects the moments of one window after another during a training.
+    """Collects the moments of one window after another during a training. `layers` are those of all windows.
 
-    Args:
-        layers: Name -> layer, of all windows.
-        access: How the strategy's parameters are reached.
-        options: Of the calibration. Without memory_gib, the statistics of a sensitivity scan are kept for the event at
-            the same step. With output_weights, a calibration batch without a loss is an error where a window collects
-            gradients.
-        blocks: Name -> block that is trained at an event, on the calibration set.
-        block_steps: For how many steps.
+    Without memory_gib, the statistics of a sensitivity scan are kept for the event at the same step. With
+    output_weights, a calibration batch without a loss is an error where a window collects gradients. `blocks` are
+    trained at an event, on the calibration set, for `block_steps` steps.
     """
 
     def __init__(

@@ -25,12 +25,9 @@ def by_loss(
     makes the greedy choice optimal: it always prunes where the next weight costs least. At the optimum, one more weight
     costs equally much in all layers within their limits. Slopes of a hull rise, so that its segments come in order.
 
-    Args:
-        losses: Layer -> sparsity of each level in (0, 1] -> predicted loss, at least two levels. A dense layer loses 0.
-        sizes: Layer -> number of its weights.
-        budget: Number of weights to prune, in all layers together, within the sums of the limits.
-        lowest: Layer -> its smallest sparsity.
-        highest: Layer -> its largest sparsity.
+    `losses` has the predicted loss of each layer at two levels or more, sparsities in (0, 1]; a dense layer loses 0.
+    `sizes` has the number of a layer's weights, `lowest` and `highest` its least and its largest sparsity. `budget` is
+    the number of weights to prune in all layers together, within the sums of these limits.
     """
     least, most = _limits(budget, sizes, lowest, highest)
     counts = dict(least)

@@ -82,14 +82,10 @@ class Planner:
     ) -> list[Window]:
         """All windows that are known so far. Until a sensitivity scan is complete, these are only its windows.
 
-        Args:
-            trainer: Knows the length of the training.
-            layers: Name -> layer, front to back.
-            final: Name -> the pattern at the end, before the allocation.
-            sensitivities: Name -> the scan's result, for layers that were scanned already. None if there will be no
-                training: then the windows after a scan are planned as if it found all layers alike.
-            optimizer_steps: Optimizer steps taken so far.
-            begun_with_scan: Whether a resumed training began with a window of a scan; None if no window has begun.
+        The layers come front to back, and `final` has the pattern of each before the allocation. `sensitivities` has
+        the scan's result for layers that were scanned already. It is None if there will be no training: then the
+        windows after a scan are planned as if it found all layers alike. `begun_with_scan` says whether a resumed
+        training began with a window of a scan; None if no window has begun.
 
         Raises:
             MisconfigurationException: If nothing would be pruned, if the length of the training is needed but unknown,

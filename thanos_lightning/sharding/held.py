@@ -92,13 +92,9 @@ def share_of(
 ) -> Share:
     """What each of so many ranks holds of a module that AdamW trains.
 
-    Args:
-        module: Its parameters have the dtype in which they are trained, and may be on the meta device. Under FSDP2 they
-            are sharded.
-        layers: All that get a mask.
-        strategy: One that is supported; None for one device.
-        ranks: Their number.
-        autocasts: Whether a forward multiplies by copies in 16 bits; not under DeepSpeed, whose model has 16 bits.
+    The module's parameters have the dtype in which they are trained, and may be on the meta device. Under FSDP2 they
+    are sharded. `layers` are all that get a mask. The strategy is a supported one; None for one device. `autocasts`
+    says whether a forward multiplies by copies in 16 bits; not under DeepSpeed, whose model has 16 bits.
     """
     parameters = list(module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]

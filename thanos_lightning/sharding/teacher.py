@@ -15,12 +15,9 @@ from torch.distributed.tensor import DTensor
 def place_frozen(model: nn.Module, strategy: Strategy, first: nn.Module) -> nn.Module:
     """Put a frozen model where the strategy's forward runs, and return it. All ranks must call it.
 
-    Under ZeRO-3 the frozen model is sharded like the trained model. Otherwise each rank holds all of it.
-
-    Args:
-        model: A model in evaluation mode, with parameters of one dtype and without gradients. Changed in place.
-        strategy: The Trainer's strategy, already set up.
-        first: The module of the model that each pass begins with.
+    Under ZeRO-3 the frozen model is sharded like the trained model. Otherwise each rank holds all of it. The model is
+    in evaluation mode, with parameters of one dtype and without gradients, and is changed in place. `strategy` is set
+    up already. `first` is the module of the model that each pass begins with.
     """
     config = sharding_config(strategy, next(model.parameters()).dtype)
     if config is not None:

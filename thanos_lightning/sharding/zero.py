@@ -491,10 +491,8 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Shard a frozen model as stage 3 does. All ranks must call it.
 
-    Args:
-        model: A model in evaluation mode, without gradients, whole on each rank or sharded while it was loaded.
-        first: The module of the model that each pass begins with.
-        config: DeepSpeed's configuration, with stage 3 and the model's dtype.
+    The model may be whole on each rank, or sharded while it was loaded. The others are as of `place_frozen` and
+    `sharding_config`.
     """
     engine, *_ = deepspeed.initialize(model=model, config=config)  # hooks on the model keep the engine alive
     offload = engine.optimizer
