@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,11 +172,12 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
     begin = time.perf_counter()
     copy = replica(task.block, task.values)
     device = next(copy.parameters()).device
+    error = partial(_error, copy, task.others, device)
     parts = [(call, part) for call in task.calls for part in _parts(call, task.others)]
     if not parts:
         return "got no token that counts"
     try:
-        unlike = _mean_error(copy, parts[:1], task.others, device)
+        unlike = _mean_error(error, parts[:1])
     except _MODELS_ERRORS as failure:
         return _why_not(failure)
     if not unlike <= _TOLERANCE:
@@ -200,9 +202,9 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
         groups.append({"params": [parameter], "lr": _RATE * scale})
     measured = parts[:: max(1, len(parts) // _MEASURED)]
     try:
-        before = _mean_error(copy, measured, task.others, device)
-        _descend(copy, groups, trained, _steps(parts, steps, seed), task.others, device)
-        after = _mean_error(copy, measured, task.others, device)
+        before = _mean_error(error, measured)
+        _descend(error, groups, trained, _steps(parts, steps, seed), device)
+        after = _mean_error(error, measured)
     except _MODELS_ERRORS as failure:
         return _why_not(failure)
     if after < before:
@@ -236,11 +238,10 @@ def _steps(parts: Sequence[tuple[Call, slice]], steps: int, seed: int) -> list[t
 
 
 def _descend(
-    copy: nn.Module,
+    error: Callable[[Call, slice], Tensor],
     groups: list[dict[str, Any]],
     trained: Mapping[nn.Parameter, Tensor],
     parts: Sequence[tuple[Call, slice]],
-    others: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=device.type in _FUSED)
@@ -251,7 +252,7 @@ def _descend(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
             # Adam's steps don't depend on the scale
-            torch.autograd.backward(LOSS_SCALE * _error(copy, call, part, others, device))
+            torch.autograd.backward(LOSS_SCALE * error(call, part))
             for parameter, keep in trained.items():
                 if parameter.grad is not None:  # an expert that got no token in this step
                     parameter.grad.mul_(keep)
@@ -260,13 +261,11 @@ def _descend(
 
 
 @torch.no_grad()
-def _mean_error(
-    copy: nn.Module, parts: Sequence[tuple[Call, slice]], others: Mapping[str, Tensor], device: torch.device
-) -> float:
-    return sum(float(_error(copy, call, part, others, device)) for call, part in parts) / len(parts)
+def _mean_error(error: Callable[[Call, slice], Tensor], parts: Sequence[tuple[Call, slice]]) -> float:
+    return sum(float(error(call, part)) for call, part in parts) / len(parts)
 
 
-def _error(copy: nn.Module, call: Call, part: slice, others: Mapping[str, Tensor], device: torch.device) -> Tensor:
+def _error(copy: nn.Module, others: Mapping[str, Tensor], device: torch.device, call: Call, part: slice) -> Tensor:
     """The mean squared error of the outputs for some sequences of a call, over each token's own squared norm."""
 
     def of_part(reference: Reference) -> Tensor:
