@@ -16,12 +16,10 @@ from thanos_lightning.plan.schedule import Event
 from thanos_lightning.solver import Experts, Pattern
 
 # Arguments of the callback that change no window
-_BESIDE_THE_PLAN = frozenset(
-    (
-        *("solver.block_size", "solver.damping", "solver.saliency"),
-        *("calibration.attention_mask_key", "monitor", "verify_every_n_steps"),
-    )
-)
+_BESIDE_THE_PLAN = {
+    *("solver.block_size", "solver.damping", "solver.saliency"),
+    *("calibration.attention_mask_key", "monitor", "verify_every_n_steps"),
+}
 
 
 def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern]:
@@ -138,17 +136,10 @@ def plan_windows(
 ) -> list[Window]:
     """Place each event's windows one after the other, so that the last window ends at the event's step.
 
-    A window never reaches back past the previous event, since older statistics belong to weights that are gone.
-
-    Args:
-        work: Events in order, each with the patterns of the layers that it prunes.
-        layers: Name -> layer.
-        calibration_steps: Most optimizer steps that a window collects; 0 if nothing is collected in the training.
-        budget_gib: Memory for the second moments of a window.
-        since: Optimizer steps taken at the last event before `work`.
-        scans: Whether the windows belong to a sensitivity scan.
-        weighs_outputs: Whether gradients weigh outputs. They are collected only in windows in which rows or layers
-            compete for zeros.
+    A window never reaches back past the previous event, since older statistics belong to weights that are gone. `work`
+    has the events in order, each with the patterns of the layers that it prunes, and `since` the optimizer steps of the
+    last event before them. `calibration_steps` is 0 if nothing is collected in the training. With `weighs_outputs`,
+    gradients are collected in windows in which rows or layers compete for zeros.
 
     Raises:
         ValueError: If an event has fewer steps before it than windows that collect, or if a layer exceeds the budget.
