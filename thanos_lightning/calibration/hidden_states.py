@@ -29,27 +29,16 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block, with one batch of sequences.
+    """One call of a block, with one batch of sequences."""
 
-    Attributes:
-        inputs: The hidden states that the block got, (batch, length, width), float16 or bfloat16.
-        outputs: Those that it gave, (batch, length, any width); empty until it has returned.
-        args: Its other positional arguments, with a `Reference` for each tensor.
-        kwargs: Its keyword arguments likewise.
-        keyword: Name of the argument that has the hidden states; None if it is the first positional one.
-        counted: Of the mask of tokens that count, (batch, length); None if all do.
-        dtype: Of the hidden states in the model.
-        computes_in: The 16-bit dtype of matrix products, None for float32.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    keyword: str | None
-    counted: Reference | None
-    dtype: torch.dtype
-    computes_in: torch.dtype | None
+    inputs: Tensor  # the hidden states that the block got: (batch, length, width), float16 or bfloat16
+    outputs: Tensor  # those that it gave: (batch, length, any width); empty until it has returned
+    args: tuple[Any, ...]  # its other positional arguments, with a `Reference` for each tensor
+    kwargs: Mapping[str, Any]  # its keyword arguments likewise
+    keyword: str | None  # name of the argument that has the hidden states; None if it is the first positional one
+    counted: Reference | None  # of the mask of tokens that count, (batch, length); None if all do
+    dtype: torch.dtype  # of the hidden states in the model
+    computes_in: torch.dtype | None  # the 16-bit dtype of matrix products, None for float32
 
 
 def parts_of(shape: tuple[int, ...]) -> list[slice]:
@@ -65,23 +54,14 @@ class _RefusedError(Exception):
 
 @dataclass
 class HiddenStates:
-    """Records the calls of blocks, by hooks, during the forwards inside `recording`.
+    """Records the calls of blocks, by hooks, during the forwards inside `recording`."""
 
-    Attributes:
-        blocks: Name -> block.
-        steps: How many steps of training the recorded batches are wanted for. Further batches are not recorded.
-        kept: Keeps an error of a hook while other ranks would wait.
-        calls: Block name -> number of the batch -> its call.
-        others: The other tensors that blocks got, on the CPU, by their digests.
-        refused: Name of each block that can't be called again with what it got -> the reason.
-    """
-
-    blocks: Mapping[str, nn.Module]
-    steps: int
-    kept: KeptError = field(default_factory=KeptError)
-    calls: dict[str, dict[int, Call]] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, nn.Module]  # by name
+    steps: int  # of training that the recorded batches are wanted for; further batches are not recorded
+    kept: KeptError = field(default_factory=KeptError)  # keeps an error of a hook while other ranks would wait
+    calls: dict[str, dict[int, Call]] = field(default_factory=dict)  # block -> number of the batch -> its call
+    others: dict[str, Tensor] = field(default_factory=dict)  # other tensors that blocks got, on the CPU, by digest
+    refused: dict[str, str] = field(default_factory=dict)  # block that can't be called again -> the reason
     _hooks: ExitStack = field(default_factory=ExitStack)
     _number: int | None = None  # of the batch
     _counted: Reference | None = None
@@ -223,18 +203,12 @@ def _computes_in(hidden: Tensor) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class SharedStates:
-    """The calls that all ranks have recorded.
+    """The calls that all ranks have recorded."""
 
-    Attributes:
-        outlines: Block name -> number of the batch -> (rank that has recorded it, the call, whose hidden states are on
-            the meta device), in order of batches.
-        others: All tensors that calls refer to.
-        refused: Blocks that can't be called again -> the reason.
-    """
-
+    # block -> batch, in order -> the rank that recorded it, and the call, whose hidden states are on the meta device
     outlines: Mapping[str, Mapping[int, tuple[int, Call]]]
-    others: Mapping[str, Tensor]
-    refused: Mapping[str, str]
+    others: Mapping[str, Tensor]  # all tensors that calls refer to
+    refused: Mapping[str, str]  # blocks that can't be called again -> the reason
 
     @classmethod
     def of(cls, states: HiddenStates, access: ParameterAccess) -> SharedStates:

@@ -39,24 +39,18 @@ from thanos_lightning.solver import NM, Channels, Experts, Pattern
 
 @dataclass(frozen=True)
 class Taken:
-    """What is pruned where channels or experts are.
+    """What is pruned where channels or experts are."""
 
-    Attributes:
-        layers: Name -> layer to solve. Of a feed-forward block, or of an expert that may go, it is the down layer.
-        final: Name of such a layer -> its pattern at the end.
-        owned: Name of a down layer -> the weights and biases that compute its inputs: entry i, width + i, … along their
-            rows is of channel i. Of an expert that may go, all of them go with it.
-        free: The same for down layers of which the channels get another order before the first event.
-        keeps_order: Why no channels get another order; None if some do, or none was asked for.
-        mixtures: Name -> mixture of which experts may go.
-    """
-
+    # by name, those to solve: of a feed-forward block, or of an expert that may go, the down layer
     layers: Mapping[str, PrunableLayer]
-    final: Mapping[str, Pattern]
+    final: Mapping[str, Pattern]  # by name of such a layer, its pattern at the end
+    # by down layer, the weights and biases that compute its inputs: entry i, width + i, … along their rows is of
+    # channel i; of an expert that may go, all of them go with it
     owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+    # the same for down layers of which the channels get another order before the first event
     free: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
-    keeps_order: str | None = None
-    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    keeps_order: str | None = None  # why no channels get another order; None if some do, or none was asked for
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)  # by name, those of which experts may go
 
     def check_zeros(self, name: str, zeros: int) -> None:
         """Refuse a down layer of which more channels than asked for were zero before the training."""

@@ -22,17 +22,11 @@ from thanos_lightning.solver import Experts
 
 @dataclass(frozen=True)
 class Batches:
-    """What is known of batches without running them; None for what is not.
+    """What is known of batches without running them; None for what is not."""
 
-    Attributes:
-        number: Number of batches.
-        tokens: Tokens in a batch.
-        length: Tokens in a sequence.
-    """
-
-    number: int | None = None
-    tokens: int | None = None
-    length: int | None = None
+    number: int | None = None  # of batches
+    tokens: int | None = None  # in a batch
+    length: int | None = None  # of a sequence, in tokens
 
     @classmethod
     def of(cls, batches: Any) -> Batches:
@@ -51,38 +45,23 @@ class Batches:
 
 @dataclass(frozen=True)
 class Needs:
-    """About what one window takes.
+    """About what one window takes."""
 
-    Attributes:
-        moments: Bytes for second moments, on each rank.
-        event: Peak bytes at its end, with the second moments, on the rank that needs most.
-        sent: Bytes that all ranks together send to solve and to write it.
-    """
-
-    moments: int
-    event: int
-    sent: int
+    moments: int  # bytes for second moments, on each rank
+    event: int  # peak bytes at its end, with the second moments, on the rank that needs most
+    sent: int  # bytes that all ranks together send to solve and to write it
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """About what a training takes to be pruned.
+    """About what a training takes to be pruned."""
 
-    Attributes:
-        windows: What each window takes.
-        batches: Number of batches that an event is pruned on; None if it is not known.
-        moments: Bytes for second moments, on each rank, at the last event.
-        event: Peak bytes of that event, with the second moments, on the rank that needs most.
-        masks: Bytes for all masks, on each rank.
-        states: Bytes of the CPU's memory for what blocks get and give, on each rank, beside what an event takes.
-    """
-
-    windows: Sequence[Needs]
-    batches: int | None
-    moments: int
-    event: int
-    masks: int
-    states: int = 0
+    windows: Sequence[Needs]  # what each window takes
+    batches: int | None  # number of batches that an event is pruned on; None if it is not known
+    moments: int  # bytes for second moments, on each rank, at the last event
+    event: int  # peak bytes of that event, with the second moments, on the rank that needs most
+    masks: int  # bytes for all masks, on each rank
+    states: int = 0  # bytes on the CPU for what blocks get and give, on each rank, beside what an event takes
 
 
 def estimate(

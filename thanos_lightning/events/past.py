@@ -18,27 +18,17 @@ from thanos_lightning.solver import Pattern
 
 @dataclass
 class Past:
-    """What a training has done so far.
+    """What a training has done so far."""
 
-    Attributes:
-        optimizer_steps: Number of optimizer steps taken.
-        windows_done: Number of windows of the plan that were pruned or scanned.
-        patterns: Layer name -> the pattern that the layer was pruned to. Not in the state, since masks hold it there.
-        sensitivities: Layer name -> the result of the sensitivity scan.
-        measured: Optimizer steps at the last validation, and the monitored metric then.
-        old_scores: "step" or "validation", which renews a metric -> monitors whose values predate the last event.
-        report: The report of the training.
-        total_steps: Length of the Trainer's first fit if the schedule has fractions of it. Not in the state.
-    """
-
-    optimizer_steps: int = 0
-    windows_done: int = 0
-    patterns: dict[str, Pattern] = field(default_factory=dict)
-    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)
-    measured: tuple[int, float] | None = None
+    optimizer_steps: int = 0  # taken so far
+    windows_done: int = 0  # windows of the plan that were pruned or scanned
+    patterns: dict[str, Pattern] = field(default_factory=dict)  # layer -> to which it was pruned; masks save it
+    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of scanned layers
+    measured: tuple[int, float] | None = None  # optimizer steps at the last validation, and the monitored metric then
+    # "step" or "validation", which renews a metric -> monitors whose values predate the last event
     old_scores: dict[str, list[str]] = field(default_factory=lambda: {"step": [], "validation": []})
     report: PruningReport = field(default_factory=PruningReport)
-    total_steps: int | None = None
+    total_steps: int | None = None  # of the Trainer's first fit if the schedule has fractions of it; not in the state
 
     def arguments(self, options: PruningOptions) -> dict[str, str]:
         """The callback's arguments as text, which a resumed training compares with its own arguments."""

@@ -65,15 +65,10 @@ def nothing_to_allocate(pattern: Pattern) -> str | None:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """The scan's result for a layer.
+    """The scan's result for a layer."""
 
-    Attributes:
-        losses: Sparsity -> relative loss of the layer at that sparsity; empty if no token has reached the layer.
-        weighted_losses: Sparsity -> loss with the output weights. These losses of several layers can be added up. None
-            if the layer has no output weights.
-    """
-
-    losses: dict[float, float]
+    losses: dict[float, float]  # sparsity -> relative loss of the layer; empty if no token has reached the layer
+    # sparsity -> loss with the output weights, which can be added up over layers; None without such weights
     weighted_losses: dict[float, float] | None = None
 
 

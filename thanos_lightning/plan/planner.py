@@ -23,18 +23,13 @@ from thanos_lightning.solver import Pattern
 class Planner:
     """Plans the windows of a training.
 
-    Attributes:
-        options: What is asked of the callback.
-        schedule: That of the options, or the one that a resumed training began with.
-        can_differentiate: As of `ParameterAccess`.
-
     Raises:
         MisconfigurationException: If output weights ask for gradients where there are none.
     """
 
     options: PruningOptions
-    schedule: SparsitySchedule
-    can_differentiate: bool = True
+    schedule: SparsitySchedule  # that of the options, or the one that a resumed training began with
+    can_differentiate: bool = True  # as of `ParameterAccess`
 
     def __post_init__(self) -> None:
         if self.lacks_gradients and self.options.calibration.output_weights == "diagonal":

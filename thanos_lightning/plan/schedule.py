@@ -23,15 +23,10 @@ Time = Any
 
 @dataclass(frozen=True)
 class Event:
-    """One pruning at one optimizer step.
+    """One pruning at one optimizer step."""
 
-    Attributes:
-        step: Number of optimizer steps taken when the event happens.
-        progress: The fraction of the final sparsity, in (0, 1].
-    """
-
-    step: int
-    progress: float
+    step: int  # number of optimizer steps taken when the event happens
+    progress: float  # the fraction of the final sparsity, in (0, 1]
 
     def sparsity(self, final: float) -> float:
         """The sparsity of a layer after the event, if its final sparsity is `final`."""

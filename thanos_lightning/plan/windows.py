@@ -34,26 +34,15 @@ def patterns_at(event: Event, final: Mapping[str, Pattern]) -> dict[str, Pattern
 
 @dataclass(frozen=True)
 class Window:
-    """A group of layers whose Hessians are held at the same time, and the steps in which they are held.
-
-    Attributes:
-        event: The event that the window belongs to.
-        patterns: Layer name -> the pattern to prune the layer to, front to back.
-        start_step: Optimizer steps taken when collecting starts. Equal to `end_step` if nothing is collected from
-            training batches.
-        end_step: Optimizer steps taken when the window is pruned.
-        is_last: Whether this is the event's last window.
-        scans: Whether the window belongs to a sensitivity scan, which prunes nothing.
-        gradients: Whether the loss's gradients at outputs are collected, too, for output weights.
-    """
+    """A group of layers whose Hessians are held at the same time, and the steps in which they are held."""
 
     event: Event
-    patterns: Mapping[str, Pattern]
-    start_step: int
-    end_step: int
-    is_last: bool
-    scans: bool = False
-    gradients: bool = False
+    patterns: Mapping[str, Pattern]  # layer name -> the pattern to prune the layer to, front to back
+    start_step: int  # optimizer steps taken when collecting starts; `end_step` if nothing is collected in training
+    end_step: int  # optimizer steps taken when the window is pruned
+    is_last: bool  # whether this is the event's last window
+    scans: bool = False  # whether the window belongs to a sensitivity scan, which prunes nothing
+    gradients: bool = False  # whether the loss's gradients at outputs are collected, too, for output weights
 
     def state(self) -> list[Any]:
         """Plain values that must be unchanged when a training resumes after the window or inside of it."""

@@ -16,17 +16,11 @@ from thanos_lightning.solver.zeros import zero_where
 
 
 class LocalPiece(NamedTuple):
-    """A tensor of this rank that belongs to a layer's weight.
+    """A tensor of this rank that belongs to a layer's weight."""
 
-    Attributes:
-        what: "weight" (the model's copy), "master", or the name of a moment.
-        tensor: The values, writable unless said otherwise.
-        place: The part of the rank's drop mask that covers the values.
-    """
-
-    what: str
-    tensor: Tensor
-    place: slice = slice(None)
+    what: str  # "weight" (the model's copy), "master", or the name of a moment
+    tensor: Tensor  # the values, writable unless said otherwise
+    place: slice = slice(None)  # the part of the rank's drop mask that covers the values
 
 
 class ParameterAccess(Ranks, ABC):

@@ -54,14 +54,10 @@ def initialise_partitioned(model: nn.Module, how: bool | str) -> None:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer's weight, and the matrices whose product its adapters add: whole only where it is asked for.
+    """A layer's weight, and the matrices whose product its adapters add: whole only where it is asked for."""
 
-    Attributes:
-        weight: (out_features, in_features). Read-only.
-        added: lora_A, (rank, in_features), and lora_B, (out_features, rank), scaled; of each adapter.
-    """
-
-    weight: Tensor
+    weight: Tensor  # (out_features, in_features), read-only
+    # of each adapter lora_A, (rank, in_features), and lora_B, (out_features, rank), scaled
     added: Sequence[tuple[Tensor, Tensor]] = ()
 
     def merged(self) -> Tensor:

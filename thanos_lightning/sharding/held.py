@@ -23,27 +23,16 @@ _DEFAULTS = {_BUCKET: 5 * 10**8, _LIVE: 10**9, _KEPT: 10**5, "sub_group_size": 1
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a training's parts.
+    """Bytes of a training's parts."""
 
-    Attributes:
-        weights: The model's copy.
-        gradients: Whole, or this rank's part.
-        masters: fp32 masters, where the model's copy isn't one.
-        moments: Of AdamW.
-        masks: A byte for each weight of the layers to prune.
-        copies: Of weights, for a forward and its backward: what autocast keeps in 16 bits, or what a rank gathers.
-        buckets: Buffers in which ranks reduce gradients.
-        passing: Gradients on their way: whole ones before a rank has its part, or those in fp32 that a step takes, if
-            that is more.
-    """
-
-    weights: int = 0
-    gradients: int = 0
-    masters: int = 0
-    moments: int = 0
-    masks: int = 0
-    copies: int = 0
-    buckets: int = 0
+    weights: int = 0  # the model's copy
+    gradients: int = 0  # whole, or this rank's part
+    masters: int = 0  # in fp32, where the model's copy isn't one
+    moments: int = 0  # of AdamW
+    masks: int = 0  # a byte for each weight of the layers to prune
+    copies: int = 0  # of weights, for a forward and its backward: what autocast keeps in 16 bits, or a rank gathers
+    buckets: int = 0  # buffers in which ranks reduce gradients
+    # gradients on their way: whole before a rank has its part, or those in fp32 that a step takes, if that is more
     passing: int = 0
 
     @property
@@ -58,25 +47,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank holds, when, and where.
+    """What a rank holds, when, and where."""
 
-    Attributes:
-        strategy: The strategy in words.
-        held: All parts, on the rank that holds most.
-        offloaded: The parts that are not on the device.
-        brief: The parts that are gone between two batches.
-        late: The parts that are not there before the first optimizer step.
-        in_pieces: Whether the owner of a layer gets its weight from several ranks.
-        checkpoint: Bytes of a checkpoint without sums, of all ranks together.
-    """
-
-    strategy: str
-    held: Held
-    in_pieces: bool
-    checkpoint: int
-    offloaded: tuple[str, ...] = ()
-    brief: tuple[str, ...] = ("copies",)
-    late: tuple[str, ...] = ("gradients", "moments")
+    strategy: str  # in words
+    held: Held  # all parts, on the rank that holds most
+    in_pieces: bool  # whether the owner of a layer gets its weight from several ranks
+    checkpoint: int  # bytes of one without sums, of all ranks together
+    offloaded: tuple[str, ...] = ()  # the parts that are not on the device
+    brief: tuple[str, ...] = ("copies",)  # the parts that are gone between two batches
+    late: tuple[str, ...] = ("gradients", "moments")  # the parts that are not there before the first optimizer step
 
     def in_training(self) -> Held:
         """What is on the device while batches are trained, beside activations."""

@@ -49,20 +49,14 @@ def _require_size(packed: Tensor, shape: tuple[int, ...]) -> int:
 class LayerMask:
     """The keep mask of a pruned layer. It stays packed until its entries are needed.
 
-    Attributes:
-        bits: uint8 (ceil(out_features · in_features / 8),): the keep mask, as `pack_bits` returns it.
-        shape: (out_features, in_features).
-        pattern: The pattern that the mask was made for, at the sparsity of its event.
-        transposed: True where the parameter is stored as (in_features, out_features), as in transformers' Conv1D.
-
     Raises:
         ValueError: If the bits do not fit the shape.
     """
 
-    bits: Tensor
-    shape: tuple[int, int]
-    pattern: Pattern
-    transposed: bool = False
+    bits: Tensor  # uint8 (ceil(out_features · in_features / 8),): the keep mask, as `pack_bits` returns it
+    shape: tuple[int, int]  # (out_features, in_features)
+    pattern: Pattern  # that the mask was made for, at the sparsity of its event
+    transposed: bool = False  # whether the parameter is (in_features, out_features), as in transformers' Conv1D
 
     def __post_init__(self) -> None:
         _require_size(self.bits, self.shape)

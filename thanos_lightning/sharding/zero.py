@@ -48,17 +48,11 @@ from thanos_lightning.solver.zeros import zero_where
 
 @dataclass(frozen=True)
 class _Master:
-    """Locates this rank's piece of a parameter in a tensor that the torch optimizer steps.
+    """Locates this rank's piece of a parameter in a tensor that the torch optimizer steps."""
 
-    Attributes:
-        tensor: The tensor that the torch optimizer steps, and the key of its optimizer state.
-        offset: Where the piece begins in the tensor.
-        held: The entries of the flattened parameter that the piece contains; of the layer after `of`.
-    """
-
-    tensor: Tensor
-    offset: int
-    held: Range
+    tensor: Tensor  # what the torch optimizer steps, and the key of its state
+    offset: int  # where the piece begins in the tensor
+    held: Range  # the entries of the flattened parameter that the piece contains; of the layer after `of`
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
