@@ -183,10 +183,8 @@ def choose_experts(
                 weight = weight.to(hessian.dtype)
                 given[name] = row_losses(torch.zeros_like(weight), weight, hessian).sum()
     kept.fail_together()
-    means: dict[str, float] = {}
-    own = dict(zip(given, torch.stack(list(given.values())).tolist() if given else [], strict=True))
-    for part in access.gather(own):
-        means |= part
+    own: list[float] = torch.stack(list(given.values())).tolist() if given else []
+    means = access.union(dict(zip(given, own, strict=True)))
     seconds = (time.perf_counter() - start) / max(1, len(layers))
     found = []
     for name, mixture in mixtures.items():

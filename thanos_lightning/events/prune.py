@@ -111,9 +111,7 @@ def prune_window(
     del weights
     largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
     kept, own_reports = _solve(window, mine, earlier, sums or {}, moments.output_weights, options, largest, access)
-    solved: dict[str, tuple[LayerReport, int]] = {}
-    for part in access.gather(own_reports):
-        solved |= part
+    solved = access.union(own_reports)
     trained: list[BlockReport] = []
     if moments.states is not None and blocks:
         now("reconstructing")

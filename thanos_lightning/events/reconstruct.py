@@ -74,9 +74,7 @@ def reconstruct(
         PruningError: On all ranks, if one fails, such as from lack of memory. No layer is pruned.
     """
     shared = SharedStates.of(states, access)
-    dtypes: dict[str, torch.dtype] = {}
-    for of_rank in access.gather({name: one.weight.dtype for name, one in solved.items()}):
-        dtypes |= of_rank
+    dtypes = access.union({name: one.weight.dtype for name, one in solved.items()})
     moved = dict(owners)
     names = [name for name in targets if shared.outlines.get(name)]
     if names:
@@ -106,9 +104,7 @@ def reconstruct(
                         note = f"{found.error_solved:.2g} to {found.error:.2g} {mine.name}"
             phase.advance(len(in_round), note=note)
         kept.fail_together()
-    everywhere: dict[str, BlockReport | str] = {}
-    for part in access.gather(reports):
-        everywhere |= part
+    everywhere = access.union(reports)
     left = {name: why for name, why in everywhere.items() if isinstance(why, str)}
     if left:
         rank_zero_warn(

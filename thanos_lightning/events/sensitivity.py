@@ -71,7 +71,7 @@ def scan_window(
                 break
     kept.fail_together()
     unknown = {name: LayerSensitivity({}) for name in layers if name not in chosen}
-    return unknown | {name: scan for part in access.gather(scanned) for name, scan in part.items()}
+    return unknown | access.union(scanned)
 
 
 def _scan_layer(

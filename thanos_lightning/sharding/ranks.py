@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -117,6 +117,10 @@ class Ranks:
         values: list[Value | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every entry has been filled
+
+    def union(self, own: Mapping[str, Value]) -> dict[str, Value]:
+        """Return what the small mappings of all ranks have together; of equal keys, the last rank's. Talks to all."""
+        return {name: value for of_rank in self.gather(own) for name, value in of_rank.items()}
 
 
 def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
