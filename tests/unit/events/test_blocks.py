@@ -14,7 +14,6 @@ from toy import VOCABULARY, ResumableBatches, ToyLM, adamw, grouped, loader, tin
 
 from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
-from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
 
 LLAMA = [f"model.model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
@@ -295,20 +294,6 @@ class Routed(Own):
 def test_an_expert_that_is_not_reached_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 layer\(s\), such as experts.1.0, are named like those of feed-forward"):
         trainer(tmp_path, channels(), max_steps=2).fit(Routed(), loader(8))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pattern": "2:4", "sparsity": None}, "multiple_of is 4, but no pattern is 'channels'"),
-        ({"multiple_of": 0}, "multiple_of is 0: give a whole number of channels"),
-        ({"multiple_of": 2.5}, "multiple_of is 2.5: give a whole number of channels"),
-        ({"allocation": Allocation("loss")}, "channels go in equal number from each block"),
-    ],
-)
-def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        channels(**options)
 
 
 def test_an_image_model(tmp_path: Path) -> None:

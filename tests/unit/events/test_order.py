@@ -210,11 +210,6 @@ def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     assert "order channels keep theirs: no target with N:M is the down layer of a feed-forward block" in said
 
 
-def test_reorder_is_true_or_false() -> None:
-    with pytest.raises(ValueError, match="reorder is 'yes': give True or False"):
-        ThanosPruningCallback("2:4", reorder="yes")  # type: ignore[arg-type]
-
-
 @pytest.mark.usefixtures("keeps_all")
 def test_layers_of_an_earlier_window_get_the_order_too(tmp_path: Path) -> None:
     model = tiny_llama().eval()

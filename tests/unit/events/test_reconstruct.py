@@ -299,10 +299,3 @@ def test_steps_without_blocks_are_said_to_be_for_nothing(tmp_path: Path) -> None
     )
     with pytest.warns(UserWarning, match=r"block_steps is 8, but no block has two layers to prune"):
         trainer(tmp_path, pruning, max_steps=1).fit(ToyLM(), loader())
-
-
-def test_steps_without_a_calibration_set_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"calibration.block_steps is 8, but there are no calibration.batches"):
-        CalibrationOptions(block_steps=8)
-    with pytest.raises(ValueError, match=r"calibration.block_steps is -1"):
-        CalibrationOptions(batches=[batch(0)], block_steps=-1)

@@ -16,6 +16,7 @@ from thanos_lightning.plan.allocation import Allocation
 MAGNITUDE: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
 NAN, INFINITY = float("nan"), float("inf")
 BATCHES = [{"input_ids": None}]
+CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,13 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
         ({"verify_every_n_steps": -1}, "verify_every_n_steps is -1: give a whole number"),
         ({"monitor": 3}, "monitor is 3: give a name, such as 'val/loss', or None"),
+        ({"reorder": "yes"}, "reorder is 'yes': give True or False"),
+        ({"block_steps": 8}, "calibration.block_steps is 8, but there are no calibration.batches"),
+        ({"block_steps": -1, "batches": BATCHES}, "calibration.block_steps is -1"),
+        *(({**CHANNELS, "multiple_of": value}, f"multiple_of is {value}: give a whole number") for value in (0, 2.5)),
+        ({**CHANNELS, "allocation": Allocation("loss")}, "channels go in equal number from each block"),
         # What changes nothing
+        ({"multiple_of": 4}, "multiple_of is 4, but no pattern is 'channels'"),
         ({"method": "wanda", "saliency": "obs"}, "solver.saliency is 'obs', but method 'wanda' has its own: leave"),
         ({"method": "wanda", "block_size": 64}, "solver.block_size is 64, but method 'wanda' prunes no blocks"),
         ({"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1}, "solver.damping is 0.1, but"),
