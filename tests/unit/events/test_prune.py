@@ -116,13 +116,6 @@ def test_owners_are_balanced_by_cost() -> None:
     assert sorted(assign_owners(layers, 12).values()) == list(range(9))  # three ranks have none
 
 
-@pytest.mark.parametrize(
-    ("method", "refine", "needs"), [("magnitude", 0, False), ("magnitude", 5, True), ("wanda", 0, True)]
-)
-def test_what_needs_statistics(method: str, refine: int, needs: bool) -> None:
-    assert SolverOptions.as_published(method, refine_steps=refine).needs_statistics is needs
-
-
 def test_earlier_masks_are_kept() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8))

@@ -200,7 +200,16 @@ def test_events_of_a_training() -> None:
             checked_events(SparsitySchedule(0.25, 0.75, 0.25), trainer)
     with pytest.raises(MisconfigurationException, match="at optimizer step 20, but the training has 19 steps"):
         checked_events(SparsitySchedule(20, 20, 1), numbers(19))
-    with pytest.warns(UserWarning, match="no step is left in which the model could recover"):
+    with pytest.warns(
+        UserWarning, match="schedule's last event is at optimizer step 20, the last of .*: no step is left"
+    ):
         checked_events(SparsitySchedule(20, 20, 1), numbers(20))
-    with pytest.warns(UserWarning, match="the final sparsity will not be reached"):
+    with pytest.warns(
+        UserWarning, match="step 30, but the training has 25 steps: the final sparsity will not be reached"
+    ):
         checked_events(SparsitySchedule(10, 30, 10), numbers(25))
+    with (
+        pytest.warns(UserWarning, match="the last event of the training is at optimizer step 20, the last of the"),
+        pytest.warns(UserWarning, match="the final sparsity will not be reached"),
+    ):
+        checked_events(SparsitySchedule(10, 30, 10), numbers(20))

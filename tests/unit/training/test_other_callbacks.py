@@ -277,18 +277,6 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
 # What it costs, and what is left
 
 
-def test_a_schedule_without_a_step_to_recover_is_said(tmp_path: Path) -> None:
-    with pytest.warns(
-        UserWarning, match="last event is at optimizer step 8, the last of the training: no step is left"
-    ):
-        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3)), max_steps=8)
-    with (
-        pytest.warns(UserWarning, match="the last event of the training is at optimizer step 8, the last of the"),
-        pytest.warns(UserWarning, match="last event is at optimizer step 11, but the training has 8 steps: the final"),
-    ):
-        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 11, 3)), max_steps=8)
-
-
 class _StopsAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
