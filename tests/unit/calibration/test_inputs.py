@@ -24,6 +24,7 @@ from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.sharding.together import KeptError, PruningError
+from thanos_lightning.solver import HessianAccumulator
 
 pytestmark = pytest.mark.usefixtures("compiling")
 
@@ -39,15 +40,21 @@ def started(model: nn.Module, **kwargs: list[str]) -> InputStatistics:
     return statistics
 
 
+def counted(model: nn.Module, *inputs: Tensor, mask: Tensor | None = None) -> dict[str, HessianAccumulator]:
+    """What is counted of these inputs in one batch."""
+    statistics = started(model)
+    with statistics.counting(mask):
+        for one in inputs:
+            model(one)
+    statistics.stop()
+    return statistics.accumulators
+
+
 def test_the_sum_is_that_of_the_inputs() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
-    statistics = started(model)
     inputs = torch.randn(2, 5, 8)
-    with statistics.counting():
-        model(inputs)
-        model(2 * inputs)
+    accumulators = counted(model, inputs, 2 * inputs)
     hidden = [torch.tanh(model[0](scale * inputs)).reshape(-1, 4) for scale in (1, 2)]
-    accumulators = statistics.accumulators
     assert accumulators["2"].num_tokens == 20
     torch.testing.assert_close(accumulators["2"].sum, sum(h.T @ h for h in hidden))
     torch.testing.assert_close(accumulators["0"].sum, 5 * inputs.reshape(-1, 8).T @ inputs.reshape(-1, 8))
@@ -191,22 +198,17 @@ def test_padding_does_not_count() -> None:
 def test_inputs_of_each_layout_find_their_tokens(shaped: Callable[[Tensor], Tensor]) -> None:
     model, inputs = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 3, 4)
     mask = torch.tensor([[True, False, True], [True, True, True]])
-    statistics = started(model)
-    with statistics.counting(mask):
-        model(shaped(inputs))
-    assert statistics.accumulators["0"].num_tokens == 5
-    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs[mask].T @ inputs[mask])
+    found = counted(model, shaped(inputs), mask=mask)["0"]
+    assert found.num_tokens == 5
+    torch.testing.assert_close(found.sum, inputs[mask].T @ inputs[mask])
 
 
 def test_pooled_inputs_count_and_inputs_that_hide_their_tokens_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    statistics = started(model)
     mask = torch.tensor([[True, False], [True, True]])
-    with statistics.counting(mask):
-        model(torch.randn(2, 4))
-    assert statistics.accumulators["0"].num_tokens == 2
-    with statistics.counting(mask), pytest.raises(ValueError, match=r"layer 0 have shape \(3, 4\)"):
-        model(torch.randn(3, 4))
+    assert counted(model, torch.randn(2, 4), mask=mask)["0"].num_tokens == 2
+    with pytest.raises(ValueError, match=r"layer 0 have shape \(3, 4\)"):
+        counted(model, torch.randn(3, 4), mask=mask)
 
 
 def test_token_mask_shapes() -> None:
@@ -229,11 +231,8 @@ def test_token_mask_shapes() -> None:
 
 def test_inference_mode_inputs_count_and_are_never_shared() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    statistics = started(model)
-    with statistics.counting(), torch.inference_mode():
-        model(torch.ones(2, 4))
-        model(torch.ones(2, 4))
-    assert statistics.accumulators["0"].num_tokens == 4
+    with torch.inference_mode():
+        assert counted(model, torch.ones(2, 4), torch.ones(2, 4))["0"].num_tokens == 4
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -264,30 +263,23 @@ def test_activations_are_not_kept_alive() -> None:
 def test_a_weight_used_by_two_layers_sees_the_inputs_of_both() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    statistics = started(model)
     inputs = torch.randn(3, 4)
-    with statistics.counting():
-        model(inputs)
-    hidden = torch.tanh(model[0](inputs))
-    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs + hidden.T @ hidden)
-    assert statistics.accumulators["0"].num_tokens == 6
+    found, hidden = counted(model, inputs)["0"], torch.tanh(model[0](inputs))
+    torch.testing.assert_close(found.sum, inputs.T @ inputs + hidden.T @ hidden)
+    assert found.num_tokens == 6
 
 
 def test_bf16_autocast_does_not_round_the_sum() -> None:
     model = nn.Sequential(nn.Linear(64, 4))
     inputs = torch.randn(100, 64)
-    statistics = started(model)
-    with statistics.counting(), torch.autocast("cpu", torch.bfloat16):
-        model(inputs)
-    torch.testing.assert_close(statistics.accumulators["0"].sum, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = counted(model, inputs)["0"]
+    torch.testing.assert_close(found.sum, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
 
 
 def test_conv1d_and_keyword_inputs() -> None:
-    model = tiny_gpt2()
-    statistics = started(model)
-    with statistics.counting():
-        model(**batch())
-    assert statistics.accumulators["transformer.h.0.mlp.c_proj"].sum.shape == (128, 128)
+    found = counted(tiny_gpt2(), batch()["input_ids"])
+    assert found["transformer.h.0.mlp.c_proj"].sum.shape == (128, 128)
     linear = nn.Sequential(nn.Linear(4, 4))
     by_keyword = started(linear)
     with by_keyword.counting():
