@@ -120,17 +120,14 @@ class FragmentAccess(ParameterAccess):
 
     @torch.no_grad()
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
-        """See `ParameterAccess`."""
         return self._collect(layer, self._read_exact(layer), self._exact_ranges[layer.name], owner)
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        """See `ParameterAccess`."""
         whole = self._collect(layer, drop.to(torch.uint8), self._ranges[layer.name], owner)
         return None if whole is None else whole.logical_not()
 
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
-        """See `ParameterAccess`."""
         self._write_model(layer, weight, owner)
         flat = None if weight is None else layer.oriented(weight).reshape(-1)
         values = self._hand_out(flat, self._exact_ranges[layer.name], owner, self._exact_dtype(layer))
@@ -144,9 +141,7 @@ class FragmentAccess(ParameterAccess):
         return drop
 
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
-        """See `ParameterAccess`."""
-        ranges = self._ranges[layer.name]
-        numel = layer.rows * layer.cols
+        ranges, numel = self._ranges[layer.name], layer.rows * layer.cols
         if self.world_size == 1 or all(held.numel == numel for held in ranges):
             return self._matrix(layer, drop.logical_not())
         bytes_each = -(-max(held.numel for held in ranges) // 8)
@@ -163,7 +158,6 @@ class FragmentAccess(ParameterAccess):
         return self._matrix(layer, keep)
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
-        """See `ParameterAccess`."""
         held = self._ranges[layer.name][self.rank]
         flat = layer.oriented(keep).reshape(-1)[held.start : held.stop]
         return flat.logical_not().to(self._mask_device(layer))

@@ -42,18 +42,15 @@ class FsdpAccess(FragmentAccess):
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """See `ParameterAccess`."""
         # In a single-file checkpoint Lightning numbers the module's parameters, whatever the optimizer's groups are.
         return [list(self._model.parameters()) for _ in self.optimizers]
 
     def release(self) -> None:
-        """See `ParameterAccess`."""
         for module in self._sharded_modules:  # a forward without a backward leaves gathered parameters behind
             module.reshard()
 
     @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
-        """See `ParameterAccess`."""
         whole = {}
         for name, parameter in module.named_parameters():
             value = parameter.detach().to(self._device, copy=True)  # NCCL sends no offloaded shards
@@ -64,7 +61,6 @@ class FsdpAccess(FragmentAccess):
         return whole if self.rank == owner else None
 
     def completes_step(self, optimizer: Optimizer) -> bool:
-        """See `ParameterAccess`."""
         return True  # Lightning offers no gradient scaler under this strategy
 
     # For ParameterAccess

@@ -15,18 +15,15 @@ class ReplicatedAccess(ParameterAccess):
     """`ParameterAccess` where the local piece is the whole parameter. The arguments are as for `Ranks`."""
 
     def completes_step(self, optimizer: Optimizer) -> bool:
-        """See `ParameterAccess`."""
         # A fused optimizer receives the scaler's found_inf and skips the step inside.
         found_inf = getattr(optimizer, "found_inf", None)
         return found_inf is None or not bool(found_inf)
 
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
-        """See `ParameterAccess`."""
         return layer.oriented(layer.own(layer.parameter.detach())) if self.rank == owner else None
 
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
-        """See `ParameterAccess`."""
         own = layer.own(layer.parameter.data)
         if self.rank == owner:
             assert weight is not None
@@ -46,15 +43,12 @@ class ReplicatedAccess(ParameterAccess):
         return drop
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
-        """See `ParameterAccess`."""
         return layer.oriented(keep).logical_not().contiguous().to(layer.parameter.device)
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        """See `ParameterAccess`."""
         return self.full_keep(layer, drop) if self.rank == owner else None
 
     def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
-        """See `ParameterAccess`."""
         return layer.oriented(drop).logical_not()
 
     def _stepped(self, layer: PrunableLayer) -> Tensor:

@@ -295,28 +295,23 @@ class ZeroAccess(FragmentAccess):
                 )
 
     def release(self) -> None:
-        """See `ParameterAccess`."""
         if isinstance(self._layout, _Stage3):
             self._layout.release()
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
-        """See `ParameterAccess`."""
         return [self._layout.numbered()]
 
     def completes_step(self, optimizer: Optimizer) -> bool:
-        """See `ParameterAccess`."""
         # ZeRO steps the groups one after another, each by a separate call.
         last = self._layout.masters()[-1]
         return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """See `ParameterAccess`."""
         stepped = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         names: set[str] = set().union(*(self._layers_of.get(number, ()) for number in stepped))
         return names & layers.keys()
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        """See `ParameterAccess`."""
         yield from self._layout.model_copies(layer)
         master = self._masters[layer.name]
         if master is None:
@@ -330,14 +325,12 @@ class ZeroAccess(FragmentAccess):
 
     @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
-        """See `ParameterAccess`."""
         if not isinstance(self._layout, _Stage3):
             return super().collect_parameters(module, owner)
         with GatheredParameters(list(module.parameters())):
             return super().collect_parameters(module, owner)
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
-        """See `ParameterAccess`."""
         # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
             self._layout.mask_gradient(drops)
