@@ -8,6 +8,7 @@ import torch
 import transformers as t
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_mixtures import tiny_mixture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toy import VOCABULARY, ResumableBatches, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, trainer
@@ -228,15 +229,6 @@ def shared(name: str) -> Any:
     return model
 
 
-def mixtral() -> Any:
-    return t.MixtralForCausalLM(
-        t.MixtralConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=2,
-        )
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
@@ -268,7 +260,7 @@ def mixtral() -> Any:
         (unequal, {}, r"unequal widths \(model.*layers.0.*has 48, model.*layers.1.*has 64\)"),
         (lambda: shared("down_proj"), {}, "shares its weight with another layer"),
         (lambda: shared("up_proj"), {}, "shares its weight with another layer"),
-        (mixtral, {}, "experts fused into one parameter, such as model.model.layers.0.*can't be pruned yet"),
+        (tiny_mixture, {}, "experts fused into one parameter, such as model.model.layers.0.*can't be pruned yet"),
     ],
 )
 def test_what_can_not_be_taken_out_is_refused_before_the_training(

@@ -309,31 +309,27 @@ def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
     assert len(ordered) == 2
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("order.search_order", r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(KeyError"),
+        ("blocks.find_feed_forwards", "channels keep theirs: the search for feed-forward blocks ended in KeyError"),
+    ],
+)
 @pytest.mark.usefixtures("keeps_all")
-def test_an_order_that_can_not_be_found_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_fails_leaves_the_order(
+    where: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, recwarn: Any
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise ModuleNotFoundError("no scipy")
-
-    monkeypatch.setattr("thanos_lightning.events.order.search_order", fail)
-    model = tiny_llama()
-    weight = model.model.layers[0].mlp.down_proj.weight.clone()
-    with pytest.warns(UserWarning, match=r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(ModuleNot"):
-        pruned(tmp_path, model)
-    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
-
-
-@pytest.mark.usefixtures("keeps_all")
-def test_a_search_that_fails_leaves_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(*_: Any) -> None:
         raise KeyError("layer")
 
-    monkeypatch.setattr("thanos_lightning.events.blocks.find_feed_forwards", fail)
+    monkeypatch.setattr(f"thanos_lightning.events.{where}", fail)
     model = tiny_llama()
     weight = model.model.layers[0].mlp.down_proj.weight.clone()
     pruned(tmp_path, model)
     assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "order channels keep theirs: the search for feed-forward blocks ended in KeyError" in said
+    said = [*(str(one.message) for one in recwarn), " ".join(capsys.readouterr().out.split())]
+    assert any(re.search(words, text) for text in said)
 
 
 @pytest.mark.usefixtures("keeps_all")

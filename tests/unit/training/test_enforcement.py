@@ -188,11 +188,3 @@ def test_sparsity_counts_the_layers_without_a_mask() -> None:
     assert enforcer.sparsity() == pytest.approx(6 / (48 + 24))
     assert torch.equal(enforcer.keep_mask("1"), keep)
     assert enforcer.masked == ["1"]
-
-
-def test_an_optimizer_without_state_gets_none() -> None:
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    enforcer, _ = masked(net)
-    enforcer.enforce(optimizer)
-    assert len(optimizer.state) == 0
