@@ -76,15 +76,6 @@ def levels(pattern: Pattern) -> list[Pattern]:
     """The levels that a scan tries: the smallest and the largest sparsity that a layer may get.
 
     If a layer may stay dense, the first level has half the pattern's sparsity.
-
-    Examples:
-        >>> from thanos_lightning.solver import NM, Unstructured
-        >>> [level.sparsity for level in levels(Unstructured(0.5))]
-        [0.35, 0.65]
-        >>> [level.sparsity for level in levels(Unstructured(0.1))]
-        [0.05, 0.25]
-        >>> [level.sparsity for level in levels(NM(2, 4, outlier_fraction=0.2))]
-        [0.25, 0.5]
     """
     lowest, highest = _limits(pattern)
     first = pattern.with_sparsity(lowest or pattern.sparsity / 2)

@@ -180,7 +180,9 @@ def test_what_does_not_fit_behind_a_scan_is_refused_before_it() -> None:
     ("pattern", "expected"),
     [
         (Unstructured(0.6), [0.45, 0.75]),
+        (Unstructured(0.1), [0.05, 0.25]),  # a layer may stay dense
         (Unstructured(0.9), [0.75, 0.95]),
+        (NM(2, 4, outlier_fraction=0.2), [0.25, 0.5]),
         (Structured(0.8, outlier_fraction=0.1), [0.65, 0.855]),
     ],
     ids=str,
