@@ -268,16 +268,13 @@ def _training_step(module: LightningModule, batch: Any) -> Any:
             module.__dict__[name] = replaced[name]
 
     # The step runs inside __call__, whose hooks gather the module's own sharded parameters.
-    module.__dict__.update(forward=first_forward, log=_ignore, log_dict=_ignore)
+    silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    module.__dict__.update(forward=first_forward, **silent)
     try:
         return module(batch, 0) if takes_index else module(batch)
     finally:
         for name in ("forward", "log", "log_dict"):
             put_back(name)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    pass
 
 
 def loss_of(output: Any) -> Tensor | None:
