@@ -78,12 +78,6 @@ class LayerMask:
         rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the entries that are pruned."""
-        rows, cols = self.shape
-        return 1.0 - int(self.keep.count_nonzero()) / (rows * cols)
-
     def state(self) -> dict[str, Any]:
         """The mask as plain values: what `from_state` reads."""
         return {

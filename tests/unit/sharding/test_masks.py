@@ -76,9 +76,3 @@ def test_state_that_is_damaged():
         LayerMask.from_state(state | {"shape": [4, 9]})
     with pytest.raises(ValueError, match="is no pattern"):
         LayerMask.from_state(state | {"pattern": "checkerboard"})
-
-
-def test_sparsity_counts_what_is_pruned():
-    keep = torch.ones(4, 5, dtype=torch.bool)
-    keep[0, :3] = False
-    assert LayerMask.of(keep, Unstructured(0.15)).sparsity == pytest.approx(0.15)
