@@ -23,6 +23,8 @@ from machine import keep
 from rich.console import Console
 from rich.table import Table
 
+from thanos_lightning.cli.planned import Plan, PlannedCLI
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FOLDER = "PLANNED_MEMORY"  # an environment variable
 COMMON = [
@@ -78,8 +80,8 @@ class Peaks(Callback):
         CLEAR.write_text("5")
 
 
-def run(*arguments: str, folder: Path) -> str:
-    """What a command of ours prints."""
+def fit(*arguments: str, folder: Path) -> None:
+    """Train in a process of its own."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
@@ -88,8 +90,8 @@ def run(*arguments: str, folder: Path) -> str:
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is given back
         FOLDER: str(folder),
     }
-    command = [sys.executable, "-m", "thanos_lightning", *arguments]
-    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-m", "thanos_lightning", "fit", *arguments]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -105,10 +107,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             options.append(f"--trainer.default_root_dir={folder}")
-            planned = json.loads(run("plan", *options, "--json", folder=folder))
-            run("fit", *options, "--trainer.callbacks+=planned_memory.Peaks", folder=folder)
+            outlook = Plan(PlannedCLI(options, for_another=False)).outlook()
+            fit(*options, "--trainer.callbacks+=planned_memory.Peaks", folder=folder)
             measured = [json.loads(file.read_text()) for file in folder.glob("?.json")]
-        said = {"event": planned["at_events"] + planned["event"]["states"], "training": planned["in_training"]}
+        at_events = max(outlook.at_events) + outlook.estimated.states
+        said = {"event": at_events, "training": outlook.in_training}
         for what, size in said.items():
             found = max(rank[what] for rank in measured)
             rows.append(

@@ -73,7 +73,6 @@ def command_parser() -> argparse.ArgumentParser:
     planning.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
     planning.add_argument("--device", type=str.lower, choices=GIGABYTES, help="its memory, by the data sheet")
     planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device, if it is another")
-    planning.add_argument("--json", dest="as_json", action="store_true", help="as JSON, sizes in bytes")
 
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
     verify = added("verify", _verify, text)

@@ -1,10 +1,9 @@
-"""What the command plan prints: a table, or plain values for JSON."""
+"""What the command plan prints."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from thanos_lightning.events.announce import sized
@@ -78,35 +77,3 @@ def _windows(outlook: Outlook) -> Iterator[str]:
         span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         most = _gib(max(size for _, _, size in those))
         yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{sent:>10}{'  scan' if scans else ''}"
-
-
-def plan_document(planned: Plan, outlook: Outlook, memory: int | None, remedies: Sequence[str]) -> dict[str, Any]:
-    """The same as plain values, sizes in bytes."""
-    share = outlook.share
-    return {
-        "ranks": planned.ranks,
-        "strategy": share.strategy,
-        "precision": planned.precision,
-        "steps": steps_of(planned.trainer),
-        "memory": memory,
-        "fits": None if memory is None else outlook.most <= memory,
-        "would_fit": list(remedies),
-        "held": {**vars(share.held), "other_models": outlook.beside},
-        "offloaded": share.offloaded,
-        "in_training": outlook.in_training,
-        "at_events": max(outlook.at_events),
-        "checkpoint": share.checkpoint,
-        "event": {name: value for name, value in vars(outlook.estimated).items() if name != "windows"},
-        "windows": [
-            {
-                "step": window.event.step,
-                "start_step": window.start_step,
-                "end_step": window.end_step,
-                "scans": window.scans,
-                "layers": {name: pattern.name for name, pattern in window.patterns.items()},
-                "in_all": size,
-                **asdict(one),
-            }
-            for window, one, size in zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True)
-        ],
-    }

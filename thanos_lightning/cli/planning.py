@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from thanos_lightning.cli.commands import GIGABYTES
 from thanos_lightning.cli.mistakes import Mistake
-from thanos_lightning.cli.plan_text import GIB, plan_document, plan_text
+from thanos_lightning.cli.plan_text import GIB, plan_text
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, quiet
 from thanos_lightning.sharding.held import stage_of
 
@@ -29,7 +28,6 @@ def plan(
     num_nodes: int | None = None,
     device: str | None = None,
     memory_gib: float | None = None,
-    as_json: bool = False,
 ) -> int:
     """Print what fit would take with these arguments. Returns 1 if it does not fit into the memory, else 0."""
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
@@ -45,10 +43,7 @@ def plan(
     fits = None if memory is None else outlook.most <= memory
     remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
-    if as_json:
-        sys.stdout.write(json.dumps(plan_document(planned, outlook, memory, remedies), indent=2) + "\n")
-    else:
-        sys.stdout.write(f"{plan_text(planned, outlook, name, memory, remedies)}\n")
+    sys.stdout.write(f"{plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
 
 

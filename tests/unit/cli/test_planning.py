@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
 import pytest
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from toy import ToyLM, tiny_files, tiny_llama
 
 from thanos_lightning.cli import main
+from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI
 from thanos_lightning.events.run import PruningRun
 from thanos_lightning.plan.windows import Window
 
@@ -57,10 +58,8 @@ def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     ]
 
 
-def planned(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
-    assert main(["plan", *arguments, "--json"]) == status
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+def outlook_of(*arguments: str) -> Outlook:
+    return Plan(PlannedCLI(list(arguments), for_another=False)).outlook()
 
 
 def text_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
@@ -86,36 +85,30 @@ def text_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     ],
     ids=["windows", "scan", "calibration set", "channels"],
 )
-def test_windows_are_those_of_the_run(
-    options: dict[str, str], fit: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_are_those_of_the_run(options: dict[str, str], fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fit += [f"--trainer.callbacks.0.{name}={value}" for name, value in options.items()]
-    document = planned(capsys, *fit)
+    said = outlook_of(*fit).windows
     runs: list[PruningRun] = []
     end = PruningRun.end
     monkeypatch.setattr(PruningRun, "end", lambda run: (runs.append(run), end(run)))
     assert main(["fit", *fit]) == 0
 
-    def spans(windows: list[Window]) -> list[tuple[int, int, bool, list[str]]]:
+    def spans(windows: Sequence[Window]) -> list[tuple[int, int, bool, list[str]]]:
         return [(one.start_step, one.end_step, one.scans, list(one.patterns)) for one in windows]
 
-    said = [(w["start_step"], w["end_step"], w["scans"], list(w["layers"])) for w in document["windows"]]
-    assert said == spans(runs[0].windows)
-    assert len({w["step"] for w in document["windows"]}) == len(runs[0].past.report.events)
+    assert spans(said) == spans(runs[0].windows)
+    assert len({window.event.step for window in said}) == len(runs[0].past.report.events)
 
 
 def test_what_does_not_fit_and_what_would(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     fit += ["--trainer.callbacks.0.calibration.batches=datamodule"]
-    document = planned(capsys, *fit)
-    assert document["fits"] is None
-    most = max(document["in_training"], document["at_events"])
-    enough, too_little = (str(part * most / 2**30) for part in (1.01, 0.99))
+    enough, too_little = (str(part * outlook_of(*fit).most / 2**30) for part in (1.01, 0.99))
     assert "it fits       if activations take no more than" in text_of(capsys, *fit, "--memory-gib", enough)
     said = text_of(capsys, *fit, "--memory-gib", too_little, status=1)
     assert "does not fit  1 MiB too much" in said
-    shared = planned(capsys, *fit, "--memory-gib", too_little, "--devices", "2", status=1)
-    assert shared["strategy"] == "DDP"
-    assert not [remedy for remedy in shared["would_fit"] if "memory_gib" in remedy], "training needs most"
+    shared = text_of(capsys, *fit, "--memory-gib", too_little, "--devices", "2", status=1)
+    assert "each of 2 ranks: DDP" in shared
+    assert "memory_gib" not in shared, "training needs most"
 
 
 def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], fit: list[str]) -> None:
@@ -124,7 +117,7 @@ def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.Captur
     assert "each of 16 × h100: DeepSpeed ZeRO-3" in said
     assert "of 74.5" in said
     of_cpu = [*fit, "--trainer.accelerator", "cpu", "--trainer.strategy", "auto"]
-    here, there = (planned(capsys, *of_cpu, *more)["precision"] for more in ([], ["--memory-gib", "46"]))
+    here, there = (Plan(PlannedCLI(of_cpu, for_another=another)).precision for another in (False, True))
     assert here == there
 
 
@@ -135,10 +128,10 @@ def test_what_is_offloaded_is_told_apart(fit: list[str], capsys: pytest.CaptureF
     assert "offloaded, to the memory of the CPU or to a disk" in said
 
 
-def test_averaged_weights_are_held_beside_the_model(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    alone = planned(capsys, *fit)
-    averaged = planned(capsys, *fit, "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging")
-    assert averaged["in_training"] - alone["in_training"] == alone["held"]["weights"]
+def test_averaged_weights_are_held_beside_the_model(fit: list[str]) -> None:
+    alone = outlook_of(*fit)
+    averaged = outlook_of(*fit, "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging")
+    assert averaged.in_training - alone.in_training == alone.share.held.weights
 
 
 def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,16 +144,15 @@ def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[st
     assert "steps         at most max_steps" in said
 
 
-def test_modules_of_a_users_own(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_of_a_users_own(fit: list[str]) -> None:
     own = ["--model", f"{__name__}.Sharded", *fit[4:]]
-    document = planned(
-        capsys, *own, f"--trainer.strategy={{class_path: {FSDP2}, init_args: {ALL_DATA}}}", "--devices", "4"
-    )
+    strategy = f"--trainer.strategy={{class_path: {FSDP2}, init_args: {ALL_DATA}}}"
+    share = outlook_of(*own, strategy, "--trainer.devices=4").share
     weights = 4 * sum(parameter.numel() for parameter in tiny_llama().parameters())
-    assert document["strategy"] == "FSDP2"
-    assert document["held"]["weights"] == weights / 4
-    assert document["held"]["moments"] == 2 * weights / 4
-    assert 0 < document["held"]["copies"] < weights
+    assert share.strategy == "FSDP2"
+    assert share.held.weights == weights / 4
+    assert share.held.moments == 2 * weights / 4
+    assert 0 < share.held.copies < weights
 
 
 @pytest.mark.parametrize(
