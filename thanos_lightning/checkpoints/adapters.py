@@ -18,7 +18,6 @@ from thanos_lightning.sharding.adapters import Adapted
 
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 _PARTS = ("lora_A", "lora_B")
-_NONE: Mapping[str, Any] = {"layers": {}, "configs": {}, "saved": {}}
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,9 @@ def _in_json(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def adapters_of(note: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `adapters_note` has put into a checkpoint's note."""
-    return note.get("adapters") or _NONE  # of a version without adapters
-
-
 def adapted_name(layer: str, note: Mapping[str, Any]) -> str:
     """The name of the module that holds a layer's weight in a checkpoint with this note."""
-    return f"{layer}{_BASE[:-1]}" if layer in adapters_of(note)["layers"] else layer
+    return f"{layer}{_BASE[:-1]}" if layer in note["adapters"]["layers"] else layer
 
 
 def plain_name(name: str) -> str:

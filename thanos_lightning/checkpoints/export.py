@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from thanos_lightning.checkpoints.adapters import adapters_of, merge_adapters, plain_name, write_adapters
+from thanos_lightning.checkpoints.adapters import merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
@@ -129,7 +129,7 @@ def export_checkpoint(
                 ) from error
         if keep_adapter:
             own = {name.removeprefix(prefix): value for name, value in trained.state_dict.items() if ".lora_" in name}
-            adapters = write_adapters(folder, own, adapters_of(note), path)
+            adapters = write_adapters(folder, own, note["adapters"], path)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)
@@ -176,7 +176,7 @@ def _assemble(
         for name in checkpoint.state_dict
         if name.startswith(prefix)
     }
-    own = merge_adapters(own, adapters_of(note), keep=keep_adapter)
+    own = merge_adapters(own, note["adapters"], keep=keep_adapter)
     weights = {name: value.to(dtype) if name in cast else value for name, value in own.items()}
     adapted = [name for name in weights if ".lora_" in name]
     if adapted:

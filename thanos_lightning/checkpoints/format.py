@@ -35,6 +35,7 @@ CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins
 _OF_STATE = {
     "arguments": dict[str, Any],
     "masks": dict[str, dict[str, Any]],
+    "pruned": dict[str, int],
     "optimizer_steps": int,
     "report": dict[str, Any],
 }
@@ -189,7 +190,7 @@ class TrainerCheckpoint:
             masks = {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}): take another checkpoint") from error
-        return {name: mask for name, mask, _ in checked(masks.items(), found[0].get("pruned"))}
+        return {name: mask for name, mask, _ in checked(masks.items(), found[0]["pruned"])}
 
     def require_masks(self) -> dict[str, LayerMask]:
         """Return the masks, at least one. Raises ValueError if there is no state of the callback, or no mask in it."""
@@ -219,7 +220,7 @@ class TrainerCheckpoint:
             )
         note: Mapping[str, Any] = self.content[NOTE_KEY]
         require_format(note, self.path)
-        if lacking := [name for name in ("config", "model_prefix") if note.get(name) is None]:
+        if lacking := [name for name in ("config", "model_prefix", "adapters") if note.get(name) is None]:
             raise ValueError(f"{self.path} is damaged (its note has no {lacking[0]}): take another checkpoint")
         return note
 

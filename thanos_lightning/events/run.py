@@ -126,7 +126,7 @@ class PruningRun:
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            masks, pruned = restored["masks"], restored.get("pruned")
+            masks, pruned = restored["masks"], restored["pruned"]
             past.patterns.update(restore_masks(masks, pruned, self.enforcer, self.masked, self.access, changed))
         else:
             if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:

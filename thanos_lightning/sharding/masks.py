@@ -105,24 +105,24 @@ class LayerMask:
 
 
 def checked(
-    masks: Iterable[tuple[str, LayerMask]], pruned: Mapping[str, int] | None
+    masks: Iterable[tuple[str, LayerMask]], pruned: Mapping[str, int]
 ) -> Iterator[tuple[str, LayerMask, Tensor]]:
     """Yield each (name, mask) with the mask's entries, after holding it against its pattern and what was recorded.
 
-    `pruned` has the number of pruned entries of all masks that were saved; None where it was not recorded.
+    `pruned` has the number of pruned entries of all masks that were saved.
 
     Raises:
         ValueError: If a mask keeps more than its pattern allows, or prunes another number of entries than was
             recorded, or after the last one, if a mask is missing. The message names the mask.
     """
     mend = "the checkpoint was changed after it was saved, take another one"
-    missing = dict(pruned or {})
+    missing = dict(pruned)
     for name, mask in masks:
         keep = mask.keep
         if excess := mask.pattern.violations(keep):
             raise ValueError(f"the mask of {name} keeps {excess} more entries than {mask.pattern.name} allows: {mend}")
         found = keep.numel() - int(keep.count_nonzero())
-        if pruned is not None and found != (recorded := missing.pop(name, 0)):
+        if found != (recorded := missing.pop(name, 0)):
             raise ValueError(f"the mask of {name} prunes {found} entries, recorded were {recorded}: {mend}")
         yield name, mask, keep
     if missing:

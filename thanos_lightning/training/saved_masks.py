@@ -40,7 +40,7 @@ def masks_state(
 
 def restore_masks(
     states: Mapping[str, Mapping[str, Any]],
-    pruned: Mapping[str, int] | None,
+    pruned: Mapping[str, int],
     enforcer: MaskEnforcer,
     layers: Mapping[str, PrunableLayer],
     access: ParameterAccess,
@@ -49,7 +49,7 @@ def restore_masks(
     """Let the enforcer hold what `masks_state` has saved. All ranks must call it.
 
     Return layer name -> the pattern that it was pruned to. `states` has what this rank has loaded, and `pruned` the
-    number of pruned entries of all masks, if it was recorded. `changed` has the arguments of the callback that differ
+    number of pruned entries of all masks. `changed` has the arguments of the callback that differ
     from the checkpoint's, each as a sentence.
 
     Raises:

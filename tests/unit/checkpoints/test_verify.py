@@ -311,14 +311,6 @@ def test_masks_and_moments_that_were_changed(changed, what):
     assert_unreadable(changed(change), message)
 
 
-def test_masks_that_were_changed_where_no_numbers_were_recorded(changed):
-    def change(content):
-        CHANGED_MASKS["one entry kept"][0](content)
-        del state_of(content)["pruned"]
-
-    assert_unreadable(changed(change), "keeps 1 more entries than 2:4 allows")
-
-
 @pytest.mark.parametrize("part", ["state", "note"])
 def test_a_checkpoint_of_another_version(changed, tmp_path, part):
     def grow_old(content):

@@ -22,15 +22,6 @@ def resume(folder: Path, checkpoint: Path) -> int:
     return fitting.global_step
 
 
-def test_a_checkpoint_of_before_the_record_resumes(trained: dict[str, tuple[ToyLM, Path]], tmp_path: Path) -> None:
-    def forget(content: dict[str, dict[str, dict[str, object]]]) -> None:
-        (state,) = content["callbacks"].values()
-        del state["pruned"]
-
-    checkpoint = change_checkpoint(trained["llama"][1], tmp_path / "a.ckpt", forget)
-    assert resume(tmp_path, checkpoint) == 4
-
-
 @pytest.mark.parametrize("what", CHANGED_MASKS)
 def test_a_resume_refuses_masks_and_moments_that_were_changed(
     trained: dict[str, tuple[ToyLM, Path]], tmp_path: Path, what: str
