@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")  # one fewer than colours, so that all pairs of both come in turn
 _GREY = "#6b6b6b"
-_MOST_KINDS = 14
-_MOST_NAMES = 24  # more names would not be legible below an axis
+_MOST_KINDS, _ALL = 14, "all layers"
 
 
 def plot_report(report: PruningReport, path: Path) -> None:
@@ -48,11 +47,10 @@ def plot_report(report: PruningReport, path: Path) -> None:
         layers = {layer.name: layer for event in report.events for layer in event.layers}  # the last event wins
         sparsity, losses = by_layer.subplots(1, 2, width_ratios=(1, 1.15))
         groups = _by_kind(list(layers.values()))
-        if len(groups) > _MOST_KINDS or all(len(group) == 1 for group in groups.values()):
-            _draw_layers(list(layers.values()), sparsity, losses)
-        else:
-            _draw_sparsities(groups, sparsity)
-            _draw_losses(groups, losses)
+        _draw_sparsities(groups, sparsity)
+        _draw_losses(groups, losses)
+        for axis in (sparsity, losses):
+            axis.set_xlabel(f"{'layer' if _ALL in groups else 'block'}, front to back")
         figure.savefig(path)
 
 
@@ -134,23 +132,28 @@ def _depth(name: str) -> int:
     return int(number[1]) if number else 0
 
 
-def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+_Groups = dict[str, dict[int, list[LayerReport]]]  # kind -> number of the block -> layers
+
+
+def _by_kind(layers: Sequence[LayerReport]) -> _Groups:
+    """Group layers. If no two share a kind, or there are too many kinds, each is by its place a block of one kind."""
     kinds = kinds_of(layer.name for layer in layers)
-    groups: dict[str, list[LayerReport]] = {}
+    if len(set(kinds.values())) > min(_MOST_KINDS, len(layers) - 1):
+        return {_ALL: {place: [layer] for place, layer in enumerate(layers)}}
+    groups: _Groups = {}
     for layer in layers:
-        groups.setdefault(kinds[layer.name], []).append(layer)
+        groups.setdefault(kinds[layer.name], {}).setdefault(_depth(layer.name), []).append(layer)
     return groups
 
 
-def _mean_by_depth(layers: Sequence[LayerReport], what: str) -> dict[int, float]:
-    at: dict[int, list[float]] = {}
-    for layer in layers:
-        at.setdefault(_depth(layer.name), []).append(getattr(layer, what))
-    return {depth: sum(values) / len(values) for depth, values in sorted(at.items())}
+def _means(blocks: Mapping[int, Sequence[LayerReport]], what: str) -> dict[int, float]:
+    return {
+        depth: sum(getattr(layer, what) for layer in layers) / len(layers) for depth, layers in sorted(blocks.items())
+    }
 
 
-def _draw_sparsities(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> None:
-    found = {kind: _mean_by_depth(layers, "sparsity") for kind, layers in groups.items()}
+def _draw_sparsities(groups: _Groups, axis: Axes) -> None:
+    found = {kind: _means(blocks, "sparsity") for kind, blocks in groups.items()}
     depths = sorted({depth for by_depth in found.values() for depth in by_depth})
     cells = [[found[kind].get(depth, math.nan) for depth in depths] for kind in found]
     values = [value for row in cells for value in row if math.isfinite(value)]
@@ -158,7 +161,7 @@ def _draw_sparsities(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) ->
     axis.set_yticks(range(len(found)), list(found))
     some = range(0, len(depths), max(1, -(-len(depths) // 12)))
     axis.set_xticks(list(some), [str(depths[index]) for index in some])
-    axis.set(xlabel="block, front to back", title="sparsity by layer and kind")
+    axis.set(title="sparsity by layer and kind")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xticks([index - 0.5 for index in range(1, len(depths))], minor=True)
@@ -175,22 +178,16 @@ def _draw_sparsities(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) ->
     bar.outline.set_visible(False)
 
 
-def _draw_losses(groups: Mapping[str, Sequence[LayerReport]], axis: Axes) -> None:
+def _draw_losses(groups: _Groups, axis: Axes) -> None:
     looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
-    for (kind, layers), (colour, marker) in zip(groups.items(), looks, strict=False):
-        means = _mean_by_depth(layers, "relative_loss")
+    for (kind, blocks), (colour, marker) in zip(groups.items(), looks, strict=False):
+        means = _means(blocks, "relative_loss")
         axis.plot(
             list(means), list(means.values()), color=colour, marker=marker, markersize=4, linewidth=1.2, label=kind
         )
-    _finish_losses([layer for group in groups.values() for layer in group], axis)
-    axis.set(xlabel="block, front to back")
-    axis.locator_params(axis="x", integer=True)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-
-
-def _finish_losses(layers: Sequence[LayerReport], axis: Axes) -> None:
     axis.set(title="what each layer lost", ylabel="relative loss")
-    known = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
+    losses = [layer.relative_loss for blocks in groups.values() for layers in blocks.values() for layer in layers]
+    known = [loss for loss in losses if math.isfinite(loss)]
     if not known:
         axis.text(0.5, 0.5, "this method measures no loss", transform=axis.transAxes, ha="center", color=_GREY)
         axis.set_yticks([])
@@ -198,22 +195,5 @@ def _finish_losses(layers: Sequence[LayerReport], axis: Axes) -> None:
         axis.set_yscale("log")
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
-
-
-def _draw_layers(layers: Sequence[LayerReport], sparsity: Axes, losses: Axes) -> None:
-    """Draw layer by layer, because no two layers share a kind or there are too many kinds."""
-    places = list(range(len(layers)))
-    sparsity.bar(places, [layer.sparsity for layer in layers], color=_COLOURS[0], width=0.7)
-    sparsity.set(title="sparsity by layer", ylim=(0, 1))
-    sparsity.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    losses.plot(places, [layer.relative_loss for layer in layers], color=_COLOURS[1], marker="o", linewidth=1.2)
-    _finish_losses(layers, losses)
-    names = kinds_of(layer.name for layer in layers)
-    for axis in (sparsity, losses):
-        if len(layers) <= _MOST_NAMES:
-            turned = any(len(name) > 4 for name in names.values()) and len(layers) > 4
-            axis.set_xticks(places, [names[layer.name] for layer in layers], rotation=35 if turned else 0,
-                            ha="right" if turned else "center")  # fmt: skip
-            axis.set_xlabel("layer, front to back")
-        else:
-            axis.set_xlabel(f"layer, front to back ({layers[0].name} … {layers[-1].name})")
+    axis.locator_params(axis="x", integer=True)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
