@@ -21,15 +21,6 @@ def compile_in_place(root: nn.Module) -> None:
 
     Raises:
         ValueError: If a wrapper has hooks, which would be lost with it.
-
-    Examples:
-        >>> import torch
-        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
-        >>> compile_in_place(model)
-        >>> list(model.state_dict())
-        ['0.weight', '0.bias']
-        >>> [module for module, _ in compiled_calls(model)]
-        [Linear(in_features=2, out_features=2, bias=True)]
     """
     for name, parent in list(root.named_modules()):
         for child_name, child in parent._modules.items():

@@ -26,13 +26,6 @@ def find_blocks(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> dict[s
 
     A block is an entry of an `nn.ModuleList` that is in no other one. A layer that is outside of the block, too, since
     modules share its weight, is not counted.
-
-    Examples:
-        >>> from thanos_lightning.models.targets import find_targets
-        >>> block = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> model = nn.ModuleDict({"layers": nn.ModuleList([block]), "head": nn.Linear(4, 2)})
-        >>> {name: block.layers for name, block in find_blocks(model, find_targets(model)).items()}
-        {'layers.0': ('layers.0.0', 'layers.0.2')}
     """
     blocks: dict[str, nn.Module] = {}
     lists: list[str] = []
@@ -59,13 +52,6 @@ def replica(module: _Module, values: Mapping[str, Tensor]) -> _Module:
     Args:
         module: Any module.
         values: Name of each parameter of the module -> its whole value, in any dtype.
-
-    Examples:
-        >>> import torch
-        >>> linear = nn.Linear(2, 1)
-        >>> copied = replica(linear, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
-        >>> copied(torch.tensor([1.0, 2.0]))
-        tensor([3.])
     """
     parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
     first: dict[int, nn.Parameter] = {}
