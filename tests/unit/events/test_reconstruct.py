@@ -121,6 +121,18 @@ def test_each_block_gives_more_of_what_it_gave(build: Any) -> None:
         assert not one.weight.equal(solved[name].weight)
 
 
+def test_text_that_was_not_seen_gains_too() -> None:
+    model = tiny_llama().eval()
+    states, kept = recorded(model), halves(find_targets(model))
+    solved = {name: Kept(one.weight.clone(), one.keep.clone()) for name, one in kept.items()}
+    trained(model, states, kept)
+    for name in ("model.layers.0", "model.layers.1"):
+        unseen = batch(FORWARDS + 1)
+        wanted, before = outputs(model, name, unseen, solved)
+        _, after = outputs(model, name, unseen, kept)
+        assert (after - wanted).norm() < 0.9 * (before - wanted).norm()
+
+
 def test_padding_teaches_nothing() -> None:
     model = tiny_llama().eval()
     results = []
