@@ -93,17 +93,11 @@ def is_universal(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The training that a folder fits.
+    """The training that a folder fits."""
 
-    Attributes:
-        stage: The ZeRO stage.
-        world_size: The number of ranks that wrote the folder. One that was resharded fits any number.
-        shapes: Name -> shape of each trained parameter; empty if the folder does not say.
-    """
-
-    stage: int
-    world_size: int
-    shapes: Mapping[str, tuple[int, ...]]
+    stage: int  # of ZeRO
+    world_size: int  # the number of ranks that wrote the folder; a folder that was resharded fits any number
+    shapes: Mapping[str, tuple[int, ...]]  # of each trained parameter, by name; empty if the folder does not say
 
 
 def read_plan(path: Path) -> Plan:

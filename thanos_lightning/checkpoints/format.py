@@ -114,20 +114,14 @@ def require_format(written: Mapping[str, Any], path: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TrainerCheckpoint:
-    """The content of a .ckpt that Lightning's Trainer wrote: a file or a DeepSpeed folder.
+    """The content of a .ckpt that Lightning's Trainer wrote: a file or a DeepSpeed folder."""
 
-    Attributes:
-        path: The file or folder.
-        content: The plain values and tensors that Lightning and its callbacks saved.
-        others: The content from the other ranks, if each rank wrote its own.
-        state_dict: Name in the LightningModule -> parameter or buffer: the fp32 master if there is one.
-        beside: Parameter name -> other tensors of its shape, such as the moments. None if their owners are unknown.
-    """
-
-    path: Path
-    content: Mapping[str, Any]
-    others: Sequence[Mapping[str, Any]]
+    path: Path  # the file or folder
+    content: Mapping[str, Any]  # the plain values and tensors that Lightning and its callbacks saved
+    others: Sequence[Mapping[str, Any]]  # the content from the other ranks, if each rank wrote its own
+    # name in the LightningModule -> parameter or buffer: the fp32 master if there is one
     state_dict: Mapping[str, Tensor]
+    # parameter name -> other tensors of its shape, such as the moments; None if their owners are unknown
     beside: Mapping[str, Mapping[str, Tensor]] | None
 
     @classmethod

@@ -69,24 +69,16 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a tensor must satisfy.
-
-    Attributes:
-        pattern: The required pattern.
-        transposed: Whether the tensor is stored as (in_features, out_features).
-        shape: The stored shape, if it is known.
-        zeros: The exact number of zeros, if it was recorded.
-        mask: The layer's mask, which is unpacked only while the tensor is checked.
-        moments: Name -> another tensor of the whole parameter's shape that the mask must hold for, such as a moment.
-        dense_shape: The shape before channels or experts were taken out. Nothing of what is left has to be 0.
-    """
+    """What a tensor must satisfy."""
 
     pattern: Pattern
-    transposed: bool = False
-    shape: tuple[int, ...] | None = None
-    zeros: int | None = None
-    mask: LayerMask | None = None
+    transposed: bool = False  # whether the tensor is stored as (in_features, out_features)
+    shape: tuple[int, ...] | None = None  # as stored, if it is known
+    zeros: int | None = None  # the exact number, if it was recorded
+    mask: LayerMask | None = None  # the layer's, which is unpacked only while the tensor is checked
+    # by name: other tensors of the whole parameter's shape that the mask must hold for, such as moments
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    # before channels or experts were taken out; nothing of what is left has to be 0
     dense_shape: tuple[int, ...] | None = None
 
 

@@ -132,25 +132,15 @@ def _building(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a training would take.
+    """What a training would take."""
 
-    Attributes:
-        announced: What the training says before its first batch.
-        share: What a rank holds.
-        windows: As the run would plan them, if a scan found all layers alike.
-        estimated: What it takes to prune.
-        at_events: Bytes on a rank's device at the end of each window, at most.
-        in_training: Bytes on a rank's device while batches are trained, at most, without activations.
-        beside: Bytes of models that are only read, such as a teacher.
-    """
-
-    announced: str
-    share: Share
-    windows: Sequence[Window]
-    estimated: Estimate
-    at_events: Sequence[int]
-    in_training: int
-    beside: int
+    announced: str  # what the training says before its first batch
+    share: Share  # what a rank holds
+    windows: Sequence[Window]  # as the run would plan them, if a scan found all layers alike
+    estimated: Estimate  # what it takes to prune
+    at_events: Sequence[int]  # bytes on a rank's device at the end of each window, at most
+    in_training: int  # bytes on a rank's device while batches are trained, at most, without activations
+    beside: int  # bytes of models that are only read, such as a teacher
 
     @property
     def most(self) -> int:

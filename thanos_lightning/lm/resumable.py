@@ -13,12 +13,9 @@ class EpochSampler(DistributedSampler[int]):
     """Indices in an order that depends on the seed and the epoch alone, from a given position on.
 
     If `shuffle` is False, all epochs have the order of the data set.
-
-    Attributes:
-        skip: Number of this process's leading indices to leave out.
     """
 
-    skip = 0
+    skip = 0  # number of this process's leading indices to leave out
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.skip, None)

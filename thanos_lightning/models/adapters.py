@@ -10,18 +10,11 @@ from torch import nn
 
 
 class LowRank(NamedTuple):
-    """A low-rank matrix that is added to a layer's weight where the weight is not 0: scale · up · down.
+    """A low-rank matrix that is added to a layer's weight where the weight is not 0: scale · up · down."""
 
-    Attributes:
-        name: Name of the adapter in peft, such as "default".
-        down: Holds lora_A: (rank, in_features).
-        up: Holds lora_B: (out_features, rank).
-        scale: Multiplies the product.
-    """
-
-    name: str
-    down: nn.Linear
-    up: nn.Linear
+    name: str  # of the adapter in peft, such as "default"
+    down: nn.Linear  # holds lora_A: (rank, in_features)
+    up: nn.Linear  # holds lora_B: (out_features, rank)
     scale: float
 
 

@@ -15,27 +15,17 @@ from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, prunable_mo
 
 @dataclass
 class Census:
-    """Counts of a model's weights. A shared weight is counted once, and a sharded weight is counted whole.
+    """Counts of a model's weights. A shared weight is counted once, and a sharded weight is counted whole."""
 
-    Attributes:
-        num_targets: Layers to prune.
-        num_prunable: Layers that could be pruned.
-        prunable: Their kinds, such as "Conv1D and Linear".
-        target_weights: Weights of the layers to prune.
-        model_weights: All weights.
-        dense: Kind -> weights that stay dense. A weight that an earlier kind shares adds 0.
-        adapters: Weights of adapters, which are no weights of the model: merged, they are gone.
-        num_adapted: Layers to prune that have an adapter.
-    """
-
-    num_targets: int
-    num_prunable: int
-    prunable: str
-    target_weights: int = 0
-    model_weights: int = 0
+    num_targets: int  # layers to prune
+    num_prunable: int  # layers that could be pruned
+    prunable: str  # their kinds, such as "Conv1D and Linear"
+    target_weights: int = 0  # of the layers to prune
+    model_weights: int = 0  # all of them
+    # kind -> weights that stay dense; a weight that an earlier kind shares adds 0
     dense: dict[str, int] = field(default_factory=dict)
-    adapters: int = 0
-    num_adapted: int = 0
+    adapters: int = 0  # weights of adapters, which are no weights of the model: merged, they are gone
+    num_adapted: int = 0  # layers to prune that have an adapter
 
     @property
     def share(self) -> float:

@@ -25,17 +25,13 @@ _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a module keeps the matrices of its experts, and how it is called.
+    """How a module keeps the matrices of its experts, and how it is called."""
 
-    Attributes:
-        ups: Layer name -> (parameter, part of its second dimension), of what multiplies the inputs.
-        transposed: Whether a matrix is stored as (in_features, out_features).
-        is_routed: Whether the module is called with each token's experts and their shares. Otherwise with all tokens
-            for each expert, multiplied by the shares, which are 0 where a token does not go to the expert.
-    """
-
+    # layer name -> (parameter, part of its second dimension), of what multiplies the inputs
     ups: dict[str, tuple[str, slice]]
-    transposed: bool
+    transposed: bool  # whether a matrix is stored as (in_features, out_features)
+    # Whether the module is called with each token's experts and their shares. Otherwise with all tokens for each
+    # expert, multiplied by the shares, which are 0 where a token does not go to the expert
     is_routed: bool
 
 

@@ -17,21 +17,14 @@ from thanos_lightning.models.targets import whole_shape
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts and their router.
+    """Experts and their router."""
 
-    Attributes:
-        name: Fully qualified name of the experts.
-        experts: The module with the matrices of all experts.
-        router_name: Fully qualified name of the router.
-        router: The module that chooses experts for each token. Some of its parameters and buffers have a row for each.
-        gives_numbers: Whether the router gives logits, each token's shares, and the numbers of its experts. Otherwise
-            it gives the shares of all experts, and logits, as Llama 4's does.
-    """
-
-    name: str
-    experts: nn.Module
-    router_name: str
-    router: nn.Module
+    name: str  # fully qualified, of the experts
+    experts: nn.Module  # the module with the matrices of all experts
+    router_name: str  # fully qualified
+    router: nn.Module  # chooses experts for each token; some of its parameters and buffers have a row for each
+    # Whether the router gives logits, each token's shares, and the numbers of its experts. Otherwise it gives the
+    # shares of all experts, and logits, as Llama 4's does
     gives_numbers: bool
 
     @property

@@ -24,23 +24,15 @@ IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """A weight matrix that can be pruned, and the modules that multiply by it; or a bias, as a matrix of one column.
+    """A weight matrix that can be pruned, and the modules that multiply by it; or a bias, as a matrix of one column."""
 
-    Attributes:
-        name: Fully qualified name of the (first) module, of a bias, or of a matrix of an expert.
-        modules: The modules that hold the weight: one, unless layers share it. Of a matrix of an expert, what shows it.
-        rows: out_features.
-        cols: in_features; 1 of a bias.
-        transposed: True where the parameter is stored as (in_features, out_features): transformers' Conv1D.
-        part: Which of the module's parameters it is.
-    """
-
-    name: str
+    name: str  # fully qualified, of the (first) module, of a bias, or of a matrix of an expert
+    # those that hold the weight: one, unless layers share it; of a matrix of an expert, what shows it
     modules: tuple[PrunableModule, ...]
-    rows: int
-    cols: int
-    transposed: bool
-    part: Literal["weight", "bias"] = "weight"
+    rows: int  # out_features
+    cols: int  # in_features; 1 of a bias
+    transposed: bool  # whether the parameter is stored as (in_features, out_features): transformers' Conv1D
+    part: Literal["weight", "bias"] = "weight"  # which of the module's parameters it is
 
     @property
     def parameter_name(self) -> str:

@@ -24,48 +24,33 @@ Part = Literal["calibrating", "scanning", "solving", "reconstructing", "writing"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The result of pruning one layer, or dropping experts of one mixture, in one event.
+    """The result of pruning one layer, or dropping experts of one mixture, in one event."""
 
-    Attributes:
-        name: Fully qualified module name.
-        shape: (out_features, in_features); of a mixture its number of experts, and of weights in each.
-        pattern: "2:4", "unstructured", "structured", "channels" or "experts".
-        sparsity: Fraction of the entries that are pruned after the event.
-        loss: ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed. Of a mixture, for each token and each of its experts,
-            the mean of ‖share · output‖² where the expert is dropped, and else of 0.
-        relative_loss: `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight, or all experts.
-        seconds: Time of the solve.
-        tokens: How many tokens its inputs were counted on, on all ranks; None where no statistics were needed. An
-            expert that fewer tokens than inputs have reached was solved on the mean of its layer's experts, too. Of a
-            mixture all tokens that its experts got, each as often as there were experts that got it.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    sparsity: float
+    name: str  # fully qualified, of the module
+    shape: tuple[int, int]  # (out_features, in_features); of a mixture its number of experts, and of weights in each
+    pattern: str  # "2:4", "unstructured", "structured", "channels" or "experts"
+    sparsity: float  # fraction of the entries that are pruned after the event
+    # ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed. Of a mixture, for each token and each of its experts, the
+    # mean of ‖share · output‖² where the expert is dropped, and else of 0
     loss: float
-    relative_loss: float
-    seconds: float
+    relative_loss: float  # `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight, or all experts
+    seconds: float  # of the solve
+    # How many tokens its inputs were counted on, on all ranks; None where no statistics were needed. An expert that
+    # fewer tokens than inputs have reached was solved on the mean of its layer's experts, too. Of a mixture all tokens
+    # that its experts got, each as often as there were experts that got it
     tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The result of training a block, such as a decoder layer, to give what it gave before an event.
+    """The result of training a block, such as a decoder layer, to give what it gave before an event."""
 
-    Attributes:
-        name: Fully qualified module name.
-        error_solved: Mean over tokens of ‖Y' - Y‖² / ‖Y‖², of the outputs Y' with the weights that the solver gave, on
-            the inputs that the block got before the event, when it gave Y.
-        error: The same after the training.
-        seconds: Time of the training.
-    """
-
-    name: str
+    name: str  # fully qualified, of the module
+    # Mean over tokens of ‖Y' - Y‖² / ‖Y‖², of the outputs Y' with the weights that the solver gave, on the inputs that
+    # the block got before the event, when it gave Y
     error_solved: float
-    error: float
-    seconds: float
+    error: float  # the same after the training
+    seconds: float  # of the training
 
 
 def mean_loss(layers: Sequence[LayerReport]) -> float:
@@ -76,29 +61,17 @@ def mean_loss(layers: Sequence[LayerReport]) -> float:
 
 @dataclass
 class EventReport:
-    """The report of one pruning event.
+    """The report of one pruning event."""
 
-    Attributes:
-        step: Optimizer step at which the schedule puts the event.
-        target: Sparsity that the event asked of the callback's main pattern.
-        layers: Reports of the pruned layers, in order.
-        calibrating_seconds: Time to run a calibration set, or to collect statistics of training batches before it.
-        scanning_seconds: Time to measure what each layer would lose; 0 if there was no such scan.
-        solving_seconds: Time from the first layer's solve to the last one's, on rank 0.
-        reconstructing_seconds: Time to train blocks after that.
-        writing_seconds: Remaining time of the event: writing weights and masks back, and informing the ranks.
-        blocks: Reports of the blocks that were trained after the solves.
-    """
-
-    step: int
-    target: float
-    layers: list[LayerReport] = field(default_factory=list)
-    calibrating_seconds: float = 0.0
-    scanning_seconds: float = 0.0
-    solving_seconds: float = 0.0
-    reconstructing_seconds: float = 0.0
-    writing_seconds: float = 0.0
-    blocks: list[BlockReport] = field(default_factory=list)
+    step: int  # optimizer step at which the schedule puts the event
+    target: float  # sparsity that the event asked of the callback's main pattern
+    layers: list[LayerReport] = field(default_factory=list)  # of those that were pruned, in order
+    calibrating_seconds: float = 0.0  # to run a calibration set, or to collect statistics of training batches before it
+    scanning_seconds: float = 0.0  # to measure what each layer would lose; 0 if there was no such scan
+    solving_seconds: float = 0.0  # from the first layer's solve to the last one's, on rank 0
+    reconstructing_seconds: float = 0.0  # to train blocks after that
+    writing_seconds: float = 0.0  # the rest of the event: writing weights and masks back, and informing the ranks
+    blocks: list[BlockReport] = field(default_factory=list)  # of those that were trained after the solves
 
     @property
     def sparsity(self) -> float:
@@ -129,32 +102,20 @@ class EventReport:
 
 @dataclass
 class Summary:
-    """The monitored metric before the first event, after the last one, and at the end of the training.
+    """The monitored metric before the first event, after the last one, and at the end of the training."""
 
-    Attributes:
-        metric: Name of the metric, or None where none is monitored.
-        dense: The metric before the first event.
-        pruned: The metric after the last event.
-        recovered: The metric at the end of the training.
-        training_seconds: Training time from the first batch on, without validation.
-        event_seconds: Part of `training_seconds` that events took, including the scans of layers before them.
-        collecting_seconds: Part of `training_seconds` that was spent between events on collecting statistics of the
-            layers' inputs and of the gradients at their outputs.
-        target_weights: Number of weights in the layers to prune.
-        model_weights: Number of weights in the model. A weight that several modules share counts once.
-        sparsity: Fraction of `target_weights` that is pruned.
-    """
-
-    metric: str | None = None
-    dense: float | None = None
-    pruned: float | None = None
-    recovered: float | None = None
-    training_seconds: float = 0.0
-    event_seconds: float = 0.0
+    metric: str | None = None  # its name, or None where none is monitored
+    dense: float | None = None  # before the first event
+    pruned: float | None = None  # after the last event
+    recovered: float | None = None  # at the end of the training
+    training_seconds: float = 0.0  # from the first batch on, without validation
+    event_seconds: float = 0.0  # part of `training_seconds` that events took, including the scans of layers before them
+    # Part of `training_seconds` that was spent between events on collecting statistics of the layers' inputs and of the
+    # gradients at their outputs
     collecting_seconds: float = 0.0
-    target_weights: int = 0
-    model_weights: int = 0
-    sparsity: float = 0.0
+    target_weights: int = 0  # in the layers to prune
+    model_weights: int = 0  # a weight that several modules share counts once
+    sparsity: float = 0.0  # fraction of `target_weights` that is pruned
 
     @property
     def sparsity_of_model(self) -> float:
@@ -164,18 +125,14 @@ class Summary:
 
 @dataclass
 class History:
-    """How the training went.
+    """How the training went."""
 
-    Attributes:
-        losses: (optimizer step, training loss). Each loss is the mean over the steps since the previous entry.
-        metrics: (optimizer step, monitored metric), in the order of measurement. Two metrics of the same step are from
-            before and after an event.
-        every: Optimizer steps from one loss to the next.
-    """
-
+    # (optimizer step, training loss). Each loss is the mean over the steps since the previous entry
     losses: list[tuple[int, float]] = field(default_factory=list)
+    # (optimizer step, monitored metric), in the order of measurement. Two metrics of the same step are from before and
+    # after an event
     metrics: list[tuple[int, float]] = field(default_factory=list)
-    every: int = 1
+    every: int = 1  # optimizer steps from one loss to the next
 
 
 class Clock:

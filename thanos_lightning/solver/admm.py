@@ -40,21 +40,13 @@ _NEARLY_CONSTANT = 0.7
 
 @dataclass(frozen=True)
 class Penalties:
-    """The penalties ρ c of all steps, and M.
+    """The penalties ρ c of all steps, and M."""
 
-    Attributes:
-        cost: c, positive.
-        dead: True for inputs that were always zero.
-        rho: ρ of each step.
-        first: M of the first step.
-        last: M of the last step. None if one M serves all steps.
-    """
-
-    cost: Float[Tensor, " cols"]
-    dead: Bool[Tensor, " cols"]
-    rho: list[float]
-    first: Float[Tensor, "cols cols"]
-    last: Float[Tensor, "cols cols"] | None
+    cost: Float[Tensor, " cols"]  # c, positive
+    dead: Bool[Tensor, " cols"]  # True for inputs that were always zero
+    rho: list[float]  # ρ of each step
+    first: Float[Tensor, "cols cols"]  # M of the first step
+    last: Float[Tensor, "cols cols"] | None  # M of the last step; None if one M serves all steps
 
     def towards_last(self, rho: float, out: Float[Tensor, "cols cols"] | None) -> Float[Tensor, "cols cols"]:
         """Interpolate M linearly in log ρ: the result does as well as the exact M for this penalty."""
@@ -107,27 +99,16 @@ def penalties(
 
 @dataclass
 class Iterates:
-    """What the steps update in place, and what they need of the layer.
+    """What the steps update in place, and what they need of the layer."""
 
-    Attributes:
-        original: W0.
-        U: See above; contiguous.
-        from_original: Z - U - W0; contiguous.
-        keep: True = kept; contiguous.
-        frozen: Weights that stay pruned.
-        scale: √c.
-        width: Width of a group.
-        relaxation: How far X moves away from the last Z; 1 means no relaxation.
-    """
-
-    original: Float[Tensor, "rows cols"]
-    U: Float[Tensor, "rows cols"]
-    from_original: Float[Tensor, "rows cols"]
-    keep: Bool[Tensor, "rows cols"]
-    frozen: Bool[Tensor, "rows cols"]
-    scale: Float[Tensor, " cols"]
-    width: int
-    relaxation: float = _RELAXATION
+    original: Float[Tensor, "rows cols"]  # W0
+    U: Float[Tensor, "rows cols"]  # multipliers, as in the legend; contiguous
+    from_original: Float[Tensor, "rows cols"]  # Z - U - W0; contiguous
+    keep: Bool[Tensor, "rows cols"]  # True = kept; contiguous
+    frozen: Bool[Tensor, "rows cols"]  # weights that stay pruned
+    scale: Float[Tensor, " cols"]  # √c
+    width: int  # of a group
+    relaxation: float = _RELAXATION  # how far X moves away from the last Z; 1 means no relaxation
 
     def project(self, moved: Float[Tensor, "rows cols"], ratio: float) -> None:
         """Take the second half of a step: update the mask, U and Z - U - W0.

@@ -117,17 +117,12 @@ def _highest_precision() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the methods need to know about a layer's inputs.
+    """What the methods need to know about a layer's inputs."""
 
-    Attributes:
-        factor: U, upper triangular, with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for the damped H and every i.
-        norms: ‖X_j‖ up to a common scale: the square root of the undamped diagonal.
-        dead: True for inputs that were always zero.
-    """
-
+    # U, upper triangular, with (H[i:, i:])⁻¹ = U[i:, i:]ᵀ U[i:, i:] for the damped H and every i
     factor: Float[Tensor, "cols cols"]
-    norms: Float[Tensor, " cols"]
-    dead: Bool[Tensor, " cols"]
+    norms: Float[Tensor, " cols"]  # ‖X_j‖ up to a common scale: the square root of the undamped diagonal
+    dead: Bool[Tensor, " cols"]  # True for inputs that were always zero
 
 
 def curvature(hessian: Float[Tensor, "cols cols"], damping: float) -> Curvature:
