@@ -80,10 +80,8 @@ def merge_adapters(
 ) -> dict[str, Tensor]:
     """Return the weights under the names of a model without adapters; what these add is added where a weight isn't 0.
 
-    Args:
-        weights: As in the state dict of the model with adapters.
-        adapters: Of `adapters_note`.
-        keep: Whether the adapters are left out instead, as with `write_adapters`.
+    `weights` are those of the model with adapters, which `adapters` of `adapters_note` describe. `keep` leaves the
+    adapters out instead, as with `write_adapters`.
     """
     layers: Mapping[str, Any] = adapters["layers"]
     merged: dict[str, Tensor] = {}

@@ -128,15 +128,10 @@ def read_parameter_groups(path: Path) -> list[dict[str, Any]]:
 def read_zero_folder(
     path: Path,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], Mapping[str, Tensor], dict[str, Mapping[str, Tensor]]]:
-    """Open a DeepSpeed checkpoint folder.
+    """Open a DeepSpeed checkpoint folder, and return what `TrainerCheckpoint` has beside its path.
 
-    Returns:
-        What Lightning and its callbacks saved on rank 0; what they saved on the other ranks, if each rank wrote its own
-        file (stage 3); parameter or buffer name -> its most exact copy, the fp32 master if there is one; and parameter
-        name -> other tensors of its shape: the moments, and the model's copy where that is whole.
-
-    Raises:
-        ValueError: If a file is missing, damaged or from another save, or if this kind of folder is not supported.
+    `beside` has the moments, and the model's copy where that is whole. Raises ValueError if a file is missing, damaged
+    or from another save, or if this kind of folder is not supported.
     """
     require_masters(path)
     contents = load_contents(path)

@@ -128,9 +128,8 @@ class TrainerCheckpoint:
     def read(cls, path: Path) -> TrainerCheckpoint:
         """Open a checkpoint. Tensors stay on disk until they are used, and no code from the file runs.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the path is no trainer checkpoint, or holds objects that are not plain values.
+        Raises FileNotFoundError if there is no such file, and ValueError if it is no trainer checkpoint, or holds
+        objects that are not plain values.
         """
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")

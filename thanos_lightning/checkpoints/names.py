@@ -25,10 +25,7 @@ def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) ->
     Tied parameters are in the files once, under one of the names. transformers renames what it saves: the head of
     GPT-NeoX is "embed_out.weight" there. The matrices of most models' experts it writes one by one, under names such as
     "experts.7.up_proj.weight", and those of gpt-oss and Llama 4 as they are. So transformers is asked what it makes of
-    tensors whose rows are numbered.
-
-    Raises:
-        ValueError: If a parameter, or a matrix, is not in the files as a whole.
+    tensors whose rows are numbered. Raises ValueError if a parameter, or a matrix, is not in the files as a whole.
     """
     if not names:
         return {}

@@ -29,10 +29,8 @@ def shrink(
 ) -> transformers.PreTrainedModel:
     """Make a model without the channels that the masks prune, at least one. It shares the other tensors.
 
-    All weights that the masks prune are zero. `path` is the checkpoint's, for messages.
-
-    Raises:
-        ValueError: If no entry of the configuration makes the blocks so wide.
+    All weights that the masks prune are zero. `path` is the checkpoint's, for messages. Raises ValueError if no entry
+    of the configuration makes the blocks so wide.
     """
     state = dict(model.state_dict())
     for name, mask in masks.items():
@@ -65,13 +63,9 @@ def without_experts(
     """Make a model without the experts that masks of the pattern `Experts` prune. It shares the other tensors.
 
     `masks` are of all that is pruned, by parameter name with its place. `path` is the checkpoint's, for messages.
-
-    Returns:
-        The smaller model; masks of the routers' parameters, of which rows went, and of the matrices of experts that
-        stay, which have no zeros; and all other masks. Names are those in the smaller model.
-
-    Raises:
-        ValueError: If mixtures would have unequal numbers of experts, or the configuration can't give the number.
+    Beside the model, return masks of the routers' parameters, of which rows went, and of the matrices of experts that
+    stay, which have no zeros; and all other masks. Names are those in the smaller model. Raises ValueError if mixtures
+    would have unequal numbers of experts, or the configuration can't give the number.
     """
     patterns = [mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)]
     pattern = max(patterns, key=lambda one: one.sparsity)
@@ -141,12 +135,8 @@ def resized(
     """Find the configuration of a smaller model by trying; None if there is none.
 
     What is tried is each entry that is the old size, or None where its name says inner, and all of them together. The
-    model that is built from it has to have the shapes that are left.
-
-    Args:
-        model: As it is.
-        shapes: Name of a parameter or buffer -> shape, of the smaller model.
-        sizes: Number of channels or experts in the model, and in the smaller one.
+    model that is built from it has to have `shapes`, of parameters and buffers by name. `sizes` are the numbers of
+    channels or experts in the model, and in the smaller one.
     """
     config = model.config.to_dict()
     entries = list(_entries(config, sizes[0]))

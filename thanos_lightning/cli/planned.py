@@ -202,9 +202,7 @@ class Plan:
     ) -> Outlook:
         """Plan the training as the callback will, or with other options or machines, and estimate what it takes.
 
-        Raises:
-            MisconfigurationException: As the callback, if nothing would be pruned or the length is needed but unknown.
-            ValueError: As the callback, if windows do not fit before their events or a layer exceeds the memory.
+        What the callback would refuse is refused as by the callback.
         """
         strategy, ranks, trainer = strategy or self.strategy, ranks or self.ranks, self.trainer
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
@@ -306,11 +304,7 @@ def _at_least_one(name: str, value: Any) -> int:
 
 
 def _strategy(asked: Any, ranks: int) -> Strategy | None:
-    """The strategy, as far as its ranks don't matter; None for one device.
-
-    Raises:
-        MisconfigurationException: If the callback does not support it.
-    """
+    """The strategy, as far as its ranks don't matter; None for one device. What the callback refuses is refused."""
     strategy = asked
     if isinstance(asked, str):
         if asked == AUTO:

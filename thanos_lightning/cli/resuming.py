@@ -16,10 +16,7 @@ _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 def content_of(ckpt_path: str) -> Mapping[str, Any]:
     """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
 
-    Raises:
-        Mistake: If the path is no checkpoint of a training.
-        FileNotFoundError: If the path is missing.
-        ValueError: If the checkpoint is damaged, or holds objects that are not plain values.
+    Raises a Mistake if the path is no checkpoint of a training, and what `TrainerCheckpoint.read` raises.
     """
     path = Path(ckpt_path)
     if ckpt_path in _SPECIAL or "://" in ckpt_path:

@@ -138,10 +138,9 @@ class CLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Compare a checkpoint with the configuration, whose model LightningCLI would replace by the checkpoint's.
+        """Refuse a checkpoint whose model LightningCLI would load in place of the configured one.
 
-        Raises:
-            Mistake: If the checkpoint is missing, or would replace the configured model.
+        Other values than the checkpoint's are told.
         """
         section = self._get_section(self.config)
         path = section.get("ckpt_path")
@@ -270,11 +269,7 @@ def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, st
 
 
 def _with_recipes(argv: list[str]) -> list[str]:
-    """Replace a recipe's name after --config by the recipe's file, unless there is a file of that name.
-
-    Raises:
-        Mistake: If a file is missing, or holds no configuration.
-    """
+    """Replace a recipe's name after --config by the recipe's file, unless there is a file of that name."""
     known = recipes()
 
     def file_of(name: str) -> str:

@@ -35,8 +35,7 @@ def _size(node: Any, known: dict[int, int]) -> int:
 def load_yaml(text: str) -> Any:
     """Read a configuration, in which 2:4 is text and 1e-4 a number. YAML 1.1 reads 2:4 as 124, and 1e-4 as text.
 
-    Raises:
-        YAMLError: If it is no YAML, nested too deeply, or has too many values.
+    Raises YAMLError if it is no YAML, nested too deeply, or has too many values.
     """
     loader = _Loader(text)
     try:

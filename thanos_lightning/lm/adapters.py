@@ -15,11 +15,7 @@ from thanos_lightning.training.adapters import mask_adapters
 def add_lora(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Put a masked adapter on a loaded model, in place, and freeze all but the adapter.
 
-    `arguments` are those of peft's LoraConfig.
-
-    Raises:
-        ImportError: If peft is missing.
-        ValueError: If peft refuses the arguments, or the model has no such layers.
+    `arguments` are those of peft's LoraConfig. Raises ValueError if peft refuses them, or the model has no such layers.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError("lora needs peft: pip install 'thanos-lightning[lora]'")

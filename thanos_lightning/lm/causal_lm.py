@@ -42,13 +42,8 @@ _TOKENS_PER_CHUNK = 2048  # whose logits are fp32 at one time: 1 GiB for a vocab
 def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay) -> float:
     """Return the factor of the learning rate at an optimizer step.
 
-    It rises linearly to 1 at `warmup_steps`, then stays ("constant") or falls towards 0 at `total_steps`.
-
-    Args:
-        step: Optimizer steps taken before this one.
-        warmup_steps: Number of rising steps. The first step has the factor 1 / (warmup_steps + 1).
-        total_steps: Number of steps in the training. "constant" does not read it.
-        schedule: "linear", "cosine" or "constant".
+    It rises linearly from 1 / (warmup_steps + 1) to 1 at `warmup_steps`, then stays ("constant") or falls towards 0 at
+    `total_steps`, the end of the training. `step` counts the steps before this one.
 
     Examples:
         >>> [lr_factor(step, 1, 5, "linear") for step in range(5)]

@@ -61,11 +61,7 @@ class Distillation:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher whose outputs cannot be compared with the student's.
-
-    Raises:
-        ValueError: If the vocabularies differ in size, or if a model does more to its logits than its head.
-    """
+    """Raise ValueError if the vocabularies differ in size, or if a model does more to its logits than its head."""
     own, its = (model.config.get_text_config().vocab_size for model in (student, teacher))
     if own != its:
         named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"

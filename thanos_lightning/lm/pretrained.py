@@ -82,19 +82,7 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        name: As for `load_pretrained`.
-
-    Raises:
-        ImportError: As `load_pretrained`.
-        FileNotFoundError: If transformers finds no such tokenizer.
-
-    Examples:
-        >>> load_tokenizer("smollm2-135m")("Hello world").input_ids  # doctest: +SKIP
-        [19556, 905]
-    """
+    """Load the tokenizer of a model, by names and with errors as `load_pretrained`."""
     source = _resolve(name)
     with _naming("tokenizer", name):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -326,11 +326,7 @@ class TextData(LightningDataModule):
 
 
 def _local_files(dataset: str | list[str]) -> list[str]:
-    """List the local text files in order. The list is empty if `dataset` is a hub name or a folder.
-
-    Raises:
-        ValueError: If a path or glob of files matches no file.
-    """
+    """List the local text files in order. The list is empty if `dataset` is a hub name or a folder."""
     if isinstance(dataset, str):
         is_files = glob.has_magic(dataset) or dataset.startswith(("~", "/", "./", "../")) or dataset.endswith(".txt")
         if (not is_files and not os.path.isfile(dataset)) or os.path.isdir(os.path.expanduser(dataset)):

@@ -17,10 +17,7 @@ def compile_in_place(root: nn.Module) -> None:
 
     A wrapper puts `_orig_mod.` into the names of what is in it. Compiled in place, a module keeps its names, and has
     the same graph. A module of torch's own class (nn.Sequential) that has run before is traced once more. The module
-    still loads what was saved under the wrapper's names.
-
-    Raises:
-        ValueError: If a wrapper has hooks, which would be lost with it.
+    still loads what was saved under the wrapper's names. Raises ValueError if a wrapper has hooks, which would be lost.
     """
     for name, parent in list(root.named_modules()):
         for child_name, child in parent._modules.items():

@@ -142,15 +142,11 @@ class ExpertMatrix(nn.Module):
         of: int,
         weight: Tensor,
     ) -> Tensor:
-        """Multiply inputs, (tokens, in_features) to (tokens, out_features).
+        """Multiply inputs, (tokens, in_features) to (tokens, out_features), by what `weight` has of this expert.
 
-        Args:
-            shown: What hooks see as the inputs: these times the share.
-            inputs: The inputs; by default `shown`.
-            share: (tokens, 1); hooks see the gradient of the output divided by it.
-            tokens: Which tokens of the batch they are, for hooks.
-            of: How many tokens the experts were called with, for hooks.
-            weight: What the parameter has of this expert.
+        Hooks see `shown` as the inputs, which are these times the share, and are the inputs if none are given; and the
+        gradient of the output divided by the share, (tokens, 1). `tokens` tells hooks which tokens of the batch they
+        are, and `of` how many tokens the experts were called with.
         """
         matrix, inputs = weight[self._rows], shown if inputs is None else inputs
         output = inputs @ matrix if self.transposed else nn.functional.linear(inputs, matrix)

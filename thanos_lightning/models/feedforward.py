@@ -55,11 +55,7 @@ def find_feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedFor
     another layer. In the others, one for each kind of layer (alike but for the numbers in their names), layers give the
     same again, but for some entries of this kind, at one row for each token. Their effect ends at the next layers, and
     shows which columns of which inputs they reach. Layers that are called twice, or with fewer than `TOKENS` tokens in
-    a sequence, are left out.
-
-    Args:
-        model: In eval mode.
-        run: Runs the model on always the same input.
+    a sequence, are left out. The model is in eval mode, and `run` runs it on always the same input.
     """
     layers = prunable_modules(model)
     calls: list[_Call] = []
@@ -88,13 +84,8 @@ def check_feed_forwards(
     """Prove on an input that nothing else in the model reads the channels of the blocks.
 
     Half of the channels are zero where the down layers read them. Then whatever the up layers give for these must not
-    change what the model computes, so that the model without them computes the same as with zeros.
-
-    Args:
-        model: In eval mode.
-        blocks: Found, or declared by a user.
-        run: Runs the model on always the same input.
-        found: Whether they were found.
+    change what the model computes, so that the model without them computes the same as with zeros. The model and `run`
+    are as in `find_feed_forwards`. `found` says whether the blocks were found, or declared by a user.
 
     Raises:
         ValueError: If something changes, if a block has a layer that the model lacks or that another block has, or if
@@ -136,15 +127,8 @@ def in_any_order(model: nn.Module, blocks: Sequence[FeedForward], run: Callable[
     Nothing else may read the channels, as in `check_feed_forwards`, and what is between the layers must treat them
     alike: if the up layers give their outputs in another order, each down layer must get what it got, in that order.
     (The gate of an attention fails: what it gates keeps its order.) The down layer then goes on with what it got
-    before, so that no block disturbs another, and the model must give the same.
-
-    Args:
-        model: In eval mode.
-        blocks: Found, or declared by a user.
-        run: Runs the model on always the same input.
-
-    Raises:
-        ValueError: If the model returns nothing to compare.
+    before, so that no block disturbs another, and the model must give the same. If it returns nothing to compare, a
+    ValueError is raised.
     """
     layers = prunable_modules(model)
     users = Counter(name for block in blocks for name in (block.down, *block.ups))

@@ -69,11 +69,7 @@ class Mixture:
         return [name for name, value in _tensors(self.experts) if whole_shape(value)[:1] == (self.size,)]
 
     def check(self, number: int) -> None:
-        """Refuse a router that can't choose among so many experts, before it has to.
-
-        Raises:
-            ValueError: If it fails, or gives something else than known routers do.
-        """
+        """Raise ValueError if the router can't choose among so many experts, or gives something else than others."""
         whole = dict(_tensors(self.router))
         cut = {
             name: torch.empty(

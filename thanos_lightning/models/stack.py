@@ -47,11 +47,8 @@ def replica(module: _Module, values: Mapping[str, Tensor]) -> _Module:
     """Copy a module for computing on its own: without hooks, in evaluation mode, with these values as its parameters.
 
     The copy has its own modules and parameters, and shares all else, buffers and plain attributes. Whatever places the
-    module's parameters on several ranks is left behind: hooks, and the class that `fully_shard` derives.
-
-    Args:
-        module: Any module.
-        values: Name of each parameter of the module -> its whole value, in any dtype.
+    module's parameters on several ranks is left behind: hooks, and the class that `fully_shard` derives. `values` are
+    whole, in any dtype, by the names of all of the module's parameters.
     """
     parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
     first: dict[int, nn.Parameter] = {}

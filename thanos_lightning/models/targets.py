@@ -137,10 +137,7 @@ def matches(name: str, expression: str) -> bool:
     """Whether a glob or a `re:` expression matches a module's name.
 
     A glob may begin at any dot: `lm_head` means `model.lm_head` too, and `*` crosses dots. A regular expression must
-    match the whole name.
-
-    Raises:
-        ValueError: If the regular expression is invalid.
+    match the whole name. An invalid one raises ValueError.
 
     Examples:
         >>> matches("model.layers.0.mlp.up_proj", "mlp.*"), matches("model.layers.0.mlp.up_proj", "re:.*[.]0[.].*")
@@ -165,11 +162,7 @@ def _matching(names: Iterable[str], targets: Sequence[str], ignore: Sequence[str
 
 
 def check_expressions(argument: str, expressions: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the expressions as a tuple, even if only one string was given.
-
-    Raises:
-        ValueError: If they are no globs or `re:` expressions. The message names the argument.
-    """
+    """Return the expressions as a tuple, even if only one string was given. If they are none, raise ValueError."""
     if isinstance(expressions, str):  # a lone string would be read letter by letter
         expressions = [expressions]
     if not isinstance(expressions, Sequence):
@@ -263,12 +256,8 @@ def find_targets(
 
     Prunable layers are `torch.nn.Linear` and transformers' `Conv1D`, except those in `uncalled_layers`, and the
     matrices of experts that transformers keeps in one parameter, such as "…experts.7.down_proj". Layers that share one
-    weight are one target.
-
-    Args:
-        model: Any module. Names are as `model.named_modules()` gives them.
-        targets: Globs or `re:` expressions; each must match at least one prunable layer.
-        ignore: Globs or `re:` expressions of layers to leave out. All but "lm_head" must match a module.
+    weight are one target. Both arguments are globs or `re:` expressions. Each of `targets` must match at least one
+    prunable layer, and each of `ignore` but "lm_head" a module.
 
     Raises:
         ValueError: If an expression matches nothing, or all of them together do; if layers are quantised,

@@ -224,8 +224,7 @@ class PruningReport:
     def from_state(cls, state: dict[str, Any]) -> PruningReport:
         """Rebuild a report from the result of `state`, or from the JSON in a file of `write`.
 
-        Raises:
-            ValueError: If the state is of other types, or an event has no weights.
+        Raises ValueError if the state is of other types, or an event has no weights.
         """
         entries = read_as(dict[str, Any], state, "the report")
         events = read_as(list[Any], entries.get("events"), "the report: events")

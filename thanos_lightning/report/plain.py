@@ -16,15 +16,8 @@ _LARGEST = 2**63 - 1  # of whole numbers
 def read_as(kind: Any, value: Any, what: str) -> Any:
     """Return a value as a type, such as `dict[str, list[int]]` or a dataclass, whose fields are keys in the file.
 
-    Args:
-        kind: The type.
-        value: Of JSON, or of plain values in a checkpoint. A list may stand for a tuple, and null for a float that is
-            NaN.
-        what: The value's name in messages.
-
-    Raises:
-        ValueError: If the value is of another type, a text has more than 1,000 letters, or a whole number more than 63
-            bits. The message names the place.
+    A list may stand for a tuple, and null for a float that is NaN. Raises ValueError if the value is of another type, a
+    text has more than 1,000 letters, or a whole number more than 63 bits. The message names the place, from `what` on.
 
     Examples:
         >>> read_as(tuple[int, int], [4, 8], "shape")

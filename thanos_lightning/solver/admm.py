@@ -141,19 +141,8 @@ def alternate(
     """Take the steps. Each row and each n:m group keeps as many weights as before.
 
     The first U follows from the residual of ``weight``, so that the steps begin where the method ended. Weights of dead
-    inputs become zero.
-
-    Args:
-        weight: Z, zero where not kept; not changed.
-        original: W0.
-        residual: R; overwritten.
-        keep: True = kept.
-        frozen: Weights that stay pruned.
-        pattern: The groups are those of n:m, or else whole rows.
-        shared: From ``penalties``.
-
-    Returns:
-        The new weights, zero where not kept, and the new mask.
+    inputs become zero. ``weight`` is Z, zero where not kept, and not changed; ``original`` is W0; ``residual`` is R,
+    and overwritten. Return the new weights, zero where not kept, and the new mask.
     """
     # Damping gives the weights of dead inputs a cost, but they cost nothing
     scale = shared.cost.sqrt().masked_fill_(shared.dead, 0)

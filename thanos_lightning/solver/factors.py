@@ -12,21 +12,13 @@ from thanos_lightning.solver.linalg import Curvature, curvature
 
 
 class Factors:
-    """A Hessian and its factors.
-
-    Args:
-        hessian: (in_features, in_features), undamped.
-
-    Attributes:
-        hessian: The given Hessian, widened to float32 if its dtype has fewer bits.
-        kept: Whether this object keeps its factors for another layer. Otherwise only the caller holds them.
-    """
+    """An undamped Hessian, widened to float32 if its dtype has fewer bits, and its factors."""
 
     def __init__(self, hessian: Tensor) -> None:
         self.hessian = hessian.detach()
         if hessian.is_floating_point():  # layer.prune_layer refuses other dtypes
             self.hessian = self.hessian.to(torch.promote_types(hessian.dtype, torch.float32))
-        self.kept = False
+        self.kept = False  # whether the factors are kept for another layer; otherwise only the caller holds them
         self._curvature: tuple[float, Curvature] | None = None
         self._penalties: tuple[float, int, Penalties] | None = None
 

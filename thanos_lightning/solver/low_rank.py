@@ -16,11 +16,7 @@ def effective(
 ) -> Float[Tensor, "rows cols"]:
     """The weight with what adapters add to it, or only the latter: (out_features, in_features), at least float32.
 
-    Args:
-        weight: (out_features, in_features).
-        down: lora_A: (rank, in_features).
-        up: lora_B, scaled: (out_features, rank).
-        with_weight: Whether the weight itself is in it.
+    ``down`` is lora_A, and ``up`` is lora_B, scaled.
 
     Examples:
         >>> weight = torch.tensor([[1.0, 0.0]])

@@ -97,10 +97,8 @@ def solve_subsets(
     """Do the same as ``linalg.solve_subsets``, for tensors that are ``usable``.
 
     ``order`` holds all rows, with sets of similar size side by side. ``largest`` is the size of the largest set. Return
-    the solutions, and the number of pivots that were not positive. The solutions are valid only if it is 0.
-
-    Raises:
-        MemoryError: If a thread lacks the memory for the systems that it interleaves.
+    the solutions, and the number of pivots that were not positive. The solutions are valid only if it is 0. Raises
+    MemoryError if a thread lacks the memory for the systems that it interleaves.
     """
     n = len(matrix)
     extended = torch.nn.functional.pad(matrix, (0, 1, 0, 1))

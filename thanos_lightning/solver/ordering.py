@@ -42,15 +42,8 @@ def kept_share(scores: Float[Tensor, "rows cols"], pattern: NM) -> float:
 def search_order(scores: Float[Tensor, "rows cols"], pattern: NM) -> Int[Tensor, " cols"]:
     """Search for an order of the columns in which an N:M pattern keeps more of the scores than in the given order.
 
-    Args:
-        scores: (rows, cols), not negative and finite.
-        pattern: N:M, where M divides cols. The search ignores outlier rows.
-
-    Returns:
-        int64 (cols,), on the CPU: place -> column. The groups are consecutive columns of ``scores[:, order]``.
-
-    Raises:
-        ValueError: If the groups don't fit, or scores are negative or not finite.
+    Return place -> column, int64 on the CPU: the groups are consecutive columns of ``scores[:, order]``. Outlier rows
+    are ignored. Raises ValueError if M does not divide cols, or scores are negative or not finite.
 
     Examples:
         >>> scores = torch.tensor([[4.0, 3.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.0]])

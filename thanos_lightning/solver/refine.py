@@ -42,20 +42,11 @@ def refine(
     keep: Bool[Tensor, "rows cols"],
     steps: int,
 ) -> Float[Tensor, "rows cols"]:
-    """Take conjugate gradient steps on the kept weights.
+    """Take conjugate gradient steps on the kept weights, and return the new W. Each step is one product with H.
 
     In exact arithmetic no step raises the loss; at convergence rounding can. Directions in which the curvature is only
-    rounding error are left out.
-
-    Args:
-        weight: W, zero where not kept; not changed.
-        residual: R; overwritten with the R of the result.
-        hessian: Undamped H, positive semi-definite; may be singular.
-        keep: True = kept.
-        steps: Each is one (rows, cols) by (cols, cols) product.
-
-    Returns:
-        The new weights, zero where not kept.
+    rounding error are left out. ``weight``, zero where not kept, is not changed; ``residual`` is overwritten with the R
+    of the result. ``hessian`` is undamped, positive semi-definite, and may be singular.
     """
     diagonal = hessian.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, 0)
