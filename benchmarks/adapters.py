@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thanos_lightning import SolverOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.lm.adapters import add_lora
+from thanos_lightning.lm.causal_lm import add_lora
 
 WARM, STEPS = 3, 8
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
 from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
+from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole

@@ -46,7 +46,7 @@ import thanos_lightning.events.run
 import thanos_lightning.sharding.extensions
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
-from thanos_lightning.lm.adapters import add_lora
+from thanos_lightning.lm.causal_lm import add_lora
 from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask

@@ -50,7 +50,7 @@ from thanos_lightning import (
     verify_checkpoint,
 )
 from thanos_lightning.cli.mistakes import users_mistake
-from thanos_lightning.lm.adapters import add_lora
+from thanos_lightning.lm.causal_lm import add_lora
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 
 SEED = int(os.environ.get("THANOS_SEED", "0"))

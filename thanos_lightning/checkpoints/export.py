@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -11,16 +13,16 @@ import transformers
 from safetensors import SafetensorError
 
 from thanos_lightning.checkpoints.adapters import merge_adapters, plain_name, write_adapters
-from thanos_lightning.checkpoints.card import write_card
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
-from thanos_lightning.checkpoints.format import TrainerCheckpoint
+from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model
 from thanos_lightning.checkpoints.lazy import WithParts
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
-from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, write_record
+from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, smaller_shapes, write_record
 from thanos_lightning.models.targets import examples
+from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import Experts
 
@@ -142,7 +144,7 @@ def export_checkpoint(
                 phase.advance(note=name)
         _require_zeros(reports, path)
         write_record(folder, reports, inside.values())
-        write_card(folder, trained, reports, adapters)
+        _write_card(folder, trained, reports, adapters)
     return reports
 
 
@@ -233,3 +235,64 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
             f"the tokenizer {str(name)!r} {'' if given else 'that was used in training '}can't be loaded "
             f"({str(error).splitlines()[0]}): give the name or path of one with --tokenizer"
         ) from error
+
+
+# The model card
+
+
+def _write_card(
+    folder: Path, checkpoint: TrainerCheckpoint, reports: Sequence[TensorReport], adapters: Sequence[str]
+) -> None:
+    """Write how a model was made and measured, from its checkpoint; `adapters` names the folders beside it."""
+    note = checkpoint.require_note()
+    state = pruning_state(checkpoint.content)
+    assert state is not None, "it has masks"
+    base = note["config"].get("_name_or_path") or note["tokenizer"]
+    if base and PurePath(base).is_absolute():  # the card is published, and where a user keeps files is not
+        base = PurePath(base).name
+    source = f" from {base}" if base else ""
+    zeros, numel = sum(report.zeros for report in reports), sum(report.numel for report in reports)
+    patterns = ", ".join(sorted({report.pattern for report in reports}))
+    what = f"{len(reports)} weights were pruned to the pattern {patterns}"
+    if shapes := smaller_shapes(reports):
+        what += f", and what was zero as a whole was taken out: {shapes}"
+    if zeros:
+        what += f". {zeros / numel:.2%} of their entries are zero"
+    beside = [
+        f"LoRA adapters lie beside it ({', '.join(adapters)}). They add nothing where a weight is 0: after "
+        "loading one with peft, call thanos_lightning.mask_adapters(model).",
+        "",
+    ]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pruned, thanos-lightning]",
+        "---",
+        "",
+        f"# {note['architecture']}, pruned",
+        "",
+        f"Made{source} by thanos-lightning {importlib.metadata.version('thanos-lightning')}, in a training of "
+        f"{state['optimizer_steps']} optimizer steps: {what}. It loads as any model of transformers does.",
+        "",
+        *(beside if adapters else []),
+        *_measured(PruningReport.from_state(state["report"])),
+        "The options of ThanosPruningCallback were:",
+        "",
+        *(f"    {name} = {value}" for name, value in state["arguments"].items() if value != "None"),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _measured(report: PruningReport) -> list[str]:
+    summary = report.summary
+    if summary.metric is None:
+        return []
+    label, last = "at the end of the training", summary.recovered
+    if last is None and report.history.metrics:  # the checkpoint was saved before the end
+        step, value = report.history.metrics[-1]
+        if not report.events or step > report.events[-1].step:  # later than what is told of the event
+            label, last = f"after {step} optimizer steps", value
+    rows = (("before pruning", summary.dense), ("right after the last event", summary.pruned), (label, last))
+    table = [f"| {label} | {value:.4g} |" for label, value in rows if value is not None]
+    return [f"| {summary.metric} | |", "|---|---|", *table, ""] if table else []

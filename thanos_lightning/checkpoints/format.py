@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 
 from thanos_lightning.checkpoints.adapters import AdaptersNote, adapters_note
-from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     MOMENTS,
     NOTE_KEY,
@@ -23,7 +22,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_zero_folder,
     require_end,
 )
-from thanos_lightning.checkpoints.foreign import not_plain, require_bounded
+from thanos_lightning.checkpoints.foreign import not_plain, require_bounded, require_intact
 from thanos_lightning.models.stack import class_of
 from thanos_lightning.report.plain import read_as
 from thanos_lightning.sharding.masks import LayerMask, checked

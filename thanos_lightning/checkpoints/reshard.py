@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     check_one_save,
     files_of,
@@ -25,7 +24,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
-from thanos_lightning.checkpoints.foreign import inside
+from thanos_lightning.checkpoints.foreign import inside, require_intact
 from thanos_lightning.checkpoints.format import pruning_state, require_format
 from thanos_lightning.report.progress import open_phase
 

@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.deepspeed_files import (
     CLASSES,
     Plan,
@@ -30,7 +29,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_plan,
     require_end,
 )
-from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, shard_files
+from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, require_intact, shard_files
 from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.ranks import Ranks

@@ -28,8 +28,7 @@ from typing_extensions import override
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
-from thanos_lightning.cli.precision import AUTO
-from thanos_lightning.cli.training import CLI
+from thanos_lightning.cli.training import AUTO, CLI
 from thanos_lightning.events.announce import describe
 from thanos_lightning.events.blocks import Taken, found_or_declared, take
 from thanos_lightning.events.estimate import Batches, Estimate, Needs, estimate

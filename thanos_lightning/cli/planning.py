@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -14,10 +15,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from thanos_lightning.cli.commands import GIGABYTES
 from thanos_lightning.cli.mistakes import Mistake
-from thanos_lightning.cli.plan_text import GIB, plan_text
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, quiet
+from thanos_lightning.events.announce import sized
+from thanos_lightning.events.estimate import Needs
+from thanos_lightning.plan.training_steps import steps_of
+from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.held import stage_of
 
+_GIB = 2**30
+_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}
 _Change = tuple[str, dict[str, Any]]  # in words, and as arguments of `Plan.outlook`
 
 
@@ -34,7 +40,7 @@ def plan(
         raise Mistake(f"--memory-gib is {memory_gib:g}: give a number > 0, such as 80")
     memory = None if device is None else GIGABYTES[device] * 10**9
     if memory_gib is not None:
-        memory = round(memory_gib * GIB)
+        memory = round(memory_gib * _GIB)
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value is not None:
             arguments = [*arguments, f"--trainer.{name}={value}"]
@@ -43,7 +49,7 @@ def plan(
     fits = None if memory is None else outlook.most <= memory
     remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
-    sys.stdout.write(f"{plan_text(planned, outlook, name, memory, remedies)}\n")
+    sys.stdout.write(f"{_plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
 
 
@@ -66,7 +72,7 @@ def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
 
 
 def _smaller_windows(planned: Plan, outlook: Outlook) -> Iterator[_Change]:
-    sums = max(one.moments for one in outlook.estimated.windows) / GIB
+    sums = max(one.moments for one in outlook.estimated.windows) / _GIB
     if not sums:
         return
     for part in (2, 4, 8, 16, 32):
@@ -91,3 +97,67 @@ def _more_ranks(planned: Plan) -> Iterator[_Change]:
     for times in (2, 4, 8, 16):
         ranks = times * planned.ranks
         yield f"{ranks} devices in all{with_it}", {"strategy": strategy, "ranks": ranks}
+
+
+# The table
+
+
+def _plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, remedies: Sequence[str]) -> str:
+    """The table for a person, none of its lines longer than 80 characters.
+
+    `name` says how many devices there are. `memory` is that of one. With one of `remedies` the training would fit.
+    """
+    share = outlook.share
+    lines = [outlook.announced, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
+    parts = {**vars(share.held), "other models": outlook.beside}
+    for part, size in parts.items():
+        if size:
+            label = _LABELS.get(part, part) + (" (offloaded)" if part in share.offloaded else "")
+            lines.append(f"    {label:<48}{_gib(size):>14}")
+    of = "" if memory is None else f" of {_gib(memory)}"
+    lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
+    lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
+    if share.offloaded:
+        elsewhere = sum(getattr(share.held, part) for part in share.offloaded)
+        lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
+    lines += ["", *_windows(outlook), ""]
+    lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")
+    if steps_of(planned.trainer) is None:
+        lines.append("  steps         not known without the data: --trainer.max_steps says how many")
+    elif planned.steps_are_limited:
+        lines.append("  steps         at most max_steps: epochs may end it before")
+    if memory is not None:
+        left = memory - outlook.most
+        if left >= 0:
+            lines.append(f"  it fits       if activations take no more than {sized(memory - outlook.in_training)}")
+        else:
+            lines.append(f"  does not fit  {sized(-left)} too much")
+            lines += [f"  would fit     {remedy}" for remedy in remedies]
+            if not remedies:
+                lines.append("  would fit     no single setting that was tried")
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f}" if size < 10 * _GIB else f"{size / _GIB:,.1f}"
+
+
+def _windows(outlook: Outlook) -> Iterator[str]:
+    """A line for each run of windows that are alike, which says the most memory of them."""
+    yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'sent':>10}"
+    rows = []
+    for _, of_step in itertools.groupby(
+        zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True),
+        key=lambda row: row[0].event.step,
+    ):
+        rows += list(enumerate(of_step, 1))
+
+    def alike(row: tuple[int, tuple[Window, Needs, int]]) -> tuple[Any, ...]:
+        window, one, _ = row[1]
+        return window.event.step, window.scans, len(window.patterns), _gib(one.moments), _gib(one.sent)
+
+    for (step, scans, layers, statistics, sent), group in itertools.groupby(rows, key=alike):
+        numbers, those = zip(*group, strict=True)
+        span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        most = _gib(max(size for _, _, size in those))
+        yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{sent:>10}{'  scan' if scans else ''}"

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from thanos_lightning.checkpoints.foreign import require_regular
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
 from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
-from thanos_lightning.cli.precision import AUTO, fast_precision
 from thanos_lightning.cli.resuming import content_of, differences
 from thanos_lightning.cli.shipped import recipes
 from thanos_lightning.cli.training_bar import TrainingBar
@@ -37,6 +36,9 @@ from thanos_lightning.cli.yaml_loader import load_yaml
 # said of classes that are not ours, because their arguments may be for the optimizer
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
 _MODE = "yaml_without_sexagesimals"
+AUTO: Final = "auto"
+# torch's own tests of a CPU, which also work without /proc
+_CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
 
 
 class _Trainer(Trainer):
@@ -225,6 +227,29 @@ def train(argv: list[str]) -> int:
         dist.barrier()  # the others need rank 0's store to leave
         dist.destroy_process_group()
     return 0
+
+
+def fast_precision(accelerator: Any) -> tuple[str, str]:
+    """Return a `precision` for the Trainer's `accelerator`, and the reason as the end of a sentence.
+
+    The choice depends on the device's features and not on a measurement, so that ranks on machines of one kind agree.
+    """
+    if accelerator in ("gpu", "cuda", AUTO) and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if all(_multiplies_bf16(device) for device in range(torch.cuda.device_count())):
+            return "bf16-mixed", f"this GPU multiplies bf16 ({name})"
+        return "16-mixed", f"this GPU multiplies fp16, but not bf16 ({name})"
+    if accelerator == "cpu" or (accelerator == AUTO and not torch.backends.mps.is_available()):
+        known = [name for test, name in _CPU_INSTRUCTIONS.items() if getattr(torch.cpu, test)()]
+        if known:
+            return "bf16-mixed", f"this CPU multiplies bf16 ({known[0]})"
+        return "32-true", f"this CPU has no instructions for bf16 ({' or '.join(_CPU_INSTRUCTIONS.values())})"
+    return "32-true", "nothing faster is known to work on this device"
+
+
+def _multiplies_bf16(device: int) -> bool:
+    """Whether a GPU has units for bf16. On older GPUs torch emulates bf16."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def require_strategy(strategy: Any, accelerator: Any) -> None:

@@ -33,9 +33,8 @@ from thanos_lightning.plan.options import PruningOptions, differences
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import check_alike, steps_of
 from thanos_lightning.plan.windows import Window, check_ahead, check_begun
-from thanos_lightning.report.data import Clock, EventReport
+from thanos_lightning.report.data import Clock, EventReport, LossRecorder
 from thanos_lightning.report.progress import Phase, ends_on_sigterm, hidden, shown
-from thanos_lightning.report.recorder import LossRecorder
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.adapters import with_adapters

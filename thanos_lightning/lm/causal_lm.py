@@ -24,14 +24,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
-from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
-from thanos_lightning.lm.adapters import add_lora
+from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.lm.distillation import START, Distillation, check_teacher, distil, num_chunks, other_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
 from thanos_lightning.models.targets import whole_shape
+from thanos_lightning.sharding.adapters import initialise_partitioned
 from thanos_lightning.sharding.teacher import place_frozen, require_own_gathering, sharding_config
+from thanos_lightning.training.adapters import mask_adapters
 
 Decay = Literal["linear", "cosine", "constant"]
 
@@ -78,6 +79,26 @@ def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None
         yield
     finally:
         del known
+
+
+def add_lora(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Put a masked adapter on a loaded model, in place, and freeze all but the adapter.
+
+    `arguments` are those of peft's LoraConfig. Raises ValueError if peft refuses them, or the model has no such layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("lora needs peft: pip install 'thanos-lightning[lora]'")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(LoraConfig(**arguments), model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lora is {dict(arguments)}, which peft refuses ({str(error).splitlines()[0]}): give arguments of its "
+            "LoraConfig, such as {r: 16, lora_alpha: 32, target_modules: all-linear}"
+        ) from error
+    mask_adapters(model)
+    initialise_partitioned(model, arguments.get("init_lora_weights", True))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver.elimination import eliminate
 from thanos_lightning.solver.linalg import Curvature, cholesky, solve_subsets
 from thanos_lightning.solver.pattern import NM, Channels, Solvable, Structured
 from thanos_lightning.solver.saliency import (
@@ -26,6 +25,9 @@ from thanos_lightning.solver.saliency import (
     scales,
 )
 from thanos_lightning.solver.zeros import zero_where
+
+# Between two looks at the scores, at most so many columns go, and at most this share of those that are to go.
+_ROUND, _SHARE = 16, 1 / 32
 
 
 def thanos(
@@ -116,3 +118,41 @@ def _shared_errors(
     """E = Λ Uᵀ where every row loses the same columns: one factorisation for all rows."""
     chosen = U[:, columns]
     return torch.cholesky_solve(W[:, columns].mT, cholesky(chosen.mT @ chosen)).mT @ chosen.mT
+
+
+def eliminate(
+    W: Float[Tensor, "rows cols"], curvature: Curvature, first: Bool[Tensor, " cols"], count: int
+) -> Bool[Tensor, " cols"]:
+    """Choose ``count`` columns, all of ``first`` among them, that a layer can best do without together.
+
+    If ``first`` has more than ``count``, it is the choice. Each choice takes the earlier ones' updates into account: V
+    is H⁻¹ of the columns that are left. Removing column j adds ‖W_:j‖² / V_jj to twice the loss if all others adapt
+    (Hassibi and Stork, 1993, for a column), and ‖W_:j‖² ‖X_j‖² if none does. The geometric mean of both chose best: of
+    the other tokens that a model will see, the calibration knows only a part.
+    """
+    W, V, gone = W.clone(), curvature.factor.mT @ curvature.factor, first.clone()
+    _remove(W, V, first)
+    left = count - int(first.count_nonzero())
+    at_once = max(1, min(_ROUND, int(_SHARE * left)))
+    while left > 0:
+        energy = W.square().sum(0)
+        scores = (energy * curvature.norms / V.diagonal().sqrt()).masked_fill_(gone, torch.inf)
+        chosen = torch.zeros_like(gone)
+        chosen[scores.argsort(stable=True)[: min(left, at_once)]] = True
+        _remove(W, V, chosen)
+        gone |= chosen
+        left -= at_once
+    return gone
+
+
+def _remove(W: Float[Tensor, "rows cols"], V: Float[Tensor, "cols cols"], chosen: Bool[Tensor, " cols"]) -> None:
+    """Remove columns Q in place, and let the others adapt: W - W_:Q E and V - V_:Q E, with E = V[Q, Q]⁻¹ V[Q, :]."""
+    if not chosen.any():
+        return
+    across = V[:, chosen]
+    E = torch.cholesky_solve(across.mT, cholesky(across[chosen]))
+    W.addmm_(W[:, chosen], E, alpha=-1)
+    V.addmm_(across, E, alpha=-1)
+    W[:, chosen] = 0
+    V[:, chosen] = 0
+    V[chosen] = 0

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from toy import VOCABULARY, ToyLM, grouped, loader, momentum_sgd, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.checkpoints.buffers import uncast_buffers
 from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.checkpoints.huggingface import uncast_buffers
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (t.LlamaConfig, {}),

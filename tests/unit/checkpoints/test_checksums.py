@@ -11,7 +11,7 @@ from checkpoint_cases import change_a_byte
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.checkpoints.checksums import require_intact
+from thanos_lightning.checkpoints.foreign import require_intact
 from thanos_lightning.cli import main
 
 

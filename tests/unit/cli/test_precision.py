@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from thanos_lightning.cli.precision import fast_precision
+from thanos_lightning.cli.training import fast_precision
 
 NO_BF16 = "this CPU has no instructions for bf16 (AMX or AVX512-BF16)"
 AVX512 = "this CPU multiplies bf16 (AVX512-BF16)"

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from thanos_lightning.report.data import History
-from thanos_lightning.report.recorder import MOST_LOSSES, LossRecorder
+from thanos_lightning.report.data import MOST_LOSSES, History, LossRecorder
 
 
 def test_losses_are_thinned_to_means() -> None:

@@ -5,9 +5,9 @@ import torch
 from cases import hessian_of, layer, tokens
 
 from thanos_lightning.solver import Channels, Structured, prune
-from thanos_lightning.solver.elimination import eliminate
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import FactorizationError
+from thanos_lightning.solver.thanos import eliminate
 
 
 def test_one_of_two_inputs_that_say_the_same_stays():
