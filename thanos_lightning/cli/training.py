@@ -60,12 +60,7 @@ class _Trainer(Trainer):
 
 
 class CLI(LightningCLI):
-    """Lightning's command line as `thanos-lightning` runs it.
-
-    Examples:
-        >>> CLI(["--config", "quickstart"], run=False).trainer.max_steps  # doctest: +SKIP
-        32
-    """
+    """Lightning's command line as `thanos-lightning` runs it."""
 
     def __init__(self, args: list[str], **options: Any) -> None:
         # These warnings are about calls of LightningCLI, which the user cannot change.

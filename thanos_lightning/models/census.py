@@ -45,15 +45,7 @@ class Census:
 
 
 def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census:
-    """Count the weights of a model, of which `layers` are to be pruned.
-
-    Examples:
-        >>> from thanos_lightning.models.targets import find_targets
-        >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4, bias=False), nn.Linear(4, 2))
-        >>> census = take_census(model, find_targets(model, ignore="2"))
-        >>> census.target_weights, census.model_weights, census.dense
-        (32, 122, {'embeddings': 80, '2': 8, 'biases': 2})
-    """
+    """Count the weights of a model, of which `layers` are to be pruned."""
     uncalled = uncalled_layers(model)
     modules = [base_of(module) for name, module in prunable_modules(model).items() if name not in uncalled]
     names = {_name_of(module) for module in modules}

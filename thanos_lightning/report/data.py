@@ -142,14 +142,6 @@ class LossRecorder:
 
     The history keeps fewer than 400 losses. At 400, each pair of neighbours becomes its mean, and from then on each
     loss is the mean of twice as many steps. Losses stay on their device until `settle`.
-
-    Examples:
-        >>> history = History()
-        >>> recorder = LossRecorder(history)
-        >>> recorder.add(1, {"loss": torch.tensor(2.0)})
-        >>> recorder.settle()
-        >>> history.losses
-        [(1, 2.0)]
     """
 
     def __init__(self, history: History) -> None:

@@ -18,14 +18,6 @@ def read_as(kind: Any, value: Any, what: str) -> Any:
 
     A list may stand for a tuple, and null for a float that is NaN. Raises ValueError if the value is of another type, a
     text has more than 1,000 letters, or a whole number more than 63 bits. The message names the place, from `what` on.
-
-    Examples:
-        >>> read_as(tuple[int, int], [4, 8], "shape")
-        (4, 8)
-        >>> read_as(dict[str, int], {"zeros": "many"}, "sparsity.json")
-        Traceback (most recent call last):
-            ...
-        ValueError: sparsity.json: zeros is 'many', not a whole number
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if kind is Any:

@@ -159,12 +159,7 @@ def damped_diagonal(hessian: Float[Tensor, "cols cols"], damping: float) -> Floa
 
 
 def damping_ladder(damping: float) -> Iterator[float]:
-    """Yield the dampings to try in turn: the given one, then ten times more each, up to ``MAX_DAMPING``.
-
-    Examples:
-        >>> list(damping_ladder(0.01))
-        [0.01, 0.1, 1.0]
-    """
+    """Yield the dampings to try in turn: the given one, then ten times more each, up to ``MAX_DAMPING``."""
     yield damping
     power = 1
     start = damping or _LEAST_RETRY / 10

@@ -13,10 +13,6 @@ def zero_where(tensor: Shaped[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"])
     """Set the pruned entries to exactly +0, also negative ones, NaN and infinity.
 
     The tensor has any real dtype and is overwritten. Return it, or a view of it.
-
-    Examples:
-        >>> zero_where(torch.tensor([-1.0, 2.0, float("nan")]), torch.tensor([True, False, True]))
-        tensor([0., 2., 0.])
     """
     return clear_bits(tensor, kept_bits(pruned))
 
