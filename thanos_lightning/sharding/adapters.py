@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.solver.low_rank import effective
+from thanos_lightning.solver.zeros import effective
 
 
 def gather_whole(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Zeros that are exact."""
+"""Zeros that are exact, also in a weight that low-rank matrices are added to."""
 
 import torch
-from jaxtyping import Bool, Int8, Int64, Shaped
+from jaxtyping import Bool, Float, Int8, Int64, Shaped
 from torch import Tensor
 
 # By size of an entry in bytes.
@@ -51,3 +51,26 @@ def missing_zeros(tensor: Shaped[Tensor, "*shape"], number: int) -> Int64[Tensor
     """
     zeros = (tensor.view(_INTEGERS[tensor.element_size()]) == 0).count_nonzero()
     return (number - zeros).clamp(min=0)
+
+
+def effective(
+    weight: Float[Tensor, "rows cols"],
+    down: Float[Tensor, "rank cols"],
+    up: Float[Tensor, "rows rank"],
+    *,
+    with_weight: bool = True,
+) -> Float[Tensor, "rows cols"]:
+    """The weight with what adapters add to it, or only the latter: (out_features, in_features), at least float32.
+
+    ``down`` is lora_A, and ``up`` is lora_B, scaled.
+
+    Examples:
+        >>> weight = torch.tensor([[1.0, 0.0]])
+        >>> effective(weight, down=torch.tensor([[2.0, 3.0]]), up=torch.tensor([[1.0]]))
+        tensor([[3., 0.]])
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
+    whole = up.to(dtype) @ down.to(dtype)
+    if with_weight:
+        whole += weight
+    return zero_where(whole, weight == 0)

@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import LowRank, MaskedAdapter
-from thanos_lightning.solver.low_rank import effective
-from thanos_lightning.solver.zeros import zero_where
+from thanos_lightning.solver.zeros import effective, zero_where
 
 
 class MaskedLora(Linear, MaskedAdapter):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
-from thanos_lightning.solver.low_rank import effective
+from thanos_lightning.solver.zeros import effective
 from thanos_lightning.training.adapters import mask_adapters
 
 
