@@ -22,9 +22,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def require_free(output: Path) -> None:
     """Raise ValueError if there is anything but an empty folder at this path."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists():
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already: give another folder, or remove it first")
 
 

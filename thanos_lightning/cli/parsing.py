@@ -88,11 +88,8 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
         return f"{path[-1]}: {_shown(found[2])} is no {found[1]}: give class_path and init_args, as the recipes do"
     if found := re.match(r"Expected a (.+?)(?:\. Got value: (.*))?$", text):
         return _wrong_type(path, found[2] or "", [found[1]])
-    if found := re.match(
-        r"(?:Option|Subcommand '.*' does not accept option|Group '.*' does not accept option) '(.+?)'", text
-    ):
-        return _unknown(found[1], path, options, command)
-    if found := re.match(r"unrecognized arguments: --?([^ =]+)", text):
+    unknown = re.match(r"(?:Option|(?:Subcommand|Group) '.*' does not accept option) '(.+?)'", text)
+    if found := unknown or re.match(r"unrecognized arguments: --?([^ =]+)", text):
         return _unknown(found[1], path, options, command)
     if found := re.match(r"module '(.+)' has no attribute '(.+)'", text):
         meant = did_you_mean(found[2], _classes(found[1]), before=f"{found[1]}.")
