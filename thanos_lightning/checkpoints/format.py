@@ -254,8 +254,12 @@ def _moments(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tens
                 )
             for index, values in known.items():
                 if (name := names[index]) is not None:
-                    like = content["state_dict"].get(name)
-                    moments[name] = {what: value for what, value in values.items() if _is_moment(value, like)}
+                    shape = getattr(content["state_dict"].get(name), "shape", None)
+                    moments[name] = {
+                        what: value
+                        for what, value in values.items()
+                        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
+                    }  # factored moments have no entry for each of the parameter's
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): take another checkpoint") from error
     return moments
@@ -289,14 +293,4 @@ def _not_a_checkpoint(path: Path) -> ValueError:
     return ValueError(
         f"{path} is damaged or no trainer checkpoint: give a .ckpt file that Lightning's Trainer wrote (a Hugging Face "
         "model is given as its folder)"
-    )
-
-
-def _is_moment(value: Any, like: Tensor | None) -> bool:
-    """Whether an optimizer's value has an entry for each of the parameter's. Factored moments have not."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and isinstance(like, Tensor)
-        and value.shape == like.shape
     )
