@@ -17,8 +17,7 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.calibration import collector
 from thanos_lightning.events import announce, run
-from thanos_lightning.events.estimate import Estimate
-from thanos_lightning.events.footprint import event_bytes, moments_bytes, sharing
+from thanos_lightning.events.estimate import Estimate, event_bytes, moments_bytes, sharing
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.solver.layer import SolverOptions
 

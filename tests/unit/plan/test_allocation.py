@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thanos_lightning.plan.budget import by_loss, in_units
+from thanos_lightning.plan.allocation import by_loss, in_units
 
 property_based = settings(derandomize=True, max_examples=60)
 
