@@ -34,8 +34,8 @@ from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import assign_owners
-from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -71,7 +71,7 @@ def peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-class TimedAccess(ReplicatedAccess):
+class TimedAccess(ParameterAccess):
     """Knows how long the sums took, and how long this thread had the processor for it."""
 
     seconds = processor = 0.0

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from thanos_lightning import CalibrationOptions, SolverOptions, ThanosPruningCallback
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 
 VOCABULARY = 64
 
@@ -87,7 +87,7 @@ def grouped(**options: Any) -> dict[str, Any]:
     return options
 
 
-class OfTwo(ReplicatedAccess):
+class OfTwo(ParameterAccess):
     """The first of two ranks, of which the other one tells what it is given."""
 
     def __init__(self, other: Any = None) -> None:

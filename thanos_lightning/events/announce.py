@@ -17,7 +17,7 @@ from thanos_lightning.models.census import Census, take_census
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.fragments import FragmentAccess
 from thanos_lightning.solver import Pattern
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def announce(run: PruningRun) -> None:
         accumulated=trainer.accumulate_grad_batches,
         again=len(events) > 1,
         ranks=trainer.world_size,
-        in_pieces=not isinstance(run.access, ReplicatedAccess),
+        in_pieces=isinstance(run.access, FragmentAccess),
     )
     pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     events = [event for event in events if event.step not in pruned]

@@ -120,7 +120,7 @@ def _write_rows(
 ) -> None:
     is_masked = part.name in enforcer.masked
     weight = collect_merged(part, owner, access)
-    keep = enforcer.collect_keep(part.name, owner) if is_masked else _all_of(weight)
+    keep = enforcer.keep_mask(part.name, owner) if is_masked else _all_of(weight)
     if weight is not None and keep is not None:
         weight, keep = weight[order.to(weight.device)], keep[order.to(keep.device)]
     drop = write_merged(part, weight, keep, owner, access)

@@ -106,7 +106,7 @@ def prune_window(
                     of_outputs.copy_(of_outputs[rows_of(order, one).to(of_outputs.device)])
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
     weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
-    earlier = {name: enforcer.collect_keep(name, owners[name]) for name in chosen}
+    earlier = {name: enforcer.keep_mask(name, owners[name]) for name in chosen}
     mine = {name: weight for name, weight in weights.items() if weight is not None}
     del weights
     largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
@@ -194,7 +194,7 @@ def _write_owned(
     part: PrunableLayer, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer
 ) -> None:
     """Prune what the channels own that a down layer has lost. `keep` is the down layer's, on its owner."""
-    weight, earlier = collect_merged(part, owner, access), enforcer.collect_keep(part.name, owner)
+    weight, earlier = collect_merged(part, owner, access), enforcer.keep_mask(part.name, owner)
     own = None
     if keep is not None and weight is not None:
         rows = keep.any(0).repeat(part.rows // keep.shape[1])  # row i, width + i, … is of channel i

@@ -1,8 +1,7 @@
-"""The contract between pruning and the strategies that place parameters."""
+"""The contract between pruning and the strategies that place parameters, and what holds where nothing is sharded."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.sharding.masks import pack_bits, unpack_bits
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver.zeros import zero_where
 
@@ -23,8 +23,11 @@ class LocalPiece(NamedTuple):
     place: slice = slice(None)  # the part of the rank's drop mask that covers the values
 
 
-class ParameterAccess(Ranks, ABC):
+class ParameterAccess(Ranks):
     """How a strategy's parameters are read, written and masked. How its ranks agree, `Ranks` says.
+
+    This class is for one device and DDP, where every rank holds every parameter whole. Its subclasses are for sharded
+    parameters.
 
     "Local" means the piece of a tensor that this rank holds, in whatever layout the strategy keeps it. The drop mask of
     a layer is bool, True = pruned, in that layout. The owner of a layer is the rank that solves it.
@@ -52,13 +55,16 @@ class ParameterAccess(Ranks, ABC):
 
     # Reading and writing layers: all ranks call these, in one order
 
-    @abstractmethod
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
         """Return the full weight (out_features, in_features) on its owner, from the most exact copy. Read-only."""
+        return layer.oriented(layer.own(layer.parameter.detach())) if self.rank == owner else None
 
-    @abstractmethod
-    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        """Assemble the keep mask (out_features, in_features) on the owner from every rank's `drop`."""
+    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int | None) -> Tensor | None:
+        """Assemble the keep mask (out_features, in_features) from every rank's `drop`.
+
+        The owner returns it, and the other ranks None. All ranks return it if the owner is None.
+        """
+        return layer.oriented(drop).logical_not() if owner in (None, self.rank) else None
 
     @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
@@ -67,32 +73,47 @@ class ParameterAccess(Ranks, ABC):
             return None
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
-    @abstractmethod
+    @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """Replace every copy of a weight, and zero the optimizer moments of its pruned entries.
 
         `weight` and `keep` are (out_features, in_features) on the owner, None elsewhere. Return this rank's drop mask.
         """
-
-    @abstractmethod
-    def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
-        """Assemble the keep mask (out_features, in_features) on every rank from every rank's `drop`."""
+        own = layer.own(layer.parameter.data)
+        if self.rank == owner:
+            assert weight is not None
+            assert keep is not None
+            own.copy_(layer.oriented(weight))
+        if self.world_size > 1:
+            self.broadcast(own, owner)
+            shape = (layer.rows, layer.cols)
+            numel = layer.rows * layer.cols
+            bits = torch.empty(-(-numel // 8), dtype=torch.uint8) if keep is None else pack_bits(keep)
+            bits = bits.to(own.device)
+            self.broadcast(bits, owner)
+            keep = unpack_bits(bits, shape)
+        assert keep is not None
+        drop = self.local_drop(layer, keep)
+        self._zero_moments(layer, drop)
+        return drop
 
     def release(self) -> None:
         """Free the whole copies of sharded weights that a forward or backward outside a training step leaves behind."""
 
     # What this rank does alone
 
-    @abstractmethod
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
         """Return this rank's drop mask for a keep mask (out_features, in_features). Talks to no rank."""
+        return layer.oriented(keep).logical_not().contiguous().to(layer.parameter.device)
 
-    @abstractmethod
     def completes_step(self, optimizer: Optimizer) -> bool:
         """Whether this call of a post-step hook completes a training step. Talks to no rank.
 
         It does not if a scaler has skipped the step, or if the optimizer is called again for the same step.
         """
+        # A fused optimizer receives the scaler's found_inf and skips the step inside.
+        found_inf = getattr(optimizer, "found_inf", None)
+        return found_inf is None or not bool(found_inf)
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
         """Names of the layers that the optimizer updates, at least in part, on this rank. Talks to no rank."""
@@ -126,13 +147,13 @@ class ParameterAccess(Ranks, ABC):
 
     # Where optimizers have a layer on this rank
 
-    @abstractmethod
     def _stepped(self, layer: PrunableLayer) -> Tensor | None:
         """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
+        return layer.parameter
 
-    @abstractmethod
     def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
         """The layer's entries, by a view, of a tensor that is laid out as the one that is stepped."""
+        return layer.own(tensor.data)
 
     def _place(self, layer: PrunableLayer) -> slice:
         """The part of the rank's drop mask that covers these entries."""

@@ -18,7 +18,6 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.fsdp import FsdpAccess
-from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of supported ones
@@ -50,5 +49,5 @@ def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> Pa
     if isinstance(strategy, ModelParallelStrategy):
         return FsdpAccess(strategy, layers)
     if isinstance(strategy, DDPStrategy):
-        return ReplicatedAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
-    return ReplicatedAccess(device=strategy.root_device, optimizers=strategy.optimizers)
+        return ParameterAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
+    return ParameterAccess(device=strategy.root_device, optimizers=strategy.optimizers)

@@ -7,7 +7,7 @@ After that, every rank knows who sends what to whom, and a piece is sent only to
 from __future__ import annotations
 
 import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     return taken
 
 
-class FragmentAccess(ParameterAccess):
+class FragmentAccess(ParameterAccess, ABC):
     """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter.
 
     All ranks must create it. `layers` are all that may be pruned. `device` is as for `Ranks`.
@@ -122,10 +122,6 @@ class FragmentAccess(ParameterAccess):
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
         return self._collect(layer, self._read_exact(layer), self._exact_ranges[layer.name], owner)
 
-    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        whole = self._collect(layer, drop.to(torch.uint8), self._ranges[layer.name], owner)
-        return None if whole is None else whole.logical_not()
-
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         self._write_model(layer, weight, owner)
@@ -140,8 +136,11 @@ class FragmentAccess(ParameterAccess):
             self._zero_moments(layer, drop)
         return drop
 
-    def full_keep(self, layer: PrunableLayer, drop: Tensor) -> Tensor:
+    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int | None) -> Tensor | None:
         ranges, numel = self._ranges[layer.name], layer.rows * layer.cols
+        if owner is not None:
+            whole = self._collect(layer, drop.to(torch.uint8), ranges, owner)
+            return None if whole is None else whole.logical_not()
         if self.world_size == 1 or all(held.numel == numel for held in ranges):
             return self._matrix(layer, drop.logical_not())
         bytes_each = -(-max(held.numel for held in ranges) // 8)

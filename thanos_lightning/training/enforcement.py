@@ -87,12 +87,11 @@ class MaskEnforcer:
     def _zeros_of(self, layer: PrunableLayer) -> Tensor:
         return next(self._access.local_tensors(layer)).tensor == 0
 
-    def keep_mask(self, name: str) -> Tensor | None:
-        """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks."""
-        return self._access.full_keep(self._layers[name], self._drop(name)) if name in self._drops else None
+    def keep_mask(self, name: str, owner: int | None = None) -> Tensor | None:
+        """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks.
 
-    def collect_keep(self, name: str, owner: int) -> Tensor | None:
-        """As `keep_mask`, but on one rank only. Talks to all ranks."""
+        With an owner, the other ranks get None.
+        """
         if name not in self._drops:
             return None
         return self._access.collect_keep(self._layers[name], self._drop(name), owner)

@@ -29,10 +29,7 @@ def masks_state(
     masks = {}
     for number, name in enumerate(enforcer.masked):
         layer = layers[name]
-        if access.saves_every_rank:
-            keep = enforcer.collect_keep(name, owner=number % access.world_size)
-        else:
-            keep = enforcer.keep_mask(name)
+        keep = enforcer.keep_mask(name, owner=number % access.world_size if access.saves_every_rank else None)
         if keep is not None:
             masks[layer.parameter_name] = LayerMask.of(keep, patterns[name], layer.transposed).state()
     return masks

@@ -15,7 +15,7 @@ from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import PruningError
 from thanos_lightning.solver import Unstructured
 
@@ -39,7 +39,7 @@ def fitted(tmp_path: Path, module: ToyLM) -> Trainer:
 
 def collector(module: ToyLM, **settings: Any) -> Collector:
     options = CalibrationOptions(**{"attention_mask_key": None, **settings})
-    return Collector(find_targets(module, "*", "lm_head"), ReplicatedAccess(), options, {}, 0)
+    return Collector(find_targets(module, "*", "lm_head"), ParameterAccess(), options, {}, 0)
 
 
 def window(module: ToyLM, *, scans: bool = False, gradients: bool = False) -> Window:

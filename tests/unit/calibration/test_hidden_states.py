@@ -13,7 +13,7 @@ from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, 
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 
 NONE = "no hidden states (batch, length, width) first, but"
 
@@ -170,7 +170,7 @@ def test_a_mask_that_does_not_fit_is_a_reason() -> None:
 
 
 def test_one_rank_collects_its_own_calls_and_forgets_them() -> None:
-    model, access = tiny_llama().eval(), ReplicatedAccess()
+    model, access = tiny_llama().eval(), ParameterAccess()
     states = of(model)
     for number in range(2):
         with states.recording(number, None):

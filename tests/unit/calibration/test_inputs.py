@@ -22,7 +22,7 @@ from thanos_lightning.calibration.batches import count_dataloader
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError, PruningError
 from thanos_lightning.solver import HessianAccumulator
 
@@ -309,12 +309,12 @@ def calibrated(
     module: LightningModule, batches: Any, folder: Path, *, access: Any = None, backward: Any = None
 ) -> InputStatistics:
     statistics, fitted = InputStatistics(find_targets(module)), trainer(folder, max_steps=1)
-    access = access or ReplicatedAccess()
+    access = access or ParameterAccess()
     count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, backward=backward)
     return statistics
 
 
-class Alike(ReplicatedAccess):
+class Alike(ParameterAccess):
     """One of several ranks, of which the others say what it says."""
 
     def gather(self, value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thanos_lightning.calibration.outputs import OutputGradients
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 
 
 def started(model: nn.Module) -> OutputGradients:
@@ -104,17 +104,17 @@ def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() ->
     model[0].requires_grad_(False)
     gradients = started(model)
     model(torch.randn(4, 8)).square().sum().backward()
-    weights = gradients.weights(ReplicatedAccess())
+    weights = gradients.weights(ParameterAccess())
     assert list(weights) == ["2"]
     resumed = OutputGradients(find_targets(model))
     resumed.load(gradients.sums)
-    torch.testing.assert_close(resumed.weights(ReplicatedAccess()), weights)
+    torch.testing.assert_close(resumed.weights(ParameterAccess()), weights)
 
 
 def test_no_output_is_worth_nothing() -> None:
     gradients = OutputGradients(find_targets(small()))
     gradients.load({"0": torch.tensor([0.0, 0, 0, 0, 0, 6]), "2": torch.tensor([1e-30, 0, 0, 0])})
-    weights = gradients.weights(ReplicatedAccess())
+    weights = gradients.weights(ParameterAccess())
     torch.testing.assert_close(weights["0"], torch.tensor([0.01, 0.01, 0.01, 0.01, 0.01, 6.01]))
     assert (weights["2"] > 0).all()
 

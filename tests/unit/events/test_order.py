@@ -18,7 +18,7 @@ from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCall
 from thanos_lightning.events.order import of_ordered_inputs, order_channels
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.report import progress
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, PrunedLayer
 from thanos_lightning.solver.ordering import kept_share
 from thanos_lightning.training.enforcement import MaskEnforcer
@@ -149,7 +149,7 @@ def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
     statistics = HessianAccumulator(32)
     statistics.update(inputs)
     layers = find_targets(model, "*", ())
-    access = ReplicatedAccess()
+    access = ParameterAccess()
     enforcer = MaskEnforcer(layers, access)
     enforcer.begin()
     keep = torch.rand(64, 8) < 0.5

@@ -15,8 +15,8 @@ from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import LayerReport
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import assign_owners, sum_on_owners
-from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.sharding.together import PruningError
 from thanos_lightning.solver import NM, Unstructured, prune
 from thanos_lightning.solver.layer import SolverOptions
@@ -34,7 +34,7 @@ def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS
     with statistics.counting():
         model(inputs)
     statistics.stop()
-    access = ReplicatedAccess()
+    access = ParameterAccess()
     reports, _ = prune_window(
         Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True),
         layers,
@@ -97,11 +97,11 @@ def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: py
 
 def test_broken_weights_are_named_before_the_training() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-    check_weights(find_targets(model), ReplicatedAccess())
+    check_weights(find_targets(model), ParameterAccess())
     with torch.no_grad():
         model[1].weight[3, 4], model[2].weight[0, 0] = float("nan"), float("inf")
     with pytest.raises(PruningError, match=r"the weight of layer 1 \(and 1 more\) holds NaN or Inf before"):
-        check_weights(find_targets(model), ReplicatedAccess())
+        check_weights(find_targets(model), ParameterAccess())
 
 
 def test_owners_are_balanced_by_cost() -> None:
@@ -119,7 +119,7 @@ def test_owners_are_balanced_by_cost() -> None:
 def test_earlier_masks_are_kept() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8))
-    layers, access = find_targets(model), ReplicatedAccess()
+    layers, access = find_targets(model), ParameterAccess()
     enforcer = MaskEnforcer(layers, access)
     options = SolverOptions.as_published("magnitude")
     for sparsity in (0.3, 0.6):
@@ -143,7 +143,7 @@ def test_zeros_of_before_are_held() -> None:
         model[1].weight[0] = 0
         model[1].weight[1, 0] = 0
         model[2].weight.zero_()  # to be trained from 0
-    layers, access = find_targets(model), ReplicatedAccess()
+    layers, access = find_targets(model), ParameterAccess()
     enforcer = MaskEnforcer(layers, access)
     assert hold_zeros(layers, access, enforcer) == {"0": Unstructured(64 / 128), "1": Unstructured(17 / 128)}
     assert torch.equal(enforcer.keep_mask("0"), model[0].weight != 0)
@@ -154,7 +154,7 @@ def test_zeros_of_before_are_held() -> None:
         enforcer.verify()
 
 
-class SecondSeesTheSame(ReplicatedAccess):
+class SecondSeesTheSame(ParameterAccess):
     """The first of two ranks, of which the other one would say and send what this one does."""
 
     def __init__(self) -> None:

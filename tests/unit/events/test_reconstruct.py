@@ -16,7 +16,7 @@ from thanos_lightning.calibration.hidden_states import HiddenStates, first_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import PruningError
 
 FORWARDS = 16
@@ -68,7 +68,7 @@ def halves(layers: Mapping[str, PrunableLayer]) -> dict[str, Kept]:
 def trained(model: nn.Module, states: HiddenStates, kept: dict[str, Kept]) -> list[Any]:
     layers = find_targets(model)
     targets = {name: [layers[layer] for layer in block.layers] for name, block in find_blocks(model, layers).items()}
-    owners, reports = reconstruct(states, targets, kept, dict.fromkeys(layers, 0), ReplicatedAccess(), "")
+    owners, reports = reconstruct(states, targets, kept, dict.fromkeys(layers, 0), ParameterAccess(), "")
     assert owners == dict.fromkeys(layers, 0)
     return reports
 

@@ -10,8 +10,8 @@ from torch import nn
 from toy import tiny_gpt2
 
 from thanos_lightning.models.targets import find_targets
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.replicated import ReplicatedAccess
 
 
 def test_other_strategies_are_refused_by_name() -> None:
@@ -26,7 +26,7 @@ def test_other_strategies_are_refused_by_name() -> None:
 def test_a_weight_and_its_mask_lie_as_the_parameter_does() -> None:
     model = tiny_gpt2()
     layer = find_targets(model)["transformer.h.0.attn.c_attn"]
-    access = ReplicatedAccess()
+    access = ParameterAccess()
     new = torch.randn(layer.rows, layer.cols)
     keep = new > 0
     drop = access.write(layer, new, keep, owner=0)
@@ -35,7 +35,7 @@ def test_a_weight_and_its_mask_lie_as_the_parameter_does() -> None:
     assert torch.equal(drop, ~keep.T)
     assert drop.is_contiguous()
     assert torch.equal(access.local_drop(layer, keep), drop)
-    assert torch.equal(access.full_keep(layer, drop), keep)
+    assert torch.equal(access.collect_keep(layer, drop, owner=None), keep)
     assert torch.equal(access.collect_keep(layer, drop, owner=0), keep)
 
 
@@ -43,7 +43,7 @@ def test_moments_are_the_state_of_the_weights_shape() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     optimizer = torch.optim.AdamW(net.parameters())
     layers = find_targets(net)
-    access = ReplicatedAccess(optimizers=[optimizer])
+    access = ParameterAccess(optimizers=[optimizer])
     assert [piece.what for piece in access.local_tensors(layers["0"])] == ["weight"]
     assert not optimizer.state, "asking made no entry"
     net(torch.ones(1, 4)).sum().backward()

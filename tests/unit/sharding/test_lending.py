@@ -5,8 +5,8 @@ from tiny_mixtures import tiny_mixture
 from torch import Tensor
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.lending import TOKENS_PER_INPUT, lend, lenders
-from thanos_lightning.sharding.replicated import ReplicatedAccess
 from thanos_lightning.solver import HessianAccumulator
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -50,7 +50,7 @@ def test_what_is_lacking_is_the_mean_of_all() -> None:
     sums, tokens = counted()
     before = {name: one.sum for name, one in sums.items()}
     owners = dict.fromkeys(layers(), 0)
-    lend(sums, lenders(layers(), tokens), layers(), tokens, owners, ReplicatedAccess())
+    lend(sums, lenders(layers(), tokens), layers(), tokens, owners, ParameterAccess())
     names = [f"{EXPERTS}.{expert}.gate_proj" for expert in range(4)]
     mean = sum(before[name] for name in names[1:]) / sum(TOKENS)
     for name, number in zip(names, TOKENS, strict=True):
@@ -62,7 +62,7 @@ def test_what_is_lacking_is_the_mean_of_all() -> None:
     torch.testing.assert_close(sums[names[3]].sum, before[names[3]])
 
 
-class Elsewhere(ReplicatedAccess):
+class Elsewhere(ParameterAccess):
     """Another rank owns all that lend; each of its totals is another one."""
 
     def __init__(self) -> None:

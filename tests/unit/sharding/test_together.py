@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from toy import OfTwo
 
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError, PruningError, failing_together, reserve
 
 
@@ -29,14 +29,14 @@ def test_what_all_ranks_say_is_nobodys() -> None:
 
 
 def test_one_rank_raises_at_once_what_it_is() -> None:
-    with pytest.raises(ValueError, match=r"^no batch$"), failing_together(ReplicatedAccess()):
+    with pytest.raises(ValueError, match=r"^no batch$"), failing_together(ParameterAccess()):
         raise ValueError("no batch")
     with pytest.raises(PruningError, match=r"^layer up: too large. No layer"), KeptError().keeping(layer="up"):
         raise ValueError("too large")
 
 
 def test_memory_that_is_not_there_is_told_before_anything_is_sent() -> None:
-    reserve({"up": 2**60}, ReplicatedAccess())  # sends nothing
+    reserve({"up": 2**60}, ParameterAccess())  # sends nothing
     reserve({"up": 2**20}, OfTwo())
     with pytest.raises(PruningError, match=r"^rank 0: layer down: RuntimeError: .*memory"):
         reserve({"up": 2**20, "down": 2**60}, OfTwo())

@@ -10,14 +10,14 @@ from tiny_mixtures import tiny_mixture
 from torch import nn
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
-from thanos_lightning.sharding.replicated import ReplicatedAccess
+from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
 
 
 def masked(model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[MaskEnforcer, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     layers = find_targets(model)
-    enforcer = MaskEnforcer(layers, ReplicatedAccess(optimizers=optimizers))
+    enforcer = MaskEnforcer(layers, ParameterAccess(optimizers=optimizers))
     keeps = {name: torch.rand(layer.rows, layer.cols) > 0.5 for name, layer in layers.items()}
     for name, keep in keeps.items():
         enforcer.set_mask(name, keep)
@@ -42,7 +42,7 @@ def pruned_after(steps: int, kind: type[torch.optim.Optimizer], **options: Any) 
     torch.manual_seed(0)
     net = model()
     optimizer = kind([layer.weight for layer in net], **options)
-    layers, access = find_targets(net), ReplicatedAccess(optimizers=[optimizer])
+    layers, access = find_targets(net), ParameterAccess(optimizers=[optimizer])
     enforcer = MaskEnforcer(layers, access)
     for _ in range(steps):
         step(net, optimizer, enforcer)
@@ -146,13 +146,13 @@ def test_the_gradient_of_all_experts_is_masked_in_one_call(monkeypatch: pytest.M
     enforcer, keeps = masked(net)
     net(input_ids=torch.arange(16).unsqueeze(0)).logits.square().sum().backward()
     called = []
-    mask_gradient = ReplicatedAccess.mask_gradient
+    mask_gradient = ParameterAccess.mask_gradient
 
-    def counted(access: ReplicatedAccess, drops: Sequence[tuple[PrunableLayer, torch.Tensor]]) -> None:
+    def counted(access: ParameterAccess, drops: Sequence[tuple[PrunableLayer, torch.Tensor]]) -> None:
         called.append(id(drops[0][0].parameter))
         mask_gradient(access, drops)
 
-    monkeypatch.setattr(ReplicatedAccess, "mask_gradient", counted)
+    monkeypatch.setattr(ParameterAccess, "mask_gradient", counted)
     enforcer.mask_gradients()
     layers = find_targets(net)
     assert len(called) == len(set(called)) < len(layers)
@@ -179,7 +179,7 @@ def test_each_place_is_verified(what: str, value: float) -> None:
 def test_sparsity_counts_the_layers_without_a_mask() -> None:
     net = model()
     layers = find_targets(net)
-    enforcer = MaskEnforcer(layers, ReplicatedAccess())
+    enforcer = MaskEnforcer(layers, ParameterAccess())
     assert enforcer.sparsity() == 0.0
     assert enforcer.keep_mask("1") is None
     keep = torch.ones(4, 6, dtype=torch.bool)
