@@ -50,7 +50,6 @@ from thanos_lightning.training.other_callbacks import (
     restart_averages,
     validate_quietly,
 )
-from thanos_lightning.training.saved_masks import masks_state, restore_masks
 
 
 class PruningRun:
@@ -125,8 +124,7 @@ class PruningRun:
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(options))
-            masks, pruned = restored["masks"], restored["pruned"]
-            past.patterns.update(restore_masks(masks, pruned, self.enforcer, self.masked, self.access, changed))
+            past.patterns.update(self.enforcer.restore(restored["masks"], restored["pruned"], changed))
         else:
             if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
                 raise MisconfigurationException(
@@ -507,7 +505,7 @@ class PruningRun:
         return self.past.state(
             self.options,
             windows=[window.state() for window in self.windows],
-            masks=masks_state(self.enforcer, self.masked, self.past.patterns, self.access),
+            masks=self.enforcer.state(self.past.patterns),
             pruned={self.masked[name].parameter_name: n for name, n in self.enforcer.num_pruned.items()},
             collected=self.collector.state(),
             event_parts=dict(self._clock.parts),
