@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.calibration.collector import Moments
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event

@@ -18,14 +18,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from thanos_lightning.calibration.collector import Collector, loss_scale
-from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.calibration.collector import Collector, Moments, loss_scale
 from thanos_lightning.events.announce import announce
 from thanos_lightning.events.beforehand import check_weights, hold_zeros
 from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
-from thanos_lightning.events.prune import prune_window
-from thanos_lightning.events.sensitivity import scan_window
+from thanos_lightning.events.prune import prune_window, scan_window
 from thanos_lightning.models.routing import find_mixtures, keep_experts
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer

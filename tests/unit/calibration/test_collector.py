@@ -10,8 +10,7 @@ from torch import Tensor
 from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions
-from thanos_lightning.calibration.collector import Collector
-from thanos_lightning.calibration.moments import Moments
+from thanos_lightning.calibration.collector import Collector, Moments
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window

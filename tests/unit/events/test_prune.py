@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from thanos_lightning.calibration.collector import Moments
 from thanos_lightning.calibration.inputs import InputStatistics
-from thanos_lightning.calibration.moments import Moments
 from thanos_lightning.events.beforehand import check_weights, hold_zeros
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets

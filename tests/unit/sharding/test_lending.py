@@ -6,7 +6,7 @@ from torch import Tensor
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.lending import TOKENS_PER_INPUT, lend, lenders
+from thanos_lightning.sharding.owners import TOKENS_PER_INPUT, lend, lenders
 from thanos_lightning.solver import HessianAccumulator
 
 EXPERTS = "model.layers.0.mlp.experts"
