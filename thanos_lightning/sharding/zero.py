@@ -65,28 +65,24 @@ class _Master:
 
 
 class _Whole:
-    """Where DeepSpeed's optimizer keeps masters, model copies and gradients: at stage 0 each rank holds all of them."""
+    """Where DeepSpeed's optimizer keeps masters, model copies and gradients: at stage 0 each rank holds all of them.
+
+    `masters` has all tensors that the torch optimizer steps on this rank, in the order of the steps. `numbered` has the
+    module's parameters that the torch optimizer's state numbers one by one, in order.
+    """
 
     def __init__(self, optimizer: Any) -> None:
         is_flat = isinstance(optimizer, FP16_Optimizer)
         stepped = [group["params"] for group in optimizer.param_groups]
         models = optimizer.fp16_groups if is_flat or isinstance(optimizer, FP16_UnfusedOptimizer) else stepped
-        self._masters: list[Tensor] = [master for group in stepped for master in group]
-        self._models: list[Tensor | None] = [model for group in models for model in group]
+        self.masters: list[Tensor] = [master for group in stepped for master in group]
+        self.numbered: list[Tensor | None] = [model for group in models for model in group]
         self._of: dict[int, _Master] = {}
         for masters, group in zip(stepped, models, strict=True):
             offset = 0
             for index, model in enumerate(group):
                 self._of[id(model)] = _Master(masters[0 if is_flat else index], offset, Range(0, model.numel()))
                 offset += model.numel() if is_flat else 0
-
-    def numbered(self) -> list[Tensor | None]:
-        """The module's parameters that the torch optimizer's state numbers one by one, in order."""
-        return self._models
-
-    def masters(self) -> Sequence[Tensor]:
-        """All tensors that the torch optimizer steps on this rank, in the order of the steps."""
-        return self._masters
 
     def master(self, layer: PrunableLayer) -> _Master | None:
         """This rank's piece, or None if the rank has none or the layer is not trained."""
@@ -117,22 +113,16 @@ class _Stage12:
         self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
         groups = optimizer.bf16_groups if self._holds_gradients_whole else ()
         self._group_of = {id(parameter): group for group, members in enumerate(groups) for parameter in members}
-
-    def numbered(self) -> list[Tensor | None]:
-        return []  # it numbers flat vectors
-
-    def masters(self) -> Sequence[Tensor]:
-        optimizer = self._optimizer
-        if self._holds_gradients_whole:
-            return list(optimizer.fp32_groups_flat_partition)
-        return list(optimizer.single_partition_of_fp32_groups)
+        name = "fp32_groups_flat_partition" if self._holds_gradients_whole else "single_partition_of_fp32_groups"
+        self.masters: list[Tensor] = getattr(optimizer, name)
+        self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
 
     def master(self, layer: PrunableLayer) -> _Master | None:
         mapping = getattr(layer.parameter, "_hp_mapping", None)
         if mapping is None:
             return None
         held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        return _Master(self.masters()[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
+        return _Master(self.masters[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
 
     def held(self, layer: PrunableLayer) -> Range:
         master = self.master(layer)
@@ -176,13 +166,8 @@ class _Stage3:
         self._optimizer = optimizer
         self._rank = rank
         self._index = {id(p): index for group in optimizer.fp16_groups for index, p in enumerate(group)}
-
-    def numbered(self) -> list[Tensor | None]:
-        return []  # it numbers flat vectors
-
-    def masters(self) -> Sequence[Tensor]:
-        masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
-        return masters
+        self.masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
+        self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
 
     def master(self, layer: PrunableLayer) -> _Master | None:
         parameter = layer.parameter
@@ -190,7 +175,7 @@ class _Stage3:
         if group is None:
             return None
         _, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        return _Master(self.masters()[group], offset, self._shard(parameter)).of(layer)
+        return _Master(self.masters[group], offset, self._shard(parameter)).of(layer)
 
     def _group(self, parameter: nn.Parameter) -> int | None:
         if id(parameter) not in self._index:
@@ -225,11 +210,6 @@ class _Stage3:
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters gathered
             own = layer.own(sharded.detach()).reshape(-1)
             yield LocalPiece("gathered weight", own[held.start : held.stop])
-
-    @property
-    def can_differentiate(self) -> bool:
-        """False if modules are gathered as a whole, such as mixtures of experts: their hooks fill in gradients."""
-        return not self._optimizer.leaf_parameters
 
     def release(self) -> None:
         """Release all parameters as DeepSpeed does at a step, since its hooks miss those that a backward skips."""
@@ -272,6 +252,9 @@ class ZeroAccess(FragmentAccess):
         _refuse_unknown(self._engine, wrapped)
         if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
             self._layout: _Layout = _Stage3(wrapped, strategy.global_rank)
+            self.saves_every_rank = True
+            # modules that are gathered as a whole, such as mixtures of experts, have hooks that fill in gradients
+            self.can_differentiate = not wrapped.leaf_parameters
         elif isinstance(wrapped, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
             self._layout = _Stage12(wrapped)
         else:
@@ -283,9 +266,6 @@ class ZeroAccess(FragmentAccess):
             if master is not None:
                 self._layers_of.setdefault(id(master.tensor), set()).add(name)
         super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
-        self.saves_every_rank = isinstance(self._layout, _Stage3)
-        if isinstance(self._layout, _Stage3):
-            self.can_differentiate = self._layout.can_differentiate
         for name, layer in layers.items():
             if layer.parameter.requires_grad and not any(held.numel for held in self._exact_ranges[name]):
                 raise MisconfigurationException(
@@ -299,11 +279,11 @@ class ZeroAccess(FragmentAccess):
             self._layout.release()
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
-        return [self._layout.numbered()]
+        return [self._layout.numbered]
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         # ZeRO steps the groups one after another, each by a separate call.
-        last = self._layout.masters()[-1]
+        last = self._layout.masters[-1]
         return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
 
     def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
@@ -360,7 +340,7 @@ class ZeroAccess(FragmentAccess):
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
         if not layer.parameter.requires_grad:
             return layer.parameter.dtype
-        return self._layout.masters()[0].dtype
+        return self._layout.masters[0].dtype
 
     def _mask_device(self, layer: PrunableLayer) -> torch.device:
         master = self._masters[layer.name]
