@@ -93,11 +93,6 @@ class Collector:
         """The input statistics of the open window, or None without one."""
         return None if self._open is None else self._open.statistics
 
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Raise a MisconfigurationException if neither the datamodule nor the module has a promised calibration set."""
-        if isinstance(self._options.batches, str):
-            self._holder(trainer, module)
-
     def try_batch(self, trainer: Trainer, module: LightningModule, *, gradients: bool) -> None:
         """Refuse before the training what a later event would refuse of the calibration set. All ranks must call it.
 
@@ -283,7 +278,11 @@ class Collector:
         return None
 
     def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-        """Return the batches of the calibration set, or raise as `check`."""
+        """Return the batches of the calibration set.
+
+        Raises:
+            MisconfigurationException: If neither the datamodule nor the module has a promised calibration set.
+        """
         if not isinstance(self._options.batches, str):
             assert self._options.batches is not None
             return self._options.batches

@@ -83,7 +83,6 @@ class PruningRun:
                 "entry of an nn.ModuleList, such as a decoder layer): leave it out"
             )
         self.collector = Collector(self.layers, self.access, options.calibration, self.blocks, options.block_steps)
-        self.collector.check(trainer, module)
         schedule = options.schedule
         if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             schedule = schedule.resolve(past.total_steps)  # as in the fit before
