@@ -50,11 +50,6 @@ class Window:
         return [self.start_step, self.end_step, patterns, *(["scans"] if self.scans else [])]
 
 
-def hessian_bytes(layer: PrunableLayer) -> int:
-    """Bytes of a layer's sums in fp32: in_features² numbers."""
-    return 4 * layer.cols**2
-
-
 def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
@@ -69,9 +64,9 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
     if budget_gib is None:
         return [list(layers)]
     budget = budget_gib * 2**30
-    largest = max(layers, key=hessian_bytes)
-    if (most := hessian_bytes(largest)) > budget:
-        number = sum(hessian_bytes(layer) > budget for layer in layers)
+    largest = max(layers, key=attrgetter("cols"))
+    if (most := _bytes_together([largest])) > budget:
+        number = sum(_bytes_together([layer]) > budget for layer in layers)
         others = f" (and of {number - 1} more)" if number > 1 else ""
         raise ValueError(
             f"the Hessian of layer {largest.name}{others}: {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
@@ -97,7 +92,8 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
 
 
 def _bytes_together(layers: Sequence[PrunableLayer]) -> int:
-    return sum(map(hessian_bytes, layers))
+    """Bytes of the layers' sums in fp32: of each in_features² numbers."""
+    return sum(4 * layer.cols**2 for layer in layers)
 
 
 def _divided(layers: Sequence[PrunableLayer], by: Callable[[PrunableLayer], str]) -> list[list[PrunableLayer]]:
