@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from thanos_lightning.calibration.collector import Collector, Moments, loss_scale
 from thanos_lightning.events.announce import announce
-from thanos_lightning.events.beforehand import check_weights, hold_zeros
 from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window, scan_window
@@ -73,7 +72,6 @@ class PruningRun:
         check_alike(self.access.gather(steps_of(trainer)))
         if taken.owned or taken.free or taken.keeps_order:
             self.access.release()  # what the search for feed-forward blocks left
-        check_weights(self.masked, self.access)
         self.enforcer = MaskEnforcer(self.masked, self.access)
         self.enforcer.begin()
         self.blocks = taken.trainable(find_blocks(module, self.layers)) if options.block_steps else {}
@@ -146,9 +144,11 @@ class PruningRun:
                     f"monitor is {options.monitor!r}, but the Trainer has no validation: give a validation dataloader, "
                     "or monitor=None"
                 )
-        counting = self._counting_optimizer()
-        for optimizer in self.access.optimizers:
-            hook = optimizer.register_step_post_hook(self._post_step(counts=optimizer is counting))
+        optimizers = self.access.optimizers
+        # The first optimizer that updates a target. Its steps are the steps of the schedule
+        counting = next((one for one in optimizers if self.access.stepped_by(one, self.layers)), optimizers[0])
+        for optimizer in optimizers:
+            hook = optimizer.register_step_post_hook(partial(self._after_step, counts=optimizer is counting))
             self._hooks.enter_context(hook)
         if restored is not None and restored["collected"] is not None:
             # The window in whose midst the checkpoint was saved
@@ -178,8 +178,7 @@ class PruningRun:
             keep_experts(mixture, [one for one in experts if not self.enforcer.is_gone(f"{name}.{one}.down_proj")])
 
     def _hold_zeros(self) -> None:
-        weights = {name: layer for name, layer in self.masked.items() if layer.part == "weight"}
-        held = hold_zeros(weights, self.access, self.enforcer)
+        held = self.enforcer.hold_zeros()
         for name in self.taken.owned:
             keep = self.enforcer.keep_mask(name)
             self.taken.check_zeros(name, 0 if keep is None else int((~keep).all(0).count_nonzero()))
@@ -192,13 +191,6 @@ class PruningRun:
                 "are kept from the first step on, and count towards the pattern. What the report calls dense is this "
                 "model. (To train such a layer's zeros, add it to ignore)"
             )
-
-    def _counting_optimizer(self) -> Optimizer:
-        """The first optimizer that updates a target. Its steps are the steps of the schedule."""
-        for optimizer in self.access.optimizers:
-            if self.access.stepped_by(optimizer, self.layers):
-                return optimizer
-        return self.access.optimizers[0]
 
     # The plan
 
@@ -264,13 +256,10 @@ class PruningRun:
         if not self.trainer.sanity_checking:
             self._scores.renewed(self.trainer, "validation")
 
-    def _post_step(self, *, counts: bool) -> Any:
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if counts and self.access.completes_step(optimizer):
-                self.past.optimizer_steps += 1
-            self.enforcer.enforce(optimizer)
-
-        return after_step
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any, *, counts: bool) -> None:
+        if counts and self.access.completes_step(optimizer):
+            self.past.optimizer_steps += 1
+        self.enforcer.enforce(optimizer)
 
     def _is_ending(self) -> bool:
         """Whether Lightning ends the training at this batch, because SIGTERM has come to a rank. Talks to all ranks."""

@@ -24,8 +24,12 @@ from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import reasons
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.masks import LayerMask, checked
-from thanos_lightning.solver import Pattern
+from thanos_lightning.sharding.together import PruningError, failing_together, reserve
+from thanos_lightning.solver import Pattern, Unstructured
 from thanos_lightning.solver.zeros import count_unless_zero, missing_zeros, zero_where
+
+# A pruned layer has a larger fraction of zeros. Fewer zeros have other causes, such as a padded vocabulary.
+_PRUNED_BEFORE = 0.1
 
 
 class ZeroViolationError(RuntimeError):
@@ -49,8 +53,58 @@ class MaskEnforcer:
         self.has_new_masks = False
 
     def begin(self) -> None:
-        """Begin a training in which the masks are applied."""
+        """Begin a training in which the masks are applied. All ranks must call it.
+
+        Raises:
+            PruningError: On all ranks, before the training spends time on them, if one rank's shard of a weight holds
+                NaN or Inf. The message names a layer.
+        """
+        extremes = {}
+        for name, layer in self._layers.items():
+            piece = next(self._access.local_tensors(layer), None)
+            if piece is not None and piece.tensor.numel():
+                # A NaN entry makes both extremes NaN. They stay on the device, so that the host waits only once, below
+                extremes[name] = torch.stack(torch.aminmax(piece.tensor)).float()
+        finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist() if extremes else []
+        broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
+        with failing_together(self._access):
+            if broken:
+                more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+                raise PruningError(
+                    f"the weight of layer {broken[0]}{more} holds NaN or Inf before the training: load a checkpoint "
+                    "that is whole, or add such layers to ignore"
+                )
         _at_work.add(self)
+
+    def hold_zeros(self) -> dict[str, Unstructured]:
+        """Hold the zeros of layers that were pruned before this training. All ranks must call it.
+
+        More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
+        Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
+        """
+        access, layers = self._access, {name: one for name, one in self._layers.items() if one.part == "weight"}
+        counts = access.gather({name: self._count_zeros(layer) for name, layer in layers.items()})
+        held: dict[str, Unstructured] = {}
+        for name, layer in layers.items():
+            zeros, total = (sum(numbers) for numbers in zip(*(counted[name] for counted in counts), strict=True))
+            if not _PRUNED_BEFORE * total < zeros < total:
+                continue
+            size = layer.rows * layer.cols
+            reserve({name: 5 * size}, access)
+            weight = access.collect_weight(layer, owner=0)
+            keep = None if weight is None else weight != 0
+            num_pruned = access.gather(0 if keep is None else size - int(keep.count_nonzero()))[0]
+            drop = access.write(layer, None if weight is None or keep is None else weight.where(keep, 0), keep, owner=0)
+            self.hold(name, drop, num_pruned)
+            held[name] = Unstructured(num_pruned / size)
+        return held
+
+    def _count_zeros(self, layer: PrunableLayer) -> tuple[int, int]:
+        """How many entries of this rank's shard are 0, and how many entries the shard has."""
+        piece = next(self._access.local_tensors(layer), None)
+        if piece is None or piece.what != "weight":  # the weight is offloaded to disk
+            return 0, 0
+        return piece.tensor.numel() - int(piece.tensor.count_nonzero()), piece.tensor.numel()
 
     def end(self) -> None:
         """End the training. A later training of the pruned weights without a `MaskEnforcer` causes one warning."""

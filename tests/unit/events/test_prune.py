@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from thanos_lightning.calibration.collector import Moments
 from thanos_lightning.calibration.inputs import InputStatistics
-from thanos_lightning.events.beforehand import check_weights, hold_zeros
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
@@ -97,11 +96,11 @@ def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: py
 
 def test_broken_weights_are_named_before_the_training() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-    check_weights(find_targets(model), ParameterAccess())
+    MaskEnforcer(find_targets(model), ParameterAccess()).begin()
     with torch.no_grad():
         model[1].weight[3, 4], model[2].weight[0, 0] = float("nan"), float("inf")
     with pytest.raises(PruningError, match=r"the weight of layer 1 \(and 1 more\) holds NaN or Inf before"):
-        check_weights(find_targets(model), ParameterAccess())
+        MaskEnforcer(find_targets(model), ParameterAccess()).begin()
 
 
 def test_owners_are_balanced_by_cost() -> None:
@@ -145,7 +144,7 @@ def test_zeros_of_before_are_held() -> None:
         model[2].weight.zero_()  # to be trained from 0
     layers, access = find_targets(model), ParameterAccess()
     enforcer = MaskEnforcer(layers, access)
-    assert hold_zeros(layers, access, enforcer) == {"0": Unstructured(64 / 128), "1": Unstructured(17 / 128)}
+    assert enforcer.hold_zeros() == {"0": Unstructured(64 / 128), "1": Unstructured(17 / 128)}
     assert torch.equal(enforcer.keep_mask("0"), model[0].weight != 0)
     enforcer.verify()
     with torch.no_grad():
