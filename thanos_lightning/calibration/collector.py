@@ -213,7 +213,14 @@ class Collector:
         kept = KeptError(self._access)
         layers = {name: self._layers[name] for name in window.patterns}
         gradients = OutputGradients(layers, kept) if window.gradients else None
-        return _Open(InputStatistics(layers, kept), gradients, self._new_states(window, kept))
+        blocks = {
+            name: block.module
+            for name, block in self._blocks.items()
+            if not window.patterns.keys().isdisjoint(block.layers)
+        }
+        is_taken = self._keeps_scan or not window.scans  # by an event
+        states = HiddenStates(blocks, self._block_steps, kept) if blocks and is_taken else None
+        return _Open(InputStatistics(layers, kept), gradients, states)
 
     def _output_weights(self, layers: Sequence[str], gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
@@ -250,17 +257,6 @@ class Collector:
         found.statistics.kept.fail_together()
         return found
 
-    def _new_states(self, window: Window, kept: KeptError) -> HiddenStates | None:
-        """Where the calls of the window's blocks are recorded; None if no event takes them."""
-        blocks = {
-            name: block.module
-            for name, block in self._blocks.items()
-            if not window.patterns.keys().isdisjoint(block.layers)
-        }
-        if not blocks or (window.scans and not self._keeps_scan):
-            return None
-        return HiddenStates(blocks, self._block_steps, kept)
-
     def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
         if (loss := self._loss(output)) is not None:
             gradients.backward(loss, counts=counts)
@@ -286,14 +282,10 @@ class Collector:
         if not isinstance(self._options.batches, str):
             assert self._options.batches is not None
             return self._options.batches
-        batches: Iterable[Any] = self._holder(trainer, module).calibration_dataloader()
-        return batches
-
-    def _holder(self, trainer: Trainer, module: LightningModule) -> Any:
-        """Return the datamodule if it has a calibration set, else the module."""
         for holder in (getattr(trainer, "datamodule", None), module):
-            if callable(getattr(holder, "calibration_dataloader", None)):
-                return holder
+            if callable(make := getattr(holder, "calibration_dataloader", None)):
+                batches: Iterable[Any] = make()
+                return batches
         raise MisconfigurationException(
             "calibration.batches is 'datamodule', but neither the datamodule nor the LightningModule has a method "
             "calibration_dataloader(): add one, give batches, or None to use the training batches"

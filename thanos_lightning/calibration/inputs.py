@@ -80,12 +80,6 @@ class _Statistics:
         self.accumulator.update(inputs)
         self.updates += 1
 
-    def fork(self) -> _Statistics:
-        """Copy the statistics for a layer that stops sharing them."""
-        forked = HessianAccumulator(len(self.accumulator.triangle), device=self.accumulator.triangle.device)
-        forked.merge(self.accumulator)
-        return _Statistics(forked, self.updates)
-
 
 @dataclass
 class InputStatistics:
@@ -148,8 +142,9 @@ class InputStatistics:
             "apart from here on, and up to one batch was counted for a layer that did not see it",
             stacklevel=2,
         )
-        self._by_layer[name] = self._by_layer[name].fork()
-        self._seen[name] = self._by_layer[name].updates
+        shared, self._seen[name] = self._by_layer[name].accumulator, self._by_layer[name].updates
+        own = HessianAccumulator.of_sum(shared.triangle.clone(), shared.num_tokens)
+        self._by_layer[name] = _Statistics(own, self._seen[name])
 
     @contextmanager
     def counting(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> Iterator[None]:
