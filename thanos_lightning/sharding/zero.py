@@ -211,12 +211,6 @@ class _Stage3:
             own = layer.own(sharded.detach()).reshape(-1)
             yield LocalPiece("gathered weight", own[held.start : held.stop])
 
-    def release(self) -> None:
-        """Release all parameters as DeepSpeed does at a step, since its hooks miss those that a backward skips."""
-        self._optimizer.parameter_offload.partition_all_parameters()
-        if small := self._optimizer.persistent_parameters:  # DeepSpeed expects these to stay gathered
-            small[0].all_gather(small)
-
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         parameter = drops[0][0].parameter
         group = self._group(parameter)
@@ -275,8 +269,11 @@ class ZeroAccess(FragmentAccess):
                 )
 
     def release(self) -> None:
-        if isinstance(self._layout, _Stage3):
-            self._layout.release()
+        if isinstance(wrapped := self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            # As DeepSpeed does at a step, since its hooks miss what a backward skips
+            wrapped.parameter_offload.partition_all_parameters()
+            if small := wrapped.persistent_parameters:  # DeepSpeed expects these to stay gathered
+                small[0].all_gather(small)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         return [self._layout.numbered]
