@@ -66,9 +66,6 @@ def check_alike(steps: Sequence[int | None]) -> None:
     """Refuse ranks whose trainings differ in length: longer trainings would wait for ranks that have ended.
 
     `steps` has `steps_of` for each rank, in the order of ranks.
-
-    Raises:
-        MisconfigurationException: If two ranks differ. The message names both numbers of steps.
     """
     other = next((rank for rank, number in enumerate(steps) if number != steps[0]), None)
     if other is not None:

@@ -49,11 +49,7 @@ def sharding_config(strategy: Strategy, dtype: torch.dtype) -> dict[str, Any] | 
 
 
 def require_own_gathering(model: nn.Module) -> None:
-    """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them.
-
-    Raises:
-        MisconfigurationException: Naming a parameter and the fix.
-    """
+    """Refuse an FSDP2 model whose base and head can't be called separately, as distillation calls them."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
     gathered = {id(parameter) for part in parts for parameter in part.parameters()}
     for name, parameter in model.named_parameters():

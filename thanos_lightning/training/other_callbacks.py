@@ -34,11 +34,7 @@ from thanos_lightning.training.lightning_private import (
 
 
 def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes.
-
-    Raises:
-        MisconfigurationException: Naming the right import.
-    """
+    """Refuse a Trainer from Lightning's other package (pytorch_lightning), which has different classes."""
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"ThanosPruningCallback is a callback of lightning.pytorch, and the Trainer is one of "
@@ -51,9 +47,6 @@ def check_companions(trainer: Trainer, own: Callback, strategy: Strategy | None 
     """Refuse callbacks beside `own` that prune, or that average weights in a way that would lose zeros.
 
     `strategy` is the one to train by; the Trainer's if it is None.
-
-    Raises:
-        MisconfigurationException: Naming the callback and the fix.
     """
     for callback in callbacks_of(trainer):
         if callback is not own and "ThanosPruningCallback" in {kind.__name__ for kind in type(callback).__mro__}:
