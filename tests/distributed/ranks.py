@@ -11,14 +11,13 @@ import functools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 
 from thanos_lightning.sharding.masks import LayerMask
 
+FOLDER: Path | None = None  # of what all tests share; conftest.py makes it
 NURSERY = Path(__file__).with_name("nursery.py")
 # in seconds: DeepSpeed compiles for four minutes at its first use, and a slow machine takes three times as long. A rank
 # that waits for another that is gone gives up after 1,800
@@ -157,8 +157,8 @@ def start(
     Ranks that have not ended after PATIENCE are killed, and the test fails with what they said last.
     """
     out.mkdir(parents=True, exist_ok=True)
-    file, logs = out / "cases.json", [out / f"log{rank}.txt" for rank in range(ranks)]
-    file.write_text(json.dumps(cases))
+    file, logs = out / "cases.jsonl", [out / f"log{rank}.txt" for rank in range(ranks)]
+    file.write_text("".join(json.dumps(case) + "\n" for case in cases))
     end = time.monotonic() + PATIENCE
     processes = Processes(run, logs, [str(file)] * ranks, environments)
     while None in (codes := processes.codes()) and time.monotonic() < end:
@@ -173,22 +173,21 @@ class Pool:
     """So many ranks that wait for trainings."""
 
     def __init__(self, ranks: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=f"thanos-{ranks}-ranks-"))
+        self.folder = Path(tempfile.mkdtemp(dir=FOLDER))
         self.logs = [self.folder / f"log{rank}.txt" for rank in range(ranks)]
         pipes = [self.folder / f"tasks{rank}" for rank in range(ranks)]
         for pipe in pipes:
             os.mkfifo(pipe)
-        self.processes = Processes("waiting", self.logs, [str(pipe) for pipe in pipes])
+        self.processes = Processes("training", self.logs, [str(pipe) for pipe in pipes])
         self.pipes = [pipe.open("w") for pipe in pipes]
-        self.tasks = 0
 
-    def train(self, module: str, cases: Sequence[dict[str, Any]]) -> None:
+    def train(self, case: dict[str, Any]) -> None:
         """Train, on all ranks; where one fails the pool ends, and the test with what its ranks said last."""
-        self.tasks += 1
         begin = [log.stat().st_size for log in self.logs]
-        done = [self.folder / f"{self.tasks} on {rank}" for rank in range(len(self.logs))]
+        done = [Path(case["out"]) / f"done{rank}" for rank in range(len(self.logs))]
         for pipe, file in zip(self.pipes, done, strict=True):
-            pipe.write(json.dumps({"module": module, "cases": cases, "done": str(file)}) + "\n")
+            file.unlink(missing_ok=True)
+            pipe.write(json.dumps(case) + "\n")
             pipe.flush()
         end = time.monotonic() + PATIENCE
         while not all(file.exists() for file in done):
@@ -197,13 +196,11 @@ class Pool:
                 self.end()
                 said = [log.read_bytes()[start:] for log, start in zip(self.logs, begin, strict=True)]
                 tails = [text[-3000:].decode(errors="replace") for text in said]
-                raise AssertionError("\n".join([f"ended by {codes}: {cases}", *tails]))
+                raise AssertionError("\n".join([f"ended by {codes}: {case}", *tails]))
             time.sleep(0.02)
 
     def end(self) -> None:
-        for ranks, pool in list(_pools.items()):
-            if pool is self:
-                del _pools[ranks]
+        del _pools[len(self.logs)]
         self.processes.kill()
         for pipe in self.pipes:
             with contextlib.suppress(BrokenPipeError):
@@ -216,54 +213,38 @@ _pools: dict[int, Pool] = {}
 def end_pools() -> None:
     for pool in list(_pools.values()):
         pool.end()
-        shutil.rmtree(pool.folder)
     if _nursery.cache_info().currsize:
         _nursery().end()
         _nursery.cache_clear()
 
 
-def train_all(cases: Sequence[dict[str, Any]], ranks: int = 2, module: str = "training") -> None:
-    """Train the cases one after the other, on ranks that other tests use, too."""
+def train(out: Path, ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
+    """Train one case, on ranks that other tests use, too; what each rank saw."""
     if ranks not in _pools:
         _pools[ranks] = Pool(ranks)
-    _pools[ranks].train(module, cases)
-
-
-def train(out: Path, ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
-    """Train one case; what each rank saw."""
-    train_all([{"out": str(out), **case}], ranks)
+    _pools[ranks].train({"out": str(out), **case})
     return results(out, ranks)
 
 
-def only(chosen: Collection[str], names: Iterable[str]) -> list[Any]:
-    """The names as parameters of a test, of which all but the chosen ones are left to --rest."""
-    return [pytest.param(name, marks=() if name in chosen else pytest.mark.rest) for name in names]
+def only(chosen: Collection[str], cases: Iterable[str] | Mapping[str, Any]) -> list[Any]:
+    """The cases (of a table the values, by name) as parameters of a test; all but the chosen are left to --rest."""
+    table = cases if isinstance(cases, Mapping) else {name: name for name in cases}
+    return [
+        pytest.param(case, id=name, marks=() if name in chosen else pytest.mark.rest) for name, case in table.items()
+    ]
 
 
-class Trainings:
-    """Trainings by name, each of which is done when it is asked for first.
+_trained: dict[str, Path] = {}
 
-    Args:
-        root: Each has a folder of its own there.
-        cases: Name -> the case. `"resume": (name, step)` stands for a checkpoint of another one of them.
-        ranks: Their number.
-        module: "training" or "teaching".
-    """
 
-    def __init__(self, root: Path, cases: dict[str, dict[str, Any]], ranks: int = 2, module: str = "training") -> None:
-        self.root, self.cases, self.ranks, self.module = root, cases, ranks, module
-        self.done: set[str] = set()
-
-    def __call__(self, name: str) -> Path:
-        """The folder of one, when it has ended."""
-        case, out = self.cases[name], self.root / name
-        if name not in self.done:
-            if isinstance(case.get("resume"), tuple):
-                other, step = case["resume"]
-                case = {**case, "resume": str(self(other) / f"step={step}.ckpt")}
-            train_all([{"out": str(out), **case}], self.ranks, self.module)
-            self.done.add(name)
-        return out
+def trained(ranks: int = 2, **case: Any) -> Path:
+    """The folder of a training, which is done when it is asked for first, and once for all tests that ask for it."""
+    key = json.dumps([ranks, case], sort_keys=True)
+    if key not in _trained:
+        out = Path(tempfile.mkdtemp(dir=FOLDER))
+        train(out, ranks, **case)
+        _trained[key] = out
+    return _trained[key]
 
 
 def results(out: Path, ranks: int = 2) -> list[dict[str, Any]]:
@@ -278,10 +259,42 @@ def check_zeros(ranks: Sequence[dict[str, Any]], **expected: Any) -> None:
         assert {name: rank[name] for name in expected} == expected
 
 
+def check_everywhere(ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
+    """Zeros hold on all ranks in all that a strategy keeps of a pruned weight, in each step; what each rank saw."""
+    seen = results(trained(ranks, **case), ranks)
+    strategy, precision = case.get("strategy", "ddp"), case.get("precision", "32-true")
+    layers = 1 if "targets" in case else 8 if case.get("model") == "gpt2" else 14
+    places = {"weight", "momentum_buffer"} if case.get("optimizer") == "sgd" else {"weight", "exp_avg", "exp_avg_sq"}
+    if strategy.startswith("zero") and (strategy, precision) != ("zero0", "32-true"):
+        places |= {"master"}
+    check_zeros(seen, collectives=[], events=[3, 6, 7], digest=seen[0]["digest"])
+    for rank in seen:
+        if precision == "16-mixed":  # steps that are skipped do not count
+            assert 12 <= rank["steps"] < len(rank["losses"])
+        else:
+            assert rank["steps"] == case.get("max_steps", 10)
+        assert rank["checked"].keys() == places
+        assert rank["checked"]["weight"] >= layers * (rank["steps"] - 7)
+        assert min(rank["checked"].values()) >= (layers - len(case.get("frozen", []))) * (rank["steps"] - 7)
+        assert rank["enforced"] > 0
+        assert rank["control"] > 0
+    kept = check_equal_masks(trained(ranks, **case), ranks)
+    assert len(kept) == layers
+    check_sparsity(kept, case)
+    return seen
+
+
 def check_resumed(whole: Path, resumed: Path, stop: int) -> None:
     """A resumed training is the one that was never stopped, to the last bit."""
     for before, after in zip(results(whole), results(resumed), strict=True):
         check_zeros([after], losses=before["losses"][stop:], digest=before["digest"])
+
+
+def check_resuming(*stops: int, **case: Any) -> None:
+    """The training of a case that saves after these steps ends with the same bits where it is resumed after them."""
+    whole = trained(**case)
+    for stop in stops:
+        check_resumed(whole, trained(**{**case, "save": False, "resume": str(whole / f"step={stop}.ckpt")}), stop)
 
 
 def check_equal_masks(out: Path, ranks: int = 2) -> dict[str, torch.Tensor]:

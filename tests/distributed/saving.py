@@ -53,7 +53,7 @@ def see_as_over_nfs() -> None:
 
 
 def main(told: str) -> None:
-    (case,) = json.loads(Path(told).read_text())
+    case = json.loads(Path(told).read_text())
     rank = int(os.environ["RANK"])
     disk = Path(case["out"]) / f"disk{case['disks'][rank]}"
     disk.mkdir(exist_ok=True)

@@ -80,7 +80,7 @@ def main(told: str) -> None:
     written to talks<rank>.json.
     """
     torch.set_num_threads(1)
-    (plan,) = json.loads(Path(told).read_text())
+    plan = json.loads(Path(told).read_text())
     out, rank = Path(plan["out"]), int(os.environ["RANK"])
     talks = Talks(plan["at"] if rank == plan["fails"] else 0)
     code = 1

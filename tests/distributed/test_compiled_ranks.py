@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ranks import Trainings, agreement, check_zeros, only, results, start
+from ranks import agreement, check_zeros, only, results, start, trained
 
 # the wrapper of torch.compile can't be made while DeepSpeed's stage 3 watches how modules are made
 FORMS = {"ddp": "wrapped", "zero2": "wrapped", "zero3": "in place", "fsdp": "wrapped"}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    cases: dict[str, dict[str, Any]] = {
-        f"{strategy}, {form or 'plain'}": {"strategy": strategy, "compiled": form, "save": [8]}
-        for strategy, own in FORMS.items()
-        for form in (None, own)
-    }
-    return Trainings(tmp_path_factory.mktemp("compiled"), cases)
-
-
 @pytest.mark.parametrize("strategy", only(["zero2"], FORMS))
-def test_what_is_compiled_is_pruned_as_if_it_were_not(strategy: str, trained: Trainings) -> None:
-    plain, compiled = (trained(f"{strategy}, {form}") for form in ("plain", FORMS[strategy]))
+def test_what_is_compiled_is_pruned_as_if_it_were_not(strategy: str) -> None:
+    plain, compiled = trained(strategy=strategy), trained(strategy=strategy, compiled=FORMS[strategy], save=[8])
     check_zeros(results(compiled))
     for seen, without in zip(results(compiled), results(plain), strict=True):
         assert seen["losses"] == pytest.approx(without["losses"], rel=1e-5)

@@ -9,20 +9,20 @@ import torch
 from ranks import (
     FP32_SUMS,
     OFFLOADED,
-    Trainings,
     agreement,
     check_clipped,
-    check_resumed,
+    check_resuming,
     check_zeros,
     masks,
     only,
     results,
+    trained,
 )
 from transformers import AutoModelForCausalLM
 
 from thanos_lightning import export_checkpoint, verify_checkpoint
 
-MIXTRAL = {"model": "mixtral", "save": [10]}
+MIXTRAL = {"model": "mixtral", "save": [5, 10]}  # 5: while inputs are counted
 LEAF = {"zero": {"leaf_module": {"classes": ["transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock"]}}}
 # a batch of one rank reaches other experts, and another number of them, than that of the other rank
 SPARSELY = {**MIXTRAL, "model": "olmoe", "schedule": (0, 0, 1), "calibration_batches": 8}
@@ -49,21 +49,11 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt-oss, fsdp": {**MIXTRAL, "model": "gpt-oss", "strategy": "fsdp", "distributed": False},
 }  # fmt: skip
 MATRICES = {"mixtral": 8 * 3, "gpt-oss": 8 * 2, "olmoe": 64 * 3}  # of experts
-RESUMED = ("zero2", "zero3", "fsdp")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    cases = dict(CASES)
-    for name in RESUMED:
-        cases[name] = {**CASES[name], "save": [5, 10]}  # 5: while inputs are counted
-        cases[f"{name}, resumed"] = {**CASES[name], "resume": (name, 5)}
-    return Trainings(tmp_path_factory.mktemp("experts"), cases)
-
-
-@pytest.mark.parametrize("name", only(["zero3", "fsdp"], CASES))
-def test_zeros_of_experts_hold_everywhere(name: str, trained: Trainings) -> None:
-    folder, case = trained(name), CASES[name]
+@pytest.mark.parametrize("case", only(["zero3", "fsdp"], CASES))
+def test_zeros_of_experts_hold_everywhere(case: dict[str, Any]) -> None:
+    folder = trained(**case)
     layers = 2 * (4 + MATRICES[case["model"]])
     is_rounded = "bf16" in case.get("precision", "")
     check_zeros(results(folder), events=[0] if "schedule" in case else [3, 6, 7], collectives=[])
@@ -74,19 +64,19 @@ def test_zeros_of_experts_hold_everywhere(name: str, trained: Trainings) -> None
     assert len(found) == layers
     assert {float(keep.float().mean()) for keep in found.values()} == {0.5}
     reference = f"{case['model']}, ddp".removeprefix("mixtral, ")
-    assert agreement(folder, trained(reference)) > (0.8 if is_rounded else 0.98)
+    assert agreement(folder, trained(**CASES[reference])) > (0.8 if is_rounded else 0.98)
 
 
-@pytest.mark.parametrize("name", only(["zero3"], [*CASES]))
-def test_what_ranks_have_trained_is_exported(name: str, trained: Trainings) -> None:
-    folder = trained(name)
+@pytest.mark.parametrize("case", only(["zero3"], CASES))
+def test_what_ranks_have_trained_is_exported(case: dict[str, Any]) -> None:
+    folder = trained(**case)
     out = folder / "exported"
     assert all(report.ok for report in verify_checkpoint(folder / "step=10.ckpt"))
     with pytest.warns(UserWarning, match="no tokenizer"):
         reports = export_checkpoint(folder / "step=10.ckpt", out)
     assert len(reports) == len(masks(folder))
     assert all(report.ok for report in verify_checkpoint(out))
-    if "bf16" in CASES[name].get("precision", ""):
+    if "bf16" in case.get("precision", ""):
         return  # the model's copy is rounded, so that its router may choose other experts
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=torch.arange(16).unsqueeze(0)).logits
@@ -94,6 +84,7 @@ def test_what_ranks_have_trained_is_exported(name: str, trained: Trainings) -> N
         torch.testing.assert_close(torch.load(folder / f"logits{rank}.pt"), logits)
 
 
-@pytest.mark.parametrize("name", only([], RESUMED))
-def test_a_resumed_training_of_experts_ends_with_the_same_bits(name: str, trained: Trainings) -> None:
-    check_resumed(trained(name), trained(f"{name}, resumed"), 5)
+@pytest.mark.rest
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
+def test_a_resumed_training_of_experts_ends_with_the_same_bits(name: str) -> None:
+    check_resuming(5, **CASES[name])

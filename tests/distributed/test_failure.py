@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Trainings, check_resumed, environment, free_port, only, start, train
+from ranks import check_resumed, environment, free_port, only, start, train, trained
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3 in bf16": {"strategy": "zero3", "precision": "bf16-mixed"},
@@ -21,12 +21,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
 }
 SEED = int(os.environ.get("THANOS_SEED", "0"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    """The trainings that are never killed."""
-    return Trainings(tmp_path_factory.mktemp("whole"), STRATEGIES)
 
 
 def killed(root: Path, name: str, *, codes: tuple[int, int], **how: Any) -> Path:
@@ -54,7 +48,7 @@ def killed_at_random(root: Path, names: list[str]) -> list[Path]:
     return checkpoints
 
 
-def resume(whole: Trainings, checkpoints: list[Path]) -> None:
+def resume(checkpoints: list[Path]) -> None:
     """Go on in new processes, and end as the training that was never killed."""
     root = checkpoints[0].parents[1]
     names = [checkpoint.parent.name for checkpoint in checkpoints]
@@ -66,7 +60,7 @@ def resume(whole: Trainings, checkpoints: list[Path]) -> None:
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     for name, checkpoint in zip(names, checkpoints, strict=True):
         stop = int(checkpoint.stem.removeprefix("step="))
-        check_resumed(whole(name), root / f"{name} resumed", stop)
+        check_resumed(trained(**STRATEGIES[name]), root / f"{name} resumed", stop)
 
 
 @pytest.mark.parametrize("name", only(["ddp"], ["ddp", "zero3"]))
@@ -92,14 +86,14 @@ def test_the_lock_of_a_killed_start_is_named(tmp_path: Path) -> None:
     assert list(lock.parent.iterdir()) == [lock]
 
 
-def test_killed_at_random_points(whole: Trainings, tmp_path: Path) -> None:
-    resume(whole, killed_at_random(tmp_path, ["zero3 in bf16", "ddp"]))
+def test_killed_at_random_points(tmp_path: Path) -> None:
+    resume(killed_at_random(tmp_path, ["zero3 in bf16", "ddp"]))
 
 
 @pytest.mark.rest
-def test_killed_at_more_points_and_inside_an_event(whole: Trainings, tmp_path: Path) -> None:
+def test_killed_at_more_points_and_inside_an_event(tmp_path: Path) -> None:
     inside = [
         killed(tmp_path, name, codes=(0, -9), fault="killed_inside", save=[2]) for name in ("zero3 in bf16", "ddp")
     ]
     at_random = killed_at_random(tmp_path, ["zero3", "zero2", "fsdp"])
-    resume(whole, [*(out / "step=2.ckpt" for out in inside), *at_random])
+    resume([*(out / "step=2.ckpt" for out in inside), *at_random])

@@ -11,7 +11,19 @@ import pytest
 import torch
 import transformers
 from checkpoint_cases import change_a_byte
-from ranks import FP32_SUMS, OFFLOADED, PRUNABLE, Trainings, agreement, check_resumed, check_zeros, only, start, train
+from ranks import (
+    FP32_SUMS,
+    OFFLOADED,
+    PRUNABLE,
+    agreement,
+    check_resumed,
+    check_zeros,
+    only,
+    results,
+    start,
+    train,
+    trained,
+)
 from toy import Stranger
 
 from thanos_lightning.checkpoints.deepspeed_files import load_contents
@@ -45,15 +57,13 @@ SHARDED_ADAM = ["zero3", "zero3 in sub-groups", "zero3 offloaded", "zero3 in fp1
 KINDS = {name: {**case, "max_steps": END} for name, case in TRAINED.items()}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    """Trainings of two ranks that save."""
-    cases = {name: {"save": [INSIDE, BETWEEN, AFTER, END], **case} for name, case in KINDS.items()}
-    return Trainings(tmp_path_factory.mktemp("saved"), cases)
+def saved(kind: str, step: int) -> Path:
+    """The checkpoint of two ranks after this step."""
+    return trained(**KINDS[kind], save=[INSIDE, BETWEEN, AFTER, END]) / f"step={step}.ckpt"
 
 
-def resharded(saved: Trainings, kind: str, step: int) -> Path:
-    checkpoint = saved(kind) / f"step={step}.ckpt"
+def resharded(kind: str, step: int) -> Path:
+    checkpoint = saved(kind, step)
     folder = checkpoint.with_name(f"{checkpoint.name}-resharded")
     if not folder.exists():
         assert reshard_checkpoint(checkpoint) == folder
@@ -67,52 +77,48 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3", "zero3, resharded"], RESUMED))
-def test_resuming_is_bit_identical(saved: Trainings, tmp_path: Path, kind: str) -> None:
+def test_resuming_is_bit_identical(kind: str) -> None:
     """On as many ranks."""
     name, _, again = kind.partition(",")
     for step in RESUMED[kind]:
-        checkpoint = resharded(saved, name, step) if again else saved(name) / f"step={step}.ckpt"
-        ranks = train(tmp_path / str(step), resume=str(checkpoint), **KINDS[name])
-        check_zeros(ranks, batches_seen=END)
-        check_resumed(saved(name), tmp_path / str(step), step)
+        checkpoint = resharded(name, step) if again else saved(name, step)
+        resumed = trained(**KINDS[name], resume=str(checkpoint))
+        check_zeros(results(resumed), batches_seen=END)
+        check_resumed(checkpoint.parent, resumed, step)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.rest)])
 @pytest.mark.parametrize("kind", only(["zero3"], SHARDED_ADAM))
-def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(
-    saved: Trainings, tmp_path: Path, kind: str, ranks: int
-) -> None:
+def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(kind: str, ranks: int) -> None:
     for step in (INSIDE, AFTER):
-        out = tmp_path / str(step)
-        found = train(out, ranks, resume=str(resharded(saved, kind, step)), **KINDS[kind])
+        out = trained(ranks, resume=str(resharded(kind, step)), **KINDS[kind])
+        found = results(out, ranks)
         check_zeros(found, collectives=[], events=[3, 6, 7], steps=END)
         for rank in found:
             assert min(rank["checked"].values()) == 14 * {INSIDE: 8, AFTER: 2}[step]
             assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
-    assert agreement(saved(kind), tmp_path / str(AFTER)) == 1
+    assert agreement(saved(kind, AFTER).parent, out) == 1
 
 
 @pytest.mark.rest
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("kind", ["zero0", "zero0 in bf16"])
-def test_what_is_whole_resumes_on_other_numbers_of_ranks(
-    saved: Trainings, tmp_path: Path, kind: str, ranks: int
-) -> None:
-    checkpoint = saved(kind) / f"step={AFTER}.ckpt"
+def test_what_is_whole_resumes_on_other_numbers_of_ranks(tmp_path: Path, kind: str, ranks: int) -> None:
+    checkpoint = saved(kind, AFTER)
     check_zeros(train(tmp_path, ranks, resume=str(checkpoint), **KINDS[kind]), steps=END)
-    assert agreement(saved(kind), tmp_path) == 1
+    assert agreement(checkpoint.parent, tmp_path) == 1
 
 
-def test_each_rank_of_stage_3_stores_a_share_of_the_masks(saved: Trainings) -> None:
-    checkpoint = saved("zero3") / f"step={AFTER}.ckpt"
+def test_each_rank_of_stage_3_stores_a_share_of_the_masks() -> None:
+    checkpoint = saved("zero3", AFTER)
     first, second = (pruning_state(content)["masks"] for content in load_contents(checkpoint))
     assert (len(first), len(second)) == (7, 7)
     assert {name.removeprefix("model.") for name in first | second} == set(PRUNABLE)
 
 
 @pytest.mark.rest
-def test_what_can_not_be_resumed_is_refused_with_the_mend(saved: Trainings, tmp_path: Path) -> None:
-    checkpoint = str(saved("zero3") / f"step={AFTER}.ckpt")
+def test_what_can_not_be_resumed_is_refused_with_the_mend(tmp_path: Path) -> None:
+    checkpoint = str(saved("zero3", AFTER))
     (fewer,) = train(tmp_path / "fewer", ranks=1, strategy="zero3", precision="bf16-mixed", resume=checkpoint)
     assert f"was written by 2 ranks, and 1 resume it: run `thanos-lightning reshard {checkpoint}`" in fewer["error"]
     for rank in train(tmp_path / "model", strategy="zero3", precision="bf16-mixed", resume=checkpoint, model="gpt2"):
@@ -149,12 +155,13 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", only(["zero1", "zero2", "zero3"], KINDS))
-def test_the_folder_is_read_as_it_was_trained(saved: Trainings, kind: str) -> None:
-    trained = torch.load(saved(kind) / "state0.pt", weights_only=True)["weights"]
-    checkpoint = TrainerCheckpoint.read(saved(kind) / f"step={END}.ckpt")
+def test_the_folder_is_read_as_it_was_trained(kind: str) -> None:
+    folder = saved(kind, END)
+    weights = torch.load(folder.with_name("state0.pt"), weights_only=True)["weights"]
+    checkpoint = TrainerCheckpoint.read(folder)
     precision = KINDS[kind].get("precision", "32-true").split("-")[0]
     dtype = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision]
-    for name, weight in trained.items():
+    for name, weight in weights.items():
         read = checkpoint.state_dict[f"model.{name}"]
         assert read.dtype == torch.float32
         assert torch.equal(read.to(dtype).float(), weight)
@@ -166,9 +173,9 @@ def test_the_folder_is_read_as_it_was_trained(saved: Trainings, kind: str) -> No
 @pytest.mark.parametrize(
     "kind", only(["zero3", "zero3, resharded"], [*KINDS, *(f"{kind}, resharded" for kind in SHARDED_ADAM)])
 )
-def test_verify_and_export(saved: Trainings, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, _, again = kind.partition(",")
-    checkpoint = resharded(saved, name, AFTER) if again else saved(name) / f"step={AFTER}.ckpt"
+    checkpoint = resharded(name, AFTER) if again else saved(name, AFTER)
     reports = verify_checkpoint(checkpoint)
     assert len(reports) == 14
     assert all(report.ok for report in reports)
@@ -207,15 +214,15 @@ def test_the_exported_model_is_the_trained_one(tmp_path: Path, strategy: str, pr
         assert torch.equal(torch.load(tmp_path / "trained" / f"logits{rank}.pt"), logits)
 
 
-def copied(saved: Trainings, folder: Path, kind: str = "zero3") -> Path:
+def copied(folder: Path, kind: str = "zero3") -> Path:
     """A checkpoint that a test may change."""
-    return Path(shutil.copytree(saved(kind) / f"step={AFTER}.ckpt", folder / "copy.ckpt"))
+    return Path(shutil.copytree(saved(kind, AFTER), folder / "copy.ckpt"))
 
 
 @pytest.mark.parametrize("kind", only(["zero3"], ["zero3", "zero2", "zero0 in bf16"]))
 @pytest.mark.parametrize("what", ["master", "moment"])
-def test_what_came_back_on_disk_is_found(saved: Trainings, tmp_path: Path, kind: str, what: str) -> None:
-    checkpoint = copied(saved, tmp_path, kind)
+def test_what_came_back_on_disk_is_found(tmp_path: Path, kind: str, what: str) -> None:
+    checkpoint = copied(tmp_path, kind)
     for file in (checkpoint / "checkpoint").glob("*rank_0*optim_states.pt" if kind != "zero0 in bf16" else "*.pt"):
         content = torch.load(file, weights_only=False)
         inside = content["optimizer"] if "optimizer" in content else content["optimizer_state_dict"]
@@ -236,23 +243,19 @@ def test_what_came_back_on_disk_is_found(saved: Trainings, tmp_path: Path, kind:
 
 
 @pytest.mark.rest
-def test_what_can_not_be_resharded_is_refused(
-    saved: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_can_not_be_resharded_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="is resharded already"):
-        reshard_checkpoint(resharded(saved, "zero3", AFTER))
+        reshard_checkpoint(resharded("zero3", AFTER))
     with pytest.raises(ValueError, match="ZeRO stage 0, where nothing is sharded"):
-        reshard_checkpoint(saved("zero0") / f"step={AFTER}.ckpt")
+        reshard_checkpoint(saved("zero0", AFTER))
     with pytest.raises(ValueError, match="exists already"):
-        reshard_checkpoint(saved("zero3") / f"step={AFTER}.ckpt")
+        reshard_checkpoint(saved("zero3", AFTER))
     with pytest.raises(ValueError, match=r"knows the moments of Adam .* with another optimizer, resume on the number"):
-        reshard_checkpoint(saved("zero3 with SGD") / f"step={AFTER}.ckpt", tmp_path / "sgd")
+        reshard_checkpoint(saved("zero3 with SGD", AFTER), tmp_path / "sgd")
     assert not list(tmp_path.iterdir())
     assert main(["reshard", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert (
-        main(["reshard", str(saved("zero3") / f"step={BETWEEN}.ckpt"), str(tmp_path / "out"), "--processes", "2"]) == 0
-    )
+    assert main(["reshard", str(saved("zero3", BETWEEN)), str(tmp_path / "out"), "--processes", "2"]) == 0
     assert "resume from it on any number of ranks" in capsys.readouterr().out
     assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))
 
@@ -272,9 +275,9 @@ def check_refused(checkpoint: Path, words: str, out: Path, capsys: pytest.Captur
     assert not checkpoint.with_name(f"{checkpoint.name}-resharded").exists()
 
 
-def torn(saved: Trainings, kind: str, folder: Path, files: str) -> Path:
+def torn(kind: str, folder: Path, files: str) -> Path:
     """A folder of step 8 of which these files are of step 5, as where a rank was killed amid an overwriting."""
-    newer, older = (saved(kind) / f"step={step}.ckpt" for step in (AFTER, BETWEEN))
+    newer, older = (saved(kind, step) for step in (AFTER, BETWEEN))
     shutil.copytree(newer, folder)
     replaced = sorted((older / "checkpoint").glob(files))
     assert replaced
@@ -294,11 +297,9 @@ TORN = {
 
 
 @pytest.mark.parametrize("name", only(["zero3, all of one rank"], TORN))
-def test_files_of_two_saves_are_refused_by_all(
-    saved: Trainings, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_two_saves_are_refused_by_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind, files = TORN[name]
-    checkpoint = torn(saved, kind, tmp_path / "torn.ckpt", files)
+    checkpoint = torn(kind, tmp_path / "torn.ckpt", files)
     check_refused(checkpoint, "torn.ckpt was not written as a whole: ", tmp_path, capsys, kind)
 
 
@@ -338,11 +339,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", only(["a stranger, masters of rank 1", "a model missing"], DAMAGES))
-def test_a_damaged_folder_is_refused_by_all(
-    saved: Trainings, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_folder_is_refused_by_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     damage, files, words = DAMAGES[name]
-    checkpoint = copied(saved, tmp_path)
+    checkpoint = copied(tmp_path)
     changed = list((checkpoint / "checkpoint").glob(files))
     assert changed
     for file in changed:
@@ -353,9 +352,9 @@ def test_a_damaged_folder_is_refused_by_all(
 
 @pytest.mark.rest
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path, linked: bool) -> None:
+def test_a_resharded_folder_runs_no_code_either(tmp_path: Path, linked: bool) -> None:
     made = tmp_path / "made"
-    checkpoint = reshard_checkpoint(saved("zero3") / f"step={BETWEEN}.ckpt", tmp_path / "universal")
+    checkpoint = reshard_checkpoint(saved("zero3", BETWEEN), tmp_path / "universal")
     words = "optimizer_state.pt holds objects that are not plain values"
     if linked:
         path = next((checkpoint / "checkpoint" / "zero").glob("*up_proj.weight")) / "fp32.pt"
@@ -373,8 +372,8 @@ def test_a_resharded_folder_runs_no_code_either(saved: Trainings, tmp_path: Path
 
 @pytest.mark.rest
 @pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "*rank_0_*model_states.pt"])
-def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: str) -> None:
-    checkpoint = copied(saved, tmp_path)
+def test_a_trusted_source_may_hold_more(tmp_path: Path, file: str) -> None:
+    checkpoint = copied(tmp_path)
     path = next((checkpoint / "checkpoint").glob(file))
     add_a_stranger(path)
     assert main(["reshard", str(checkpoint), str(tmp_path / "out"), "--trusted"]) == 0
@@ -382,10 +381,10 @@ def test_a_trusted_source_may_hold_more(saved: Trainings, tmp_path: Path, file: 
 
 
 @pytest.mark.rest
-def test_a_file_that_one_node_lacks_ends_all_ranks(saved: Trainings, tmp_path: Path) -> None:
+def test_a_file_that_one_node_lacks_ends_all_ranks(tmp_path: Path) -> None:
     """Nodes with disks of their own have the folder at one place, and not all of it is on each."""
     for rank in range(2):
-        shutil.copytree(saved("zero3") / f"step={AFTER}.ckpt", tmp_path / str(rank) / "copy.ckpt")
+        shutil.copytree(saved("zero3", AFTER), tmp_path / str(rank) / "copy.ckpt")
     file = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     (tmp_path / "1" / "copy.ckpt" / "checkpoint" / file).unlink()
     for rank in train(tmp_path / "resumed", resume=f"{tmp_path}/{{rank}}/copy.ckpt", **KINDS["zero3"]):

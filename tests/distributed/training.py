@@ -1,7 +1,7 @@
-"""Trains a tiny model through pruning events on one of several ranks: python training.py CASES.json.
+"""Trains a tiny model through pruning events on one of several ranks, which ranks.py starts.
 
-The ranks are started from outside, with RANK and WORLD_SIZE set. CASES.json is a list of `Case`s, trained one after
-the other in this process; each leaves a rank<r>.json with what this rank saw in its folder.
+Each line of the file that `main` is given is a `Case`, as JSON. All are trained one after the other in this process.
+Each leaves a rank<r>.json with what this rank saw, a state<r>.pt and, at its end, a done<r> in its folder.
 """
 
 from __future__ import annotations
@@ -129,9 +129,14 @@ class Case:
     unlabelled: list[int] = dataclasses.field(default_factory=list)  # the calibration batches without labels
     uncounted: list[int] | None = None  # the ranks of whose batches no token counts
     fewer: int = 0  # batches on rank 1: of its calibration set, or of its training where there is none
+    uneven: bool = False  # give rank 1 the first third of each sequence only
     epochs: int = -1  # in place of steps
     overwrites: bool = False  # save under one name
     probed: bool = False  # keep what the model gives at the end, as where it has adapters or experts
+    teacher: str | None = None  # train CausalLM with this teacher, as teaching.py does: "start" or a folder
+    teacher_dtype: str = "float32"
+    as_object: bool = False  # give CausalLM the loaded model
+    parts: bool = True  # under FSDP shard the embeddings, the last norm and the head apart from the rest
 
 
 class Stream:
@@ -147,15 +152,17 @@ class Stream:
 class Share(ResumableBatches):
     """The batches of one rank: batch k of rank r is batch k·R + r of the data."""
 
-    def __init__(self, batch_size: int, uncounted: list[int] | None = None, fewer: int = 0) -> None:
-        super().__init__(216, batch_size=batch_size)
+    def __init__(self, case: Case) -> None:
+        super().__init__(216, batch_size=case.batch_size)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batches = self.batches[rank::ranks]
-        if rank == 1:
-            self.batches = self.batches[: len(self.batches) - fewer]
-        if uncounted is not None:
+        if rank == 1 and case.calibration_batches is None:
+            self.batches = self.batches[: len(self.batches) - case.fewer]
+        if rank == 1 and case.uneven:
+            self.batches = [{name: values[:, :5] for name, values in batch.items()} for batch in self.batches]
+        if case.uncounted is not None:
             for batch in self.batches:
-                batch[COUNTED] = torch.full_like(batch["input_ids"], int(rank not in uncounted))
+                batch[COUNTED] = torch.full_like(batch["input_ids"], int(rank not in case.uncounted))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -275,8 +282,7 @@ class Module(ToyLM):
         return OPTIMIZERS[self.case.optimizer]([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
 
     def train_dataloader(self) -> Share:
-        fewer = self.case.fewer if self.case.calibration_batches is None else 0
-        return Share(self.case.batch_size, self.case.uncounted, fewer)
+        return Share(self.case)
 
 
 class Direct(Module):
@@ -785,8 +791,12 @@ def whole_parameters(module: Any) -> dict[str, Tensor]:
 class Results(Callback):
     """Takes what the test wants to know while the strategy still holds its parameters."""
 
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+        self.state: dict[str, dict[str, Tensor]] = {"weights": {}}
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.weights = {name: parameter.float() for name, parameter in whole_parameters(pl_module).items()}
+        self.state["weights"] = {name: parameter.float() for name, parameter in whole_parameters(pl_module).items()}
 
 
 def make_strategy(case: Case) -> Any:
@@ -859,15 +869,18 @@ def train(case: Case) -> None:
         monitor=case.monitor,
         allocation=None if case.allocation is None else Allocation(**case.allocation),
     )
-    watch, results = Watch(pruning), Results()
-    callbacks: list[Callback] = [pruning, Disabled(pruning, case.off), results]
+    if case.teacher is None:
+        module, results = Direct(case) if case.direct else Module(case), Results()
+    else:
+        import teaching
+
+        module, results = teaching.make_module(case), teaching.Results()
+    watch, clipped = Watch(pruning), ClippedNorm(pruning)
+    callbacks: list[Callback] = [results, pruning, Disabled(pruning, case.off)]
     if case.watch:
-        callbacks.append(watch)
+        callbacks += [watch, clipped] if case.strategy == "fsdp" else [watch]
     if case.lora or case.probed or case.model in ("mixtral", "gpt-oss", "olmoe"):
         callbacks.append(Probe(out))
-    clipped = ClippedNorm(pruning)
-    if case.strategy == "fsdp":
-        callbacks.append(clipped)
     if case.fault is not None:
         callbacks.insert(0, FAULTS[case.fault]())
     if case.kill_at is not None:
@@ -877,7 +890,6 @@ def train(case: Case) -> None:
         callbacks.append(ModelCheckpoint(out, **over))
     elif case.save:
         callbacks.append(SavedAt(out, list(range(1, case.max_steps + 1)) if case.save is True else case.save))
-    module = Direct(case) if case.direct else Module(case)
     fitted = trainer(
         out,
         *callbacks,
@@ -894,13 +906,14 @@ def train(case: Case) -> None:
     )
     error = None
     try:
-        validation = Share(case.batch_size) if case.monitor is not None else None
+        validation = Share(case) if case.monitor is not None else None
         resume = None if case.resume is None else case.resume.replace("{rank}", os.environ.get("RANK", "0"))
         fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
     except (RuntimeError, ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
         error = f"{type(failure).__name__}: {failure}"
-    weights = getattr(results, "weights", {})
+    weights = results.state["weights"]
     report = {
+        **results.found,
         "error": error,
         "checked": watch.checked,
         "violations": watch.violations,
@@ -914,7 +927,7 @@ def train(case: Case) -> None:
         "norms": watch.norms + clipped.norms,
         "losses": watch.losses,
         "steps": pruning._past.optimizer_steps,
-        "batches_seen": int(module.batches_seen),
+        "batches_seen": int(getattr(module, "batches_seen", 0)),
         "held": {} if pruning._run is None else held_masks(pruning._run.enforcer),
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
@@ -925,7 +938,7 @@ def train(case: Case) -> None:
     }
     if error is None:
         masks = {name: mask.state() for name, mask in masks_of(pruning).items()}
-        torch.save({"weights": weights, "masks": masks}, out / f"state{fitted.global_rank}.pt")
+        torch.save({**results.state, "masks": masks}, out / f"state{fitted.global_rank}.pt")
     (out / f"rank{fitted.global_rank}.json").write_text(json.dumps(report))
 
 
@@ -940,18 +953,18 @@ REPLACED = [
 ]
 
 
-def train_all(cases: list[dict[str, Any]]) -> None:
-    for case in cases:
-        with ExitStack() as put_back:  # what callbacks replace for one training
-            for place, name in REPLACED:
-                put_back.enter_context(mock.patch.object(place, name, getattr(place, name)))
-            train(Case(**case))
-        gc.collect()
-
-
 def main(cases: str) -> None:
+    """Train the cases of a file, or of a pipe into which they are written one by one."""
     torch.set_num_threads(1)
-    train_all(json.loads(Path(cases).read_text()))
+    with Path(cases).open() as lines:
+        for line in lines:
+            case = Case(**json.loads(line))
+            with ExitStack() as put_back:  # what callbacks replace for one training
+                for place, name in REPLACED:
+                    put_back.enter_context(mock.patch.object(place, name, getattr(place, name)))
+                train(case)
+            gc.collect()
+            (Path(case.out) / f"done{os.environ['RANK']}").touch()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
