@@ -19,7 +19,7 @@ from typing import Any
 
 IMPORTED = (
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),  # else each engine imports it, for a second
-    *("training", "teaching", "talking"),
+    *("training", "teaching"),
 )
 ANY_KIND = 0
 
