@@ -37,7 +37,8 @@ def killed(root: Path, name: str, *, codes: tuple[int, int], **how: Any) -> Path
 def killed_at_random(root: Path, names: list[str]) -> list[Path]:
     """Kill each at a point of its own; the checkpoints of the step before."""
     chance = random.Random(f"{SEED} {names}")
-    where = ["start", "forward", "backward", "end"]
+    # the last one is after the optimizer's step, before an event and the checkpoint
+    where = ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end"]
     points = [(chance.randint(2, 10), chance.choice(where), chance.randint(0, 1)) for _ in names]
     print(f"THANOS_SEED={SEED}: killed at {points}")  # noqa: T201
     checkpoints = []

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_mixtures import tiny_mixture
-from toy import ResumableBatches, Sequences, ToyLM, adamw, momentum_sgd, tiny_gpt2, tiny_llama, trainer
+from toy import ResumableBatches, Sequences, ToyLM, adamw, at, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 import thanos_lightning.events.prune
@@ -115,7 +115,7 @@ class Case:
     save: bool | list[int] = False  # after each step, or after these
     resume: str | None = None  # where it has {rank}, another folder for each
     fault: str | None = None
-    kill_at: tuple[int, str, int] | None = None  # the batch in which a rank kills itself, where in it, and which rank
+    kill_at: tuple[int, str, int] | None = None  # the batch in which a rank kills itself, the hook, and the rank
     off: list[str] = dataclasses.field(default_factory=list)  # methods of the enforcer that do nothing
     frozen: list[str] = dataclasses.field(default_factory=list)  # parameters that are not trained
     left_out: list[str] = dataclasses.field(default_factory=list)  # parameters that the optimizer doesn't get
@@ -307,21 +307,11 @@ def matches(name: str, globs: list[str]) -> bool:
     return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
-def held_masks(enforcer: Any) -> dict[str, int]:
-    """The size of each mask that this rank holds."""
-    return {name: drop.numel() for name, drop in enforcer._drops.items() if drop is not None}
-
-
-class Probe(Callback):
-    """What the model gives at the end, called by itself and not by its LightningModule."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        logits = pl_module.model(input_ids=PROBED).logits
-        torch.save(logits, self.out / f"logits{trainer.global_rank}.pt")
+@torch.no_grad()
+def probe(trainer: Trainer, pl_module: Any) -> None:
+    """Keep what the model gives at the end, called by itself and not by its LightningModule."""
+    logits = pl_module.model(input_ids=PROBED).logits
+    torch.save(logits, Path(trainer.default_root_dir) / f"logits{trainer.global_rank}.pt")
 
 
 class CountCollectives(TorchDispatchMode):
@@ -569,14 +559,8 @@ def held_states(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]
     if not parameter.requires_grad:
         return
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    moments = {
-        "AdamW": ["exp_avg", "exp_avg_sq"],
-        "DeepSpeedCPUAdam": ["exp_avg", "exp_avg_sq"],
-        "FusedAdam": ["exp_avg", "exp_avg_sq"],
-        "SGD": ["momentum_buffer"],
-        "Drifting": [],
-    }
-    names = moments[type(inner).__name__]
+    others = {"SGD": ["momentum_buffer"], "Drifting": []}
+    names = others.get(type(inner).__name__, ["exp_avg", "exp_avg_sq"])
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         yield "master", safe_get_full_fp32_param(parameter)
         for name in names:
@@ -585,14 +569,10 @@ def held_states(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]
     key = parameter
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         for flat, group in zip(engine.optimizer.fp32_groups_flat, engine.optimizer.fp16_groups, strict=True):
-            start = 0
-            for model in group:
-                if model is parameter:
-                    place = slice(start, start + parameter.numel())
-                    yield "master", flat.detach()[place].view_as(parameter)
-                    for name in names:
-                        yield name, inner.state[flat][name][place].view_as(parameter)
-                start += model.numel()
+            numbers, sizes = {id(model): number for number, model in enumerate(group)}, [one.numel() for one in group]
+            if id(parameter) in numbers:
+                for name, held in [("master", flat.detach()), *((name, inner.state[flat][name]) for name in names)]:
+                    yield name, held.split(sizes)[numbers[id(parameter)]].view_as(parameter)
         return
     if hasattr(engine.optimizer, "fp32_groups"):
         models = [p for group in engine.optimizer.fp16_groups for p in group]
@@ -606,14 +586,12 @@ def held_states(trainer: Trainer, parameter: Any) -> Iterator[tuple[str, Tensor]
 # Faults
 
 
-class Poison(Callback):
-    """Makes the statistics of a layer NaN on one rank, as an activation that overflows does."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
-        collector = pruning._run.collector
-        if trainer.global_rank == 1 and collector.statistics is not None:
-            collector.statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
+def poison(trainer: Trainer, *_: Any) -> None:
+    """Make the statistics of a layer NaN on one rank, as an activation that overflows does."""
+    (pruning,) = (other for other in trainer.callbacks if isinstance(other, ThanosPruningCallback))
+    collector = pruning._run.collector
+    if trainer.global_rank == 1 and collector.statistics is not None:
+        collector.statistics.accumulators["model.model.layers.1.mlp.down_proj"].triangle[3, 5] = float("nan")
 
 
 class Failing(Callback):
@@ -646,49 +624,31 @@ class FullDisk(Failing):
         return 0 if writes_alone else super().rank(trainer)
 
 
-class Additive(Callback):
-    """Gives the batches of one rank a mask that is none."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_rank == 1:
-            batch[COUNTED].fill_(-1)
+def fill_mask(trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+    """Give the batches of one rank a mask that is none."""
+    if trainer.global_rank == 1:
+        batch[COUNTED].fill_(-1)
 
 
-class Refill(Callback):
-    """Fills pruned entries of one rank, of "weight" (the model's copy), "master" or a moment."""
+def refill(what: str, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    """Fill pruned entries of one rank, of "weight" (the model's copy), "master" or a moment."""
+    if trainer.global_rank != 1 or trainer.global_step != 9:
+        return
+    weight = pl_module.model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        if what == "weight":
+            getattr(weight, "ds_tensor", weight).data += 1
+        elif not hasattr(trainer.strategy, "deepspeed_engine"):
+            trainer.optimizers[0].state[weight][what].data += 1
+        else:
+            from deepspeed import utils
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_rank != 1 or trainer.global_step != 9:
-            return
-        weight = pl_module.model.model.layers[1].mlp.up_proj.weight
-        with torch.no_grad():
-            if self.what == "weight":
-                getattr(weight, "ds_tensor", weight).data += 1
-            elif not hasattr(trainer.strategy, "deepspeed_engine"):
-                trainer.optimizers[0].state[weight][self.what].data += 1
+            held = "local" if hasattr(weight, "ds_tensor") else "full"
+            ones = torch.ones_like(getattr(weight, "ds_tensor", weight), dtype=torch.float32)
+            if what == "master":
+                getattr(utils, f"safe_set_{held}_fp32_param")(weight, ones)
             else:
-                from deepspeed import utils
-
-                held = "local" if hasattr(weight, "ds_tensor") else "full"
-                ones = torch.ones_like(getattr(weight, "ds_tensor", weight), dtype=torch.float32)
-                if self.what == "master":
-                    getattr(utils, f"safe_set_{held}_fp32_param")(weight, ones)
-                else:
-                    getattr(utils, f"safe_set_{held}_optimizer_state")(weight, ones, self.what)
-
-
-class Disabled(Callback):
-    """Switches methods of the enforcer off."""
-
-    def __init__(self, pruning: ThanosPruningCallback, methods: list[str]) -> None:
-        self.pruning, self.methods = pruning, methods
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        for method in self.methods:
-            setattr(self.pruning._run.enforcer, method, lambda *args: None)
+                getattr(utils, f"safe_set_{held}_optimizer_state")(weight, ones, what)
 
 
 class SavedAt(ModelCheckpoint):
@@ -704,76 +664,59 @@ class SavedAt(ModelCheckpoint):
 
 
 class Killed(Callback):
-    """Kills a rank, as a machine that fails does."""
+    """Kills a rank in a batch, in a hook, as a machine that fails does."""
 
-    def __init__(self, batch: int, where: str, rank: int) -> None:
-        self.batch, self.where, self.rank = batch, where, rank
-        self.seen = 0
+    def __init__(self, batch: int, hook: str, rank: int) -> None:
+        self.left, self.rank = batch, rank
+        setattr(self, hook, self.reached)
 
-    def reached(self, trainer: Trainer, where: str) -> None:
-        if (self.seen, where, trainer.global_rank) == (self.batch, self.where, self.rank):
+    def reached(self, trainer: Trainer, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0 and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.seen += 1
-        self.reached(trainer, "start")
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.reached(trainer, "forward")
-
-    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        self.reached(trainer, "backward")
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.reached(trainer, "end")  # after the optimizer's step, before an event and the checkpoint
+def kill_in_a_save(trainer: Trainer, *_: Any) -> None:
+    """Kill the last rank in the save at step 6, when it has written what Lightning keeps, and the others more."""
+    if trainer.global_step == 6 and trainer.global_rank == trainer.world_size - 1:
+        engine = trainer.strategy.deepspeed_engine
+        engine._save_zero_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 
 
-class KilledInASave(Callback):
-    """Kills the last rank in the save at step 6, when it has written what Lightning keeps, and the others more."""
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.global_step == 6 and trainer.global_rank == trainer.world_size - 1:
-            engine = trainer.strategy.deepspeed_engine
-            engine._save_zero_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+def terminate(ranks: Sequence[int], trainer: Trainer, *_: Any) -> None:
+    """Send SIGTERM to some ranks, in the batch before an event, between two messages of a backward."""
+    if trainer.global_rank in ranks and trainer.global_step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Terminates(Callback):
-    """Sends SIGTERM to some ranks, in the batch before an event, between two messages of a backward."""
-
-    def __init__(self, *ranks: int) -> None:
-        self.ranks = ranks
-
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        if trainer.global_rank in self.ranks and trainer.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Locked(Callback):
-    """Ends the training when it is said that a lock keeps it waiting."""
-
-    def __init__(self) -> None:
-        thanos_lightning.sharding.extensions._PATIENCE = 0.0
-        warnings.filterwarnings("error", message=".* is a lock")
+def end_when_locked() -> Callback:
+    """End the training when it is said that a lock keeps it waiting, which is before any hook."""
+    thanos_lightning.sharding.extensions._PATIENCE = 0.0
+    warnings.filterwarnings("error", message=".* is a lock")
+    return Callback()
 
 
 EXHAUSTED = torch.OutOfMemoryError("tried to allocate 1 PiB")
 FAULTS: dict[str, Callable[[], Callback]] = {
-    "nan": Poison,
+    "nan": partial(at, "on_train_batch_end", poison),
     "memory": partial(Failing, thanos_lightning.events.prune, "prune_layer", EXHAUSTED),
     "memory for messages": partial(Failing, Ranks, "reserve", EXHAUSTED),
     "memory for weights": partial(Failing, Ranks, "reserve", EXHAUSTED, spared=1),
     "memory inside a forward": partial(Failing, HessianAccumulator, "update", EXHAUSTED),  # in the hook on inputs
     "disk": partial(FullDisk, torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    "mask": Additive,
-    **{f"refill {what}": partial(Refill, what) for what in ("weight", "master", "exp_avg", "exp_avg_sq")},
-    "killed_inside": partial(
-        Failing, thanos_lightning.events.prune, "prune_layer"
-    ),  # while others wait for its results
-    "killed in a save": KilledInASave,
-    "locked": Locked,
-    "SIGTERM": partial(Terminates, 0, 1),
-    "SIGTERM on the first": partial(Terminates, 0),
-    "SIGTERM on the last": partial(Terminates, 1),
+    "mask": partial(at, "on_train_batch_start", fill_mask),
+    **{
+        f"refill {what}": partial(at, "on_train_batch_end", partial(refill, what))
+        for what in ("weight", "master", "exp_avg", "exp_avg_sq")
+    },
+    # while others wait for its results
+    "killed_inside": partial(Failing, thanos_lightning.events.prune, "prune_layer"),
+    "killed in a save": partial(at, "on_save_checkpoint", kill_in_a_save),
+    "locked": end_when_locked,
+    **{
+        name: partial(at, "on_before_backward", partial(terminate, ranks))
+        for name, ranks in {"SIGTERM": [0, 1], "SIGTERM on the first": [0], "SIGTERM on the last": [1]}.items()
+    },
 }
 
 
@@ -876,11 +819,16 @@ def train(case: Case) -> None:
 
         module, results = teaching.make_module(case), teaching.Results()
     watch, clipped = Watch(pruning), ClippedNorm(pruning)
-    callbacks: list[Callback] = [results, pruning, Disabled(pruning, case.off)]
+
+    def switch_off(*_: Any) -> None:
+        for method in case.off:
+            setattr(pruning._run.enforcer, method, lambda *_: None)
+
+    callbacks: list[Callback] = [results, pruning, at("on_train_start", switch_off)]
     if case.watch:
         callbacks += [watch, clipped] if case.strategy == "fsdp" else [watch]
     if case.lora or case.probed or case.model in ("mixtral", "gpt-oss", "olmoe"):
-        callbacks.append(Probe(out))
+        callbacks.append(at("on_train_end", probe))
     if case.fault is not None:
         callbacks.insert(0, FAULTS[case.fault]())
     if case.kill_at is not None:
@@ -911,7 +859,7 @@ def train(case: Case) -> None:
         fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
     except (RuntimeError, ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
         error = f"{type(failure).__name__}: {failure}"
-    weights = results.state["weights"]
+    weights, drops = results.state["weights"], {} if pruning._run is None else pruning._run.enforcer._drops
     report = {
         **results.found,
         "error": error,
@@ -928,7 +876,7 @@ def train(case: Case) -> None:
         "losses": watch.losses,
         "steps": pruning._past.optimizer_steps,
         "batches_seen": int(getattr(module, "batches_seen", 0)),
-        "held": {} if pruning._run is None else held_masks(pruning._run.enforcer),
+        "held": {name: drop.numel() for name, drop in drops.items() if drop is not None},  # of each mask, on this rank
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},
