@@ -25,7 +25,6 @@ from ranks import PATIENCE, PRUNABLE, Ended, check_equal_masks, check_zeros, env
 from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling" / "multinode.md"
 
 
 class Hosts:
@@ -165,32 +164,3 @@ def test_a_launcher_joins_the_hosts(hosts: Hosts, tmp_path: Path, script: str, e
     ended = hosts.wait(processes, logs)
     assert ended.codes == [0, 0], "\n".join(text[-3000:] for text in ended.outputs)
     check_ranks(tmp_path, [(0, 0, 0), (1, 0, 1)], environment)
-
-
-RENDEZVOUS = "import torch.distributed as dist; dist.init_process_group('gloo'); dist.barrier(); print('met')"
-
-
-def meet(hosts: Hosts, out: Path, interfaces: Sequence[str]) -> Ended:
-    """Let a process on each host find the other one, over these interfaces."""
-    out.mkdir(exist_ok=True)
-    logs = [out / f"log{rank}.txt" for rank in range(2)]
-    processes = []
-    for rank, (interface, log) in enumerate(zip(interfaces, logs, strict=True)):
-        env = environment(rank, 2, PORT, MASTER_ADDR=hosts.address(0), GLOO_SOCKET_IFNAME=interface)
-        processes.append(hosts.start(rank, [sys.executable, "-c", RENDEZVOUS], env, log))
-    return hosts.wait(processes, logs)
-
-
-@pytest.mark.rest
-def test_gloo_on_the_loopback_fails_as_documented(hosts: Hosts, tmp_path: Path) -> None:
-    """The symptom by which docs/scaling/multinode.md tells that GLOO_SOCKET_IFNAME is missing."""
-    right = meet(hosts, tmp_path / "right", hosts.interfaces)
-    assert right.codes == [0, 0], right.outputs
-    assert all("met" in output for output in right.outputs)
-    wrong = meet(hosts, tmp_path / "wrong", ["lo", "lo"])
-    assert any(wrong.codes)
-    told = "\n".join(wrong.outputs)
-    documented = DOCUMENT.read_text()
-    for words in ("Gloo connectFullMesh failed", "remote=[127.0.0.1]"):
-        assert words in told
-        assert words in documented
