@@ -169,6 +169,15 @@ def start(
     return Ended([code for code in codes if code is not None], outputs)
 
 
+def train_alone(
+    out: Path, ranks: int = 2, environments: Sequence[dict[str, str]] | None = None, **case: Any
+) -> list[dict[str, Any]]:
+    """Train one case on ranks of its own; what each rank saw."""
+    ended = start(out, [{"out": str(out), **case}], ranks, environments=environments)
+    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
+    return results(out, ranks)
+
+
 class Pool:
     """So many ranks that wait for trainings."""
 
@@ -259,9 +268,9 @@ def check_zeros(ranks: Sequence[dict[str, Any]], **expected: Any) -> None:
         assert {name: rank[name] for name in expected} == expected
 
 
-def check_everywhere(ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
+def check_everywhere(out: Path, case: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:
     """Zeros hold on all ranks in all that a strategy keeps of a pruned weight, in each step; what each rank saw."""
-    seen = results(trained(ranks, **case), ranks)
+    seen = results(out, ranks)
     strategy, precision = case.get("strategy", "ddp"), case.get("precision", "32-true")
     layers = 1 if "targets" in case else 8 if case.get("model") == "gpt2" else 14
     places = {"weight", "momentum_buffer"} if case.get("optimizer") == "sgd" else {"weight", "exp_avg", "exp_avg_sq"}
@@ -278,7 +287,7 @@ def check_everywhere(ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
         assert min(rank["checked"].values()) >= (layers - len(case.get("frozen", []))) * (rank["steps"] - 7)
         assert rank["enforced"] > 0
         assert rank["control"] > 0
-    kept = check_equal_masks(trained(ranks, **case), ranks)
+    kept = check_equal_masks(out, ranks)
     assert len(kept) == layers
     check_sparsity(kept, case)
     return seen

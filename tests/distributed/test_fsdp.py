@@ -78,11 +78,12 @@ def fsdp(case: dict[str, Any]) -> Path:
 
 def check(case: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:
     """What each rank saw, in which zeros hold everywhere; how many entries of each mask it holds."""
-    seen = check_everywhere(ranks, strategy="fsdp", **case)
+    out = trained(ranks, strategy="fsdp", **case)
+    seen = check_everywhere(out, {"strategy": "fsdp", **case}, ranks)
     for rank in seen:
         assert rank["enforced"] == rank["steps"]
     replicas = case.get("fsdp", {}).get("replicas", 1)
-    for name, keep in masks(trained(ranks, strategy="fsdp", **case)).items():
+    for name, keep in masks(out).items():
         assert sum(rank["held"][name.removesuffix(".weight")] for rank in seen) == keep.numel() * replicas
     return [rank["held"] for rank in seen]
 

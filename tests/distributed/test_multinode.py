@@ -17,11 +17,10 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from launched import LAUNCH, check_ranks, prepare
-from ranks import PATIENCE, PRUNABLE, Ended, check_equal_masks, check_zeros, environment, results, start
+from ranks import PATIENCE, Ended, check_everywhere, environment, train_alone
 from require import without
 
 PORT = 29611  # nobody else listens in a new namespace
@@ -103,8 +102,8 @@ def hosts() -> Iterator[Hosts]:
         made.remove()
 
 
-def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[str, Any]]:
-    """Train one case with so many ranks on each host; what each rank saw."""
+@pytest.mark.parametrize("ranks_each", [1, pytest.param(2, marks=pytest.mark.rest)])
+def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_each: int) -> None:
     ranks = 2 * ranks_each
     environments = [
         environment(
@@ -121,25 +120,11 @@ def train(hosts: Hosts, out: Path, ranks_each: int, **case: Any) -> list[dict[st
         for host in range(2)
         for local_rank in range(ranks_each)
     ]
-    ended = start(out, [{"out": str(out), **case}], ranks, environments=environments)
-    assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.outputs)
-    return results(out, ranks)
-
-
-@pytest.mark.parametrize("ranks_each", [1, pytest.param(2, marks=pytest.mark.rest)])
-def test_zero3_prunes_on_two_hosts_as_one(hosts: Hosts, tmp_path: Path, ranks_each: int) -> None:
-    ranks = train(hosts, tmp_path, ranks_each, strategy="zero3", precision="bf16-mixed", batch_size=4 // ranks_each)
-    assert len(ranks) == 2 * ranks_each
-    check_zeros(ranks, collectives=[], steps=10, events=[3, 6, 7], digest=ranks[0]["digest"])
-    for rank in ranks:
-        assert rank["checked"].keys() == {"weight", "master", "exp_avg", "exp_avg_sq"}
-        assert min(rank["checked"].values()) >= len(PRUNABLE) * 3  # after each step from the last event on
-        assert rank["control"] > 0
-        assert rank["enforced"] > 0
-        assert {rank["sparsity"][name] for name in PRUNABLE} == {0.5}
+    case = {"strategy": "zero3", "precision": "bf16-mixed", "batch_size": 4 // ranks_each}
+    train_alone(tmp_path, ranks, environments, **case)
+    seen = check_everywhere(tmp_path, case, ranks)
     # each rank has read data of its own
-    assert len({tuple(rank["losses"]) for rank in ranks}) == len(ranks)
-    assert set(check_equal_masks(tmp_path, len(ranks))) == {f"model.{name}" for name in PRUNABLE}
+    assert len({tuple(rank["losses"]) for rank in seen}) == ranks
 
 
 @pytest.mark.rest
