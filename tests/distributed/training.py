@@ -219,13 +219,11 @@ def shard(
         for block in blocks:
             plan = {"mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
             parallelize_module(block, device_mesh["tensor_parallel"], plan)
-    if how == "linears":
-        for part in [part for block in blocks for part in block.modules() if isinstance(part, torch.nn.Linear)]:
-            fully_shard(part, mesh=mesh, **arguments)
-    for block in {"layers": blocks, "both": blocks, "first": blocks[:1]}.get(how, []):
-        fully_shard(block, mesh=mesh, **arguments)
-    if how in ("layers", "both", "root"):
-        fully_shard(model, mesh=mesh, **arguments)
+    linears = [part for block in blocks for part in block.modules() if isinstance(part, torch.nn.Linear)]
+    by_layers = [*blocks, model]
+    parts = {"layers": by_layers, "both": by_layers, "root": [model], "first": blocks[:1], "linears": linears}
+    for part in parts.get(how, []):
+        fully_shard(part, mesh=mesh, **arguments)
 
 
 class Module(ToyLM):
