@@ -365,15 +365,15 @@ def sparse_norm(module: Any, masks: dict[str, Tensor], gradient_of: Callable[[An
 class Watch(Callback):
     """Looks, after every step, at what is under the masks: by DeepSpeed's public functions or torch alone."""
 
-    def __init__(self, pruning: ThanosPruningCallback) -> None:
-        self.pruning = pruning
+    def __init__(self, pruning: ThanosPruningCallback, strategy: str) -> None:
+        self.pruning, self.strategy = pruning, strategy
         self.losses: list[float] = []
         self.checked: dict[str, int] = {}
         self.violations: list[str] = []
         self.collectives: list[str] = []
         self.control = 0
         self.enforced = 0
-        self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that DeepSpeed clips by
+        self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that these are clipped by
         self.event_calls: set[str] = set()  # collectives of the last event
         self.gathered_at_once = 0  # weights of layers that DeepSpeed had gathered at the same time in it
         self.sums: list[int] = []  # how many different ones a window had on this rank
@@ -404,6 +404,22 @@ class Watch(Callback):
         enforcer.enforce = partial(counted, enforce)  # type: ignore[method-assign]
         enforcer.mask_gradients = partial(counted, mask_gradients)  # type: ignore[method-assign]
         thanos_lightning.events.run.prune_window = self._watched_event
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Under FSDP it is torch that clips."""
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            masks = self.masks(pl_module)
+            if not masks or len(self.norms) >= NORMS:
+                return clip(*args, **kwargs)
+            sparse = sparse_norm(pl_module, masks, lambda parameter: parameter.grad.full_tensor())
+            norm: Any = clip(*args, **kwargs)
+            self.norms.append((sparse, float(norm.full_tensor())))
+            return norm
+
+        if self.strategy == "fsdp":
+            torch.nn.utils.clip_grad_norm_ = recorded
 
     def _watched_event(self, window: Any, layers: Any, moments: Any, **arguments: Any) -> Any:
         accumulators = moments.accumulators
@@ -469,28 +485,6 @@ class Watch(Callback):
                 count = int((values.ne(0) | values.signbit()).sum())
                 if count:
                     self.violations.append(f"step {trainer.global_step}: {count} of {name} ({what})")
-
-
-class ClippedNorm(Callback):
-    """The norm that FSDP's gradients are clipped by, beside the one of what is left of them under the masks."""
-
-    def __init__(self, pruning: ThanosPruningCallback) -> None:
-        self.pruning = pruning
-        self.norms: list[tuple[float, float]] = []
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        clip = torch.nn.utils.clip_grad_norm_
-
-        def recorded(*args: Any, **kwargs: Any) -> Tensor:
-            if not self.pruning.report.events or len(self.norms) >= NORMS:
-                return clip(*args, **kwargs)
-            masks = as_stored(masks_of(self.pruning), dict(pl_module.named_parameters()))
-            sparse = sparse_norm(pl_module, masks, lambda parameter: parameter.grad.full_tensor())
-            norm: Any = clip(*args, **kwargs)
-            self.norms.append((sparse, float(norm.full_tensor())))
-            return norm
-
-        torch.nn.utils.clip_grad_norm_ = recorded
 
 
 @contextmanager
@@ -816,7 +810,7 @@ def train(case: Case) -> None:
         import teaching
 
         module, results = teaching.make_module(case), teaching.Results()
-    watch, clipped = Watch(pruning), ClippedNorm(pruning)
+    watch = Watch(pruning, case.strategy)
 
     def switch_off(*_: Any) -> None:
         for method in case.off:
@@ -824,7 +818,7 @@ def train(case: Case) -> None:
 
     callbacks: list[Callback] = [results, pruning, at("on_train_start", switch_off)]
     if case.watch:
-        callbacks += [watch, clipped] if case.strategy == "fsdp" else [watch]
+        callbacks.append(watch)
     if case.lora or case.probed or case.model in ("mixtral", "gpt-oss", "olmoe"):
         callbacks.append(at("on_train_end", probe))
     if case.fault is not None:
@@ -870,7 +864,7 @@ def train(case: Case) -> None:
         "sums": watch.sums,
         "tokens": watch.tokens,
         "control": watch.control,
-        "norms": watch.norms + clipped.norms,
+        "norms": watch.norms,
         "losses": watch.losses,
         "steps": pruning._past.optimizer_steps,
         "batches_seen": int(getattr(module, "batches_seen", 0)),
