@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
-from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
+from toy import ResumableBatches, ToyLM, at, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.verify import verify_checkpoint
@@ -57,30 +57,26 @@ def zeros(module: ToyLM) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-@pytest.fixture
-def _as_before() -> Any:
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("_as_before")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_deterministic_kernels(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    one, other = (fit(tmp_path, pruning(pattern), deterministic=True) for _ in range(2))
+    try:
+        one, other = (fit(tmp_path, pruning(pattern), deterministic=True) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
     for first, second in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(first, second)
 
 
-@pytest.mark.usefixtures("_as_before")
 def test_what_others_allow_changes_no_result() -> None:
-    pruned = []
-    for allowed in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        pruned.append(of_layer(parse_pattern("2:4"), DEVICE))
-        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    before, pruned = torch.backends.cuda.matmul.allow_tf32, []
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            pruned.append(of_layer(parse_pattern("2:4"), DEVICE))
+            assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert torch.equal(pruned[0].mask, pruned[1].mask)
     torch.testing.assert_close(pruned[0].weight, pruned[1].weight, rtol=0, atol=0)
 
@@ -175,12 +171,10 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) ->
         assert torch.equal(one, other)
 
 
-class SyncsAreErrors(Callback):
-    """Lets torch warn of each wait for the GPU from the third step after the last event on."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if ON_GPU and trainer.global_step >= 4:
-            torch.cuda.set_sync_debug_mode("warn")
+def warn_of_waits(trainer: Trainer, *_: Any) -> None:
+    """Let torch warn of each wait for the GPU from the third step after the last event on."""
+    if ON_GPU and trainer.global_step >= 4:
+        torch.cuda.set_sync_debug_mode("warn")
 
 
 def test_no_step_outside_of_windows_waits_for_the_gpu(tmp_path: Path) -> None:
@@ -188,7 +182,7 @@ def test_no_step_outside_of_windows_waits_for_the_gpu(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit(tmp_path, callback, SyncsAreErrors(), max_steps=7)
+            fit(tmp_path, callback, at("on_train_batch_end", warn_of_waits), max_steps=7)
         finally:
             if ON_GPU:
                 torch.cuda.set_sync_debug_mode("default")
@@ -257,19 +251,17 @@ def test_an_event_takes_the_memory_that_was_said(tmp_path: Path, monkeypatch: py
             peaks.append(torch.cuda.max_memory_allocated())
         return reports
 
-    class Beside(Callback):
-        """Notes what is held where no window is open, and lets the peak begin anew before the event."""
-
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if ON_GPU and trainer.global_step == 1:
-                held.append(torch.cuda.memory_allocated())
-                torch.cuda.reset_peak_memory_stats()
+    def begin(trainer: Trainer, *_: Any) -> None:
+        """Note what is held where no window is open, and let the peak begin anew before the event."""
+        if ON_GPU and trainer.global_step == 1:
+            held.append(torch.cuda.memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
 
     monkeypatch.setattr(announce, "estimate", kept)
     monkeypatch.setattr(run, "prune_window", measured)
     module = ToyLM(tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=16) if ON_GPU else None)
     callback = pruning(schedule=SparsitySchedule(3, 3, 1), steps=1)
-    on_device(tmp_path, Beside(), callback, max_steps=4).fit(module, loader(64))
+    on_device(tmp_path, at("on_train_batch_end", begin), callback, max_steps=4).fit(module, loader(64))
     assert told[0].event > told[0].moments > 0
     if ON_GPU:
         assert peaks[0] - held[0] == pytest.approx(told[0].event, rel=0.2)
