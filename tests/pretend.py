@@ -11,7 +11,8 @@ from __future__ import annotations
 import collections
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,6 @@ _waits: list[Counts] = []
 _launches: list[Counts] = []
 
 
-def waits() -> AbstractContextManager[Counts]:
-    """Count, inside the block, what the host waits for: line of the package, or "elsewhere" -> number."""
-    return _counting(_waits)
-
-
-def launches() -> AbstractContextManager[Counts]:
-    """Count, inside the block, the kernels that are launched: as `waits`. Views need none."""
-    return _counting(_launches)
-
-
 @contextmanager
 def _counting(counters: list[Counts]) -> Iterator[Counts]:
     counters.append(collections.Counter())
@@ -80,6 +71,11 @@ def _counting(counters: list[Counts]) -> Iterator[Counts]:
         yield counters[-1]
     finally:
         counters.pop()
+
+
+# Count, inside the block: line of the package, or "elsewhere" -> number
+waits = partial(_counting, _waits)  # for the device, by the host
+launches = partial(_counting, _launches)  # of kernels; views need none
 
 
 def _wait(what: str) -> None:
