@@ -40,16 +40,16 @@ def untied_llama(**config: Any) -> LlamaForCausalLM:
     return tiny_llama(tie_word_embeddings=False, **config)
 
 
-def train(folder: Path, module: ToyLM, *, steps: int = 3, precision: Any = "32-true", **arguments: Any) -> Path:
+def train(folder: Path, module: ToyLM, *, steps: int = 3, resume: Path | None = None, **arguments: Any) -> Path:
     """A checkpoint of a real training, pruned after the first step."""
     pruning = ThanosPruningCallback(
         **grouped(**{"pattern": "2:4", "method": "magnitude", "admm_steps": 0, "refine_steps": 0} | arguments),
         schedule=SparsitySchedule(1, 1, 1),
     )
-    fitting = trainer(folder, pruning, max_steps=steps, precision=precision)
+    fitting = trainer(folder, pruning, max_steps=steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fitting.fit(module, loader(8))
+        fitting.fit(module, loader(8), ckpt_path=resume)
         fitting.save_checkpoint(folder / "trained.ckpt")
     return folder / "trained.ckpt"
 

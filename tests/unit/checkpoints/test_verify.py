@@ -6,11 +6,24 @@ from pathlib import Path
 import checkpoint_cases
 import pytest
 import torch
-from checkpoint_cases import CHANGED_MASKS, PRUNED, change_checkpoint, failed, fill, names, state_of, untied_llama
+from checkpoint_cases import (
+    CHANGED_MASKS,
+    PRUNED,
+    change_a_byte,
+    change_checkpoint,
+    failed,
+    fill,
+    names,
+    state_of,
+    train,
+    untied_llama,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from toy import ToyLM, adamw
 from transformers import AutoModelForCausalLM
 
+from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.verify import TensorReport, verify_checkpoint
 from thanos_lightning.solver import NM, Unstructured
@@ -267,7 +280,7 @@ def test_moments_of_groups_and_beside_frozen_parameters(tmp_path, make_optimizer
     module = ToyLM(untied_llama(), make_optimizer)
     for name in frozen:
         module.model.get_parameter(name).requires_grad_(False)
-    source = checkpoint_cases.train(tmp_path, module)
+    source = train(tmp_path, module)
     checkpoint = change_checkpoint(
         source, tmp_path / "a.ckpt", lambda content: fill_moments(content, (48, 32), "exp_avg", 1.0)
     )
@@ -296,19 +309,48 @@ def test_checkpoint_of_another_training(changed, tmp_path):
         verify_checkpoint(checkpoint, NM(2, 4), targets=["nothing"])
 
 
-# Trainer checkpoints that can't be read, for an export either
+# Trainer checkpoints that can't be read, for an export or a resume either
 
 
 def assert_unreadable(path, message):
     for read in (lambda: export_checkpoint(path, path.parent / "out"), lambda: verify_checkpoint(path)):
         with pytest.raises(ValueError, match=message):
             read()
+    assert not (path.parent / "out").exists()
 
 
-@pytest.mark.parametrize("what", [what for what in CHANGED_MASKS if what != "other weights"])
+def assert_not_resumed(path, message):
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        train(path.parent, ToyLM(untied_llama()), steps=4, resume=path)
+
+
+@pytest.mark.parametrize("what", CHANGED_MASKS)
 def test_masks_and_moments_that_were_changed(changed, what):
     change, message = CHANGED_MASKS[what]
-    assert_unreadable(changed(change), message)
+    checkpoint = changed(change)
+    if what != "other weights":  # which a verification counts
+        assert_unreadable(checkpoint, message)
+    assert_not_resumed(checkpoint, message)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.97])
+def test_a_changed_byte_anywhere_is_noticed(tmp_path, at):
+    file = tmp_path / "a.pt"
+    torch.save({"weight": torch.randn(300, 300), "step": 3}, file)
+    require_intact(file)
+    change_a_byte(file, at)
+    with pytest.raises(ValueError, match=r"a\.pt is damaged: some of its bytes are not those that were written"):
+        require_intact(file)
+    torch.save(torch.ones(3), file, _use_new_zipfile_serialization=False)
+    require_intact(file)  # which has no checksums
+
+
+def test_a_changed_byte_that_torch_does_not_notice(trained, tmp_path):
+    file = Path(shutil.copy(trained["llama"][1], tmp_path / "a.ckpt"))
+    change_a_byte(file)
+    torch.load(file, weights_only=True)
+    for refuse in (assert_unreadable, assert_not_resumed):
+        refuse(file, r"a\.ckpt is damaged: some of its bytes")
 
 
 @pytest.mark.parametrize("part", ["state", "note"])
