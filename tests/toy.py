@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as t
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
 from thanos_lightning import CalibrationOptions, SolverOptions, ThanosPruningCallback
 from thanos_lightning.sharding.access import ParameterAccess
@@ -27,35 +20,45 @@ from thanos_lightning.sharding.access import ParameterAccess
 VOCABULARY = 64
 
 
-def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+# family -> class of its configuration, and its settings
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (t.LlamaConfig, GROUPED),
+    "gpt2": (t.GPT2Config, SMALL),
+    "mistral": (t.MistralConfig, GROUPED),
+    "qwen2": (t.Qwen2Config, GROUPED),
+    "qwen3": (t.Qwen3Config, {**GROUPED, "head_dim": 8}),
+    "gemma2": (t.Gemma2Config, {**GROUPED, "head_dim": 8}),
+    "gemma3": (t.Gemma3TextConfig, {**GROUPED, "head_dim": 8}),
+    "phi3": (t.Phi3Config, {**GROUPED, "pad_token_id": 0}),
+    "opt": (t.OPTConfig, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt-neox": (t.GPTNeoXConfig, {**SMALL, "intermediate_size": 48}),
+    "bert": (t.BertConfig, {**SMALL, "intermediate_size": 48}),
+}
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_of(family: str) -> Any:
+    config, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    kind = t.AutoModelForMaskedLM if family == "bert" else t.AutoModelForCausalLM
+    return kind.from_config(config(**settings))
+
+
+def tiny_llama(seed: int = 0, **config: Any) -> t.LlamaForCausalLM:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
+    return t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, "tie_word_embeddings": True, **config}))
+
+
+def tiny_gpt2(seed: int = 0) -> t.GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return t.GPT2LMHeadModel(t.GPT2Config(**SMALL, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
 LETTERS = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -66,7 +69,7 @@ def save_tiny(folder: Path, words: Sequence[str], **config: Any) -> str:
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(folder)
+    t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(folder)
     tiny_llama(vocab_size=len(words), tie_word_embeddings=False, **config).save_pretrained(folder)
     return str(folder)
 
@@ -167,7 +170,7 @@ class ToyLM(LightningModule):
     """A user's own module around a Hugging Face model; records what a test wants to see after each step."""
 
     def __init__(
-        self, model: PreTrainedModel | None = None, make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
+        self, model: t.PreTrainedModel | None = None, make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
     ) -> None:
         super().__init__()
         self.model = model if model is not None else tiny_llama()

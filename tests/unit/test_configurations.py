@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from tiny_mixtures import tiny_mixture
 from toy import (
-    VOCABULARY,
     Sequences,
     ToyLM,
     ZeroProbe,
@@ -38,6 +38,7 @@ from toy import (
     momentum_sgd,
     tiny_gpt2,
     tiny_llama,
+    tiny_of,
     trainer,
 )
 
@@ -58,24 +59,11 @@ DRAW = os.environ.get("THANOS_DRAW")
 DRAWS = 40
 Draw = dict[str, Any]
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
 DENSE: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
-    "llama, untied": lambda: tiny_llama(tie_word_embeddings=False),
+    "llama, untied": partial(tiny_llama, tie_word_embeddings=False),
     "gpt2": tiny_gpt2,
-    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-    "gpt-neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL)),
-    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)),
-    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**GROUPED, head_dim=8)),
-    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED, pad_token_id=0)),
+    **{family: partial(tiny_of, family) for family in ("opt", "gpt-neox", "qwen2", "gemma2", "phi3")},
 }
 MIXTURES = ["qwen2, experts", "olmoe, experts", "mixtral, experts"]
 EXPERTS = 6

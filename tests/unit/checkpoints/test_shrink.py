@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from checkpoint_cases import change_checkpoint, failed, state_of, train, untied_llama
 from safetensors.torch import load_file, save_file
-from toy import VOCABULARY, ToyLM
+from toy import FAMILIES, GROUPED, VOCABULARY, ToyLM
 
 from thanos_lightning import TargetOverride
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
@@ -22,8 +22,6 @@ from thanos_lightning.solver import Channels, Experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 BART: dict[str, Any] = {  # whose encoder and decoder have a width each
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -36,20 +34,10 @@ BART: dict[str, Any] = {  # whose encoder and decoder have a width each
 }
 # name -> class of the configuration, and its settings
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (t.LlamaConfig, GROUPED),
+    **FAMILIES,
     "as wide as the residual stream": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32}),
     "another size that heads have to divide": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32, "head_dim": 8}),
-    "gpt2": (t.GPT2Config, SMALL),
-    "mistral": (t.MistralConfig, GROUPED),
-    "qwen2": (t.Qwen2Config, GROUPED),
-    "qwen3": (t.Qwen3Config, {**GROUPED, "head_dim": 8}),
-    "gemma2": (t.Gemma2Config, {**GROUPED, "head_dim": 8}),
-    "gemma3": (t.Gemma3TextConfig, {**GROUPED, "head_dim": 8}),
-    "phi3": (t.Phi3Config, {**GROUPED, "pad_token_id": 0}),
-    "opt": (t.OPTConfig, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt-neox": (t.GPTNeoXConfig, {**SMALL, "intermediate_size": 48}),
     "bart": (t.BartConfig, BART),
-    "bert": (t.BertConfig, {**SMALL, "intermediate_size": 48}),
 }
 WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "bart": "decoder_ffn_dim"}  # the configuration's name of the width
 KINDS = {"bert": t.AutoModelForMaskedLM, "bart": t.AutoModelForSeq2SeqLM}

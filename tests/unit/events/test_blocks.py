@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_mixtures import tiny_mixture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import VOCABULARY, ResumableBatches, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from toy import VOCABULARY, ResumableBatches, ToyLM, adamw, grouped, loader, tiny_gpt2, tiny_llama, tiny_of, trainer
 
 from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
@@ -54,10 +54,6 @@ def blocks_of(downs: list[str], owned: list[str]) -> dict[str, list[str]]:
     return {down.format(layer): [name.format(layer) for name in owned] for layer in range(2) for down in downs}
 
 
-PHI3 = t.Phi3Config(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
-    pad_token_id=0,
-)  # fmt: skip
 KINDS: dict[str, tuple[Any, int, dict[str, list[str]]]] = {
     "llama": (
         tiny_llama,
@@ -76,7 +72,7 @@ KINDS: dict[str, tuple[Any, int, dict[str, list[str]]]] = {
         ),
     ),
     "phi3, gate and up in one": (
-        lambda: t.Phi3ForCausalLM(PHI3),
+        lambda: tiny_of("phi3"),
         48,
         blocks_of(["model.model.layers.{}.mlp.down_proj.weight"], ["model.model.layers.{}.mlp.gate_up_proj.weight"]),
     ),

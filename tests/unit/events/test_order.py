@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
+from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, tiny_of, trainer
+from transformers import PreTrainedModel
 
 import thanos_lightning.events.prune as room
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
@@ -25,12 +25,6 @@ from thanos_lightning.training.enforcement import MaskEnforcer
 
 SET = list(loader(64, length=24))
 BATCH = SET[0]["input_ids"]
-
-
-def tiny_phi3() -> Phi3ForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return Phi3ForCausalLM(Phi3Config(vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes))
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:
@@ -76,7 +70,7 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
         (tiny_llama, {"ignore": ["*gate_proj", "lm_head"]}, "model.layers.1.mlp.down_proj"),
         (tiny_llama, {"targets": ["*down_proj"]}, "model.layers.1.mlp.down_proj"),
         (tiny_gpt2, {}, "transformer.h.1.mlp.c_proj"),  # with biases, and transposed
-        (tiny_phi3, {}, "model.layers.1.mlp.down_proj"),  # gate and up are one layer
+        (lambda: tiny_of("phi3"), {}, "model.layers.1.mlp.down_proj"),  # gate and up are one layer
     ],
 )
 @pytest.mark.usefixtures("keeps_all")

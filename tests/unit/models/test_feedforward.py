@@ -6,46 +6,20 @@ import pytest
 import torch
 import transformers as t
 from torch import nn
+from toy import FAMILIES, GROUPED, tiny_of
 
 from thanos_lightning.models.feedforward import FeedForward, check_feed_forwards, find_feed_forwards, in_any_order
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
 LLAMA = ("model.layers.{}.mlp.down_proj", ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"))
-MODELS: dict[str, tuple[Any, Any, tuple[str, tuple[str, ...]]]] = {
-    "llama": (t.LlamaForCausalLM, t.LlamaConfig(**GROUPED), LLAMA),
-    "mistral": (t.MistralForCausalLM, t.MistralConfig(**GROUPED), LLAMA),
-    "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**GROUPED), LLAMA),
-    "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config(**GROUPED, head_dim=8), LLAMA),
-    "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**GROUPED, head_dim=8), LLAMA),
-    "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**GROUPED, head_dim=8), LLAMA),
-    "phi3": (
-        t.Phi3ForCausalLM,
-        t.Phi3Config(**GROUPED, pad_token_id=0),
-        ("model.layers.{}.mlp.down_proj", ("model.layers.{}.mlp.gate_up_proj",)),
-    ),
-    "gpt2": (
-        t.GPT2LMHeadModel,
-        t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_inner=48),
-        ("transformer.h.{}.mlp.c_proj", ("transformer.h.{}.mlp.c_fc",)),
-    ),
-    "opt": (
-        t.OPTForCausalLM,
-        t.OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-                    word_embed_proj_dim=32),
-        ("model.decoder.layers.{}.fc2", ("model.decoder.layers.{}.fc1",)),
-    ),
-    "gpt-neox": (
-        t.GPTNeoXForCausalLM,
-        t.GPTNeoXConfig(**SMALL),
-        ("gpt_neox.layers.{}.mlp.dense_4h_to_h", ("gpt_neox.layers.{}.mlp.dense_h_to_4h",)),
-    ),
-    "bert": (
-        t.BertForMaskedLM,
-        t.BertConfig(**SMALL),
-        ("bert.encoder.layer.{}.output.dense", ("bert.encoder.layer.{}.intermediate.dense",)),
-    ),
-}  # fmt: skip
+# family -> the names of the layers of its blocks, down and ups
+LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(FAMILIES, LLAMA),
+    "phi3": ("model.layers.{}.mlp.down_proj", ("model.layers.{}.mlp.gate_up_proj",)),
+    "gpt2": ("transformer.h.{}.mlp.c_proj", ("transformer.h.{}.mlp.c_fc",)),
+    "opt": ("model.decoder.layers.{}.fc2", ("model.decoder.layers.{}.fc1",)),
+    "gpt-neox": ("gpt_neox.layers.{}.mlp.dense_4h_to_h", ("gpt_neox.layers.{}.mlp.dense_h_to_4h",)),
+    "bert": ("bert.encoder.layer.{}.output.dense", ("bert.encoder.layer.{}.intermediate.dense",)),
+}
 
 
 def run_of_tokens(model: nn.Module) -> Any:
@@ -57,23 +31,14 @@ def run_of(model: nn.Module, x: torch.Tensor | None = None) -> Any:
     return lambda: model(x)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_blocks_are_found_by_what_layers_do_and_proven(name: str) -> None:
-    kind, config, (down, ups) = MODELS[name]
-    torch.manual_seed(0)
-    run = run_of_tokens(model := kind(config).eval())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_found_by_what_layers_do_and_proven(family: str) -> None:
+    down, ups = LAYERS[family]
+    run = run_of_tokens(model := tiny_of(family).eval())
     blocks = find_feed_forwards(model, run)
     assert blocks == [FeedForward(down.format(layer), tuple(up.format(layer) for up in ups)) for layer in range(2)]
     check_feed_forwards(model, blocks, run)
     assert in_any_order(model, blocks, run) == blocks
-
-
-def test_a_vision_transformer() -> None:
-    torch.manual_seed(0)
-    config = t.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=8, patch_size=2)
-    model = t.ViTForImageClassification(config).eval()
-    pixels = torch.randn(1, 3, 8, 8)
-    assert len(find_feed_forwards(model, lambda: model(pixel_values=pixels))) == 2
 
 
 class Mixed(nn.Module):
