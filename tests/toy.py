@@ -101,6 +101,13 @@ class OfTwo(ParameterAccess):
         return [value, self.other]
 
 
+class Alike(ParameterAccess):
+    """One of several ranks, of which the others say what it says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+
 class Stranger:
     """What a pickle that means harm has in it: a call. It makes a file."""
 

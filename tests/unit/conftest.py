@@ -1,4 +1,4 @@
-"""A tiny model and a tiny tokenizer in a folder, as a user's own local model would be; statistics that never stop."""
+"""A tiny model and tokenizer in a folder, as a user's own would be; statistics that never stop; impatient progress."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +25,13 @@ def text_files(tmp_path: Path) -> str:
         words = (WORDS[(index * 7 + position * (1 + index % 3)) % len(WORDS)] for position in range(12))
         (tmp_path / f"part-{index:02d}.txt").write_text(" ".join(words))
     return str(tmp_path / "part-*.txt")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines about progress come without waiting for seconds."""
+    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.001)):
+        monkeypatch.setattr(f"thanos_lightning.report.progress.{name}", seconds)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from thanos_lightning.checkpoints import folders
-from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove, whole_folder
+from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "open", "shutil.rmtree")
 KILLED = 9
@@ -150,19 +150,6 @@ def test_what_dead_processes_have_left_is_removed(tmp_path: Path) -> None:
     assert partial not in (partial_beside(tmp_path / "step=3.ckpt"), tmp_path / "step=3.ckpt")
     clear(tmp_path / "file")  # nobody else may write this folder now
     assert partials(tmp_path) == [".file.partial"]
-
-
-def test_a_killed_export_leaves_nothing_for_long(tmp_path: Path) -> None:
-    def work() -> None:
-        with whole_folder(tmp_path / "out") as folder:
-            (folder / "half").touch()
-            os._exit(KILLED)
-
-    assert forked(work) == KILLED
-    assert len(partials(tmp_path)) == 1
-    with whole_folder(tmp_path / "other") as folder:
-        (folder / "whole").touch()
-    assert [file.name for file in tmp_path.iterdir()] == ["other"]
 
 
 def test_remove_takes_files_folders_and_what_is_missing(tmp_path: Path) -> None:

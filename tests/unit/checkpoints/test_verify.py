@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from toy import ToyLM, adamw
 from transformers import AutoModelForCausalLM
 
-from thanos_lightning.checkpoints.checksums import require_intact
 from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.checkpoints.foreign import require_intact
 from thanos_lightning.checkpoints.verify import TensorReport, verify_checkpoint
 from thanos_lightning.solver import NM, Unstructured
 

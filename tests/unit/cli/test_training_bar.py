@@ -17,14 +17,9 @@ from toy import ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.cli.training_bar import TrainingBar
-from thanos_lightning.report import progress
 from thanos_lightning.report.progress import Terminated
 
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.001)):
-        monkeypatch.setattr(progress, name, seconds)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def at_once(calibration: Any, **options: Any) -> ThanosPruningCallback:

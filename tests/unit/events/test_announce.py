@@ -121,8 +121,10 @@ def test_a_training_begins_with_it_and_ends_with_what_it_left(
     summary = pruning.report.summary
     assert 0 < summary.target_weights < summary.model_weights
     assert [step for step, _ in pruning.report.history.losses] == [1, 2, 3, 4, 5, 6]
-    event = pruning.report.events[0]
-    assert event.seconds == pytest.approx(summary.event_seconds + summary.collecting_seconds)
+    took = summary.event_seconds + summary.collecting_seconds
+    assert pruning.report.events[0].seconds == pytest.approx(took)
+    assert 0 < min(summary.event_seconds, summary.collecting_seconds) < took < summary.training_seconds
+    assert f"Pruning took {took / summary.training_seconds:.1%} of" in told
 
 
 def test_little_of_a_model_is_said(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import thanos_lightning.events.prune as room
 from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.events.order import of_ordered_inputs, order_channels
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.report import progress
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.solver import NM, HessianAccumulator, PrunedLayer
 from thanos_lightning.solver.ordering import kept_share
@@ -339,12 +338,10 @@ def test_a_module_that_can_not_be_run_on_a_small_input_keeps_its_order(tmp_path:
     assert "order   channels keep theirs: " in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_search_that_takes_long_says_what_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("_FIRST_LINE", "_BETWEEN_LINES"):
-        monkeypatch.setattr(progress, name, 0.0)
-    monkeypatch.setattr(progress, "_REFRESH", 0.01)
     monkeypatch.setattr(
         "thanos_lightning.calibration.tiny_input.hidden", lambda _: nullcontext()
     )  # no progress bar here

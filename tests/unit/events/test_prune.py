@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import Alike
 
 from thanos_lightning.calibration.collector import Moments
 from thanos_lightning.calibration.inputs import InputStatistics
@@ -153,15 +153,12 @@ def test_zeros_of_before_are_held() -> None:
         enforcer.verify()
 
 
-class SecondSeesTheSame(ParameterAccess):
+class SecondSeesTheSame(Alike):
     """The first of two ranks, of which the other one would say and send what this one does."""
 
     def __init__(self) -> None:
         super().__init__(world_size=2)
         self.reserved: list[int] = []
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, value]
 
     def sum_on(self, owner: int, matrix: Tensor | None, width: int) -> Tensor | None:
         return matrix if owner == self.rank else None

@@ -92,16 +92,6 @@ def test_layers_that_lose_more_stay_denser() -> None:
     assert min(sparsities[-3:]) < 0.4
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4, 0.3), Structured(0.3), Structured(0.3, 0.2)])
-def test_rows_and_columns_have_the_budget_to_half_of_one(pattern: Pattern) -> None:
-    _, pruning = plan(planner(pattern, allocation=Allocation("loss")), sensitivities(weighted=False))
-    shapes = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
-    found = {name: pruning.patterns[name].num_pruned(*shape) for name, shape in shapes.items()}
-    assert len({pruning.patterns[name].sparsity for name in LAYERS}) > 2
-    units = [cols // 2 if isinstance(pattern, NM) else rows for rows, cols in shapes.values()]
-    assert abs(sum(found.values()) - sum(pattern.num_pruned(*shape) for shape in shapes.values())) <= max(units) / 2
-
-
 @pytest.mark.parametrize(
     "pattern",
     [Unstructured(0.6), Unstructured(0.945), NM(2, 4, 0.02), Structured(0.56), Structured(0.85, 0.1)],

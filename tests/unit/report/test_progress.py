@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 from tqdm import tqdm
 
-from thanos_lightning.report import progress
 from thanos_lightning.report.progress import Phase, Terminated, ends_on_sigterm, hidden, open_phase, shown
 
 
@@ -26,13 +25,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={})
     monkeypatch.setattr(rich, "_console", console)
     return console.file  # type: ignore[return-value]
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines come without waiting for seconds."""
-    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.01)):
-        monkeypatch.setattr(progress, name, seconds)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -82,12 +74,11 @@ def test_without_a_terminal_lines_say_how_far_all_phases_are(capsys: pytest.Capt
 
 
 def test_what_is_short_or_hidden_or_of_another_rank_says_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     with open_phase("Short"):
         pass
-    for name, seconds in (("_FIRST_LINE", 0.0), ("_BETWEEN_LINES", 0.0), ("_REFRESH", 0.01)):
-        monkeypatch.setattr(progress, name, seconds)
+    request.getfixturevalue("impatient")
     with hidden(), hidden(False), open_phase("Hidden"):
         time.sleep(0.05)
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)

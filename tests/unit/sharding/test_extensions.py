@@ -9,18 +9,15 @@ import pytest
 import torch.utils.cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from thanos_lightning.report import progress
 from thanos_lightning.sharding import extensions
 from thanos_lightning.sharding.extensions import announce_builds
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None) -> Path:
     """Where the extension `one` is built, with nobody patient."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    for place, name in ((extensions, "_PATIENCE"), (progress, "_FIRST_LINE"), (progress, "_BETWEEN_LINES")):
-        monkeypatch.setattr(place, name, 0.0)
-    monkeypatch.setattr(progress, "_REFRESH", 0.001)
+    monkeypatch.setattr(extensions, "_PATIENCE", 0.0)
     monkeypatch.setattr(extensions, "_BETWEEN_LOOKS", 0.01)
     (tmp_path / "one").mkdir()
     return tmp_path / "one"

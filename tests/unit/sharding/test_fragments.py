@@ -45,7 +45,3 @@ def test_what_nobody_holds_is_an_error(case: tuple[list[Range], int, int], data:
     without = [Range(r.start, hole - r.start) if r.start <= hole < r.stop else r for r in ranges]
     with pytest.raises(ValueError, match=rf"entry {hole} of {numel} is held by no rank"):
         cover(without, numel, first)
-
-
-def test_a_copy_on_every_rank_is_taken_from_the_own_one() -> None:
-    assert cover([Range(0, 6)] * 3, numel=6, first=2) == [(2, Range(0, 6))]

@@ -68,11 +68,3 @@ def test_state_round_trip_as_plain_values(pattern, share, transposed, rows, cols
     assert torch.equal(restored.keep, mask.keep)
     assert restored.pattern == pattern
     assert restored.transposed is transposed
-
-
-def test_state_that_is_damaged():
-    state = LayerMask.of(random_mask((4, 8), 0), NM(2, 4)).state()
-    with pytest.raises(ValueError, match="damaged"):
-        LayerMask.from_state(state | {"shape": [4, 9]})
-    with pytest.raises(ValueError, match="is no pattern"):
-        LayerMask.from_state(state | {"pattern": "checkerboard"})

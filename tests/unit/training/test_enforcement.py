@@ -104,17 +104,6 @@ def test_weights_become_zero_and_nothing_else_is_touched() -> None:
     torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
 
 
-def test_nan_and_infinity_become_zero_too() -> None:
-    net = model()
-    enforcer, keeps = masked(net)
-    with torch.no_grad():
-        net[0].weight[~keeps["0"]] = float("nan")
-        net[1].weight[~keeps["1"]] = -float("inf")
-    enforcer.enforce(torch.optim.SGD(net.parameters(), lr=0.1))
-    assert torch.isfinite(net[0].weight).all()
-    assert not torch.signbit(net[1].weight[~keeps["1"]]).any()
-
-
 def test_only_the_optimizers_own_layers_are_touched() -> None:
     net = model()
     first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in net)
@@ -174,17 +163,3 @@ def test_each_place_is_verified(what: str, value: float) -> None:
     tensor[row, col] = value
     with pytest.raises(ZeroViolationError, match=rf"1 of \d+ pruned entries of 1\.weight \({what}\)"):
         enforcer.verify()
-
-
-def test_sparsity_counts_the_layers_without_a_mask() -> None:
-    net = model()
-    layers = find_targets(net)
-    enforcer = MaskEnforcer(layers, ParameterAccess())
-    assert enforcer.sparsity() == 0.0
-    assert enforcer.keep_mask("1") is None
-    keep = torch.ones(4, 6, dtype=torch.bool)
-    keep[0] = False
-    enforcer.set_mask("1", keep)
-    assert enforcer.sparsity() == pytest.approx(6 / (48 + 24))
-    assert torch.equal(enforcer.keep_mask("1"), keep)
-    assert enforcer.masked == ["1"]

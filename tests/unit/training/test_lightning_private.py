@@ -1,12 +1,11 @@
 """What the installed version of Lightning must have: a name that moved is a failure here, which says which."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from toy import trainer
 
 from thanos_lightning.training.lightning_private import (
     after_configure_model,
@@ -44,28 +43,12 @@ class Logging(BoringModel):
             assert self.trainer.training
 
 
-def fitted(tmp_path: Path, module: BoringModel, **arguments) -> Trainer:
-    trainer = Trainer(
-        max_steps=3,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=1,
-        **arguments,
-    )
-    trainer.fit(module)
-    return trainer
-
-
 def test_in_a_training(tmp_path):
     module = Logging()
-    trainer = fitted(tmp_path, module)
+    fitted = trainer(tmp_path, max_steps=3, num_sanity_val_steps=0, limit_val_batches=1)
+    fitted.fit(module)
     assert module.asked == [(1, {"mine"})]  # this batch is counted when its hooks have run
-    assert trainer.global_step == 3
+    assert fitted.global_step == 3
 
 
 def test_sigterm():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -293,16 +292,3 @@ def test_a_training_that_ends_with_its_last_event_is_said(tmp_path: Path, stop: 
     said = [str(warning.message) for warning in caught if "no step was left" in str(warning.message)]
     assert len(said) == is_said
     assert all("with its last event, at optimizer step 8" in message for message in said)
-
-
-def test_the_report_says_what_pruning_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callback = pruning()
-    fit(ToyLM(), tmp_path, callback, max_steps=8)
-    summary = callback.report.summary
-    assert 0 < summary.collecting_seconds < summary.training_seconds
-    assert 0 < summary.event_seconds < summary.training_seconds
-    of_events = sum(event.seconds for event in callback.report.events)
-    assert of_events == pytest.approx(summary.event_seconds + summary.collecting_seconds)
-    share = (summary.event_seconds + summary.collecting_seconds) / summary.training_seconds
-    assert f"Pruning took {share:.1%} of" in capsys.readouterr().out
-    assert math.isfinite(share)
