@@ -35,7 +35,7 @@ from toy import (
     trainer,
 )
 
-from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.calibration.collector import Collector
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
@@ -690,7 +690,6 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
-        ({"targets": ["*.query"]}, {}, "'\\*.query' matches no prunable layer"),
         (
             {"pattern": "4:9"},
             {},
@@ -713,17 +712,11 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
             {},
             r"at optimizer step 1, which leaves too few to look at .* with the event \(no calibration.memory_gib\)",
         ),
-        ({"overrides": [TargetOverride(["*.query"], "4:8")]}, {}, "override target"),
         ({"allocation": Allocation()}, {}, "2:4 in all rows of all layers leaves nothing to allocate"),
         (
             {"pattern": "unstructured", "sparsity": 0.97, "allocation": Allocation()},
             {},
             "a sparsity of 0.97 leaves nothing to allocate, since no layer is looked at beyond 0.95: leave the allocat",
-        ),
-        (
-            {"pattern": "structured", "sparsity": 0.88, "outlier_fraction": 0.1, "allocation": Allocation()},
-            {},
-            "a sparsity of 0.88 leaves nothing to allocate, since no layer is looked at beyond 0.855",
         ),
     ],
 )

@@ -222,12 +222,6 @@ def test_an_index_that_leaves_the_folder(copied, name):
         verify_checkpoint(copied["llama"])
 
 
-def test_a_record_of_another_version(copied):
-    (copied["llama"] / "sparsity.json").write_text('{"format": 7}')
-    with pytest.raises(ValueError, match=r"sparsity\.json is not of format 1"):
-        verify_checkpoint(copied["llama"])
-
-
 # Trainer checkpoints
 
 

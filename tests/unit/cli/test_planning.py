@@ -163,7 +163,6 @@ def test_modules_of_a_users_own(fit: list[str]) -> None:
         (["--memory-gib", "0"], "--memory-gib is 0: give a number > 0, such as 80"),
         (["--trainer.devices", "-1", "--trainer.accelerator", "gpu"], "trainer.devices is -1, which is another number"),
         (["--trainer.callbacks", "null"], "the trainer has no ThanosPruningCallback, so nothing would be pruned: add"),
-        (["--trainer.max_stpes", "3"], "fit has no option trainer.max_stpes: did you mean trainer.max_steps? "),
         (
             ["--trainer.strategy=fsdp", "--trainer.accelerator=gpu", "--devices=2"],
             "ThanosPruningCallback does not support the",
