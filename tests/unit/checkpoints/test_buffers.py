@@ -122,19 +122,3 @@ def test_buffers_of_other_modules_stay_cast() -> None:
     lm.to(torch.bfloat16)
     uncast_buffers(lm)
     assert lm.get_buffer("own").dtype == torch.bfloat16
-
-
-def test_a_training_that_resumes_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    def trained(folder: str, steps: int, path: Path | None = None) -> ToyLM:
-        lm = module(tiny_llama())
-        fitting = trainer(tmp_path / folder, pruning(), max_steps=steps, precision="bf16-true")
-        fitting.fit(lm, loader(16, batch_size=16), ckpt_path=path)
-        fitting.save_checkpoint(tmp_path / f"{folder}.ckpt")
-        return lm
-
-    straight = trained("straight", 4)
-    trained("first", 2)
-    resumed = trained("resumed", 4, tmp_path / "first.ckpt")
-    assert straight.losses[2:] == resumed.losses
-    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
