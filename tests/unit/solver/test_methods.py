@@ -1,11 +1,14 @@
+"""Each method against its reference, and what is its own."""
+
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from cases import layer
+from cases import PATTERNS, layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import channels, damped, optimum, thanos_nm, thanos_structured, thanos_unstructured
+from reference import channels, damped, optimum, sparsegpt, thanos_nm, thanos_structured, thanos_unstructured, wanda
 from safetensors import safe_open
 
 from thanos_lightning.solver import NM, Channels, HessianAccumulator, Structured, Unstructured, parse_pattern, prune
@@ -38,7 +41,7 @@ def test_golden_layers(path):
 
 @pytest.mark.parametrize("dead", [(), (4, 17)])
 @pytest.mark.parametrize("block_size", [1, 5, 8, 24, 100])
-def test_against_the_reference(block_size, dead):
+def test_thanos_against_the_reference(block_size, dead):
     weight, H = layer(9, 24, dead=dead)
     for pattern, expected in (
         (Unstructured(0.35), thanos_unstructured(weight, H, 0.35, block_size, 0.01)),
@@ -73,3 +76,58 @@ def test_frozen_sets_of_any_shape_are_solved_jointly(seed, density):
     result = prune(weight.double(), H, Structured(0.2), frozen=frozen)
     assert not result.mask[frozen].any()
     torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
+
+
+# SparseGPT
+
+
+@pytest.mark.parametrize("dead", [(), (4, 17)])
+@pytest.mark.parametrize("block_size", [1, 8, 10, 24, 100])
+def test_sparsegpt_against_the_reference(block_size, dead):
+    weight, H = layer(9, 24, dead=dead)
+    for pattern, text in ((Unstructured(0.3), "0.3"), (Unstructured(0.65), "0.65"), (NM(2, 4), "2:4")):
+        result = prune(weight.double(), H, pattern, method="sparsegpt", block_size=block_size)
+        torch.testing.assert_close(result.weight, sparsegpt(weight, H, text, block_size, 0.01))
+
+
+def test_columns_of_sparsegpt_are_adapted_to_by_the_columns_to_their_right():
+    weight, H = layer(4, 12)
+    result = prune(weight.double(), H, Structured(0.25), method="sparsegpt", block_size=5)
+    removed = (~result.mask).all(0)
+    assert removed.sum() == 3
+    first = int(removed.int().argmax())
+    assert torch.equal(result.weight[:, :first], weight.double()[:, :first])
+    assert not torch.equal(result.weight[:, first + 1 :], (weight.double() * result.mask)[:, first + 1 :])
+
+
+# Wanda and magnitude
+
+
+def test_wanda_against_the_reference():
+    weight, H = layer(9, 24)
+    result = prune(weight, H, Unstructured(0.5), method="wanda")
+    torch.testing.assert_close(result.weight.double(), wanda(weight, H, 12), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_kept_weights_are_left_alone_to_the_last_bit(method):
+    weight, H = layer(9, 24)
+    weight = weight.double() + 1e-12
+    result = prune(weight, H.float(), NM(2, 4), method=method)
+    assert torch.equal(result.weight[result.mask], weight[result.mask])
+
+
+def test_by_magnitude_the_smallest_of_the_layer_go():
+    weight = torch.tensor([[1.0, -5.0], [-0.5, 0.25]])
+    assert prune(weight, None, Unstructured(0.5), method="magnitude").weight.tolist() == [[1.0, -5.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_to_magnitude_the_hessian_changes_nothing_but_the_loss(pattern):
+    weight, H = layer(20, 16)
+    with_hessian, without = (prune(weight, h, pattern, method="magnitude") for h in (H, None))
+    assert torch.equal(with_hessian.mask, without.mask)
+    assert torch.equal(with_hessian.weight, without.weight)
+    assert with_hessian.loss > 0
+    assert math.isnan(without.loss)
+    assert math.isnan(without.relative_loss)
