@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import VOCABULARY, ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from toy import GROUPED, ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
@@ -20,14 +20,9 @@ from thanos_lightning.checkpoints.verify import TensorReport
 from thanos_lightning.sharding.masks import LayerMask, pack_bits
 
 SIZES: dict[str, Any] = {  # of a configuration of any family
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    **GROUPED,
     "num_attention_heads": 2,
-    "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": 1,

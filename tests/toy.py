@@ -142,6 +142,10 @@ def loader(number: int = 32, batch_size: int = 4, **kwargs: Any) -> DataLoader[d
     return DataLoader(Sequences(number, **kwargs), batch_size=batch_size)
 
 
+def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
+    return next(iter(loader(number, number, length=8, padding=padding)))
+
+
 class ResumableBatches:
     """A dataloader that goes on where its saved state was."""
 

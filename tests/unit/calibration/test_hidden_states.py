@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from toy import Sequences, tiny_llama
+from toy import batch, tiny_llama
 
 from thanos_lightning.calibration.hidden_states import HiddenStates, Reference, SharedStates, collect_calls
 from thanos_lightning.calibration.tokens import token_mask
@@ -16,11 +16,6 @@ from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.access import ParameterAccess
 
 NONE = "no hidden states (batch, length, width) first, but"
-
-
-def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
-    data = Sequences(number, length=8, padding=padding)
-    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
 
 
 def resolved(value: Any, states: HiddenStates) -> Any:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from toy import Alike, OfTwo, Sequences, ToyLM, tiny_gpt2, tiny_llama, trainer
+from toy import Alike, OfTwo, Sequences, ToyLM, batch, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration.batches import count_dataloader
@@ -27,11 +27,6 @@ from thanos_lightning.sharding.together import KeptError, PruningError
 from thanos_lightning.solver import HessianAccumulator
 
 pytestmark = pytest.mark.usefixtures("compiling")
-
-
-def batch(padding: int = 0, number: int = 3) -> dict[str, Tensor]:
-    data = Sequences(number, length=8, padding=padding)
-    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
 
 
 def started(model: nn.Module, **kwargs: list[str]) -> InputStatistics:

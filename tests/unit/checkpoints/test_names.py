@@ -108,18 +108,15 @@ def test_rows_that_are_interleaved_on_disk_are_no_tensor() -> None:
     assert why_not(model, ["*vision*", "*audio*", "*mlp*", "lm_head"]) is None
 
 
-def pruning(**arguments: Any) -> ThanosPruningCallback:
+def pruning() -> ThanosPruningCallback:
     cheap = grouped(pattern="2:4", method="magnitude", admm_steps=0, refine_steps=0)
-    return ThanosPruningCallback(**cheap, schedule=SparsitySchedule(at=[1]), **arguments)
+    return ThanosPruningCallback(**cheap, schedule=SparsitySchedule(at=[1]))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_head_of_gpt_neox_is_exported(tmp_path: Path) -> None:
     module = ToyLM(AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES)))
-    fitting = trainer(tmp_path, pruning(ignore=[]), max_steps=2)
-    fitting.fit(module, loader(8))
-    fitting.save_checkpoint(tmp_path / "trained.ckpt")
-    reports = export_checkpoint(tmp_path / "trained.ckpt", tmp_path / "exported")
+    reports = export_checkpoint(checkpoint_cases.train(tmp_path, module, ignore=[]), tmp_path / "exported")
     assert reports[-1].name == "embed_out.weight"
     assert [report.sparsity for report in reports] == [0.5] * 5
     for asked in ({}, {"pattern": parse_pattern("2:4"), "ignore": []}):

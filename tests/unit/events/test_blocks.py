@@ -17,8 +17,6 @@ from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, Than
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.sharding.masks import LayerMask
 
-LLAMA = [f"model.model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
-
 
 def channels(sparsity: float | None = 0.25, **options: Any) -> ThanosPruningCallback:
     settings: dict[str, Any] = {"schedule": SparsitySchedule(at=[1, 4]), "multiple_of": 4, "steps": 2}

@@ -68,6 +68,7 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
         (tiny_llama, {}, "model.layers.1.mlp.down_proj"),
         (tiny_llama, {"ignore": ["*gate_proj", "lm_head"]}, "model.layers.1.mlp.down_proj"),
         (tiny_llama, {"targets": ["*down_proj"]}, "model.layers.1.mlp.down_proj"),
+        (tiny_llama, {"memory_gib": 1e-5}, "model.layers.1.mlp.down_proj"),  # in windows
         (tiny_gpt2, {}, "transformer.h.1.mlp.c_proj"),  # with biases, and transposed
         (lambda: tiny_of("phi3"), {}, "model.layers.1.mlp.down_proj"),  # gate and up are one layer
     ],
@@ -203,24 +204,13 @@ def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     assert "order channels keep theirs: no target with N:M is the down layer of a feed-forward block" in said
 
 
-@pytest.mark.usefixtures("keeps_all")
-def test_layers_of_an_earlier_window_get_the_order_too(tmp_path: Path) -> None:
-    model = tiny_llama().eval()
-    with torch.no_grad():
-        before, weight = model(BATCH).logits, model.model.layers[1].mlp.down_proj.weight.clone()
-    callback = pruned(tmp_path, model, memory_gib=1e-5)
-    assert callback._run is not None
-    assert len(callback._run.windows) > 4
-    assert not model.model.layers[1].mlp.down_proj.weight.equal(weight)
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
-
-
 def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
     model = tiny_llama()
     with ordered_blocks() as ordered:
-        pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # the callback counts violations at the end
+        # the callback counts violations at the end
+        callback = pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)
+    assert callback._run is not None
+    assert len(callback._run.windows) > 4
     assert [name for name, _ in ordered] == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     for name, part in model.named_modules():
         if name.endswith("proj"):

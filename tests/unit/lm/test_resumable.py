@@ -94,11 +94,6 @@ def test_resumes_twice_in_one_epoch():
         state = loader.state_dict()
 
 
-def test_processes_share_the_samples():
-    ranks = [_epoch(_loader(range(21), num_replicas=3, rank=rank)) for rank in range(3)]
-    assert sorted(_flat(map(_flat, ranks))) == list(range(21))
-
-
 @pytest.mark.parametrize(("replicas", "batch_size"), [(1, 3), (2, 3), (4, 3), (3, 2), (1, 12)])
 def test_goes_on_with_other_processes_and_batch_sizes(replicas, batch_size):
     seen = []

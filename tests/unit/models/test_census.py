@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, inject_adapter_in_model
+from tiny_mixtures import tiny_mixture
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from thanos_lightning import mask_adapters
 from thanos_lightning.models.census import take_census
@@ -48,18 +48,14 @@ def test_what_cannot_be_pruned_is_named() -> None:
 
 
 def test_fused_experts_are_named() -> None:
-    config = MixtralConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=8,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = tiny_mixture(num_hidden_layers=1)
     every = take_census(model, find_targets(model))
-    assert every.target_weights == 8 * 3 * 8 * 32 + 8 * 8 * 2 + 8 * 4 * 2
+    assert every.target_weights == 8 * 3 * 16 * 24 + 16 * 16 * 2 + 16 * 8 * 2
     assert "fused experts" not in every.dense
     census = take_census(model, find_targets(model, ignore=["re:.*experts[.][1-7].*", "lm_head"]))
     assert census.share < 0.5
-    assert census.shares().startswith("fused experts (80%)")
-    assert census.dense["fused experts"] == 7 * 3 * 8 * 32
+    assert census.shares().startswith("fused experts (66%)")
+    assert census.dense["fused experts"] == 7 * 3 * 16 * 24
     assert census.model_weights == every.model_weights
 
 

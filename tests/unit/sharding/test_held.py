@@ -47,7 +47,11 @@ def test_parts_are_shared_as_the_strategy_does(strategy: Strategy | None, expect
 def test_buckets_and_copies() -> None:
     assert bytes_each(share(DDPStrategy()).held.buckets) == 4
     assert bytes_each(share(None, autocasts=True).held.copies) == 2
+    assert share(None, torch.bfloat16, autocasts=True).held.copies == 0
     assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).held.buckets == 2 * 2 * BUCKET
+    for offload, passing in ((False, 4), (True, 0)):  # an offloaded step has no gradients on the device
+        held = share(DeepSpeedStrategy(stage=2, offload_optimizer=offload, **ZERO), torch.bfloat16).held
+        assert bytes_each(held.passing) == passing / RANKS
     held = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).held
     assert held.buckets == 2 * BUCKET
     assert bytes_each(held.copies) == 2
@@ -76,18 +80,3 @@ def test_a_checkpoint_has_masters_moments_and_masks(stage: int, expected: int) -
     given = share(DeepSpeedStrategy(stage=stage, **ZERO), torch.bfloat16)
     assert bytes_each(given.checkpoint) == expected + 1 / 8
     assert bytes_each(share(None).checkpoint) == 12 + 1 / 8
-
-
-def test_autocast_copies_wide_weights_only() -> None:
-    wide, narrow = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False).bfloat16()
-    assert share_of(wide, [], None, 1, autocasts=True).held.copies == 2 * 64
-    assert share_of(narrow, [], None, 1, autocasts=True).held.copies == 0
-
-
-def test_an_offloaded_step_has_no_gradients_on_the_device() -> None:
-    module = nn.Linear(64, 64, bias=False).bfloat16()
-    sizes = [
-        share_of(module, [], DeepSpeedStrategy(stage=2, offload_optimizer=offload), 2, autocasts=False).held.passing
-        for offload in (False, True)
-    ]
-    assert sizes == [4 * 64 * 64 // 2, 0]
