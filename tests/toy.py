@@ -11,11 +11,14 @@ import torch
 import transformers as t
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from thanos_lightning import CalibrationOptions, SolverOptions, ThanosPruningCallback
+from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.solver import HessianAccumulator
 
 VOCABULARY = 64
 
@@ -167,6 +170,22 @@ class ResumableBatches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def started(model: nn.Module) -> InputStatistics:
+    statistics = InputStatistics(find_targets(model))
+    statistics.start()
+    return statistics
+
+
+def counted(model: nn.Module, *inputs: Tensor, mask: Tensor | None = None) -> dict[str, HessianAccumulator]:
+    """What is counted of these inputs in one batch."""
+    statistics = started(model)
+    with statistics.counting(mask):
+        for one in inputs:
+            model(one)
+    statistics.stop()
+    return statistics.accumulators
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from toy import Alike, OfTwo, Sequences, ToyLM, batch, tiny_gpt2, tiny_llama, trainer
+from toy import Alike, OfTwo, Sequences, ToyLM, batch, counted, started, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration.batches import count_dataloader
@@ -24,25 +24,8 @@ from thanos_lightning.calibration.tokens import token_mask
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError, PruningError
-from thanos_lightning.solver import HessianAccumulator
 
 pytestmark = pytest.mark.usefixtures("compiling")
-
-
-def started(model: nn.Module, **kwargs: list[str]) -> InputStatistics:
-    statistics = InputStatistics(find_targets(model, **kwargs))
-    statistics.start()
-    return statistics
-
-
-def counted(model: nn.Module, *inputs: Tensor, mask: Tensor | None = None) -> dict[str, HessianAccumulator]:
-    """What is counted of these inputs in one batch."""
-    statistics = started(model)
-    with statistics.counting(mask):
-        for one in inputs:
-            model(one)
-    statistics.stop()
-    return statistics.accumulators
 
 
 def test_the_sum_is_that_of_the_inputs() -> None:

@@ -15,7 +15,6 @@ from toy import VOCABULARY, ResumableBatches, ToyLM, ZeroProbe, grouped, loader,
 
 from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
-from thanos_lightning.sharding.masks import LayerMask
 
 
 def channels(sparsity: float | None = 0.25, **options: Any) -> ThanosPruningCallback:
@@ -95,22 +94,6 @@ def test_a_calibration_set_and_zeros_that_were_there(tmp_path: Path) -> None:
         assert int(gone.sum()) == 12
         assert gone[:8].all()
         assert layer.mlp.up_proj.weight[gone].eq(0).all()
-
-
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
-def test_other_methods_choose_channels_too(tmp_path: Path, method: Any) -> None:
-    callback = channels(method=method)
-    trainer(tmp_path, callback, max_steps=6).fit(ToyLM(), loader(32))
-    for name, state in callback.state_dict()["masks"].items():
-        lines = LayerMask.from_state(state).keep.all(0 if name.endswith("down_proj.weight") else 1)
-        assert int(lines.sum()) == 36
-
-
-def test_other_layers_may_have_another_pattern(tmp_path: Path) -> None:
-    callback = channels(overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
-    trainer(tmp_path, callback, max_steps=5).fit(ToyLM(), loader(32))
-    patterns = {name.split(".")[4]: state["pattern"] for name, state in callback.state_dict()["masks"].items()}
-    assert patterns == {"self_attn": "2:4", "mlp": "channels"}
 
 
 class Own(LightningModule):

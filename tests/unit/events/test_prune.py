@@ -5,10 +5,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import Alike
+from toy import Alike, counted
 
 from thanos_lightning.calibration.collector import Moments
-from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.events.prune import prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
@@ -27,17 +26,11 @@ pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
-    layers = find_targets(model)
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting():
-        model(inputs)
-    statistics.stop()
-    access = ParameterAccess()
+    layers, access = find_targets(model), ParameterAccess()
     reports, _ = prune_window(
         Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True),
         layers,
-        Moments(assign_owners(layers, 1), statistics.accumulators),
+        Moments(assign_owners(layers, 1), counted(model, inputs)),
         access=access,
         enforcer=MaskEnforcer(layers, access),
         options=options,
@@ -171,11 +164,8 @@ class SecondSeesTheSame(Alike):
 def test_sums_that_stay_are_all_reserved_beside_those_of_the_owner(stay: bool, widths: list[int]) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 4))
     layers = find_targets(model)
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting():
-        model(torch.ones(3, 8))
+    sums = dict(counted(model, torch.ones(3, 8)))
     access = SecondSeesTheSame()
     owners = {"0": 0, "1": 0, "2": 1}
-    sum_on_owners(layers, dict(statistics.accumulators), dict.fromkeys(layers, 6), owners, access, stay=stay)
+    sum_on_owners(layers, sums, dict.fromkeys(layers, 6), owners, access, stay=stay)
     assert sorted(access.reserved) == [4 * width**2 for width in widths]

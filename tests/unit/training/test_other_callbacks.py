@@ -137,34 +137,27 @@ def test_a_trainer_of_the_other_package_is_refused() -> None:
         pruning().setup(Other(), ToyLM(), "fit")  # type: ignore[arg-type]
 
 
-def test_the_best_checkpoint_is_never_a_dense_one(tmp_path: Path) -> None:
-    # before the last event, at step 6, the metric is better than it will ever be again
-    metrics = [1.0, 0.9, 0.8, 0.7, 0.6, 9.0, 8.0, 5.0, 6.0, 7.0]
-    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", save_top_k=1)
-    callback = pruning()
-    fit(Scripted(metrics), tmp_path, callback, best, max_steps=10)
-    assert Path(best.best_model_path).name == "step=8.ckpt"
-    assert float(best.best_model_score) == 5.0
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=8.ckpt"]
+@pytest.mark.parametrize(
+    ("metrics", "saving", "settings", "saved"),
+    [
+        # before the last event, at step 6, the metric is better than it will ever be again
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 9.0, 8.0, 5.0, 6.0, 7.0], {}, {}, {8: 5.0}),
+        ([9.0, 9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 3.0, 0.0], {"mode": "max", "save_top_k": 2}, {}, {8: 4.0, 9: 3.0}),
+        # Lightning validates after the save of a step: the first with the metric of step 8 is that of step 9
+        ([1.0, 5.0, 6.0], {"every_n_train_steps": 1}, {"max_steps": 14, "val_check_interval": 4}, {9: 5.0}),
+    ],
+    ids=["a minimum", "several of a maximum", "at optimizer steps"],
+)
+def test_the_best_checkpoint_is_neither_dense_nor_scored_by_a_validation_of_the_dense_model(
+    tmp_path: Path, metrics: list[float], saving: Any, settings: Any, saved: dict[int, float]
+) -> None:
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", **saving)
+    fit(Scripted(metrics), tmp_path, pruning(), best, **{"max_steps": 10, **settings})
+    scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
+    assert scores == {f"step={step}.ckpt": score for step, score in saved.items()}
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == scores.keys()
+    assert float(best.best_model_score) == next(iter(saved.values()))
     assert all(tensor.ok for tensor in verify_checkpoint(best.best_model_path, pattern=NM(2, 4)))
-
-
-def test_the_best_of_several_and_of_a_maximum(tmp_path: Path) -> None:
-    metrics = [9.0, 9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 3.0, 0.0]
-    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", mode="max", save_top_k=2)
-    fit(Scripted(metrics), tmp_path, pruning(), best, max_steps=10)
-    assert Path(best.best_model_path).name == "step=8.ckpt"
-    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=8.ckpt", "step=9.ckpt"}
-
-
-def test_a_sparse_model_is_not_scored_by_a_validation_of_the_dense_one(tmp_path: Path) -> None:
-    """Checkpoints at optimizer steps are written with the metrics that there are: the last event is at step 6."""
-    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/scripted", every_n_train_steps=1)
-    fit(Scripted([1.0, 5.0, 6.0]), tmp_path, pruning(), best, max_steps=14, val_check_interval=4)
-    # Lightning validates after the save of a step: the first with the metric of step 8 is that of step 9
-    assert Path(best.best_model_path).name == "step=9.ckpt"
-    assert float(best.best_model_score) == 5.0
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=9.ckpt"]
 
 
 def test_nor_by_the_loss_of_the_step_before_it_was_pruned(tmp_path: Path) -> None:
