@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from require import only as only
 
 from thanos_lightning.sharding.masks import LayerMask
 
@@ -233,14 +234,6 @@ def train(out: Path, ranks: int = 2, **case: Any) -> list[dict[str, Any]]:
         _pools[ranks] = Pool(ranks)
     _pools[ranks].train({"out": str(out), **case})
     return results(out, ranks)
-
-
-def only(chosen: Collection[str], cases: Iterable[str] | Mapping[str, Any]) -> list[Any]:
-    """The cases (of a table the values, by name) as parameters of a test; all but the chosen are left to --rest."""
-    table = cases if isinstance(cases, Mapping) else {name: name for name in cases}
-    return [
-        pytest.param(case, id=name, marks=() if name in chosen else pytest.mark.rest) for name, case in table.items()
-    ]
 
 
 _trained: dict[str, Path] = {}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from require import only
 from torch import Tensor
 from toy import ResumableBatches, ToyLM, at, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from transformers import AutoModelForCausalLM
@@ -72,7 +73,6 @@ ENDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "with dropout": (lambda: adapt(tiny_llama(), lora_dropout=0.2), DURING),
     "in 16 bits": (lambda: adapt(in_16_bits(tiny_llama())), BOTH),
 }
-PROMPTLY = ("wrapped", "GPT-2", "with a trained base")
 
 
 def train(module: Any, root: Path, *callbacks: Callback, steps: int = 12, **options: Any) -> Any:
@@ -94,7 +94,7 @@ def exported(root: Path, name: str = "exported", **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(root / name)
 
 
-@pytest.mark.parametrize("end", [pytest.param(one, marks=() if one in PROMPTLY else pytest.mark.rest) for one in ENDS])
+@pytest.mark.parametrize("end", only(["wrapped", "GPT-2", "with a trained base"], ENDS))
 def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(end: str, tmp_path: Path) -> None:
     build, options = ENDS[end]
     module = Lora(build())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from require import only
 from torch import Tensor
 from torch._dynamo.utils import counters
 from toy import ToyLM, at, grouped, loader, trainer
@@ -76,8 +78,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "from training batches": {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2},
     "a calibration set": {"schedule": SparsitySchedule(at=[0, 6]), "batches": BATCHES},
 }
-
-
 PROMPTLY = [("the LightningModule", "from training batches"), ("blocks in place", "a calibration set")]
 
 
@@ -118,15 +118,9 @@ def check_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name])
 
 
-@pytest.mark.parametrize(
-    ("form", "way"),
-    [
-        pytest.param(form, way, marks=() if (form, way) in PROMPTLY else pytest.mark.rest)
-        for form in FORMS
-        for way in WAYS
-    ],
-)
-def test_every_form_is_pruned_as_if_it_were_not_compiled(form: str, way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", only(PROMPTLY, itertools.product(FORMS, WAYS)), ids=str)
+def test_every_form_is_pruned_as_if_it_were_not_compiled(case: tuple[str, str], tmp_path: Path) -> None:
+    form, way = case
     plain = train(Quiet(), tmp_path / "plain", pruning(way)).state_dict()
     graphs = Graphs()
     pruned = train(FORMS[form](), tmp_path / "compiled", pruning(way), graphs).state_dict()

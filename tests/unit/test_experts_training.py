@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from require import only
 from tiny_mixtures import MIXTURES, tiny_mixture
 from toy import ResumableBatches, ToyLM, grouped, loader, trainer
 
@@ -16,7 +17,6 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback, export_che
 from thanos_lightning.solver import NM
 
 DURING: dict[str, Any] = {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2}
-FIRST = ("mixtral", "gpt-oss")  # the others are left to --rest
 
 
 def fit(
@@ -37,11 +37,7 @@ def exported(checkpoint: Path) -> Any:
     return checkpoint.parent / "exported"
 
 
-def families() -> list[Any]:
-    return [pytest.param(one, marks=() if one in FIRST else pytest.mark.rest) for one in MIXTURES]
-
-
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", only(["mixtral", "gpt-oss"], MIXTURES))
 def test_experts_are_pruned_trained_and_exported(family: str, tmp_path: Path) -> None:
     module, pruning, checkpoint = fit(tmp_path, tiny_mixture(family), **DURING)
     reports = pruning.report.events[-1].layers
