@@ -13,11 +13,8 @@ from toy import FAMILIES, GROUPED, VOCABULARY, ToyLM
 
 from thanos_lightning import TargetOverride
 from thanos_lightning.checkpoints.export import NonconformingError, export_checkpoint
-from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.cli import main
-from thanos_lightning.models.feedforward import find_feed_forwards
-from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.solver import Channels, Experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
@@ -137,30 +134,6 @@ def test_a_width_of_which_the_configuration_knows_nothing(trained: Path, tmp_pat
     partly = change_checkpoint(trained, tmp_path / "partly.ckpt", leave_one_block_out)
     with pytest.raises(ValueError, match=r"no entry that makes feed-forward blocks 36 channels wide .* --keep-shape"):
         export_checkpoint(partly, tmp_path / "out")
-
-
-def test_an_image_model(tmp_path: Path) -> None:
-    config = t.ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=2
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = t.ViTForImageClassification(config).eval()
-    masks: dict[str, LayerMask] = {}
-    named = dict(model.named_parameters())
-    kept = torch.arange(48) % 4 > 0
-    pixels = torch.randn(2, 3, 8, 8)
-    for block in find_feed_forwards(model, lambda: model(pixels)):
-        for name, dim in ((f"{block.down}.weight", 1), *((f"{block.ups[0]}.{part}", 0) for part in ("weight", "bias"))):
-            value = named[name].data
-            shape = value.shape if value.ndim == 2 else (48, 1)
-            keep = kept.expand(shape) if dim else kept.unsqueeze(1).expand(shape)
-            value.mul_(keep.reshape(value.shape))
-            masks[name] = LayerMask.of(keep, Channels(0.25, dim=dim))
-    assert len(masks) == 6
-    shrink(model, masks, tmp_path).save_pretrained(tmp_path / "small")
-    small = t.AutoModelForImageClassification.from_pretrained(tmp_path / "small").eval()
-    assert small.config.intermediate_size == 36
-    torch.testing.assert_close(small(pixels).logits, model(pixels).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_before_any_channel_is_gone_the_model_stays(trained: Path, tmp_path: Path) -> None:

@@ -243,10 +243,17 @@ def test_an_image_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
     module, callback = ToyLM(t.ViTForImageClassification(config)), channels(attention_mask_key=None)
-    trainer(tmp_path, callback, max_steps=6).fit(module, DataLoader([batch] * 8, batch_size=None))  # type: ignore[arg-type]
+    fit = trainer(tmp_path, callback, max_steps=6)
+    fit.fit(module, DataLoader([batch] * 8, batch_size=None))  # type: ignore[arg-type]
     masks = callback.state_dict()["masks"]
     assert len(masks) == 6
     assert {name.rpartition(".")[2] for name in masks} == {"weight", "bias"}
+    fit.save_checkpoint(tmp_path / "images.ckpt")
+    export_checkpoint(tmp_path / "images.ckpt", tmp_path / "small")
+    small = t.AutoModelForImageClassification.from_pretrained(tmp_path / "small").eval()
+    assert small.config.intermediate_size == 36
+    pixels = batch["pixel_values"]
+    torch.testing.assert_close(small(pixels).logits, module.model.eval()(pixels).logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
