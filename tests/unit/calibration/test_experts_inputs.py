@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,10 +22,6 @@ def experts_of(model: Any) -> dict[str, PrunableLayer]:
 
 def tokens(batch: int = 3, length: int = 16) -> Tensor:
     return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(3))
-
-
-def keep(given: list[Tensor], module: Any, args: Any, output: Tensor) -> None:
-    given.append(output.detach().clone())
 
 
 def gradients_of(model: Any, batch: Tensor) -> dict[str, Tensor]:
@@ -72,7 +67,7 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
     assert len(statistics.accumulators) > 4
     for name, layer in list(layers.items())[-8:]:  # all experts of the last layer
         given: list[Tensor] = []
-        handle = layer.holders[0].register_forward_hook(partial(keep, given))
+        handle = layer.holders[0].register_forward_hook(lambda *call, to=given: to.append(call[2].detach().clone()))
         model(input_ids=tokens())
         error = torch.randn(layer.rows, layer.cols, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():

@@ -47,11 +47,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def once(calibration: Any = None, **options: Any) -> ThanosPruningCallback:
-    calibrated = {} if calibration is None else {"calibration": CalibrationOptions(calibration)}
-    return ThanosPruningCallback(
-        "2:4", schedule=None if calibrated else SparsitySchedule(at=[2]), **calibrated, **options
-    )
+def once(batches: Any = None, **options: Any) -> ThanosPruningCallback:
+    schedule = SparsitySchedule(at=[2]) if batches is None else None
+    return ThanosPruningCallback("2:4", **{"schedule": schedule, **options}, calibration=CalibrationOptions(batches))
 
 
 def fit(root: Path, *callbacks: Callback, resume: Path | None = None, **settings: Any) -> ToyLM:
@@ -101,11 +99,7 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
     calibrates: bool, tmp_path: Path, said: list[str]
 ) -> None:
     def callback() -> ThanosPruningCallback:
-        if calibrates:
-            return ThanosPruningCallback(
-                "2:4", schedule=SparsitySchedule(at=[2]), calibration=CalibrationOptions(ResumableBatches(8))
-            )
-        return once()
+        return once(ResumableBatches(8) if calibrates else None, schedule=SparsitySchedule(at=[2]))
 
     whole = fit(tmp_path / "whole", callback())
     pruning, saving = callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
