@@ -91,7 +91,7 @@ def at_once(ranks: int = 2, **case: Any) -> Path:
     return trained(ranks, schedule=(0, 0, 1), calibration_batches=6, max_steps=1, optimizer="still", **case)
 
 
-@pytest.mark.parametrize("name", only(["ddp", "zero3", "fsdp"], BLOCKS))
+@pytest.mark.parametrize("name", only(["ddp", "zero3", "fsdp"], [*BLOCKS]))
 def test_blocks_become_what_one_process_makes_of_them(name: str) -> None:
     case = {key: value for key, value in BLOCKS[name].items() if key in ("model", "precision")}
     alone, together = at_once(1, strategy="auto", **case), at_once(**BLOCKS[name])
@@ -126,7 +126,7 @@ def test_where_parameters_lie_changes_nothing(name: str) -> None:
         torch.testing.assert_close(sharded[layer], weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", only(["zero2"], FORMS))
+@pytest.mark.parametrize("strategy", only(["zero2"], [*FORMS]))
 def test_what_is_compiled_is_pruned_as_if_it_were_not(strategy: str) -> None:
     plain, compiled = trained(strategy=strategy), trained(strategy=strategy, compiled=FORMS[strategy], save=[8])
     check_zeros(results(compiled))

@@ -76,7 +76,7 @@ COUNTED = {"one fewer": (1, [4, 3]), "two fewer": (2, [4, 2]), "three ranks, thr
 
 
 @pytest.mark.parametrize("case", only(["one fewer"], COUNTED))
-@pytest.mark.parametrize("strategy", only(["zero3"], STRATEGIES))
+@pytest.mark.parametrize("strategy", only(["zero3"], [*STRATEGIES]))
 def test_a_calibration_set_that_ends_early_on_one_rank_is_counted_to_the_end(
     tmp_path: Path, strategy: str, case: tuple[int, list[int]]
 ) -> None:
@@ -94,7 +94,7 @@ def test_each_rank_counts_all_that_a_distributed_sampler_gives_it(tmp_path: Path
     assert [sum(rank["tokens"]) for rank in ranks] == [4 * 14 * 4 * 16] * 2  # of 8 batches each has four
 
 
-@pytest.mark.parametrize("name", only(DEFAULT, REFUSED))
+@pytest.mark.parametrize("name", only(DEFAULT, [*REFUSED]))
 def test_all_ranks_end_with_one_error(tmp_path: Path, name: str) -> None:
     case, words = REFUSED[name]
     first, second = train(tmp_path, **case)
@@ -109,7 +109,7 @@ def test_all_ranks_end_with_one_error(tmp_path: Path, name: str) -> None:
         assert first["events"] == second["events"] == []
 
 
-@pytest.mark.parametrize("name", only(["ddp, exp_avg", "zero3, master"], REFILLED))
+@pytest.mark.parametrize("name", only(["ddp, exp_avg", "zero3, master"], [*REFILLED]))
 def test_what_one_rank_fills_is_found_on_all(tmp_path: Path, name: str) -> None:
     strategy, what = REFILLED[name]
     for rank in train(tmp_path, strategy=strategy, precision="bf16-mixed", fault=f"refill {what}"):

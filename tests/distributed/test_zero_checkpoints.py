@@ -76,7 +76,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3", "zero3, resharded"], RESUMED))
+@pytest.mark.parametrize("kind", only(["zero0", "zero1", "zero2", "zero3", "zero3, resharded"], [*RESUMED]))
 def test_resuming_is_bit_identical(kind: str) -> None:
     """On as many ranks."""
     name, _, again = kind.partition(",")
@@ -88,7 +88,7 @@ def test_resuming_is_bit_identical(kind: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.rest)])
-@pytest.mark.parametrize("kind", only(["zero3"], SHARDED_ADAM))
+@pytest.mark.parametrize("kind", only(["zero3"], [*SHARDED_ADAM]))
 def test_a_resharded_checkpoint_resumes_on_other_numbers_of_ranks(kind: str, ranks: int) -> None:
     for step in (INSIDE, AFTER):
         out = trained(ranks, resume=str(resharded(kind, step)), **KINDS[kind])
@@ -154,7 +154,7 @@ def test_full_weights_reach_the_master(tmp_path: Path) -> None:
 # On disk
 
 
-@pytest.mark.parametrize("kind", only(["zero1", "zero2", "zero3"], KINDS))
+@pytest.mark.parametrize("kind", only(["zero1", "zero2", "zero3"], [*KINDS]))
 def test_the_folder_is_read_as_it_was_trained(kind: str) -> None:
     folder = saved(kind, END)
     weights = torch.load(folder.with_name("state0.pt"), weights_only=True)["weights"]
@@ -308,7 +308,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize(
-    "name", only(["zero3: of two saves, all of one rank", "a stranger, masters of rank 1", "a model missing"], DAMAGES)
+    "name",
+    only(["zero3: of two saves, all of one rank", "a stranger, masters of rank 1", "a model missing"], [*DAMAGES]),
 )
 def test_a_damaged_folder_is_refused_by_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By the commands, and by all ranks of a training."""

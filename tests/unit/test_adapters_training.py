@@ -94,7 +94,7 @@ def exported(root: Path, name: str = "exported", **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(root / name)
 
 
-@pytest.mark.parametrize("end", only(["wrapped", "GPT-2", "with a trained base"], ENDS))
+@pytest.mark.parametrize("end", only(["wrapped", "GPT-2", "with a trained base"], [*ENDS]))
 def test_what_is_exported_computes_what_was_trained_and_keeps_its_zeros(end: str, tmp_path: Path) -> None:
     build, options = ENDS[end]
     module = Lora(build())

@@ -37,7 +37,7 @@ def exported(checkpoint: Path) -> Any:
     return checkpoint.parent / "exported"
 
 
-@pytest.mark.parametrize("family", only(["mixtral", "gpt-oss"], MIXTURES))
+@pytest.mark.parametrize("family", only(["mixtral", "gpt-oss"], [*MIXTURES]))
 def test_experts_are_pruned_trained_and_exported(family: str, tmp_path: Path) -> None:
     module, pruning, checkpoint = fit(tmp_path, tiny_mixture(family), **DURING)
     reports = pruning.report.events[-1].layers

@@ -62,7 +62,7 @@ class Chosen(Callback):
                         assert not moment[gone_of(mixture)].any()
 
 
-@pytest.mark.parametrize("family", only(["mixtral", "llama 4"], MIXTURES))
+@pytest.mark.parametrize("family", only(["mixtral", "llama 4"], [*MIXTURES]))
 def test_experts_that_went_stay_zero_and_get_no_token(tmp_path: Path, family: str) -> None:
     seen, pruning = Chosen(), dropping(0.75)
     size = 16 if "groups" in family else 8  # so that each of two groups loses some at both events
