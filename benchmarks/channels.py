@@ -136,11 +136,11 @@ def without_channels(
         for owned in ("gate_proj", "up_proj"):
             rows = keep.unsqueeze(1).expand(-1, mlp.gate_proj.in_features)
             masks[f"{name}.{owned}.weight"] = LayerMask.of(rows, Channels(gone / width, dim=0))
-    smaller = shrink(model, masks, Path("."))
+    smaller, tensors = shrink(model, model.state_dict(), masks, Path("."))
     config = type(model.config)(**{**smaller.config.to_dict(), "mlp_bias": method == "flap"})
     made = LlamaForCausalLM(config)  # with the buffers that no file holds
     zeros = {name: torch.zeros_like(value) for name, value in made.state_dict().items() if name.endswith(".bias")}
-    made.load_state_dict({**zeros, **biases, **smaller.state_dict()})
+    made.load_state_dict({**zeros, **biases, **tensors})
     return made
 
 

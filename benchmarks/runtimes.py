@@ -38,6 +38,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from thanos_lightning.checkpoints.huggingface import write_model
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.sharding.masks import LayerMask
@@ -70,7 +71,7 @@ def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) 
                     pattern = Channels(1 - kept / width, dim=1 if columns else 0)
                     masks[f"model.layers.{number}.mlp.{part}.weight"] = LayerMask.of(mask, pattern)
             model.save_pretrained(folder / f"{sparsity:g}-masked")
-            shrink(model, masks, folder).save_pretrained(folders[name])
+            write_model(folders[name], *shrink(model, model.state_dict(), masks, folder))
     return folders
 
 

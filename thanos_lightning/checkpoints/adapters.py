@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from thanos_lightning.checkpoints.foreign import inside
+from thanos_lightning.checkpoints.lazy import LazyTensors
 from thanos_lightning.models.adapters import MaskedAdapter, saved_modules
 from thanos_lightning.models.targets import layer_of
 from thanos_lightning.sharding.adapters import Adapted
@@ -75,18 +77,17 @@ def plain_name(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def merge_adapters(
-    weights: Mapping[str, Tensor], adapters: Mapping[str, Any], *, keep: bool = False
-) -> dict[str, Tensor]:
+def merge_adapters(weights: Mapping[str, Tensor], adapters: Mapping[str, Any], *, keep: bool = False) -> LazyTensors:
     """Return the weights under the names of a model without adapters; what these add is added where a weight isn't 0.
 
     `weights` are those of the model with adapters, which `adapters` of `adapters_note` describe. `keep` leaves the
     adapters out instead, as with `write_adapters`.
     """
     layers: Mapping[str, Any] = adapters["layers"]
-    merged: dict[str, Tensor] = {}
-    replaced: dict[str, Tensor] = {}
-    for name, value in weights.items():
+    merged: dict[str, Callable[[], Tensor]] = {}
+    replaced: dict[str, Callable[[], Tensor]] = {}
+    for name in weights:
+        value = partial(weights.__getitem__, name)
         layer = name.partition(_BASE)[0]
         if name.partition(".lora_")[0] in layers and ".lora_" in name:
             continue
@@ -98,13 +99,14 @@ def merge_adapters(
             if copy in adapters["saved"].get(f"{before}.", ()):
                 replaced[f"{before}.{rest}"] = value
         elif not keep and layer in layers and name == f"{layer}{_BASE}weight":
-            merged[plain_name(name)] = _effective(layer, value, weights, layers[layer])
+            merged[plain_name(name)] = partial(_effective, layer, weights, layers[layer])
         else:
             merged[plain_name(name)] = value
-    return merged | replaced
+    return LazyTensors(merged | replaced)
 
 
-def _effective(layer: str, weight: Tensor, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+def _effective(layer: str, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+    weight = weights[f"{layer}{_BASE}weight"]
     matrices = {adapter: [_part(layer, part, adapter, weights) for part in _PARTS] for adapter in about["scales"]}
     added = [(down, up * about["scales"][adapter]) for adapter, (down, up) in matrices.items()]
     whole = Adapted(weight.t() if about["transposed"] else weight, added).merged()

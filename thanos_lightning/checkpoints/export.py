@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 
 from thanos_lightning.checkpoints.adapters import merge_adapters, plain_name, write_adapters
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
-from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model
-from thanos_lightning.checkpoints.lazy import WithParts
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, write_model
+from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, smaller_shapes, write_record
@@ -104,7 +106,7 @@ def export_checkpoint(
         )
     inside = {plain_name(name.removeprefix(prefix)): mask for name, mask in masks.items() if name.startswith(prefix)}
     loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
-    model = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
+    model, tensors = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
     channels = {} if keep_shape else channel_masks(inside)
     if channels and keep_adapter:
         raise ValueError("adapters are as wide as the model was in training: give --keep-shape with --keep-adapter")
@@ -113,18 +115,18 @@ def export_checkpoint(
         raise ValueError(
             "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
         )
-    state, cut = WithParts(model.state_dict()), channels
-    _require_zeros([check_mask(name, state, mask) for name, mask in (channels | experts).items()], path)
+    whole, cut = WithParts(tensors), channels
+    _require_zeros([check_mask(name, whole, mask) for name, mask in (channels | experts).items()], path)
     if channels:
-        model = shrink(model, channels, path)
+        model, tensors = shrink(model, tensors, channels, path)
     if experts:
-        model, changed, others = without_experts(model, inside, path)
+        model, tensors, changed, others = without_experts(model, tensors, inside, path)
         inside, cut = others | changed, channels | changed
     adapters: list[str] = []
     with whole_folder(output) as folder:
-        with open_phase(f"Writing {output.name}", adopts_bars=True):
+        with open_phase(f"Writing {output.name}"):
             try:
-                model.save_pretrained(folder)
+                write_model(folder, model, tensors)
             except SafetensorError as error:  # the write failed
                 raise ValueError(
                     f"{output} can't be written ({error}): make room, or give a folder on another disk"
@@ -135,12 +137,12 @@ def export_checkpoint(
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)
-        tensors, stored = WithParts(files), stored_names(model, inside)
+        written, stored = WithParts(files), stored_names(model, inside)
         reports = []
         with open_phase("Counting zeros", len(inside), "tensors") as phase:
             for name, mask in inside.items():
                 check = check_shrunk if name in cut else check_mask
-                reports.append(check(files.stored_name(stored[name]), tensors, mask))
+                reports.append(check(files.stored_name(stored[name]), written, mask))
                 phase.advance(note=name)
         _require_zeros(reports, path)
         write_record(folder, reports, inside.values())
@@ -164,48 +166,55 @@ def _require_zeros(reports: list[TensorReport], path: Path) -> None:
 
 def _assemble(
     checkpoint: TrainerCheckpoint, dtype: torch.dtype | None, *, keep_adapter: bool
-) -> transformers.PreTrainedModel:
-    """Build the trained model from the checkpoint's own tensors. Only a change of dtype copies them."""
+) -> tuple[transformers.PreTrainedModel, LazyTensors]:
+    """Build the trained model, without weights, and find its tensors, of which each is made when it is read."""
     note, path = checkpoint.require_note(), checkpoint.path
     model = build_model(note["architecture"], note["config"], path)
     if note["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(note["generation_config"]))
     prefix: str = note["model_prefix"]
-    # Buffers keep their dtype, because models have some in fp32 on purpose.
-    cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own = {
-        name.removeprefix(prefix): checkpoint.state_dict[name]
-        for name in checkpoint.state_dict
-        if name.startswith(prefix)
-    }
-    own = merge_adapters(own, note["adapters"], keep=keep_adapter)
-    weights = {name: value.to(dtype) if name in cast else value for name, value in own.items()}
-    adapted = [name for name in weights if ".lora_" in name]
-    if adapted:
+    own = LazyTensors(
+        {
+            name.removeprefix(prefix): partial(checkpoint.state_dict.__getitem__, name)
+            for name in checkpoint.state_dict
+            if name.startswith(prefix)
+        }
+    )
+    weights = merge_adapters(own, note["adapters"], keep=keep_adapter)
+    if adapted := [name for name in weights if ".lora_" in name]:
         raise ValueError(
             f"{path} has adapters that an export can't merge, such as {prefix}{adapted[0]} (of an embedding, DoRA, or "
             "put on after the training began): merge them in Python, which writes over zeros of their layers"
         )
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    tied: Mapping[str, str] = model.all_tied_weights_keys  # name -> the name under which the files have the tensor
     mend = "export with the version of transformers that the model was trained with, and a module that was not altered"
-    try:
-        unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:  # the shapes differ
-        raise ValueError(f"the weights in {path} do not fit {note['architecture']} ({error}): {mend}") from error
-    model.tie_weights()
-    loaded = model.state_dict()
-    missing = [name for name, value in loaded.items() if value.is_meta]
+    missing = [name for name in shapes if name not in weights and tied.get(name) not in weights]
+    unexpected = [name for name in weights if name not in shapes]
     if missing or unexpected:
         raise ValueError(
             f"the weights in {path} do not fit {note['architecture']}: missing {examples(missing)}, unexpected "
             f"{examples(unexpected)}; {mend}"
         )
-    for name, value in weights.items():
-        if loaded[name].data_ptr() != value.data_ptr() and not torch.equal(loaded[name], value):
+    for name, other in tied.items():
+        if name in weights and other in weights and not torch.equal(weights[name], weights[other]):
             raise ValueError(
                 f"{prefix}{name} in {path} is tied to another weight by the configuration, but has values of its own, "
                 "which would be lost: train with tied weights, or with tie_word_embeddings=False in the configuration"
             )
-    return model
+    # Buffers keep their dtype, because models have some in fp32 on purpose.
+    cast = set() if dtype is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def fitting(name: str) -> Tensor:
+        value = weights[name if name in weights else tied[name]]
+        if value.shape != shapes[name]:
+            raise ValueError(
+                f"the weights in {path} do not fit {note['architecture']} (size mismatch for {name}: "
+                f"{tuple(value.shape)}, and {tuple(shapes[name])} in the model): {mend}"
+            )
+        return value.to(dtype) if name in cast else value
+
+    return model, LazyTensors({name: partial(fitting, name) for name in shapes})
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from thanos_lightning.checkpoints.deepspeed_files import require_end
 from thanos_lightning.checkpoints.foreign import inside, require_regular
@@ -22,6 +25,7 @@ from thanos_lightning.models.stack import class_of
 from thanos_lightning.models.targets import examples
 from thanos_lightning.report.plain import read_as
 
+SHARD_BYTES = 5 * 10**9
 _MOST = 4096  # layers of a model, or experts of a layer
 
 
@@ -82,6 +86,54 @@ def _require_sizes(config: Mapping[str, Any], path: Path) -> None:
             raise ValueError(
                 f"{path}: {name} is {value:,}, and no model has more than {_MOST:,}: take an undamaged copy"
             )
+
+
+def write_model(
+    folder: Path, model: transformers.PreTrainedModel, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model as `save_pretrained` does, with each tensor read when its shard is written.
+
+    In memory are at most a shard and the parameters beside each other in one module, of which transformers may make
+    others. `model` has no weights of its own, and `tensors` are those of its state dict.
+    """
+    first = next(name for name, value in model.named_parameters() if value.is_floating_point())
+    model.config.dtype = str(tensors[first].dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    names = sorted((name for name in tensors if name not in model.all_tied_weights_keys), key=near)
+    shard: dict[str, Tensor] = {}
+    files: list[list[str]] = []
+    total = 0
+
+    def write() -> None:
+        save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append([*shard])
+        shard.clear()
+
+    for _, group in groupby(names, key=near):
+        for name, tensor in revert_weight_conversion(model, {one: tensors[one] for one in group}).items():
+            if shard and tensor.nbytes + sum(one.nbytes for one in shard.values()) > shard_bytes:
+                write()
+            shard[name] = tensor.contiguous()
+            total += tensor.nbytes
+    write()
+    if len(files) == 1:
+        (folder / "0.safetensors").rename(folder / _WEIGHTS[0])
+        return
+    index: dict[str, str] = {}
+    for number, stored in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        index |= dict.fromkeys(stored, file)
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / _INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def near(name: str) -> str:
+    """What the names of all parameters that transformers may write into one tensor have in common."""
+    return ".".join(name.split(".")[:-2])
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -25,6 +26,15 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._make)
+
+
+def changed(tensors: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> LazyTensors:
+    """The same tensors, of which some are changed whenever they are read."""
+
+    def make(name: str) -> Tensor:
+        return changes[name](tensors[name]) if name in changes else tensors[name]
+
+    return LazyTensors({name: partial(make, name) for name in tensors})
 
 
 _PART = re.compile(r"(?P<whole>.+)\[(?P<expert>\d+)(?:, (?P<start>\d+):(?P<stop>\d+))?\]")

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from thanos_lightning.checkpoints.adapters import plain_name
 from thanos_lightning.checkpoints.format import exported_model
-from thanos_lightning.checkpoints.huggingface import build_model, parameter_aliases
+from thanos_lightning.checkpoints.huggingface import build_model, near, parameter_aliases
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.models.stack import class_of
 from thanos_lightning.models.targets import PrunableLayer, whole_shape
@@ -32,12 +32,12 @@ def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) ->
     aliases = parameter_aliases(model)
     of = {name: aliases.get(whole_of(name), [whole_of(name)]) for name in names}
     wholes = {alias for group in of.values() for alias in group}
-    near = {_near(name) for name in wholes}
+    beside = {near(name) for name in wholes}
     numbers: dict[str, torch.Tensor] = {}
     count = 0
     for name, tensor in model.state_dict().items():
         # What is beside a parameter may be written into one tensor with it
-        if name in wholes or (_near(name) in near and 0 < tensor.ndim < 3):
+        if name in wholes or (near(name) in beside and 0 < tensor.ndim < 3):
             shape = (*tensor.shape[:-1], 1) if tensor.ndim > 1 else tuple(tensor.shape)
             numbers[name] = torch.arange(count, count + torch.Size(shape).numel()).view(shape)
             count += numbers[name].numel()
@@ -93,11 +93,6 @@ def why_not_exported(module: nn.Module, layers: Mapping[str, PrunableLayer]) -> 
     except ValueError as error:
         return str(error)
     return None
-
-
-def _near(name: str) -> str:
-    """What all parameters of a module's module have in common, such as of attention."""
-    return ".".join(name.split(".")[:-2])
 
 
 def _key(rows: torch.Tensor) -> tuple[int, ...]:

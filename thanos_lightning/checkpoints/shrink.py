@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from thanos_lightning.checkpoints.huggingface import build_model
+from thanos_lightning.checkpoints.lazy import LazyTensors, changed
 from thanos_lightning.models.experts import matrices_of
 from thanos_lightning.models.routing import Mixture, find_mixtures
 from thanos_lightning.models.stack import class_of
@@ -25,52 +28,54 @@ def channel_masks(masks: Mapping[str, LayerMask]) -> dict[str, LayerMask]:
 
 
 def shrink(
-    model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
-) -> transformers.PreTrainedModel:
-    """Make a model without the channels that the masks prune, at least one. It shares the other tensors.
+    model: transformers.PreTrainedModel, tensors: Mapping[str, Tensor], masks: Mapping[str, LayerMask], path: Path
+) -> tuple[transformers.PreTrainedModel, LazyTensors]:
+    """Make a model without the channels that the masks prune, at least one.
 
-    All weights that the masks prune are zero. `path` is the checkpoint's, for messages. Raises ValueError if no entry
-    of the configuration makes the blocks so wide.
+    `tensors` are the model's, where all weights that the masks prune are zero. `path` is the checkpoint's, for
+    messages. Return the smaller model, without weights, and its tensors, each cut when it is read. Raises ValueError
+    if no entry of the configuration makes the blocks so wide.
     """
-    state = dict(model.state_dict())
-    for name, mask in masks.items():
-        state[name] = _without(state[name], mask)
+    cuts = {name: partial(_without, mask=mask) for name, mask in masks.items()}
     widths = min((kept.numel(), int(kept.count_nonzero())) for kept in map(_kept, masks.values()))
-    shapes = {name: value.shape for name, value in state.items()}
-    config = resized(model, shapes, widths)
+    config = resized(model, _shapes(model, cuts), widths)
     if config is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
             f"channels wide instead of {widths[0]}: export it with --keep-shape, which leaves the zeros"
         )
-    return _built(model, config, state, path)
+    return _built(model, config, path), changed(tensors, cuts)
 
 
-def _built(
-    model: transformers.PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
-) -> transformers.PreTrainedModel:
+def _shapes(
+    model: transformers.PreTrainedModel, cuts: Mapping[str, Callable[[Tensor], Tensor]]
+) -> dict[str, torch.Size]:
+    return {name: (cuts[name](value) if name in cuts else value).shape for name, value in model.state_dict().items()}
+
+
+def _built(model: transformers.PreTrainedModel, config: Mapping[str, Any], path: Path) -> transformers.PreTrainedModel:
     smaller = build_model(type(model).__name__, config, path)
-    smaller.load_state_dict(state, assign=True)
-    smaller.tie_weights()
     if model.can_generate():
         smaller.generation_config = model.generation_config
     return smaller
 
 
 def without_experts(
-    model: transformers.PreTrainedModel, masks: Mapping[str, LayerMask], path: Path
-) -> tuple[transformers.PreTrainedModel, dict[str, LayerMask], dict[str, LayerMask]]:
-    """Make a model without the experts that masks of the pattern `Experts` prune. It shares the other tensors.
+    model: transformers.PreTrainedModel, tensors: Mapping[str, Tensor], masks: Mapping[str, LayerMask], path: Path
+) -> tuple[transformers.PreTrainedModel, LazyTensors, dict[str, LayerMask], dict[str, LayerMask]]:
+    """Make a model without the experts that masks of the pattern `Experts` prune.
 
-    `masks` are of all that is pruned, by parameter name with its place. `path` is the checkpoint's, for messages.
-    Beside the model, return masks of the routers' parameters, of which rows went, and of the matrices of experts that
-    stay, which have no zeros; and all other masks. Names are those in the smaller model. Raises ValueError if mixtures
-    would have unequal numbers of experts, or the configuration can't give the number.
+    `tensors` are the model's. `masks` are of all that is pruned, by parameter name with its place. `path` is the
+    checkpoint's, for messages. Return the smaller model, without weights; its tensors, each cut when it is read; masks
+    of the routers' parameters, of which rows went, and of the matrices of experts that stay, which have no zeros; and
+    all other masks. Names are those in the smaller model. Raises ValueError if mixtures would have unequal numbers of
+    experts, or the configuration can't give the number.
     """
     patterns = [mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)]
     pattern = max(patterns, key=lambda one: one.sparsity)
     mixtures = find_mixtures(model)
-    state, others = dict(model.state_dict()), dict(masks)
+    state, others = model.state_dict(), dict(masks)
+    cuts: dict[str, Callable[[Tensor], Tensor]] = {}
     routers: dict[str, LayerMask] = {}
     stay: dict[str, LayerMask] = {}
     numbers = set()
@@ -88,7 +93,7 @@ def without_experts(
             keep[kept] = True
             routers[f"{mixture.router_name}.{own}"] = LayerMask.of(keep, pattern)
         for tensor in _with_entries(mixture):
-            state[tensor] = state[tensor][kept]
+            cuts[tensor] = itemgetter(kept)
         new = {expert: number for number, expert in enumerate(kept)}
         for expert, layer, mask in matrices:
             if expert in gone:
@@ -105,7 +110,7 @@ def without_experts(
     config = configuration_with(model, next(iter(mixtures.values())).size - number, path)
     if config is None:
         raise ValueError(f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts")
-    return _built(model, config, state, path), routers | stay, others
+    return _built(model, config, path), changed(tensors, cuts), routers | stay, others
 
 
 def configuration_with(model: transformers.PreTrainedModel, dropped: int, path: Path) -> dict[str, Any] | None:
@@ -174,7 +179,8 @@ def _kept(mask: LayerMask) -> Tensor:
 def _without(value: Tensor, mask: LayerMask) -> Tensor:
     assert isinstance(mask.pattern, Channels)
     dim = mask.pattern.dim if value.ndim == 2 else 0  # a bias has but one
-    return value.index_select(1 - dim if mask.transposed else dim, _kept(mask).nonzero().squeeze(1))
+    places = _kept(mask).nonzero().squeeze(1).to(value.device)
+    return value.index_select(1 - dim if mask.transposed else dim, places)
 
 
 def _entries(config: Mapping[str, Any], size: int) -> Iterator[tuple[str, ...]]:
