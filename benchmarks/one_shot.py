@@ -132,7 +132,7 @@ def read_text(
             model,
             block_size=length,
             batch_size=1,
-            calibration_batches=sequences,
+            calibration_tokens=sequences * length,
             dataset_config=dataset_config,
             validation_split=validation_split,
         )

@@ -37,7 +37,7 @@ COMMON = [
         "--trainer.callbacks.0.reorder",
         "false",
     ),
-    *("--data.block_size", "16", "--data.batch_size", "1", "--data.calibration_batches", "16"),
+    *("--data.block_size", "16", "--data.batch_size", "1", "--data.calibration_tokens", "256"),
     *("--trainer.callbacks.0.solver.admm_steps", "1", "--trainer.callbacks.0.solver.refine_steps", "1"),
 ]
 ZERO3 = [

@@ -166,7 +166,8 @@ class Plan:
         data = cli.datamodule
         self.batches = Batches()
         if isinstance(data, TextData):
-            self.batches = Batches(data.calibration_batches, data.batch_size * data.block_size, data.block_size)
+            tokens = data.batch_size * data.block_size
+            self.batches = Batches(-(-data.calibration_tokens // tokens), tokens, data.block_size)
         self._feed_forwards = _feed_forwards(self.module, self.trainer, self.options)
 
     def _build(self) -> None:

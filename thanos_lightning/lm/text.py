@@ -25,7 +25,7 @@ from thanos_lightning.lm.resumable import ResumableDataLoader
 from thanos_lightning.report.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
-CALIBRATION_BATCHES = 128  # the default
+CALIBRATION_TOKENS = 131_072  # the default
 _PYTHON_REFERENCE_MODULE = "pydoc_data.topics"
 _TOKENS = "input_ids"  # this name lets `datasets` keep them as int32
 
@@ -57,8 +57,7 @@ class TextData(LightningDataModule):
             documents to hold one back.
         max_train_blocks: Highest number of blocks to train on. None takes all.
         max_val_blocks: Highest number of blocks to validate on. None takes all.
-        calibration_batches: Highest number of batches from `calibration_dataloader`; 131,072 tokens by default
-            (docs/guide).
+        calibration_tokens: Tokens in the batches of `calibration_dataloader`, rounded up to whole blocks.
         seed: Seed of the choice of the held-back text, and of the order of the training batches.
         num_workers: Worker processes of each dataloader.
         num_proc: Processes that tokenise. None uses this process.
@@ -90,7 +89,7 @@ class TextData(LightningDataModule):
         validation_fraction: float = 0.1,
         max_train_blocks: int | None = None,
         max_val_blocks: int | None = None,
-        calibration_batches: int = CALIBRATION_BATCHES,
+        calibration_tokens: int = CALIBRATION_TOKENS,
         seed: int = 0,
         num_workers: int = 0,
         num_proc: int | None = None,
@@ -102,7 +101,7 @@ class TextData(LightningDataModule):
             ("val_batch_size", val_batch_size, 1),
             ("max_train_blocks", max_train_blocks, 1),
             ("max_val_blocks", max_val_blocks, 1),
-            ("calibration_batches", calibration_batches, 1),
+            ("calibration_tokens", calibration_tokens, 1),
             ("num_workers", num_workers, 0),
             ("num_proc", num_proc, 1),
         ):
@@ -137,7 +136,7 @@ class TextData(LightningDataModule):
         self.validation_fraction = validation_fraction
         self.max_train_blocks = max_train_blocks
         self.max_val_blocks = max_val_blocks
-        self.calibration_batches = calibration_batches
+        self.calibration_tokens = calibration_tokens
         self.seed = seed
         self.num_workers = num_workers
         self.num_proc = num_proc
@@ -191,15 +190,15 @@ class TextData(LightningDataModule):
         return self.val_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """The first `calibration_batches` batches of the training blocks in order, the same at every call and rank."""
+        """The first training blocks, in order, with `calibration_tokens` tokens; the same at every call and rank."""
         blocks = self._ready(self._train_blocks)
-        available = -(-len(blocks) // self.batch_size)
-        if available < self.calibration_batches != CALIBRATION_BATCHES:
+        wanted = -(-self.calibration_tokens // self.block_size)
+        if len(blocks) < wanted and self.calibration_tokens != CALIBRATION_TOKENS:
             rank_zero_warn(
-                f"calibration_batches is {self.calibration_batches}, but the text to train on fills only {available} "
-                f"batch(es) of {self.batch_size} blocks: all of them are taken"
+                f"calibration_tokens is {self.calibration_tokens:,}, but the text to train on fills only {len(blocks)} "
+                f"block(s) of {self.block_size}: all of them are taken"
             )
-        return self._in_order(_first(blocks, self.calibration_batches * self.batch_size), self.batch_size)
+        return self._in_order(_first(blocks, wanted), self.batch_size)
 
     # Lightning restores a dataloader's own state only while it makes the dataloader. That is before the checkpoint is
     # read if `configure_optimizers` asks for the number of steps. A datamodule's state is restored in time.

@@ -94,15 +94,15 @@ def test_a_tokenizer_that_adds_the_end_itself_gets_no_second_one():
 
 
 def test_limits(text_files, tiny):
-    data = _ready(text_files, tiny, max_train_blocks=10, max_val_blocks=3, calibration_batches=2, val_batch_size=2)
+    data = _ready(text_files, tiny, max_train_blocks=10, max_val_blocks=3, calibration_tokens=57, val_batch_size=2)
     assert len(_rows(data.train_dataloader())) == 10
     assert [len(batch["input_ids"]) for batch in data.val_dataloader()] == [2, 1]
     calibration = _rows(data.calibration_dataloader())
     assert len(calibration) == 8
     assert calibration == _rows(data.calibration_dataloader())
     assert all(row in _rows(data.train_dataloader()) for row in calibration)
-    few = _ready(text_files, tiny, max_train_blocks=10, calibration_batches=20)
-    with pytest.warns(UserWarning, match=r"calibration_batches is 20, but .*only 3 batch\(es\) of 4 blocks"):
+    few = _ready(text_files, tiny, max_train_blocks=10, calibration_tokens=100)
+    with pytest.warns(UserWarning, match=r"calibration_tokens is 100, but .*only 10 block\(s\) of 8"):
         assert len(_rows(few.calibration_dataloader())) == 10
 
 
