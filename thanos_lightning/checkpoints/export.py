@@ -132,7 +132,8 @@ def export_checkpoint(
                     f"{output} can't be written ({error}): make room, or give a folder on another disk"
                 ) from error
         if keep_adapter:
-            own = {name.removeprefix(prefix): value for name, value in trained.state_dict.items() if ".lora_" in name}
+            state = trained.state_dict
+            own = {name.removeprefix(prefix): state[name] for name in state if ".lora_" in name}
             adapters = write_adapters(folder, own, note["adapters"], path)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
