@@ -482,12 +482,16 @@ def _with_enough_damping(solve: Callable[[Curvature], T], inputs: Factors, dampi
 
     Return its result, and the curvature that it got.
     """
+
+    def tried(attempt: float) -> tuple[T, Curvature]:
+        curvature = inputs.curvature(attempt)
+        return solve(curvature), curvature
+
     for attempt in damping_ladder(damping):
         try:
-            curvature = inputs.curvature(attempt)
-            solution = solve(curvature)
+            found = tried(attempt)
         except FactorizationError as error:
-            cause = error
+            why = str(error)  # not the error itself, whose frames hold the matrices of this attempt
             continue
         if attempt != damping:
             warnings.warn(
@@ -495,12 +499,12 @@ def _with_enough_damping(solve: Callable[[Curvature], T], inputs: Factors, dampi
                 "calibration tokens, or a higher damping, avoid this",
                 stacklevel=5,
             )
-        return solution, curvature
+        return found
     raise FactorizationError(
         f"the Hessian is not positive definite, even with {max(damping, MAX_DAMPING):g} times the mean of its diagonal "
-        f"added ({cause}). A second moment never is like that: accumulate it with HessianAccumulator, from finite "
+        f"added ({why}). A second moment never is like that: accumulate it with HessianAccumulator, from finite "
         "inputs, without subtracting anything from it"
-    ) from cause
+    )
 
 
 def _check_tensors(

@@ -1,5 +1,6 @@
 import math
 import warnings
+import weakref
 
 import jaxtyping
 import pytest
@@ -16,6 +17,7 @@ from thanos_lightning.solver import (
     SolverError,
     Structured,
     Unstructured,
+    linalg,
     prune,
 )
 from thanos_lightning.solver.factors import Factors
@@ -232,6 +234,21 @@ def test_a_failed_factorisation_is_tried_again_with_more_damping(method):
         warnings.simplefilter("error")
         asked = prune(weight, H, NM(2, 4), method=method, damping=0.1)
     assert torch.equal(retried.weight, asked.weight)
+
+
+@pytest.mark.filterwarnings("ignore:the Hessian is not positive definite")
+def test_the_matrices_of_a_failed_attempt_are_gone_in_the_next(monkeypatch):
+    factored = linalg.inverse_factor
+    damped = []
+
+    def factor(matrix):
+        assert all(earlier() is None for earlier in damped)
+        damped.append(weakref.ref(matrix))
+        return factored(matrix)
+
+    monkeypatch.setattr(linalg, "inverse_factor", factor)
+    prune(layer(3, 4)[0], _indefinite(-0.05), NM(2, 4))
+    assert len(damped) == 2
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.5])
