@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "thanos, admm_steps=4": {"saliency": "balanced", "admm_steps": 4},
     "thanos, admm_steps=8, refine_steps=2": {"saliency": "balanced", "admm_steps": 8, "refine_steps": 2},
     "sparsegpt": {"method": "sparsegpt"},
+    "wanda": {"method": "wanda"},
+    "magnitude": {"method": "magnitude"},
 }
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -138,12 +138,13 @@ class SolverOptions:
         """Estimate the memory that pruning a float32 layer takes, beside its weight and Hessian.
 
         In numbers of four bytes, with b columns, c rows and d = min(cb, 2²²), it is the largest of these: 4.6 b² to
-        factor the Hessian; b² + 4.2 cb to prune ("sparsegpt": 5.2 cb); 2 cb + 7.5 d to refine without ADMM; for ADMM
-        1.5 cb + 6 d, plus b² up to 6 steps and 3 b² for more; for refinement after ADMM 1.5 cb + 11 d, plus b² or 2 b².
-        Structured patterns have no ADMM. On devices other than CPUs "thanos" solves more systems at a time, which takes
-        up to 240 MiB more. A layer of 28,672 columns and 8,192 rows takes 15 GB for the factor, beside a Hessian of
-        3.3 GB. The estimate leaves out up to 2.5 d where some rows stay unchanged, a scaled copy (cb) for output
-        weights, and up to 4 b² of factors that training keeps from one layer to the next with the same inputs.
+        factor the Hessian; b² + 4.2 cb to prune ("sparsegpt": 5.2 cb), or up to 8.3 cb ("wanda") and 7.1 cb
+        ("magnitude") without a factor; 2 cb + 7.5 d to refine without ADMM; for ADMM 1.5 cb + 6 d, plus b² up to 6
+        steps and 3 b² for more; for refinement after ADMM 1.5 cb + 11 d, plus b² or 2 b². Structured patterns have no
+        ADMM. On devices other than CPUs "thanos" solves more systems at a time, which takes up to 240 MiB more. A layer
+        of 28,672 columns and 8,192 rows takes 15 GB for the factor, beside a Hessian of 3.3 GB. The estimate leaves out
+        up to 2.5 d where some rows stay unchanged, a scaled copy (cb) for output weights, and up to 4 b² of factors
+        that training keeps from one layer to the next with the same inputs.
 
         Args:
             rows: out_features.
@@ -156,9 +157,11 @@ class SolverOptions:
             83
         """
         size = rows * cols
-        numbers = [0.0]
+        numbers = []
         if self.method in ("thanos", "sparsegpt"):
             numbers += [4.6 * cols**2, cols**2 + (4.2 if self.method == "thanos" else 5.2) * size]
+        else:
+            numbers.append((8.3 if self.method == "wanda" else 7.1) * size)
         exchanges = pattern is None or pattern.group_width(cols) > 0
         if self.method == "thanos" and exchanges and torch.device(device).type != "cpu":
             sparsity = 0.5 if pattern is None else pattern.sparsity
