@@ -38,8 +38,8 @@ class LayerReport:
     relative_loss: float  # `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight, or all experts
     seconds: float  # of the solve
     # How many tokens its inputs were counted on, on all ranks; None where no statistics were needed. An expert that
-    # fewer tokens than inputs have reached was solved on the mean of its layer's experts, too. Of a mixture all tokens
-    # that its experts got, each as often as there were experts that got it
+    # fewer than four tokens for each input have reached was solved on the mean of its layer's experts, too. Of a
+    # mixture all tokens that its experts got, each as often as there were experts that got it
     tokens: int | None = None
 
 
