@@ -86,8 +86,8 @@ def rows_of(order: Int[Tensor, " width"], part: PrunableLayer) -> Int[Tensor, " 
 
 def of_ordered_inputs(statistics: HessianAccumulator, order: Int[Tensor, " cols"]) -> HessianAccumulator:
     """The same statistics for inputs in another order. The given ones stay, since layers may share them."""
-    whole, order = statistics.sum, order.to(statistics.triangle.device)
-    return HessianAccumulator.of_sum(whole[order][:, order], statistics.num_tokens)
+    order = order.to(statistics.triangle.device)
+    return HessianAccumulator.of_sum(statistics.sum[order.unsqueeze(1), order], statistics.num_tokens)
 
 
 def _some_rows(weight: Float[Tensor, "rows cols"] | None) -> Float[Tensor, "some cols"] | None:

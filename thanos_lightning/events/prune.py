@@ -92,8 +92,7 @@ def prune_window(
     sizes = {name: _bytes_of(layer) for name, layer in chosen.items()}
     own = {name: size for name, size in sizes.items() if owners[name] == access.rank}
     ordered = {} if sums is None else {name: parts for name, parts in (free or {}).items() if name in seen}
-    for name in ordered.keys() & own.keys():  # each is twice there when it is written in another order
-        own[name] = max(own[name], 2 * max(_bytes_of(part) for part in (layers[name], *ordered[name])))
+    own = needed_in_order(own, ordered, layers)
     reserve(own, access)
     if sums is not None and ordered:
         title = f"Ordering channels at step {window.event.step}"
@@ -188,6 +187,23 @@ def _solve(
                 break
         reserve(largest, access, failed)
     return kept, reports
+
+
+def needed_in_order(
+    own: Mapping[str, int], ordered: Mapping[str, Sequence[PrunableLayer]], layers: Mapping[str, PrunableLayer]
+) -> dict[str, int]:
+    """Bytes that this rank allocates for its own layers, of which the channels of some get another order.
+
+    Such weights are twice there when they are written. The statistics of one layer at a time are whole, in both orders.
+    """
+    needed = dict(own)
+    here = ordered.keys() & own.keys()
+    for name in here:
+        needed[name] = max(own[name], 2 * max(_bytes_of(part) for part in (layers[name], *ordered[name])))
+    if here:
+        widest = max(here, key=lambda name: layers[name].cols)
+        needed[widest] += 2 * 4 * layers[widest].cols ** 2
+    return needed
 
 
 def _write_owned(

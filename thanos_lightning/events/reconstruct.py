@@ -85,9 +85,7 @@ def reconstruct(
     with open_phase(title, len(names), "blocks") as phase:
         for begin in range(0, len(names), access.world_size):
             in_round = names[begin : begin + access.world_size]
-            own = in_round[access.rank : access.rank + 1]
-            needed = {name: _bytes_of(states.blocks[name]) for name in own}
-            reserve(needed, access, kept)
+            reserve(needed_in_round({name: states.blocks[name] for name in in_round}, access.rank), access, kept)
             mine: _Task | None = None
             for owner, name in enumerate(in_round):
                 for layer in targets[name]:
@@ -122,6 +120,18 @@ def _warn_of_few(shapes: Sequence[tuple[int, ...]], steps: int) -> None:
             f"calibration.batches has {there:,} tokens, on which a block is trained for {able} steps, not for {steps}: "
             f"give {math.ceil(there * steps / able):,} tokens, or calibration.block_steps={able}"
         )
+
+
+def needed_in_round(blocks: Mapping[str, nn.Module], rank: int) -> dict[str, int]:
+    """Bytes that this rank allocates in a round in which rank r trains the r-th of the blocks.
+
+    Each rank keeps its own block. Where parameters are sharded, all ranks have the blocks whole, one after the other.
+    """
+    sizes = {name: _bytes_of(block) for name, block in blocks.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed = dict(list(sizes.items())[rank : rank + 1])
+    needed[largest] = needed.get(largest, 0) + sizes[largest]
+    return needed
 
 
 def _bytes_of(block: nn.Module) -> int:

@@ -147,7 +147,10 @@ def lend(
     if not lent:
         return
     own = {name for name in lent if owners[name] == access.rank}
-    reserve({name: 4 * layers[name].cols ** 2 for name in own}, access)
+    needed = {name: 4 * layers[name].cols ** 2 for name in own}
+    widest = max((group[0] for group in lent.values()), key=lambda name: layers[name].cols)
+    needed[widest] = needed.get(widest, 0) + 4 * layers[widest].cols ** 2  # the total, on every rank
+    reserve(needed, access)
     before: dict[str, HessianAccumulator] = {}
     filled: dict[tuple[object, ...], HessianAccumulator] = {}  # gate and up of an expert share theirs
     of_experts = None

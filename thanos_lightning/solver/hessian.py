@@ -93,7 +93,7 @@ class HessianAccumulator:
     @property
     def sum(self) -> Float[Tensor, "cols cols"]:
         """Σ x xᵀ, float32, a new tensor."""
-        return self.triangle.triu() + self.triangle.triu(1).mT
+        return self.triangle.triu().add_(self.triangle.triu(1).mT)
 
     def merge(self, other: "HessianAccumulator") -> None:
         """Add the tokens of another accumulator of the same layer.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from toy import Alike, counted
 
 from thanos_lightning.calibration.collector import Moments
-from thanos_lightning.events.prune import prune_window
+from thanos_lightning.events.prune import needed_in_order, prune_window
 from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
@@ -169,3 +169,10 @@ def test_sums_that_stay_are_all_reserved_beside_those_of_the_owner(stay: bool, w
     owners = {"0": 0, "1": 0, "2": 1}
     sum_on_owners(layers, sums, dict.fromkeys(layers, 6), owners, access, stay=stay)
     assert sorted(access.reserved) == [4 * width**2 for width in widths]
+
+
+def test_layers_whose_inputs_get_another_order_need_their_statistics_twice() -> None:
+    layers = find_targets(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 2)))
+    ordered = {"1": [layers["0"]], "2": [layers["0"]]}
+    needed = needed_in_order({"0": 512, "1": 256}, ordered, layers)
+    assert needed == {"0": 512, "1": 2 * 5 * 128 + 2 * 4 * 16**2}

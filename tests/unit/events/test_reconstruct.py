@@ -13,7 +13,7 @@ from toy import Sequences, ToyLM, loader, tiny_gpt2, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration.hidden_states import HiddenStates, first_of
-from thanos_lightning.events.reconstruct import Kept, reconstruct
+from thanos_lightning.events.reconstruct import Kept, needed_in_round, reconstruct
 from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
@@ -252,6 +252,14 @@ def test_a_block_that_can_not_be_trained_is_left_alone(block: type[nn.Module], w
     with pytest.warns(UserWarning, match=words):
         assert trained(model, states, kept) == []
     assert all(one.weight.equal(solved[name]) for name, one in kept.items())
+
+
+def test_a_rank_without_a_block_reserves_what_passes_by() -> None:
+    small, large = nn.Linear(2, 2, bias=False), nn.Linear(2, 8, bias=False)
+    blocks = {"small": small, "large": large}
+    assert needed_in_round(blocks, rank=0) == {"small": 16, "large": 64}
+    assert needed_in_round(blocks, rank=1) == {"large": 128}
+    assert needed_in_round(blocks, rank=2) == {"large": 64}
 
 
 def test_a_failure_is_an_error_with_the_blocks_name(monkeypatch: pytest.MonkeyPatch) -> None:

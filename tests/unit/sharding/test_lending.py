@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tiny_mixtures import tiny_mixture
 from torch import Tensor
+from toy import Alike
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
@@ -83,3 +86,24 @@ def test_each_layer_has_its_own_mean_where_another_rank_has_all_that_lend() -> N
     lend(sums, lent, every, tokens, owners, Elsewhere())
     assert {len(one.triangle) == every[name].cols for name, one in sums.items()} == {True}
     assert len({float(one.triangle[0, 0]) for one in sums.values()}) == len(sums) == 6
+
+
+class Second(Alike):
+    """A rank that owns nothing, beside one that owns all."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=1, world_size=2)
+        self.reserved: list[int] = []
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        self.reserved += sizes
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def test_a_rank_that_owns_nothing_reserves_the_total() -> None:
+    _, tokens = counted()
+    access = Second()
+    lend({}, lenders(layers(), tokens), layers(), tokens, dict.fromkeys(layers(), 0), access)
+    assert access.reserved == [4 * WIDTH**2]
