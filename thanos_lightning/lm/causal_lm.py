@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ def lr_factor(step: int, warmup_steps: int, total_steps: float, schedule: Decay)
     return 1.0 - x if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
 
 
+def _is_zero3(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+
+
 @contextmanager
 def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None) -> Iterator[None]:
     """Tell transformers about ZeRO-3, so that pretrained weights reach the pieces that the ranks hold.
@@ -67,7 +71,7 @@ def _zero3_loading(module: LightningModule, config: dict[str, Any] | None = None
     strategy = None
     with suppress(RuntimeError):  # there is no Trainer
         strategy = module.trainer.strategy
-    if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+    if not _is_zero3(strategy):
         yield
         return
     if importlib.util.find_spec("accelerate") is None:
@@ -346,11 +350,12 @@ class CausalLM(LightningModule):
         return sampled_loss(output.logits, counted, seed=int(batch["input_ids"].sum()))
 
     def _agreed_chunks(self, batch: dict[str, Tensor]) -> int:
-        """Return the largest number of chunks that any rank needs, because calling a head may gather it on all."""
+        """Return the largest number of chunks that any rank needs where each call of a head gathers it on all ranks."""
         chunks = num_chunks(batch["input_ids"].numel())
-        if self.trainer.world_size == 1:
-            return chunks
-        return int(self.trainer.strategy.reduce(torch.tensor(chunks, device=self.device), reduce_op="max"))
+        strategy = self.trainer.strategy
+        if not (isinstance(strategy, ModelParallelStrategy) or _is_zero3(strategy)):
+            return chunks  # and wait for no rank
+        return int(strategy.reduce(torch.tensor(chunks, device=self.device), reduce_op="max"))
 
     # Trainer.validate makes metric states in inference mode. The validation of a fit runs outside of that mode and
     # cannot add to them, so each loop begins with a new state.

@@ -1,11 +1,13 @@
 """CausalLM with a teacher, in real trainings."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from toy import loader, trainer
@@ -70,6 +72,16 @@ def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object)
     assert trained == {id(parameter) for parameter in lm.parameters()}
     assert not trained & {id(parameter) for parameter in lm._teacher.model.parameters()}
     assert not any(parameter.requires_grad for parameter in lm._teacher.model.parameters())
+
+
+@pytest.mark.parametrize(("strategy", "waits"), [(DDPStrategy, False), (ModelParallelStrategy, True)])
+def test_a_step_waits_for_other_ranks_only_where_they_gather_a_head(tiny, monkeypatch, strategy, waits):
+    asked = []
+    monkeypatch.setattr(strategy, "reduce", lambda self, chunks, **_: asked.append(int(chunks)) or chunks)
+    lm = taught(tiny, as_object=False)
+    lm.trainer = SimpleNamespace(strategy=strategy(), world_size=2)
+    assert lm._agreed_chunks({"input_ids": torch.zeros(2, 1024)}) == 2
+    assert asked == ([2] if waits else [])
 
 
 def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
