@@ -66,6 +66,10 @@ class ParameterAccess(Ranks):
         """
         return layer.oriented(drop).logical_not() if owner in (None, self.rank) else None
 
+    def collect_bits(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+        """Assemble the keep mask as `pack_bits` returns it, on the owner; None elsewhere. Bits travel packed."""
+        return pack_bits(layer.oriented(drop).logical_not()) if self.rank == owner else None
+
     @torch.no_grad()
     def collect_parameters(self, module: nn.Module, owner: int) -> dict[str, Tensor] | None:
         """Return copies of all parameters of a module, whole, by name, on the owner. They are the model's copies."""

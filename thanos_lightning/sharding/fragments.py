@@ -137,24 +137,33 @@ class FragmentAccess(ParameterAccess, ABC):
         return drop
 
     def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int | None) -> Tensor | None:
-        ranges, numel = self._ranges[layer.name], layer.rows * layer.cols
-        if owner is not None:
-            whole = self._collect(layer, drop.to(torch.uint8), ranges, owner)
-            return None if whole is None else whole.logical_not()
-        if self.world_size == 1 or all(held.numel == numel for held in ranges):
-            return self._matrix(layer, drop.logical_not())
-        bytes_each = -(-max(held.numel for held in ranges) // 8)
-        own = torch.zeros(bytes_each, dtype=torch.uint8)
-        packed = pack_bits(drop)
-        own[: len(packed)] = packed
-        everywhere = [torch.empty_like(own, device=self._device) for _ in ranges]
-        dist.all_gather(everywhere, own.to(self._device))
-        keep = torch.empty(numel, dtype=torch.bool)
-        for held, bits in zip(ranges, everywhere, strict=True):
-            if held.numel:
-                pieces = unpack_bits(bits[: -(-held.numel // 8)].cpu(), (held.numel,))
-                keep[held.start : held.stop] = pieces.logical_not()
-        return self._matrix(layer, keep)
+        bits = self.collect_bits(layer, drop, owner or 0)
+        if owner is None:
+            bits = torch.empty(-(-layer.rows * layer.cols // 8), dtype=torch.uint8) if bits is None else bits
+            self.broadcast(bits, owner=0)
+        return None if bits is None else unpack_bits(bits.to(self._device), (layer.rows, layer.cols))
+
+    def collect_bits(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+        held, keep = self._ranges[layer.name][self.rank], drop.logical_not().flatten()
+        parts = cover(self._ranges[layer.name], layer.rows * layer.cols, first=owner)
+        own = [
+            pack_bits(keep[part.start - held.start :][: part.numel]) for holder, part in parts if holder == self.rank
+        ]
+        if self.rank != owner:
+            self._exchange([(dist.isend, bits.to(self._device), owner) for bits in own])
+            return None
+        bits, awaited = [], []
+        for holder, part in parts:
+            if holder == owner:
+                bits.append(own.pop(0))
+            else:
+                bits.append(torch.empty(-(-part.numel // 8), dtype=torch.uint8, device=self._device))
+                awaited.append((dist.irecv, bits[-1], holder))
+        self._exchange(awaited)
+        if not layer.transposed and all(part.start % 8 == 0 for _, part in parts):
+            return torch.cat([one.cpu() for one in bits])
+        flat = [unpack_bits(one.cpu(), (part.numel,)) for one, (_, part) in zip(bits, parts, strict=True)]
+        return pack_bits(self._matrix(layer, torch.cat(flat)))
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
         held = self._ranges[layer.name][self.rank]

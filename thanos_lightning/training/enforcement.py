@@ -246,15 +246,16 @@ class MaskEnforcer:
     def state(self, patterns: Mapping[str, Pattern]) -> dict[str, dict[str, Any]]:
         """The masks that this rank saves: parameter name -> `LayerMask.state`. All ranks must call it.
 
-        If each rank writes a file of its own (ZeRO-3), each mask is in one of the files. `patterns` has the pattern of
-        each mask.
+        Rank 0 saves them all. If each rank writes a file of its own (ZeRO-3), each mask is in one of the files.
+        `patterns` has the pattern of each mask.
         """
         masks = {}
         for number, (name, layer) in enumerate(self._masked_layers().items()):
-            owner = number % self._access.world_size if self._access.saves_every_rank else None
-            keep = self.keep_mask(name, owner)
-            if keep is not None:
-                masks[layer.parameter_name] = LayerMask.of(keep, patterns[name], layer.transposed).state()
+            owner = number % self._access.world_size if self._access.saves_every_rank else 0
+            bits = self._access.collect_bits(layer, self._drop(name), owner)
+            if bits is not None:
+                mask = LayerMask(bits, (layer.rows, layer.cols), patterns[name], layer.transposed)
+                masks[layer.parameter_name] = mask.state()
         return masks
 
     def restore(

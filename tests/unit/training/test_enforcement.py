@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_mixtures import tiny_mixture
 from torch import nn
+from toy import Alike
 
 from thanos_lightning.models.targets import PrunableLayer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.solver import Unstructured
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
 
 
@@ -163,3 +165,13 @@ def test_each_place_is_verified(what: str, value: float) -> None:
     tensor[row, col] = value
     with pytest.raises(ZeroViolationError, match=rf"1 of \d+ pruned entries of 1\.weight \({what}\)"):
         enforcer.verify()
+
+
+def test_only_the_rank_that_writes_has_the_masks_in_its_state() -> None:
+    net = model()
+    layers = find_targets(net)
+    for rank, names in ((0, ["0.weight", "1.weight"]), (1, [])):
+        enforcer = MaskEnforcer(layers, Alike(rank=rank, world_size=2))
+        for name, layer in layers.items():
+            enforcer.set_mask(name, torch.arange(layer.rows * layer.cols).view(layer.rows, layer.cols) % 2 > 0)
+        assert [*enforcer.state(dict.fromkeys(layers, Unstructured(0.5)))] == names
