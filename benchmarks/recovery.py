@@ -56,6 +56,7 @@ PATTERNS = {
     "2:4": parse_pattern("2:4"),
     "60%": parse_pattern("unstructured", 0.6),
     "70%": parse_pattern("unstructured", 0.7),
+    "80%": parse_pattern("unstructured", 0.8),
 }
 DENSE, LIGHTNING, SR_STE = "dense", "lightning magnitude", "sr-ste"
 ONE_SHOT = tuple(f"one-shot {name}" for name in ("magnitude", "wanda", "sparsegpt", "thanos-paper"))
@@ -108,6 +109,7 @@ OWN: dict[str, Recipe] = {
     "first step, in four windows": Recipe(_BEFORE, {**_FIRST_STEP, "memory_gib": 0.125}),
     "two stages, one-shot sparsegpt": Recipe(_BEFORE, pruned="sparsegpt", fine_tuned=True),
     "defaults": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True),
+    "defaults, four events": Recipe(_FOUR_TIMES, _FIRST_STEP, blocks=True, reordered=True),
     "defaults, lora": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True, training=_LORA),
     "defaults, norms alone": Recipe(_BEFORE, _FIRST_STEP, blocks=True, reordered=True, norms_alone=True),
     "two stages, defaults": Recipe(_BEFORE, _FIRST_STEP, fine_tuned=True, blocks=True, reordered=True),
@@ -157,6 +159,7 @@ IN_TABLE = {
     "2:4": (*_BASELINES, SR_STE, *_PRUNED_IN_TRAINING),
     "60%": (*_BASELINES, *_PRUNED_IN_TRAINING),
     "70%": (),  # for comparisons that are asked for
+    "80%": (),
 }
 
 

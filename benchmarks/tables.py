@@ -302,7 +302,7 @@ def by_layer() -> str:
 def by_training() -> str:
     """The page of recovery.py."""
     runs = kept("recovery")
-    long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%"))
+    long = "".join(LONG.format(pattern=pattern) + by_rate(runs, pattern) for pattern in ("2:4", "60%", "80%"))
     longer = LONGER + by_length([run for run in runs if run["pattern"] == "2:4"], kept("recovery-long"))
     twice = TWICE + by_twice([run for run in runs if run["pattern"] == "2:4"], kept("recovery-twice"))
     another = of_another(kept("recovery-gemma"))

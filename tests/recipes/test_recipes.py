@@ -38,6 +38,7 @@ SPARSITIES = {
     "smollm2-135m-2of4-distilled": 0.5,
     "smollm2-135m-2of4": 0.5,
     "smollm2-135m-unstructured60": 0.6,
+    "smollm2-135m-unstructured80-gradual": 0.8,
     "smollm2-135m-channels30": 0.3,
     "llama-3.2-1b-channels30": 0.3,
     "qwen3-0.6b-channels30": 0.3,
