@@ -70,6 +70,14 @@ def test_zeros_of_experts_hold_everywhere(case: dict[str, Any]) -> None:
     assert agreement(folder, trained(**CASES[reference])) > (0.8 if is_rounded else 0.98)
 
 
+@pytest.mark.rest
+@pytest.mark.parametrize("name", ["olmoe, ddp", "olmoe, zero3"])
+def test_what_a_rank_tells_all_others_does_not_grow_with_experts(name: str) -> None:
+    matrices = 2 * MATRICES["olmoe"]
+    for rank in results(trained(**CASES[name])):
+        assert 0 < rank["told"] < 10 * matrices  # the calls of blocks, and nothing of each matrix
+
+
 @pytest.mark.parametrize("case", only(["zero3"], CASES))
 def test_what_ranks_have_trained_is_exported(case: dict[str, Any]) -> None:
     folder = trained(**case)

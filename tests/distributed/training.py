@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import os
+import pickle
 import signal
 import sys
 import warnings
@@ -316,12 +317,15 @@ class CountCollectives(TorchDispatchMode):
     def __init__(self, at_each: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.largest_total = 0  # in bytes, of what each rank got the sum of
         self.at_each = at_each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.calls.append(str(func))
             self.at_each()
+            if func is torch.ops.c10d.allreduce_.default:
+                self.largest_total = max(self.largest_total, *(one.nbytes for one in args[0]))
         return func(*args, **(kwargs or {}))
 
 
@@ -375,6 +379,9 @@ class Watch(Callback):
         self.enforced = 0
         self.norms: list[tuple[float, float]] = []  # of the sparse gradients, and the one that these are clipped by
         self.event_calls: set[str] = set()  # collectives of the last event
+        self.event_total = 0  # the bytes of its largest total
+        self.told = 0  # the bytes of the largest Python object that this rank told all others
+        self.device_copies = 0  # of gradients, for which DeepSpeed asks where the accelerator is
         self.gathered_at_once = 0  # weights of layers that DeepSpeed had gathered at the same time in it
         self.sums: list[int] = []  # how many different ones a window had on this rank
         self.tokens: list[int] = []  # of all layers of a window on this rank
@@ -396,7 +403,7 @@ class Watch(Callback):
         enforce, mask_gradients = enforcer.enforce, enforcer.mask_gradients
 
         def counted(method: Any, *args: Any) -> None:
-            with CountCollectives() as mode:
+            with CountCollectives() as mode, self._counting_copies():
                 method(*args)
             self.collectives += mode.calls
             self.enforced += method is enforce
@@ -404,6 +411,17 @@ class Watch(Callback):
         enforcer.enforce = partial(counted, enforce)  # type: ignore[method-assign]
         enforcer.mask_gradients = partial(counted, mask_gradients)  # type: ignore[method-assign]
         thanos_lightning.events.run.prune_window = self._watched_event
+
+    @contextmanager
+    def _counting_copies(self) -> Iterator[None]:
+        if not self.strategy.startswith("zero"):
+            yield
+            return
+        from deepspeed.accelerator import get_accelerator
+
+        with mock.patch.object(get_accelerator(), "current_device_name", return_value="cpu") as asked:
+            yield
+        self.device_copies += asked.call_count
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Under FSDP it is torch that clips."""
@@ -421,6 +439,22 @@ class Watch(Callback):
         if self.strategy == "fsdp":
             torch.nn.utils.clip_grad_norm_ = recorded
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what this rank tells all others. Of what they tell by `union`, each layer is told of by one rank."""
+        gather, union = Ranks.gather, Ranks.union
+
+        def measured(ranks: Ranks, value: Any) -> Any:
+            self.told = max(self.told, len(pickle.dumps(value)))
+            return gather(ranks, value)
+
+        def joined(ranks: Ranks, own: Any) -> Any:
+            with mock.patch.object(Ranks, "gather", gather):
+                return union(ranks, own)
+
+        with mock.patch.multiple(Ranks, gather=measured, union=joined):
+            yield
+
     def _watched_event(self, window: Any, layers: Any, moments: Any, **arguments: Any) -> Any:
         accumulators = moments.accumulators
         self.sums.append(len({id(accumulator) for accumulator in accumulators.values()}))
@@ -429,7 +463,8 @@ class Watch(Callback):
         is_last = window is self.pruning._run.windows[-1]
         with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
             result = thanos_lightning.events.prune.prune_window(window, layers, moments, **arguments)
-        self.event_calls |= set(mode.calls if mode is not None else ())
+        if mode is not None:
+            self.event_calls, self.event_total = set(mode.calls), mode.largest_total
         return result
 
     def _count_gathered(self, layers: Any) -> Callable[[], None]:
@@ -758,6 +793,23 @@ def make_strategy(case: Case) -> Any:
     return strategy
 
 
+@contextmanager
+def counting_opened() -> Iterator[list[str]]:
+    """The files with tensors that Python opens inside the block, one entry each time."""
+    opened: list[str] = []
+    is_counting = [True]
+
+    def hook(event: str, arguments: Any) -> None:
+        if is_counting and event == "open" and str(arguments[0]).endswith(".pt"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(hook)  # which stays
+    try:
+        yield opened
+    finally:
+        is_counting.clear()
+
+
 def note_orders() -> list[str]:
     """Note the down layers whose channels get another order, as it happens."""
     ordered: list[str] = []
@@ -848,7 +900,8 @@ def train(case: Case) -> None:
     try:
         validation = Share(case) if case.monitor is not None else None
         resume = None if case.resume is None else case.resume.replace("{rank}", os.environ.get("RANK", "0"))
-        fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
+        with watch.measuring(), nullcontext([]) if resume is None else counting_opened() as opened:
+            fitted.fit(module, val_dataloaders=validation, ckpt_path=resume)
     except (RuntimeError, ValueError, OSError, MisconfigurationException, SIGTERMException) as failure:
         error = f"{type(failure).__name__}: {failure}"
     weights, drops = results.state["weights"], {} if pruning._run is None else pruning._run.enforcer._drops
@@ -860,6 +913,10 @@ def train(case: Case) -> None:
         "collectives": watch.collectives,
         "enforced": watch.enforced,
         "event_calls": sorted(watch.event_calls),
+        "event_total": watch.event_total,
+        "told": watch.told,
+        "opened": len(opened),
+        "device_copies": watch.device_copies,
         "gathered_at_once": watch.gathered_at_once,
         "sums": watch.sums,
         "tokens": watch.tokens,

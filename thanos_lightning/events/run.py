@@ -33,7 +33,7 @@ from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport, LossRecorder
 from thanos_lightning.report.progress import Phase, ends_on_sigterm, hidden, shown
 from thanos_lightning.report.tables import print_event, print_summary
-from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.access import ParameterAccess, tensors_of
 from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.sharding.owners import assign_owners
@@ -146,7 +146,10 @@ class PruningRun:
                 )
         optimizers = self.access.optimizers
         # The first optimizer that updates a target. Its steps are the steps of the schedule
-        counting = next((one for one in optimizers if self.access.stepped_by(one, self.layers)), optimizers[0])
+        stepped = {id(self.access.stepped(layer)) for layer in self.layers.values()}
+        counting = next(
+            (one for one in optimizers if any(id(tensor) in stepped for tensor in tensors_of(one))), optimizers[0]
+        )
         for optimizer in optimizers:
             hook = optimizer.register_step_post_hook(partial(self._after_step, counts=optimizer is counting))
             self._hooks.enter_context(hook)

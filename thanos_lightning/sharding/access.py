@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,11 @@ class LocalPiece(NamedTuple):
     what: str  # "weight" (the model's copy), "master", or the name of a moment
     tensor: Tensor  # the values, writable unless said otherwise
     place: slice = slice(None)  # the part of the rank's drop mask that covers the values
+
+
+def tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """What an optimizer steps: parameters, or masters of theirs. Some optimizers have other ones at each call."""
+    return (tensor for group in optimizer.param_groups for tensor in group["params"])
 
 
 class ParameterAccess(Ranks):
@@ -108,7 +113,7 @@ class ParameterAccess(Ranks):
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
         """Return this rank's drop mask for a keep mask (out_features, in_features). Talks to no rank."""
-        return layer.oriented(keep).logical_not().contiguous().to(layer.parameter.device)
+        return layer.oriented(keep.to(layer.parameter.device)).logical_not().contiguous()
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         """Whether this call of a post-step hook completes a training step. Talks to no rank.
@@ -119,14 +124,13 @@ class ParameterAccess(Ranks):
         found_inf = getattr(optimizer, "found_inf", None)
         return found_inf is None or not bool(found_inf)
 
-    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        """Names of the layers that the optimizer updates, at least in part, on this rank. Talks to no rank."""
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return {name for name, layer in layers.items() if id(self._stepped(layer)) in stepped}
+    def stepped(self, layer: PrunableLayer) -> Tensor | None:
+        """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
+        return layer.parameter
 
     def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
         """What optimizers step of a layer that one of them updates: the weight or its master. Talks to no rank."""
-        stepped = self._stepped(layer)
+        stepped = self.stepped(layer)
         assert stepped is not None, "an optimizer updates the layer"
         return LocalPiece(self._kind, self._piece(layer, stepped), self._place(layer))
 
@@ -137,7 +141,7 @@ class ParameterAccess(Ranks):
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         """For each optimizer, the module's parameters in the order of its state; None for any other tensor."""
-        return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        return [list(tensors_of(optimizer)) for optimizer in self.optimizers]
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         """Zero the pruned parts of the gradient that the next step will use, where there is one. Talks to no rank.
@@ -145,15 +149,11 @@ class ParameterAccess(Ranks):
         `drops` are layers of one parameter, each with this rank's piece of its drop mask.
         """
         for layer, drop in drops:
-            stepped = self._stepped(layer)
+            stepped = self.stepped(layer)
             if stepped is not None and stepped.grad is not None:
                 zero_where(self._piece(layer, stepped.grad), drop)
 
     # Where optimizers have a layer on this rank
-
-    def _stepped(self, layer: PrunableLayer) -> Tensor | None:
-        """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
-        return layer.parameter
 
     def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
         """The layer's entries, by a view, of a tensor that is laid out as the one that is stepped."""
@@ -164,7 +164,7 @@ class ParameterAccess(Ranks):
         return slice(None)
 
     def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        stepped = self._stepped(layer)
+        stepped = self.stepped(layer)
         if stepped is None:
             return
         for optimizer in self.optimizers:

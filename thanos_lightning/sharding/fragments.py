@@ -1,20 +1,18 @@
 """Collects parameters that lie in pieces on several ranks, and hands whole ones out again.
 
-Each rank holds at most one contiguous range of a flattened parameter. The ranks tell each other their ranges once.
-After that, every rank knows who sends what to whom, and a piece is sent only to the ranks that need it.
+Each rank holds at most one contiguous range of a flattened parameter. Every rank can tell the range of any other, so it
+knows who sends what to whom, and a piece is sent only to the ranks that need it.
 """
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
@@ -58,47 +56,44 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     Raises:
         ValueError: If no rank holds some entry.
     """
-    edges = {0, numel, *(edge for held in ranges for edge in (held.start, held.stop))}
+    own, position = ranges[first], 0
     taken: list[tuple[int, Range]] = []
-    for start, stop in itertools.pairwise(sorted(edges)):
-        holders = [rank for rank, held in enumerate(ranges) if held.start <= start < held.stop]
-        if not holders:
-            raise ValueError(f"entry {start} of {numel} is held by no rank: {list(ranges)}")
-        holder = first if first in holders else holders[0]
-        begin = taken.pop()[1].start if taken and taken[-1][0] == holder else start
-        taken.append((holder, Range(begin, stop - begin)))
+    others = sorted((held.start, -held.stop, rank) for rank, held in enumerate(ranges))
+    holder, stop, seen = first, 0, 0  # of those that begin here or before, the rank that holds most
+    while position < numel:
+        while seen < len(others) and others[seen][0] <= position:
+            if -others[seen][1] > stop:
+                stop, holder = -others[seen][1], others[seen][2]
+            seen += 1
+        if own.start <= position < own.stop:
+            source, end = first, own.stop
+        elif stop <= position:
+            raise ValueError(f"entry {position} of {numel} is held by no rank: {list(ranges)}")
+        else:
+            source, end = holder, min(stop, own.start) if own.numel and position < own.start else stop
+        taken.append((source, Range(position, end - position)))
+        position = end
     return taken
 
 
 class FragmentAccess(ParameterAccess, ABC):
-    """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter.
-
-    All ranks must create it. `layers` are all that may be pruned. `device` is as for `Ranks`.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, PrunableLayer],
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        optimizers: Sequence[Optimizer],
-    ) -> None:
-        super().__init__(rank, world_size, device, optimizers)
-        own = {name: (self._held(layer), self._held_exactly(layer)) for name, layer in layers.items()}
-        everywhere = self.gather(own)
-        self._ranges = {name: [held[name][0] for held in everywhere] for name in layers}
-        self._exact_ranges = {name: [held[name][1] for held in everywhere] for name in layers}
+    """The shared part of every `ParameterAccess` whose ranks each hold a range of a parameter."""
 
     # What a strategy implements
 
     @abstractmethod
-    def _held(self, layer: PrunableLayer) -> Range:
-        """The entries whose mask this rank holds."""
+    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+        """The entries whose mask a rank holds. Talks to no rank."""
 
-    def _held_exactly(self, layer: PrunableLayer) -> Range:
-        """The entries whose most exact copy this rank holds: the master, if there is one."""
-        return self._held(layer)
+    def _held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+        """The entries whose most exact copy a rank holds: the master, if there is one. Talks to no rank."""
+        return self._held(layer, rank)
+
+    def _ranges(self, layer: PrunableLayer) -> list[Range]:
+        return [self._held(layer, rank) for rank in range(self.world_size)]
+
+    def _exact_ranges(self, layer: PrunableLayer) -> list[Range]:
+        return [self._held_exactly(layer, rank) for rank in range(self.world_size)]
 
     @abstractmethod
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
@@ -120,17 +115,19 @@ class FragmentAccess(ParameterAccess, ABC):
 
     @torch.no_grad()
     def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
-        return self._collect(layer, self._read_exact(layer), self._exact_ranges[layer.name], owner)
+        return self._collect(layer, self._read_exact(layer), self._exact_ranges(layer), owner)
 
     @torch.no_grad()
     def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         self._write_model(layer, weight, owner)
         flat = None if weight is None else layer.oriented(weight).reshape(-1)
-        values = self._hand_out(flat, self._exact_ranges[layer.name], owner, self._exact_dtype(layer))
+        values = self._hand_out(flat, self._exact_ranges(layer), owner, self._exact_dtype(layer))
         if values.numel():
             self._write_exact(layer, values)
+        if keep is not None:
+            keep = keep.to(self._device)
         flat = None if keep is None else layer.oriented(keep).reshape(-1).logical_not().to(torch.uint8)
-        drop = self._hand_out(flat, self._ranges[layer.name], owner, torch.uint8).bool()
+        drop = self._hand_out(flat, self._ranges(layer), owner, torch.uint8).bool()
         drop = drop.to(self._mask_device(layer))
         if drop.numel():
             self._zero_moments(layer, drop)
@@ -144,8 +141,8 @@ class FragmentAccess(ParameterAccess, ABC):
         return None if bits is None else unpack_bits(bits.to(self._device), (layer.rows, layer.cols))
 
     def collect_bits(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
-        held, keep = self._ranges[layer.name][self.rank], drop.logical_not().flatten()
-        parts = cover(self._ranges[layer.name], layer.rows * layer.cols, first=owner)
+        held, keep = self._held(layer, self.rank), drop.logical_not().flatten()
+        parts = cover(self._ranges(layer), layer.rows * layer.cols, first=owner)
         own = [
             pack_bits(keep[part.start - held.start :][: part.numel]) for holder, part in parts if holder == self.rank
         ]
@@ -166,7 +163,7 @@ class FragmentAccess(ParameterAccess, ABC):
         return pack_bits(self._matrix(layer, torch.cat(flat)))
 
     def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
-        held = self._ranges[layer.name][self.rank]
+        held = self._held(layer, self.rank)
         flat = layer.oriented(keep).reshape(-1)[held.start : held.stop]
         return flat.logical_not().to(self._mask_device(layer))
 
@@ -175,7 +172,7 @@ class FragmentAccess(ParameterAccess, ABC):
         """The device on which the optimizer steps this rank's piece."""
 
     def _place(self, layer: PrunableLayer) -> slice:
-        held, stepped = self._ranges[layer.name][self.rank], self._exact_ranges[layer.name][self.rank]
+        held, stepped = self._held(layer, self.rank), self._held_exactly(layer, self.rank)
         return slice(stepped.start - held.start, stepped.stop - held.start)
 
     # How pieces are sent and received

@@ -7,12 +7,15 @@ forward.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
@@ -39,7 +42,7 @@ class FsdpAccess(FragmentAccess):
         self.release()
         # Looked up once, because a gathered module shows other tensors in place of its parameters.
         self._parameters = {name: require_rows(layer) for name, layer in layers.items()}
-        super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
+        super().__init__(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
         # In a single-file checkpoint Lightning numbers the module's parameters, whatever the optimizer's groups are.
@@ -65,18 +68,18 @@ class FsdpAccess(FragmentAccess):
 
     # For ParameterAccess
 
-    def _stepped(self, layer: PrunableLayer) -> DTensor:
+    def stepped(self, layer: PrunableLayer) -> DTensor:
         return self._parameters[layer.name]
 
     @torch.no_grad()
     def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor), "as its parameter"
-        return _held_entries(tensor).piece(layer, tensor.to_local().view(-1))
+        return _held_entries(tensor, self.rank).piece(layer, tensor.to_local().view(-1))
 
     # For FragmentAccess
 
-    def _held(self, layer: PrunableLayer) -> Range:
-        return _held_entries(self._parameters[layer.name]).of(layer)
+    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+        return _held_entries(self._parameters[layer.name], rank).of(layer)
 
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
         return self._parameters[layer.name].dtype
@@ -94,17 +97,24 @@ class FsdpAccess(FragmentAccess):
         self.release()  # the shard that `_write_exact` writes to is the model's copy
 
 
-def _held_entries(parameter: DTensor) -> Range:
-    """Which entries of the flattened parameter this rank holds."""
+def _held_entries(parameter: DTensor, rank: int) -> Range:
+    """Which entries of the flattened parameter a rank holds."""
     start, rows = 0, len(parameter)
+    places = _places(parameter.device_mesh)[rank]
     for dimension, placement in enumerate(parameter.placements):
         if placement == Shard(0):
             # as torch.chunk: equal parts, but the last ones may be smaller or empty
             part = -(-rows // parameter.device_mesh.size(dimension))
-            first = min(part * parameter.device_mesh.get_local_rank(dimension), rows)
+            first = min(part * places[dimension], rows)
             start, rows = start + first, min(part, rows - first)
     width = parameter.shape[1:].numel()
     return Range(start * width, rows * width)
+
+
+@cache
+def _places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
+    """Each rank of a mesh -> its place in each dimension."""
+    return dict(zip(mesh.mesh.flatten().tolist(), itertools.product(*map(range, mesh.mesh.shape)), strict=True))
 
 
 def require_rows(layer: PrunableLayer) -> DTensor:

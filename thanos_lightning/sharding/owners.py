@@ -40,8 +40,8 @@ def tokens_seen(
     Raises:
         PruningError: If no token has reached any layer.
     """
-    by_rank = access.gather({name: accumulator.num_tokens for name, accumulator in accumulators.items()})
-    seen = {name: sum(counts.get(name, 0) for counts in by_rank) for name in layers}
+    own = [accumulators[name].num_tokens if name in accumulators else 0 for name in layers]
+    seen = dict(zip(layers, access.total(torch.tensor(own, dtype=torch.int64)).tolist(), strict=True))
     if not any(seen.values()):
         raise PruningError(
             "no token was counted at all: every batch was empty or all padding. Check the batches, and their attention "
@@ -95,13 +95,19 @@ def _sharing(
     layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
 ) -> list[list[str]]:
     """Group the layers that share one sum on every rank, in an order that is the same on all ranks."""
-    first: dict[int, str] = {}
-    leaders = {name: first.setdefault(id(accumulator), name) for name, accumulator in accumulators.items()}
-    everywhere = access.gather(leaders)
-    groups: dict[tuple[str | None, ...], list[str]] = {}
-    for name in layers:
-        # A rank on which a layer saw nothing (None) adds nothing, so the whole group must have seen nothing there.
-        groups.setdefault(tuple(rank_leaders.get(name) for rank_leaders in everywhere), []).append(name)
+    first: dict[int, int] = {}
+    own = torch.zeros(len(layers), 3, dtype=torch.int64)
+    for number, name in enumerate(layers):
+        if (accumulator := accumulators.get(name)) is not None:
+            leader = first.setdefault(id(accumulator), number)  # the first layer that has this sum
+            own[number] = torch.tensor([1, leader, leader**2])
+    told = access.total(own).tolist()
+    groups: dict[int, list[str]] = {}
+    for number, (name, (count, leaders, squares)) in enumerate(zip(layers, told, strict=True)):
+        # Squares and sums agree if the layer has one leader on all `count` ranks that its tokens have reached. The
+        # leader's tokens have reached these ranks, too, and no others if its count is the same.
+        leader = leaders // count if count and count * squares == leaders**2 else number
+        groups.setdefault(leader if told[leader][0] == count else number, []).append(name)
     return list(groups.values())
 
 

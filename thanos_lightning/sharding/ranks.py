@@ -66,7 +66,7 @@ class Ranks:
         return total
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum fp32 tensors of one shape over ranks, on all ranks. Talks to all."""
+        """Sum tensors of one shape and dtype over ranks, on all ranks. Talks to all."""
         if self.world_size > 1:
             tensor = tensor.to(self._device, copy=True)
             dist.all_reduce(tensor)

@@ -11,6 +11,7 @@ Only this file and checkpoints/reshard.py import deepspeed. Each of DeepSpeed's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +42,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
-from thanos_lightning.sharding.access import LocalPiece
+from thanos_lightning.sharding.access import LocalPiece, tensors_of
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver.zeros import zero_where
+
+_ENTRIES_AT_ONCE = 2**22  # whose copies in fp64 take 32 MiB
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,17 @@ class _Whole:
         master = self._of.get(id(layer.parameter))
         return None if master is None else master.of(layer)
 
-    def held(self, layer: PrunableLayer) -> Range:
-        """The entries whose mask this rank needs."""
+    def updates(self, parameter: nn.Parameter) -> bool:
+        """Whether an optimizer updates a parameter, on whatever ranks."""
+        return id(parameter) in self._of
+
+    def held(self, layer: PrunableLayer, rank: int) -> Range:
+        """The entries whose mask a rank needs."""
         return Range(0, layer.rows * layer.cols)
+
+    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+        """The entries whose master a rank has, of a layer that an optimizer updates."""
+        return self.held(layer, rank)
 
     def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         """The held entries of the model's copy, flat."""
@@ -108,14 +120,31 @@ class _Whole:
 class _Stage12:
     """Stages 1 and 2, and DeepSpeed's optimizer for bf16 with fp32 accumulation at stage 1."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, layers: Mapping[str, PrunableLayer], ranks: Ranks) -> None:
         self._optimizer = optimizer
+        self._rank = ranks.rank
         self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
         groups = optimizer.bf16_groups if self._holds_gradients_whole else ()
         self._group_of = {id(parameter): group for group, members in enumerate(groups) for parameter in members}
         name = "fp32_groups_flat_partition" if self._holds_gradients_whole else "single_partition_of_fp32_groups"
         self.masters: list[Tensor] = getattr(optimizer, name)
         self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
+        # Which group's vector a parameter is in, from 1, and where it begins: the rank that has its first entry knows
+        begins = torch.zeros(2, len(layers), dtype=torch.int64)
+        for number, layer in enumerate(layers.values()):
+            if (mapping := getattr(layer.parameter, "_hp_mapping", None)) and not mapping.lp_fragment_address.start:
+                group = mapping.param_group_index
+                before = self._rank * self.masters[group].numel()
+                begins[:, number] = torch.tensor([group + 1, before + mapping.hp_fragment_address.start])
+        told = ranks.total(begins).T.tolist()
+        self._begins = {
+            id(layer.parameter): (group - 1, start)
+            for layer, (group, start) in zip(layers.values(), told, strict=True)
+            if group
+        }
+
+    def updates(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._begins
 
     def master(self, layer: PrunableLayer) -> _Master | None:
         mapping = getattr(layer.parameter, "_hp_mapping", None)
@@ -124,14 +153,19 @@ class _Stage12:
         held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
         return _Master(self.masters[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
 
-    def held(self, layer: PrunableLayer) -> Range:
-        master = self.master(layer)
-        if self._holds_gradients_whole or not hasattr(layer.parameter, "_hp_mapping"):
+    def held(self, layer: PrunableLayer, rank: int) -> Range:
+        if self._holds_gradients_whole or not self.updates(layer.parameter):
             return Range(0, layer.rows * layer.cols)
-        return Range(0, 0) if master is None else master.held
+        return self.held_exactly(layer, rank)
+
+    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+        group, begin = self._begins[id(layer.parameter)]
+        part, numel = self.masters[group].numel(), layer.parameter.numel()
+        start, stop = (min(max(of_rank * part - begin, 0), numel) for of_rank in (rank, rank + 1))
+        return Range(start, stop - start).of(layer)
 
     def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        held = self.held(layer)
+        held = self.held(layer, self._rank)
         yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
 
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
@@ -153,10 +187,10 @@ class _Stage12:
         for layer, drop in drops:
             zero_where(held.piece(layer, gradient.view(-1)), drop.to(gradient.device))
         if optimizer.cpu_offload:
-            # DeepSpeed took the gradient's norm in the backward, before the gradient could be masked.
+            # DeepSpeed took the norm in the backward, before the gradient could be masked
             norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(sharded)
             if key in norms:
-                norms[key] = gradient.to(norms[key].dtype).norm(2).to(norms[key].device)
+                norms[key] = torch.tensor(_norm(gradient))
 
 
 class _Stage3:
@@ -188,21 +222,27 @@ class _Stage3:
         group = self._group(parameter)
         return group is not None and bool(self._optimizer._swappable_optimizer_subgroup(group))
 
-    def _shard(self, parameter: nn.Parameter) -> Range:
+    def _shard(self, parameter: nn.Parameter, rank: int | None = None) -> Range:
         sharded: Any = parameter  # with DeepSpeed's own attributes
         part, numel = sharded.partition_numel(), sharded.ds_numel
-        start = min(part * self._rank, numel)
+        start = min(part * (self._rank if rank is None else rank), numel)
         return Range(start, min(part, numel - start))
 
-    def held(self, layer: PrunableLayer) -> Range:
-        return self._shard(layer.parameter).of(layer)
+    def updates(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._index
+
+    def held(self, layer: PrunableLayer, rank: int) -> Range:
+        return self._shard(layer.parameter, rank).of(layer)
+
+    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+        return self.held(layer, rank)
 
     def piece(self, layer: PrunableLayer, shard: Tensor) -> Tensor:
         """The layer's entries of a tensor that is laid out like this rank's shard of the parameter."""
         return self._shard(layer.parameter).piece(layer, shard.view(-1))
 
     def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
-        held = self.held(layer)
+        held = self.held(layer, self._rank)
         sharded: Any = layer.parameter
         shard = sharded.ds_tensor
         if shard.numel() >= self._shard(sharded).numel:  # otherwise the shard is on NVMe
@@ -214,18 +254,34 @@ class _Stage3:
     def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
         parameter = drops[0][0].parameter
         group = self._group(parameter)
-        if group is None or not any(drop.numel() for _, drop in drops):
+        if group is None:
             return
-        offloads = self._optimizer.offload_optimizer
-        if offloads:
+        optimizer = self._optimizer
+        is_swapped = self.is_swapped(parameter)
+        if is_swapped:
             gradient = safe_get_local_grad(parameter).clone()
+        elif optimizer.offload_optimizer:
+            # Not by DeepSpeed's API, which copies each gradient to the GPU and back. Its copies to the CPU have ended
+            _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            whole = self.masters[group].grad
+            assert whole is not None, "DeepSpeed allocates it once"
+            gradient = whole[start : start + length]
         else:
-            gradient = self._optimizer.averaged_gradients[group][self._index[id(parameter)]]
+            gradient = optimizer.averaged_gradients[group][self._index[id(parameter)]]
         for layer, drop in drops:
             zero_where(self.piece(layer, gradient), drop.to(gradient.device))
-        if offloads:
-            # The setter also corrects the gradient's norm, which DeepSpeed took in the backward.
-            safe_set_local_grad(parameter, gradient)
+        if is_swapped:
+            safe_set_local_grad(parameter, gradient)  # and its norm
+        elif optimizer.offload_optimizer:
+            norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(parameter)
+            if key in norms:
+                norms[key] = _norm(gradient)  # a number: DeepSpeed adds norms up on the device of the first tensor
+
+
+def _norm(gradient: Tensor) -> float:
+    """The norm of a gradient on the CPU, summed in fp64."""
+    parts = torch.split(gradient.view(-1), _ENTRIES_AT_ONCE)
+    return math.sqrt(sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts))
 
 
 _Layout: TypeAlias = _Whole | _Stage12 | _Stage3  # with the methods of the first
@@ -244,24 +300,20 @@ class ZeroAccess(FragmentAccess):
         self._engine = strategy.deepspeed_engine
         wrapped: Any = self._engine.optimizer
         _refuse_unknown(self._engine, wrapped)
+        inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
+        super().__init__(strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
             self._layout: _Layout = _Stage3(wrapped, strategy.global_rank)
             self.saves_every_rank = True
             # modules that are gathered as a whole, such as mixtures of experts, have hooks that fill in gradients
             self.can_differentiate = not wrapped.leaf_parameters
         elif isinstance(wrapped, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-            self._layout = _Stage12(wrapped)
+            self._layout = _Stage12(wrapped, layers, self)
         else:
             self._layout = _Whole(wrapped)
-        inner = wrapped if isinstance(wrapped, Optimizer) else wrapped.optimizer
         self._masters = {name: self._layout.master(layer) for name, layer in layers.items()}
-        self._layers_of: dict[int, set[str]] = {}  # since an optimizer may step once for each of many sub-groups
-        for name, master in self._masters.items():
-            if master is not None:
-                self._layers_of.setdefault(id(master.tensor), set()).add(name)
-        super().__init__(layers, strategy.global_rank, strategy.world_size, strategy.root_device, [inner])
         for name, layer in layers.items():
-            if layer.parameter.requires_grad and not any(held.numel for held in self._exact_ranges[name]):
+            if layer.parameter.requires_grad and not self._layout.updates(layer.parameter):
                 raise MisconfigurationException(
                     f"layer {name} requires gradients, but no optimizer updates it, so DeepSpeed keeps no master of "
                     "it: pass its parameters to the optimizer in configure_optimizers, set requires_grad=False, or "
@@ -280,13 +332,7 @@ class ZeroAccess(FragmentAccess):
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         # ZeRO steps the groups one after another, each by a separate call.
-        last = self._layout.masters[-1]
-        return any(parameter is last for group in optimizer.param_groups for parameter in group["params"])
-
-    def stepped_by(self, optimizer: Optimizer, layers: Mapping[str, PrunableLayer]) -> set[str]:
-        stepped = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        names: set[str] = set().union(*(self._layers_of.get(number, ()) for number in stepped))
-        return names & layers.keys()
+        return any(tensor is self._layout.masters[-1] for tensor in tensors_of(optimizer))
 
     def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
         yield from self._layout.model_copies(layer)
@@ -314,7 +360,7 @@ class ZeroAccess(FragmentAccess):
 
     # For ParameterAccess
 
-    def _stepped(self, layer: PrunableLayer) -> Tensor | None:
+    def stepped(self, layer: PrunableLayer) -> Tensor | None:
         master = self._masters[layer.name]
         return None if master is None else master.tensor
 
@@ -325,14 +371,13 @@ class ZeroAccess(FragmentAccess):
 
     # For FragmentAccess
 
-    def _held(self, layer: PrunableLayer) -> Range:
-        return self._layout.held(layer)
+    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+        return self._layout.held(layer, rank)
 
-    def _held_exactly(self, layer: PrunableLayer) -> Range:
+    def _held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
         if not layer.parameter.requires_grad:  # an untrained parameter has no master
-            return self._held(layer)
-        master = self._masters[layer.name]
-        return Range(0, 0) if master is None else master.held
+            return self._held(layer, rank)
+        return self._layout.held_exactly(layer, rank)
 
     def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
         if not layer.parameter.requires_grad:
@@ -378,19 +423,21 @@ class ZeroAccess(FragmentAccess):
             master.slice_of(master.tensor).copy_(values)
 
     def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
-        parameter = layer.parameter
+        parameter: Any = layer.parameter
         if not isinstance(self._layout, _Stage3):
             own = layer.own(parameter.data)
             if weight is not None:
                 own.copy_(layer.oriented(weight))
             self.broadcast(own, owner)
             return
-        copies = [piece.what for piece in self._layout.model_copies(layer)]
+        # DeepSpeed needs the same on all ranks
+        is_gathered = parameter.ds_status == ZeroParamStatus.AVAILABLE
         has_others = getattr(parameter, "ds_secondary_tensor", None) is not None
-        if layer.expert is not None and all(self.gather(copies == ["weight"] and not has_others)):
+        on_disk = self._engine.optimizer.params_in_nvme_and_cpu
+        if layer.expert is not None and not (is_gathered or has_others or on_disk):
             # Only the pieces are sent: to gather the parameter for each of its experts would take long
             flat = None if weight is None else layer.oriented(weight).reshape(-1)
-            values = self._hand_out(flat, self._ranges[layer.name], owner, parameter.dtype)
+            values = self._hand_out(flat, self._ranges(layer), owner, parameter.dtype)
             next(self._layout.model_copies(layer)).tensor.copy_(values)
             return
         with GatheredParameters([parameter], modifier_rank=owner):

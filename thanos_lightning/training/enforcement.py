@@ -10,7 +10,8 @@ AdamW, SGD, RMSprop, Adagrad and Muon do. Adamax and Rprop move moments whose gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.windows import reasons
-from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.sharding.access import ParameterAccess, tensors_of
 from thanos_lightning.sharding.masks import LayerMask, checked
 from thanos_lightning.sharding.together import PruningError, failing_together, reserve
 from thanos_lightning.solver import Pattern, Unstructured
@@ -49,6 +50,9 @@ class MaskEnforcer:
         self._access = access
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
+        # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
+        # Of None there are layers whose gradients alone are here
+        self._stepped: dict[int, dict[int, dict[str, PrunableLayer]]] = {}
         self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False
 
@@ -83,10 +87,9 @@ class MaskEnforcer:
         Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
         """
         access, layers = self._access, {name: one for name, one in self._layers.items() if one.part == "weight"}
-        counts = access.gather({name: self._count_zeros(layer) for name, layer in layers.items()})
+        counts = torch.tensor([self._count_zeros(layer) for layer in layers.values()], dtype=torch.int64)
         held: dict[str, Unstructured] = {}
-        for name, layer in layers.items():
-            zeros, total = (sum(numbers) for numbers in zip(*(counted[name] for counted in counts), strict=True))
+        for (name, layer), (zeros, total) in zip(layers.items(), access.total(counts).tolist(), strict=True):
             if not _PRUNED_BEFORE * total < zeros < total:
                 continue
             size = layer.rows * layer.cols
@@ -136,6 +139,9 @@ class MaskEnforcer:
         self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
         self.num_pruned[name] = num_pruned
         self.has_new_masks = True
+        if drop.numel():
+            of_tensor = self._stepped.setdefault(id(self._access.stepped(layer)), {})
+            of_tensor.setdefault(id(layer.parameter), {})[name] = layer
 
     def _drop(self, name: str) -> Tensor:
         drop = self._drops[name]
@@ -159,9 +165,6 @@ class MaskEnforcer:
         """Whether all of a layer is pruned. All ranks know it."""
         return self.num_pruned.get(name) == self._layers[name].rows * self._layers[name].cols
 
-    def _masked_layers(self) -> dict[str, PrunableLayer]:
-        return {name: self._layers[name] for name in self._drops}
-
     def sparsity(self) -> float:
         """Fraction of the weights of all layers that is pruned."""
         return sum(self.num_pruned.values()) / sum(layer.rows * layer.cols for layer in self._layers.values())
@@ -169,9 +172,14 @@ class MaskEnforcer:
     @torch.no_grad()
     def enforce(self, optimizer: Optimizer) -> None:
         """Zero what this optimizer has just written to pruned weights, or to their masters."""
-        for name in self._access.stepped_by(optimizer, self._masked_layers()):
-            _, tensor, place = self._access.stepped_weight(self._layers[name])
+        for name, layer in itertools.chain.from_iterable(part.items() for part in self._parts_of(optimizer)):
+            _, tensor, place = self._access.stepped_weight(layer)
             zero_where(tensor, self._drop(name)[place])
+
+    def _parts_of(self, optimizer: Optimizer) -> Iterator[dict[str, PrunableLayer]]:
+        """The masked layers of each parameter of which the optimizer updates a piece on this rank, by name."""
+        for tensor in tensors_of(optimizer):
+            yield from self._stepped.get(id(tensor), {}).values()
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
@@ -179,20 +187,20 @@ class MaskEnforcer:
 
         If the optimizer is one of the strategy's, only the weights that it updates are masked; otherwise all are.
         """
-        layers = self._masked_layers()
-        names: Iterable[str] = layers
         if any(optimizer is other for other in self._access.optimizers):
             assert optimizer is not None
-            names = self._access.stepped_by(optimizer, layers)
-        of_parameter: dict[int, list[tuple[PrunableLayer, Tensor]]] = {}
-        for name in names:
-            layer = layers[name]
-            if self._drops[name] is None and layer.parameter.requires_grad:
-                self._drops[name] = self._drop(name)  # it is trained from now on
-            if (drop := self._drops[name]) is not None:
-                of_parameter.setdefault(id(layer.parameter), []).append((layer, drop))
-        for drops in of_parameter.values():
-            self._access.mask_gradient(drops)
+            parts = self._parts_of(optimizer)
+        else:
+            parts = itertools.chain.from_iterable(parts.values() for parts in self._stepped.values())
+        for part in parts:
+            drops = []
+            for name, layer in part.items():
+                if self._drops[name] is None and layer.parameter.requires_grad:
+                    self._drops[name] = self._drop(name)  # it is trained from now on
+                if (drop := self._drops[name]) is not None:
+                    drops.append((layer, drop))
+            if drops:
+                self._access.mask_gradient(drops)
 
     def verify(self) -> None:
         """Check on all ranks that pruned entries are exactly 0. A negative zero is a violation, too.
@@ -250,7 +258,8 @@ class MaskEnforcer:
         `patterns` has the pattern of each mask.
         """
         masks = {}
-        for number, (name, layer) in enumerate(self._masked_layers().items()):
+        for number, name in enumerate(self._drops):
+            layer = self._layers[name]
             owner = number % self._access.world_size if self._access.saves_every_rank else 0
             bits = self._access.collect_bits(layer, self._drop(name), owner)
             if bits is not None:
