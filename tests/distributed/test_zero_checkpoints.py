@@ -117,6 +117,19 @@ def test_each_rank_of_stage_3_stores_a_share_of_the_masks() -> None:
 
 
 @pytest.mark.rest
+def test_each_rank_opens_its_share_of_the_files() -> None:
+    """However many ranks there are."""
+    opened = {}
+    for ranks in (2, 4):
+        case = {**KINDS["zero3"], "schedule": (0, 0, 1), "max_steps": 2}
+        checkpoint = trained(ranks, **case, save=[2]) / "step=2.ckpt"
+        resumed = trained(ranks, **{**case, "max_steps": 3}, resume=str(checkpoint))
+        opened[ranks] = {rank["opened"] for rank in results(resumed, ranks)}
+    assert opened[2] == opened[4]
+    assert len(opened[2]) == 1
+
+
+@pytest.mark.rest
 def test_what_can_not_be_resumed_is_refused_with_the_mend(tmp_path: Path) -> None:
     checkpoint = str(saved("zero3", AFTER))
     (fewer,) = train(tmp_path / "fewer", ranks=1, strategy="zero3", precision="bf16-mixed", resume=checkpoint)

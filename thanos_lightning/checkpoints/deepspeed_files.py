@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,9 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read which training a folder fits. Reads no weights. Raises ValueError if a file is missing or damaged."""
+    """Read which training a folder fits. Raises ValueError if a file is missing, or the one that says it is damaged."""
     content = load_file(model_files(path)[0])
+    require_all(path, content)
     return Plan(stage=_stage_of(content), world_size=int(content["dp_world_size"]), shapes=_shapes_of(content))
 
 
@@ -135,19 +137,21 @@ def read_zero_folder(
     """
     require_masters(path)
     contents = load_contents(path)
-    check_one_save(path)
     content, *of_others = contents
+    files = optimizer_files(path)
+    states_of_ranks = [load_file(file) for file in files]
+    opened = zip([*model_files(path), *files], [*contents, *states_of_ranks], strict=True)
+    require_one_save(path, (fact for file, one in opened for fact in facts_of(file, one)))
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # Buffers, and parameters that the optimizer does not update, are only in the model's copy.
     weights: dict[str, Callable[[], Tensor]] = {name: value.detach for name, value in module.items()}
     if is_universal(path):
         states = _of_universal(path / "checkpoint" / "zero", content)
     else:
-        files = _optimizer_files(path, content)
         if not files:
             states = _of_stage_0(content)
         else:
-            ranks = [load_file(file)["optimizer_state_dict"] for file in files]
+            ranks = [of_rank["optimizer_state_dict"] for of_rank in states_of_ranks]
             states = _of_stage_3(content, ranks) if "fp32_flat_groups" in ranks[0] else _of_stage_12(content, ranks)
     beside: dict[str, Mapping[str, Tensor]] = {}
     for name, parts in states.items():
@@ -219,36 +223,42 @@ def files_of(path: Path) -> list[Path]:
     return [file for file in found if file.suffix == ".pt"]
 
 
-def check_one_save(path: Path) -> None:
-    """Refuse a folder that lacks files, or that mixes files of two saves because a rank was killed during the second.
+Fact = tuple[str, str, Any]  # what one of the files says, such as "global step", the file's name, and the value
 
-    Raises ValueError if files are missing, or differ in a step that they record (Lightning's, DeepSpeed's, Adam's and
-    the callback's) or in the callback's mark of the save.
+
+def facts_of(file: Path, content: Mapping[str, Any]) -> list[Fact]:
+    """What is the same in all files of one save: steps (Lightning's, DeepSpeed's, Adam's, the callback's) and its mark.
+
+    `content` is as of `load_file`.
+    """
+    found: dict[str, Any] = {}
+    if fnmatch(file.name, _OPTIMIZER_FILES):
+        found["step of the optimizer"] = _step_of_optimizer(content["optimizer_state_dict"])
+    elif fnmatch(file.name, _MODEL_FILES):
+        found["global step"] = content.get("global_step")
+        if "global_steps" in content:
+            found["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
+        for state in (content.get("callbacks") or {}).values():
+            if isinstance(state, Mapping) and "optimizer_steps" in state:
+                found |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
+    return [(what, file.name, value) for what, value in found.items() if value is not None]
+
+
+def require_one_save(path: Path, facts: Iterable[Fact]) -> None:
+    """Refuse a folder that mixes files of two saves, because a rank was killed during the second.
+
+    `facts` are those of all files. Raises ValueError if two of them differ.
     """
     if is_universal(path):
         return  # reshard_checkpoint checks its source
     first: dict[str, tuple[str, Any]] = {}
-
-    def compare(file: Path, what: str, value: Any) -> None:
-        name, known = first.setdefault(what, (file.name, value))
+    for what, name, value in facts:
+        before, known = first.setdefault(what, (name, value))
         if known != value:
             raise ValueError(
-                f"{path} was not written as a whole: {name} is of {what} {known}, and {file.name} of {value}. "
+                f"{path} was not written as a whole: {before} is of {what} {known}, and {name} of {value}. "
                 "Take another checkpoint: a rank ended while this one was written over an older one"
             )
-
-    contents = load_contents(path)
-    for file, content in zip(model_files(path), contents, strict=True):
-        compare(file, "global step", content.get("global_step"))
-        if "global_steps" in content:
-            compare(file, "step of the optimizer", content["global_steps"] - (content.get("skipped_steps") or 0))
-        for state in (content.get("callbacks") or {}).values():
-            if isinstance(state, Mapping) and "optimizer_steps" in state:
-                compare(file, "step of the callback", state["optimizer_steps"])
-                compare(file, "mark of the save", state.get("save"))
-    for file in _optimizer_files(path, contents[0]):
-        if (step := _step_of_optimizer(load_file(file)["optimizer_state_dict"])) is not None:
-            compare(file, "step of the optimizer", step)
 
 
 def _step_of_optimizer(state: Mapping[str, Any]) -> int | None:
@@ -267,11 +277,20 @@ def model_files(path: Path) -> list[Path]:
 
 def load_contents(path: Path) -> list[dict[str, Any]]:
     """Read all `model_files`, in their order. Raises ValueError if one is missing or damaged."""
-    files = model_files(path)
-    contents = [load_file(file) for file in files]
-    if any(_RANK.search(file.name) for file in files) and not is_universal(path):
-        _require_ranks(path, files, int(contents[0]["dp_world_size"]), "model")
+    contents = [load_file(file) for file in model_files(path)]
+    require_all(path, contents[0])
     return contents
+
+
+def require_all(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file is missing, by the first `load_contents`. Opens no file."""
+    if is_universal(path):
+        return
+    ranks, files = int(content["dp_world_size"]), model_files(path)
+    if any(_RANK.search(file.name) for file in files):
+        _require_ranks(path, files, ranks, "model")
+    if _stage_of(content):
+        _require_ranks(path, optimizer_files(path), ranks, "optimizer")
 
 
 def _require_ranks(path: Path, files: Sequence[Path], number: int, what: str) -> None:
@@ -291,11 +310,9 @@ def _stage_of(content: Mapping[str, Any]) -> int:
     return int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
 
 
-def _optimizer_files(path: Path, content: Mapping[str, Any]) -> list[Path]:
-    """List the optimizer files of all ranks in rank order. Stage 0 has none."""
-    files = sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
-    _require_ranks(path, files, int(content["dp_world_size"]) if _stage_of(content) else 0, "optimizer")
-    return files
+def optimizer_files(path: Path) -> list[Path]:
+    """List the optimizer files of all ranks in rank order. Stage 0 and a folder that was resharded have none."""
+    return sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
 
 
 def _in_fp32(make: Callable[[], Tensor]) -> Callable[[], Tensor]:

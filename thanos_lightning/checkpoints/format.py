@@ -19,6 +19,8 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     NOTE_KEY,
     files_of,
     is_zero_folder,
+    load_file,
+    model_files,
     read_zero_folder,
     require_end,
 )
@@ -109,6 +111,16 @@ def require_format(written: Mapping[str, Any], path: Path) -> None:
             f"{path} has format {written.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: use the version of "
             "thanos_lightning that wrote it"
         )
+
+
+def read_content(path: Path) -> Mapping[str, Any]:
+    """Read what rank 0 saved beside weights: as `TrainerCheckpoint.read`, but of DeepSpeed's files opens one alone."""
+    require_end(path)
+    if not (path.is_dir() and is_zero_folder(path)):
+        return TrainerCheckpoint.read(path).content
+    content = load_file(model_files(path)[0])
+    _require_types(content, path)
+    return content
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thanos_lightning.checkpoints.deepspeed_files import (
-    check_one_save,
+    facts_of,
     files_of,
     is_universal,
     is_zero_folder,
@@ -21,6 +21,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_plan,
     require_end,
     require_masters,
+    require_one_save,
     trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
@@ -61,16 +62,17 @@ def reshard_checkpoint(
         )
     with trusting(trusted):
         _check(path, read_plan(path).stage, processes)
-        check_one_save(path)
         states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
         for state in states:
             require_format(state, path)
-        files = files_of(path)
+        files, facts = files_of(path), []
         with open_phase(f"Reading {path.name}", len(files), "files") as phase:
             for file in files:
                 require_intact(file)
+                facts += facts_of(file, load_file(file))
                 _require_names(file)
                 phase.advance(note=file.name)
+        require_one_save(path, facts)
         with whole_folder(output) as folder:
             with open_phase(f"Converting {path.name}", adopts_bars=True):
                 _convert(path / "checkpoint", folder / "checkpoint", processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import pkgutil
@@ -18,8 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from thanos_lightning.checkpoints.deepspeed_files import (
     CLASSES,
+    Fact,
     Plan,
-    check_one_save,
+    facts_of,
     files_of,
     is_universal,
     is_zero_folder,
@@ -28,6 +30,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     read_parameter_groups,
     read_plan,
     require_end,
+    require_one_save,
 )
 from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, require_intact, shard_files
 from thanos_lightning.models.targets import whole_shape
@@ -63,6 +66,8 @@ def guard_resume(strategy: Strategy) -> None:
         path = Path(checkpoint_path)
         with _all_of(strategy):
             _refuse_unsafe(path)
+        if isinstance(strategy, DeepSpeedStrategy):
+            _prepare(path, strategy)
         with _plain_values_alone(CLASSES if of_deepspeed else ()):
             try:
                 return load_checkpoint(checkpoint_path, *args, **kwargs)
@@ -76,16 +81,10 @@ def guard_resume(strategy: Strategy) -> None:
 
 
 def _refuse_unsafe(path: Path) -> None:
-    """Refuse a checkpoint that is not to be loaded. One that is not here (a URL) passes.
-
-    DeepSpeed reads its files in a way that may run code from them, so each one is read safely before.
-    """
+    """Refuse a checkpoint that is not to be loaded, other than DeepSpeed's. One that is not here (a URL) passes."""
     require_end(path)
     if shard_files(path):
         check_shards(path)
-    elif is_zero_folder(path):
-        for file in files_of(path):
-            load_file(file)
     elif path.exists() and not path.is_dir():
         require_bounded(path)
 
@@ -111,14 +110,48 @@ def _plain_values_alone(classes: Iterable[str]) -> Iterator[None]:
             os.environ[_SAFE] = before
 
 
-def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
-    """Check every folder of which this strategy resumes from now on, and complete what DeepSpeed loads.
+def _prepare(path: Path, strategy: DeepSpeedStrategy) -> None:
+    """Check a folder before DeepSpeed loads it. All ranks must call it.
 
-    - All ranks refuse a folder with damaged files, or files of several saves. Each rank checks the checksums of its
-      share of files.
+    - All ranks refuse a folder with damaged files, or files of several saves. DeepSpeed reads in a way that may run
+      code from a file, so each one is read safely before. Each rank reads its share of the files, once.
     - Another number of ranks, ZeRO stage or model is refused with advice. DeepSpeed alone would fail with a message
       that does not help, or load values that do not belong there.
     - A resharded folder is recognised. DeepSpeed alone needs an entry in its configuration.
+    """
+    fits = _fits(strategy)
+    if fits and path.is_file() and not strategy.load_full_weights:
+        raise MisconfigurationException(
+            f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
+            "that strategy, or export the checkpoint and start from the exported model"
+        )
+    if not is_zero_folder(path):
+        return
+    facts: list[Fact] = []
+    with _all_of(strategy):
+        plan = read_plan(path)
+        share = files_of(path)[strategy.global_rank :: strategy.world_size]
+        with open_phase(f"Reading {path.name}", len(share), "files") as phase:
+            for file in share:
+                require_intact(file)
+                facts += facts_of(file, load_file(file))
+                phase.advance(note=file.name)
+    everywhere = Ranks(strategy.global_rank, strategy.world_size).gather(facts)
+    with _all_of(strategy):
+        require_one_save(path, itertools.chain.from_iterable(everywhere))
+    if fits:
+        _check(path, plan, strategy)
+        strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
+
+
+def _fits(strategy: Strategy) -> bool:
+    module = strategy.lightning_module
+    return module is not None and module.trainer.state.fn == "fit"
+
+
+def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Complete what DeepSpeed loads, from now on.
+
     - DeepSpeed loads a resharded checkpoint at stage 3 with the first parameter group's weight decay for all groups,
       and with one step counter that every group advances. Here each group gets its own values back.
     - DeepSpeed loads a resharded checkpoint without buffers and untrained parameters. They are loaded here.
@@ -129,24 +162,16 @@ def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
 
     def guarded_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         path = Path(checkpoint_path)
-        trainer = strategy.lightning_module.trainer if strategy.lightning_module is not None else None
-        fits = trainer is not None and trainer.state.fn == "fit"
-        if fits and path.is_file() and not strategy.load_full_weights:
-            raise MisconfigurationException(
-                f"{path} is one file, which another strategy wrote, and DeepSpeed resumes from a folder: resume with "
-                "that strategy, or export the checkpoint and start from the exported model"
-            )
-        if fits and (plan := _read(path, strategy)) is not None:
-            _check(path, plan, strategy)
-            strategy.deepspeed_engine._config.load_universal_checkpoint = is_universal(path)
         loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
-        if fits and strategy.deepspeed_engine.zero_nvme_offload_optimizer():
+        if not _fits(strategy):
+            return loaded
+        if strategy.deepspeed_engine.zero_nvme_offload_optimizer():
             rank_zero_warn(
                 "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
                 "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
                 "stopped"
             )
-        if fits and is_zero_folder(path) and is_universal(path):
+        if is_zero_folder(path) and is_universal(path):
             _complete_optimizer(path, strategy)
             _complete_module(path, strategy)
         return loaded
@@ -159,21 +184,6 @@ def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
 
     strategy.load_checkpoint = guarded_load_checkpoint  # type: ignore[method-assign]
     strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
-
-
-def _read(path: Path, strategy: DeepSpeedStrategy) -> Plan | None:
-    """Check a DeepSpeed folder and read its plan, None for any other path. If one rank refuses it, all ranks raise."""
-    plan = None
-    with _all_of(strategy):
-        if is_zero_folder(path):
-            plan = read_plan(path)
-            check_one_save(path)
-            share = files_of(path)[strategy.global_rank :: strategy.world_size]
-            with open_phase(f"Reading {path.name}", len(share), "files") as phase:
-                for file in share:
-                    require_intact(file)
-                    phase.advance(note=file.name)
-    return plan
 
 
 def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos_lightning.checkpoints.folders import bring_back
-from thanos_lightning.checkpoints.format import TrainerCheckpoint
+from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.cli.mistakes import Mistake
 
 _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
@@ -16,7 +16,7 @@ _SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 def content_of(ckpt_path: str) -> Mapping[str, Any]:
     """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
 
-    Raises a Mistake if the path is no checkpoint of a training, and what `TrainerCheckpoint.read` raises.
+    Raises a Mistake if the path is no checkpoint of a training, and what `read_content` raises.
     """
     path = Path(ckpt_path)
     if ckpt_path in _SPECIAL or "://" in ckpt_path:
@@ -28,7 +28,7 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
         inside = sorted(path.rglob("*.ckpt"))
         mend = f"give what is in it, such as {inside[0]}" if inside else "give a .ckpt that the Trainer wrote"
         raise Mistake(f"--ckpt_path {ckpt_path} is a folder, and no checkpoint: {mend}")
-    content = TrainerCheckpoint.read(path).content
+    content = read_content(path)
     if "pytorch-lightning_version" not in content:
         raise Mistake(
             f"--ckpt_path {ckpt_path} holds weights and nothing of a training: give a .ckpt that the Trainer wrote, or "
