@@ -77,6 +77,9 @@ class _Statistics:
         self.last = Seen(inputs)
         if counted is not None:
             inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+            inputs = inputs.to(torch.get_autocast_dtype(kind))  # as the layer rounds them before it multiplies
         self.accumulator.update(inputs)
         self.updates += 1
 

@@ -38,6 +38,16 @@ def test_the_sum_is_that_of_the_inputs() -> None:
     torch.testing.assert_close(accumulators["0"].sum, 5 * inputs.reshape(-1, 8).T @ inputs.reshape(-1, 8))
 
 
+def test_under_autocast_the_inputs_are_those_that_the_layer_multiplies() -> None:
+    model, inputs = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = counted(model, inputs)["0"].sum
+    rounded = inputs.bfloat16().double().reshape(-1, 8)
+    exact = inputs.double().reshape(-1, 8)
+    torch.testing.assert_close(found.double(), rounded.T @ rounded, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found.double(), exact.T @ exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("paddings", [(0, 0, 0), (3, 3, 3), (0, 3, 0), (3, 0, 3)])
 def test_layers_with_one_input_share_one_accumulator(paddings: tuple[int, ...]) -> None:
     model = tiny_llama()
