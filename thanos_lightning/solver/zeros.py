@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int8, Int64, Shaped
 from torch import Tensor
 
+# Of a product in float32, which stays in a GPU's cache until it is rounded.
+_ENTRIES_AT_ONCE = 2**22
 # By size of an entry in bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -59,18 +61,26 @@ def effective(
     up: Float[Tensor, "rows rank"],
     *,
     with_weight: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "rows cols"]:
-    """The weight with what adapters add to it, or only the latter: (out_features, in_features), at least float32.
+    """The weight with what adapters add to it, or only the latter: (out_features, in_features).
 
-    ``down`` is lora_A, and ``up`` is lora_B, scaled.
+    ``down`` is lora_A, and ``up`` is lora_B, scaled. Entries are sums in at least float32, rounded once to ``dtype`` if
+    that is given.
 
     Examples:
         >>> weight = torch.tensor([[1.0, 0.0]])
         >>> effective(weight, down=torch.tensor([[2.0, 3.0]]), up=torch.tensor([[1.0]]))
         tensor([[3., 0.]])
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
-    whole = up.to(dtype) @ down.to(dtype)
-    if with_weight:
-        whole += weight
-    return zero_where(whole, weight == 0)
+    exact = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
+    whole = torch.empty(weight.shape, dtype=dtype or exact, device=weight.device)
+    up, down = up.to(exact), down.to(exact)
+    step = max(1, _ENTRIES_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        part = up[start : start + step] @ down
+        if with_weight:
+            part += rows
+        whole[start : start + step] = zero_where(part, rows == 0)
+    return whole

@@ -89,24 +89,42 @@ def _is_plain(module: Linear) -> bool:
 def _product(
     x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, with_weight: bool, transposed: bool
 ) -> Tensor:
-    result: Tensor = _Product.apply(x, weight, down, up, bias, with_weight, transposed)  # type: ignore[no-untyped-call]
+    key = None if torch.compiler.is_compiling() else id(weight if with_weight else down)
+    result: Tensor = _Product.apply(x, weight, down, up, bias, with_weight, transposed, key)  # type: ignore[no-untyped-call]
     return result
 
 
+# Key of a product -> the backward that has recomputed it, and the effective weight, for the gradient of its input
+_recomputed: dict[int, tuple[int, Tensor]] = {}
+
+
 class _Product(torch.autograd.Function):
-    """x · effective(W)ᵀ. The effective weight is made again in the backward: kept, it would cost what LoRA saves."""
+    """x · effective(W)ᵀ. The effective weight is made again in the backward: kept, it would cost what LoRA saves.
+
+    Where the backward recomputes activations, it has just been made, and is kept until then.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, with_weight: bool, transposed: bool
+        x: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        with_weight: bool,
+        transposed: bool,
+        key: int | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             oriented = weight.t() if transposed else weight
-            return nn.functional.linear(x, effective(oriented, down, up, with_weight=with_weight).to(x.dtype), bias)
+            whole = effective(oriented, down, up, with_weight=with_weight, dtype=x.dtype)
+            if key is not None and x.requires_grad and (backward := torch._C._current_graph_task_id()) != -1:
+                _recomputed[key] = backward, whole
+            return nn.functional.linear(x, whole, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, down, up, _, ctx.with_weight, ctx.transposed = inputs
+        x, weight, down, up, _, ctx.with_weight, ctx.transposed, ctx.key = inputs
         ctx.save_for_backward(x, weight, down, up)
 
     @staticmethod
@@ -118,7 +136,10 @@ class _Product(torch.autograd.Function):
             oriented = weight.t() if ctx.transposed else weight
             rows = gradient.reshape(-1, gradient.shape[-1])
             if needs_x:
-                of_x = gradient @ effective(oriented, down, up, with_weight=ctx.with_weight).to(gradient.dtype)
+                backward, whole = (-1, None) if ctx.key is None else _recomputed.pop(ctx.key, (-1, None))
+                if whole is None or backward != torch._C._current_graph_task_id() or whole.dtype != gradient.dtype:
+                    whole = effective(oriented, down, up, with_weight=ctx.with_weight, dtype=gradient.dtype)
+                of_x = gradient @ whole
             if needs_bias:
                 of_bias = rows.sum(0)
             if needs_weight or needs_down or needs_up:
@@ -128,4 +149,4 @@ class _Product(torch.autograd.Function):
                 zero_where(whole, oriented == 0)
                 of_up = (whole @ down.t().to(whole.dtype)).to(up.dtype) if needs_up else None
                 of_down = (up.t().to(whole.dtype) @ whole).to(down.dtype) if needs_down else None
-        return of_x, of_weight, of_down, of_up, of_bias, None, None
+        return of_x, of_weight, of_down, of_up, of_bias, None, None, None

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
+from thanos_lightning.solver import zeros
 from thanos_lightning.solver.zeros import effective
+from thanos_lightning.training import masked_lora
 from thanos_lightning.training.adapters import mask_adapters
 
 
@@ -144,6 +147,49 @@ def test_a_base_in_16_bits_gives_what_its_export_would() -> None:
     output = model(x)
     assert output.dtype == torch.bfloat16
     assert torch.equal(model.merge_and_unload()(x), output)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_effective_weight_is_made_once_forward_and_once_backward(
+    recomputes: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = masked(16, 16, 2, lora_dropout=dropout)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["layer"], init_lora_weights=False, lora_dropout=dropout))
+    layer_of(model).set_adapter(["default", "other"])
+    each = 2 if dropout else 1  # dropout is each adapter's own
+    made: list[torch.dtype] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        found = effective(*args, **kwargs)
+        made.append(found.dtype)
+        return found
+
+    gradients = []
+    for checkpointed in (False, recomputes):
+        monkeypatch.setattr(masked_lora, "effective", counted)
+        made.clear()
+        torch.manual_seed(1)
+        x = torch.randn(4, 16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        forward = len(made)
+        output.float().square().sum().backward()
+        assert forward == each
+        assert len(made) - forward == each
+        assert set(made) == {torch.bfloat16}
+        gradients.append(x.grad)
+        assert not masked_lora._recomputed
+    assert torch.equal(*gradients)
+
+
+def test_large_weights_are_the_sums_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeros, "_ENTRIES_AT_ONCE", 21)
+    weight, down, up = torch.randn(10, 7) * (torch.rand(10, 7) < 0.5), torch.randn(2, 7), torch.randn(10, 2)
+    whole = effective(weight, down, up, dtype=torch.bfloat16)
+    expected = (weight != 0) * (weight.double() + up.double() @ down.double())
+    torch.testing.assert_close(whole.double(), expected, rtol=2**-8, atol=0)
+    assert torch.equal(whole == 0, weight == 0)
 
 
 def test_a_copy_has_an_adapter_of_its_own() -> None:
