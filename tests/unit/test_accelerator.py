@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from pretend import launches, pretend_trainer, waits
+from tiny_mixtures import tiny_mixture
+from torch import Tensor
 from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.events import prune
 from thanos_lightning.lm import CausalLM, Distillation
+from thanos_lightning.sharding.adapters import write_merged
 
 LAYERS = 14
 WAITS_PER_LAYER = 25  # of an event to 2:4 by the default solver
@@ -71,6 +76,34 @@ def test_a_training_ends_as_on_the_cpu(name: str, tmp_path: Path) -> None:
     for one, other in zip(expected.report.events, callback.report.events, strict=True):
         assert other.sparsity == pytest.approx(one.sparsity, abs=1e-3)
         assert other.relative_loss == pytest.approx(one.relative_loss, rel=0.2 if is_low else 2e-2)
+
+
+def test_experts_are_dropped_as_on_the_cpu(tmp_path: Path) -> None:
+    gone = []
+    for make in (trainer, pretend_trainer):
+        torch.manual_seed(0)
+        module = ToyLM(tiny_mixture())
+        module.model.set_experts_implementation("eager")  # the default counts integers, as no CPU does
+        make(tmp_path, pruning("experts", 0.5, schedule=SparsitySchedule(2, 2, 1)), max_steps=4).fit(module, loader())
+        gone.append({name: one.flatten(1).any(1).tolist() for name, one in experts_of(module)})
+    assert gone[0] == gone[1]
+    assert all(one.count(False) == len(one) // 2 for one in gone[0].values())
+
+
+def experts_of(module: ToyLM) -> Iterator[tuple[str, Tensor]]:
+    return ((name, one.detach().cpu()) for name, one in module.named_parameters() if name.endswith("experts.down_proj"))
+
+
+def test_what_is_solved_waits_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def written(layer: Any, weight: Tensor, keep: Tensor, *rest: Any) -> Tensor:
+        waited.append((weight.device.type, keep.device.type))
+        return write_merged(layer, weight, keep, *rest)
+
+    monkeypatch.setattr(prune, "write_merged", written)
+    fit(pretend_trainer, tmp_path, pruning(**calibrated()))
+    assert waited == [("cpu", "cpu")] * LAYERS
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

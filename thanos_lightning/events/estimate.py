@@ -51,6 +51,7 @@ class Needs:
 
     moments: int  # bytes for second moments, on each rank
     event: int  # peak bytes at its end, with the second moments, on the rank that needs most
+    waiting: int  # bytes on a rank's CPU for weights and masks that were solved elsewhere and wait to be written
     sent: int  # bytes that all ranks together send to solve and to write it
 
 
@@ -97,10 +98,11 @@ def estimate(
         )
         trained = [block for block in blocks.values() if not window.patterns.keys().isdisjoint(block.layers)]
         peaks = [peak + moments_bytes(dropped)]
-        peaks += [training_bytes(block, solved, ranks) for block in trained]
+        peaks += [training_bytes(block, solved, ranks, device) for block in trained]
         return Needs(
             moments=moments_bytes(chosen) if solver.needs_statistics else 0,
             event=max(peaks),
+            waiting=_results_bytes(solved) // ranks if (device or chosen[0].parameter.device).type != "cpu" else 0,
             sent=sent_bytes(chosen, ranks, gathers=in_pieces, again=again),
         )
 
@@ -199,11 +201,18 @@ def event_bytes(
             where = device or layer.parameter.device
             working = options.peak_bytes(layer.rows, layer.cols, pattern=pattern, device=where)
             peak = max(peak, hessians + waiting + solved + working)
-            solved += layer.rows * layer.cols * (layer.parameter.element_size() + 1)
+            solved += _results_bytes([layer]) if where.type == "cpu" else 0  # they wait on the CPU
     return peak
 
 
-def training_bytes(block: Block, solved: Sequence[PrunableLayer], ranks: int) -> int:
+def _results_bytes(solved: Sequence[PrunableLayer]) -> int:
+    """Bytes of weights and masks that wait to be written."""
+    return sum(layer.rows * layer.cols * (layer.parameter.element_size() + 1) for layer in solved)
+
+
+def training_bytes(
+    block: Block, solved: Sequence[PrunableLayer], ranks: int, device: torch.device | None = None
+) -> int:
     """Peak bytes of a rank that trains a block of a window whose layers were solved, without activations.
 
     The rank has all parameters of the block in fp32; of those that are trained a copy, its gradient and Adam's two
@@ -212,8 +221,8 @@ def training_bytes(block: Block, solved: Sequence[PrunableLayer], ranks: int) ->
     own = set(block.layers)
     trained = sum(layer.rows * layer.cols for layer in solved if layer.name in own)
     whole = sum(math.prod(whole_shape(parameter)) for parameter in block.module.parameters())
-    waiting = sum(layer.rows * layer.cols * (layer.parameter.element_size() + 1) for layer in solved)
-    return 4 * whole + 16 * trained + waiting // ranks
+    on_cpu = (device or solved[0].parameter.device).type == "cpu"
+    return 4 * whole + 16 * trained + (_results_bytes(solved) // ranks if on_cpu else 0)
 
 
 def sent_bytes(layers: Sequence[PrunableLayer], ranks: int, *, gathers: bool = False, again: bool = False) -> int:

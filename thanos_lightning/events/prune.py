@@ -150,7 +150,8 @@ def _solve(
 
     A layer without a sum is solved by magnitude. What has been solved is removed from the arguments, to free memory.
     `earlier` has the keep masks of earlier events. `largest` names the layer whose result takes most memory, in bytes;
-    all ranks will receive it. Return the results, and a report of each layer with the number of its pruned entries.
+    all ranks will receive it. Return the results, which wait on the CPU for those of all layers, and a report of each
+    layer with the number of its pruned entries.
     """
     blindly = SolverOptions.as_published("magnitude") if options.needs_statistics else options
     kept: dict[str, Kept] = {}
@@ -171,7 +172,7 @@ def _solve(
                     None if of_outputs is None else of_outputs.to(weight.device),
                 )
                 num_pruned = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                kept[name] = Kept(pruned.weight, pruned.mask)
+                kept[name] = Kept(pruned.weight.cpu(), pruned.mask.cpu())
                 report = LayerReport(
                     name=name,
                     shape=(weight.shape[0], weight.shape[1]),

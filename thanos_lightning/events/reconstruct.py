@@ -158,7 +158,7 @@ def _move(
     if access.rank == destination:
         assert weight is not None
         assert keep is not None
-        solved[layer.name] = Kept(weight, keep)
+        solved[layer.name] = Kept(weight.cpu(), keep.cpu())
 
 
 @dataclass(frozen=True)
