@@ -241,6 +241,11 @@ class Plan:
             beside=beside,
         )
 
+    @property
+    def layers(self) -> list[PrunableLayer]:
+        """All that `targets` and `ignore` leave, front to back."""
+        return list(find_targets(self.module, self.options.targets, self.options.ignore).values())
+
     def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Taken]:
         """What is pruned, and the options with the sparsity that channels and experts really have."""
         layers = find_targets(module, options.targets, options.ignore)

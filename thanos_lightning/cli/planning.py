@@ -6,7 +6,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +18,7 @@ from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, quiet
 from thanos_lightning.events.announce import sized
 from thanos_lightning.events.estimate import Needs
+from thanos_lightning.events.fitting import smaller_windows
 from thanos_lightning.plan.training_steps import steps_of
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.held import stage_of
@@ -45,12 +46,24 @@ def plan(
         if value is not None:
             arguments = [*arguments, f"--trainer.{name}={value}"]
     planned = Plan(PlannedCLI(arguments, for_another=memory is not None))
-    outlook = planned.outlook()
+    outlook = _outlook(planned, memory)
     fits = None if memory is None else outlook.most <= memory
     remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     sys.stdout.write(f"{_plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
+
+
+def _outlook(planned: Plan, memory: int | None) -> Outlook:
+    """The outlook with the windows that the callback will choose, where the user sets no limit for them."""
+    outlook, asked = planned.outlook(), planned.options.calibration.memory_gib
+    if memory is not None and outlook.most > memory and asked is None:
+        for _, change in _smaller_windows(planned, outlook):
+            with suppress(MisconfigurationException, ValueError), quiet():  # windows that no longer fit before an event
+                smaller = planned.outlook(**change)
+                if smaller.most <= memory:
+                    return smaller
+    return outlook
 
 
 def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
@@ -72,13 +85,9 @@ def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
 
 
 def _smaller_windows(planned: Plan, outlook: Outlook) -> Iterator[_Change]:
-    sums = max(one.moments for one in outlook.estimated.windows) / _GIB
-    if not sums:
-        return
-    for part in (2, 4, 8, 16, 32):
-        gib = float(f"{sums / part:.2g}")
-        calibration = replace(planned.options.calibration, memory_gib=gib)
-        yield f"calibration.memory_gib: {gib:g}", {"options": replace(planned.options, calibration=calibration)}
+    if planned.options.solver.needs_statistics:
+        for options in smaller_windows(planned.options, planned.layers):
+            yield f"calibration.memory_gib: {options.calibration.memory_gib:g}", {"options": options}
 
 
 def _other_strategies(planned: Plan) -> Iterator[_Change]:

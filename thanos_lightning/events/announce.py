@@ -46,23 +46,32 @@ def announce(run: PruningRun) -> None:
     if not trainer.is_global_zero:
         return
     events = scheduled_events(run.planner.schedule, trainer)
-    estimated = estimate(
-        options,
-        run.layers,
-        census,
-        run.windows,
-        run.blocks,
-        Batches.of(trainer.train_dataloader if batches is None else batches),
-        accumulated=trainer.accumulate_grad_batches,
-        again=len(events) > 1,
-        ranks=trainer.world_size,
-        in_pieces=isinstance(run.access, FragmentAccess),
-    )
+    known = Batches.of(trainer.train_dataloader if batches is None else batches)
+    estimated = estimate_of(run, module.device, census, known)
     pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     events = [event for event in events if event.step not in pruned]
     steps = steps_of(trainer)
     text = describe(options, run.taken, census, estimated, events, steps=steps, steps_taken=past.optimizer_steps)
     rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)
+
+
+def estimate_of(
+    run: PruningRun, device: torch.device, census: Census | None = None, batches: Batches | None = None
+) -> Estimate:
+    """Estimate what the windows of a run take."""
+    return estimate(
+        run.options,
+        run.layers,
+        census or take_census(run.module, run.masked),
+        run.windows,
+        run.blocks,
+        batches or Batches(),
+        accumulated=run.trainer.accumulate_grad_batches,
+        again=len(scheduled_events(run.planner.schedule, run.trainer)) > 1,
+        ranks=run.trainer.world_size,
+        in_pieces=isinstance(run.access, FragmentAccess),
+        device=device,
+    )
 
 
 def describe(

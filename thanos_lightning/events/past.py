@@ -28,6 +28,7 @@ class Past:
     # "step" or "validation", which renews a metric -> monitors whose values predate the last event
     old_scores: dict[str, list[str]] = field(default_factory=lambda: {"step": [], "validation": []})
     report: PruningReport = field(default_factory=PruningReport)
+    memory_gib: float | None = None  # for second moments in a window, by the memory that was free at the beginning
     total_steps: int | None = None  # of the Trainer's first fit if the schedule has fractions of it; not in the state
 
     def arguments(self, options: PruningOptions) -> dict[str, str]:
@@ -54,6 +55,7 @@ class Past:
             "measured": self.measured,
             "old_scores": self.old_scores,
             "sensitivities": {name: asdict(scan) for name, scan in self.sensitivities.items()},
+            "memory_gib": self.memory_gib,
             "save": "",
         }
         assert of_run.keys() <= state.keys()
@@ -78,6 +80,7 @@ class Past:
             "sensitivities": dict[str, LayerSensitivity],
             "measured": tuple[int, float] | None,
             "old_scores": dict[str, list[str]],
+            "memory_gib": float | None,
         }
         values = {name: read_as(kind, state.get(name), f"the pruning state: {name}") for name, kind in kinds.items()}
         return cls(**values, report=PruningReport.from_state(state["report"]))

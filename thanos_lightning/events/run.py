@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -19,8 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from thanos_lightning.calibration.collector import Collector, Moments, loss_scale
-from thanos_lightning.events.announce import announce
+from thanos_lightning.events.announce import announce, estimate_of
 from thanos_lightning.events.blocks import Taken
+from thanos_lightning.events.fitting import fitting, free_bytes
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window, scan_window
 from thanos_lightning.models.routing import find_mixtures, keep_experts
@@ -64,7 +66,7 @@ class PruningRun:
     def __init__(
         self, options: PruningOptions, past: Past, taken: Taken, trainer: Trainer, module: LightningModule
     ) -> None:
-        self.options, self.past = options, past
+        self._asked, self.past = options, past
         self.layers, self.final, self.taken = taken.layers, taken.final, taken
         self.masked = {**self.layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
         self.trainer, self.module = trainer, module
@@ -80,12 +82,8 @@ class PruningRun:
                 f"calibration.block_steps is {steps}, but no block has two layers to prune and keeps its experts (an "
                 "entry of an nn.ModuleList, such as a decoder layer): leave it out"
             )
-        self.collector = Collector(self.layers, self.access, options.calibration, self.blocks, options.block_steps)
-        schedule = options.schedule
-        if past.total_steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            schedule = schedule.resolve(past.total_steps)  # as in the fit before
-        self.planner = Planner(options, schedule, self.access.can_differentiate)
-        if schedule.has_fractions and past.total_steps is None:
+        self._take(options)
+        if self.planner.schedule.has_fractions and past.total_steps is None:
             past.total_steps = steps_of(trainer)
         self.windows: list[Window] = []
         self._steps_seen = 0  # optimizer steps at the end of the last batch
@@ -96,6 +94,13 @@ class PruningRun:
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
         self.is_in_event = False  # True: what a checkpoint would hold is neither from before the event nor from after
+
+    def _take(self, options: PruningOptions) -> None:
+        self.options, schedule = options, options.schedule
+        if self.past.total_steps is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            schedule = schedule.resolve(self.past.total_steps)  # as in the fit before
+        self.planner = Planner(options, schedule, self.access.can_differentiate)
+        self.collector = Collector(self.layers, self.access, options.calibration, self.blocks, options.block_steps)
 
     def _choose_access(self) -> ParameterAccess:
         """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
@@ -118,7 +123,7 @@ class PruningRun:
         options, past, trainer = self.options, self.past, self.trainer
         changed: dict[str, str] = {}
         if restored is not None:
-            changed = differences(restored["arguments"], past.arguments(options))
+            changed = differences(restored["arguments"], past.arguments(self._asked))
             past.patterns.update(self.enforcer.restore(restored["masks"], restored["pruned"], changed))
         else:
             if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
@@ -131,7 +136,7 @@ class PruningRun:
                 past.optimizer_steps = _steps_without_state(trainer)
         self._route()
         self._steps_seen = past.optimizer_steps
-        self.windows = self._plan(restored)
+        self._plan_within_memory(restored)
         begun = past.windows_done
         if restored is not None:
             begun += restored["collected"] is not None
@@ -196,6 +201,29 @@ class PruningRun:
             )
 
     # The plan
+
+    def _plan_within_memory(self, restored: Mapping[str, Any] | None) -> None:
+        """Plan windows that fit the memory that is free, or those of the training that is resumed."""
+        options, calibration, past = self.options, self.options.calibration, self.past
+        device = self.module.device
+        everywhere = self.access.gather(free_bytes(device, self.trainer.num_devices, self.access.optimizers))
+        if restored is not None:
+            if calibration.memory_gib is None and past.memory_gib is not None:
+                self._take(replace(options, calibration=replace(calibration, memory_gib=past.memory_gib)))
+            self.windows = self._plan(restored)
+            return
+
+        def event_bytes(options: PruningOptions) -> Counter[str]:
+            self._take(options)
+            self.windows = self._plan()
+            estimated = estimate_of(self, device)
+            needed = Counter(cpu=max(one.waiting for one in estimated.windows) + estimated.states)
+            needed[device.type] += max(one.event for one in estimated.windows)
+            return needed
+
+        free = {kind: min(one[kind] for one in everywhere) for kind in everywhere[0]}
+        fitting(options, list(self.layers.values()), free, event_bytes)
+        past.memory_gib = self.options.calibration.memory_gib
 
     def _plan(self, restored: Mapping[str, Any] | None = None) -> list[Window]:
         begun_with_scan = None
@@ -492,7 +520,7 @@ class PruningRun:
         """
         self._recorder.settle()
         return self.past.state(
-            self.options,
+            self._asked,
             windows=[window.state() for window in self.windows],
             masks=self.enforcer.state(self.past.patterns),
             pruned={self.masked[name].parameter_name: n for name, n in self.enforcer.num_pruned.items()},

@@ -39,8 +39,8 @@ class CalibrationOptions:
             back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
         memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit, of
-            whole blocks where these fit. Each window collects after the earlier ones are pruned. None holds all at
-            once.
+            whole blocks where these fit. Each window collects after the earlier ones are pruned. None is the most with
+            which an event fits the memory that is free when the training begins, of which a tenth is spared.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "uniform" counts all outputs alike, as the papers do.
@@ -72,8 +72,8 @@ class CalibrationOptions:
         is_number = isinstance(self.memory_gib, (int, float)) and not isinstance(self.memory_gib, bool)
         if self.memory_gib is not None and not (is_number and 0 < self.memory_gib < math.inf):
             raise ValueError(
-                f"calibration.memory_gib is {self.memory_gib!r}: give a number of GiB > 0, such as 4, or None to hold "
-                "all at once"
+                f"calibration.memory_gib is {self.memory_gib!r}: give a number of GiB > 0, such as 4, or None for "
+                "what fits"
             )
         if self.output_weights not in ("diagonal", "uniform", None):
             raise ValueError(

@@ -101,7 +101,7 @@ def test_windows_are_those_of_the_run(options: dict[str, str], fit: list[str], m
 
 
 def test_what_does_not_fit_and_what_would(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    fit += ["--trainer.callbacks.0.calibration.batches=datamodule"]
+    fit += [f"--trainer.callbacks.0.calibration.{one}" for one in ("batches=datamodule", "memory_gib=1")]
     enough, too_little = (str(part * outlook_of(*fit).most / 2**30) for part in (1.01, 0.99))
     assert "it fits       if activations take no more than" in text_of(capsys, *fit, "--memory-gib", enough)
     said = text_of(capsys, *fit, "--memory-gib", too_little, status=1)
@@ -109,6 +109,14 @@ def test_what_does_not_fit_and_what_would(fit: list[str], capsys: pytest.Capture
     shared = text_of(capsys, *fit, "--memory-gib", too_little, "--devices", "2", status=1)
     assert "each of 2 ranks: DDP" in shared
     assert "memory_gib" not in shared, "training needs most"
+
+
+def test_windows_are_planned_for_the_memory(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    fit += ["--trainer.callbacks.0.schedule={at: [4]}", "--trainer.callbacks.0.pattern=2:4"]
+    whole = outlook_of(*fit)
+    assert whole.at_events == [whole.most]
+    said = text_of(capsys, *fit, "--memory-gib", str(0.99 * whole.most / 2**30))
+    assert "it fits" in said
 
 
 def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], fit: list[str]) -> None:
