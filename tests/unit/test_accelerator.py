@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from pretend import launches, pretend_trainer, waits
+from pretend import copies, launches, pretend_trainer, waits
 from tiny_mixtures import tiny_mixture
 from torch import Tensor
-from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
+from toy import ResumableBatches, ToyLM, grouped, loader, tiny_files, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.cli import main
 from thanos_lightning.events import prune
 from thanos_lightning.lm import CausalLM, Distillation
 from thanos_lightning.sharding.adapters import write_merged
@@ -171,6 +173,17 @@ def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
     assert [sum(one.values()) for one in by_step[4:]] == [0, 0, 0, 0]
 
 
+def test_a_step_copies_nothing_between_devices(tmp_path: Path) -> None:
+    callback = pruning(schedule=SparsitySchedule(5, 5, 1), steps=2, verify_every_n_steps=0)
+    with copies() as counted:
+        copying = Counted(counted)
+        fit(pretend_trainer, tmp_path, callback, copying, max_steps=9)
+    by_step = [sum(one.values()) for one in copying.each]
+    assert by_step[4] >= LAYERS  # its inputs were counted in the steps to 4 and 5, of which the last prunes
+    assert by_step[1:3] == [0, 0]
+    assert by_step[5:] == [0, 0, 0, 0]
+
+
 def test_verification_waits_once(tmp_path: Path) -> None:
     callback = pruning(schedule=SparsitySchedule(2, 2, 1))
     with waits() as counted:
@@ -178,6 +191,25 @@ def test_verification_waits_once(tmp_path: Path) -> None:
         fit(pretend_trainer, tmp_path, callback, waiting)
     for one in waiting.each[4:]:
         assert sum(one.values()) == 1, one
+
+
+def test_the_commands_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    model, text = tiny_files(tmp_path)
+    common = [
+        *("--model", "CausalLM", "--model.model", model, "--data", "TextData", "--data.dataset", str(text)),
+        *("--data.tokenizer", model, "--data.block_size", "16", "--data.batch_size", "4", "--data.max_val_blocks", "4"),
+        *("--trainer.strategy", "{class_path: pretend.Pretending}", "--trainer.logger", "false"),
+        *("--trainer.inference_mode", "false"),  # for which the accelerator has no tensors
+    ]
+    pruned = ["--trainer.callbacks+=ThanosPruningCallback", "--trainer.callbacks.calibration.batches=datamodule"]
+    assert main(["fit", *common, *pruned, "--trainer.max_steps", "4"]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    for command in ("validate", "test"):
+        assert main([command, *common, "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["verify", str(checkpoint)]) == 0
 
 
 def test_a_teacher_on_the_accelerator(tmp_path: Path) -> None:
