@@ -32,6 +32,8 @@ from thanos_lightning.solver.zeros import zero_where
 T = TypeVar("T")
 # ADMM and refinement improve so many weights at a time: 16 MiB of weights, and about ten times as much memory.
 _IMPROVED_AT_A_TIME = 2**22
+# And at least so many rows, beside which a step of ADMM that interpolates (cols, cols) is cheap.
+_ROWS_AT_A_TIME = 2048
 # Memory to solve a batch of systems, over the size of the systems: their indices, the systems and their factors.
 _OF_SYSTEMS = 3.75
 Method = Literal["thanos", "sparsegpt", "wanda", "magnitude"]
@@ -167,7 +169,7 @@ class SolverOptions:
             sparsity = 0.5 if pattern is None else pattern.sparsity
             system = min(self.block_size, cols) * min(sparsity, 1 - sparsity)
             numbers[-1] += _OF_SYSTEMS * min(rows * system**2, SYSTEMS_AT_A_TIME / 4)
-        chunk = min(size, _IMPROVED_AT_A_TIME)
+        chunk = min(size, _at_a_time(cols))
         if self.admm_steps > 0 and exchanges:
             interpolated = len(ends(penalty_schedule(self.admm_steps))) > 1
             numbers.append((3 if interpolated else 1) * cols**2 + 1.5 * size + 6 * chunk)
@@ -470,11 +472,15 @@ def _improve(
     return torch.where(better, new_losses, losses)
 
 
+def _at_a_time(cols: int) -> int:
+    return max(_IMPROVED_AT_A_TIME, _ROWS_AT_A_TIME * cols)
+
+
 def _row_chunks(chosen: Bool[Tensor, " rows"], cols: int) -> Iterator[slice | Int[Tensor, " some"]]:
     """Split the chosen rows into chunks of equal size, up to one row, so that a chunk takes bounded memory."""
     indices = chosen.nonzero().squeeze(1)
     all_chosen = len(indices) == len(chosen)
-    chunks = -(-len(indices) * cols // _IMPROVED_AT_A_TIME)
+    chunks = -(-len(indices) * cols // _at_a_time(cols))
     for chunk in range(chunks):
         part = slice(len(indices) * chunk // chunks, len(indices) * (chunk + 1) // chunks)
         yield part if all_chosen else indices[part]

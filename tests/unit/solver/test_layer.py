@@ -20,6 +20,7 @@ from thanos_lightning.solver import (
     linalg,
     prune,
 )
+from thanos_lightning.solver.admm import Penalties
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
@@ -307,12 +308,22 @@ def test_bad_input(arguments, message, monkeypatch):
 def test_rows_are_improved_some_at_a_time_as_all_at_once(options, monkeypatch):
     weight, H = layer(37, 24)
     expected = prune(weight.double(), H, NM(2, 4), **options)
-    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", 5 * 24)
+    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", 1)
+    monkeypatch.setattr("thanos_lightning.solver.layer._ROWS_AT_A_TIME", 5)
     split = prune(weight.double(), H, NM(2, 4), **options)
     assert torch.equal(split.mask, expected.mask)
     torch.testing.assert_close(split.weight, expected.weight)
     assert split.loss == pytest.approx(expected.loss)
     assert split.loss < prune(weight.double(), H, NM(2, 4)).loss
+
+
+def test_wide_rows_are_improved_together_for_which_a_step_interpolates_once(monkeypatch):
+    calls = []
+    towards = Penalties.towards_last
+    monkeypatch.setattr(Penalties, "towards_last", lambda *given: calls.append(given) or towards(*given))
+    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", 5 * 24)
+    prune(*layer(37, 24), NM(2, 4), admm_steps=6)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("at_a_time", [5 * 24, 2**22])
@@ -325,6 +336,7 @@ def test_rows_that_were_pruned_before_stay_and_the_others_are_improved_as_if_alo
     torch.testing.assert_close(half.weight[dense], weight[dense])
     alone = prune(half.weight[dense], H, NM(2, 4), **options)
     monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("thanos_lightning.solver.layer._ROWS_AT_A_TIME", 1)
     whole = prune(half.weight, H, NM(2, 4), **options, frozen=~half.mask)
     assert torch.equal(whole.mask[~dense], half.mask[~dense])
     assert torch.equal(whole.mask[dense], alone.mask)
