@@ -118,7 +118,8 @@ def wide(case: str, folder: Path) -> list[str]:
     """The arguments of a training of two steps, for which a model is written to the folder."""
     recipe, config, options = WIDE[case]
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    # in fp32, or a teacher in bf16 would be a file that is mapped, and not counted
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
     return [
         *("--config", recipe, "--model.model", str(folder / "model")),
         *("--data.dataset", "python-reference", "--data.dataset_config", "null", "--data.train_split", "train"),
