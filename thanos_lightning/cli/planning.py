@@ -48,7 +48,7 @@ def plan(
     planned = Plan(PlannedCLI(arguments, for_another=memory is not None))
     outlook = _outlook(planned, memory)
     fits = None if memory is None else outlook.most <= memory
-    remedies = [] if fits is not False else list(_remedies(planned, outlook, memory or 0))
+    remedies = [] if fits is not False else list(_remedies(planned, memory or 0))
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     sys.stdout.write(f"{_plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
@@ -58,7 +58,7 @@ def _outlook(planned: Plan, memory: int | None) -> Outlook:
     """The outlook with the windows that the callback will choose, where the user sets no limit for them."""
     outlook, asked = planned.outlook(), planned.options.calibration.memory_gib
     if memory is not None and outlook.most > memory and asked is None:
-        for _, change in _smaller_windows(planned, outlook):
+        for _, change in _smaller_windows(planned):
             with suppress(MisconfigurationException, ValueError), quiet():  # windows that no longer fit before an event
                 smaller = planned.outlook(**change)
                 if smaller.most <= memory:
@@ -66,9 +66,9 @@ def _outlook(planned: Plan, memory: int | None) -> Outlook:
     return outlook
 
 
-def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
+def _remedies(planned: Plan, memory: int) -> Iterator[str]:
     """Settings with which it would fit, one of each kind."""
-    kinds = [_smaller_windows(planned, outlook)]
+    kinds = [_smaller_windows(planned)]
     if not isinstance(planned.strategy, ModelParallelStrategy) and find_spec("deepspeed") is not None:
         kinds += [_other_strategies(planned), _more_ranks(planned)]  # a module of FSDP2 shards itself
     for kind in kinds:
@@ -84,7 +84,7 @@ def _remedies(planned: Plan, outlook: Outlook, memory: int) -> Iterator[str]:
                 break
 
 
-def _smaller_windows(planned: Plan, outlook: Outlook) -> Iterator[_Change]:
+def _smaller_windows(planned: Plan) -> Iterator[_Change]:
     if planned.options.solver.needs_statistics:
         for options in smaller_windows(planned.options, planned.layers):
             yield f"calibration.memory_gib: {options.calibration.memory_gib:g}", {"options": options}

@@ -30,7 +30,7 @@ from thanos_lightning.models.stack import find_blocks
 from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.plan.options import PruningOptions, differences
 from thanos_lightning.plan.planner import Planner
-from thanos_lightning.plan.training_steps import check_alike, steps_of
+from thanos_lightning.plan.training_steps import check_alike, scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window, check_ahead, check_begun
 from thanos_lightning.report.data import Clock, EventReport, LossRecorder
 from thanos_lightning.report.progress import Phase, ends_on_sigterm, hidden, shown
@@ -206,7 +206,10 @@ class PruningRun:
         """Plan windows that fit the memory that is free, or those of the training that is resumed."""
         options, calibration, past = self.options, self.options.calibration, self.past
         device = self.module.device
-        everywhere = self.access.gather(free_bytes(device, self.trainer.num_devices, self.access.optimizers))
+        # Before the first step there are no gradients and moments yet
+        steps = any(event.step for event in scheduled_events(self.planner.schedule, self.trainer))
+        optimizers = self.access.optimizers if steps else []
+        everywhere = self.access.gather(free_bytes(device, self.trainer.num_devices, optimizers))
         if restored is not None:
             if calibration.memory_gib is None and past.memory_gib is not None:
                 self._take(replace(options, calibration=replace(calibration, memory_gib=past.memory_gib)))

@@ -88,6 +88,15 @@ def test_what_can_not_fit_is_refused_before_the_training(options: dict[str, Any]
     assert module.losses == []
 
 
+@pytest.mark.parametrize(("steps", "counted"), [([0], 0), ([0, 4], 1)])
+def test_before_the_first_step_there_is_no_optimizer_state(steps: list[int], counted: int, tmp_path: Path) -> None:
+    given: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "free_bytes", lambda *args: given.append(len(args[2])) or {"cpu": 2**40})
+        trainer(tmp_path, pruning(schedule=SparsitySchedule(at=steps)), max_steps=1).fit(ToyLM(), loader())
+    assert given == [counted]
+
+
 def test_what_steps_will_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     module = torch.nn.Linear(1000, 1000, bias=False)
