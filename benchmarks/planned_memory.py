@@ -98,7 +98,12 @@ class Peaks(Callback):
         """The strategy has the model, some of which may still be a file that is mapped into memory."""
         for parameter in pl_module.parameters():
             parameter.data = parameter.data.clone()
-        CLEAR.write_text("5")
+
+        def forget_loading(*_: object) -> None:
+            CLEAR.write_text("5")
+            first_batch.remove()
+
+        first_batch = pl_module.model.register_forward_pre_hook(forget_loading)  # by then a teacher is loaded, too
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The event is over."""
