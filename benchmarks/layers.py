@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.solver import Pattern, Structured, parse_pattern, prune
 
 BALANCED = {"saliency": "balanced"}
@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def collect(model: PreTrainedModel, layers: dict[str, PrunableLayer], sequences: Tensor) -> InputStatistics:
+def collect(model: PreTrainedModel, layers: dict[str, Layer], sequences: Tensor) -> InputStatistics:
     """The second moments of the layers' inputs in the dense model."""
     statistics_ = InputStatistics(layers)
     statistics_.start()
@@ -87,11 +87,7 @@ def solve(weight: Tensor, hessian: Tensor, pattern: Pattern, method: str) -> tup
 
 
 def measure(
-    layers: dict[str, PrunableLayer],
-    hessians: dict[str, Tensor],
-    pattern: Pattern,
-    methods: Sequence[str],
-    repeats: int,
+    layers: dict[str, Layer], hessians: dict[str, Tensor], pattern: Pattern, methods: Sequence[str], repeats: int
 ) -> list[dict[str, Any]]:
     """All methods on all layers."""
     seconds: dict[str, list[float]] = {method: [] for method in methods}

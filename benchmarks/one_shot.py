@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import Layer, find_targets
 from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
@@ -63,7 +63,7 @@ class DecoderLayer:
     """A decoder layer, its layers to prune, and what the model calls it with besides the hidden states."""
 
     module: nn.Module
-    targets: dict[str, PrunableLayer]
+    targets: dict[str, Layer]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -192,7 +192,7 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return found[0], lists[found[0]]
 
 
-def find_layers(model: PreTrainedModel, pattern: Pattern) -> list[dict[str, PrunableLayer]]:
+def find_layers(model: PreTrainedModel, pattern: Pattern) -> list[dict[str, Layer]]:
     """The layers to prune of each decoder layer, by name.
 
     Raises:
@@ -349,7 +349,7 @@ def calibrate(layer: DecoderLayer, hidden: Sequence[Tensor]) -> Mapping[str, Hes
     return statistics.accumulators
 
 
-def check_zeros(method: str, linear: PrunableLayer, mask: Tensor, pattern: Pattern) -> None:
+def check_zeros(method: str, linear: Layer, mask: Tensor, pattern: Pattern) -> None:
     """Hold each method to what the pattern asks for, exactly, so that all have the same sparsity.
 
     Zeros are counted where the mask has them, not in the whole weight: dense weights can be zero, too, and a method

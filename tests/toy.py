@@ -245,7 +245,7 @@ class ZeroProbe(Callback):
         for name, keep in self.keeps.items():
             layer = self.pruning._run.masked[name]
             if layer.parameter.grad is not None:
-                assert not layer.oriented(layer.own(layer.parameter.grad))[~keep].any(), f"a gradient of {name}"
+                assert not layer.oriented(layer.part_of(layer.parameter.grad))[~keep].any(), f"a gradient of {name}"
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         run = self.pruning._run
@@ -257,7 +257,7 @@ class ZeroProbe(Callback):
             states = [optimizer.state.get(layer.parameter, {}) for optimizer in trainer.optimizers]
             for what, tensor in [("weight", layer.parameter), *(one for state in states for one in state.items())]:
                 if torch.is_tensor(tensor) and tensor.shape == layer.parameter.shape:
-                    pruned = layer.oriented(layer.own(tensor.detach()))[~keep]
+                    pruned = layer.oriented(layer.part_of(tensor.detach()))[~keep]
                     assert not (pruned.ne(0) | pruned.signbit()).any(), f"{what} of {name} is not 0 where it is pruned"
                     self.checked += 1
         if self.keeps:

@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
     from thanos_lightning.models.feedforward import FeedForward
+    from thanos_lightning.models.lora import mask_adapters
     from thanos_lightning.plan.allocation import Allocation
     from thanos_lightning.plan.options import CalibrationOptions
     from thanos_lightning.plan.overrides import TargetOverride
     from thanos_lightning.plan.schedule import SparsitySchedule
     from thanos_lightning.sharding.cpu_deepspeed import CPUDeepSpeed
     from thanos_lightning.solver.layer import SolverOptions
-    from thanos_lightning.training.adapters import mask_adapters
 
 _ROOMS = {
     "Allocation": "plan.allocation",
@@ -26,7 +26,7 @@ _ROOMS = {
     "TargetOverride": "plan.overrides",
     "ThanosPruningCallback": "callback",
     "export_checkpoint": "checkpoints.export",
-    "mask_adapters": "training.adapters",
+    "mask_adapters": "models.lora",
     "verify_checkpoint": "checkpoints.verify",
 }
 

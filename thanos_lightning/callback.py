@@ -25,7 +25,8 @@ from thanos_lightning.events.experts import route_as_saved, take_experts
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.run import PruningRun
 from thanos_lightning.models.compiled import compile_in_place
-from thanos_lightning.models.targets import IGNORED, PrunableLayer, find_targets, uncalled_layers
+from thanos_lightning.models.lora import prepare_adapters, warn_of_adapters
+from thanos_lightning.models.targets import IGNORED, Layer, find_targets, uncalled_layers
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions, default_schedule
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
@@ -40,7 +41,6 @@ from thanos_lightning.sharding.extensions import announce_builds
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.training.adapters import prepare_adapters, warn_of_adapters
 from thanos_lightning.training.lightning_private import after_configure_model, note_sigterm, saves_shards
 from thanos_lightning.training.other_callbacks import (
     Farewell,
@@ -140,7 +140,7 @@ class ThanosPruningCallback(Callback):
         self._restored: dict[str, Any] | None = None  # a loaded state that no fit has used yet
         self._forgets_masks = False  # True: this fit loses the masks of an earlier one unless it resumes
         # These are made at the start of a fit, and kept after the fit for checkpoints
-        self._layers: dict[str, PrunableLayer] = {}
+        self._layers: dict[str, Layer] = {}
         self._final: dict[str, Pattern] = {}
         self._run: PruningRun | None = None
         self._farewell: Farewell | None = None  # of this fit

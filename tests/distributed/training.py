@@ -48,10 +48,10 @@ import thanos_lightning.sharding.extensions
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.lm.causal_lm import add_lora
-from thanos_lightning.models.targets import whole_shape
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.sharding.masks import LayerMask
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.sharding.view import whole_shape
 from thanos_lightning.solver import HessianAccumulator
 
 PROBED = torch.arange(16).unsqueeze(0)  # tokens

@@ -20,7 +20,7 @@ from thanos_lightning.calibration.inputs import InputStatistics, gather_states, 
 from thanos_lightning.calibration.outputs import OutputGradients
 from thanos_lightning.calibration.tokens import has_text, token_mask
 from thanos_lightning.models.stack import Block
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.options import CalibrationOptions
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.access import ParameterAccess
@@ -75,7 +75,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, PrunableLayer],
+        layers: Mapping[str, Layer],
         access: ParameterAccess,
         options: CalibrationOptions,
         blocks: Mapping[str, Block],

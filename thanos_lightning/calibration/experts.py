@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from thanos_lightning.models.experts import ExpertMatrix, Layout, layout_of, matrices_of, unscaled
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 
 _LEAST_SHARE = 1e-4  # gradients are divided by shares
 
 
-def one_by_one(layers: Iterable[PrunableLayer]) -> Callable[[], None]:
+def one_by_one(layers: Iterable[Layer]) -> Callable[[], None]:
     """Let the experts of these layers call their matrices, which are the layers' modules. Return what undoes it."""
     hooked: dict[nn.Module, dict[str, ExpertMatrix]] = {}
     for layer in layers:

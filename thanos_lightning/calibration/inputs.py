@@ -18,7 +18,7 @@ from thanos_lightning.calibration.experts import one_by_one
 from thanos_lightning.calibration.tokens import CountedTokens
 from thanos_lightning.models.compiled import run_eagerly
 from thanos_lightning.models.experts import ExpertMatrix
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError
@@ -96,7 +96,7 @@ class InputStatistics:
     waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
     """
 
-    layers: Mapping[str, PrunableLayer]
+    layers: Mapping[str, Layer]
     kept: KeptError = field(default_factory=KeptError)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)

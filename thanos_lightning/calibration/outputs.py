@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import KeptError
@@ -59,7 +59,7 @@ class OutputGradients:
     wait. Nothing is counted after an error. `stopwatch` measures the time that summing takes.
     """
 
-    def __init__(self, layers: Mapping[str, PrunableLayer], kept: KeptError | None = None) -> None:
+    def __init__(self, layers: Mapping[str, Layer], kept: KeptError | None = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.stopwatch = Stopwatch()
         self._kept = kept or KeptError()

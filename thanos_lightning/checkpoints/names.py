@@ -16,7 +16,8 @@ from thanos_lightning.checkpoints.format import exported_model
 from thanos_lightning.checkpoints.huggingface import build_model, near, parameter_aliases
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.models.stack import class_of
-from thanos_lightning.models.targets import PrunableLayer, whole_shape
+from thanos_lightning.models.targets import Layer
+from thanos_lightning.sharding.view import whole_shape
 
 
 def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) -> dict[str, list[str]]:
@@ -64,7 +65,7 @@ def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) ->
     return found
 
 
-def why_not_exported(module: nn.Module, layers: Mapping[str, PrunableLayer]) -> str | None:
+def why_not_exported(module: nn.Module, layers: Mapping[str, Layer]) -> str | None:
     """Why an export would refuse a model in which these layers are pruned, by what is known before the training.
 
     None if nothing is known against it, and if none of the layers is in a Hugging Face model, since nothing would be

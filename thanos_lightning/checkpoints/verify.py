@@ -214,7 +214,7 @@ def _expect_of_trainer_checkpoint(
         note = checkpoint.require_note()
         model = build_model(note["architecture"], note["config"], path)
         for name, layer in find_targets(model, targets, ignore).items():
-            own = layer.parameter_name if layer.expert else f"{adapted_name(name, note)}.weight"
+            own = layer.parameter_name if layer.part else f"{adapted_name(name, note)}.weight"
             expected.setdefault(f"{note['model_prefix']}{own}", []).append(_Expected(pattern, layer.transposed))
     elif pattern is not None:
         for name in _matrices(checkpoint.state_dict, targets, ignore):

@@ -39,18 +39,18 @@ from thanos_lightning.lm.pretrained import load_pretrained
 from thanos_lightning.models.census import take_census
 from thanos_lightning.models.compiled import compile_in_place
 from thanos_lightning.models.feedforward import FeedForward, kind_of
+from thanos_lightning.models.lora import mask_adapters
 from thanos_lightning.models.stack import find_blocks
-from thanos_lightning.models.targets import PrunableLayer, find_targets, prunable_modules
+from thanos_lightning.models.targets import Layer, find_targets, prunable_modules
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.overrides import assign_patterns
 from thanos_lightning.plan.planner import Planner
+from thanos_lightning.plan.shares import Share, share_of, zero_of
 from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.choice import check_strategy
 from thanos_lightning.sharding.fsdp import require_rows
-from thanos_lightning.sharding.held import Share, share_of, zero_of
 from thanos_lightning.solver import Channels, Experts
-from thanos_lightning.training.adapters import mask_adapters
 from thanos_lightning.training.other_callbacks import check_companions
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -242,7 +242,7 @@ class Plan:
         )
 
     @property
-    def layers(self) -> list[PrunableLayer]:
+    def layers(self) -> list[Layer]:
         """All that `targets` and `ignore` leave, front to back."""
         return list(find_targets(self.module, self.options.targets, self.options.ignore).values())
 
@@ -272,7 +272,7 @@ class Plan:
 
 
 def _at_events(
-    windows: Sequence[Window], each: Sequence[Needs], share: Share, layers: Mapping[str, PrunableLayer]
+    windows: Sequence[Window], each: Sequence[Needs], share: Share, layers: Mapping[str, Layer]
 ) -> list[int]:
     """Bytes on the device at the end of each window. Masks are there of what was pruned before."""
     found, masked = [], set[str]()

@@ -19,9 +19,9 @@ from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, quiet
 from thanos_lightning.events.announce import sized
 from thanos_lightning.events.estimate import Needs
 from thanos_lightning.events.fitting import smaller_windows
+from thanos_lightning.plan.shares import stage_of
 from thanos_lightning.plan.training_steps import steps_of
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.held import stage_of
 
 _GIB = 2**30
 _LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}

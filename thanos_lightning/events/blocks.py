@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.checkpoints.shrink import resized
-from thanos_lightning.models.adapters import MaskedAdapter, base_of
 from thanos_lightning.models.feedforward import (
     FeedForward,
     check_feed_forwards,
@@ -24,16 +23,11 @@ from thanos_lightning.models.feedforward import (
     in_any_order,
     kind_of,
 )
+from thanos_lightning.models.lora import MaskedAdapter, base_of
 from thanos_lightning.models.routing import Mixture
 from thanos_lightning.models.stack import Block
-from thanos_lightning.models.targets import (
-    PrunableLayer,
-    examples,
-    find_targets,
-    layer_of,
-    prunable_modules,
-    whole_shape,
-)
+from thanos_lightning.models.targets import Layer, examples, find_targets, layer_of, prunable_modules
+from thanos_lightning.sharding.view import View, whole_shape
 from thanos_lightning.solver import NM, Channels, Experts, Pattern
 
 
@@ -42,13 +36,13 @@ class Taken:
     """What is pruned where channels or experts are."""
 
     # by name, those to solve: of a feed-forward block, or of an expert that may go, the down layer
-    layers: Mapping[str, PrunableLayer]
+    layers: Mapping[str, Layer]
     final: Mapping[str, Pattern]  # by name of such a layer, its pattern at the end
     # by down layer, the weights and biases that compute its inputs: entry i, width + i, … along their rows is of
     # channel i; of an expert that may go, all of them go with it
-    owned: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+    owned: Mapping[str, Sequence[View]] = field(default_factory=dict)
     # the same for down layers of which the channels get another order before the first event
-    free: Mapping[str, Sequence[PrunableLayer]] = field(default_factory=dict)
+    free: Mapping[str, Sequence[View]] = field(default_factory=dict)
     keeps_order: str | None = None  # why no channels get another order; None if some do, or none was asked for
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)  # by name, those of which experts may go
 
@@ -106,7 +100,7 @@ class Taken:
 def take_channels(
     trainer: Trainer,
     module: LightningModule,
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
     multiple_of: int,
 ) -> Taken:
@@ -124,7 +118,7 @@ def take_channels(
 def take(
     module: LightningModule,
     blocks: Sequence[FeedForward],
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
     multiple_of: int,
 ) -> Taken:
@@ -160,7 +154,7 @@ def take(
         )
     pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
     ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
-    owned: dict[str, list[PrunableLayer]] = {name: [] for name in chosen}
+    owned: dict[str, list[View]] = {name: [] for name in chosen}
     for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
         if len(layer.modules) > 1:
             raise ValueError(_shared(name))
@@ -191,7 +185,7 @@ def with_free_channels(taken: Taken, trainer: Trainer, module: LightningModule) 
         why = f"the search for feed-forward blocks ended in {type(error).__name__}"
     blocks, why = trainer.strategy.broadcast((blocks, why))
     holders = Counter(id(parameter) for part in module.modules() for parameter in part.parameters(recurse=False))
-    free: dict[str, list[PrunableLayer]] = {}
+    free: dict[str, list[View]] = {}
     for block in blocks:
         down, ups = module.get_submodule(block.down), {up: module.get_submodule(up) for up in block.ups}
         pattern = taken.final.get(block.down)

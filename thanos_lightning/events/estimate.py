@@ -13,11 +13,13 @@ from torch import Tensor
 
 from thanos_lightning.calibration.hidden_states import TOKENS_PER_STEP
 from thanos_lightning.models.census import Census
+from thanos_lightning.models.lora import shows_its_mask
 from thanos_lightning.models.stack import Block
-from thanos_lightning.models.targets import PrunableLayer, whole_shape
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.sharding.owners import assign_owners
+from thanos_lightning.sharding.view import whole_shape
 from thanos_lightning.solver import Experts, Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
@@ -69,7 +71,7 @@ class Estimate:
 
 def estimate(
     options: PruningOptions,
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     census: Census,
     windows: Sequence[Window],
     blocks: Mapping[str, Block],
@@ -116,7 +118,7 @@ def estimate(
         wanted = options.block_steps * max(TOKENS_PER_STEP, batches.length or 0)
         tokens = min(wanted, (number or 0) * (batches.tokens or 0))
         states = 2 * next(iter(layers.values())).cols * tokens * (len(blocks) // len(last) + 1)
-    shown = sum(layer.rows * layer.cols for layer in layers.values() if layer.shows_its_mask)
+    shown = sum(layer.rows * layer.cols for layer in layers.values() if shows_its_mask(layer))
     return Estimate(
         each,
         number,
@@ -141,13 +143,13 @@ def _tokens(batch: Any) -> tuple[int, int] | tuple[None, None]:
 # The formulas of that
 
 
-def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
+def sharing(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Group layers by the input that they read: a guess, since only a forward shows it.
 
     Layers of one parent with equally many inputs read the same input (q, k, v; gate, up). The last layer of such a
     group is the exception if it has as many outputs as inputs (o).
     """
-    alike: dict[tuple[str, int], list[PrunableLayer]] = {}
+    alike: dict[tuple[str, int], list[Layer]] = {}
     for layer in layers:
         alike.setdefault((layer.name.rpartition(".")[0], layer.cols), []).append(layer)
     groups = []
@@ -157,13 +159,13 @@ def sharing(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
     return groups
 
 
-def moments_bytes(layers: Sequence[PrunableLayer]) -> int:
+def moments_bytes(layers: Sequence[Layer]) -> int:
     """Bytes for the second moments of a window, on each rank."""
     return 4 * sum(group[0].cols ** 2 for group in sharing(layers))
 
 
 def event_bytes(
-    layers: Sequence[PrunableLayer],
+    layers: Sequence[Layer],
     options: SolverOptions,
     *,
     ranks: int = 1,
@@ -205,14 +207,12 @@ def event_bytes(
     return peak
 
 
-def _results_bytes(solved: Sequence[PrunableLayer]) -> int:
+def _results_bytes(solved: Sequence[Layer]) -> int:
     """Bytes of weights and masks that wait to be written."""
     return sum(layer.rows * layer.cols * (layer.parameter.element_size() + 1) for layer in solved)
 
 
-def training_bytes(
-    block: Block, solved: Sequence[PrunableLayer], ranks: int, device: torch.device | None = None
-) -> int:
+def training_bytes(block: Block, solved: Sequence[Layer], ranks: int, device: torch.device | None = None) -> int:
     """Peak bytes of a rank that trains a block of a window whose layers were solved, without activations.
 
     The rank has all parameters of the block in fp32; of those that are trained a copy, its gradient and Adam's two
@@ -225,7 +225,7 @@ def training_bytes(
     return 4 * whole + 16 * trained + (_results_bytes(solved) // ranks if on_cpu else 0)
 
 
-def sent_bytes(layers: Sequence[PrunableLayer], ranks: int, *, gathers: bool = False, again: bool = False) -> int:
+def sent_bytes(layers: Sequence[Layer], ranks: int, *, gathers: bool = False, again: bool = False) -> int:
     """Bytes that all ranks together send to solve a window and to write it. The arguments are as for `event_bytes`.
 
     Each rank but the owner sends half of each symmetric sum; the others get the new weight and the mask. Where weights

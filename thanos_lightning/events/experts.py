@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from thanos_lightning.checkpoints.shrink import configuration_with
 from thanos_lightning.events.blocks import Taken, home_of
 from thanos_lightning.models.experts import layout_of, matrices_of, unknown_experts
+from thanos_lightning.models.lora import collect_merged
 from thanos_lightning.models.routing import Mixture, find_mixtures, keep_experts
-from thanos_lightning.models.targets import PrunableLayer, examples, layer_of
+from thanos_lightning.models.targets import Layer, examples, layer_of
 from thanos_lightning.report.data import LayerReport
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.adapters import collect_merged
 from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.sharding.together import KeptError
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver import Channels, Experts, HessianAccumulator, Pattern
 from thanos_lightning.solver.linalg import exact_arithmetic
 from thanos_lightning.solver.refine import row_losses
@@ -30,7 +31,7 @@ from thanos_lightning.training.enforcement import MaskEnforcer
 # Before the training
 
 
-def take_experts(module: LightningModule, layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern]) -> Taken:
+def take_experts(module: LightningModule, layers: Mapping[str, Layer], final: Mapping[str, Pattern]) -> Taken:
     """Replace the layers with the pattern `Experts` by the experts of the module's mixtures.
 
     Of these layers, those that are no matrix of an expert are not pruned. All mixtures of a model keep the same number
@@ -51,7 +52,7 @@ def take_experts(module: LightningModule, layers: Mapping[str, PrunableLayer], f
     models = {name for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
     homes = {home_of(name, models) for name in chosen}
     mixtures = {name: mixture for name, mixture in found.items() if home_of(name, models) in homes}
-    downs: dict[str, list[PrunableLayer]] = {}
+    downs: dict[str, list[View]] = {}
     for name, mixture in mixtures.items():
         parts = [layer_of(f"{name}.{own}", matrix) for own, matrix in matrices_of(mixture.experts).items()]
         for part in parts:
@@ -151,7 +152,7 @@ def _check_configurations(
 
 def choose_experts(
     mixtures: Mapping[str, Mixture],
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     patterns: Mapping[str, Pattern],
     sums: dict[str, HessianAccumulator],
     tokens: Mapping[str, int],
@@ -224,8 +225,8 @@ def _least(downs: Sequence[str], number: int, groups: int, means: Mapping[str, f
 
 def drop_experts(
     going: Sequence[str],
-    layers: Mapping[str, PrunableLayer],
-    owned: Mapping[str, Sequence[PrunableLayer]],
+    layers: Mapping[str, Layer],
+    owned: Mapping[str, Sequence[View]],
     owners: Mapping[str, int],
     access: ParameterAccess,
     enforcer: MaskEnforcer,

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from thanos_lightning.events.announce import sized
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.sharding.access import tensors_of
 
@@ -37,7 +37,7 @@ def free_bytes(device: torch.device, on_node: int, optimizers: Sequence[Optimize
 
 def fitting(
     options: PruningOptions,
-    layers: Sequence[PrunableLayer],
+    layers: Sequence[Layer],
     free: Mapping[str, int],
     event_bytes: Callable[[PruningOptions], Mapping[str, int]],
 ) -> None:
@@ -68,7 +68,7 @@ def fitting(
     )
 
 
-def smaller_windows(options: PruningOptions, layers: Sequence[PrunableLayer]) -> Iterator[PruningOptions]:
+def smaller_windows(options: PruningOptions, layers: Sequence[Layer]) -> Iterator[PruningOptions]:
     """The options with half of the second moments at a time, a quarter, …, and at last those of the widest layer."""
     sizes = [4 * layer.cols**2 / 2**30 for layer in layers]
     gib, least = sum(sizes), 1.1 * max(sizes)

@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.lora import collect_merged, write_merged
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.adapters import collect_merged, write_merged
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern
 from thanos_lightning.solver.admm import weight_costs
 from thanos_lightning.solver.linalg import FactorizationError, damped, damping_ladder, exact_arithmetic, inverse_factor
@@ -29,8 +30,8 @@ _DAMPING = 0.01  # the solver's default
 
 
 def order_channels(
-    free: Mapping[str, Sequence[PrunableLayer]],
-    layers: Mapping[str, PrunableLayer],
+    free: Mapping[str, Sequence[View]],
+    layers: Mapping[str, Layer],
     patterns: Mapping[str, Pattern],
     sums: Mapping[str, HessianAccumulator],
     owners: Mapping[str, int],
@@ -79,7 +80,7 @@ def order_channels(
     return orders
 
 
-def rows_of(order: Int[Tensor, " width"], part: PrunableLayer) -> Int[Tensor, " rows"]:
+def rows_of(order: Int[Tensor, " width"], part: View) -> Int[Tensor, " rows"]:
     """The order of the rows of a weight or bias that channels own: rows i, width + i, … are those of channel i."""
     return torch.cat([order + start for start in range(0, part.rows, len(order))])
 
@@ -116,7 +117,7 @@ def _cost_of_inputs(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Ten
 
 
 def _write_rows(
-    part: PrunableLayer, order: Int[Tensor, " rows"], owner: int, access: ParameterAccess, enforcer: MaskEnforcer
+    part: View, order: Int[Tensor, " rows"], owner: int, access: ParameterAccess, enforcer: MaskEnforcer
 ) -> None:
     is_masked = part.name in enforcer.masked
     weight = collect_merged(part, owner, access)

@@ -18,17 +18,18 @@ from thanos_lightning.calibration.collector import Moments
 from thanos_lightning.events.experts import choose_experts, drop_experts
 from thanos_lightning.events.order import of_ordered_inputs, order_channels, rows_of
 from thanos_lightning.events.reconstruct import Kept, reconstruct
+from thanos_lightning.models.lora import Adapted, adapters_of, collect, collect_merged, write_merged
 from thanos_lightning.models.routing import Mixture
 from thanos_lightning.models.stack import Block
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.allocation import LayerSensitivity
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.adapters import Adapted, collect, collect_merged, write_merged
 from thanos_lightning.sharding.owners import lend, lenders, sum_on_owners, tokens_seen
 from thanos_lightning.sharding.together import KeptError, reserve
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver import Experts, HessianAccumulator, Pattern
 from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer, relative
@@ -37,15 +38,15 @@ from thanos_lightning.training.enforcement import MaskEnforcer
 
 def prune_window(
     window: Window,
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     moments: Moments,
     *,
     access: ParameterAccess,
     enforcer: MaskEnforcer,
     options: SolverOptions,
-    owned: Mapping[str, Sequence[PrunableLayer]] | None = None,
+    owned: Mapping[str, Sequence[View]] | None = None,
     later: Collection[str] = (),
-    free: Mapping[str, Sequence[PrunableLayer]] | None = None,
+    free: Mapping[str, Sequence[View]] | None = None,
     blocks: Mapping[str, Block] | None = None,
     mixtures: Mapping[str, Mixture] | None = None,
     now: Callable[[Part], None] = lambda _: None,
@@ -191,7 +192,7 @@ def _solve(
 
 
 def needed_in_order(
-    own: Mapping[str, int], ordered: Mapping[str, Sequence[PrunableLayer]], layers: Mapping[str, PrunableLayer]
+    own: Mapping[str, int], ordered: Mapping[str, Sequence[View]], layers: Mapping[str, Layer]
 ) -> dict[str, int]:
     """Bytes that this rank allocates for its own layers, of which the channels of some get another order.
 
@@ -207,9 +208,7 @@ def needed_in_order(
     return needed
 
 
-def _write_owned(
-    part: PrunableLayer, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer
-) -> None:
+def _write_owned(part: View, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer) -> None:
     """Prune what the channels own that a down layer has lost. `keep` is the down layer's, on its owner."""
     weight, earlier = collect_merged(part, owner, access), enforcer.keep_mask(part.name, owner)
     own = None
@@ -224,7 +223,7 @@ def _write_owned(
 
 def scan_window(
     window: Window,
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     moments: Moments,
     *,
     access: ParameterAccess,
@@ -287,12 +286,12 @@ def _scan_layer(
     return LayerSensitivity(losses, weighted or None)
 
 
-def _bytes_of(layer: PrunableLayer) -> int:
+def _bytes_of(layer: View) -> int:
     """A weight in fp32 and its mask, and what its adapters add."""
-    return (9 if layer.adapters else 5) * layer.rows * layer.cols
+    return (9 if adapters_of(layer) else 5) * layer.rows * layer.cols
 
 
-def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, PrunableLayer]) -> None:
+def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, Layer]) -> None:
     few = {name: layers[name].cols / seen for name, seen in tokens.items() if 0 < seen < layers[name].cols}
     if few:
         worst = max(few, key=lambda name: few[name])

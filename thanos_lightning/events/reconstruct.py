@@ -30,8 +30,9 @@ from thanos_lightning.calibration.hidden_states import (
     parts_of,
 )
 from thanos_lightning.calibration.outputs import LOSS_SCALE
+from thanos_lightning.models.lora import adapters_of
 from thanos_lightning.models.stack import replica
-from thanos_lightning.models.targets import PrunableLayer, examples
+from thanos_lightning.models.targets import Layer, examples
 from thanos_lightning.report.data import BlockReport
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.sharding.access import ParameterAccess
@@ -58,7 +59,7 @@ class Kept:
 
 def reconstruct(
     states: HiddenStates,
-    targets: Mapping[str, Sequence[PrunableLayer]],
+    targets: Mapping[str, Sequence[Layer]],
     solved: dict[str, Kept],
     owners: Mapping[str, int],
     access: ParameterAccess,
@@ -140,7 +141,7 @@ def _bytes_of(block: nn.Module) -> int:
 
 
 def _move(
-    layer: PrunableLayer,
+    layer: Layer,
     solved: dict[str, Kept],
     owners: dict[str, int],
     destination: int,
@@ -170,7 +171,7 @@ class _Task:
     values: dict[str, Tensor]
     calls: list[Call]
     others: Mapping[str, Tensor]
-    targets: Sequence[PrunableLayer]
+    targets: Sequence[Layer]
 
 
 def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> BlockReport | str:
@@ -198,9 +199,9 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
             parameter.requires_grad_(True)
             trained[parameter] = torch.zeros_like(parameter, dtype=torch.bool)
         parameters[layer.name] = parameter
-        layer.own(parameter.data).copy_(layer.oriented(own.weight))
-        layer.own(trained[parameter]).copy_(layer.oriented(own.keep))
-        for adapter in layer.adapters:  # which the solved weight has in it
+        layer.part_of(parameter.data).copy_(layer.oriented(own.weight))
+        layer.part_of(trained[parameter]).copy_(layer.oriented(own.keep))
+        for adapter in adapters_of(layer):  # which the solved weight has in it
             copy.get_parameter(adapter.up.parameter_name.removeprefix(f"{task.name}.")).data.zero_()
     groups = []
     for parameter, keep in trained.items():
@@ -216,7 +217,7 @@ def _train(task: _Task, solved: Mapping[str, Kept], steps: int, seed: int) -> Bl
     if after < before:
         for layer in task.targets:
             own, parameter = solved[layer.name], parameters[layer.name]
-            weight = layer.own(parameter.detach()) * layer.own(trained[parameter])
+            weight = layer.part_of(parameter.detach()) * layer.part_of(trained[parameter])
             own.weight = layer.oriented(weight.to(own.weight.dtype)).to(own.weight.device)
     return BlockReport(task.name, before, min(before, after), time.perf_counter() - begin)
 

@@ -25,9 +25,10 @@ from thanos_lightning.events.blocks import Taken
 from thanos_lightning.events.fitting import fitting, free_bytes
 from thanos_lightning.events.past import Past
 from thanos_lightning.events.prune import prune_window, scan_window
+from thanos_lightning.models.lora import with_adapters
 from thanos_lightning.models.routing import find_mixtures, keep_experts
 from thanos_lightning.models.stack import find_blocks
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.options import PruningOptions, differences
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.training_steps import check_alike, scheduled_events, steps_of
@@ -36,7 +37,6 @@ from thanos_lightning.report.data import Clock, EventReport, LossRecorder
 from thanos_lightning.report.progress import Phase, ends_on_sigterm, hidden, shown
 from thanos_lightning.report.tables import print_event, print_summary
 from thanos_lightning.sharding.access import ParameterAccess, tensors_of
-from thanos_lightning.sharding.adapters import with_adapters
 from thanos_lightning.sharding.choice import choose_access
 from thanos_lightning.sharding.owners import assign_owners
 from thanos_lightning.solver import Channels, Experts
@@ -374,7 +374,7 @@ class PruningRun:
         self.access.release()
         return moments
 
-    def _layers_of(self, window: Window) -> dict[str, PrunableLayer]:
+    def _layers_of(self, window: Window) -> dict[str, Layer]:
         return {name: self.layers[name] for name in window.patterns}
 
     def _scan(self, window: Window) -> None:

@@ -29,10 +29,9 @@ from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.lm.distillation import START, Distillation, check_teacher, distil, num_chunks, other_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
-from thanos_lightning.models.targets import whole_shape
-from thanos_lightning.sharding.adapters import initialise_partitioned
+from thanos_lightning.models.lora import initialise_partitioned, mask_adapters
 from thanos_lightning.sharding.teacher import place_frozen, require_own_gathering, sharding_config
-from thanos_lightning.training.adapters import mask_adapters
+from thanos_lightning.sharding.view import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 

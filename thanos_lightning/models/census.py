@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from thanos_lightning.models.adapters import base_of
 from thanos_lightning.models.experts import ExpertMatrix, layout_of
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, prunable_modules, uncalled_layers, whole_shape
+from thanos_lightning.models.lora import adapters_of, base_of
+from thanos_lightning.models.targets import PRUNABLE, Layer, prunable_modules, uncalled_layers
+from thanos_lightning.sharding.view import View, whole_shape
 
 
 @dataclass
@@ -44,14 +45,14 @@ class Census:
         return ", ".join(f"{kind} ({size / total:.0%})" if size / total >= least else kind for kind, size in kinds)
 
 
-def take_census(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> Census:
+def take_census(model: nn.Module, layers: Mapping[str, View]) -> Census:
     """Count the weights of a model, of which `layers` are to be pruned."""
     uncalled = uncalled_layers(model)
     modules = [base_of(module) for name, module in prunable_modules(model).items() if name not in uncalled]
     names = {_name_of(module) for module in modules}
-    weights = sum(layer.part == "weight" for layer in layers.values())
+    weights = sum(isinstance(layer, Layer) for layer in layers.values())
     census = Census(weights, len(modules), " and ".join(sorted(names)))
-    census.num_adapted = sum(bool(layer.adapters) for layer in layers.values())
+    census.num_adapted = sum(bool(adapters_of(layer)) for layer in layers.values())
     targets: dict[int, int] = {}  # parameter -> its weights in layers to prune, which may be some of its experts
     for layer in layers.values():
         targets[id(layer.parameter)] = targets.get(id(layer.parameter), 0) + layer.rows * layer.cols

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thanos_lightning.sharding.view import Part, whole_shape
+
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 
 
@@ -49,12 +51,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     transposed = bool(module.is_transposed)
     if not module.has_gate or transposed or not module.is_concatenated:
         return Layout({up: (up, slice(None))}, transposed, is_routed=True)
-    width = _shape(parameters[up])[1] // 2
+    width = whole_shape(parameters[up])[1] // 2
     return Layout({"gate_proj": (up, slice(0, width)), "up_proj": (up, slice(width, 2 * width))}, False, True)
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class _Scaled(torch.autograd.Function):
@@ -89,8 +87,7 @@ class ExpertMatrix(nn.Module):
     def __init__(self, experts: nn.Module, parameter: str, expert: int, rows: slice, transposed: bool) -> None:
         super().__init__()
         self.__dict__["experts"] = experts  # not as a part of this module
-        self.parameter, self.expert, self.transposed = parameter, expert, transposed
-        self._rows = rows
+        self.parameter, self.part, self.transposed = parameter, Part(expert, rows), transposed
 
     @property
     def weight(self) -> nn.Parameter:
@@ -101,36 +98,15 @@ class ExpertMatrix(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        _, first, second = _shape(self.weight)
-        first = len(range(first)[self._rows])
+        _, first, second = whole_shape(self.weight)
+        first = len(range(first)[self.part.rows])
         return (second, first) if self.transposed else (first, second)
-
-    @property
-    def start(self) -> int:
-        """The entry of the flattened parameter that the matrix begins with."""
-        _, first, second = _shape(self.weight)
-        return (self.expert * first + range(first)[self._rows][0]) * second
 
     @property
     def reached(self) -> float:
         """Roughly the fraction of the tokens that reach an expert, if its router chooses all alike."""
         each_token = getattr(getattr(self.experts, "config", None), "num_experts_per_tok", 1)
-        return float(each_token) / _shape(self.weight)[0]
-
-    @property
-    def place(self) -> str:
-        """Which part of the parameter it is, as one writes it in Python.
-
-        Examples:
-            >>> ExpertMatrix(nn.Identity(), "gate_up_proj", 7, slice(0, 64), False).place
-            '[7, 0:64]'
-        """
-        rows = "" if self._rows == slice(None) else f", {self._rows.start}:{self._rows.stop}"
-        return f"[{self.expert}{rows}]"
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor of the parameter's shape that belongs to this matrix, as a view."""
-        return tensor[self.expert, self._rows]
+        return float(each_token) / whole_shape(self.weight)[0]
 
     def forward(
         self,
@@ -148,7 +124,7 @@ class ExpertMatrix(nn.Module):
         gradient of the output divided by the share, (tokens, 1). `tokens` tells hooks which tokens of the batch they
         are, and `of` how many tokens the experts were called with.
         """
-        matrix, inputs = weight[self._rows], shown if inputs is None else inputs
+        matrix, inputs = weight[self.part.rows], shown if inputs is None else inputs
         output = inputs @ matrix if self.transposed else nn.functional.linear(inputs, matrix)
         return output if share is None else _Scaled.apply(output, share)  # type: ignore[no-untyped-call]
 
@@ -161,7 +137,7 @@ def matrices_of(experts: nn.Module) -> dict[str, ExpertMatrix]:
     parts = {**layout.ups, "down_proj": ("down_proj", slice(None))}
     return {
         f"{expert}.{name}": ExpertMatrix(experts, parameter, expert, rows, layout.transposed)
-        for expert in range(_shape(experts._parameters["down_proj"])[0])
+        for expert in range(whole_shape(experts.get_parameter("down_proj"))[0])
         for name, (parameter, rows) in parts.items()
     }
 
@@ -170,6 +146,8 @@ def unknown_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that look like fused experts, by name, but whose layout is not known."""
     for name, module in model.named_modules():
         parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-        fused = [parameter for parameter in parameters if len(_shape(parameter)) == 3 and _shape(parameter)[0] > 1]
+        fused = [
+            parameter for parameter in parameters if len(whole_shape(parameter)) == 3 and whole_shape(parameter)[0] > 1
+        ]
         if fused and not hasattr(module, "kernel_size") and layout_of(module) is None:
             yield name, module

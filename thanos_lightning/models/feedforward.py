@@ -19,8 +19,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.adapters import base_of
-from thanos_lightning.models.targets import PrunableModule, prunable_modules, whole_shape
+from thanos_lightning.models.lora import base_of
+from thanos_lightning.models.targets import PrunableModule, prunable_modules
+from thanos_lightning.sharding.view import whole_shape
 
 # Largest error, beside that of the last bits, of what a down layer gets in another order, over the largest number there
 _TOLERANCE = 1e-5

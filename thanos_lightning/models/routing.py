@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thanos_lightning.models.experts import layout_of, matrices_of
 from thanos_lightning.models.stack import class_of
-from thanos_lightning.models.targets import whole_shape
+from thanos_lightning.sharding.view import whole_shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -21,7 +21,7 @@ class Block:
     layers: tuple[str, ...]
 
 
-def find_blocks(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> dict[str, Block]:
+def find_blocks(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Block]:
     """Find each block with at least two of the layers, by name.
 
     A block is an entry of an `nn.ModuleList` that is in no other one. A layer that is outside of the block, too, since

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.adapters import MaskedAdapter, base_of, saved_modules, tuner_layers
 from thanos_lightning.models.experts import ExpertMatrix, matrices_of, unknown_experts
+from thanos_lightning.models.lora import MaskedAdapter, base_of, saved_modules, tuner_layers
+from thanos_lightning.sharding.view import View, whole_shape
 
 # or what peft puts in the place of the first two, which has its weight and its bias
 PrunableModule: TypeAlias = nn.Linear | Conv1D | ExpertMatrix
@@ -23,114 +24,38 @@ IGNORED = ("lm_head",)  # by default; not every model has an lm_head
 
 
 @dataclass(frozen=True)
-class PrunableLayer:
-    """A weight matrix that can be pruned, and the modules that multiply by it; or a bias, as a matrix of one column."""
+class Layer(View):
+    """A weight matrix that can be pruned, and the modules that multiply by it."""
 
-    name: str  # fully qualified, of the (first) module, of a bias, or of a matrix of an expert
-    # those that hold the weight: one, unless layers share it; of a matrix of an expert, what shows it
-    modules: tuple[PrunableModule, ...]
-    rows: int  # out_features
-    cols: int  # in_features; 1 of a bias
-    transposed: bool  # whether the parameter is stored as (in_features, out_features): transformers' Conv1D
-    part: Literal["weight", "bias"] = "weight"  # which of the module's parameters it is
-
-    @property
-    def parameter_name(self) -> str:
-        """Name of the weight, or of the bias, among the model's parameters; of a part of one, with its place."""
-        if self.expert is not None:
-            experts = self.name.rsplit(".", 2)[0]
-            return f"{experts}.{self.expert.parameter}{self.expert.place}"
-        module = self.name.removesuffix(".bias") if self.part == "bias" else self.name
-        is_adapted = bool(self.modules) and isinstance(self.modules[0], MaskedAdapter)
-        return f"{module}.base_layer.{self.part}" if is_adapted else f"{module}.{self.part}"
-
-    @property
-    def shows_its_mask(self) -> bool:
-        """Whether the mask can be read off the weight: adapters are trained, and no optimizer steps the weight."""
-        return bool(self.adapters) and not self.parameter.requires_grad
-
-    @property
-    def adapters(self) -> list[Adapter]:
-        """The low-rank matrices that are added where the weight is not 0."""
-        if self.part == "bias" or not self.modules or not isinstance(self.modules[0], MaskedAdapter):
-            return []
-        return [
-            Adapter(
-                layer_of(f"{self.name}.lora_A.{rank.name}", rank.down),
-                layer_of(f"{self.name}.lora_B.{rank.name}", rank.up),
-                rank.scale,
-            )
-            for rank in self.modules[0].low_ranks()
-        ]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is stored, of all experts if it has several.
-
-        It is read anew each time, because wrappers and moves may replace it.
-        """
-        weight = getattr(self.modules[0], self.part)
-        assert isinstance(weight, nn.Parameter), "checked by find_targets"
-        return weight
-
-    @property
-    def expert(self) -> ExpertMatrix | None:
-        """Where the weight lies, if it is a part of a parameter of several experts."""
-        module = self.modules[0] if self.modules else None
-        return module if isinstance(module, ExpertMatrix) else None
+    # one module, unless layers share the weight; of an expert's matrix, what shows it
+    modules: tuple[PrunableModule, ...] = ()
 
     @property
     def holders(self) -> list[nn.Module]:
         """The modules of the model that have the parameter."""
-        return list(self.modules) if self.expert is None else [self.expert.experts]
+        return list(self.modules) if self.part is None else [self.holder]
 
     @property
-    def start(self) -> int:
-        """The entry of the flattened parameter with which the weight begins."""
-        return 0 if self.expert is None else self.expert.start
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor that belongs to the weight, by a view, if the tensor has the parameter's shape."""
-        return tensor if self.expert is None else self.expert.own(tensor)
-
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """Convert between the layout in the parameter and (out_features, in_features), by a view."""
-        if self.part == "bias":
-            return tensor.squeeze(1) if tensor.ndim == 2 else tensor.unsqueeze(1)
-        return tensor.t() if self.transposed else tensor
-
-    @property
-    def bias(self) -> PrunableLayer | None:
+    def bias(self) -> View | None:
         """The bias of the layer, or None if it has none."""
-        module = self.modules[0]
-        if not isinstance(module.bias, nn.Parameter):
+        if not isinstance(self.modules[0].bias, nn.Parameter):
             return None
-        return PrunableLayer(f"{self.name}.bias", self.modules, self.rows, 1, False, part="bias")
+        parameter_name = f"{self.parameter_name.removesuffix('.weight')}.bias"
+        return View(f"{self.name}.bias", parameter_name, self.holder, "bias", self.rows, 1)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """scale · up · down is added to the weight of a layer where it is not 0."""
-
-    down: PrunableLayer
-    up: PrunableLayer
-    scale: float
-
-
-def layer_of(name: str, *modules: PrunableModule) -> PrunableLayer:
+def layer_of(name: str, *modules: PrunableModule) -> Layer:
     """The layer of modules that hold one weight."""
-    if isinstance(modules[0], ExpertMatrix):
-        return PrunableLayer(name, modules, *modules[0].shape, modules[0].transposed)
-    transposed = isinstance(base_of(modules[0]), Conv1D)
-    shape = whole_shape(modules[0].weight)
+    module = modules[0]
+    if isinstance(module, ExpertMatrix):
+        parameter_name = f"{name.rsplit('.', 2)[0]}.{module.parameter}{module.part}"
+        matrix = parameter_name, module.experts, module.parameter, *module.shape, module.transposed, module.part
+        return Layer(name, *matrix, modules)
+    parameter_name = f"{name}.base_layer.weight" if isinstance(module, MaskedAdapter) else f"{name}.weight"
+    transposed = isinstance(base_of(module), Conv1D)
+    shape = whole_shape(module.weight)
     rows, cols = reversed(shape) if transposed else shape
-    return PrunableLayer(name, modules, rows, cols, transposed)
-
-
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the whole shape of a parameter, even if this rank holds only a piece of it."""
-    # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and keeps the shape in ds_shape.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Layer(name, parameter_name, module, "weight", rows, cols, transposed, None, modules)
 
 
 def matches(name: str, expression: str) -> bool:
@@ -251,7 +176,7 @@ def uncalled_layers(
 
 def find_targets(
     model: nn.Module, targets: str | Sequence[str] = ("*",), ignore: str | Sequence[str] = IGNORED
-) -> dict[str, PrunableLayer]:
+) -> dict[str, Layer]:
     """Find the layers to prune, in the order in which the model registers them. The order is the same on all ranks.
 
     Prunable layers are `torch.nn.Linear` and transformers' `Conv1D`, except those in `uncalled_layers`, and the
@@ -294,14 +219,14 @@ def find_targets(
             holders.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
     _check_adapters(chosen)
     _check_weights(chosen)
-    layers: dict[str, PrunableLayer] = {}
+    layers: dict[str, Layer] = {}
     seen: set[int] = set()
     shared: dict[str, str] = {}  # layer -> module that shares its weight but is no target
     experts: dict[tuple[int, int], str] = {}
     for name, module in chosen.items():
         if isinstance(module, ExpertMatrix):
             layers[name] = layer_of(name, module)
-            first = experts.setdefault((id(module.weight), module.start), name)
+            first = experts.setdefault((id(module.weight), layers[name].start), name)
             if first != name:
                 raise ValueError(
                     f"layers {first} and {name} share one weight, and see other tokens each: untie the experts, or add "

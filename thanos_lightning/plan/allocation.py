@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.solver import Channels, Experts, Pattern
 
 By = Literal["loss", "uniform"]
@@ -86,7 +86,7 @@ def levels(pattern: Pattern) -> list[Pattern]:
 
 def allocate(
     sensitivities: Mapping[str, LayerSensitivity],
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
     pattern: Pattern,
     unknown: Collection[str] = (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from thanos_lightning.models.targets import PrunableLayer, check_expressions, did_you_mean, examples, matches, to_add
+from thanos_lightning.models.targets import Layer, check_expressions, did_you_mean, examples, matches, to_add
 from thanos_lightning.solver import Pattern, parse_pattern
 
 
@@ -48,7 +48,7 @@ def check_overrides(overrides: Sequence[TargetOverride]) -> tuple[TargetOverride
 
 
 def assign_patterns(
-    layers: Mapping[str, PrunableLayer], pattern: Pattern, overrides: Sequence[TargetOverride] = ()
+    layers: Mapping[str, Layer], pattern: Pattern, overrides: Sequence[TargetOverride] = ()
 ) -> dict[str, Pattern]:
     """The final pattern of each layer. If several overrides match a layer, the last one counts.
 

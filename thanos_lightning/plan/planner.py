@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, levels, nothing_to_allocate
 from thanos_lightning.plan.options import CALIBRATION_STEPS, PruningOptions
 from thanos_lightning.plan.schedule import Event, SparsitySchedule
@@ -68,7 +68,7 @@ class Planner:
     def plan(
         self,
         trainer: Trainer,
-        layers: Mapping[str, PrunableLayer],
+        layers: Mapping[str, Layer],
         final: Mapping[str, Pattern],
         sensitivities: Mapping[str, LayerSensitivity] | None,
         *,
@@ -123,10 +123,7 @@ class Planner:
         return [*scan, *self._plan_pruning(events, layers, final, since=since)]
 
     def _allocate(
-        self,
-        layers: Mapping[str, PrunableLayer],
-        final: Mapping[str, Pattern],
-        sensitivities: Mapping[str, LayerSensitivity],
+        self, layers: Mapping[str, Layer], final: Mapping[str, Pattern], sensitivities: Mapping[str, LayerSensitivity]
     ) -> Mapping[str, Pattern]:
         unknown = [
             name
@@ -143,7 +140,7 @@ class Planner:
         return allocate(sensitivities, layers, final, self.options.pattern, unknown)
 
     def _plan_pruning(
-        self, events: list[Event], layers: Mapping[str, PrunableLayer], final: Mapping[str, Pattern], since: int = 0
+        self, events: list[Event], layers: Mapping[str, Layer], final: Mapping[str, Pattern], since: int = 0
     ) -> list[Window]:
         windows = self._placed([(event, patterns_at(event, final)) for event in events], layers, since=since)
         steps = min((window.end_step - window.start_step for window in windows), default=0)
@@ -160,7 +157,7 @@ class Planner:
         return self.options.calibration.steps if self.options.collects_in_training else 0
 
     def _placed(
-        self, work: list[tuple[Event, Mapping[str, Pattern]]], layers: Mapping[str, PrunableLayer], **others: Any
+        self, work: list[tuple[Event, Mapping[str, Pattern]]], layers: Mapping[str, Layer], **others: Any
     ) -> list[Window]:
         """Call `plan_windows`, and leave out gradients where there are none."""
         windows = plan_windows(

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.solver import Experts, Pattern
 
@@ -50,7 +50,7 @@ class Window:
         return [self.start_step, self.end_step, patterns, *(["scans"] if self.scans else [])]
 
 
-def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -> list[list[PrunableLayer]]:
+def split_by_memory(layers: Sequence[Layer], budget_gib: float | None) -> list[list[Layer]]:
     """Split layers, front to back, into groups whose second moments fit a budget.
 
     Layers whose names agree up to their first number, such as those of a decoder layer, stay together where the budget
@@ -73,7 +73,7 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
             f"memory_gib = {budget_gib}. Raise it to that, or add "
             f"{'such layers' if others else repr(largest.name)} to ignore"
         )
-    groups: list[list[PrunableLayer]] = [[]]
+    groups: list[list[Layer]] = [[]]
     held = 0
     parts = _divided(layers, _block_of)
     for finer in (_mixture_of, attrgetter("name")):
@@ -91,27 +91,27 @@ def split_by_memory(layers: Sequence[PrunableLayer], budget_gib: float | None) -
     return groups
 
 
-def _bytes_together(layers: Sequence[PrunableLayer]) -> int:
+def _bytes_together(layers: Sequence[Layer]) -> int:
     """Bytes of the layers' sums in fp32: of each in_features² numbers."""
     return sum(4 * layer.cols**2 for layer in layers)
 
 
-def _divided(layers: Sequence[PrunableLayer], by: Callable[[PrunableLayer], str]) -> list[list[PrunableLayer]]:
+def _divided(layers: Sequence[Layer], by: Callable[[Layer], str]) -> list[list[Layer]]:
     return [list(part) for _, part in itertools.groupby(layers, key=by)]
 
 
-def _block_of(layer: PrunableLayer) -> str:
+def _block_of(layer: Layer) -> str:
     numbered = re.match(r"(.*?\.)?\d+\.", layer.name)
     return numbered.group() if numbered else layer.name
 
 
-def _mixture_of(layer: PrunableLayer) -> str:
-    return layer.name if layer.expert is None else layer.name.rsplit(".", 2)[0]
+def _mixture_of(layer: Layer) -> str:
+    return layer.name if layer.part is None else layer.name.rsplit(".", 2)[0]
 
 
 def plan_windows(
     work: Sequence[tuple[Event, Mapping[str, Pattern]]],
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, Layer],
     *,
     calibration_steps: int,
     budget_gib: float | None = None,
@@ -168,7 +168,7 @@ def plan_windows(
 
 
 def _check_together(
-    groups: Sequence[Sequence[PrunableLayer]], patterns: Mapping[str, Pattern], budget_gib: float | None
+    groups: Sequence[Sequence[Layer]], patterns: Mapping[str, Pattern], budget_gib: float | None
 ) -> None:
     """Refuse to compare experts of a mixture that are not all in one window."""
     window: dict[str, int] = {}

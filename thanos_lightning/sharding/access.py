@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.masks import pack_bits, unpack_bits
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver.zeros import zero_where
 
 
@@ -60,18 +60,18 @@ class ParameterAccess(Ranks):
 
     # Reading and writing layers: all ranks call these, in one order
 
-    def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
+    def collect_weight(self, layer: View, owner: int) -> Tensor | None:
         """Return the full weight (out_features, in_features) on its owner, from the most exact copy. Read-only."""
-        return layer.oriented(layer.own(layer.parameter.detach())) if self.rank == owner else None
+        return layer.oriented(layer.part_of(layer.parameter.detach())) if self.rank == owner else None
 
-    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int | None) -> Tensor | None:
+    def collect_keep(self, layer: View, drop: Tensor, owner: int | None) -> Tensor | None:
         """Assemble the keep mask (out_features, in_features) from every rank's `drop`.
 
         The owner returns it, and the other ranks None. All ranks return it if the owner is None.
         """
         return layer.oriented(drop).logical_not() if owner in (None, self.rank) else None
 
-    def collect_bits(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+    def collect_bits(self, layer: View, drop: Tensor, owner: int) -> Tensor | None:
         """Assemble the keep mask as `pack_bits` returns it, on the owner; None elsewhere. Bits travel packed."""
         return pack_bits(layer.oriented(drop).logical_not()) if self.rank == owner else None
 
@@ -83,12 +83,12 @@ class ParameterAccess(Ranks):
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
-    def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
+    def write(self, layer: View, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         """Replace every copy of a weight, and zero the optimizer moments of its pruned entries.
 
         `weight` and `keep` are (out_features, in_features) on the owner, None elsewhere. Return this rank's drop mask.
         """
-        own = layer.own(layer.parameter.data)
+        own = layer.part_of(layer.parameter.data)
         if self.rank == owner:
             assert weight is not None
             assert keep is not None
@@ -111,7 +111,7 @@ class ParameterAccess(Ranks):
 
     # What this rank does alone
 
-    def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
+    def local_drop(self, layer: View, keep: Tensor) -> Tensor:
         """Return this rank's drop mask for a keep mask (out_features, in_features). Talks to no rank."""
         return layer.oriented(keep.to(layer.parameter.device)).logical_not().contiguous()
 
@@ -124,17 +124,17 @@ class ParameterAccess(Ranks):
         found_inf = getattr(optimizer, "found_inf", None)
         return found_inf is None or not bool(found_inf)
 
-    def stepped(self, layer: PrunableLayer) -> Tensor | None:
+    def stepped(self, layer: View) -> Tensor | None:
         """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
         return layer.parameter
 
-    def stepped_weight(self, layer: PrunableLayer) -> LocalPiece:
+    def stepped_weight(self, layer: View) -> LocalPiece:
         """What optimizers step of a layer that one of them updates: the weight or its master. Talks to no rank."""
         stepped = self.stepped(layer)
         assert stepped is not None, "an optimizer updates the layer"
         return LocalPiece(self._kind, self._piece(layer, stepped), self._place(layer))
 
-    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def local_tensors(self, layer: View) -> Iterator[LocalPiece]:
         """All tensors of a layer on this rank, for counting only; they may be copies. Talks to no rank."""
         yield self.stepped_weight(layer)
         yield from self._moments(layer)
@@ -143,7 +143,7 @@ class ParameterAccess(Ranks):
         """For each optimizer, the module's parameters in the order of its state; None for any other tensor."""
         return [list(tensors_of(optimizer)) for optimizer in self.optimizers]
 
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         """Zero the pruned parts of the gradient that the next step will use, where there is one. Talks to no rank.
 
         `drops` are layers of one parameter, each with this rank's piece of its drop mask.
@@ -155,15 +155,15 @@ class ParameterAccess(Ranks):
 
     # Where optimizers have a layer on this rank
 
-    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+    def _piece(self, layer: View, tensor: Tensor) -> Tensor:
         """The layer's entries, by a view, of a tensor that is laid out as the one that is stepped."""
-        return layer.own(tensor.data)
+        return layer.part_of(tensor.data)
 
-    def _place(self, layer: PrunableLayer) -> slice:
+    def _place(self, layer: View) -> slice:
         """The part of the rank's drop mask that covers these entries."""
         return slice(None)
 
-    def _moments(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def _moments(self, layer: View) -> Iterator[LocalPiece]:
         stepped = self.stepped(layer)
         if stepped is None:
             return
@@ -174,7 +174,7 @@ class ParameterAccess(Ranks):
                 if isinstance(value, Tensor) and value.is_floating_point() and value.shape == stepped.shape:
                     yield LocalPiece(name, self._piece(layer, value), self._place(layer))
 
-    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+    def _zero_moments(self, layer: View, drop: Tensor) -> None:
         """Zero this rank's optimizer moments of pruned entries."""
         for _, moment, place in self._moments(layer):
             zero_where(moment, drop[place])

@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.fsdp import FsdpAccess
+from thanos_lightning.sharding.view import View
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _KINDS_OF_THEIR_OWN = (SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of supported ones
@@ -33,7 +33,7 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def choose_access(strategy: Strategy, layers: Mapping[str, PrunableLayer]) -> ParameterAccess:
+def choose_access(strategy: Strategy, layers: Mapping[str, View]) -> ParameterAccess:
     """Return the access for a strategy whose model and optimizers are set up. All ranks must call it.
 
     `layers` are all that may be pruned.

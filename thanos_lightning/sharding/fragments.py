@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.masks import pack_bits, unpack_bits
+from thanos_lightning.sharding.view import View
 
 
 class Range(NamedTuple):
@@ -30,11 +30,11 @@ class Range(NamedTuple):
         """The entry after the last."""
         return self.start + self.numel
 
-    def of(self, layer: PrunableLayer) -> Range:
+    def of(self, layer: View) -> Range:
         """The part that belongs to a layer, counted from where the layer begins.
 
         Examples:
-            >>> up = PrunableLayer("up", (), rows=2, cols=3, transposed=False)
+            >>> up = View("up", "up.weight", nn.Linear(3, 2), "weight", rows=2, cols=3)
             >>> Range(4, 8).of(up)
             Range(start=4, numel=2)
         """
@@ -42,7 +42,7 @@ class Range(NamedTuple):
         stop = min(self.stop, layer.start + layer.rows * layer.cols)
         return Range(first - layer.start, stop - first) if stop > first else Range(0, 0)
 
-    def piece(self, layer: PrunableLayer, flat: Tensor) -> Tensor:
+    def piece(self, layer: View, flat: Tensor) -> Tensor:
         """The entries of a layer among those of this range, by a view."""
         own = self.of(layer)
         return flat[own.start + layer.start - self.start :][: own.numel] if own.numel else flat[:0]
@@ -82,43 +82,43 @@ class FragmentAccess(ParameterAccess, ABC):
     # What a strategy implements
 
     @abstractmethod
-    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+    def _held(self, layer: View, rank: int) -> Range:
         """The entries whose mask a rank holds. Talks to no rank."""
 
-    def _held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+    def _held_exactly(self, layer: View, rank: int) -> Range:
         """The entries whose most exact copy a rank holds: the master, if there is one. Talks to no rank."""
         return self._held(layer, rank)
 
-    def _ranges(self, layer: PrunableLayer) -> list[Range]:
+    def _ranges(self, layer: View) -> list[Range]:
         return [self._held(layer, rank) for rank in range(self.world_size)]
 
-    def _exact_ranges(self, layer: PrunableLayer) -> list[Range]:
+    def _exact_ranges(self, layer: View) -> list[Range]:
         return [self._held_exactly(layer, rank) for rank in range(self.world_size)]
 
     @abstractmethod
-    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+    def _exact_dtype(self, layer: View) -> torch.dtype:
         """The dtype of the most exact copy, the same on all ranks, even on ranks without a piece."""
 
     @abstractmethod
-    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+    def _read_exact(self, layer: View) -> Tensor:
         """Return this rank's piece of the most exact copy, flat."""
 
     @abstractmethod
-    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+    def _write_exact(self, layer: View, values: Tensor) -> None:
         """Overwrite this rank's piece of the most exact copy with flat values."""
 
     @abstractmethod
-    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+    def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
         """Overwrite the model's copy on all ranks with the owner's (out_features, in_features). Talks to all."""
 
     # ParameterAccess
 
     @torch.no_grad()
-    def collect_weight(self, layer: PrunableLayer, owner: int) -> Tensor | None:
+    def collect_weight(self, layer: View, owner: int) -> Tensor | None:
         return self._collect(layer, self._read_exact(layer), self._exact_ranges(layer), owner)
 
     @torch.no_grad()
-    def write(self, layer: PrunableLayer, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
+    def write(self, layer: View, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
         self._write_model(layer, weight, owner)
         flat = None if weight is None else layer.oriented(weight).reshape(-1)
         values = self._hand_out(flat, self._exact_ranges(layer), owner, self._exact_dtype(layer))
@@ -133,14 +133,14 @@ class FragmentAccess(ParameterAccess, ABC):
             self._zero_moments(layer, drop)
         return drop
 
-    def collect_keep(self, layer: PrunableLayer, drop: Tensor, owner: int | None) -> Tensor | None:
+    def collect_keep(self, layer: View, drop: Tensor, owner: int | None) -> Tensor | None:
         bits = self.collect_bits(layer, drop, owner or 0)
         if owner is None:
             bits = torch.empty(-(-layer.rows * layer.cols // 8), dtype=torch.uint8) if bits is None else bits
             self.broadcast(bits, owner=0)
         return None if bits is None else unpack_bits(bits.to(self._device), (layer.rows, layer.cols))
 
-    def collect_bits(self, layer: PrunableLayer, drop: Tensor, owner: int) -> Tensor | None:
+    def collect_bits(self, layer: View, drop: Tensor, owner: int) -> Tensor | None:
         held, keep = self._held(layer, self.rank), drop.logical_not().flatten()
         parts = cover(self._ranges(layer), layer.rows * layer.cols, first=owner)
         own = [
@@ -162,27 +162,27 @@ class FragmentAccess(ParameterAccess, ABC):
         flat = [unpack_bits(one.cpu(), (part.numel,)) for one, (_, part) in zip(bits, parts, strict=True)]
         return pack_bits(self._matrix(layer, torch.cat(flat)))
 
-    def local_drop(self, layer: PrunableLayer, keep: Tensor) -> Tensor:
+    def local_drop(self, layer: View, keep: Tensor) -> Tensor:
         held = self._held(layer, self.rank)
         flat = layer.oriented(keep).reshape(-1)[held.start : held.stop]
         return flat.logical_not().to(self._mask_device(layer))
 
     @abstractmethod
-    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+    def _mask_device(self, layer: View) -> torch.device:
         """The device on which the optimizer steps this rank's piece."""
 
-    def _place(self, layer: PrunableLayer) -> slice:
+    def _place(self, layer: View) -> slice:
         held, stepped = self._held(layer, self.rank), self._held_exactly(layer, self.rank)
         return slice(stepped.start - held.start, stepped.stop - held.start)
 
     # How pieces are sent and received
 
     @staticmethod
-    def _matrix(layer: PrunableLayer, flat: Tensor) -> Tensor:
+    def _matrix(layer: View, flat: Tensor) -> Tensor:
         """Reshape a flattened parameter to (out_features, in_features)."""
         return flat.view(layer.cols, layer.rows).t() if layer.transposed else flat.view(layer.rows, layer.cols)
 
-    def _collect(self, layer: PrunableLayer, own: Tensor, ranges: Sequence[Range], owner: int) -> Tensor | None:
+    def _collect(self, layer: View, own: Tensor, ranges: Sequence[Range], owner: int) -> Tensor | None:
         numel = layer.rows * layer.cols
         parts = cover(ranges, numel, first=owner)
         held = ranges[self.rank]

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
+from thanos_lightning.sharding.view import View
 
 _TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for this mesh dimension
 
@@ -35,7 +35,7 @@ class FsdpAccess(FragmentAccess):
         MisconfigurationException: If a layer is not sharded by rows, naming it.
     """
 
-    def __init__(self, strategy: ModelParallelStrategy, layers: Mapping[str, PrunableLayer]) -> None:
+    def __init__(self, strategy: ModelParallelStrategy, layers: Mapping[str, View]) -> None:
         assert strategy.model is not None, "the strategy is set up"
         self._model = strategy.model
         self._sharded_modules = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
@@ -68,32 +68,32 @@ class FsdpAccess(FragmentAccess):
 
     # For ParameterAccess
 
-    def stepped(self, layer: PrunableLayer) -> DTensor:
+    def stepped(self, layer: View) -> DTensor:
         return self._parameters[layer.name]
 
     @torch.no_grad()
-    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+    def _piece(self, layer: View, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor), "as its parameter"
         return _held_entries(tensor, self.rank).piece(layer, tensor.to_local().view(-1))
 
     # For FragmentAccess
 
-    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+    def _held(self, layer: View, rank: int) -> Range:
         return _held_entries(self._parameters[layer.name], rank).of(layer)
 
-    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+    def _exact_dtype(self, layer: View) -> torch.dtype:
         return self._parameters[layer.name].dtype
 
-    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+    def _mask_device(self, layer: View) -> torch.device:
         return self._read_exact(layer).device  # with offloading, not the forward's device
 
-    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+    def _read_exact(self, layer: View) -> Tensor:
         return self._piece(layer, self._parameters[layer.name])
 
-    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+    def _write_exact(self, layer: View, values: Tensor) -> None:
         self._read_exact(layer).copy_(values)
 
-    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+    def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
         self.release()  # the shard that `_write_exact` writes to is the model's copy
 
 
@@ -117,7 +117,7 @@ def _places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
     return dict(zip(mesh.mesh.flatten().tolist(), itertools.product(*map(range, mesh.mesh.shape)), strict=True))
 
 
-def require_rows(layer: PrunableLayer) -> DTensor:
+def require_rows(layer: View) -> DTensor:
     """Return the layer's parameter, which must be sharded by rows."""
     parameter = layer.parameter
     if not isinstance(parameter, DTensor):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import PruningError, reserve
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver import HessianAccumulator
 
 # For a square layer, factoring the Hessian takes about a quarter of the time that solving all rows takes.
@@ -17,12 +17,12 @@ _ROWS_PER_FACTOR = 4
 TOKENS_PER_INPUT = 4
 
 
-def _cost(layer: PrunableLayer) -> int:
+def _cost(layer: View) -> int:
     """Estimate how long a rank solves a layer of c rows and b columns: b³ + 4·c·b²."""
     return layer.cols**3 + _ROWS_PER_FACTOR * layer.rows * layer.cols**2
 
 
-def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[str, int]:
+def assign_owners(layers: Mapping[str, View], world_size: int) -> dict[str, int]:
     """Assign the rank that solves each layer, from shapes alone, so that the work is spread evenly."""
     loads = [0] * world_size
     owners = {}
@@ -33,7 +33,7 @@ def assign_owners(layers: Mapping[str, PrunableLayer], world_size: int) -> dict[
 
 
 def tokens_seen(
-    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+    layers: Mapping[str, View], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
 ) -> dict[str, int]:
     """Return how many tokens have reached each layer on all ranks. All ranks must call it, and get the same.
 
@@ -51,7 +51,7 @@ def tokens_seen(
 
 
 def sum_on_owners(
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, View],
     accumulators: dict[str, HessianAccumulator],
     tokens: Mapping[str, int],
     owners: Mapping[str, int],
@@ -92,7 +92,7 @@ def sum_on_owners(
 
 
 def _sharing(
-    layers: Mapping[str, PrunableLayer], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
+    layers: Mapping[str, View], accumulators: Mapping[str, HessianAccumulator], access: ParameterAccess
 ) -> list[list[str]]:
     """Group the layers that share one sum on every rank, in an order that is the same on all ranks."""
     first: dict[int, int] = {}
@@ -114,14 +114,14 @@ def _sharing(
 # Experts that few tokens have reached, and what they borrow from the other experts of their layer
 
 
-def lenders(layers: Mapping[str, PrunableLayer], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def lenders(layers: Mapping[str, View], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Experts' matrices that too few tokens have reached -> all of their kind in the layer that any has reached.
 
     A matrix that lacks tokens is in its own list if one has reached it. Where none reached any, it has no list.
     """
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
-        if layer.expert is not None:
+        if layer.part is not None:
             kinds.setdefault(_kind(name), []).append(name)
     reached = {kind: tuple(name for name in names if tokens[name]) for kind, names in kinds.items()}
     return {
@@ -140,7 +140,7 @@ def _kind(name: str) -> tuple[str, str]:
 def lend(
     sums: dict[str, HessianAccumulator],
     lent: Mapping[str, tuple[str, ...]],
-    layers: Mapping[str, PrunableLayer],
+    layers: Mapping[str, View],
     tokens: Mapping[str, int],
     owners: Mapping[str, int],
     access: ParameterAccess,

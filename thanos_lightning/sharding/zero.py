@@ -41,10 +41,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from thanos_lightning.models.targets import PrunableLayer
 from thanos_lightning.sharding.access import LocalPiece, tensors_of
 from thanos_lightning.sharding.fragments import FragmentAccess, Range
 from thanos_lightning.sharding.ranks import Ranks
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver.zeros import zero_where
 
 _ENTRIES_AT_ONCE = 2**22  # whose copies in fp64 take 32 MiB
@@ -62,7 +62,7 @@ class _Master:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.held.numel]
 
-    def of(self, layer: PrunableLayer) -> _Master | None:
+    def of(self, layer: View) -> _Master | None:
         """The part of the piece that belongs to a layer; None if none does."""
         own = self.held.of(layer)
         return _Master(self.tensor, self.offset + layer.start + own.start - self.held.start, own) if own.numel else None
@@ -88,7 +88,7 @@ class _Whole:
                 self._of[id(model)] = _Master(masters[0 if is_flat else index], offset, Range(0, model.numel()))
                 offset += model.numel() if is_flat else 0
 
-    def master(self, layer: PrunableLayer) -> _Master | None:
+    def master(self, layer: View) -> _Master | None:
         """This rank's piece, or None if the rank has none or the layer is not trained."""
         master = self._of.get(id(layer.parameter))
         return None if master is None else master.of(layer)
@@ -97,30 +97,30 @@ class _Whole:
         """Whether an optimizer updates a parameter, on whatever ranks."""
         return id(parameter) in self._of
 
-    def held(self, layer: PrunableLayer, rank: int) -> Range:
+    def held(self, layer: View, rank: int) -> Range:
         """The entries whose mask a rank needs."""
         return Range(0, layer.rows * layer.cols)
 
-    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+    def held_exactly(self, layer: View, rank: int) -> Range:
         """The entries whose master a rank has, of a layer that an optimizer updates."""
         return self.held(layer, rank)
 
-    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def model_copies(self, layer: View) -> Iterator[LocalPiece]:
         """The held entries of the model's copy, flat."""
-        yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1))
+        yield LocalPiece("weight", layer.part_of(layer.parameter.detach()).reshape(-1))
 
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         """Zero the held entries of the gradient that the next step uses, of layers of one parameter."""
         for layer, drop in drops:
             if layer.parameter.grad is not None:
-                gradient = layer.own(layer.parameter.grad)
+                gradient = layer.part_of(layer.parameter.grad)
                 zero_where(gradient, drop.view_as(gradient))
 
 
 class _Stage12:
     """Stages 1 and 2, and DeepSpeed's optimizer for bf16 with fp32 accumulation at stage 1."""
 
-    def __init__(self, optimizer: Any, layers: Mapping[str, PrunableLayer], ranks: Ranks) -> None:
+    def __init__(self, optimizer: Any, layers: Mapping[str, View], ranks: Ranks) -> None:
         self._optimizer = optimizer
         self._rank = ranks.rank
         self._holds_gradients_whole = isinstance(optimizer, BF16_Optimizer)
@@ -146,29 +146,29 @@ class _Stage12:
     def updates(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._begins
 
-    def master(self, layer: PrunableLayer) -> _Master | None:
+    def master(self, layer: View) -> _Master | None:
         mapping = getattr(layer.parameter, "_hp_mapping", None)
         if mapping is None:
             return None
         held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
         return _Master(self.masters[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
 
-    def held(self, layer: PrunableLayer, rank: int) -> Range:
+    def held(self, layer: View, rank: int) -> Range:
         if self._holds_gradients_whole or not self.updates(layer.parameter):
             return Range(0, layer.rows * layer.cols)
         return self.held_exactly(layer, rank)
 
-    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+    def held_exactly(self, layer: View, rank: int) -> Range:
         group, begin = self._begins[id(layer.parameter)]
         part, numel = self.masters[group].numel(), layer.parameter.numel()
         start, stop = (min(max(of_rank * part - begin, 0), numel) for of_rank in (rank, rank + 1))
         return Range(start, stop - start).of(layer)
 
-    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def model_copies(self, layer: View) -> Iterator[LocalPiece]:
         held = self.held(layer, self._rank)
-        yield LocalPiece("weight", layer.own(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
+        yield LocalPiece("weight", layer.part_of(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
 
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         sharded: Any = drops[0][0].parameter
         optimizer, mapping = self._optimizer, getattr(sharded, "_hp_mapping", None)
         if self._holds_gradients_whole:
@@ -203,7 +203,7 @@ class _Stage3:
         self.masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
 
-    def master(self, layer: PrunableLayer) -> _Master | None:
+    def master(self, layer: View) -> _Master | None:
         parameter = layer.parameter
         group = self._group(parameter)
         if group is None:
@@ -231,27 +231,27 @@ class _Stage3:
     def updates(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._index
 
-    def held(self, layer: PrunableLayer, rank: int) -> Range:
+    def held(self, layer: View, rank: int) -> Range:
         return self._shard(layer.parameter, rank).of(layer)
 
-    def held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+    def held_exactly(self, layer: View, rank: int) -> Range:
         return self.held(layer, rank)
 
-    def piece(self, layer: PrunableLayer, shard: Tensor) -> Tensor:
+    def piece(self, layer: View, shard: Tensor) -> Tensor:
         """The layer's entries of a tensor that is laid out like this rank's shard of the parameter."""
         return self._shard(layer.parameter).piece(layer, shard.view(-1))
 
-    def model_copies(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def model_copies(self, layer: View) -> Iterator[LocalPiece]:
         held = self.held(layer, self._rank)
         sharded: Any = layer.parameter
         shard = sharded.ds_tensor
         if shard.numel() >= self._shard(sharded).numel:  # otherwise the shard is on NVMe
             yield LocalPiece("weight", self.piece(layer, shard.detach()))
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters gathered
-            own = layer.own(sharded.detach()).reshape(-1)
+            own = layer.part_of(sharded.detach()).reshape(-1)
             yield LocalPiece("gathered weight", own[held.start : held.stop])
 
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         parameter = drops[0][0].parameter
         group = self._group(parameter)
         if group is None:
@@ -296,7 +296,7 @@ class ZeroAccess(FragmentAccess):
 
     _kind = "master"
 
-    def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, PrunableLayer]) -> None:
+    def __init__(self, strategy: DeepSpeedStrategy, layers: Mapping[str, View]) -> None:
         self._engine = strategy.deepspeed_engine
         wrapped: Any = self._engine.optimizer
         _refuse_unknown(self._engine, wrapped)
@@ -334,7 +334,7 @@ class ZeroAccess(FragmentAccess):
         # ZeRO steps the groups one after another, each by a separate call.
         return any(tensor is self._layout.masters[-1] for tensor in tensors_of(optimizer))
 
-    def local_tensors(self, layer: PrunableLayer) -> Iterator[LocalPiece]:
+    def local_tensors(self, layer: View) -> Iterator[LocalPiece]:
         yield from self._layout.model_copies(layer)
         master = self._masters[layer.name]
         if master is None:
@@ -353,38 +353,38 @@ class ZeroAccess(FragmentAccess):
         with GatheredParameters(list(module.parameters())):
             return super().collect_parameters(module, owner)
 
-    def mask_gradient(self, drops: Sequence[tuple[PrunableLayer, Tensor]]) -> None:
+    def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         # Before the boundary, gradients are not yet where the step will read them.
         if self._engine.is_gradient_accumulation_boundary():
             self._layout.mask_gradient(drops)
 
     # For ParameterAccess
 
-    def stepped(self, layer: PrunableLayer) -> Tensor | None:
+    def stepped(self, layer: View) -> Tensor | None:
         master = self._masters[layer.name]
         return None if master is None else master.tensor
 
-    def _piece(self, layer: PrunableLayer, tensor: Tensor) -> Tensor:
+    def _piece(self, layer: View, tensor: Tensor) -> Tensor:
         master = self._masters[layer.name]
         assert master is not None, "an optimizer updates the layer"
         return master.slice_of(tensor)
 
     # For FragmentAccess
 
-    def _held(self, layer: PrunableLayer, rank: int) -> Range:
+    def _held(self, layer: View, rank: int) -> Range:
         return self._layout.held(layer, rank)
 
-    def _held_exactly(self, layer: PrunableLayer, rank: int) -> Range:
+    def _held_exactly(self, layer: View, rank: int) -> Range:
         if not layer.parameter.requires_grad:  # an untrained parameter has no master
             return self._held(layer, rank)
         return self._layout.held_exactly(layer, rank)
 
-    def _exact_dtype(self, layer: PrunableLayer) -> torch.dtype:
+    def _exact_dtype(self, layer: View) -> torch.dtype:
         if not layer.parameter.requires_grad:
             return layer.parameter.dtype
         return self._layout.masters[0].dtype
 
-    def _mask_device(self, layer: PrunableLayer) -> torch.device:
+    def _mask_device(self, layer: View) -> torch.device:
         master = self._masters[layer.name]
         device = self._device if master is None or master.tensor.numel() == 0 else master.tensor.device
         assert device is not None
@@ -395,7 +395,7 @@ class ZeroAccess(FragmentAccess):
         states = self.optimizers[0].state.get(master.tensor, {})
         return [name for name, value in states.items() if isinstance(value, Tensor) and value.dim() == 1]
 
-    def _read_exact(self, layer: PrunableLayer) -> Tensor:
+    def _read_exact(self, layer: View) -> Tensor:
         master = self._masters[layer.name]
         if master is not None:
             if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
@@ -411,7 +411,7 @@ class ZeroAccess(FragmentAccess):
             )
         return piece.tensor
 
-    def _write_exact(self, layer: PrunableLayer, values: Tensor) -> None:
+    def _write_exact(self, layer: View, values: Tensor) -> None:
         master = self._masters[layer.name]
         if master is None:  # not trained: the model's copy is all there is
             return
@@ -422,10 +422,10 @@ class ZeroAccess(FragmentAccess):
         else:
             master.slice_of(master.tensor).copy_(values)
 
-    def _write_model(self, layer: PrunableLayer, weight: Tensor | None, owner: int) -> None:
+    def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
         parameter: Any = layer.parameter
         if not isinstance(self._layout, _Stage3):
-            own = layer.own(parameter.data)
+            own = layer.part_of(parameter.data)
             if weight is not None:
                 own.copy_(layer.oriented(weight))
             self.broadcast(own, owner)
@@ -434,7 +434,7 @@ class ZeroAccess(FragmentAccess):
         is_gathered = parameter.ds_status == ZeroParamStatus.AVAILABLE
         has_others = getattr(parameter, "ds_secondary_tensor", None) is not None
         on_disk = self._engine.optimizer.params_in_nvme_and_cpu
-        if layer.expert is not None and not (is_gathered or has_others or on_disk):
+        if layer.part is not None and not (is_gathered or has_others or on_disk):
             # Only the pieces are sent: to gather the parameter for each of its experts would take long
             flat = None if weight is None else layer.oriented(weight).reshape(-1)
             values = self._hand_out(flat, self._ranges(layer), owner, parameter.dtype)
@@ -442,9 +442,9 @@ class ZeroAccess(FragmentAccess):
             return
         with GatheredParameters([parameter], modifier_rank=owner):
             if weight is not None:
-                layer.own(parameter.data).copy_(layer.oriented(weight))
+                layer.part_of(parameter.data).copy_(layer.oriented(weight))
 
-    def _zero_moments(self, layer: PrunableLayer, drop: Tensor) -> None:
+    def _zero_moments(self, layer: View, drop: Tensor) -> None:
         master = self._masters[layer.name]
         if master is None or not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
             super()._zero_moments(layer, drop)

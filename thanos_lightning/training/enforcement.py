@@ -21,11 +21,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from thanos_lightning.models.targets import PrunableLayer
+from thanos_lightning.models.lora import shows_its_mask
+from thanos_lightning.models.targets import Layer
 from thanos_lightning.plan.windows import reasons
 from thanos_lightning.sharding.access import ParameterAccess, tensors_of
 from thanos_lightning.sharding.masks import LayerMask, checked
 from thanos_lightning.sharding.together import PruningError, failing_together, reserve
+from thanos_lightning.sharding.view import View
 from thanos_lightning.solver import Pattern, Unstructured
 from thanos_lightning.solver.zeros import count_unless_zero, missing_zeros, zero_where
 
@@ -45,14 +47,14 @@ class MaskEnforcer:
         has_new_masks: Whether a mask was set since the last verification. All ranks know it.
     """
 
-    def __init__(self, layers: Mapping[str, PrunableLayer], access: ParameterAccess) -> None:
+    def __init__(self, layers: Mapping[str, View], access: ParameterAccess) -> None:
         self._layers = layers
         self._access = access
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
         # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
         # Of None there are layers whose gradients alone are here
-        self._stepped: dict[int, dict[int, dict[str, PrunableLayer]]] = {}
+        self._stepped: dict[int, dict[int, dict[str, View]]] = {}
         self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False
 
@@ -86,7 +88,7 @@ class MaskEnforcer:
         More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
         Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
         """
-        access, layers = self._access, {name: one for name, one in self._layers.items() if one.part == "weight"}
+        access, layers = self._access, {name: one for name, one in self._layers.items() if isinstance(one, Layer)}
         counts = torch.tensor([self._count_zeros(layer) for layer in layers.values()], dtype=torch.int64)
         held: dict[str, Unstructured] = {}
         for (name, layer), (zeros, total) in zip(layers.items(), access.total(counts).tolist(), strict=True):
@@ -102,7 +104,7 @@ class MaskEnforcer:
             held[name] = Unstructured(num_pruned / size)
         return held
 
-    def _count_zeros(self, layer: PrunableLayer) -> tuple[int, int]:
+    def _count_zeros(self, layer: View) -> tuple[int, int]:
         """How many entries of this rank's shard are 0, and how many entries the shard has."""
         piece = next(self._access.local_tensors(layer), None)
         if piece is None or piece.what != "weight":  # the weight is offloaded to disk
@@ -134,7 +136,7 @@ class MaskEnforcer:
         """
         layer = self._layers[name]
         # where a kept weight is 0, too, the weight alone does not tell
-        is_read = layer.shows_its_mask and torch.equal(self._zeros_of(layer), drop)
+        is_read = shows_its_mask(layer) and torch.equal(self._zeros_of(layer), drop)
         self._drops[name] = None if is_read else drop
         self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
         self.num_pruned[name] = num_pruned
@@ -149,7 +151,7 @@ class MaskEnforcer:
             drop = self._zeros_of(self._layers[name])
         return drop
 
-    def _zeros_of(self, layer: PrunableLayer) -> Tensor:
+    def _zeros_of(self, layer: View) -> Tensor:
         return next(self._access.local_tensors(layer)).tensor == 0
 
     def keep_mask(self, name: str, owner: int | None = None) -> Tensor | None:
@@ -176,7 +178,7 @@ class MaskEnforcer:
             _, tensor, place = self._access.stepped_weight(layer)
             zero_where(tensor, self._drop(name)[place])
 
-    def _parts_of(self, optimizer: Optimizer) -> Iterator[dict[str, PrunableLayer]]:
+    def _parts_of(self, optimizer: Optimizer) -> Iterator[dict[str, View]]:
         """The masked layers of each parameter of which the optimizer updates a piece on this rank, by name."""
         for tensor in tensors_of(optimizer):
             yield from self._stepped.get(id(tensor), {}).values()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from thanos_lightning.calibration.inputs import InputStatistics
 from thanos_lightning.calibration.outputs import OutputGradients
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import Layer, find_targets
 
 
-def experts_of(model: Any) -> dict[str, PrunableLayer]:
-    return {name: layer for name, layer in find_targets(model).items() if layer.expert is not None}
+def experts_of(model: Any) -> dict[str, Layer]:
+    return {name: layer for name, layer in find_targets(model).items() if layer.part is not None}
 
 
 def tokens(batch: int = 3, length: int = 16) -> Tensor:
@@ -31,7 +31,7 @@ def gradients_of(model: Any, batch: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def counted(layers: dict[str, PrunableLayer], mask: Tensor | None = None) -> Iterator[InputStatistics]:
+def counted(layers: dict[str, Layer], mask: Tensor | None = None) -> Iterator[InputStatistics]:
     """What the layers get inside is counted."""
     statistics = InputStatistics(layers)
     statistics.start()
@@ -71,9 +71,9 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
         model(input_ids=tokens())
         error = torch.randn(layer.rows, layer.cols, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            layer.own(layer.parameter).add_(layer.oriented(error))
+            layer.part_of(layer.parameter).add_(layer.oriented(error))
             model(input_ids=tokens())
-            layer.own(layer.parameter).sub_(layer.oriented(error))
+            layer.part_of(layer.parameter).sub_(layer.oriented(error))
         handle.remove()
         changed = float((given[1] - given[0]).square().sum())
         if name not in statistics.accumulators:
@@ -99,7 +99,7 @@ def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradie
     for name, moments in reached.items():
         layer, squares = layers[name], outputs.sums[name]
         assert layer.parameter.grad is not None
-        gradient = layer.oriented(layer.own(layer.parameter.grad))
+        gradient = layer.oriented(layer.part_of(layer.parameter.grad))
         assert moments.num_tokens == 1
         torch.testing.assert_close(gradient.T @ gradient, squares.sum() * moments.sum, rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(gradient.square().sum(1), squares * moments.sum.trace(), rtol=1e-3, atol=1e-7)

@@ -54,7 +54,7 @@ def check_names(model: Any, folder: Path) -> None:
     assert len(set(names.values())) == len(layers) > 0
     files = WithParts(stored)
     for own, layer in layers.items():
-        assert torch.equal(files[names[own]], layer.own(layer.parameter))
+        assert torch.equal(files[names[own]], layer.part_of(layer.parameter))
 
 
 @pytest.mark.parametrize("config", [GPTNeoXConfig, LlamaConfig, Phi3Config, Gemma2Config, OPTConfig, GPT2Config])

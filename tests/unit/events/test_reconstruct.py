@@ -15,7 +15,7 @@ from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.calibration.hidden_states import HiddenStates, first_of
 from thanos_lightning.events.reconstruct import Kept, needed_in_round, reconstruct
 from thanos_lightning.models.stack import find_blocks
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import Layer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.together import PruningError
 
@@ -55,7 +55,7 @@ def alone(block: nn.Module, inputs: Sequence[Tensor], steps: int = 16) -> tuple[
     return model, states
 
 
-def halves(layers: Mapping[str, PrunableLayer]) -> dict[str, Kept]:
+def halves(layers: Mapping[str, Layer]) -> dict[str, Kept]:
     """The larger half of each layer's weights."""
     kept = {}
     for name, layer in layers.items():

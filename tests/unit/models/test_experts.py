@@ -15,12 +15,12 @@ def test_matrices_without_gaps_are_all_of_the_parameters_and_none_twice(family: 
     fused = {name: torch.zeros(p.shape, dtype=torch.int) for name, p in model.named_parameters() if p.ndim == 3}
     assert len(fused) == 4
     for name, layer in find_targets(model).items():
-        if layer.expert is not None:
+        if layer.part is not None:
             counts = fused[layer.parameter_name.partition("[")[0]]
-            entries = layer.own(torch.arange(counts.numel()).view(counts.shape))
+            entries = layer.part_of(torch.arange(counts.numel()).view(counts.shape))
             assert entries.flatten().tolist() == list(range(layer.start, layer.start + layer.rows * layer.cols)), name
             assert layer.oriented(entries).shape == (layer.rows, layer.cols)
-            layer.own(counts).add_(1)
+            layer.part_of(counts).add_(1)
     assert all(bool((counts == 1).all()) for counts in fused.values())
 
 

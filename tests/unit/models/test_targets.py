@@ -11,10 +11,10 @@ from peft.tuners import lora
 from torch import nn
 from toy import tiny_gpt2, tiny_llama
 
+from thanos_lightning.models.lora import adapters_of, mask_adapters
 from thanos_lightning.models.targets import find_targets, matches, uncalled_layers
 from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
 from thanos_lightning.solver import NM, Unstructured
-from thanos_lightning.training.adapters import mask_adapters
 
 
 def test_llama_layers_in_order_without_the_head() -> None:
@@ -124,7 +124,7 @@ def test_an_adapted_layer_keeps_its_name_and_its_adapter_is_no_target() -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj"
     assert list(layers)[:3] == [name.replace("up_", part) for part in ("gate_", "up_", "down_")]
     assert layers[name].parameter_name == f"{name}.base_layer.weight"
-    assert [(one.up.name, one.down.cols, one.scale) for one in layers[name].adapters] == [
+    assert [(one.up.name, one.down.cols, one.scale) for one in adapters_of(layers[name])] == [
         (f"{name}.lora_B.default", 32, 4.0)
     ]
     assert len(layers) == 6

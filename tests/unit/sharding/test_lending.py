@@ -7,7 +7,7 @@ from tiny_mixtures import tiny_mixture
 from torch import Tensor
 from toy import Alike
 
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import Layer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.sharding.owners import TOKENS_PER_INPUT, lend, lenders
 from thanos_lightning.solver import HessianAccumulator
@@ -18,7 +18,7 @@ ENOUGH = TOKENS_PER_INPUT * WIDTH
 TOKENS = (0, 5, ENOUGH - 1, ENOUGH)  # of each expert
 
 
-def layers() -> dict[str, PrunableLayer]:
+def layers() -> dict[str, Layer]:
     return find_targets(tiny_mixture(number=4, num_hidden_layers=1), targets=["*gate_proj", "*up_proj", "*q_proj"])
 
 

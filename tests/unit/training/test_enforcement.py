@@ -10,7 +10,7 @@ from tiny_mixtures import tiny_mixture
 from torch import nn
 from toy import Alike
 
-from thanos_lightning.models.targets import PrunableLayer, find_targets
+from thanos_lightning.models.targets import Layer, find_targets
 from thanos_lightning.sharding.access import ParameterAccess
 from thanos_lightning.solver import Unstructured
 from thanos_lightning.training.enforcement import MaskEnforcer, ZeroViolationError
@@ -139,7 +139,7 @@ def test_the_gradient_of_all_experts_is_masked_in_one_call(monkeypatch: pytest.M
     called = []
     mask_gradient = ParameterAccess.mask_gradient
 
-    def counted(access: ParameterAccess, drops: Sequence[tuple[PrunableLayer, torch.Tensor]]) -> None:
+    def counted(access: ParameterAccess, drops: Sequence[tuple[Layer, torch.Tensor]]) -> None:
         called.append(id(drops[0][0].parameter))
         mask_gradient(access, drops)
 
@@ -148,7 +148,7 @@ def test_the_gradient_of_all_experts_is_masked_in_one_call(monkeypatch: pytest.M
     layers = find_targets(net)
     assert len(called) == len(set(called)) < len(layers)
     for name, layer in layers.items():
-        gradient = layer.own(layer.parameter.grad)
+        gradient = layer.part_of(layer.parameter.grad)
         assert not gradient[~layer.oriented(keeps[name])].any(), name
 
 

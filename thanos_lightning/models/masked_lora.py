@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.adapters import LowRank, MaskedAdapter
+from thanos_lightning.models.lora import LowRank, MaskedAdapter
 from thanos_lightning.solver.zeros import effective, zero_where
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.held import Share, share_of
+from thanos_lightning.plan.shares import Share, share_of
 
 RANKS, BUCKET = 4, 1000
 NUMBER = 2 * 512 * 512  # weights, all of which are pruned and trained

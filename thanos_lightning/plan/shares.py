@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from thanos_lightning.models.adapters import MaskedAdapter, base_of
-from thanos_lightning.models.targets import PRUNABLE, PrunableLayer, whole_shape
+from thanos_lightning.models.lora import MaskedAdapter, base_of, shows_its_mask
+from thanos_lightning.models.targets import PRUNABLE
+from thanos_lightning.sharding.view import View, whole_shape
 
 _MOMENTS = 2  # of AdamW, for each weight
 # What DeepSpeed takes where its configuration says nothing
@@ -67,7 +68,7 @@ class Share:
 
 
 def share_of(
-    module: nn.Module, layers: Iterable[PrunableLayer], strategy: Strategy | None, ranks: int, *, autocasts: bool
+    module: nn.Module, layers: Iterable[View], strategy: Strategy | None, ranks: int, *, autocasts: bool
 ) -> Share:
     """What each of so many ranks holds of a module that AdamW trains.
 
@@ -77,7 +78,7 @@ def share_of(
     """
     parameters = list(module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    masks = sum(layer.rows * layer.cols for layer in layers if not layer.shows_its_mask)
+    masks = sum(layer.rows * layer.cols for layer in layers if not shows_its_mask(layer))
     if isinstance(strategy, DeepSpeedStrategy):
         return _of_deepspeed(parameters, trained, masks, strategy, ranks)
     whole = _bytes(parameters) + _MOMENTS * _bytes(trained)

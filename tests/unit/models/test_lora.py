@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from thanos_lightning.models.adapters import MaskedAdapter, tuner_layers
+from thanos_lightning.models import masked_lora
+from thanos_lightning.models.lora import MaskedAdapter, mask_adapters, tuner_layers
 from thanos_lightning.solver import zeros
 from thanos_lightning.solver.zeros import effective
-from thanos_lightning.training import masked_lora
-from thanos_lightning.training.adapters import mask_adapters
 
 
 class Layer(nn.Module):
