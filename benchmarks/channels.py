@@ -43,7 +43,7 @@ from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruning
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.solver import Channels, Structured, prune
 
 KEPT = Path(__file__).parent / "results"

@@ -29,16 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from thanos_lightning.calibration.collector import Moments
-from thanos_lightning.events.prune import prune_window
-from thanos_lightning.models.targets import find_targets
+from thanos_lightning.collect.collector import Moments
+from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.event.window import prune_window
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.access import ParameterAccess
-from thanos_lightning.sharding.owners import assign_owners
+from thanos_lightning.ranks.access import ParameterAccess
+from thanos_lightning.ranks.owners import assign_owners
 from thanos_lightning.solver import NM, HessianAccumulator
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.training.enforcement import MaskEnforcer
 
 OPTIONS = SolverOptions(saliency="wanda", admm_steps=0, refine_steps=10)
 HIDDEN, INTERMEDIATE, KEYS = 576, 1536, 192

@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import find_targets
 from thanos_lightning.solver import Pattern, parse_pattern, prune
 
 FRACTIONS = (0.0, 1 / 16, 1 / 4, 1.0, 2.0, 3.0)  # tokens, over inputs

@@ -28,9 +28,9 @@ from solver import column_loop
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.layers.targets import Layer
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import Layer
 from thanos_lightning.solver import Pattern, Structured, parse_pattern, prune
 
 BALANCED = {"saliency": "balanced"}

@@ -31,11 +31,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration.inputs import InputStatistics
+from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.layers.targets import Layer, find_targets
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import Layer, find_targets
-from thanos_lightning.plan.overrides import assign_patterns
+from thanos_lightning.plan.options import assign_patterns
 from thanos_lightning.report.stopwatch import finish
 from thanos_lightning.solver import HessianAccumulator, Pattern, parse_pattern, prune
 from thanos_lightning.solver.layer import SolverOptions

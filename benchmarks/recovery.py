@@ -43,9 +43,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.targets import find_targets
 from thanos_lightning.plan.allocation import Allocation
 from thanos_lightning.solver import Pattern, parse_pattern
 

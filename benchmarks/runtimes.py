@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM
 from thanos_lightning.checkpoints.huggingface import write_model
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.solver import Channels
 
 PROMPT, SHORT_PROMPT, NEW = 512, 16, 64

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.verify import TensorReport
-from thanos_lightning.sharding.masks import LayerMask, pack_bits
+from thanos_lightning.ranks.masks import LayerMask, pack_bits
 
 SIZES: dict[str, Any] = {  # of a configuration of any family
     **GROUPED,

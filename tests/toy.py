@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from thanos_lightning import CalibrationOptions, SolverOptions, ThanosPruningCallback
-from thanos_lightning.calibration.inputs import InputStatistics
-from thanos_lightning.models.targets import find_targets
-from thanos_lightning.sharding.access import ParameterAccess
+from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.layers.targets import find_targets
+from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.solver import HessianAccumulator
 
 VOCABULARY = 64

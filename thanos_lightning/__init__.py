@@ -7,26 +7,25 @@ if TYPE_CHECKING:
     from thanos_lightning.callback import ThanosPruningCallback
     from thanos_lightning.checkpoints.export import export_checkpoint
     from thanos_lightning.checkpoints.verify import verify_checkpoint
-    from thanos_lightning.models.feedforward import FeedForward
-    from thanos_lightning.models.lora import mask_adapters
+    from thanos_lightning.layers.feedforward import FeedForward
+    from thanos_lightning.layers.lora import mask_adapters
     from thanos_lightning.plan.allocation import Allocation
-    from thanos_lightning.plan.options import CalibrationOptions
-    from thanos_lightning.plan.overrides import TargetOverride
+    from thanos_lightning.plan.options import CalibrationOptions, TargetOverride
     from thanos_lightning.plan.schedule import SparsitySchedule
-    from thanos_lightning.sharding.cpu_deepspeed import CPUDeepSpeed
+    from thanos_lightning.ranks.cpu_deepspeed import CPUDeepSpeed
     from thanos_lightning.solver.layer import SolverOptions
 
 _ROOMS = {
     "Allocation": "plan.allocation",
-    "CPUDeepSpeed": "sharding.cpu_deepspeed",
+    "CPUDeepSpeed": "ranks.cpu_deepspeed",
     "CalibrationOptions": "plan.options",
-    "FeedForward": "models.feedforward",
+    "FeedForward": "layers.feedforward",
     "SolverOptions": "solver.layer",
     "SparsitySchedule": "plan.schedule",
-    "TargetOverride": "plan.overrides",
+    "TargetOverride": "plan.options",
     "ThanosPruningCallback": "callback",
     "export_checkpoint": "checkpoints.export",
-    "mask_adapters": "models.lora",
+    "mask_adapters": "layers.lora",
     "verify_checkpoint": "checkpoints.verify",
 }
 

@@ -20,35 +20,33 @@ from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
-from thanos_lightning.events.blocks import Taken, take_channels, with_free_channels
-from thanos_lightning.events.experts import route_as_saved, take_experts
-from thanos_lightning.events.past import Past
-from thanos_lightning.events.run import PruningRun
-from thanos_lightning.models.compiled import compile_in_place
-from thanos_lightning.models.lora import prepare_adapters, warn_of_adapters
-from thanos_lightning.models.targets import IGNORED, Layer, find_targets, uncalled_layers
+from thanos_lightning.event.channels import Targets, take_channels, with_free_channels
+from thanos_lightning.event.experts import route_as_saved, take_experts
+from thanos_lightning.fit.lightning_private import after_configure_model, note_sigterm, saves_shards
+from thanos_lightning.fit.other_callbacks import Farewell, call_last, check_companions, check_trainer, saved_checkpoint
+from thanos_lightning.fit.past import Past
+from thanos_lightning.fit.run import PruningRun
+from thanos_lightning.layers.lora import prepare_adapters, warn_of_adapters
+from thanos_lightning.layers.targets import IGNORED, Layer, find_targets, uncalled_layers
+from thanos_lightning.layers.wrappers import compile_in_place
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.plan.options import MULTIPLE_OF, CalibrationOptions, PruningOptions, default_schedule
-from thanos_lightning.plan.overrides import TargetOverride, assign_patterns
-from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.plan.training_steps import check_trained
+from thanos_lightning.plan.options import (
+    MULTIPLE_OF,
+    CalibrationOptions,
+    PruningOptions,
+    TargetOverride,
+    assign_patterns,
+    default_schedule,
+)
+from thanos_lightning.plan.schedule import SparsitySchedule, check_trained
+from thanos_lightning.ranks.choice import check_strategy
+from thanos_lightning.ranks.starting import announce_builds, explain_configuring
+from thanos_lightning.ranks.talk import Ranks
 from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
-from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.configuring import explain_configuring
-from thanos_lightning.sharding.extensions import announce_builds
-from thanos_lightning.sharding.ranks import Ranks
 from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
-from thanos_lightning.training.lightning_private import after_configure_model, note_sigterm, saves_shards
-from thanos_lightning.training.other_callbacks import (
-    Farewell,
-    call_last,
-    check_companions,
-    check_trainer,
-    saved_checkpoint,
-)
 
 
 class ThanosPruningCallback(Callback):
@@ -205,15 +203,15 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        options, taken = self.options, Taken(self._layers, self._final)
+        options, targets = self.options, Targets(self._layers, self._final)
         if any(isinstance(pattern, Experts) for pattern in self._final.values()):
-            taken = take_experts(pl_module, self._layers, self._final)
+            targets = take_experts(pl_module, self._layers, self._final)
         elif any(isinstance(pattern, Channels) for pattern in self._final.values()):
-            taken = take_channels(trainer, pl_module, self._layers, self._final, options.multiple_of)
-        options = options.with_pattern(taken.final)
+            targets = take_channels(trainer, pl_module, self._layers, self._final, options.multiple_of)
+        options = options.with_pattern(targets.final)
         if options.reorders and self._restored is None and trainer.global_step == 0:
-            taken = with_free_channels(taken, trainer, pl_module)
-        run = PruningRun(options, self._past, taken, trainer, pl_module)
+            targets = with_free_channels(targets, trainer, pl_module)
+        run = PruningRun(options, self._past, targets, trainer, pl_module)
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(
                 "this ThanosPruningCallback has pruned in another training, and a new Trainer would lose its zeros: to "

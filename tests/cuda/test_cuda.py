@@ -19,9 +19,9 @@ from toy import ResumableBatches, ToyLM, at, grouped, loader, tiny_llama, traine
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.verify import verify_checkpoint
-from thanos_lightning.events import announce, run
-from thanos_lightning.events.estimate import Estimate
+from thanos_lightning.fit import announce, run
 from thanos_lightning.lm import CausalLM, Distillation
+from thanos_lightning.plan.estimate import Estimate
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, parse_pattern, prune
 
 DRY = os.environ.get("THANOS_CUDA") == "dry"
@@ -281,7 +281,7 @@ def test_a_model_whose_channels_are_reordered_computes_what_it_did(
     def unpruned(weight: torch.Tensor, *_: Any) -> PrunedLayer:
         return PrunedLayer(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
 
-    monkeypatch.setattr("thanos_lightning.events.prune.prune_layer", unpruned)
+    monkeypatch.setattr("thanos_lightning.event.window.prune_layer", unpruned)
     batches = list(loader(16))
     model = tiny_llama().eval()
     weight = model.model.layers[1].mlp.down_proj.weight.detach().clone()

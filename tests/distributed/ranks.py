@@ -26,7 +26,7 @@ import pytest
 import torch
 from require import only as only
 
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.ranks.masks import LayerMask
 
 FOLDER: Path | None = None  # of what all tests share; conftest.py makes it
 NURSERY = Path(__file__).with_name("nursery.py")

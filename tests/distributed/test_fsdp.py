@@ -22,7 +22,7 @@ from ranks import (
 )
 
 from thanos_lightning.checkpoints.verify import verify_checkpoint
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.ranks.masks import LayerMask
 
 ACCUMULATING = {"accumulate": 3, "batch_size": 2, "max_steps": 13, "calibration_steps": 1}
 GRID: dict[str, dict[str, Any]] = {

@@ -42,16 +42,16 @@ from tiny_mixtures import tiny_mixture
 from toy import ResumableBatches, Sequences, ToyLM, adamw, at, momentum_sgd, tiny_gpt2, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
-import thanos_lightning.events.prune
-import thanos_lightning.events.run
-import thanos_lightning.sharding.extensions
+import thanos_lightning.event.window
+import thanos_lightning.fit.run
+import thanos_lightning.ranks.starting
 from thanos_lightning import CalibrationOptions, CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.lm.causal_lm import add_lora
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.sharding.ranks import Ranks
-from thanos_lightning.sharding.view import whole_shape
+from thanos_lightning.ranks.masks import LayerMask
+from thanos_lightning.ranks.talk import Ranks
+from thanos_lightning.ranks.view import whole_shape
 from thanos_lightning.solver import HessianAccumulator
 
 PROBED = torch.arange(16).unsqueeze(0)  # tokens
@@ -410,7 +410,7 @@ class Watch(Callback):
 
         enforcer.enforce = partial(counted, enforce)  # type: ignore[method-assign]
         enforcer.mask_gradients = partial(counted, mask_gradients)  # type: ignore[method-assign]
-        thanos_lightning.events.run.prune_window = self._watched_event
+        thanos_lightning.fit.run.prune_window = self._watched_event
 
     @contextmanager
     def _counting_copies(self) -> Iterator[None]:
@@ -462,7 +462,7 @@ class Watch(Callback):
         # of the last event, which has the masks of others to tell, too: to look at each operation takes a while
         is_last = window is self.pruning._run.windows[-1]
         with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
-            result = thanos_lightning.events.prune.prune_window(window, layers, moments, **arguments)
+            result = thanos_lightning.event.window.prune_window(window, layers, moments, **arguments)
         if mode is not None:
             self.event_calls, self.event_total = set(mode.calls), mode.largest_total
         return result
@@ -718,7 +718,7 @@ def terminate(ranks: Sequence[int], trainer: Trainer, *_: Any) -> None:
 
 def end_when_locked() -> Callback:
     """End the training when it is said that a lock keeps it waiting, which is before any hook."""
-    thanos_lightning.sharding.extensions._PATIENCE = 0.0
+    thanos_lightning.ranks.starting._PATIENCE = 0.0
     warnings.filterwarnings("error", message=".* is a lock")
     return Callback()
 
@@ -726,7 +726,7 @@ def end_when_locked() -> Callback:
 EXHAUSTED = torch.OutOfMemoryError("tried to allocate 1 PiB")
 FAULTS: dict[str, Callable[[], Callback]] = {
     "nan": partial(at, "on_train_batch_end", poison),
-    "memory": partial(Failing, thanos_lightning.events.prune, "prune_layer", EXHAUSTED),
+    "memory": partial(Failing, thanos_lightning.event.window, "prune_layer", EXHAUSTED),
     "memory for messages": partial(Failing, Ranks, "reserve", EXHAUSTED),
     "memory for weights": partial(Failing, Ranks, "reserve", EXHAUSTED, spared=1),
     "memory inside a forward": partial(Failing, HessianAccumulator, "update", EXHAUSTED),  # in the hook on inputs
@@ -737,7 +737,7 @@ FAULTS: dict[str, Callable[[], Callback]] = {
         for what in ("weight", "master", "exp_avg", "exp_avg_sq")
     },
     # while others wait for its results
-    "killed_inside": partial(Failing, thanos_lightning.events.prune, "prune_layer"),
+    "killed_inside": partial(Failing, thanos_lightning.event.window, "prune_layer"),
     "killed in a save": partial(at, "on_save_checkpoint", kill_in_a_save),
     "locked": end_when_locked,
     **{
@@ -813,14 +813,14 @@ def counting_opened() -> Iterator[list[str]]:
 def note_orders() -> list[str]:
     """Note the down layers whose channels get another order, as it happens."""
     ordered: list[str] = []
-    order_channels = thanos_lightning.events.prune.order_channels
+    order_channels = thanos_lightning.event.window.order_channels
 
     def order(*args: Any) -> dict[str, Tensor]:
         orders = order_channels(*args)
         ordered.extend(orders)
         return orders
 
-    thanos_lightning.events.prune.order_channels = order
+    thanos_lightning.event.window.order_channels = order
     return ordered
 
 
@@ -940,9 +940,9 @@ def train(case: Case) -> None:
 
 
 REPLACED = [
-    (thanos_lightning.events.run, "prune_window"),
-    (thanos_lightning.events.prune, "prune_layer"),
-    (thanos_lightning.events.prune, "order_channels"),
+    (thanos_lightning.fit.run, "prune_window"),
+    (thanos_lightning.event.window, "prune_layer"),
+    (thanos_lightning.event.window, "order_channels"),
     (Ranks, "reserve"),
     (HessianAccumulator, "update"),
     (torch, "save"),

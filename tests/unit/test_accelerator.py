@@ -20,9 +20,9 @@ from toy import ResumableBatches, ToyLM, grouped, loader, tiny_files, tiny_llama
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
-from thanos_lightning.events import prune
+from thanos_lightning.event import window as prune
+from thanos_lightning.layers.lora import write_merged
 from thanos_lightning.lm import CausalLM, Distillation
-from thanos_lightning.models.lora import write_merged
 
 LAYERS = 14
 WAITS_PER_LAYER = 25  # of an event to 2:4 by the default solver

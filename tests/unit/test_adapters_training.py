@@ -27,9 +27,9 @@ from thanos_lightning import (
     mask_adapters,
     verify_checkpoint,
 )
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.enforcement import ZeroViolationError
+from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.solver import NM
-from thanos_lightning.training.enforcement import ZeroViolationError
 
 BATCHES = list(loader(16))
 DURING: dict[str, Any] = {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2}

@@ -36,12 +36,12 @@ from toy import (
 )
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.calibration.collector import Collector
+from thanos_lightning.collect.collector import Collector
+from thanos_lightning.enforcement import ZeroViolationError
 from thanos_lightning.plan.allocation import Allocation
-from thanos_lightning.sharding.masks import LayerMask
-from thanos_lightning.sharding.together import PruningError
+from thanos_lightning.ranks.masks import LayerMask
+from thanos_lightning.ranks.talk import PruningError
 from thanos_lightning.solver import NM
-from thanos_lightning.training.enforcement import ZeroViolationError
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def saved_state(path: Path) -> dict[str, Any]:
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], dict[str, Tensor]]]:
     """Of each window when it is pruned: the numbers of tokens that its statistics hold, and its output weights."""
-    import thanos_lightning.events.run as room
+    import thanos_lightning.fit.run as room
 
     seen: list[tuple[set[int], dict[str, Tensor]]] = []
     real = room.prune_window
@@ -878,7 +878,7 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
 def test_a_scan_and_the_event_at_its_step_share_a_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: SparsitySchedule, budget: float | None, runs: int
 ) -> None:
-    import thanos_lightning.calibration.collector as room
+    import thanos_lightning.collect.collector as room
 
     ran, real = [], room.count_dataloader
     monkeypatch.setattr(room, "count_dataloader", lambda *args, **kwargs: ran.append(1) or real(*args, **kwargs))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from thanos_lightning.checkpoints.foreign import inside
 from thanos_lightning.checkpoints.lazy import LazyTensors
-from thanos_lightning.models.lora import Adapted, MaskedAdapter, saved_modules
-from thanos_lightning.models.targets import layer_of
+from thanos_lightning.layers.lora import Adapted, MaskedAdapter, saved_modules
+from thanos_lightning.layers.targets import layer_of
 
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 _PARTS = ("lora_A", "lora_B")

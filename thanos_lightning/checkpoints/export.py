@@ -23,7 +23,7 @@ from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
 from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, smaller_shapes, write_record
-from thanos_lightning.models.targets import examples
+from thanos_lightning.layers.targets import examples
 from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import Experts

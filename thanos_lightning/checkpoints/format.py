@@ -25,9 +25,9 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     require_end,
 )
 from thanos_lightning.checkpoints.foreign import not_plain, require_bounded, require_intact
-from thanos_lightning.models.stack import class_of
+from thanos_lightning.layers.wrappers import class_of
+from thanos_lightning.ranks.masks import LayerMask, checked
 from thanos_lightning.report.plain import read_as
-from thanos_lightning.sharding.masks import LayerMask, checked
 
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 7  # version of the state and of the note

@@ -21,8 +21,8 @@ from thanos_lightning.checkpoints.deepspeed_files import require_end
 from thanos_lightning.checkpoints.foreign import inside, require_regular
 from thanos_lightning.checkpoints.format import sharded_error
 from thanos_lightning.checkpoints.lazy import LazyTensors
-from thanos_lightning.models.stack import class_of
-from thanos_lightning.models.targets import examples
+from thanos_lightning.layers.targets import examples
+from thanos_lightning.layers.wrappers import class_of
 from thanos_lightning.report.plain import read_as
 
 SHARD_BYTES = 5 * 10**9

@@ -15,9 +15,9 @@ from thanos_lightning.checkpoints.adapters import plain_name
 from thanos_lightning.checkpoints.format import exported_model
 from thanos_lightning.checkpoints.huggingface import build_model, near, parameter_aliases
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
-from thanos_lightning.models.stack import class_of
-from thanos_lightning.models.targets import Layer
-from thanos_lightning.sharding.view import whole_shape
+from thanos_lightning.layers.targets import Layer
+from thanos_lightning.layers.wrappers import class_of
+from thanos_lightning.ranks.view import whole_shape
 
 
 def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) -> dict[str, list[str]]:

@@ -33,10 +33,9 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     require_one_save,
 )
 from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, require_intact, shard_files
+from thanos_lightning.ranks.talk import Ranks, failing_together
+from thanos_lightning.ranks.view import whole_shape
 from thanos_lightning.report.progress import open_phase
-from thanos_lightning.sharding.ranks import Ranks
-from thanos_lightning.sharding.together import failing_together
-from thanos_lightning.sharding.view import whole_shape
 
 _GUARDED = "_thanos_lightning_guards_resume"
 _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads them

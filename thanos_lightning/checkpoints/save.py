@@ -17,9 +17,8 @@ from typing_extensions import override
 
 from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
 from thanos_lightning.checkpoints.foreign import require_intact
+from thanos_lightning.ranks.talk import PruningError, Ranks, failing_together
 from thanos_lightning.report.progress import open_phase
-from thanos_lightning.sharding.ranks import Ranks
-from thanos_lightning.sharding.together import PruningError, failing_together
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from thanos_lightning.checkpoints.huggingface import build_model
 from thanos_lightning.checkpoints.lazy import LazyTensors, changed
-from thanos_lightning.models.experts import matrices_of
-from thanos_lightning.models.routing import Mixture, find_mixtures
-from thanos_lightning.models.stack import class_of
-from thanos_lightning.models.targets import layer_of
-from thanos_lightning.sharding.masks import LayerMask
+from thanos_lightning.layers.experts import Mixture, find_mixtures, matrices_of
+from thanos_lightning.layers.targets import layer_of
+from thanos_lightning.layers.wrappers import class_of
+from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.solver import Channels, Experts
 
 

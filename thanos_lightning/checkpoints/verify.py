@@ -22,10 +22,10 @@ from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_mod
 from thanos_lightning.checkpoints.lazy import WithParts, part_of, whole_of
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import shrunk_shape
-from thanos_lightning.models.targets import find_targets, matches
+from thanos_lightning.layers.targets import find_targets, matches
+from thanos_lightning.ranks.masks import LayerMask, dim_of_channels, recorded_pattern
 from thanos_lightning.report.plain import read_as
 from thanos_lightning.report.progress import open_phase
-from thanos_lightning.sharding.masks import LayerMask, dim_of_channels, recorded_pattern
 from thanos_lightning.solver import Channels, Experts, Pattern
 
 _RECORD = "sparsity.json"

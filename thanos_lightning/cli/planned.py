@@ -25,33 +25,32 @@ from lightning.pytorch.strategies import (
 from torch import nn
 from typing_extensions import override
 
-from thanos_lightning.calibration.tiny_input import tiny_run
 from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.training import AUTO, CLI
-from thanos_lightning.events.announce import describe
-from thanos_lightning.events.blocks import Taken, found_or_declared, take
-from thanos_lightning.events.estimate import Batches, Estimate, Needs, estimate
-from thanos_lightning.events.experts import take_experts
+from thanos_lightning.collect.tiny_input import tiny_run
+from thanos_lightning.event.channels import Targets, found_or_declared, take
+from thanos_lightning.event.experts import take_experts
+from thanos_lightning.fit.announce import describe
+from thanos_lightning.fit.other_callbacks import check_companions
+from thanos_lightning.layers.blocks import find_blocks
+from thanos_lightning.layers.census import take_census
+from thanos_lightning.layers.feedforward import FeedForward, kind_of
+from thanos_lightning.layers.lora import mask_adapters
+from thanos_lightning.layers.targets import Layer, find_targets, prunable_modules
+from thanos_lightning.layers.wrappers import compile_in_place
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import START
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.models.census import take_census
-from thanos_lightning.models.compiled import compile_in_place
-from thanos_lightning.models.feedforward import FeedForward, kind_of
-from thanos_lightning.models.lora import mask_adapters
-from thanos_lightning.models.stack import find_blocks
-from thanos_lightning.models.targets import Layer, find_targets, prunable_modules
-from thanos_lightning.plan.options import PruningOptions
-from thanos_lightning.plan.overrides import assign_patterns
+from thanos_lightning.plan.estimate import Batches, Estimate, Needs, estimate
+from thanos_lightning.plan.options import PruningOptions, assign_patterns
 from thanos_lightning.plan.planner import Planner
+from thanos_lightning.plan.schedule import scheduled_events, steps_of
 from thanos_lightning.plan.shares import Share, share_of, zero_of
-from thanos_lightning.plan.training_steps import scheduled_events, steps_of
 from thanos_lightning.plan.windows import Window
-from thanos_lightning.sharding.choice import check_strategy
-from thanos_lightning.sharding.fsdp import require_rows
+from thanos_lightning.ranks.choice import check_strategy
+from thanos_lightning.ranks.fsdp import require_rows
 from thanos_lightning.solver import Channels, Experts
-from thanos_lightning.training.other_callbacks import check_companions
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -207,11 +206,11 @@ class Plan:
         strategy, ranks, trainer = strategy or self.strategy, ranks or self.ranks, self.trainer
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         module = self._of_deepspeed if of_deepspeed else self.module
-        options, taken = self._taken(module, options or self.options)
-        layers = dict(taken.layers)
-        masked = {**layers, **{part.name: part for parts in taken.owned.values() for part in parts}}
+        options, targets = self._taken(module, options or self.options)
+        layers = dict(targets.layers)
+        masked = {**layers, **{part.name: part for parts in targets.coupled.values() for part in parts}}
         planner = Planner(options, options.schedule, self._can_differentiate(options, strategy))
-        windows = planner.plan(trainer, layers, taken.final, None)
+        windows = planner.plan(trainer, layers, targets.final, None)
         census = take_census(module, masked)
         held_by = strategy if ranks > 1 or of_deepspeed else None
         share = share_of(module, masked.values(), held_by, ranks, autocasts=self._autocasts)
@@ -221,7 +220,7 @@ class Plan:
             layers,
             census,
             windows,
-            taken.trainable(find_blocks(module, layers)) if options.block_steps else {},
+            targets.trainable(find_blocks(module, layers)) if options.block_steps else {},
             self.batches,
             accumulated=trainer.accumulate_grad_batches,
             again=len(events) > 1,
@@ -232,7 +231,7 @@ class Plan:
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         beside = self._teacher // (ranks if shares_teacher else 1) + self._averages
         return Outlook(
-            describe(options, taken, census, estimated, events, steps=steps_of(trainer)),
+            describe(options, targets, census, estimated, events, steps=steps_of(trainer)),
             share,
             windows,
             estimated,
@@ -246,21 +245,21 @@ class Plan:
         """All that `targets` and `ignore` leave, front to back."""
         return list(find_targets(self.module, self.options.targets, self.options.ignore).values())
 
-    def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Taken]:
+    def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Targets]:
         """What is pruned, and the options with the sparsity that channels and experts really have."""
         layers = find_targets(module, options.targets, options.ignore)
-        taken = Taken(layers, assign_patterns(layers, options.pattern, options.overrides))
-        if any(isinstance(pattern, Experts) for pattern in taken.final.values()):
-            taken = take_experts(module, layers, taken.final)
-        elif any(isinstance(pattern, Channels) for pattern in taken.final.values()):
-            taken = take(module, self._feed_forwards, layers, taken.final, options.multiple_of)
-        return options.with_pattern(taken.final), taken
+        targets = Targets(layers, assign_patterns(layers, options.pattern, options.overrides))
+        if any(isinstance(pattern, Experts) for pattern in targets.final.values()):
+            targets = take_experts(module, layers, targets.final)
+        elif any(isinstance(pattern, Channels) for pattern in targets.final.values()):
+            targets = take(module, self._feed_forwards, layers, targets.final, options.multiple_of)
+        return options.with_pattern(targets.final), targets
 
     def _can_differentiate(self, options: PruningOptions, strategy: Strategy | None) -> bool:
         """As of `ParameterAccess`, which matters for a calibration set only."""
         if options.calibration.batches is None or not isinstance(strategy, DeepSpeedStrategy):
             return True
-        from thanos_lightning.sharding.zero import gathers_whole_modules  # imports deepspeed
+        from thanos_lightning.ranks.zero import gathers_whole_modules  # imports deepspeed
 
         return not (strategy.zero_stage_3 and gathers_whole_modules(self._of_deepspeed, zero_of(strategy)))
 

@@ -16,11 +16,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from thanos_lightning.cli.commands import GIGABYTES
 from thanos_lightning.cli.mistakes import Mistake
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI, quiet
-from thanos_lightning.events.announce import sized
-from thanos_lightning.events.estimate import Needs
-from thanos_lightning.events.fitting import smaller_windows
+from thanos_lightning.fit.announce import sized
+from thanos_lightning.fit.memory import smaller_windows
+from thanos_lightning.plan.estimate import Needs
+from thanos_lightning.plan.schedule import steps_of
 from thanos_lightning.plan.shares import stage_of
-from thanos_lightning.plan.training_steps import steps_of
 from thanos_lightning.plan.windows import Window
 
 _GIB = 2**30
@@ -118,7 +118,7 @@ def _plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, r
     """
     share = outlook.share
     lines = [outlook.announced, "", f"  {f'each of {name}: {share.strategy}':<50}{'GiB':>14}"]
-    parts = {**vars(share.held), "other models": outlook.beside}
+    parts = {**vars(share.bytes), "other models": outlook.beside}
     for part, size in parts.items():
         if size:
             label = _LABELS.get(part, part) + (" (offloaded)" if part in share.offloaded else "")
@@ -127,7 +127,7 @@ def _plan_text(planned: Plan, outlook: Outlook, name: str, memory: int | None, r
     lines.append(f"  {'in training, and activations come on top':<50}{_gib(outlook.in_training) + of:>14}")
     lines.append(f"  {'at an event, at most':<50}{_gib(max(outlook.at_events)) + of:>14}")
     if share.offloaded:
-        elsewhere = sum(getattr(share.held, part) for part in share.offloaded)
+        elsewhere = sum(getattr(share.bytes, part) for part in share.offloaded)
         lines.append(f"  {'offloaded, to the memory of the CPU or to a disk':<50}{_gib(elsewhere):>14}")
     lines += ["", *_windows(outlook), ""]
     lines.append(f"  a checkpoint  {sized(share.checkpoint)}, of all ranks together")

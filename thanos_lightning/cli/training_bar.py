@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from typing_extensions import override
 
-from thanos_lightning.plan.training_steps import steps_of
+from thanos_lightning.plan.schedule import steps_of
 from thanos_lightning.report.progress import Phase, shown
 
 _BETWEEN_READINGS = 1.0  # seconds

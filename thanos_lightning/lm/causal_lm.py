@@ -23,15 +23,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
-from thanos_lightning.calibration.fisher import IGNORED_LABEL, counted_predictions, sampled_loss
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
 from thanos_lightning.checkpoints.huggingface import uncast_buffers
+from thanos_lightning.collect.outputs import sampled_loss
+from thanos_lightning.collect.tokens import IGNORED_LABEL, counted_predictions
+from thanos_lightning.layers.lora import initialise_partitioned, mask_adapters
 from thanos_lightning.lm.distillation import START, Distillation, check_teacher, distil, num_chunks, other_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
-from thanos_lightning.models.lora import initialise_partitioned, mask_adapters
-from thanos_lightning.sharding.teacher import place_frozen, require_own_gathering, sharding_config
-from thanos_lightning.sharding.view import whole_shape
+from thanos_lightning.ranks.teacher import place_frozen, require_own_gathering, sharding_config
+from thanos_lightning.ranks.view import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from thanos_lightning.calibration.fisher import IGNORED_LABEL, TOKENS_PER_CHUNK
+from thanos_lightning.collect.outputs import TOKENS_PER_CHUNK
+from thanos_lightning.collect.tokens import IGNORED_LABEL
 from thanos_lightning.lm.pretrained import load_tokenizer, torch_dtype
 
 _RENAMED = 0.01  # fraction of the tokens above which it is another vocabulary

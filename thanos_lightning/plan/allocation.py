@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from thanos_lightning.models.targets import Layer
+from thanos_lightning.layers.targets import Layer
 from thanos_lightning.solver import Channels, Experts, Pattern
 
 By = Literal["loss", "uniform"]

@@ -10,11 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from thanos_lightning.models.targets import Layer
+from thanos_lightning.layers.targets import Layer
 from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate, levels, nothing_to_allocate
 from thanos_lightning.plan.options import CALIBRATION_STEPS, PruningOptions
-from thanos_lightning.plan.schedule import Event, SparsitySchedule
-from thanos_lightning.plan.training_steps import checked_events
+from thanos_lightning.plan.schedule import Event, SparsitySchedule, checked_events
 from thanos_lightning.plan.windows import Window, patterns_at, plan_windows, split_by_memory
 from thanos_lightning.solver import Pattern
 

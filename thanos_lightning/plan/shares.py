@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from thanos_lightning.models.lora import MaskedAdapter, base_of, shows_its_mask
-from thanos_lightning.models.targets import PRUNABLE
-from thanos_lightning.sharding.view import View, whole_shape
+from thanos_lightning.layers.lora import MaskedAdapter, base_of, shows_its_mask
+from thanos_lightning.layers.targets import PRUNABLE
+from thanos_lightning.ranks.view import View, whole_shape
 
 _MOMENTS = 2  # of AdamW, for each weight
 # What DeepSpeed takes where its configuration says nothing
@@ -23,7 +23,7 @@ _DEFAULTS = {_BUCKET: 5 * 10**8, _LIVE: 10**9, _KEPT: 10**5, "sub_group_size": 1
 
 
 @dataclass(frozen=True)
-class Held:
+class Bytes:
     """Bytes of a training's parts."""
 
     weights: int = 0  # the model's copy
@@ -41,7 +41,7 @@ class Held:
         """All parts together."""
         return sum(vars(self).values())
 
-    def without(self, *names: str) -> Held:
+    def without(self, *names: str) -> Bytes:
         """The same where some parts are not there."""
         return replace(self, **dict.fromkeys(names, 0))
 
@@ -51,18 +51,18 @@ class Share:
     """What a rank holds, when, and where."""
 
     strategy: str  # in words
-    held: Held  # all parts, on the rank that holds most
+    bytes: Bytes  # all parts, on the rank that holds most
     in_pieces: bool  # whether the owner of a layer gets its weight from several ranks
     checkpoint: int  # bytes of one without sums, of all ranks together
     offloaded: tuple[str, ...] = ()  # the parts that are not on the device
     brief: tuple[str, ...] = ("copies",)  # the parts that are gone between two batches
     late: tuple[str, ...] = ("gradients", "moments")  # the parts that are not there before the first optimizer step
 
-    def in_training(self) -> Held:
+    def in_training(self) -> Bytes:
         """What is on the device while batches are trained, beside activations."""
-        return self.held.without(*self.offloaded)
+        return self.bytes.without(*self.offloaded)
 
-    def at_event(self, step: int) -> Held:
+    def at_event(self, step: int) -> Bytes:
         """What an event after so many optimizer steps finds on the device."""
         return self.in_training().without(*self.brief, *(() if step else self.late))
 
@@ -96,7 +96,7 @@ def share_of(
         copies = _of_autocast(module) if autocasts else 0
     is_ddp = isinstance(strategy, DDPStrategy) and ranks > 1
     views = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("gradient_as_bucket_view")
-    held = Held(
+    held = Bytes(
         weights=_bytes(parameters, local=True),
         gradients=gradients,
         moments=_MOMENTS * gradients,
@@ -132,7 +132,7 @@ def _of_deepspeed(
     # gradients in fp32, of the masters that are stepped at one time
     in_a_step = min(stepped, known["sub_group_size"] if stage == 3 else stepped)
     in_a_step = in_a_step if has_masters and not steps_elsewhere else 0
-    held = Held(
+    held = Bytes(
         weights=size * (-(-weights // of_weights) + (kept if stage == 3 else 0)),
         gradients=size * -(-steps // of_gradients),
         masters=4 * stepped if has_masters else 0,

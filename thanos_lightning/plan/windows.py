@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from thanos_lightning.models.targets import Layer
+from thanos_lightning.layers.targets import Layer
 from thanos_lightning.plan.schedule import Event
 from thanos_lightning.solver import Experts, Pattern
 

@@ -32,8 +32,8 @@ from thanos_lightning.checkpoints.huggingface import SafetensorsFiles
 from thanos_lightning.checkpoints.lazy import WithParts
 from thanos_lightning.checkpoints.names import stored_names, why_not_exported
 from thanos_lightning.checkpoints.verify import verify_checkpoint
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.lm import CausalLM
-from thanos_lightning.models.targets import find_targets
 from thanos_lightning.solver import parse_pattern
 
 SIZES: dict[str, Any] = {**checkpoint_cases.SIZES, "num_hidden_layers": 1, "tie_word_embeddings": False}

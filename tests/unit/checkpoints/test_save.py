@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from thanos_lightning.checkpoints.save import WholeFiles, save_whole
-from thanos_lightning.sharding.together import PruningError
+from thanos_lightning.ranks.talk import PruningError
 
 CONTENT = {"weight": torch.ones(10_000)}
 

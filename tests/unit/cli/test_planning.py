@@ -16,7 +16,7 @@ from toy import ToyLM, tiny_files, tiny_llama
 
 from thanos_lightning.cli import main
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI
-from thanos_lightning.events.run import PruningRun
+from thanos_lightning.fit.run import PruningRun
 from thanos_lightning.plan.windows import Window
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"

@@ -9,11 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy import tiny_llama
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
-from thanos_lightning.models.targets import find_targets
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.allocation import Allocation, LayerSensitivity, allocate
 from thanos_lightning.plan.planner import Planner
-from thanos_lightning.plan.schedule import SparsitySchedule
-from thanos_lightning.plan.training_steps import checked_events
+from thanos_lightning.plan.schedule import SparsitySchedule, checked_events
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import nn
 
-from thanos_lightning.models.targets import find_targets
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.shares import Share, share_of
 
 RANKS, BUCKET = 4, 1000
@@ -40,29 +40,32 @@ def bytes_each(part: int) -> float:
     ids=["one device", "ddp", "1", "2", "3", "0"],
 )
 def test_parts_are_shared_as_the_strategy_does(strategy: Strategy | None, expected: tuple[float, ...]) -> None:
-    held = share(strategy, torch.bfloat16 if isinstance(strategy, DeepSpeedStrategy) else torch.float32).held
-    assert tuple(map(bytes_each, (held.weights, held.gradients, held.masters, held.moments, held.masks))) == expected
+    of_rank = share(strategy, torch.bfloat16 if isinstance(strategy, DeepSpeedStrategy) else torch.float32).bytes
+    assert (
+        tuple(map(bytes_each, (of_rank.weights, of_rank.gradients, of_rank.masters, of_rank.moments, of_rank.masks)))
+        == expected
+    )
 
 
 def test_buckets_and_copies() -> None:
-    assert bytes_each(share(DDPStrategy()).held.buckets) == 4
-    assert bytes_each(share(None, autocasts=True).held.copies) == 2
-    assert share(None, torch.bfloat16, autocasts=True).held.copies == 0
-    assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).held.buckets == 2 * 2 * BUCKET
+    assert bytes_each(share(DDPStrategy()).bytes.buckets) == 4
+    assert bytes_each(share(None, autocasts=True).bytes.copies) == 2
+    assert share(None, torch.bfloat16, autocasts=True).bytes.copies == 0
+    assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).bytes.buckets == 2 * 2 * BUCKET
     for offload, passing in ((False, 4), (True, 0)):  # an offloaded step has no gradients on the device
-        held = share(DeepSpeedStrategy(stage=2, offload_optimizer=offload, **ZERO), torch.bfloat16).held
-        assert bytes_each(held.passing) == passing / RANKS
-    held = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).held
-    assert held.buckets == 2 * BUCKET
-    assert bytes_each(held.copies) == 2
-    assert bytes_each(held.passing) == 2  # one of two gradients, and once more
+        of_rank = share(DeepSpeedStrategy(stage=2, offload_optimizer=offload, **ZERO), torch.bfloat16).bytes
+        assert bytes_each(of_rank.passing) == passing / RANKS
+    of_rank = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).bytes
+    assert of_rank.buckets == 2 * BUCKET
+    assert bytes_each(of_rank.copies) == 2
+    assert bytes_each(of_rank.passing) == 2  # one of two gradients, and once more
 
 
 def test_an_event_finds_what_lasts() -> None:
     before, later = (bytes_each(share(None, autocasts=True).at_event(step).total) for step in (0, 5))
     assert (before, later) == (4 + 1, 16 + 1)
     third = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16)
-    assert third.at_event(0) == third.at_event(5) == third.held.without("copies", "passing")
+    assert third.at_event(0) == third.at_event(5) == third.bytes.without("copies", "passing")
 
 
 @pytest.mark.parametrize(

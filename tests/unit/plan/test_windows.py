@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from toy import tiny_llama
 
-from thanos_lightning.models.targets import find_targets
+from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.schedule import Event, SparsitySchedule
 from thanos_lightning.plan.windows import patterns_at, plan_windows, split_by_memory
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured

@@ -1,0 +1,149 @@
+"""What is said of memory before a training, against what its tensors take: on the CPU, and on an accelerator."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from pretend import pretend_trainer
+from torch.profiler import ProfilerActivity, profile, record_function
+from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+
+from thanos_lightning import SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.collect import collector
+from thanos_lightning.fit import announce, run
+from thanos_lightning.layers.targets import find_targets
+from thanos_lightning.plan.estimate import Estimate, event_bytes, moments_bytes, sharing
+from thanos_lightning.solver.layer import SolverOptions
+
+WIDTHS = {"hidden_size": 128, "intermediate_size": 320}
+COUNTED: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "steps": 1}
+A_SET: dict[str, Any] = {"schedule": SparsitySchedule(3, 3, 1), "batches": list(loader(12))}
+UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
+CASES: dict[str, dict[str, Any]] = {
+    "training batches": {"pattern": "2:4", **COUNTED},
+    "a calibration set, scanned": {**UNSTRUCTURED, **A_SET},
+    "the paper's": {"pattern": "2:4", "saliency": "wanda", "admm_steps": 0, "refine_steps": 0, **COUNTED},
+    "columns": {"pattern": "structured", "sparsity": 0.3, **COUNTED},
+}
+BY_DEFAULT = ["training batches", "a calibration set, scanned"]  # on an accelerator
+TRAINERS = {"cpu": trainer, "accelerator": pretend_trainer}
+BESIDE = "step 2"  # no window is open
+
+
+class Timeline:
+    """Bytes that tensors hold, from torch's allocator for the CPU, which has an accelerator's numbers, too."""
+
+    def __init__(self, profiled: profile) -> None:
+        events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+        self._changes: list[tuple[int, int]] = []
+        held = 0
+        for event in sorted((one for one in events if one.name() == "[memory]"), key=lambda one: one.start_ns()):
+            held += event.nbytes()
+            self._changes.append((event.start_ns(), held))
+        self._marks = {
+            event.name().removeprefix("mark "): (event.start_ns(), event.start_ns() + event.duration_ns())
+            for event in events
+            if event.name().startswith("mark ")
+        }
+
+    def before(self, mark: str) -> int:
+        return self._at(self._marks[mark][0])
+
+    def after(self, mark: str) -> int:
+        return self._at(self._marks[mark][1])
+
+    def peak(self, mark: str) -> int:
+        begin, end = self._marks[mark]
+        return max(held for time, held in self._changes if begin <= time <= end)
+
+    def _at(self, moment: int) -> int:
+        return [held for time, held in self._changes if time <= moment][-1]
+
+
+class Marked(Callback):
+    """Marks training steps."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.step = record_function(f"mark step {batch_idx + 1}")
+        self.step.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.step.__exit__(None, None, None)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Estimate]:
+    """What was said, when a training has begun; what prunes and calibrates is marked."""
+    estimates: list[Estimate] = []
+
+    def kept(original: Any, *args: Any, **kwargs: Any) -> Estimate:
+        estimates.append(original(*args, **kwargs))
+        return estimates[-1]
+
+    def marked(original: Any, *args: Any, **kwargs: Any) -> Any:
+        with record_function(f"mark {original.__name__}"):
+            return original(*args, **kwargs)
+
+    monkeypatch.setattr(announce, "estimate", partial(kept, announce.estimate))
+    for place, name in ((run, "prune_window"), (run, "scan_window"), (collector, "count_dataloader")):
+        monkeypatch.setattr(place, name, partial(marked, getattr(place, name)))
+    return estimates
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        pytest.param(name, where, marks=[pytest.mark.rest] if where != "cpu" and name not in BY_DEFAULT else [])
+        for name in CASES
+        for where in TRAINERS
+    ],
+)
+def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: list[Estimate]) -> None:
+    torch.manual_seed(0)
+    module, pruning = ToyLM(tiny_llama(**WIDTHS)), ThanosPruningCallback(**grouped(**CASES[name]))
+    gc.collect()  # else what other tests have left is freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        TRAINERS[where](tmp_path, Marked(), pruning, max_steps=4).fit(module, loader(32))
+    estimated, timeline = told[-1], Timeline(profiled)
+    base = timeline.after(BESIDE)
+    activations = timeline.peak(BESIDE) - base
+    if "batches" in CASES[name]:
+        held = timeline.after("count_dataloader") - timeline.before("count_dataloader")
+        assert timeline.peak("scan_window") - base < 1.2 * estimated.event
+        assert timeline.peak("count_dataloader") - timeline.before("count_dataloader") < 1.2 * (held + activations)
+    else:
+        held = timeline.before("prune_window") - base
+        assert timeline.peak("step 3") - base < 1.2 * (held + activations)
+    assert held == pytest.approx(estimated.moments + estimated.states, rel=0.02)
+    event, waiting = estimated.event + estimated.states, max(window.waiting for window in estimated.windows)
+    assert 0.8 * event < timeline.peak("prune_window") - base < 1.2 * (event + waiting)
+    assert timeline.after("step 4") - base == pytest.approx(estimated.masks, rel=0.02)
+
+
+def test_what_reads_the_same_is_counted_once() -> None:
+    llama = find_targets(tiny_llama(num_hidden_layers=1))
+    assert [[layer.name.rpartition(".")[2] for layer in group] for group in sharing(list(llama.values()))] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    gpt2 = find_targets(tiny_gpt2())
+    assert [len(group) for group in sharing(list(gpt2.values()))] == [1] * 8
+    assert moments_bytes(list(gpt2.values())) == 4 * 2 * (3 * 32**2 + 128**2)
+
+
+def test_ranks_share_what_an_event_takes() -> None:
+    layers = list(find_targets(tiny_llama(**WIDTHS)).values())
+    alone, shared = (event_bytes(layers, SolverOptions.as_published(), ranks=ranks) for ranks in (1, 2))
+    assert shared < alone
+    gathered = event_bytes(layers, SolverOptions.as_published(), ranks=2, gathers=True)
+    assert shared < gathered < shared + 4 * sum(layer.rows * layer.cols for layer in layers)
+    assert event_bytes(layers, SolverOptions.as_published(), again=True) > alone
+    assert event_bytes(layers, SolverOptions.as_published("magnitude")) < alone

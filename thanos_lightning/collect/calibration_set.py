@@ -1,0 +1,283 @@
+"""Runs a module on the batches of a calibration set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from thanos_lightning.collect.hidden_states import HiddenStates
+from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.plan.options import number_of_batches, ranks_sharing
+from thanos_lightning.ranks.access import ParameterAccess
+from thanos_lightning.ranks.talk import failing_together
+from thanos_lightning.report.progress import open_phase
+
+# A backward takes as long as a forward, or longer. The weights of single outputs need fewer tokens than the input
+# moments, so one batch in four suffices.
+_BATCHES_PER_BACKWARD = 4
+_OWN_STEP, _TRAINING_STEP = "calibration_step(batch)", "training_step(batch, 0)"
+
+
+def count_dataloader(
+    statistics: InputStatistics,
+    batches: Iterable[Any],
+    trainer: Trainer,
+    module: LightningModule,
+    access: ParameterAccess,
+    *,
+    counted: Callable[[Any], Tensor | None],
+    backward: Callable[[Any, bool], None] | None = None,
+    states: HiddenStates | None = None,
+) -> int:
+    """Run the module on a calibration set in evaluation mode, and return how many batches this rank counted.
+
+    The module is called as `calibration_step(batch)` if it has this method. Otherwise a mapping goes through
+    `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging. Hooks are added to
+    `statistics` and `states`, and removed. Rank r counts batches r, r + world_size, … of its own `batches`, and
+    `counted` finds the mask of a batch's tokens, as for `InputStatistics.counting`.
+
+    `backward` is called with the module's output for a batch, and whether its gradients count. They count for one batch
+    in four, whatever the number of ranks. If they count on one rank, all ranks call it, because a backward may need
+    all. Other batches run without gradients, as do all if it is None.
+
+    Raises:
+        MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
+    """
+    num_batches = seen = 0
+    statistics.start(module)
+    if states is not None:
+        states.start()
+    try:
+        phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
+        with phase_of as phase, _evaluating(module):
+            for batch, is_own, in_round in _rounds(batches, access):
+                on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                mask = partial(counted, on_device)
+                counting = statistics.counting(mask) if is_own else nullcontext()
+                recording = nullcontext() if states is None or not is_own else states.recording(
+                    seen + access.rank, mask, access.world_size
+                )  # fmt: skip
+                numbers = range(seen, seen + in_round)
+                differentiated = [number for number in numbers if number % _BATCHES_PER_BACKWARD == 0]
+                differentiates = backward is not None and bool(differentiated)
+                with (
+                    torch.set_grad_enabled(differentiates),
+                    trainer.precision_plugin.forward_context(),
+                    counting,
+                    recording,
+                ):
+                    output = _forward(module, on_device)
+                if backward is not None and differentiates:
+                    backward(output, is_own and seen + access.rank in differentiated)
+                del output
+                num_batches += is_own
+                seen += in_round
+                phase.advance(in_round)
+    finally:
+        statistics.stop()
+        if states is not None:
+            states.stop()
+    return num_batches
+
+
+def try_batch(
+    batches: Iterable[Any], trainer: Trainer, module: LightningModule, access: ParameterAccess, *, gradients: bool
+) -> list[Any]:
+    """Run the module on a first batch, before the training, and return its output in a list. All ranks must call it.
+
+    The list is empty where that could change the training: where a batch may not come again, since it is in no sequence
+    and no map-style data set, or where it would go through `training_step`.
+
+    Raises:
+        MisconfigurationException: As `count_dataloader`.
+        PruningError: On all ranks, if the data set of one of several raises an error.
+    """
+    found: list[Any] = []
+    with failing_together(access):
+        found = _glance(batches)
+    if not all(access.gather(bool(found))):
+        return []
+    (batch,) = found
+    if _way(module, batch)[1] == _TRAINING_STEP:
+        return []
+    on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    with _evaluating(module), torch.set_grad_enabled(gradients), trainer.precision_plugin.forward_context():
+        output = _forward(module, on_device)
+    access.release()
+    return [output]
+
+
+def _glance(batches: Iterable[Any]) -> list[Any]:
+    """The first batch, in a list, if looking at it takes it from nobody; else []."""
+    if isinstance(batches, Sequence):
+        return [batches[0]]
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
+        return []
+    size = batches.batch_size or 1
+    try:
+        samples = [batches.dataset[number] for number in range(size)]
+    except (LookupError, TypeError):  # it is smaller, or a sampler gives other keys than numbers
+        return []
+    is_alone = batches.batch_size is None and batches.batch_sampler is None
+    return [batches.collate_fn(samples[0] if is_alone else samples)]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module in evaluation mode, as a calibration set needs it: every layer is called, checkpointing stays on."""
+    modes = [(part, part.training) for part in module.modules()]
+    is_fast = torch.backends.mha.get_fastpath_enabled()  # a kernel that reads weights without calling their layers
+    module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _checkpointing(module):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+        for part, mode in modes:
+            part.training = mode
+
+
+def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
+    """Yield rounds in which every rank runs one batch: (batch, whether this rank counts it, batches in the round).
+
+    Rank r takes batches r, r + world_size, … of its dataloader, or all of them where a DistributedSampler shares them
+    already. If it runs out before other ranks, whose dataloaders may be longer, it runs another batch without counting
+    it: with sharded parameters, a forward needs all ranks. All ranks must iterate together.
+
+    Raises:
+        PruningError: On all ranks, if the dataloader of one of several raises an error.
+        ValueError: On all ranks, if one rank's dataloader is empty while another's is not.
+    """
+    iterator = iter(batches)
+    is_share = ranks_sharing(batches) > 1
+    spare: Any = None
+    while True:
+        one_each: list[Any] = []
+        with failing_together(access):
+            one_each = list(itertools.islice(iterator, 1 if is_share else access.world_size))
+            one_each *= access.world_size if is_share else 1
+        spare = one_each[0] if one_each else spare
+        by_rank = access.gather((len(one_each), spare is not None))
+        in_round = max(number for number, _ in by_rank)
+        if not in_round:
+            return
+        if poor := [rank for rank, (_, has_one) in enumerate(by_rank) if not has_one]:
+            raise ValueError(
+                f"calibration.batches has no batch on rank {poor[0]}, and {in_round} or more on another: give "
+                "all ranks the same one"
+            )
+        is_own = access.rank < len(one_each)
+        yield one_each[access.rank] if is_own else spare, is_own, in_round
+
+
+@contextmanager
+def _checkpointing(module: nn.Module) -> Iterator[None]:
+    """Keep activation checkpointing on in evaluation mode, for modules that use it in training.
+
+    transformers checkpoints in training mode only. Without checkpoints, a backward over a calibration batch would need
+    more memory than the training has. Only non-reentrant checkpoints let a backward stop at layer outputs.
+    """
+    parts = [
+        part
+        for part in module.modules()
+        if getattr(part, "gradient_checkpointing", False) and hasattr(part, "_gradient_checkpointing_func")
+    ]
+    before = [part._gradient_checkpointing_func for part in parts]
+
+    def evaluating(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        part.training = False  # turns off the part's own dropout
+        try:
+            return run(*args)
+        finally:
+            part.training = True
+
+    def checkpointed(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(partial(evaluating, part, run), *args, use_reentrant=False)
+
+    for part in parts:
+        part.training = True
+        part._gradient_checkpointing_func = partial(checkpointed, part)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, func in zip(parts, before, strict=True):
+            part._gradient_checkpointing_func = func
+            part.training = False
+
+
+def _forward(module: LightningModule, batch: Any) -> Any:
+    runs, call = _way(module, batch)
+    try:
+        return runs()
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # a ValueError of another kind is raised by a hook or by the model itself
+        if call == _OWN_STEP or (isinstance(error, ValueError) and "unpack" not in str(error)):
+            raise
+        raise MisconfigurationException(
+            f"a calibration batch is a {type(batch).__name__}, on which {call} of {type(module).__name__} fails "
+            f"({type(error).__name__}: {error}): {_mend(module)}"
+        ) from error
+
+
+def _way(module: LightningModule, batch: Any) -> tuple[Callable[[], Any], str]:
+    """How the module is run on a batch, and what that calls."""
+    step: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
+    if step is not None:
+        return partial(step, batch), _OWN_STEP
+    if isinstance(batch, Mapping):
+        return partial(module, **batch), "forward(**batch)"
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"a calibration batch is a {type(batch).__name__}, which goes through training_step, but under manual "
+            f"optimization that would train: {_mend(module)}"
+        )
+    return partial(_training_step, module, batch), _TRAINING_STEP
+
+
+def _mend(module: LightningModule) -> str:
+    return (
+        f"add a method calibration_step(self, batch) to {type(module).__name__}, which runs the model on a batch and "
+        "returns the loss"
+    )
+
+
+def _training_step(module: LightningModule, batch: Any) -> Any:
+    """Return the output of a training step on a batch, without logging."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    replaced = {name: module.__dict__[name] for name in ("forward", "log", "log_dict") if name in module.__dict__}
+
+    def first_forward(*args: Any) -> Any:
+        put_back("forward")
+        return module.training_step(*args)
+
+    def put_back(name: str) -> None:
+        module.__dict__.pop(name, None)
+        if name in replaced:
+            module.__dict__[name] = replaced[name]
+
+    # The step runs inside __call__, whose hooks gather the module's own sharded parameters.
+    silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    module.__dict__.update(forward=first_forward, **silent)
+    try:
+        return module(batch, 0) if takes_index else module(batch)
+    finally:
+        for name in ("forward", "log", "log_dict"):
+            put_back(name)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the output itself or the `loss` in it, if that is a scalar that requires a gradient; None otherwise."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    return found if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad else None

@@ -1,0 +1,302 @@
+"""Collects the moments for a window: from training batches during it, or from a calibration set at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from thanos_lightning.collect.calibration_set import count_dataloader, loss_of, try_batch
+from thanos_lightning.collect.hidden_states import HiddenStates
+from thanos_lightning.collect.inputs import InputStatistics, gather_states, load_own_states
+from thanos_lightning.collect.outputs import OutputGradients
+from thanos_lightning.collect.tokens import has_text, token_mask
+from thanos_lightning.layers.blocks import Block
+from thanos_lightning.layers.targets import Layer
+from thanos_lightning.plan.options import CalibrationOptions
+from thanos_lightning.plan.windows import Window
+from thanos_lightning.ranks.access import ParameterAccess
+from thanos_lightning.ranks.owners import assign_owners
+from thanos_lightning.ranks.talk import Failures, PruningError
+from thanos_lightning.solver import HessianAccumulator
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the inputs of a window's layers, and of the loss's gradients at their outputs."""
+
+    owners: Mapping[str, int]  # layer -> the rank that gathers its sums and weight and solves it; alike on all ranks
+    # layer -> the second moments of its inputs on this rank; None if none are collected. The dict is emptied while the
+    # ranks add up the moments, to free memory
+    accumulators: dict[str, HessianAccumulator] | None = None
+    # layer -> how much an error at each output counts, (out_features,), alike on all ranks; all alike if it is missing
+    output_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0  # training time that collecting has taken
+    # what the window's blocks got and gave on this rank; None if no block is trained
+    states: HiddenStates | None = None
+    # whether accumulators are kept for the event after a scan, so that emptying the dict frees nothing
+    stay: bool = False
+
+
+@dataclass(frozen=True)
+class _Open:
+    """The statistics of one window."""
+
+    statistics: InputStatistics
+    gradients: OutputGradients | None
+    states: HiddenStates | None
+
+    @property
+    def seconds(self) -> float:
+        counted = [self.statistics.stopwatch, *([] if self.gradients is None else [self.gradients.stopwatch])]
+        return sum(stopwatch.seconds() for stopwatch in counted)
+
+    def stop(self) -> None:
+        self.statistics.stop()
+        if self.gradients is not None:
+            self.gradients.stop()
+
+
+class Collector:
+    """Collects the moments of one window after another during a training. `layers` are those of all windows.
+
+    Without memory_gib, the statistics of a sensitivity scan are kept for the event at the same step. With
+    output_weights, a calibration batch without a loss is an error where a window collects gradients. `blocks` are
+    trained at an event, on the calibration set, for `block_steps` steps.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        access: ParameterAccess,
+        options: CalibrationOptions,
+        blocks: Mapping[str, Block],
+        block_steps: int,
+    ) -> None:
+        self._layers, self._access, self._options = layers, access, options
+        self._keeps_scan = options.memory_gib is None
+        self._blocks, self._block_steps = blocks, block_steps
+        self._open: _Open | None = None
+        self._of_scan: _Open | None = None  # statistics of a scan, valid until the weights change
+        self._has_warned = False
+
+    @property
+    def statistics(self) -> InputStatistics | None:
+        """The input statistics of the open window, or None without one."""
+        return None if self._open is None else self._open.statistics
+
+    def try_batch(self, trainer: Trainer, module: LightningModule, *, gradients: bool) -> None:
+        """Refuse before the training what a later event would refuse of the calibration set. All ranks must call it.
+
+        Raises:
+            MisconfigurationException: As `take`.
+        """
+        if self._options.batches is None:
+            return
+        with isolate_rng():  # the training draws what it would have drawn
+            for output in try_batch(self.batches(trainer, module), trainer, module, self._access, gradients=gradients):
+                if gradients:
+                    self._loss(output)
+
+    # In the training
+
+    def open(self, window: Window, module: LightningModule) -> None:
+        """Begin to collect from training batches: inputs, and what output weights need, if the window says so."""
+        self._open = self._new(window)
+        self._open.statistics.start(module)
+        if self._open.gradients is not None:
+            self._open.gradients.start()
+
+    def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
+        """Count the forwards of this training batch from now on.
+
+        `loss_scale` returns the factor on the batch's loss before the backward.
+        """
+        if self._open is not None:
+            self._open.statistics.begin(partial(self._counted, batch))
+            if self._open.gradients is not None:
+                self._open.gradients.begin(loss_scale())
+
+    def end(self) -> None:
+        """Stop counting forwards."""
+        if self._open is not None:
+            self._open.statistics.end()
+
+    def stop(self) -> None:
+        """Remove all hooks. The sums of an open window stay, since a checkpoint may be saved after a fit."""
+        self.forget_scan()
+        if self._open is not None:
+            self._open.stop()
+
+    def state(self) -> list[dict[str, Any] | None] | None:
+        """Return the open window's sums by rank (see `gather_states`), or None without one. All ranks must call it."""
+        if self._open is None:
+            return None
+        gradients = {} if self._open.gradients is None else self._open.gradients.sums
+        return gather_states(self._open.statistics, gradients, self._access)
+
+    def load(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        """Continue from a saved `state` of the open window."""
+        assert self._open is not None
+        gradients = load_own_states(self._open.statistics, states, self._access)
+        if self._open.gradients is not None:
+            self._open.gradients.load(gradients)
+
+    def _counted(self, batch: Any) -> Tensor | None:
+        if (key := self._options.attention_mask_key) is None:
+            return None
+        counted = token_mask(batch, key)
+        if counted is None and not self._has_warned and has_text(batch):
+            self._has_warned = True
+            rank_zero_warn(
+                f"the batches have no {key!r}, so every token counts, padding too. Name the mask "
+                "in attention_mask_key, or set it to None to say that there is no padding"
+            )
+        return counted
+
+    # At the end of a window
+
+    def take(self, window: Window, trainer: Trainer, module: LightningModule) -> Moments:
+        """Return the moments of a window that ends now. All ranks must call it.
+
+        Raises:
+            PruningError: If nothing was collected, or the calibration set is empty.
+            ValueError: If a batch could not be counted on some rank, because of a ValueError; it has the same message.
+            RuntimeError: If it could not be counted because of another error.
+            MisconfigurationException: If a promised calibration set is missing, or gives no loss where one is needed.
+        """
+        found, self._of_scan = self._of_scan, None
+        is_new = found is None
+        if found is None:
+            in_training = self._options.batches is None
+            found = self._close(window) if in_training else self._run_calibration(window, trainer, module)
+        if window.scans and self._keeps_scan:
+            self._of_scan = found
+        layers = {name: self._layers[name] for name in window.patterns}
+        accumulators = found.statistics.accumulators
+        return Moments(
+            assign_owners(layers, self._access.world_size),
+            {name: one for name, one in accumulators.items() if name in layers},
+            self._output_weights(list(layers), found.gradients),
+            found.seconds if is_new and self._options.batches is None else 0.0,
+            states=None if window.scans else found.states,
+            stay=self._of_scan is not None,
+        )
+
+    def forget_scan(self) -> None:
+        """Drop the statistics kept from a scan, because the weights will change before the event."""
+        self._of_scan = None
+
+    def _close(self, window: Window) -> _Open:
+        opened, self._open = self._open, None
+        if opened is None:
+            raise PruningError(
+                f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
+                "several events fell into one batch. Space the events further apart (every_n_steps)"
+            )
+        opened.stop()
+        opened.statistics.failures.raise_together()
+        if opened.gradients is not None:
+            # A scan compares the layers of several windows, so their sums become means.
+            opened.gradients.divide(window.end_step - window.start_step)
+        return opened
+
+    def _new(self, window: Window) -> _Open:
+        failures = Failures(self._access)
+        layers = {name: self._layers[name] for name in window.patterns}
+        gradients = OutputGradients(layers, failures) if window.gradients else None
+        blocks = {
+            name: block.module
+            for name, block in self._blocks.items()
+            if not window.patterns.keys().isdisjoint(block.layers)
+        }
+        is_taken = self._keeps_scan or not window.scans  # by an event
+        states = HiddenStates(blocks, self._block_steps, failures) if blocks and is_taken else None
+        return _Open(InputStatistics(layers, failures), gradients, states)
+
+    def _output_weights(self, layers: Sequence[str], gradients: OutputGradients | None) -> dict[str, Tensor]:
+        if gradients is None:
+            return {}
+        found = gradients.weights(self._access)
+        if missing := [name for name in layers if name not in found]:
+            rank_zero_warn(
+                f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
+                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
+                "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
+                "return the loss. calibration.output_weights='uniform' is without this warning)"
+            )
+        return found
+
+    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule) -> _Open:
+        found = self._new(window)
+        if found.gradients is not None:
+            found.gradients.start(of_training=False)
+        try:
+            counted = count_dataloader(
+                found.statistics,
+                self.batches(trainer, module),
+                trainer,
+                module,
+                self._access,
+                counted=self._counted,
+                backward=None if found.gradients is None else partial(self._backward, found.gradients),
+                states=found.states,
+            )
+        finally:
+            found.stop()
+        if not sum(self._access.gather(counted)):
+            raise PruningError("calibration.batches gave no batch: give one that isn't empty")
+        found.statistics.failures.raise_together()
+        return found
+
+    def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
+        if (loss := self._loss(output)) is not None:
+            gradients.backward(loss, counts=counts)
+
+    def _loss(self, output: Any) -> Tensor | None:
+        """The loss for a calibration batch; None if a rank has none, which is an error if it is needed."""
+        loss = loss_of(output)
+        if all(self._access.gather(loss is not None)):  # a backward of sharded parameters needs all ranks
+            return loss
+        if self._options.output_weights is not None:
+            raise MisconfigurationException(
+                "output_weights asks for gradients, but for a calibration batch the module returns no loss "
+                f"({type(output).__name__}): give the batches labels, or let calibration_step return the loss"
+            )
+        return None
+
+    def batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+        """Return the batches of the calibration set.
+
+        Raises:
+            MisconfigurationException: If neither the datamodule nor the module has a promised calibration set.
+        """
+        if not isinstance(self._options.batches, str):
+            assert self._options.batches is not None
+            return self._options.batches
+        for holder in (getattr(trainer, "datamodule", None), module):
+            if callable(make := getattr(holder, "calibration_dataloader", None)):
+                batches: Iterable[Any] = make()
+                return batches
+        raise MisconfigurationException(
+            "calibration.batches is 'datamodule', but neither the datamodule nor the LightningModule has a method "
+            "calibration_dataloader(): add one, give batches, or None to use the training batches"
+        )
+
+
+def loss_scale(trainer: Trainer) -> float | Tensor:
+    """Return the factor on the loss before the backward in fp16 training; 1 in other precisions."""
+    if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
+        # Unlike get_scale(), scale() does not make the host wait for the device.
+        scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+        return scale
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return float(getattr(getattr(engine, "optimizer", None), "loss_scale", None) or 1.0)

@@ -1,0 +1,323 @@
+"""Second moments of the layers' inputs: which tokens count, and which layers share one sum."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from thanos_lightning.collect.tokens import CountedTokens
+from thanos_lightning.layers.experts import ExpertMatrix, one_by_one
+from thanos_lightning.layers.targets import Layer
+from thanos_lightning.layers.wrappers import run_eagerly
+from thanos_lightning.ranks.access import ParameterAccess
+from thanos_lightning.ranks.talk import Failures
+from thanos_lightning.report.stopwatch import Stopwatch
+from thanos_lightning.solver import HessianAccumulator
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A number that changes when the tensor is written to; None under torch.inference_mode, which keeps none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Seen:
+    """Identifies the input of a layer or block, to tell whether another one is called with the same input.
+
+    It compares memory, not tensors, because DeepSpeed gives each module another view of its input. A weak reference
+    lets checkpointing free the memory, but no other storage gets the same address while this object lives.
+    """
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._storage: Any = StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        self._place = self._place_of(inputs)
+        self._version = _version(inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
+        return self  # a copied module copies its hooks, and a second owner of the weak reference would free it twice
+
+    @staticmethod
+    def _place_of(inputs: Tensor) -> tuple[Any, ...]:
+        return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether this tensor is the same memory, and nothing has written to it since."""
+        return (
+            self._version is not None
+            and self._version == _version(inputs)
+            and self._place == self._place_of(inputs)
+            and not self._storage.expired()
+            and self._storage == StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
+        )
+
+
+@dataclass
+class _Statistics:
+    """One accumulator and what is needed to tell whether another layer sees the same inputs."""
+
+    accumulator: HessianAccumulator
+    updates: int = 0
+    last: Seen | None = None
+
+    def saw(self, inputs: Tensor) -> bool:
+        return self.last is not None and self.last.is_of(inputs)
+
+    @torch.no_grad()  # what autograd saved here would be missing where checkpointing recomputes, and counts nothing
+    def update(self, inputs: Tensor, counted: Tensor | None) -> None:
+        """Count the rows with the indices `counted`, or all rows if it is None."""
+        self.last = Seen(inputs)
+        if counted is not None:
+            inputs = inputs.reshape(-1, inputs.shape[-1]).index_select(0, counted)
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+            inputs = inputs.to(torch.get_autocast_dtype(kind))  # as the layer rounds them before it multiplies
+        self.accumulator.update(inputs)
+        self.updates += 1
+
+
+@dataclass
+class InputStatistics:
+    """Accumulates Σ x xᵀ and the number of tokens for a window of layers, by forward hooks.
+
+    The hooks exist between `start` and `stop` and count only inside `counting`. A forward that runs inside a backward
+    (activation checkpointing recomputes) counts nothing: its tokens were counted before. Layers that are called with
+    the same tensor (q, k, v; gate, up) share one accumulator.
+
+    `failures` keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
+    waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
+    """
+
+    layers: Mapping[str, Layer]
+    failures: Failures = field(default_factory=Failures)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _by_layer: dict[str, _Statistics] = field(default_factory=dict)
+    _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
+    _seen: dict[str, int] = field(default_factory=dict)
+    _hooks: ExitStack = field(default_factory=ExitStack)
+    _is_counting: bool = False
+    _counted: CountedTokens | None = None
+
+    def start(self, root: nn.Module | None = None) -> None:
+        """Add the hooks. Compiled modules in `root` run as plain Python until `stop`: graphs ignore new hooks."""
+        if root is not None:
+            self._hooks.callback(run_eagerly(root))
+        self._hooks.callback(one_by_one(module for layer in self.layers.values() for module in layer.modules))
+        for name, layer in self.layers.items():
+            for module in layer.modules:
+                hook = module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True)
+                self._hooks.enter_context(hook)
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        self._hooks.close()
+
+    def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
+        """Count the forwards from now on.
+
+        `counted` is bool (batch, length), True = the token counts; None counts all. It may also be a function that
+        returns such a mask; its error is kept like those of the hooks.
+        """
+        with self.failures.catching():
+            mask = counted() if callable(counted) else counted
+            self._counted = None if mask is None else CountedTokens(mask.cpu())
+        self._is_counting = self.failures.error is None
+
+    def end(self) -> None:
+        """Stop counting."""
+        self._is_counting, self._counted = False, None
+        for name, seen in self._seen.items():
+            if seen < self._by_layer[name].updates:
+                self._part(name)
+
+    def _part(self, name: str) -> None:
+        """Give a layer separate statistics when it stops sharing its inputs."""
+        warnings.warn(
+            f"layer {name} no longer sees the inputs of another layer that it shared statistics with: they are counted "
+            "apart from here on, and up to one batch was counted for a layer that did not see it",
+            stacklevel=2,
+        )
+        shared, self._seen[name] = self._by_layer[name].accumulator, self._by_layer[name].updates
+        own = HessianAccumulator.of_sum(shared.triangle.clone(), shared.num_tokens)
+        self._by_layer[name] = _Statistics(own, self._seen[name])
+
+    @contextmanager
+    def counting(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> Iterator[None]:
+        """`begin` and `end` around a block."""
+        self.begin(counted)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_counting or torch._C._current_graph_task_id() != -1:
+            return
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        tokens = None
+        if isinstance(module, ExpertMatrix):
+            tokens = args[3] if len(args) > 3 else kwargs["tokens"], kwargs["of"]
+        with self.failures.catching(), self.stopwatch.running(inputs.device):
+            self._count(name, inputs, tokens)
+        self._is_counting = self.failures.error is None
+
+    def _count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> None:
+        own = self._by_layer.get(name)
+        if own is None:
+            # A sum of more than this one input contains tokens that this layer never saw.
+            own = self._latest.get(inputs.data_ptr())
+            if own is None or own.updates > 1 or not own.saw(inputs):
+                own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
+                own.update(inputs, self._rows_that_count(name, inputs, tokens))
+                self._latest[inputs.data_ptr()] = own
+            self._by_layer[name] = own
+        elif self._seen[name] == own.updates:
+            own.update(inputs, self._rows_that_count(name, inputs, tokens))
+        elif not own.saw(inputs):  # another layer has just added a different input to the shared sum
+            self._part(name)
+            own = self._by_layer[name]
+            own.update(inputs, self._rows_that_count(name, inputs, tokens))
+        self._seen[name] = own.updates
+
+    def _rows_that_count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> Tensor | None:
+        """Return the indices of the rows that count, on the inputs' device; None if all rows count.
+
+        `tokens` are those of an expert, as indices into what the experts got, and the number of that; None if the rows
+        are not an expert's.
+        """
+        counted, leading = self._counted, inputs.shape[:-1]
+        if counted is None or counted.all:
+            return None
+        shape = counted.shape
+        if tokens is not None and tokens[1] == shape.numel():
+            return torch.isin(tokens[0], counted.rows(inputs.device)).nonzero().squeeze(1)
+        leading = leading if tokens is None else torch.Size(tokens[1:])
+        alike = leading == shape or (len(leading) == 1 and len(inputs) == shape.numel())
+        if alike or (len(leading) > 2 and leading[0] == shape[0] and leading.numel() == shape.numel()):
+            return counted.rows(inputs.device)
+        if leading == shape[::-1]:
+            return counted.rows(inputs.device, sequence_first=True)
+        if leading == shape[:1]:
+            return None  # one vector per sequence (a pooled layer)
+        raise ValueError(
+            f"the inputs of layer {name} have shape {tuple(inputs.shape)}, which does not show which of the "
+            f"{tuple(shape)} tokens of the attention mask they are, so padding would count. Pack sequences "
+            f"without padding, set attention_mask_key to None to count every token, or add {name!r} to ignore"
+        )
+
+    @property
+    def accumulators(self) -> dict[str, HessianAccumulator]:
+        """Layer name -> accumulator. Layers with the same inputs have the same object; unused layers are missing."""
+        return {name: self._by_layer[name].accumulator for name in self.layers if name in self._by_layer}
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums so far as plain values, for `load_states`."""
+        leaders: dict[int, str] = {}
+        for name, statistics in self._by_layer.items():
+            leaders.setdefault(id(statistics), name)
+        return {
+            "leader": {name: leaders[id(statistics)] for name, statistics in self._by_layer.items()},
+            "sums": {
+                name: {
+                    "sum": self._by_layer[name].accumulator.triangle.to("cpu", copy=True),
+                    "num_tokens": self._by_layer[name].accumulator.num_tokens,
+                    "updates": self._by_layer[name].updates,
+                }
+                for name in leaders.values()
+            },
+        }
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the sum of one or several `state`s of the same layers, one from each process."""
+        if any(state["leader"] != states[0]["leader"] for state in states):
+            states = [_unshared(state) for state in states]
+        loaded: dict[str, _Statistics] = {}
+        leaders: dict[str, str] = {}
+        for state in states:
+            leaders |= state["leader"]
+            for name, saved in state["sums"].items():
+                layer = self.layers[name]
+                part = HessianAccumulator.of_sum(
+                    saved["sum"].to(layer.parameter.device, copy=True), saved["num_tokens"]
+                )
+                if name not in loaded:
+                    loaded[name] = _Statistics(part)
+                else:
+                    loaded[name].accumulator.merge(part)
+                loaded[name].updates += saved["updates"]
+        self._by_layer = {name: loaded[leader] for name, leader in leaders.items()}
+        self._seen = {name: statistics.updates for name, statistics in self._by_layer.items()}
+
+
+def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same state with a separate sum for each layer."""
+    return {
+        "leader": {name: name for name in state["leader"]},
+        "sums": {name: state["sums"][leader] for name, leader in state["leader"].items()},
+    }
+
+
+def gather_states(
+    statistics: InputStatistics, gradients: Mapping[str, Tensor], access: ParameterAccess
+) -> list[dict[str, Any] | None]:
+    """Return the states that a checkpoint of this rank has to keep. All ranks must call it.
+
+    The list has an entry for each rank: its `InputStatistics.state` with its `gradients` (the sums in
+    `OutputGradients`), or None if another rank keeps it. If rank 0 writes for all ranks, it receives the states of all.
+    Sums are sent one by one, because a device may lack the memory for all of them.
+    """
+    own = statistics.state()
+    own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
+    if access.world_size == 1:
+        return [own]
+    if access.saves_every_rank:
+        return [own if rank == access.rank else None for rank in range(access.world_size)]
+    small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
+    shapes = {name: tuple(one.shape) for name, one in own["gradients"].items()}
+    states = access.gather({"leader": own["leader"], "sums": small, "gradients": shapes})
+    for rank, state in enumerate(states):
+        for name, shape in state["gradients"].items():
+            mine = own["gradients"][name] if rank == access.rank else None
+            found = access.send(mine, source=rank, destination=0, shape=shape)
+            state["gradients"][name] = None if found is None else found.cpu()
+        for name, entry in state["sums"].items():
+            mine = own["sums"][name]["sum"] if rank == access.rank else None
+            found = access.send(mine, source=rank, destination=0, shape=entry["sum"])
+            entry["sum"] = None if found is None else found.cpu()
+    return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
+
+
+def load_own_states(
+    statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
+) -> dict[str, Tensor]:
+    """Continue from this rank's share of what `gather_states` returned, under any number of ranks.
+
+    Return layer name -> sums for `OutputGradients.load`, on the CPU.
+
+    Raises:
+        MisconfigurationException: If a different number of ranks wrote the states, and each rank only its own.
+    """
+    if len(states) == access.world_size:
+        own = states[access.rank : access.rank + 1]
+    else:
+        own = states[access.rank :: access.world_size]  # any rank may add up any sums
+    kept = [state for state in own if state is not None]
+    if len(kept) < len(own):
+        raise MisconfigurationException(
+            f"the checkpoint was written by {len(states)} ranks while statistics were collected, each its own part, "
+            f"and {access.world_size} resume it: run `thanos-lightning reshard` on it first"
+        )
+    if kept:
+        statistics.load_states(kept)
+    gradients: dict[str, Tensor] = {}
+    for state in kept:
+        for name, one in state.get("gradients", {}).items():
+            gradients[name] = gradients[name] + one if name in gradients else one
+    return gradients
