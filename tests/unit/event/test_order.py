@@ -296,7 +296,7 @@ def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
     ("where", "words"),
     [
         ("order.search_order", r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(KeyError"),
-        ("blocks.find_feed_forwards", "channels keep theirs: the search for feed-forward blocks ended in KeyError"),
+        ("channels.find_feed_forwards", "channels keep theirs: the search for feed-forward blocks ended in KeyError"),
     ],
 )
 @pytest.mark.usefixtures("keeps_all")
@@ -306,7 +306,7 @@ def test_a_search_that_fails_leaves_the_order(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("layer")
 
-    monkeypatch.setattr(f"thanos_lightning.events.{where}", fail)
+    monkeypatch.setattr(f"thanos_lightning.event.{where}", fail)
     model = tiny_llama()
     weight = model.model.layers[0].mlp.down_proj.weight.clone()
     pruned(tmp_path, model)

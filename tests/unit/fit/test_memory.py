@@ -53,15 +53,15 @@ def needed(root: Path) -> int:
             return result
 
         patched.setattr("thanos_lightning.fit.announce.estimate", kept)
-        assert len(windows(pruning(), root, reordered=2**40)) == 2
+        assert len(windows(pruning(), root, free=2**40)) == 2
     return found[0]
 
 
 def test_windows_follow_the_memory_that_is_free(tmp_path: Path) -> None:
     most = needed(tmp_path)
-    assert len(windows(pruning(), tmp_path, reordered=int(1.12 * most))) == 2
+    assert len(windows(pruning(), tmp_path, free=int(1.12 * most))) == 2
     callback = pruning()
-    split = windows(callback, tmp_path, reordered=int(1.05 * most))  # a tenth stays free
+    split = windows(callback, tmp_path, free=int(1.05 * most))  # a tenth stays free
     first = split[: len(split) // 2]
     assert len(split) > 2
     assert {name for window in split for name in window} == {name for window in first for name in window}
@@ -71,8 +71,8 @@ def test_windows_follow_the_memory_that_is_free(tmp_path: Path) -> None:
 def test_a_resumed_training_has_the_windows_that_it_began_with(tmp_path: Path) -> None:
     free = int(1.05 * needed(tmp_path))
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    whole = windows(pruning(), tmp_path, reordered=free, more=[saving], enable_checkpointing=True)
-    rest = windows(pruning(), tmp_path, reordered=2**40, ckpt_path=tmp_path / "step=3.ckpt")
+    whole = windows(pruning(), tmp_path, free=free, more=[saving], enable_checkpointing=True)
+    rest = windows(pruning(), tmp_path, free=2**40, ckpt_path=tmp_path / "step=3.ckpt")
     assert rest == whole[len(whole) // 2 :]
 
 
