@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from thanos_lightning.collect.collector import Moments
 from thanos_lightning.enforcement import MaskEnforcer
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.event.window import prune_window
 from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.schedule import Event
@@ -114,11 +115,10 @@ def run_rank(rank: int, ranks: int, blocks: int, repeats: int, out: Path) -> Non
         begin, on_thread = time.perf_counter(), time.thread_time()
         prune_window(
             window,
-            layers,
+            Targets(layers, window.patterns),
             Moments(assign_owners(layers, access.world_size), accumulators),
-            access=access,
-            enforcer=enforcer,
-            options=OPTIONS,
+            enforcer,
+            OPTIONS,
             now=lambda part, phases=phases: phases.update({part: time.thread_time()}),
         )
         if ranks > 1:

@@ -20,8 +20,9 @@ from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
-from thanos_lightning.event.channels import Targets, take_channels, with_free_channels
+from thanos_lightning.event.channels import take_channels, with_free_channels
 from thanos_lightning.event.experts import route_as_saved, take_experts
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit.lightning_private import after_configure_model, note_sigterm, saves_shards
 from thanos_lightning.fit.other_callbacks import Farewell, call_last, check_companions, check_trainer, saved_checkpoint
 from thanos_lightning.fit.past import Past

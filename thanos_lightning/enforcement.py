@@ -43,13 +43,14 @@ class MaskEnforcer:
     """Holds this rank's piece of each mask. Applying masks takes one pass over local pieces, and talks to no rank.
 
     Attributes:
+        access: Reads and writes the layers.
         num_pruned: Layer name -> how many entries its mask prunes, on all ranks together.
         has_new_masks: Whether a mask was set since the last verification. All ranks know it.
     """
 
     def __init__(self, layers: Mapping[str, View], access: ParameterAccess) -> None:
         self._layers = layers
-        self._access = access
+        self.access = access
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
         # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
@@ -67,13 +68,13 @@ class MaskEnforcer:
         """
         extremes = {}
         for name, layer in self._layers.items():
-            piece = next(self._access.local_tensors(layer), None)
+            piece = next(self.access.local_tensors(layer), None)
             if piece is not None and piece.tensor.numel():
                 # A NaN entry makes both extremes NaN. They stay on the device, so that the host waits only once, below
                 extremes[name] = torch.stack(torch.aminmax(piece.tensor)).float()
         finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist() if extremes else []
         broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
-        with failing_together(self._access):
+        with failing_together(self.access):
             if broken:
                 more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
                 raise PruningError(
@@ -88,7 +89,7 @@ class MaskEnforcer:
         More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
         Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
         """
-        access, layers = self._access, {name: one for name, one in self._layers.items() if isinstance(one, Layer)}
+        access, layers = self.access, {name: one for name, one in self._layers.items() if isinstance(one, Layer)}
         counts = torch.tensor([self._count_zeros(layer) for layer in layers.values()], dtype=torch.int64)
         held: dict[str, Unstructured] = {}
         for (name, layer), (zeros, total) in zip(layers.items(), access.total(counts).tolist(), strict=True):
@@ -106,7 +107,7 @@ class MaskEnforcer:
 
     def _count_zeros(self, layer: View) -> tuple[int, int]:
         """How many entries of this rank's shard are 0, and how many entries the shard has."""
-        piece = next(self._access.local_tensors(layer), None)
+        piece = next(self.access.local_tensors(layer), None)
         if piece is None or piece.what != "weight":  # the weight is offloaded to disk
             return 0, 0
         return piece.tensor.numel() - int(piece.tensor.count_nonzero()), piece.tensor.numel()
@@ -127,7 +128,7 @@ class MaskEnforcer:
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Hold a keep mask (out_features, in_features) that this rank has whole. Applied at the next `enforce`."""
-        self.hold(name, self._access.local_drop(self._layers[name], keep), keep.numel() - int(keep.count_nonzero()))
+        self.hold(name, self.access.local_drop(self._layers[name], keep), keep.numel() - int(keep.count_nonzero()))
 
     def hold(self, name: str, drop: Tensor, num_pruned: int) -> None:
         """Hold this rank's piece of a drop mask from now on.
@@ -142,7 +143,7 @@ class MaskEnforcer:
         self.num_pruned[name] = num_pruned
         self.has_new_masks = True
         if drop.numel():
-            of_tensor = self._stepped.setdefault(id(self._access.stepped(layer)), {})
+            of_tensor = self._stepped.setdefault(id(self.access.stepped(layer)), {})
             of_tensor.setdefault(id(layer.parameter), {})[name] = layer
 
     def _drop(self, name: str) -> Tensor:
@@ -152,7 +153,7 @@ class MaskEnforcer:
         return drop
 
     def _zeros_of(self, layer: View) -> Tensor:
-        return next(self._access.local_tensors(layer)).tensor == 0
+        return next(self.access.local_tensors(layer)).tensor == 0
 
     def keep_mask(self, name: str, owner: int | None = None) -> Tensor | None:
         """The layer's keep mask (out_features, in_features), or None where it has none. Talks to all ranks.
@@ -161,7 +162,7 @@ class MaskEnforcer:
         """
         if name not in self._drops:
             return None
-        return self._access.collect_keep(self._layers[name], self._drop(name), owner)
+        return self.access.collect_keep(self._layers[name], self._drop(name), owner)
 
     def is_gone(self, name: str) -> bool:
         """Whether all of a layer is pruned. All ranks know it."""
@@ -175,7 +176,7 @@ class MaskEnforcer:
     def enforce(self, optimizer: Optimizer) -> None:
         """Zero what this optimizer has just written to pruned weights, or to their masters."""
         for name, layer in itertools.chain.from_iterable(part.items() for part in self._parts_of(optimizer)):
-            _, tensor, place = self._access.stepped_weight(layer)
+            _, tensor, place = self.access.stepped_weight(layer)
             zero_where(tensor, self._drop(name)[place])
 
     def _parts_of(self, optimizer: Optimizer) -> Iterator[dict[str, View]]:
@@ -189,7 +190,7 @@ class MaskEnforcer:
 
         If the optimizer is one of the strategy's, only the weights that it updates are masked; otherwise all are.
         """
-        if any(optimizer is other for other in self._access.optimizers):
+        if any(optimizer is other for other in self.access.optimizers):
             assert optimizer is not None
             parts = self._parts_of(optimizer)
         else:
@@ -202,7 +203,7 @@ class MaskEnforcer:
                 if (drop := self._drops[name]) is not None:
                     drops.append((layer, drop))
             if drops:
-                self._access.mask_gradient(drops)
+                self.access.mask_gradient(drops)
 
     def verify(self) -> None:
         """Check on all ranks that pruned entries are exactly 0. A negative zero is a violation, too.
@@ -218,7 +219,7 @@ class MaskEnforcer:
                     "reloaded parameter): remove it, or ignore the layers"
                 )
             else:
-                kinds = " and ".join(dict.fromkeys(type(one).__name__ for one in self._access.optimizers))
+                kinds = " and ".join(dict.fromkeys(type(one).__name__ for one in self.access.optimizers))
                 why = (
                     "Gradients of pruned weights are 0 before they are clipped. Something wrote to them later, the "
                     f"norm that they were clipped by was NaN, or {kinds} moves moments whose gradients are 0: remove "
@@ -235,7 +236,7 @@ class MaskEnforcer:
         counts: list[Tensor] = []
         for name, drop in self._drops.items():
             layer = self._layers[name]
-            for what, tensor, place in self._access.local_tensors(layer):
+            for what, tensor, place in self.access.local_tensors(layer):
                 where = f"pruned entries of {layer.parameter_name} ({what})"
                 if drop is None:
                     looked.append((where, self._zeros[name]))
@@ -249,7 +250,7 @@ class MaskEnforcer:
             for (where, pruned), count in zip(looked, _numbers(counts), strict=True)
             if count
         ]
-        return [f"rank {rank}: {text}" for rank, texts in enumerate(self._access.gather(found)) for text in texts]
+        return [f"rank {rank}: {text}" for rank, texts in enumerate(self.access.gather(found)) for text in texts]
 
     # In a checkpoint
 
@@ -262,8 +263,8 @@ class MaskEnforcer:
         masks = {}
         for number, name in enumerate(self._drops):
             layer = self._layers[name]
-            owner = number % self._access.world_size if self._access.saves_every_rank else 0
-            bits = self._access.collect_bits(layer, self._drop(name), owner)
+            owner = number % self.access.world_size if self.access.saves_every_rank else 0
+            bits = self.access.collect_bits(layer, self._drop(name), owner)
             if bits is not None:
                 mask = LayerMask(bits, (layer.rows, layer.cols), patterns[name], layer.transposed)
                 masks[layer.parameter_name] = mask.state()
@@ -283,7 +284,7 @@ class MaskEnforcer:
         """
         by_parameter = {layer.parameter_name: name for name, layer in self._layers.items()}
         patterns: dict[str, Pattern] = {}
-        shared = _share({name: LayerMask.from_state(state) for name, state in states.items()}, self._access)
+        shared = _share({name: LayerMask.from_state(state) for name, state in states.items()}, self.access)
         for parameter_name, mask, keep in checked(shared, pruned):
             name = by_parameter.get(parameter_name)
             if name is None:

@@ -455,21 +455,25 @@ class Watch(Callback):
         with mock.patch.multiple(Ranks, gather=measured, union=joined):
             yield
 
-    def _watched_event(self, window: Any, layers: Any, moments: Any, **arguments: Any) -> Any:
+    def _watched_event(self, window: Any, targets: Any, moments: Any, *args: Any, **arguments: Any) -> Any:
         accumulators = moments.accumulators
         self.sums.append(len({id(accumulator) for accumulator in accumulators.values()}))
         self.tokens.append(sum(accumulator.num_tokens for accumulator in accumulators.values()))
         # of the last event, which has the masks of others to tell, too: to look at each operation takes a while
         is_last = window is self.pruning._run.windows[-1]
-        with CountCollectives(self._count_gathered(layers)) if is_last else nullcontext() as mode:
-            result = thanos_lightning.event.window.prune_window(window, layers, moments, **arguments)
+        with (
+            CountCollectives(self._count_gathered([targets.layers[name] for name in window.patterns]))
+            if is_last
+            else nullcontext() as mode
+        ):
+            result = thanos_lightning.event.window.prune_window(window, targets, moments, *args, **arguments)
         if mode is not None:
             self.event_calls, self.event_total = set(mode.calls), mode.largest_total
         return result
 
     def _count_gathered(self, layers: Any) -> Callable[[], None]:
         def count() -> None:
-            status = [getattr(layer.parameter, "ds_status", None) for layer in layers.values()]
+            status = [getattr(layer.parameter, "ds_status", None) for layer in layers]
             available = sum(getattr(one, "name", "") == "AVAILABLE" for one in status)
             self.gathered_at_once = max(self.gathered_at_once, available)
 

@@ -91,10 +91,10 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], dict[str, T
     seen: list[tuple[set[int], dict[str, Tensor]]] = []
     real = room.prune_window
 
-    def prune_window(window: Any, layers: Any, moments: Any, **kwargs: Any) -> Any:
+    def prune_window(window: Any, targets: Any, moments: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = {accumulator.num_tokens for accumulator in moments.accumulators.values()}
         seen.append((tokens, {name: weights.clone() for name, weights in moments.output_weights.items()}))
-        return real(window, layers, moments, **kwargs)
+        return real(window, targets, moments, *args, **kwargs)
 
     monkeypatch.setattr(room, "prune_window", prune_window)
     return seen

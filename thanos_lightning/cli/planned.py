@@ -29,8 +29,9 @@ from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.training import AUTO, CLI
 from thanos_lightning.collect.tiny_input import tiny_run
-from thanos_lightning.event.channels import Targets, found_or_declared, take
+from thanos_lightning.event.channels import found_or_declared, take
 from thanos_lightning.event.experts import take_experts
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit.announce import describe
 from thanos_lightning.fit.other_callbacks import check_companions
 from thanos_lightning.layers.blocks import find_blocks

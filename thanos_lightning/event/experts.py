@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from thanos_lightning.checkpoints.shrink import configuration_with
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.event.channels import Targets, home_of
+from thanos_lightning.event.targets import Targets, home_of
 from thanos_lightning.layers.experts import (
     Mixture,
     find_mixtures,
@@ -158,15 +158,25 @@ def _check_configurations(
 # At an event
 
 
+class Sums(NamedTuple):
+    """The statistics of a window, summed over ranks."""
+
+    tokens: dict[str, int]  # layer -> how many have reached it on all ranks
+    lent: dict[str, tuple[str, ...]]  # matrix of an expert that lacks tokens -> the matrices that lend it theirs
+    of_owner: dict[str, HessianAccumulator]  # of the layers that this rank owns
+
+    def reach(self, name: str) -> bool:
+        """Whether there are statistics of a layer."""
+        return bool(self.tokens.get(name)) or name in self.lent
+
+
 def choose_experts(
     mixtures: Mapping[str, Mixture],
     layers: Mapping[str, Layer],
     patterns: Mapping[str, Pattern],
-    sums: dict[str, HessianAccumulator],
-    tokens: Mapping[str, int],
+    sums: Sums,
     owners: Mapping[str, int],
-    gone: set[str],
-    access: ParameterAccess,
+    enforcer: MaskEnforcer,
 ) -> list[tuple[list[str], LayerReport]]:
     """Choose the experts that go from each mixture. All ranks must call it, and return the same, but for seconds.
 
@@ -174,18 +184,20 @@ def choose_experts(
 
     An expert gives a token its output times the router's share: what down_proj makes of its inputs, which are counted
     times the share. The mean of the square of its norm, over the tokens that the expert gets, is ½·tr(W H Wᵀ) of
-    down_proj. Those where it is least go: the measure of REAP (arXiv 2510.13999), with the square of the norm for the
-    norm, and without the bias of down_proj. An expert that no token has reached goes before all others.
+    down_proj. The experts with the least mean go: the measure of REAP (arXiv 2510.13999), with the square of the norm
+    for the norm, and without the bias of down_proj. An expert that no token has reached goes before all others, and one
+    that went in an earlier event stays away.
 
-    `layers` are the down layers of the window's experts, `gone` those of experts that went before, which stay away.
-    `sums` are emptied of what is read.
+    `layers` are the down layers of the window's experts. Their statistics are taken out of `sums`.
     """
+    access, tokens = enforcer.access, sums.tokens
+    gone = {name for name in layers if enforcer.is_gone(name)}
     start = time.perf_counter()
     given: dict[str, Tensor] = {}
     failures = Failures(access)
     for name, layer in layers.items():
         weight = collect_merged(layer, owners[name], access)
-        counted = sums.pop(name, None)
+        counted = sums.of_owner.pop(name, None)
         if weight is not None and counted is not None and tokens[name] and failures.error is None:
             with failures.catching(layer=name), exact_arithmetic(weight.device):
                 hessian = counted.compute()
@@ -236,10 +248,10 @@ def drop_experts(
     layers: Mapping[str, Layer],
     coupled: Mapping[str, Sequence[View]],
     owners: Mapping[str, int],
-    access: ParameterAccess,
     enforcer: MaskEnforcer,
 ) -> None:
     """Write zeros to all matrices of experts, which have these down layers, and hold them. All ranks must call it."""
+    access = enforcer.access
     for name in going:
         for part in (layers[name], *coupled[name]):
             shape, weight, keep = (part.rows, part.cols), None, None

@@ -16,7 +16,6 @@ from torch import Tensor
 from thanos_lightning.enforcement import MaskEnforcer
 from thanos_lightning.layers.lora import collect_merged, write_merged
 from thanos_lightning.layers.targets import Layer
-from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.view import View
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import NM, HessianAccumulator, Pattern
@@ -35,7 +34,6 @@ def order_channels(
     patterns: Mapping[str, Pattern],
     sums: Mapping[str, HessianAccumulator],
     owners: Mapping[str, int],
-    access: ParameterAccess,
     enforcer: MaskEnforcer,
     title: str,
 ) -> dict[str, Int[Tensor, " width"]]:
@@ -48,6 +46,7 @@ def order_channels(
     Return the new order of each block's channels, place -> old channel, on all ranks. A block whose search fails is
     left out, and a warning names it.
     """
+    access = enforcer.access
     samples = {name: _some_rows(collect_merged(layers[name], owners[name], access)) for name in reordered}
     own: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
@@ -76,7 +75,7 @@ def order_channels(
         columns = None if weight is None else weight[:, order.to(weight.device)]
         write_merged(layers[name], columns, _all_of(columns), owner, access)
         for part in reordered[name]:
-            _write_rows(part, rows_of(order, part), owner, access, enforcer)
+            _write_rows(part, rows_of(order, part), owner, enforcer)
     return orders
 
 
@@ -116,10 +115,8 @@ def _cost_of_inputs(name: str, hessian: Float[Tensor, "cols cols"]) -> Float[Ten
     )
 
 
-def _write_rows(
-    part: View, order: Int[Tensor, " rows"], owner: int, access: ParameterAccess, enforcer: MaskEnforcer
-) -> None:
-    is_masked = part.name in enforcer.masked
+def _write_rows(part: View, order: Int[Tensor, " rows"], owner: int, enforcer: MaskEnforcer) -> None:
+    access, is_masked = enforcer.access, part.name in enforcer.masked
     weight = collect_merged(part, owner, access)
     keep = enforcer.keep_mask(part.name, owner) if is_masked else _all_of(weight)
     if weight is not None and keep is not None:

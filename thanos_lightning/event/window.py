@@ -16,11 +16,11 @@ from torch import Tensor
 
 from thanos_lightning.collect.collector import Moments
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.event.experts import choose_experts, drop_experts, lend, lenders
+from thanos_lightning.event.experts import Sums, choose_experts, drop_experts, lend, lenders
 from thanos_lightning.event.order import of_ordered_inputs, order_channels, rows_of
 from thanos_lightning.event.reconstruct import Solved, reconstruct
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.layers.blocks import Block
-from thanos_lightning.layers.experts import Mixture
 from thanos_lightning.layers.lora import Adapted, adapters_of, collect, collect_merged, write_merged
 from thanos_lightning.layers.targets import Layer
 from thanos_lightning.plan.allocation import LayerSensitivity
@@ -38,35 +38,26 @@ from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer,
 
 def prune_window(
     window: Window,
-    layers: Mapping[str, Layer],
+    targets: Targets,
     moments: Moments,
-    *,
-    access: ParameterAccess,
     enforcer: MaskEnforcer,
     options: SolverOptions,
-    coupled: Mapping[str, Sequence[View]] | None = None,
+    *,
     later: Collection[str] = (),
-    reordered: Mapping[str, Sequence[View]] | None = None,
     blocks: Mapping[str, Block] | None = None,
-    mixtures: Mapping[str, Mixture] | None = None,
     now: Callable[[Part], None] = lambda _: None,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
     """Solve the layers of a window, write them, and hold their masks. All ranks must call it.
 
     Args:
         window: The layers that are pruned now, by name, with their patterns.
-        layers: All of these layers.
+        targets: All layers of the training, and what goes with them.
         moments: What was collected in the window, and which rank owns each layer.
-        access: Reads and writes weights.
         enforcer: Holds the masks from now on.
         options: How a layer is solved.
-        coupled: Down layer -> weights and biases whose rows go with the channels that it loses.
         later: Layers that a later window prunes, too. Such a layer stays as it is if no token has reached it; any other
             layer without tokens is pruned by magnitude. Both cases warn.
-        reordered: Down layer -> weights and biases that feed it, for blocks whose channels are reordered before the
-            solve. Their output weights are reordered as well.
         blocks: Trained after the solves, if the moments have what they got and gave.
-        mixtures: Experts of these go as a whole where their down layers have the pattern `Experts`.
         now: Called when another part of the event begins.
 
     Returns:
@@ -77,76 +68,90 @@ def prune_window(
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory. No layer is
             pruned.
     """
+    access, owners = enforcer.access, moments.owners
+    layers = {name: targets.layers[name] for name in window.patterns}
     experts = {name: layer for name, layer in layers.items() if isinstance(window.patterns[name], Experts)}
     chosen = {name: layer for name, layer in layers.items() if name not in experts}
-    blind: list[str] = []
-    tokens: dict[str, int] = {}
-    lent: dict[str, tuple[str, ...]] = {}
+    sums = Sums({}, {}, {})
+    dropped: list[tuple[list[str], LayerReport]] = []
     if moments.accumulators is not None:
-        tokens = tokens_seen(layers, moments.accumulators, access)
-        lent = lenders(chosen, tokens)
-        postponed, blind = _divide([name for name in chosen if not tokens[name] and name not in lent], later)
-        if options.uses_correlations:
-            borrowed = {name: sum(tokens[other] for other in others) for name, others in lent.items()}
-            _warn_of_few({name: borrowed.get(name, tokens[name]) for name in chosen}, chosen)
-        chosen = {name: layer for name, layer in chosen.items() if name not in postponed}
-    seen = {name: layer for name, layer in chosen.items() if name not in blind}
-    owners = moments.owners
-    sums = None
-    if moments.accumulators is not None:
-        counted = {name: layer for name, layer in (seen | experts).items() if tokens[name]}
-        sums = sum_on_owners(counted, moments.accumulators, tokens, owners, access)
-        lend(sums, lent, chosen, tokens, owners, access)
-    going = []
-    if experts:
-        assert sums is not None, "refused where a method has no statistics"
-        gone = {name for name in experts if enforcer.is_gone(name)}
-        going = choose_experts(mixtures or {}, experts, window.patterns, sums, tokens, owners, gone, access)
+        sums = _sum(layers, chosen, layers, moments, access)
+        _divide(chosen, sums, later, warns_of_few=options.uses_correlations)
+        if experts:
+            dropped = choose_experts(targets.mixtures, experts, window.patterns, sums, owners, enforcer)
+    reordered = {name: parts for name, parts in targets.reordered.items() if name in chosen and sums.reach(name)}
     sizes = {name: _bytes_of(layer) for name, layer in chosen.items()}
-    own = {name: size for name, size in sizes.items() if owners[name] == access.rank}
-    ordered = {} if sums is None else {name: parts for name, parts in (reordered or {}).items() if name in seen}
-    own = needed_in_order(own, ordered, layers)
-    reserve(own, access)
-    if sums is not None and ordered:
-        title = f"Ordering channels at step {window.event.step}"
-        orders = order_channels(ordered, layers, window.patterns, sums, owners, access, enforcer, title)
-        for name, order in orders.items():
-            if name in sums:
-                sums[name] = of_ordered_inputs(sums[name], order)
-            for one in ordered[name]:
-                if (of_outputs := moments.output_weights.get(one.name)) is not None:
-                    of_outputs.copy_(of_outputs[rows_of(order, one).to(of_outputs.device)])
+    owned = {name: size for name, size in sizes.items() if owners[name] == access.rank}
+    reserve(needed_in_order(owned, reordered, layers), access)
+    if reordered:
+        _reorder(reordered, window, layers, sums, moments, enforcer)
     # All ranks exchange tensors before the first solve, so that no rank waits for the solve of another rank
-    weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
+    collected = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
     earlier = {name: enforcer.keep_mask(name, owners[name]) for name in chosen}
-    mine = {name: weight for name, weight in weights.items() if weight is not None}
-    del weights
+    weights = {name: weight for name, weight in collected.items() if weight is not None}
+    del collected
     largest = dict(sorted(sizes.items(), key=lambda item: item[1])[-1:])  # none if only experts are dropped
-    kept, own_reports = _solve(window, mine, earlier, sums or {}, moments.output_weights, options, largest, access)
-    solved = access.union(own_reports)
+    solved, reports = _solve(window, weights, earlier, sums.of_owner, moments.output_weights, options, largest, access)
+    reports = access.union(reports)
     trained: list[BlockReport] = []
     if moments.states is not None and blocks:
         now("reconstructing")
-        targets = {
-            name: [chosen[layer] for layer in block.layers if layer in chosen]
-            for name, block in blocks.items()
-            if not chosen.keys().isdisjoint(block.layers)
+        layers_of = {
+            name: [chosen[layer] for layer in block.layers if layer in chosen] for name, block in blocks.items()
         }
+        layers_of = {name: layers for name, layers in layers_of.items() if layers}
         title = f"Reconstructing at step {window.event.step}"
-        owners, trained = reconstruct(moments.states, targets, kept, owners, access, title)
+        owners, trained = reconstruct(moments.states, layers_of, solved, owners, access, title)
     now("writing")
+    num_pruned = {name: number for name, (_, number) in reports.items()}
     with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:
         for name, layer in chosen.items():
-            result = kept.pop(name, None)
-            weight, keep = (None, None) if result is None else (result.weight, result.keep)
-            enforcer.hold(name, write_merged(layer, weight, keep, owners[name], access), solved[name][1])
-            for one in (coupled or {}).get(name, ()):
-                _write_owned(one, keep, owners[name], access, enforcer)
+            _write(layer, solved.pop(name, None), num_pruned[name], owners[name], targets, enforcer)
             phase.advance()
-    for downs, _ in going:
-        drop_experts(downs, experts, coupled or {}, moments.owners, access, enforcer)
-    reports = [replace(solved[name][0], tokens=tokens.get(name)) for name in chosen]
-    return [*reports, *(report for _, report in going)], trained
+    for downs, _ in dropped:
+        drop_experts(downs, experts, targets.coupled, moments.owners, enforcer)
+    of_layers = [replace(reports[name][0], tokens=sums.tokens.get(name)) for name in chosen]
+    return [*of_layers, *(report for _, report in dropped)], trained
+
+
+def _sum(
+    layers: Mapping[str, Layer],
+    solved: Mapping[str, Layer],
+    summed: Mapping[str, Layer],
+    moments: Moments,
+    access: ParameterAccess,
+) -> Sums:
+    """Sum the statistics of a window on the owners. All ranks must call it.
+
+    Of the `layers`, those to be solved may borrow from other experts, and those to be `summed` have their own
+    statistics brought to their owners.
+    """
+    assert moments.accumulators is not None
+    tokens = tokens_seen(layers, moments.accumulators, access)
+    lent = lenders(solved, tokens)
+    counted = {name: layer for name, layer in summed.items() if tokens[name]}
+    sums = sum_on_owners(counted, moments.accumulators, tokens, moments.owners, access, stay=moments.stay)
+    lend(sums, lent, solved, tokens, moments.owners, access)
+    return Sums(tokens, lent, sums)
+
+
+def _reorder(
+    reordered: Mapping[str, Sequence[View]],
+    window: Window,
+    layers: Mapping[str, Layer],
+    sums: Sums,
+    moments: Moments,
+    enforcer: MaskEnforcer,
+) -> None:
+    """Put channels into a better order: weights, statistics and output weights. All ranks must call it."""
+    title = f"Ordering channels at step {window.event.step}"
+    orders = order_channels(reordered, layers, window.patterns, sums.of_owner, moments.owners, enforcer, title)
+    for name, order in orders.items():
+        if name in sums.of_owner:
+            sums.of_owner[name] = of_ordered_inputs(sums.of_owner[name], order)
+        for part in reordered[name]:
+            if (of_outputs := moments.output_weights.get(part.name)) is not None:
+                of_outputs.copy_(of_outputs[rows_of(order, part).to(of_outputs.device)])
 
 
 def _solve(
@@ -220,58 +225,60 @@ def needed_in_order(
     return needed
 
 
-def _write_owned(part: View, keep: Tensor | None, owner: int, access: ParameterAccess, enforcer: MaskEnforcer) -> None:
-    """Prune what the channels own that a down layer has lost. `keep` is the down layer's, on its owner."""
+def _write(
+    layer: Layer, solved: Solved | None, num_pruned: int, owner: int, targets: Targets, enforcer: MaskEnforcer
+) -> None:
+    """Write a layer as it was solved, on its owner, and the rows that go with its channels. Hold their masks."""
+    weight, keep = (None, None) if solved is None else (solved.weight, solved.keep)
+    enforcer.hold(layer.name, write_merged(layer, weight, keep, owner, enforcer.access), num_pruned)
+    for part in targets.coupled.get(layer.name, ()):
+        _write_coupled(part, keep, owner, enforcer)
+
+
+def _write_coupled(part: View, keep: Tensor | None, owner: int, enforcer: MaskEnforcer) -> None:
+    """Prune the rows of channels that a down layer has lost. `keep` is the down layer's, on its owner."""
+    access = enforcer.access
     weight, earlier = collect_merged(part, owner, access), enforcer.keep_mask(part.name, owner)
-    own = None
+    kept_rows = None
     if keep is not None and weight is not None:
         rows = keep.any(0).repeat(part.rows // keep.shape[1])  # row i, width + i, … is of channel i
-        own = rows.unsqueeze(1).expand(part.rows, part.cols).to(weight.device)
-        own = own if earlier is None else own & earlier.to(own.device)
-        weight = weight.where(own, 0)
-    num_pruned = access.gather(0 if own is None else own.numel() - int(own.count_nonzero()))[owner]
-    enforcer.hold(part.name, write_merged(part, weight, own, owner, access), num_pruned)
+        kept_rows = rows.unsqueeze(1).expand(part.rows, part.cols).to(weight.device)
+        kept_rows = kept_rows if earlier is None else kept_rows & earlier.to(kept_rows.device)
+        weight = weight.where(kept_rows, 0)
+    num_pruned = access.gather(0 if kept_rows is None else kept_rows.numel() - int(kept_rows.count_nonzero()))[owner]
+    enforcer.hold(part.name, write_merged(part, weight, kept_rows, owner, access), num_pruned)
 
 
 def scan_window(
     window: Window,
     layers: Mapping[str, Layer],
     moments: Moments,
-    *,
     access: ParameterAccess,
     options: SolverOptions,
     tried: Mapping[str, Sequence[Pattern]],
 ) -> dict[str, LayerSensitivity]:
     """Find what each layer of a window would lose, for an allocation: name -> sensitivity. No weight changes.
 
-    All ranks must call it, and return the same.
-    `tried` has the patterns whose losses the scan computes for each layer. The scan skips ADMM and refinement, which
-    change little between layers. It passes by experts that may go as a whole.
+    All ranks must call it, and return the same. `tried` has the patterns whose losses the scan computes for each layer.
+    The scan skips ADMM and refinement, which change little between layers, and experts that may go as a whole.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.
     """
-    assert moments.accumulators is not None, "refused where a method has no statistics"
-    tokens = tokens_seen(layers, moments.accumulators, access)
     solved = {name: layer for name, layer in layers.items() if not isinstance(window.patterns[name], Experts)}
-    lent = lenders(solved, tokens)
-    chosen = {name: layer for name, layer in solved.items() if tokens[name] or name in lent}
-    owners = moments.owners
-    counted = {name: layer for name, layer in chosen.items() if tokens[name]}
-    sums = sum_on_owners(counted, moments.accumulators, tokens, owners, access, stay=moments.stay)
-    lend(sums, lent, layers, tokens, owners, access)
-    in_fp32 = {name: 4 * layer.rows * layer.cols for name, layer in chosen.items() if owners[name] == access.rank}
-    reserve(in_fp32, access)
-    weights = {name: collect(layer, owners[name], access) for name, layer in chosen.items()}
+    sums = _sum(layers, solved, solved, moments, access)
+    chosen = {name: layer for name, layer in solved.items() if sums.reach(name)}
+    owned = {name: layer for name, layer in chosen.items() if moments.owners[name] == access.rank}
+    reserve({name: 4 * layer.rows * layer.cols for name, layer in owned.items()}, access)  # in fp32
+    weights = {name: collect(layer, moments.owners[name], access) for name, layer in chosen.items()}
     scanned: dict[str, LayerSensitivity] = {}
-    failures = Failures(access)
-    mine, in_turn = [name for name in chosen if weights[name] is not None], FactorsInTurn()
-    with open_phase("Finding out what each layer would lose", len(mine), "layers") as phase:
-        for name, following in itertools.zip_longest(mine, mine[1:]):
+    failures, in_turn, names = Failures(access), FactorsInTurn(), list(owned)
+    with open_phase("Finding out what each layer would lose", len(names), "layers") as phase:
+        for name, following in itertools.zip_longest(names, names[1:], fillvalue=""):
             weight = weights.pop(name)
             assert weight is not None
             with failures.catching(layer=name):
-                inputs = in_turn.take(sums.pop(name), None if following is None else sums[following])
+                inputs = in_turn.take(sums.of_owner.pop(name), sums.of_owner.get(following))
                 scanned[name] = _scan_layer(
                     weight.merged(), inputs, tried[name], options, moments.output_weights.get(name)
                 )
@@ -314,8 +321,9 @@ def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, Layer]) -> None
         )
 
 
-def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], list[str]]:
-    """Split unseen layers into those that a later window prunes and those that are pruned by magnitude now."""
+def _divide(chosen: dict[str, Layer], sums: Sums, later: Collection[str], *, warns_of_few: bool) -> None:
+    """Leave out layers that no token has reached if a later window prunes them. The others will be solved blindly."""
+    unseen = [name for name in chosen if not sums.reach(name)]
     postponed = [name for name in unseen if name in later]
     blind = [name for name in unseen if name not in later]
     why = "no token has reached (an expert may get none; attention may read a weight without calling its layer)"
@@ -326,4 +334,8 @@ def _divide(unseen: Sequence[str], later: Collection[str]) -> tuple[list[str], l
         if names:
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             rank_zero_warn(f"{len(names)} layer(s) that {why} are {what}: {some}")
-    return postponed, blind
+    if warns_of_few:
+        borrowed = {name: sum(sums.tokens[other] for other in others) for name, others in sums.lent.items()}
+        _warn_of_few({name: borrowed.get(name, sums.tokens[name]) for name in chosen}, chosen)
+    for name in postponed:
+        del chosen[name]

@@ -11,7 +11,7 @@ import rich
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from thanos_lightning.event.channels import Targets
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.layers.census import Census, take_census
 from thanos_lightning.plan.estimate import Batches, Estimate, estimate
 from thanos_lightning.plan.options import PruningOptions

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from thanos_lightning.collect.collector import Collector, Moments, loss_scale
 from thanos_lightning.enforcement import MaskEnforcer
-from thanos_lightning.event.channels import Targets
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.event.window import prune_window, scan_window
 from thanos_lightning.fit.announce import announce, estimate_of
 from thanos_lightning.fit.lightning_private import end_on_sigterm, has_sigterm, logged_step
@@ -384,9 +384,9 @@ class PruningRun:
             window,
             self._layers_of(window),
             moments,
-            access=self.access,
-            options=self.options.solver,
-            tried=self.planner.to_try(window.patterns),
+            self.access,
+            self.options.solver,
+            self.planner.to_try(window.patterns),
         )
         if window.is_last:
             self.windows = self._plan()
@@ -398,20 +398,17 @@ class PruningRun:
         report = self.past.report
         moments = self._moments(window)
         self._clock.now("solving")
+        targets = self.targets
+        if self.past.optimizer_steps:  # optimizers' moments have the old order
+            targets = replace(targets, reordered={})
         layers, blocks = prune_window(
             window,
-            self._layers_of(window),
+            targets,
             moments,
-            access=self.access,
-            enforcer=self.enforcer,
-            options=self.options.solver,
-            coupled=self.targets.coupled,
-            reordered={}
-            if self.past.optimizer_steps
-            else self.targets.reordered,  # optimizers' moments have the old order
+            self.enforcer,
+            self.options.solver,
             later={name for other in self.windows[self.past.windows_done + 1 :] for name in other.patterns},
             blocks=self.blocks,
-            mixtures=self.targets.mixtures,
             now=self._clock.now,
         )
         pruned = {layer.name for layer in layers}

@@ -143,13 +143,12 @@ def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
     statistics = HessianAccumulator(32)
     statistics.update(inputs)
     layers = find_targets(model, "*", ())
-    access = ParameterAccess()
-    enforcer = MaskEnforcer(layers, access)
+    enforcer = MaskEnforcer(layers, ParameterAccess())
     enforcer.begin()
     keep = torch.rand(64, 8) < 0.5
     enforcer.set_mask("0", keep)
     (order,) = order_channels(
-        {"1": [layers["0"]]}, layers, {"1": NM(2, 4)}, {"1": statistics}, {"1": 0}, access, enforcer, ""
+        {"1": [layers["0"]]}, layers, {"1": NM(2, 4)}, {"1": statistics}, {"1": 0}, enforcer, ""
     ).values()
     assert order.sort().values.equal(torch.arange(32))
     assert not order.equal(torch.arange(32))

@@ -9,6 +9,7 @@ from toy import Alike, counted
 
 from thanos_lightning.collect.collector import Moments
 from thanos_lightning.enforcement import MaskEnforcer, ZeroViolationError
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.event.window import needed_in_order, prune_window
 from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.schedule import Event
@@ -26,14 +27,14 @@ pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS) -> list[LayerReport]:
-    layers, access = find_targets(model), ParameterAccess()
+    layers = find_targets(model)
+    patterns = dict.fromkeys(layers, NM(2, 4))
     reports, _ = prune_window(
-        Window(Event(1, 1.0), dict.fromkeys(layers, NM(2, 4)), 0, 1, is_last=True),
-        layers,
+        Window(Event(1, 1.0), patterns, 0, 1, is_last=True),
+        Targets(layers, patterns),
         Moments(assign_owners(layers, 1), counted(model, inputs)),
-        access=access,
-        enforcer=MaskEnforcer(layers, access),
-        options=options,
+        MaskEnforcer(layers, ParameterAccess()),
+        options,
     )
     return reports
 
@@ -117,7 +118,7 @@ def test_earlier_masks_are_kept() -> None:
     for sparsity in (0.3, 0.6):
         window = Window(Event(1, 1.0), {"0": Unstructured(sparsity)}, 1, 1, is_last=True)
         before = enforcer.keep_mask("0")
-        prune_window(window, layers, Moments({"0": 0}), access=access, enforcer=enforcer, options=options)
+        prune_window(window, Targets(layers, window.patterns), Moments({"0": 0}), enforcer, options)
         with torch.no_grad():  # the weights of the first event come back, large: their mask must win
             model[0].weight += 10 * (model[0].weight == 0)
     keep = enforcer.keep_mask("0")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
-from thanos_lightning.event.channels import Targets
+from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit import announce
 from thanos_lightning.fit.announce import describe
 from thanos_lightning.layers.census import Census

@@ -1,0 +1,85 @@
+"""The targets of a training: layers with their final patterns, and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+
+from thanos_lightning.layers.blocks import Block
+from thanos_lightning.layers.experts import Mixture
+from thanos_lightning.layers.targets import Layer
+from thanos_lightning.ranks.view import View
+from thanos_lightning.solver import Channels, Experts, Pattern
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is pruned where channels or experts are."""
+
+    # by name, those to solve: of a feed-forward block, or of an expert that may go, the down layer
+    layers: Mapping[str, Layer]
+    final: Mapping[str, Pattern]  # by name of such a layer, its pattern at the end
+    # by down layer, the weights and biases that compute its inputs: entry i, width + i, … along their rows is of
+    # channel i; of an expert that may go, all of them go with it
+    coupled: Mapping[str, Sequence[View]] = field(default_factory=dict)
+    # the same for down layers of which the channels get another order before the first event
+    reordered: Mapping[str, Sequence[View]] = field(default_factory=dict)
+    keeps_order: str | None = None  # why no channels get another order; None if some do, or none was asked for
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)  # by name, those of which experts may go
+
+    def check_zeros(self, name: str, zeros: int) -> None:
+        """Refuse a down layer of which more channels than asked for were zero before the training."""
+        pattern, width = self.final[name], self.layers[name].cols
+        if isinstance(pattern, Experts):
+            return
+        assert isinstance(pattern, Channels)
+        if zeros > pattern.num_columns(width):
+            raise ValueError(
+                f"{zeros} of {width} channels of {name} are zero already, and {pattern.num_columns(width)} are to be "
+                "pruned in each block: raise the sparsity"
+            )
+
+    def trainable(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """The blocks that may be trained: on a copy, whose router would not know which experts went."""
+        experts = {mixture.experts for mixture in self.mixtures.values()}
+        return {name: block for name, block in blocks.items() if experts.isdisjoint(block.module.modules())}
+
+    def without_order(self, held: Set[str]) -> Targets:
+        """The same, where down layers that have zeros already keep the order of their channels."""
+        if not self.reordered or held.isdisjoint(self.reordered):
+            return self
+        reordered = {name: parts for name, parts in self.reordered.items() if name not in held}
+        return replace(
+            self, reordered=reordered, keeps_order=None if reordered else "the down layers are pruned already"
+        )
+
+    @property
+    def in_words(self) -> str | None:
+        """How many channels or experts are kept at the end; None if neither are units of pruning."""
+        for name in self.coupled:
+            pattern, width = self.final[name], self.layers[name].cols
+            if isinstance(pattern, Experts):
+                mixture = next(iter(self.mixtures.values()))
+                kept = mixture.size - pattern.num_experts(mixture.size, mixture.groups)
+                return (
+                    f"{kept:,} of {mixture.size:,} experts stay in each of {len(self.mixtures)} mixtures, "
+                    f"{mixture.top_k} for each token"
+                )
+            assert isinstance(pattern, Channels)
+            kept = width - pattern.num_columns(width)
+            return f"{kept:,} of {width:,} channels stay in each of {len(self.coupled)} feed-forward blocks"
+        return None
+
+    @property
+    def order_in_words(self) -> str | None:
+        """Whether channels get another order; None if none was asked for."""
+        if self.keeps_order is not None:
+            return f"channels keep theirs: {self.keeps_order}"
+        if not self.reordered:
+            return None
+        return f"channels of {len(self.reordered)} feed-forward blocks get one in which less is lost"
+
+
+def home_of(name: str, models: Collection[str]) -> str:
+    """The outermost of the models that a layer is in; "" if it is in none, or if all is one model."""
+    return min((model for model in models if name.startswith(f"{model}.") or not model), key=len, default="")
