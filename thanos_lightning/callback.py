@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
-from thanos_lightning.event.channels import take_channels, with_free_channels
-from thanos_lightning.event.experts import route_as_saved, take_experts
-from thanos_lightning.event.targets import Targets
+from thanos_lightning.event.channels import choose_targets, proven_blocks, with_reordered
+from thanos_lightning.event.experts import route_as_saved
 from thanos_lightning.fit.lightning_private import after_configure_model, note_sigterm, saves_shards
 from thanos_lightning.fit.other_callbacks import Farewell, call_last, check_companions, check_trainer, saved_checkpoint
 from thanos_lightning.fit.past import Past
@@ -46,7 +46,7 @@ from thanos_lightning.ranks.talk import Ranks
 from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
-from thanos_lightning.solver import Channels, Experts, Pattern, parse_pattern
+from thanos_lightning.solver import Pattern, parse_pattern
 from thanos_lightning.solver.layer import SolverOptions
 
 
@@ -204,14 +204,11 @@ class ThanosPruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        options, targets = self.options, Targets(self._layers, self._final)
-        if any(isinstance(pattern, Experts) for pattern in self._final.values()):
-            targets = take_experts(pl_module, self._layers, self._final)
-        elif any(isinstance(pattern, Channels) for pattern in self._final.values()):
-            targets = take_channels(trainer, pl_module, self._layers, self._final, options.multiple_of)
+        options, find = self.options, partial(proven_blocks, trainer, pl_module)
+        targets = choose_targets(pl_module, self._layers, self._final, options.multiple_of, find)
         options = options.with_pattern(targets.final)
         if options.reorders and self._restored is None and trainer.global_step == 0:
-            targets = with_free_channels(targets, trainer, pl_module)
+            targets = with_reordered(targets, trainer, pl_module)
         run = PruningRun(options, self._past, targets, trainer, pl_module)
         if self._forgets_masks and self._restored is None:
             raise MisconfigurationException(

@@ -629,7 +629,7 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
     ("arguments", "max_steps", "words"),
     [
         ({}, 40, "not the first ones of this run: max_steps was 20 and is 40. Go on"),
-        ({"schedule": SparsitySchedule(2, 10, 4)}, 40, "other arguments of the callback count than before: schedule"),
+        ({"schedule": SparsitySchedule(2, 10, 4)}, 40, "these arguments differ from the checkpoint's and apply from now on: schedule"),
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
@@ -645,7 +645,7 @@ def test_a_plan_may_change_ahead_but_not_behind(
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path, pruning(schedule=SparsitySchedule(0.1, 0.5, 0.2)), saving, steps=20, enable_checkpointing=True)
     again = pruning(**{"schedule": SparsitySchedule(0.1, 0.5, 0.2), **arguments})
-    is_taken = words.startswith("other arguments")
+    is_taken = words.startswith("these arguments")
     with pytest.warns(match=words) if is_taken else pytest.raises(MisconfigurationException, match=words):
         fit(tmp_path, again, steps=max_steps, start=tmp_path / "step=8.ckpt")
 
@@ -667,7 +667,7 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
     def said(callback: ThanosPruningCallback) -> list[str]:
         recwarn.clear()
         fit(tmp_path / "again", callback, start=tmp_path / "end.ckpt")
-        return [str(warning.message) for warning in recwarn if "other arguments" in str(warning.message)]
+        return [str(warning.message) for warning in recwarn if "these arguments" in str(warning.message)]
 
     assert said(Subclass()) == []
     (message,) = said(Subclass(damping=0.1, verify_every_n_steps=0, method="sparsegpt"))

@@ -29,8 +29,7 @@ from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.training import AUTO, CLI
 from thanos_lightning.collect.tiny_input import tiny_run
-from thanos_lightning.event.channels import found_or_declared, take
-from thanos_lightning.event.experts import take_experts
+from thanos_lightning.event.channels import choose_targets, found_or_declared
 from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit.announce import describe
 from thanos_lightning.fit.other_callbacks import check_companions
@@ -51,7 +50,7 @@ from thanos_lightning.plan.shares import Share, share_of, zero_of
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.ranks.choice import check_strategy
 from thanos_lightning.ranks.fsdp import require_rows
-from thanos_lightning.solver import Channels, Experts
+from thanos_lightning.solver import Channels
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -208,8 +207,7 @@ class Plan:
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         module = self._of_deepspeed if of_deepspeed else self.module
         options, targets = self._taken(module, options or self.options)
-        layers = dict(targets.layers)
-        masked = {**layers, **{part.name: part for parts in targets.coupled.values() for part in parts}}
+        layers, masked = dict(targets.layers), targets.masked
         planner = Planner(options, options.schedule, self._can_differentiate(options, strategy))
         windows = planner.plan(trainer, layers, targets.final, None)
         census = take_census(module, masked)
@@ -249,11 +247,8 @@ class Plan:
     def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Targets]:
         """What is pruned, and the options with the sparsity that channels and experts really have."""
         layers = find_targets(module, options.targets, options.ignore)
-        targets = Targets(layers, assign_patterns(layers, options.pattern, options.overrides))
-        if any(isinstance(pattern, Experts) for pattern in targets.final.values()):
-            targets = take_experts(module, layers, targets.final)
-        elif any(isinstance(pattern, Channels) for pattern in targets.final.values()):
-            targets = take(module, self._feed_forwards, layers, targets.final, options.multiple_of)
+        final = assign_patterns(layers, options.pattern, options.overrides)
+        targets = choose_targets(module, layers, final, options.multiple_of, lambda: self._feed_forwards)
         return options.with_pattern(targets.final), targets
 
     def _can_differentiate(self, options: PruningOptions, strategy: Strategy | None) -> bool:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.collect.tiny_input import tiny_run
+from thanos_lightning.event.experts import take_experts
 from thanos_lightning.event.targets import Targets, home_of
 from thanos_lightning.layers.feedforward import (
     FeedForward,
@@ -27,28 +28,40 @@ from thanos_lightning.layers.feedforward import (
 from thanos_lightning.layers.lora import MaskedAdapter, base_of
 from thanos_lightning.layers.targets import Layer, examples, find_targets, layer_of, prunable_modules
 from thanos_lightning.ranks.view import View, whole_shape
-from thanos_lightning.solver import NM, Channels, Pattern
+from thanos_lightning.solver import NM, Channels, Experts, Pattern
 
 
-def take_channels(
-    trainer: Trainer,
+def choose_targets(
     module: LightningModule,
     layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
     multiple_of: int,
+    find: Callable[[], Sequence[FeedForward]],
 ) -> Targets:
-    """Find the feed-forward blocks of the module, prove them, and `take` them. All ranks must call it.
+    """The targets of a training: layers, or feed-forward blocks or experts where their patterns ask for these.
+
+    `find` returns the module's feed-forward blocks.
 
     Raises:
-        ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
+        ValueError: If channels or experts can't be taken out of the model. The message says why.
     """
+    kinds = {type(pattern) for pattern in final.values()}
+    if Experts in kinds:
+        return take_experts(module, layers, final)
+    if Channels in kinds:
+        return take_channels(module, find(), layers, final, multiple_of)
+    return Targets(layers, final)
+
+
+def proven_blocks(trainer: Trainer, module: LightningModule) -> list[FeedForward]:
+    """Find the feed-forward blocks of the module, and prove them. All ranks must call it."""
     with tiny_run(trainer, module) as run:
         blocks = found_or_declared(module, run)
         check_feed_forwards(module, blocks, run, found=getattr(module, "feed_forwards", None) is None)
-    return take(module, blocks, layers, final, multiple_of)
+    return blocks
 
 
-def take(
+def take_channels(
     module: LightningModule,
     blocks: Sequence[FeedForward],
     layers: Mapping[str, Layer],
@@ -102,7 +115,7 @@ def take(
     return targets
 
 
-def with_free_channels(targets: Targets, trainer: Trainer, module: LightningModule) -> Targets:
+def with_reordered(targets: Targets, trainer: Trainer, module: LightningModule) -> Targets:
     """Add the channels that may get another order: those of feed-forward blocks whose down layer gets N:M.
 
     All ranks must call it. If there are none, the reason is added.

@@ -27,6 +27,11 @@ class Targets:
     keeps_order: str | None = None  # why no channels get another order; None if some do, or none was asked for
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)  # by name, those of which experts may go
 
+    @property
+    def masked(self) -> dict[str, View]:
+        """All that may get a mask, by name: the layers, and what goes with them."""
+        return {**self.layers, **{part.name: part for parts in self.coupled.values() for part in parts}}
+
     def check_zeros(self, name: str, zeros: int) -> None:
         """Refuse a down layer of which more channels than asked for were zero before the training."""
         pattern, width = self.final[name], self.layers[name].cols

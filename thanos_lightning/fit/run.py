@@ -68,7 +68,7 @@ class PruningRun:
     ) -> None:
         self._asked, self.past = options, past
         self.layers, self.final, self.targets = targets.layers, targets.final, targets
-        self.masked = {**self.layers, **{part.name: part for parts in targets.coupled.values() for part in parts}}
+        self.masked = targets.masked
         self.trainer, self.module = trainer, module
         self.access = self._choose_access()
         check_alike(self.access.gather(steps_of(trainer)))
@@ -120,20 +120,13 @@ class PruningRun:
 
         `restored` is the state of a checkpoint, or of the same Trainer's previous fit; None for a fresh training.
         """
-        options, past, trainer = self.options, self.past, self.trainer
+        past, trainer = self.past, self.trainer
         changed: dict[str, str] = {}
         if restored is not None:
             changed = differences(restored["arguments"], past.arguments(self._asked))
             past.patterns.update(self.enforcer.restore(restored["masks"], restored["pruned"], changed))
         else:
-            if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
-                raise MisconfigurationException(
-                    f"another training has dropped experts of {lacking[0]}, of which this one knows nothing: go on "
-                    "with its callback and Trainer, or its checkpoint (ckpt_path), or train the model that it exports"
-                )
-            self._hold_zeros()
-            if trainer.global_step > 0:  # the checkpoint was saved without the callback
-                past.optimizer_steps = _steps_without_state(trainer)
+            self._begin_anew()
         self._route()
         self._steps_seen = past.optimizer_steps
         self._plan_within_memory(restored)
@@ -142,29 +135,16 @@ class PruningRun:
             begun += restored["collected"] is not None
             check_begun(self.windows[:begun], restored["windows"][:begun], changed)
         check_ahead(self.windows[begun:], past.optimizer_steps)
-        if options.monitor is not None:
-            past.report.summary.metric = options.monitor
-            if not trainer.enable_validation:
-                raise MisconfigurationException(
-                    f"monitor is {options.monitor!r}, but the Trainer has no validation: give a validation dataloader, "
-                    "or monitor=None"
-                )
-        optimizers = self.access.optimizers
-        # The first optimizer that updates a target. Its steps are the steps of the schedule
-        stepped = {id(self.access.stepped(layer)) for layer in self.layers.values()}
-        counting = next(
-            (one for one in optimizers if any(id(tensor) in stepped for tensor in tensors_of(one))), optimizers[0]
-        )
-        for optimizer in optimizers:
-            hook = optimizer.register_step_post_hook(partial(self._after_step, counts=optimizer is counting))
-            self._hooks.enter_context(hook)
+        self._check_monitor()
+        self._hook_optimizers()
         if restored is not None and restored["collected"] is not None:
             # The window in whose midst the checkpoint was saved
             self.collector.open(self.windows[past.windows_done], self.module)
             self.collector.load(restored["collected"])
         if changed:
-            said = "; ".join(changed.values())
-            rank_zero_warn(f"from here on, other arguments of the callback count than before: {said}")
+            rank_zero_warn(
+                f"these arguments differ from the checkpoint's and apply from now on: {'; '.join(changed.values())}"
+            )
         if past.windows_done < len(self.windows):
             self._held_back = hold_back_stopping(trainer)
         past.report.summary.recovered = None  # of an earlier end, from which this training goes on
@@ -178,6 +158,37 @@ class PruningRun:
         self._advance()
         if trainer.received_sigterm:
             raise SIGTERMException  # Lightning would train a batch first
+
+    def _begin_anew(self) -> None:
+        """Hold the zeros that the model has, and count the steps of a checkpoint without a state of the callback."""
+        if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
+            raise MisconfigurationException(
+                f"another training has dropped experts of {lacking[0]}, of which this training knows nothing: go on "
+                "with its callback and Trainer, or its checkpoint (ckpt_path), or train the model that it exports"
+            )
+        self._hold_zeros()
+        if self.trainer.global_step > 0:
+            self.past.optimizer_steps = _steps_without_state(self.trainer)
+
+    def _check_monitor(self) -> None:
+        if (monitor := self.options.monitor) is None:
+            return
+        self.past.report.summary.metric = monitor
+        if not self.trainer.enable_validation:
+            raise MisconfigurationException(
+                f"monitor is {monitor!r}, but the Trainer has no validation: give a validation dataloader, or "
+                "monitor=None"
+            )
+
+    def _hook_optimizers(self) -> None:
+        """Enforce masks after each step. The steps of the first optimizer that updates a target are the schedule's."""
+        optimizers = self.access.optimizers
+        stepped = {id(self.access.stepped(layer)) for layer in self.layers.values()}
+        updates = (optimizer for optimizer in optimizers if any(id(it) in stepped for it in tensors_of(optimizer)))
+        counting = next(updates, optimizers[0])
+        for optimizer in optimizers:
+            hook = optimizer.register_step_post_hook(partial(self._after_step, counts=optimizer is counting))
+            self._hooks.enter_context(hook)
 
     def _route(self) -> None:
         """Let the routers choose among the experts that are left."""
@@ -195,9 +206,9 @@ class PruningRun:
         if held:
             first, pattern = next(iter(held.items()))
             rank_zero_warn(
-                f"{len(held)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros: these "
-                "are kept from the first step on, and count towards the pattern. What the report calls dense is this "
-                "model. (To train such a layer's zeros, add it to ignore)"
+                f"{len(held)} target(s) are pruned already, such as {first} with {pattern.sparsity:.1%} zeros. Their "
+                'zeros are kept and count towards the target. "dense" in the report means this already pruned model. '
+                "To let a layer's zeros be trained, add the layer to ignore"
             )
 
     # The plan

@@ -213,14 +213,19 @@ def find_targets(
             f"The model has: {examples(prunable)}"
         )
     _refuse_bystanders(model, chosen, targets)
+    _check_adapters(chosen)
+    _check_weights(chosen)
+    return _joined(model, chosen)
+
+
+def _joined(model: nn.Module, chosen: Mapping[str, PrunableModule]) -> dict[str, Layer]:
+    """The layers of these modules. Modules that share a weight are one layer."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
-    _check_adapters(chosen)
-    _check_weights(chosen)
     layers: dict[str, Layer] = {}
-    seen: set[int] = set()
+    joined: set[int] = set()  # weights
     shared: dict[str, str] = {}  # layer -> module that shares its weight but is no target
     experts: dict[tuple[int, int], str] = {}
     for name, module in chosen.items():
@@ -233,15 +238,14 @@ def find_targets(
                     f"{name!r} and all like it to ignore"
                 )
             continue
-        if id(module.weight) in seen:
+        if id(module.weight) in joined:
             continue
-        seen.add(id(module.weight))
+        joined.add(id(module.weight))
         names = holders[id(module.weight)]
-        outside = [other for other in names if other not in chosen]
-        if outside:
+        if outside := [other for other in names if other not in chosen]:
             shared[name] = outside[0]
         layers[name] = layer_of(name, *(chosen[other] for other in names if other in chosen))
-        if len(layers[name].modules) > 1 and any(isinstance(one, MaskedAdapter) for one in layers[name].modules):
+        if len(layers[name].modules) > 1 and any(isinstance(part, MaskedAdapter) for part in layers[name].modules):
             raise ValueError(
                 f"layers {examples(names)} share a weight and have adapters, each of which would be merged into it: "
                 f"add {to_add(names)} to ignore, or untie them"

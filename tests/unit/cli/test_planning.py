@@ -139,7 +139,7 @@ def test_what_is_offloaded_is_told_apart(fit: list[str], capsys: pytest.CaptureF
 def test_averaged_weights_are_held_beside_the_model(fit: list[str]) -> None:
     alone = outlook_of(*fit)
     averaged = outlook_of(*fit, "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging")
-    assert averaged.in_training - alone.in_training == alone.share.held.weights
+    assert averaged.in_training - alone.in_training == alone.share.bytes.weights
 
 
 def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +158,9 @@ def test_modules_of_a_users_own(fit: list[str]) -> None:
     share = outlook_of(*own, strategy, "--trainer.devices=4").share
     weights = 4 * sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert share.strategy == "FSDP2"
-    assert share.held.weights == weights / 4
-    assert share.held.moments == 2 * weights / 4
-    assert 0 < share.held.copies < weights
+    assert share.bytes.weights == weights / 4
+    assert share.bytes.moments == 2 * weights / 4
+    assert 0 < share.bytes.copies < weights
 
 
 @pytest.mark.parametrize(
