@@ -672,7 +672,7 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
     assert said(Subclass()) == []
     (message,) = said(Subclass(damping=0.1, verify_every_n_steps=0, method="sparsegpt"))
     assert message.endswith(
-        "count than before: solver.method was 'thanos' and is 'sparsegpt'; solver.damping was 0.01 and is 0.1; "
+        "apply from now on: solver.method was 'thanos' and is 'sparsegpt'; solver.damping was 0.01 and is 0.1; "
         "verify_every_n_steps was 100 and is 0"
     )
 
