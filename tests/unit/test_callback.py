@@ -629,7 +629,11 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
     ("arguments", "max_steps", "words"),
     [
         ({}, 40, "not the first ones of this run: max_steps was 20 and is 40. Go on"),
-        ({"schedule": SparsitySchedule(2, 10, 4)}, 40, "these arguments differ from the checkpoint's and apply from now on: schedule"),
+        (
+            {"schedule": SparsitySchedule(2, 10, 4)},
+            40,
+            "these arguments differ from the checkpoint's and apply from now on: schedule",
+        ),
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
