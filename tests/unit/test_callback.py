@@ -628,7 +628,7 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "max_steps", "words"),
     [
-        ({}, 40, "not the first ones of this run: max_steps was 20 and is 40. Go on"),
+        ({}, 40, r"than the checkpoint did in its first \d window\(s\): max_steps was 20 and is 40. Resume with"),
         (
             {"schedule": SparsitySchedule(2, 10, 4)},
             40,
@@ -637,9 +637,9 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
-            r"run: schedule was .*\(start_step=0.1, .*\) and is SparsitySchedule\(start_step=2.*\). Go on",
+            r"window\(s\): schedule was .*\(start_step=0.1, .*\) and is SparsitySchedule\(start_step=2.*\). Resume",
         ),
-        ({"pattern": "1:4"}, 20, r"run: pattern was NM\(n=2, m=4.*\) and is NM\(n=1, m=4.*\). Go on"),
+        ({"pattern": "1:4"}, 20, r"window\(s\): pattern was NM\(n=2, m=4.*\) and is NM\(n=1, m=4.*\). Resume"),
         ({"targets": ["*.mlp.*"]}, 20, r"q_proj.weight, which is no target now: targets was .* and is \['\*.mlp.\*'\]"),
     ],
 )

@@ -24,7 +24,7 @@ from thanos_lightning.plan.shares import stage_of
 from thanos_lightning.plan.windows import Window
 
 _GIB = 2**30
-_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradients on their way"}
+_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradient buffers"}
 _Change = tuple[str, dict[str, Any]]  # in words, and as arguments of `Plan.outlook`
 
 

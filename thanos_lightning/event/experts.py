@@ -278,7 +278,8 @@ def route_as_saved(module: nn.Module, masks: Mapping[str, Mapping[str, Any]], ra
 def lenders(layers: Mapping[str, View], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Experts' matrices that too few tokens have reached -> all of their kind in the layer that any has reached.
 
-    A matrix that lacks tokens is in its own list if one has reached it. Where none reached any, it has no list.
+    The list includes the matrix itself if a token has reached it. If no token has reached any expert of the layer, the
+    matrix is missing from the result.
     """
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():

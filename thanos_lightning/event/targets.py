@@ -77,12 +77,12 @@ class Targets:
 
     @property
     def order_in_words(self) -> str | None:
-        """Whether channels get another order; None if none was asked for."""
+        """Whether channels are permuted; None if it was not asked for."""
         if self.keeps_order is not None:
-            return f"channels keep theirs: {self.keeps_order}"
+            return f"channels are not permuted: {self.keeps_order}"
         if not self.reordered:
             return None
-        return f"channels of {len(self.reordered)} feed-forward blocks get one in which less is lost"
+        return f"{len(self.reordered)} feed-forward blocks: channels are permuted so that N:M loses less"
 
 
 def home_of(name: str, models: Collection[str]) -> str:

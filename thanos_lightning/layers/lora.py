@@ -6,16 +6,17 @@ import sys
 from abc import abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.view import View, whole_shape
 from thanos_lightning.solver.zeros import effective
+
+if TYPE_CHECKING:  # to import lightning takes seconds, and verification needs none of it
+    from lightning.pytorch.strategies import Strategy
 
 
 class LowRank(NamedTuple):
@@ -125,6 +126,8 @@ def mask_adapters(model: nn.Module) -> None:
 
 def prepare_adapters(model: nn.Module, strategy: Strategy) -> None:
     """Mask the adapters of a model that is about to be trained under a strategy."""
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
     mask_adapters(model)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         gather_whole(model)
@@ -132,6 +135,8 @@ def prepare_adapters(model: nn.Module, strategy: Strategy) -> None:
 
 def warn_of_adapters(model: nn.Module, pruned: Container[str]) -> None:
     """Warn of adapters on layers that are not pruned, and of adapters that an export can't merge."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
     adapted = tuner_layers(model)
     if dense := [name for name in adapted if name not in pruned]:
         rank_zero_warn(

@@ -33,7 +33,7 @@ class Bytes:
     masks: int = 0  # a byte for each weight of the layers to prune
     copies: int = 0  # of weights, for a forward and its backward: what autocast keeps in 16 bits, or a rank gathers
     buckets: int = 0  # buffers in which ranks reduce gradients
-    # gradients on their way: whole before a rank has its part, or those in fp32 that a step takes, if that is more
+    # buffers of gradients: whole before a rank has its part, or in fp32 for a step, whichever is more
     passing: int = 0
 
     @property

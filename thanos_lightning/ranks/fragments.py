@@ -34,6 +34,7 @@ class Range(NamedTuple):
         """The part that belongs to a layer, counted from where the layer begins.
 
         Examples:
+            >>> from torch import nn
             >>> up = View("up", "up.weight", nn.Linear(3, 2), "weight", rows=2, cols=3)
             >>> Range(4, 8).of(up)
             Range(start=4, numel=2)

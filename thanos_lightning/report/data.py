@@ -32,8 +32,8 @@ class LayerReport:
     shape: tuple[int, int]  # (out_features, in_features); of a mixture its number of experts, and of weights in each
     pattern: str  # "2:4", "unstructured", "structured", "channels" or "experts"
     sparsity: float  # fraction of the entries that are pruned after the event
-    # ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed. Of a mixture, for each token and each of its experts, the
-    # mean of ‖share · output‖² where the expert is dropped, and else of 0
+    # ½·tr(ΔW H ΔWᵀ); NaN where no statistics were needed. For a mixture: the sum of ‖share · output‖² over (token,
+    # dropped expert) pairs, divided by the number of all (token, expert) pairs
     loss: float
     relative_loss: float  # `loss` over ½·tr(W H Wᵀ), the loss of removing the whole weight, or all experts
     seconds: float  # of the solve

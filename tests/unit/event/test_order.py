@@ -197,10 +197,10 @@ def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path) -> No
 
 def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pruned(tmp_path, tiny_llama())
-    assert "order   channels of 2 feed-forward blocks get one in which less is lost" in capsys.readouterr().out
+    assert "order   2 feed-forward blocks: channels are permuted so that N:M loses less" in capsys.readouterr().out
     pruned(tmp_path, tiny_llama(), targets=["*q_proj"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "order channels keep theirs: no target with N:M is the down layer of a feed-forward block" in said
+    assert "order channels are not permuted: no target with N:M is the down layer of a feed-forward block" in said
 
 
 def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
@@ -295,7 +295,10 @@ def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
     ("where", "words"),
     [
         ("order.search_order", r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(KeyError"),
-        ("channels.find_feed_forwards", "channels keep theirs: the search for feed-forward blocks ended in KeyError"),
+        (
+            "channels.find_feed_forwards",
+            "channels are not permuted: the search for feed-forward blocks ended in KeyError",
+        ),
     ],
 )
 @pytest.mark.usefixtures("keeps_all")
@@ -324,7 +327,7 @@ def test_a_module_that_can_not_be_run_on_a_small_input_keeps_its_order(tmp_path:
 
     callback = ThanosPruningCallback(**grouped(pattern="2:4", batches=SET, block_steps=0))
     trainer(tmp_path, callback, max_steps=1).fit(Own(tiny_llama(), make_optimizer=still), loader())
-    assert "order   channels keep theirs: " in capsys.readouterr().out
+    assert "order   channels are not permuted: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("impatient")
