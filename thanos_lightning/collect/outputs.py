@@ -67,7 +67,7 @@ class OutputGradients:
     def __init__(self, layers: Mapping[str, Layer], failures: Failures | None = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.stopwatch = Stopwatch()
-        self._kept = failures or Failures()
+        self._failures = failures or Failures()
         self._layers = layers
         self._hooks = ExitStack()
         self._leaf: Tensor | None = None
@@ -114,8 +114,8 @@ class OutputGradients:
 
     @torch.no_grad()
     def _add(self, name: str, gradient: Tensor) -> None:
-        if self._is_counting and self._kept.error is None:
-            with self._kept.catching(), self.stopwatch.running(gradient.device):
+        if self._is_counting and self._failures.error is None:
+            with self._failures.catching(), self.stopwatch.running(gradient.device):
                 self._sum(name, gradient)
 
     def _sum(self, name: str, gradient: Tensor) -> None:
@@ -154,6 +154,10 @@ def sampled_loss(
     logits: Float[Tensor, "batch tokens vocabulary"], counted: Bool[Tensor, "batch tokens"], *, seed: int
 ) -> Float[Tensor, ""]:
     """Cross entropy against one label for each token, drawn from the model's own distribution.
+
+    The second moment of its gradients is the Fisher matrix, which K-FAC approximates. The text's own labels would give
+    the empirical Fisher, in which the tokens that the model predicts badly count most (Kunstner et al., arXiv
+    1905.12558).
 
     The logits are of a forward with gradients, in any floating dtype. The loss is the sum over the counted tokens,
     divided by `LOSS_PER`, in float32. It is about as large as a mean. Unlike a mean, it gives the tokens of short and

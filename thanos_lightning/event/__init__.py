@@ -1,1 +1,1 @@
-"""Pruning events, and the checks, estimates and sensitivity scans before the first event."""
+"""One window at its event: statistics are summed, layers are solved, and weights are written."""

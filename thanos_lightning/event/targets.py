@@ -14,17 +14,17 @@ from thanos_lightning.solver import Channels, Experts, Pattern
 
 @dataclass(frozen=True)
 class Targets:
-    """What is pruned where channels or experts are."""
+    """The layers to prune, their final patterns, and what goes with them."""
 
-    # by name, those to solve: of a feed-forward block, or of an expert that may go, the down layer
+    # by name; the down layer stands for a feed-forward block that loses channels, and for an expert that may go
     layers: Mapping[str, Layer]
-    final: Mapping[str, Pattern]  # by name of such a layer, its pattern at the end
-    # by down layer, the weights and biases that compute its inputs: entry i, width + i, … along their rows is of
-    # channel i; of an expert that may go, all of them go with it
+    final: Mapping[str, Pattern]  # by name of a layer, its pattern at the end
+    # down layer -> the weights and biases that compute its inputs: rows i, width + i, … are of channel i. Where experts
+    # go, they go as a whole
     coupled: Mapping[str, Sequence[View]] = field(default_factory=dict)
-    # the same for down layers of which the channels get another order before the first event
+    # the same for down layers whose channels are permuted before the first event
     reordered: Mapping[str, Sequence[View]] = field(default_factory=dict)
-    keeps_order: str | None = None  # why no channels get another order; None if some do, or none was asked for
+    keeps_order: str | None = None  # why no channels are permuted; None if some are, or it was not asked for
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)  # by name, those of which experts may go
 
     @property

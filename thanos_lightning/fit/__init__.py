@@ -1,1 +1,1 @@
-"""Pruning events, and the checks, estimates and sensitivity scans before the first event."""
+"""One training that prunes: its windows in turn, its past, and what it says before the first step."""

@@ -1,1 +1,1 @@
-"""Finds the weight matrices of a model that can be pruned."""
+"""The matrices of a model that can be pruned: found, counted, and what is special about each kind."""

@@ -77,7 +77,7 @@ class _Scaled(torch.autograd.Function):
         return (gradient * factor).to(gradient.dtype), None
 
 
-def unscaled(output: Tensor, share: Tensor) -> Tensor:
+def _unscaled(output: Tensor, share: Tensor) -> Tensor:
     """The output of an `ExpertMatrix` with a share, so that gradients from here on are as without it."""
     return _Scaled.apply(output, 1 / share)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -260,7 +260,7 @@ def _given(
         for name in layout.ups:
             matrix = matrices[f"{expert}.{name}"]
             own = matrix(shown, inputs, least, tokens, of=len(hidden), weight=weights[matrix.parameter][expert])
-            given.append(own if least is None else unscaled(own, least))
+            given.append(own if least is None else _unscaled(own, least))
         up = torch.cat(given, dim=-1) if len(given) > 1 else given[0]
         inner.append(up if bias is None else up + bias[expert])
     # called once, as by the model itself: ZeRO-3 counts the calls of modules, and they must be alike on all ranks
