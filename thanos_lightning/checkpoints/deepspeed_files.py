@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thanos_lightning.checkpoints.foreign import inside, not_plain, require_bounded
+from thanos_lightning.checkpoints.foreign import inside, not_plain, require_bounded, require_intact
 from thanos_lightning.checkpoints.lazy import LazyTensors
+from thanos_lightning.report.progress import open_phase
 
 _UNIVERSAL = "latest_universal"
 _MODEL_FILES = "*mp_rank_00_model_states.pt"
@@ -104,8 +105,8 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """Read which training a folder fits. Raises ValueError if a file is missing, or the one that says it is damaged."""
     content = load_file(model_files(path)[0])
-    require_all(path, content)
-    return Plan(stage=_stage_of(content), world_size=int(content["dp_world_size"]), shapes=_shapes_of(content))
+    _require_all(path, content)
+    return Plan(stage=stage_of(content), world_size=int(content["dp_world_size"]), shapes=_shapes_of(content))
 
 
 def require_masters(path: Path) -> None:
@@ -138,21 +139,20 @@ def read_zero_folder(
     require_masters(path)
     contents = load_contents(path)
     content, *of_others = contents
-    files = optimizer_files(path)
+    files = _optimizer_files(path)
     states_of_ranks = [load_file(file) for file in files]
     opened = zip([*model_files(path), *files], [*contents, *states_of_ranks], strict=True)
-    require_one_save(path, (fact for file, one in opened for fact in facts_of(file, one)))
+    require_one_save(path, (fact for file, values in opened for fact in _facts_of(file, values)))
     module = {name: value for name, value in (content.get("module") or {}).items() if value.numel()}
     # Buffers, and parameters that the optimizer does not update, are only in the model's copy.
     weights: dict[str, Callable[[], Tensor]] = {name: value.detach for name, value in module.items()}
     if is_universal(path):
         states = _of_universal(path / "checkpoint" / "zero", content)
+    elif not files:
+        states = _of_stage_0(content)
     else:
-        if not files:
-            states = _of_stage_0(content)
-        else:
-            ranks = [of_rank["optimizer_state_dict"] for of_rank in states_of_ranks]
-            states = _of_stage_3(content, ranks) if "fp32_flat_groups" in ranks[0] else _of_stage_12(content, ranks)
+        ranks = [of_rank["optimizer_state_dict"] for of_rank in states_of_ranks]
+        states = _of_stage_3(content, ranks) if "fp32_flat_groups" in ranks[0] else _of_stage_12(content, ranks)
     beside: dict[str, Mapping[str, Tensor]] = {}
     for name, parts in states.items():
         others = {what: make for what, make in parts.items() if what != _MASTER}
@@ -216,32 +216,40 @@ def files_of(path: Path) -> list[Path]:
 
     Raises ValueError if a folder in it is a link. DeepSpeed would follow the link, and this search does not.
     """
-    found = sorted((path / "checkpoint").rglob("*"))
-    for file in found:
-        if file.is_symlink() and file.is_dir():
-            raise ValueError(f"{file} is a link to a folder: copy the folder that it leads to into its place")
-    return [file for file in found if file.suffix == ".pt"]
+    entries = sorted((path / "checkpoint").rglob("*"))
+    for entry in entries:
+        if entry.is_symlink() and entry.is_dir():
+            raise ValueError(f"{entry} is a link to a folder: copy the folder that it leads to into its place")
+    return [entry for entry in entries if entry.suffix == ".pt"]
 
 
 Fact = tuple[str, str, Any]  # what one of the files says, such as "global step", the file's name, and the value
 
 
-def facts_of(file: Path, content: Mapping[str, Any]) -> list[Fact]:
-    """What is the same in all files of one save: steps (Lightning's, DeepSpeed's, Adam's, the callback's) and its mark.
+def read_facts(path: Path, files: Sequence[Path]) -> list[Fact]:
+    """Read some of a folder's files for `require_one_save`. Raises ValueError if the bytes of a file have changed."""
+    facts: list[Fact] = []
+    with open_phase(f"Reading {path.name}", len(files), "files") as phase:
+        for file in files:
+            require_intact(file)
+            facts += _facts_of(file, load_file(file))
+            phase.advance(note=file.name)
+    return facts
 
-    `content` is as of `load_file`.
-    """
-    found: dict[str, Any] = {}
+
+def _facts_of(file: Path, content: Mapping[str, Any]) -> list[Fact]:
+    """What all files of one save have in common: steps of Lightning, DeepSpeed, Adam and the callback, and its mark."""
+    facts: dict[str, Any] = {}
     if fnmatch(file.name, _OPTIMIZER_FILES):
-        found["step of the optimizer"] = _step_of_optimizer(content["optimizer_state_dict"])
+        facts["step of the optimizer"] = _step_of_optimizer(content["optimizer_state_dict"])
     elif fnmatch(file.name, _MODEL_FILES):
-        found["global step"] = content.get("global_step")
+        facts["global step"] = content.get("global_step")
         if "global_steps" in content:
-            found["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
+            facts["step of the optimizer"] = content["global_steps"] - (content.get("skipped_steps") or 0)
         for state in (content.get("callbacks") or {}).values():
             if isinstance(state, Mapping) and "optimizer_steps" in state:
-                found |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
-    return [(what, file.name, value) for what, value in found.items() if value is not None]
+                facts |= {"step of the callback": state["optimizer_steps"], "mark of the save": state.get("save")}
+    return [(what, file.name, value) for what, value in facts.items() if value is not None]
 
 
 def require_one_save(path: Path, facts: Iterable[Fact]) -> None:
@@ -278,19 +286,19 @@ def model_files(path: Path) -> list[Path]:
 def load_contents(path: Path) -> list[dict[str, Any]]:
     """Read all `model_files`, in their order. Raises ValueError if one is missing or damaged."""
     contents = [load_file(file) for file in model_files(path)]
-    require_all(path, contents[0])
+    _require_all(path, contents[0])
     return contents
 
 
-def require_all(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise ValueError if a file is missing, by the first `load_contents`. Opens no file."""
+def _require_all(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file is missing, by what the first of `model_files` says. Opens no file."""
     if is_universal(path):
         return
     ranks, files = int(content["dp_world_size"]), model_files(path)
     if any(_RANK.search(file.name) for file in files):
         _require_ranks(path, files, ranks, "model")
-    if _stage_of(content):
-        _require_ranks(path, optimizer_files(path), ranks, "optimizer")
+    if stage_of(content):
+        _require_ranks(path, _optimizer_files(path), ranks, "optimizer")
 
 
 def _require_ranks(path: Path, files: Sequence[Path], number: int, what: str) -> None:
@@ -302,15 +310,16 @@ def _require_ranks(path: Path, files: Sequence[Path], number: int, what: str) ->
 
 
 def _rank_of(file: Path) -> int:
-    found = _RANK.search(file.name)
-    return int(found[1]) if found else 0
+    rank = _RANK.search(file.name)
+    return int(rank[1]) if rank else 0
 
 
-def _stage_of(content: Mapping[str, Any]) -> int:
+def stage_of(content: Mapping[str, Any]) -> int:
+    """The stage of ZeRO that one of `model_files` was written at."""
     return int(content["ds_config"].get("zero_optimization", {}).get("stage", 0))
 
 
-def optimizer_files(path: Path) -> list[Path]:
+def _optimizer_files(path: Path) -> list[Path]:
     """List the optimizer files of all ranks in rank order. Stage 0 and a folder that was resharded have none."""
     return sorted((path / "checkpoint").glob(_OPTIMIZER_FILES), key=_rank_of)
 

@@ -5,27 +5,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thanos_lightning.checkpoints.deepspeed_files import (
-    facts_of,
     files_of,
     is_universal,
     is_zero_folder,
     load_contents,
     load_file,
     model_files,
-    read_plan,
+    read_facts,
     require_end,
     require_masters,
     require_one_save,
+    stage_of,
     trusting,
 )
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
-from thanos_lightning.checkpoints.foreign import inside, require_intact
+from thanos_lightning.checkpoints.foreign import inside
 from thanos_lightning.checkpoints.format import pruning_state, require_format
 from thanos_lightning.report.progress import open_phase
 
@@ -61,18 +62,15 @@ def reshard_checkpoint(
             "are"
         )
     with trusting(trusted):
-        _check(path, read_plan(path).stage, processes)
-        states = [state for content in load_contents(path) if (state := pruning_state(content)) is not None]
+        contents = load_contents(path)
+        _check(path, contents[0], processes)
+        states = [state for content in contents if (state := pruning_state(content)) is not None]
         for state in states:
             require_format(state, path)
-        files, facts = files_of(path), []
-        with open_phase(f"Reading {path.name}", len(files), "files") as phase:
-            for file in files:
-                require_intact(file)
-                facts += facts_of(file, load_file(file))
-                _require_names(file)
-                phase.advance(note=file.name)
-        require_one_save(path, facts)
+        files = files_of(path)
+        require_one_save(path, read_facts(path, files))
+        for file in files:
+            _require_names(file)
         with whole_folder(output) as folder:
             with open_phase(f"Converting {path.name}", adopts_bars=True):
                 _convert(path / "checkpoint", folder / "checkpoint", processes)
@@ -81,29 +79,27 @@ def reshard_checkpoint(
     return output
 
 
-def _check(path: Path, stage: int, processes: int) -> None:
+def _check(path: Path, content: Mapping[str, Any], processes: int) -> None:
     if processes < 1:
         raise ValueError(f"processes is {processes}: give a number ≥ 1")
     if is_universal(path):
         raise ValueError(f"{path} is resharded already: resume from it on any number of ranks")
     require_masters(path)
-    if stage == 0:
+    if stage_of(content) == 0:
         raise ValueError(f"{path} was written at ZeRO stage 0, where nothing is sharded: resume from it as it is")
-    if stage == 3:
-        first = load_file(model_files(path)[0])
-        if first.get("frozen_param_shapes"):
-            name = next(iter(first["frozen_param_shapes"]))
-            raise ValueError(
-                f"{path} has parameters that are not trained, such as {name}, which DeepSpeed's universal format "
-                "leaves out at stage 3: resume on the number of ranks that wrote it"
-            )
+    untrained = content.get("frozen_param_shapes")
+    if stage_of(content) == 3 and untrained:
+        raise ValueError(
+            f"{path} has parameters that are not trained, such as {next(iter(untrained))}, which DeepSpeed's universal "
+            "format leaves out at stage 3: resume on the number of ranks that wrote it"
+        )
 
 
 def _require_names(file: Path) -> None:
     """Raise ValueError if a parameter has a name that is no name of a folder, since DeepSpeed makes one of each."""
     content = load_file(file)
-    state = content.get("optimizer_state_dict")
-    groups = [*(content.get("param_shapes") or []), *((state or {}).get("param_slice_mappings") or [])]
+    state = content.get("optimizer_state_dict") or {}
+    groups = [*(content.get("param_shapes") or []), *(state.get("param_slice_mappings") or [])]
     for name in (name for group in groups for name in group):
         inside(file.parent, name, file)
 

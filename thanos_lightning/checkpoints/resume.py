@@ -19,23 +19,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from thanos_lightning.checkpoints.deepspeed_files import (
     CLASSES,
-    Fact,
     Plan,
-    facts_of,
     files_of,
     is_universal,
     is_zero_folder,
     load_file,
     model_files,
+    read_facts,
     read_parameter_groups,
     read_plan,
     require_end,
     require_one_save,
 )
-from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, require_intact, shard_files
+from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, shard_files
 from thanos_lightning.ranks.talk import Ranks, failing_together
 from thanos_lightning.ranks.view import whole_shape
-from thanos_lightning.report.progress import open_phase
 
 _GUARDED = "_thanos_lightning_guards_resume"
 _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads them
@@ -126,15 +124,9 @@ def _prepare(path: Path, strategy: DeepSpeedStrategy) -> None:
         )
     if not is_zero_folder(path):
         return
-    facts: list[Fact] = []
     with _all_of(strategy):
         plan = read_plan(path)
-        share = files_of(path)[strategy.global_rank :: strategy.world_size]
-        with open_phase(f"Reading {path.name}", len(share), "files") as phase:
-            for file in share:
-                require_intact(file)
-                facts += facts_of(file, load_file(file))
-                phase.advance(note=file.name)
+        facts = read_facts(path, files_of(path)[strategy.global_rank :: strategy.world_size])
     everywhere = Ranks(strategy.global_rank, strategy.world_size).gather(facts)
     with _all_of(strategy):
         require_one_save(path, itertools.chain.from_iterable(everywhere))
