@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,11 +19,12 @@ from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, write_model
-from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts
+from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, without_prefix
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
-from thanos_lightning.checkpoints.verify import TensorReport, check_mask, check_shrunk, smaller_shapes, write_record
+from thanos_lightning.checkpoints.verify import TensorReport, check_masks, smaller_shapes, write_record
 from thanos_lightning.layers.targets import examples
+from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import Experts
@@ -89,8 +90,38 @@ def export_checkpoint(
     with open_phase(f"Reading {path.name}"):
         trained = TrainerCheckpoint.read(path)
         trained.require_intact()
-    masks = trained.require_masks()
+    masks = _masks_in_model(trained)
     note = trained.require_note()
+    loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
+    model, tensors = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
+    model, tensors, masks, cut = _made_smaller(model, tensors, masks, path, keep_shape, keep_adapter)
+    with whole_folder(output) as folder:
+        with open_phase(f"Writing {output.name}"):
+            try:
+                write_model(folder, model, tensors)
+            except SafetensorError as error:  # the write failed
+                raise ValueError(
+                    f"{output} can't be written ({error}): make room, or give a folder on another disk"
+                ) from error
+        adapters: list[str] = []
+        if keep_adapter:
+            weights = without_prefix(trained.state_dict, note["model_prefix"])
+            adapters = write_adapters(folder, weights, note["adapters"], path)
+        if loaded_tokenizer is not None:
+            loaded_tokenizer.save_pretrained(folder)
+        files = SafetensorsFiles(folder)
+        stored = {name: files.stored_name(names) for name, names in stored_names(model, masks).items()}
+        on_disk = {stored[name]: mask for name, mask in masks.items()}
+        reports = check_masks(WithParts(files), on_disk, {stored[name] for name in masks if name in cut})
+        _require_zeros(reports, path)
+        write_record(folder, reports, masks.values())
+        _write_card(folder, trained, reports, adapters)
+    return reports
+
+
+def _masks_in_model(checkpoint: TrainerCheckpoint) -> dict[str, LayerMask]:
+    """The masks of the Hugging Face model, by the names that its parameters have in it. Warns of any others."""
+    masks, note, path = checkpoint.require_masks(), checkpoint.require_note(), checkpoint.path
     prefix: str = note["model_prefix"]
     outside = [name for name in masks if not name.startswith(prefix)]
     if len(outside) == len(masks):
@@ -102,53 +133,9 @@ def export_checkpoint(
         warnings.warn(
             f"{len(outside)} pruned tensor(s) of {path} are not part of its {note['architecture']} and not exported: "
             f"{examples(outside)}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    inside = {plain_name(name.removeprefix(prefix)): mask for name, mask in masks.items() if name.startswith(prefix)}
-    loaded_tokenizer = _load_tokenizer(tokenizer, note["tokenizer"])
-    model, tensors = _assemble(trained, None if dtype is None else _parse_dtype(dtype), keep_adapter=keep_adapter)
-    channels = {} if keep_shape else channel_masks(inside)
-    if channels and keep_adapter:
-        raise ValueError("adapters are as wide as the model was in training: give --keep-shape with --keep-adapter")
-    experts = {name: mask for name, mask in inside.items() if isinstance(mask.pattern, Experts)}
-    if experts and keep_shape:
-        raise ValueError(
-            "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
-        )
-    whole, cut = WithParts(tensors), channels
-    _require_zeros([check_mask(name, whole, mask) for name, mask in (channels | experts).items()], path)
-    if channels:
-        model, tensors = shrink(model, tensors, channels, path)
-    if experts:
-        model, tensors, changed, others = without_experts(model, tensors, inside, path)
-        inside, cut = others | changed, channels | changed
-    adapters: list[str] = []
-    with whole_folder(output) as folder:
-        with open_phase(f"Writing {output.name}"):
-            try:
-                write_model(folder, model, tensors)
-            except SafetensorError as error:  # the write failed
-                raise ValueError(
-                    f"{output} can't be written ({error}): make room, or give a folder on another disk"
-                ) from error
-        if keep_adapter:
-            state = trained.state_dict
-            own = {name.removeprefix(prefix): state[name] for name in state if ".lora_" in name}
-            adapters = write_adapters(folder, own, note["adapters"], path)
-        if loaded_tokenizer is not None:
-            loaded_tokenizer.save_pretrained(folder)
-        files = SafetensorsFiles(folder)
-        written, stored = WithParts(files), stored_names(model, inside)
-        reports = []
-        with open_phase("Counting zeros", len(inside), "tensors") as phase:
-            for name, mask in inside.items():
-                check = check_shrunk if name in cut else check_mask
-                reports.append(check(files.stored_name(stored[name]), written, mask))
-                phase.advance(note=name)
-        _require_zeros(reports, path)
-        write_record(folder, reports, inside.values())
-        _write_card(folder, trained, reports, adapters)
-    return reports
+    return {plain_name(name.removeprefix(prefix)): mask for name, mask in masks.items() if name.startswith(prefix)}
 
 
 def _require_zeros(reports: list[TensorReport], path: Path) -> None:
@@ -165,6 +152,33 @@ def _require_zeros(reports: list[TensorReport], path: Path) -> None:
 # The Hugging Face model
 
 
+def _made_smaller(
+    model: transformers.PreTrainedModel,
+    tensors: LazyTensors,
+    masks: dict[str, LayerMask],
+    path: Path,
+    keep_shape: bool,
+    keep_adapter: bool,
+) -> tuple[transformers.PreTrainedModel, LazyTensors, dict[str, LayerMask], Collection[str]]:
+    """Take channels and experts that are zero out of a model, and return the names of the cut parameters last."""
+    channels = {} if keep_shape else channel_masks(masks)
+    if channels and keep_adapter:
+        raise ValueError("adapters are as wide as the model was in training: give --keep-shape with --keep-adapter")
+    experts = {name: mask for name, mask in masks.items() if isinstance(mask.pattern, Experts)}
+    if experts and keep_shape:
+        raise ValueError(
+            "a model that keeps its shape would send tokens to experts that were dropped: leave --keep-shape out"
+        )
+    if zeros := channels | experts:
+        _require_zeros(check_masks(WithParts(tensors), zeros), path)
+    if channels:
+        model, tensors = shrink(model, tensors, channels, path)
+    if not experts:
+        return model, tensors, masks, channels
+    model, tensors, changed, others = without_experts(model, tensors, masks, path)
+    return model, tensors, others | changed, channels | changed
+
+
 def _assemble(
     checkpoint: TrainerCheckpoint, dtype: torch.dtype | None, *, keep_adapter: bool
 ) -> tuple[transformers.PreTrainedModel, LazyTensors]:
@@ -174,14 +188,7 @@ def _assemble(
     if note["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(note["generation_config"]))
     prefix: str = note["model_prefix"]
-    own = LazyTensors(
-        {
-            name.removeprefix(prefix): partial(checkpoint.state_dict.__getitem__, name)
-            for name in checkpoint.state_dict
-            if name.startswith(prefix)
-        }
-    )
-    weights = merge_adapters(own, note["adapters"], keep=keep_adapter)
+    weights = merge_adapters(without_prefix(checkpoint.state_dict, prefix), note["adapters"], keep=keep_adapter)
     if adapted := [name for name in weights if ".lora_" in name]:
         raise ValueError(
             f"{path} has adapters that an export can't merge, such as {prefix}{adapted[0]} (of an embedding, DoRA, or "

@@ -65,8 +65,8 @@ def training_note(
         "format": CHECKPOINT_FORMAT,
         "optimizer_parameters": [[names.get(id(parameter)) for parameter in parameters] for parameters in stepped],
     }
-    if (found := exported_model(module, targets)) is not None:
-        prefix, model = found
+    if (exported := exported_model(module, targets)) is not None:
+        prefix, model = exported
         generation = getattr(model, "generation_config", None)
         note |= {
             "model_prefix": prefix,
@@ -92,7 +92,7 @@ def exported_model(module: nn.Module, targets: Collection[str]) -> tuple[str, tr
         if isinstance(part, transformers.PreTrainedModel)
     ]
     # max takes the first of equals, and named_modules() goes from the outside in
-    return max(models, key=lambda found: sum(name.startswith(found[0]) for name in targets), default=None)
+    return max(models, key=lambda model: sum(name.startswith(model[0]) for name in targets), default=None)
 
 
 # Trainer checkpoints
@@ -116,7 +116,7 @@ def require_format(written: Mapping[str, Any], path: Path) -> None:
 def read_content(path: Path) -> Mapping[str, Any]:
     """Read what rank 0 saved beside weights: as `TrainerCheckpoint.read`, but of DeepSpeed's files opens one alone."""
     require_end(path)
-    if not (path.is_dir() and is_zero_folder(path)):
+    if not is_zero_folder(path):
         return TrainerCheckpoint.read(path).content
     content = load_file(model_files(path)[0])
     _require_types(content, path)
@@ -145,7 +145,7 @@ class TrainerCheckpoint:
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a Hugging Face folder, not a trainer's: give a .ckpt, which the Trainer wrote")
         require_end(path)
-        if path.is_dir() and is_zero_folder(path):
+        if is_zero_folder(path):
             checkpoint = cls(path, *read_zero_folder(path))
             for content in (checkpoint.content, *checkpoint.others):
                 _require_types(content, path)
@@ -184,17 +184,17 @@ class TrainerCheckpoint:
 
         Raises ValueError if a mask is not the one that was saved, or is missing.
         """
-        states = [pruning_state(content) for content in (self.content, *self.others)]
-        found = [state for state in states if state is not None]
-        for state in found:
+        contents = (self.content, *self.others)
+        states = [state for content in contents if (state := pruning_state(content)) is not None]
+        for state in states:
             require_format(state, self.path)
-        if not found:
+        if not states:
             return None
         try:
-            masks = {name: LayerMask.from_state(mask) for state in found for name, mask in state["masks"].items()}
+            masks = {name: LayerMask.from_state(mask) for state in states for name, mask in state["masks"].items()}
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}): take another checkpoint") from error
-        return {name: mask for name, mask, _ in checked(masks.items(), found[0]["pruned"])}
+        return {name: mask for name, mask, _ in checked(masks.items(), states[0]["pruned"])}
 
     def require_masks(self) -> dict[str, LayerMask]:
         """Return the masks, at least one. Raises ValueError if there is no state of the callback, or no mask in it."""

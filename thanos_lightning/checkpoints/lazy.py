@@ -28,6 +28,13 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._make)
 
 
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    """Those of the tensors whose names begin with the prefix, under the rest of their names."""
+    return LazyTensors(
+        {name.removeprefix(prefix): partial(tensors.__getitem__, name) for name in tensors if name.startswith(prefix)}
+    )
+
+
 def changed(tensors: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> LazyTensors:
     """The same tensors, of which some are changed whenever they are read."""
 
@@ -47,8 +54,8 @@ def whole_of(name: str) -> str:
         >>> whole_of("experts.gate_up_proj[7, 0:64]"), whole_of("up_proj.weight")
         ('experts.gate_up_proj', 'up_proj.weight')
     """
-    found = _PART.fullmatch(name)
-    return name if found is None else found["whole"]
+    match = _PART.fullmatch(name)
+    return name if match is None else match["whole"]
 
 
 def part_of(tensor: Tensor, name: str) -> Tensor:
@@ -59,33 +66,27 @@ def part_of(tensor: Tensor, name: str) -> Tensor:
         >>> part_of(torch.arange(8).view(2, 2, 2), "experts.gate_up_proj[1, 0:1]")
         tensor([[4, 5]])
     """
-    found = _PART.fullmatch(name)
-    if found is None:
+    match = _PART.fullmatch(name)
+    if match is None:
         return tensor
-    rows = slice(None) if found["start"] is None else slice(int(found["start"]), int(found["stop"]))
-    return tensor[int(found["expert"]), rows]
+    rows = slice(None) if match["start"] is None else slice(int(match["start"]), int(match["stop"]))
+    return tensor[int(match["expert"]), rows]
 
 
-class WithParts(Mapping[str, Tensor]):
+class WithParts(LazyTensors):
     """A mapping of tensors that has their parts, too, by name and place. The last whole tensor stays in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+        super().__init__({name: partial(tensors.__getitem__, name) for name in tensors})
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         whole = whole_of(name)
         if whole == name:
-            return self._tensors[name]
+            return super().__getitem__(name)
         if self._last is None or self._last[0] != whole:
-            self._last = (whole, self._tensors[whole])
+            self._last = (whole, super().__getitem__(whole))
         return part_of(self._last[1], name)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and whole_of(name) in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        return isinstance(name, str) and super().__contains__(whole_of(name))

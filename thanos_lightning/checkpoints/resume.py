@@ -53,7 +53,7 @@ def guard_resume(strategy: Strategy) -> None:
         return
     setattr(strategy, _GUARDED, True)
     if isinstance(strategy, DeepSpeedStrategy):
-        _guard_deepspeed(strategy)
+        _refresh_masters(strategy)
     load_checkpoint = strategy.load_checkpoint
 
     def safe_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -67,12 +67,15 @@ def guard_resume(strategy: Strategy) -> None:
             _prepare(path, strategy)
         with _plain_values_alone(CLASSES if of_deepspeed else ()):
             try:
-                return load_checkpoint(checkpoint_path, *args, **kwargs)
+                loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
             except (pickle.UnpicklingError, CheckpointException) as error:
                 failed = [cause for cause, _ in getattr(error, "failures", {}).values()]
                 if (why := next((e for e in (error, *failed) if isinstance(e, pickle.UnpicklingError)), None)) is None:
                     raise
                 raise MisconfigurationException(str(not_plain(path, why))) from error
+            if isinstance(strategy, DeepSpeedStrategy) and _fits(strategy):
+                _complete(path, strategy)
+            return loaded
 
     strategy.load_checkpoint = safe_load_checkpoint  # type: ignore[method-assign]
 
@@ -140,41 +143,36 @@ def _fits(strategy: Strategy) -> bool:
     return module is not None and module.trainer.state.fn == "fit"
 
 
-def _guard_deepspeed(strategy: DeepSpeedStrategy) -> None:
-    """Complete what DeepSpeed loads, from now on.
+def _complete(path: Path, strategy: DeepSpeedStrategy) -> None:
+    """Complete what DeepSpeed has loaded for a fit.
 
     - DeepSpeed loads a resharded checkpoint at stage 3 with the first parameter group's weight decay for all groups,
       and with one step counter that every group advances. Here each group gets its own values back.
     - DeepSpeed loads a resharded checkpoint without buffers and untrained parameters. They are loaded here.
     - With the optimizer on NVMe, DeepSpeed restores the masters but not the moments. A warning says so.
-    - `load_full_weights` fills only the model's copy, which the first step would undo. The master is filled here.
     """
-    load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
+    if strategy.deepspeed_engine.zero_nvme_offload_optimizer():
+        rank_zero_warn(
+            "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
+            "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
+            "stopped"
+        )
+    if is_zero_folder(path) and is_universal(path):
+        _complete_optimizer(path, strategy)
+        _complete_module(path, strategy)
 
-    def guarded_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        path = Path(checkpoint_path)
-        loaded = load_checkpoint(checkpoint_path, *args, **kwargs)
-        if not _fits(strategy):
-            return loaded
-        if strategy.deepspeed_engine.zero_nvme_offload_optimizer():
-            rank_zero_warn(
-                "the optimizer is offloaded to NVMe, and DeepSpeed does not load moments there: masters, masks and "
-                "schedule go on, moments begin at zero, so the losses will differ from those of a run that was not "
-                "stopped"
-            )
-        if is_zero_folder(path) and is_universal(path):
-            _complete_optimizer(path, strategy)
-            _complete_module(path, strategy)
-        return loaded
 
-    def guarded_load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+def _refresh_masters(strategy: DeepSpeedStrategy) -> None:
+    """Let `load_full_weights` fill the masters, too. DeepSpeed fills the model's copy, which the first step undoes."""
+    load_model_state_dict = strategy.load_model_state_dict
+
+    def load_with_masters(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         load_model_state_dict(checkpoint, strict=strict)
         refresh = getattr(getattr(strategy.deepspeed_engine, "optimizer", None), "refresh_fp32_params", None)
         if strategy.load_full_weights and strategy.zero_stage_3 and refresh is not None:
             refresh()
 
-    strategy.load_checkpoint = guarded_load_checkpoint  # type: ignore[method-assign]
-    strategy.load_model_state_dict = guarded_load_model_state_dict  # type: ignore[method-assign]
+    strategy.load_model_state_dict = load_with_masters  # type: ignore[method-assign]
 
 
 def _check(path: Path, plan: Plan, strategy: DeepSpeedStrategy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,14 @@ def shrink(
     """
     cuts = {name: partial(_without, mask=mask) for name, mask in masks.items()}
     widths = min((kept.numel(), int(kept.count_nonzero())) for kept in map(_kept, masks.values()))
-    config = resized(model, _shapes(model, cuts), widths)
+    shapes = {name: value.shape for name, value in changed(model.state_dict(), cuts).items()}
+    config = resized(model, shapes, widths)
     if config is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no entry that makes feed-forward blocks {widths[1]} "
             f"channels wide instead of {widths[0]}: export it with --keep-shape, which leaves the zeros"
         )
     return _built(model, config, path), changed(tensors, cuts)
-
-
-def _shapes(
-    model: transformers.PreTrainedModel, cuts: Mapping[str, Callable[[Tensor], Tensor]]
-) -> dict[str, torch.Size]:
-    return {name: (cuts[name](value) if name in cuts else value).shape for name, value in model.state_dict().items()}
 
 
 def _built(model: transformers.PreTrainedModel, config: Mapping[str, Any], path: Path) -> transformers.PreTrainedModel:
@@ -71,45 +66,43 @@ def without_experts(
     experts, or the configuration can't give the number.
     """
     patterns = [mask.pattern for mask in masks.values() if isinstance(mask.pattern, Experts)]
-    pattern = max(patterns, key=lambda one: one.sparsity)
+    pattern = max(patterns, key=attrgetter("sparsity"))
     mixtures = find_mixtures(model)
     state, others = model.state_dict(), dict(masks)
     cuts: dict[str, Callable[[Tensor], Tensor]] = {}
     routers: dict[str, LayerMask] = {}
-    stay: dict[str, LayerMask] = {}
+    dense: dict[str, LayerMask] = {}
     numbers = set()
     for name, mixture in mixtures.items():
         matrices = []
-        for own, matrix in matrices_of(mixture.experts).items():
-            layer = layer_of(f"{name}.{own}", matrix)
-            matrices.append((int(own.partition(".")[0]), layer, others.pop(layer.parameter_name, None)))
+        for place, matrix in matrices_of(mixture.experts).items():
+            layer = layer_of(f"{name}.{place}", matrix)
+            matrices.append((int(place.partition(".")[0]), layer, others.pop(layer.parameter_name, None)))
         gone = {expert for expert, _, mask in matrices if mask is not None and isinstance(mask.pattern, Experts)}
         kept = [expert for expert in range(mixture.size) if expert not in gone]
         numbers.add(len(kept))
-        for own in mixture.of_router:
-            value = state[f"{mixture.router_name}.{own}"]
+        for parameter in (f"{mixture.router_name}.{last}" for last in mixture.of_router):
+            value = state[parameter]
             keep = torch.zeros(len(value), value.numel() // len(value), dtype=torch.bool)
             keep[kept] = True
-            routers[f"{mixture.router_name}.{own}"] = LayerMask.of(keep, pattern)
-        for tensor in _with_entries(mixture):
-            cuts[tensor] = itemgetter(kept)
-        new = {expert: number for number, expert in enumerate(kept)}
+            routers[parameter] = LayerMask.of(keep, pattern)
+        cuts |= dict.fromkeys(_with_entries(mixture), itemgetter(kept))
         for expert, layer, mask in matrices:
             if expert in gone:
                 continue
-            place = layer.parameter_name.replace(f"[{expert}", f"[{new[expert]}")
+            parameter = layer.parameter_name.replace(f"[{expert}", f"[{kept.index(expert)}")
             if mask is not None:
-                others[place] = mask
+                others[parameter] = mask
             else:
                 keep = torch.ones(layer.rows, layer.cols, dtype=torch.bool)
-                stay[place] = LayerMask.of(keep, pattern, layer.transposed)
+                dense[parameter] = LayerMask.of(keep, pattern, layer.transposed)
     if len(numbers) > 1:
         raise ValueError(f"{path} has mixtures of unequal numbers of experts: export a checkpoint from after an event")
     (number,) = numbers
     config = configuration_with(model, next(iter(mixtures.values())).size - number, path)
     if config is None:
         raise ValueError(f"the configuration of {type(model).__name__} has no entry that leaves it {number} experts")
-    return _built(model, config, path), changed(tensors, cuts), routers | stay, others
+    return _built(model, config, path), changed(tensors, cuts), routers | dense, others
 
 
 def configuration_with(model: transformers.PreTrainedModel, dropped: int, path: Path) -> dict[str, Any] | None:
@@ -128,8 +121,8 @@ def configuration_with(model: transformers.PreTrainedModel, dropped: int, path: 
 def _with_entries(mixture: Mixture) -> list[str]:
     """Names of all parameters and buffers with an entry for each expert."""
     return [
-        *(f"{mixture.router_name}.{own}" for own in mixture.of_router),
-        *(f"{mixture.name}.{own}" for own in mixture.of_experts),
+        *(f"{mixture.router_name}.{last}" for last in mixture.of_router),
+        *(f"{mixture.name}.{last}" for last in mixture.of_experts),
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,75 +124,69 @@ def verify_checkpoint(
             f"{pattern.name} are checked by what was recorded, which says where they lie: leave --pattern out"
         )
     if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
-        tensors, expected = _expect_of_files(path, pattern, targets, ignore)
+        tensors, expectations = _of_files(path, pattern, targets, ignore)
     else:
         with open_phase(f"Reading {path.name}"):
-            tensors, expected = _expect_of_trainer_checkpoint(path, pattern, targets, ignore)
-    reports = []
-    with open_phase("Counting zeros", len(expected), "tensors") as phase:
-        for name, expectations in expected.items():
-            reports.append(_check(name, tensors, expectations))
-            phase.advance(note=name)
-    return reports
+            tensors, expectations = _of_trainer_checkpoint(path, pattern, targets, ignore)
+    expected: dict[str, list[_Expected]] = {}
+    for name, entry in expectations:
+        expected.setdefault(name, []).append(entry)
+    if not expected:
+        folder = "verify its folder, or " if path.suffix == ".safetensors" else ""
+        raise ValueError(f"{path} has no tensor to check: {folder}change --targets and --ignore")
+    return _count_zeros(tensors, expected)
 
 
-def check_mask(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
-    """Check the zeros of one tensor, which may be missing on disk, against its mask."""
-    return _check(name, tensors, [_expected_of_mask(mask, {})])
+def check_masks(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, LayerMask], cut: Collection[str] = ()
+) -> list[TensorReport]:
+    """Count the zeros of tensors, any of which may be missing, and compare them with the masks of their names.
 
-
-def check_shrunk(name: str, tensors: Mapping[str, Tensor], mask: LayerMask) -> TensorReport:
-    """Check the shape of one tensor from which the channels, or rows, that its mask prunes were taken out."""
-    shape = shrunk_shape(mask)
-    return _check(name, tensors, [_Expected(mask.pattern, mask.transposed, shape, dense_shape=mask.stored_shape)])
+    The tensors in `cut` lack the channels, or rows, that their masks prune: their shapes are checked.
+    """
+    expected = {
+        name: _expected_of_cut(mask) if name in cut else _expected_of_mask(mask) for name, mask in masks.items()
+    }
+    return _count_zeros(tensors, {name: [entry] for name, entry in expected.items()})
 
 
 def smaller_shapes(reports: Iterable[TensorReport]) -> str:
     """Say what was taken out, such as "8 channels became 6", for a message; "" if nothing was."""
-    found = {
+    sizes = {
         (before, after, "experts" if report.pattern == "experts" else "channels")
         for report in reports
         for before, after in zip(report.dense_shape or (), report.shape, strict=bool(report.dense_shape))
         if before != after
     }
-    return "".join(f"{before:,} {what} became {after:,}" for before, after, what in sorted(found)[:1])
+    return "".join(f"{before:,} {what} became {after:,}" for before, after, what in sorted(sizes)[:1])
 
 
-# What is expected
+# What is expected, of each tensor first what was recorded, then the pattern
 
 
-def _expect_of_files(
+def _of_files(
     path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
-) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
+) -> tuple[Mapping[str, Tensor], list[tuple[str, _Expected]]]:
     folder = path if path.is_dir() else path.parent
     files = SafetensorsFiles(path)
     tensors = WithParts(files)
-    # One shard holds only some of the recorded tensors.
-    is_shard = not path.is_dir() and bool(list(folder.glob("*.safetensors.index.json")))
-    expected: dict[str, list[_Expected]] = {}
     record = folder / _RECORD
-    if record.is_file():
-        for name, entry in _read_record(record).items():
-            if name in tensors or not is_shard:
-                expected[name] = [entry]
-    elif pattern is None:
+    if not record.is_file() and pattern is None:
         raise ValueError(f"{path} has no {_RECORD} beside it: say what to check with --pattern, such as --pattern 2:4")
+    expected = [*_read_record(record).items()] if record.is_file() else []
     if pattern is not None and (folder / "config.json").is_file():
         for names, transposed in _layers_of_folder(folder, targets, ignore):
-            name = files.stored_name(names)
-            if name in tensors or not is_shard:
-                expected.setdefault(name, []).append(_Expected(pattern, transposed))
+            expected.append((files.stored_name(names), _Expected(pattern, transposed)))
     elif pattern is not None:
-        for name in _matrices(tensors, targets, ignore):
-            expected.setdefault(name, []).append(_Expected(pattern))
-    if not expected:
-        raise ValueError(f"{path} has no tensor to check: verify the folder, or change --targets and --ignore")
+        expected += [(name, _Expected(pattern)) for name in _matrices(tensors, targets, ignore)]
+    if not path.is_dir() and any(folder.glob("*.safetensors.index.json")):  # one shard has only some of the tensors
+        expected = [(name, entry) for name, entry in expected if name in tensors]
     return tensors, expected
 
 
-def _expect_of_trainer_checkpoint(
+def _of_trainer_checkpoint(
     path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
-) -> tuple[Mapping[str, Tensor], dict[str, list[_Expected]]]:
+) -> tuple[Mapping[str, Tensor], list[tuple[str, _Expected]]]:
     checkpoint = TrainerCheckpoint.read(path)
     checkpoint.require_intact()
     if pattern is None and checkpoint.masks is None:
@@ -207,32 +201,33 @@ def _expect_of_trainer_checkpoint(
             "Trainer that has the callback",
             stacklevel=3,
         )
-    expected = {
-        name: [_expected_of_mask(mask, (moments or {}).get(whole_of(name), {}))] for name, mask in masks.items()
-    }
+    expected = [
+        (name, _expected_of_mask(mask, (moments or {}).get(whole_of(name), {}))) for name, mask in masks.items()
+    ]
     if pattern is not None and checkpoint.describes_a_model:
         note = checkpoint.require_note()
         model = build_model(note["architecture"], note["config"], path)
         for name, layer in find_targets(model, targets, ignore).items():
-            own = layer.parameter_name if layer.part else f"{adapted_name(name, note)}.weight"
-            expected.setdefault(f"{note['model_prefix']}{own}", []).append(_Expected(pattern, layer.transposed))
+            stored = layer.parameter_name if layer.part else f"{adapted_name(name, note)}.weight"
+            expected.append((f"{note['model_prefix']}{stored}", _Expected(pattern, layer.transposed)))
     elif pattern is not None:
-        for name in _matrices(checkpoint.state_dict, targets, ignore):
-            expected.setdefault(name, []).append(_Expected(pattern))
-    if not expected:
-        raise ValueError(f"{path} has no tensor to check: change --targets and --ignore")
+        expected += [(name, _Expected(pattern)) for name in _matrices(checkpoint.state_dict, targets, ignore)]
     return WithParts(checkpoint.state_dict), expected
 
 
-def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor]) -> _Expected:
-    return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments)
+def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor] | None = None) -> _Expected:
+    return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments or {})
+
+
+def _expected_of_cut(mask: LayerMask) -> _Expected:
+    return _Expected(mask.pattern, mask.transposed, shrunk_shape(mask), dense_shape=mask.stored_shape)
 
 
 def _matrices(tensors: Mapping[str, Tensor], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
     """Name every targeted matrix, where no model says which tensors are layers."""
 
     def is_targeted(module: str) -> bool:
-        return any(matches(module, one) for one in targets) and not any(matches(module, one) for one in ignore)
+        return any(matches(module, glob) for glob in targets) and not any(matches(module, glob) for glob in ignore)
 
     named = [name for name in tensors if is_targeted(name.removesuffix(".weight"))]
     return [name for name in named if (tensor := tensors[name]).dim() == 2 and tensor.is_floating_point()]
@@ -256,6 +251,15 @@ def _layers_of_folder(folder: Path, targets: Sequence[str], ignore: Sequence[str
 
 def _is_value(tensor: Tensor) -> Tensor:
     return tensor.ne(0) | tensor.signbit()
+
+
+def _count_zeros(tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[_Expected]]) -> list[TensorReport]:
+    reports = []
+    with open_phase("Counting zeros", len(expected), "tensors") as phase:
+        for name, expectations in expected.items():
+            reports.append(_check(name, tensors, expectations))
+            phase.advance(note=name)
+    return reports
 
 
 def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Expected]) -> TensorReport:
@@ -283,12 +287,10 @@ def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Exp
             other += tensor.numel()
             problems.append(f"the shape is {tuple(tensor.shape)}, not {expected.shape or 'that of a matrix'}")
             continue
-        drop = None
-        if expected.mask is not None:
-            drop = _oriented(expected.mask.keep.logical_not(), expected)
-        count, found = _missing_zeros(values, zeros, expected, drop)
+        drop = None if expected.mask is None else _oriented(expected.mask.keep.logical_not(), expected)
+        count, more_problems = _missing_zeros(values, zeros, expected, drop)
         missing_zeros = max(missing_zeros, count)  # several checks see the same entries
-        problems += found
+        problems += more_problems
         for moment_name, moment in expected.moments.items():
             assert drop is not None, "moments come with a mask"
             if alive := int((_is_value(_as_matrix(part_of(moment, name))) & drop).count_nonzero()):
