@@ -50,10 +50,10 @@ def adapters_note(model: nn.Module) -> dict[str, Any]:
             layers[name] = {"transposed": layer.transposed, "scales": scales}
     configs: dict[str, Any] = {}
     for module in model.modules():
-        found = getattr(module, "peft_config", None)
-        if isinstance(found, Mapping):
-            as_json = {name: json.dumps(config.to_dict(), default=_in_json) for name, config in found.items()}
-            configs |= {name: json.loads(text) for name, text in as_json.items()}
+        by_adapter = getattr(module, "peft_config", None)
+        if isinstance(by_adapter, Mapping):
+            values = {name: config.to_dict() for name, config in by_adapter.items()}
+            configs |= json.loads(json.dumps(values, default=_in_json))
     return {"layers": layers, "configs": configs if layers else {}, "saved": saved_modules(model)}
 
 
@@ -127,8 +127,8 @@ def write_adapters(
     if not names:
         raise ValueError("the checkpoint has no LoRA adapter of a pruned layer to keep: leave out --keep-adapter")
     for adapter in names:
-        own = inside(folder, adapter, checkpoint)
-        own.mkdir()
+        target = inside(folder, adapter, checkpoint)
+        target.mkdir()
         save_file(
             {
                 f"base_model.model.{layer}.{part}.weight": _part(layer, part, adapter, weights).contiguous()
@@ -136,11 +136,11 @@ def write_adapters(
                 if adapter in about["scales"]
                 for part in _PARTS
             },
-            own / "adapter_model.safetensors",
+            target / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        # it is for these weights, which have the trained copies, and not for those that the training began with
+        # The adapter is for these weights, which have the trained copies, and not for those before the training
         changed = {"inference_mode": True, "base_model_name_or_path": None, "modules_to_save": None}
         config = {**adapters["configs"].get(adapter, {}), **changed}
-        (own / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return names

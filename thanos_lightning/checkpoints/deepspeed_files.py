@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -435,8 +436,8 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
         value: Any = load_file(file)
         return value.get("param") if isinstance(value, dict) else value
 
-    def whole(file: Path, shape: Sequence[int]) -> Callable[[], Tensor]:
-        return lambda: _joined([read(file)], shape)()
+    def read_whole(file: Path, shape: Sequence[int]) -> Tensor:
+        return _joined([read(file)], shape)()
 
     states: _States = {}
     for name, shape in _shapes_of(content).items():
@@ -447,7 +448,7 @@ def _of_universal(folder: Path, content: Mapping[str, Any]) -> _States:
         for file in files:
             value = read(file)
             if isinstance(value, Tensor) and value.dim() > 0 and value.numel() >= shape.numel():
-                states[name][file.stem] = whole(file, shape)
+                states[name][file.stem] = partial(read_whole, file, shape)
     return states
 
 

@@ -12,8 +12,7 @@ import torch
 
 _LONGEST = 255  # letters of a name, which is what file systems allow
 _OF_FIT = "say fit --weights_only false (in Python, fit(…, weights_only=False))"
-_METADATA = "*.metadata"  # of FSDP2's folders: one of all ranks, or one of each rank
-# All that torch writes into such a file, beside plain values and dtypes
+# All that torch writes into the metadata of FSDP2's folders, beside plain values and dtypes
 _OF_METADATA = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -106,17 +105,12 @@ def inside(folder: Path, name: str, named_by: Path) -> Path:
     return folder / name
 
 
-def shard_files(path: Path) -> list[Path]:
-    """List the files by which torch finds the shards in a folder of FSDP2; empty for any other path."""
-    return sorted(path.glob(_METADATA)) if path.is_dir() else []
-
-
 def check_shards(path: Path) -> None:
     """Refuse a folder of FSDP2 with objects of other classes than torch writes, whose reading could run any code.
 
-    So is a folder whose shards would be read from outside of it.
+    A folder whose shards would be read from outside of it is refused, too. Any other path passes.
     """
-    for file in shard_files(path):
+    for file in sorted(path.glob("*.metadata")) if path.is_dir() else ():  # one of all ranks, or one of each rank
         require_bounded(file)
         try:
             with file.open("rb") as opened:

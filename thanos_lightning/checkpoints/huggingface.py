@@ -34,9 +34,9 @@ def build_model(architecture: str, config: Any, path: Path) -> transformers.PreT
 
     Raises ValueError, which names `path`, if transformers has no class `architecture`, or can't make the model.
     """
-    found = getattr(transformers, str(architecture), None)
-    model_class: Any = found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
-    if model_class is None:
+    model_class: Any = getattr(transformers, str(architecture), None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not is_model:
         raise ValueError(
             f"{path} holds a model of the class {architecture}, which transformers {transformers.__version__} does not "
             "have: install the version it was trained with. Models with code of their own are not supported"
@@ -113,8 +113,8 @@ def write_model(
         shard.clear()
 
     for _, group in groupby(names, key=near):
-        for name, tensor in revert_weight_conversion(model, {one: tensors[one] for one in group}).items():
-            if shard and tensor.nbytes + sum(one.nbytes for one in shard.values()) > shard_bytes:
+        for name, tensor in revert_weight_conversion(model, {name: tensors[name] for name in group}).items():
+            if shard and tensor.nbytes + sum(stored.nbytes for stored in shard.values()) > shard_bytes:
                 write()
             shard[name] = tensor.contiguous()
             total += tensor.nbytes
@@ -123,10 +123,10 @@ def write_model(
         (folder / "0.safetensors").rename(folder / _WEIGHTS[0])
         return
     index: dict[str, str] = {}
-    for number, stored in enumerate(files):
+    for number, names_in_file in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file)
-        index |= dict.fromkeys(stored, file)
+        index |= dict.fromkeys(names_in_file, file)
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / _INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -163,9 +163,9 @@ def uncast_buffers(module: nn.Module) -> None:
 
 
 def _uncast(model: transformers.PreTrainedModel) -> None:
-    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    buffers = {name: (part, own) for name, part, own in _unsaved(model)}
-    if all(own.dtype == dtype == torch.float32 for _, own in buffers.values()):
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    buffers = {name: (holder, buffer) for name, holder, buffer in _unsaved(model)}
+    if all(buffer.dtype == dtype == torch.float32 for _, buffer in buffers.values()):
         return
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as transformers does to build a model that it loads
@@ -175,13 +175,13 @@ def _uncast(model: transformers.PreTrainedModel) -> None:
     finally:
         torch.set_default_dtype(before)
     for name, part, made in list(_unsaved(loaded)):
-        owner, own = buffers.get(name, (None, made))
-        if owner is None or own.shape != made.shape or own.dtype == made.dtype:
+        holder, buffer = buffers.get(name, (part, made))
+        if buffer.shape != made.shape or buffer.dtype == made.dtype:
             continue
         path, _, last = name.rpartition(".")
         part._buffers[last] = value = torch.zeros_like(made, device="cpu")
         _innermost(loaded, path)._init_weights(part)
-        owner._buffers[last] = value.to(own.device)
+        holder._buffers[last] = value.to(buffer.device)
 
 
 def _unsaved(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -245,25 +245,25 @@ def _weight_files(folder: Path) -> list[Path]:
 
     Raises ValueError if these are not .safetensors files, or if the folder holds other weights beside them.
     """
-    found = sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1]
+    loaded = sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors"))[:1]
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if isinstance(config, Mapping) and (name := config.get("transformers_weights")) is not None:
-        found.append(f"config.json's transformers_weights {name!r}")
-    found += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).exists()]
-    if len(found) > 1:
+        loaded.append(f"config.json's transformers_weights {name!r}")
+    loaded += [name for name in (*_WEIGHTS, _ADAPTER) if (folder / name).exists()]
+    if len(loaded) > 1:
         raise ValueError(
-            f"{folder} says two things: {found[0]} and {found[1]} both say what transformers loads. Move what is not "
+            f"{folder} says two things: {loaded[0]} and {loaded[1]} both say what transformers loads. Move what is not "
             "the model out of the folder, or give a .safetensors file"
         )
-    if not found:
+    if not loaded:
         require_end(folder)
         if (folder / ".metadata").is_file():
             raise sharded_error(folder)
-    if found == [_INDEX]:
+    if loaded == [_INDEX]:
         return _shards(folder)
-    if found != ["model.safetensors"]:
+    if loaded != ["model.safetensors"]:
         raise ValueError(
-            f"{folder} holds {found[0] if found else 'no weights'}, and no model.safetensors: give a folder that "
+            f"{folder} holds {loaded[0] if loaded else 'no weights'}, and no model.safetensors: give a folder that "
             "save_pretrained wrote, a .safetensors file, or a .ckpt file"
         )
     return [folder / "model.safetensors"]

@@ -49,20 +49,20 @@ def stored_names(model: transformers.PreTrainedModel, names: Collection[str]) ->
             f"transformers {transformers.__version__} can't save {type(model).__name__} ({type(error).__name__}: "
             f"{error}): train a model that save_pretrained can write"
         ) from error
-    found = {}
+    stored = {}
     for name, group in of.items():
-        stored = [places[key] for one in group if (key := _key(numbers[one])) in places]
+        wholes_stored = [places[key] for alias in group if (key := _key(numbers[alias])) in places]
         whole = whole_of(name)
         if whole != name and (alone := places.get(_key(part_of(numbers[whole], name)))) is not None:
-            found[name] = [alone]
-        elif stored:
-            found[name] = [name.replace(whole, one) for one in stored]
+            stored[name] = [alone]
+        elif wholes_stored:
+            stored[name] = [name.replace(whole, place) for place in wholes_stored]
         else:
             raise ValueError(
                 f"{type(model).__name__} is saved in a form in which {name} is no tensor of its own: add such layers "
                 "to ignore, or train a model whose layers are saved one by one"
             )
-    return found
+    return stored
 
 
 def why_not_exported(module: nn.Module, layers: Mapping[str, Layer]) -> str | None:
@@ -71,19 +71,18 @@ def why_not_exported(module: nn.Module, layers: Mapping[str, Layer]) -> str | No
     None if nothing is known against it, and if none of the layers is in a Hugging Face model, since nothing would be
     exported. No weight is read, and of layers whose names differ in numbers alone only the first is looked at.
     """
-    found = exported_model(module, layers)
-    if found is None or not any(name.startswith(found[0]) for name in layers):
+    prefix, model = exported_model(module, layers) or ("", None)
+    if model is None or not any(name.startswith(prefix) for name in layers):
         return None
-    prefix, model = found
     architecture = class_of(model).__name__
     try:
         built = build_model(architecture, model.config.to_dict(), Path("the LightningModule"))
-        own = {name: whole_shape(value) for name, value in model.state_dict(keep_vars=True).items()}
+        trained = {name: whole_shape(value) for name, value in model.state_dict(keep_vars=True).items()}
         shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
-        if not any(".lora_" in name for name in own) and own != shapes:
-            name = next(name for name in {**own, **shapes} if own.get(name) != shapes.get(name))
+        if not any(".lora_" in name for name in trained) and trained != shapes:
+            name = next(name for name in {**trained, **shapes} if trained.get(name) != shapes.get(name))
             return (
-                f"{prefix}{name} has the shape {own.get(name)}, and {shapes.get(name)} in the {architecture} "
+                f"{prefix}{name} has the shape {trained.get(name)}, and {shapes.get(name)} in the {architecture} "
                 "that its configuration describes: change the configuration with the model"
             )
         kinds: dict[str, str] = {}

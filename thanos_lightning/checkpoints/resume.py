@@ -31,7 +31,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     require_end,
     require_one_save,
 )
-from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, shard_files
+from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded
 from thanos_lightning.ranks.talk import Ranks, failing_together
 from thanos_lightning.ranks.view import whole_shape
 
@@ -62,7 +62,10 @@ def guard_resume(strategy: Strategy) -> None:
             return load_checkpoint(checkpoint_path, *args, **kwargs)
         path = Path(checkpoint_path)
         with _all_of(strategy):
-            _refuse_unsafe(path)
+            require_end(path)
+            check_shards(path)
+            if path.exists() and not path.is_dir():  # a URL is not here
+                require_bounded(path)
         if isinstance(strategy, DeepSpeedStrategy):
             _prepare(path, strategy)
         with _plain_values_alone(CLASSES if of_deepspeed else ()):
@@ -78,15 +81,6 @@ def guard_resume(strategy: Strategy) -> None:
             return loaded
 
     strategy.load_checkpoint = safe_load_checkpoint  # type: ignore[method-assign]
-
-
-def _refuse_unsafe(path: Path) -> None:
-    """Refuse a checkpoint that is not to be loaded, other than DeepSpeed's. One that is not here (a URL) passes."""
-    require_end(path)
-    if shard_files(path):
-        check_shards(path)
-    elif path.exists() and not path.is_dir():
-        require_bounded(path)
 
 
 def _all_of(strategy: Any) -> AbstractContextManager[None]:

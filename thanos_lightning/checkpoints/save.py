@@ -57,7 +57,6 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def _unwritten(path: Path, error: BaseException) -> PruningError:
-    """Say why a checkpoint could not be written."""
     cause = error if isinstance(error, OSError) else error.__context__
     why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
     return PruningError(

@@ -144,9 +144,10 @@ def check_masks(
 
     The tensors in `cut` lack the channels, or rows, that their masks prune: their shapes are checked.
     """
-    expected = {
-        name: _expected_of_cut(mask) if name in cut else _expected_of_mask(mask) for name, mask in masks.items()
-    }
+    expected = {name: _expected_of_mask(mask) for name, mask in masks.items()}
+    for name in cut:
+        mask = masks[name]
+        expected[name] = _Expected(mask.pattern, mask.transposed, shrunk_shape(mask), dense_shape=mask.stored_shape)
     return _count_zeros(tensors, {name: [entry] for name, entry in expected.items()})
 
 
@@ -219,10 +220,6 @@ def _expected_of_mask(mask: LayerMask, moments: Mapping[str, Tensor] | None = No
     return _Expected(mask.pattern, mask.transposed, mask.stored_shape, mask=mask, moments=moments or {})
 
 
-def _expected_of_cut(mask: LayerMask) -> _Expected:
-    return _Expected(mask.pattern, mask.transposed, shrunk_shape(mask), dense_shape=mask.stored_shape)
-
-
 def _matrices(tensors: Mapping[str, Tensor], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
     """Name every targeted matrix, where no model says which tensors are layers."""
 
@@ -263,7 +260,7 @@ def _count_zeros(tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[
 
 
 def _check(name: str, tensors: Mapping[str, Tensor], expectations: Sequence[_Expected]) -> TensorReport:
-    asked = expectations[-1].pattern  # the user's pattern, if given, comes after the recorded one
+    asked = expectations[-1].pattern  # the user's, if there is one
     if name not in tensors:
         shape = expectations[0].shape
         return TensorReport(
