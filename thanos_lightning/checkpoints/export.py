@@ -103,10 +103,8 @@ def export_checkpoint(
                 raise ValueError(
                     f"{output} can't be written ({error}): make room, or give a folder on another disk"
                 ) from error
-        adapters: list[str] = []
-        if keep_adapter:
-            weights = without_prefix(trained.state_dict, note["model_prefix"])
-            adapters = write_adapters(folder, weights, note["adapters"], path)
+        weights = without_prefix(trained.state_dict, note["model_prefix"])
+        adapters = write_adapters(folder, weights, note["adapters"], path) if keep_adapter else []
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(folder)
         files = SafetensorsFiles(folder)

@@ -46,6 +46,7 @@ def guard_resume(strategy: Strategy) -> None:
     All ranks refuse what could be read without an end, or holds objects that are not plain values. They do so before
     torch or DeepSpeed reads it. In addition torch itself is told to read plain values alone, whatever its callers say.
     A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to DeepSpeed's strategy.
+    What DeepSpeed leaves undone is completed after a load.
 
     The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.
     """
