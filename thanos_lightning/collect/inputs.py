@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -24,11 +25,6 @@ from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.solver import HessianAccumulator
 
 
-def _version(tensor: Tensor) -> int | None:
-    """A number that changes when the tensor is written to; None under torch.inference_mode, which keeps none."""
-    return None if tensor.is_inference() else tensor._version
-
-
 class Seen:
     """Identifies the input of a layer or block, to tell whether another one is called with the same input.
 
@@ -39,20 +35,21 @@ class Seen:
     def __init__(self, inputs: Tensor) -> None:
         self._storage: Any = StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
         self._place = self._place_of(inputs)
-        self._version = _version(inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         return self  # a copied module copies its hooks, and a second owner of the weak reference would free it twice
 
     @staticmethod
-    def _place_of(inputs: Tensor) -> tuple[Any, ...]:
-        return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
+    def _place_of(inputs: Tensor) -> tuple[Any, ...] | None:
+        """Which memory a tensor is, and its version; None under torch.inference_mode, which keeps no versions."""
+        if inputs.is_inference():
+            return None
+        return inputs._version, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
 
     def is_of(self, inputs: Tensor) -> bool:
         """Whether this tensor is the same memory, and nothing has written to it since."""
         return (
-            self._version is not None
-            and self._version == _version(inputs)
+            self._place is not None
             and self._place == self._place_of(inputs)
             and not self._storage.expired()
             and self._storage == StorageWeakRef(inputs.untyped_storage())  # type: ignore[no-untyped-call]
@@ -61,7 +58,7 @@ class Seen:
 
 @dataclass
 class _Statistics:
-    """One accumulator and what is needed to tell whether another layer sees the same inputs."""
+    """An accumulator, and what tells whether another layer sees the same inputs."""
 
     accumulator: HessianAccumulator
     updates: int = 0
@@ -82,6 +79,10 @@ class _Statistics:
         self.accumulator.update(inputs)
         self.updates += 1
 
+    def state(self) -> dict[str, Any]:
+        triangle, num_tokens = self.accumulator.triangle, self.accumulator.num_tokens
+        return {"sum": triangle.to("cpu", copy=True), "num_tokens": num_tokens, "updates": self.updates}
+
 
 @dataclass
 class InputStatistics:
@@ -100,7 +101,7 @@ class InputStatistics:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
     _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
-    _seen: dict[str, int] = field(default_factory=dict)
+    _updates: dict[str, int] = field(default_factory=dict)  # layer -> updates of its statistics when it was last called
     _hooks: ExitStack = field(default_factory=ExitStack)
     _is_counting: bool = False
     _counted: CountedTokens | None = None
@@ -133,8 +134,8 @@ class InputStatistics:
     def end(self) -> None:
         """Stop counting."""
         self._is_counting, self._counted = False, None
-        for name, seen in self._seen.items():
-            if seen < self._by_layer[name].updates:
+        for name, updates in self._updates.items():
+            if updates < self._by_layer[name].updates:
                 self._part(name)
 
     def _part(self, name: str) -> None:
@@ -144,9 +145,9 @@ class InputStatistics:
             "apart from here on, and up to one batch was counted for a layer that did not see it",
             stacklevel=2,
         )
-        shared, self._seen[name] = self._by_layer[name].accumulator, self._by_layer[name].updates
-        own = HessianAccumulator.of_sum(shared.triangle.clone(), shared.num_tokens)
-        self._by_layer[name] = _Statistics(own, self._seen[name])
+        shared = self._by_layer[name]
+        accumulator = HessianAccumulator.of_sum(shared.accumulator.triangle.clone(), shared.accumulator.num_tokens)
+        self._by_layer[name], self._updates[name] = _Statistics(accumulator, shared.updates), shared.updates
 
     @contextmanager
     def counting(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> Iterator[None]:
@@ -169,22 +170,19 @@ class InputStatistics:
         self._is_counting = self.failures.error is None
 
     def _count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> None:
-        own = self._by_layer.get(name)
-        if own is None:
+        if name not in self._by_layer:
+            latest = self._latest.get(inputs.data_ptr())
             # A sum of more than this one input contains tokens that this layer never saw.
-            own = self._latest.get(inputs.data_ptr())
-            if own is None or own.updates > 1 or not own.saw(inputs):
-                own = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
-                own.update(inputs, self._rows_that_count(name, inputs, tokens))
-                self._latest[inputs.data_ptr()] = own
-            self._by_layer[name] = own
-        elif self._seen[name] == own.updates:
-            own.update(inputs, self._rows_that_count(name, inputs, tokens))
-        elif not own.saw(inputs):  # another layer has just added a different input to the shared sum
-            self._part(name)
-            own = self._by_layer[name]
-            own.update(inputs, self._rows_that_count(name, inputs, tokens))
-        self._seen[name] = own.updates
+            if latest is None or latest.updates > 1 or not latest.saw(inputs):
+                latest = _Statistics(HessianAccumulator(self.layers[name].cols, device=inputs.device))
+                self._latest[inputs.data_ptr()] = latest
+            self._by_layer[name], self._updates[name] = latest, 0
+        elif self._updates[name] < self._by_layer[name].updates and not self._by_layer[name].saw(inputs):
+            self._part(name)  # another layer has just added a different input to the shared sum
+        statistics = self._by_layer[name]
+        if self._updates[name] == statistics.updates:  # no other layer has added this input
+            statistics.update(inputs, self._rows_that_count(name, inputs, tokens))
+        self._updates[name] = statistics.updates
 
     def _rows_that_count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> Tensor | None:
         """Return the indices of the rows that count, on the inputs' device; None if all rows count.
@@ -220,40 +218,25 @@ class InputStatistics:
     def state(self) -> dict[str, Any]:
         """Return the sums so far as plain values, for `load_states`."""
         leaders: dict[int, str] = {}
-        for name, statistics in self._by_layer.items():
-            leaders.setdefault(id(statistics), name)
-        return {
-            "leader": {name: leaders[id(statistics)] for name, statistics in self._by_layer.items()},
-            "sums": {
-                name: {
-                    "sum": self._by_layer[name].accumulator.triangle.to("cpu", copy=True),
-                    "num_tokens": self._by_layer[name].accumulator.num_tokens,
-                    "updates": self._by_layer[name].updates,
-                }
-                for name in leaders.values()
-            },
-        }
+        leader = {name: leaders.setdefault(id(statistics), name) for name, statistics in self._by_layer.items()}
+        return {"leader": leader, "sums": {name: self._by_layer[name].state() for name in leaders.values()}}
 
     def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue from the sum of one or several `state`s of the same layers, one from each process."""
         if any(state["leader"] != states[0]["leader"] for state in states):
             states = [_unshared(state) for state in states]
         loaded: dict[str, _Statistics] = {}
-        leaders: dict[str, str] = {}
         for state in states:
-            leaders |= state["leader"]
             for name, saved in state["sums"].items():
-                layer = self.layers[name]
-                part = HessianAccumulator.of_sum(
-                    saved["sum"].to(layer.parameter.device, copy=True), saved["num_tokens"]
-                )
-                if name not in loaded:
-                    loaded[name] = _Statistics(part)
-                else:
+                triangle = saved["sum"].to(self.layers[name].parameter.device, copy=True)
+                part = HessianAccumulator.of_sum(triangle, saved["num_tokens"])
+                if name in loaded:
                     loaded[name].accumulator.merge(part)
+                else:
+                    loaded[name] = _Statistics(part)
                 loaded[name].updates += saved["updates"]
-        self._by_layer = {name: loaded[leader] for name, leader in leaders.items()}
-        self._seen = {name: statistics.updates for name, statistics in self._by_layer.items()}
+        self._by_layer = {name: loaded[leader] for state in states for name, leader in state["leader"].items()}
+        self._updates = {name: statistics.updates for name, statistics in self._by_layer.items()}
 
 
 def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,25 +256,23 @@ def gather_states(
     `OutputGradients`), or None if another rank keeps it. If rank 0 writes for all ranks, it receives the states of all.
     Sums are sent one by one, because a device may lack the memory for all of them.
     """
-    own = statistics.state()
-    own["gradients"] = {name: one.to("cpu", copy=True) for name, one in gradients.items()}
-    if access.world_size == 1:
-        return [own]
-    if access.saves_every_rank:
-        return [own if rank == access.rank else None for rank in range(access.world_size)]
-    small = {name: {**entry, "sum": tuple(entry["sum"].shape)} for name, entry in own["sums"].items()}
-    shapes = {name: tuple(one.shape) for name, one in own["gradients"].items()}
-    states = access.gather({"leader": own["leader"], "sums": small, "gradients": shapes})
-    for rank, state in enumerate(states):
-        for name, shape in state["gradients"].items():
-            mine = own["gradients"][name] if rank == access.rank else None
-            found = access.send(mine, source=rank, destination=0, shape=shape)
-            state["gradients"][name] = None if found is None else found.cpu()
-        for name, entry in state["sums"].items():
-            mine = own["sums"][name]["sum"] if rank == access.rank else None
-            found = access.send(mine, source=rank, destination=0, shape=entry["sum"])
-            entry["sum"] = None if found is None else found.cpu()
-    return [state if access.rank in (0, rank) else None for rank, state in enumerate(states)]
+    state = {
+        "gradients": {name: squares.to("cpu", copy=True) for name, squares in gradients.items()},
+        **statistics.state(),
+    }
+    if access.world_size == 1 or access.saves_every_rank:
+        return [state if rank == access.rank else None for rank in range(access.world_size)]
+    states: list[dict[str, Any] | None] = []
+    for rank, outline in enumerate(access.gather(apply_to_collection(state, Tensor, Tensor.to, "meta"))):
+        tensors = state if rank == access.rank else outline
+        sent = apply_to_collection(tensors, Tensor, partial(_send_to_rank_0, rank, access))
+        states.append(sent if access.rank in (0, rank) else None)
+    return states
+
+
+def _send_to_rank_0(source: int, access: ParameterAccess, tensor: Tensor) -> Tensor | None:
+    received = access.send(tensor, source=source, destination=0, shape=tensor.shape)
+    return None if received is None else received.cpu()
 
 
 def load_own_states(
@@ -304,20 +285,17 @@ def load_own_states(
     Raises:
         MisconfigurationException: If a different number of ranks wrote the states, and each rank only its own.
     """
-    if len(states) == access.world_size:
-        own = states[access.rank : access.rank + 1]
-    else:
-        own = states[access.rank :: access.world_size]  # any rank may add up any sums
-    kept = [state for state in own if state is not None]
-    if len(kept) < len(own):
+    of_rank = states[access.rank :: access.world_size]  # any rank may add up any sums
+    written = [state for state in of_rank if state is not None]
+    if len(written) < len(of_rank):
         raise MisconfigurationException(
             f"the checkpoint was written by {len(states)} ranks while statistics were collected, each its own part, "
             f"and {access.world_size} resume it: run `thanos-lightning reshard` on it first"
         )
-    if kept:
-        statistics.load_states(kept)
+    if written:
+        statistics.load_states(written)
     gradients: dict[str, Tensor] = {}
-    for state in kept:
-        for name, one in state.get("gradients", {}).items():
-            gradients[name] = gradients[name] + one if name in gradients else one
+    for state in written:
+        for name, squares in state.get("gradients", {}).items():
+            gradients[name] = gradients[name] + squares if name in gradients else squares
     return gradients
