@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -54,36 +54,30 @@ def count_dataloader(
     Raises:
         MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
     """
-    num_batches = seen = 0
+    num_batches = 0
     statistics.start(module)
     if states is not None:
         states.start()
     try:
         phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
         with phase_of as phase, _evaluating(module):
-            for batch, is_own, in_round in _rounds(batches, access):
-                on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            for batch, number, numbers in _rounds(batches, access):
+                differentiated = [] if backward is None else [n for n in numbers if n % _BATCHES_PER_BACKWARD == 0]
+                on_device = _on_device(batch, trainer)
                 mask = partial(counted, on_device)
-                counting = statistics.counting(mask) if is_own else nullcontext()
-                recording = nullcontext() if states is None or not is_own else states.recording(
-                    seen + access.rank, mask, access.world_size
-                )  # fmt: skip
-                numbers = range(seen, seen + in_round)
-                differentiated = [number for number in numbers if number % _BATCHES_PER_BACKWARD == 0]
-                differentiates = backward is not None and bool(differentiated)
-                with (
-                    torch.set_grad_enabled(differentiates),
-                    trainer.precision_plugin.forward_context(),
-                    counting,
-                    recording,
-                ):
+                with ExitStack() as contexts:
+                    contexts.enter_context(torch.set_grad_enabled(bool(differentiated)))
+                    contexts.enter_context(trainer.precision_plugin.forward_context())
+                    if number is not None:
+                        contexts.enter_context(statistics.counting(mask))
+                    if number is not None and states is not None:
+                        contexts.enter_context(states.recording(number, mask, access.world_size))
                     output = _forward(module, on_device)
-                if backward is not None and differentiates:
-                    backward(output, is_own and seen + access.rank in differentiated)
+                if backward is not None and differentiated:
+                    backward(output, number in differentiated)
                 del output
-                num_batches += is_own
-                seen += in_round
-                phase.advance(in_round)
+                num_batches += number is not None
+                phase.advance(len(numbers))
     finally:
         statistics.stop()
         if states is not None:
@@ -111,11 +105,15 @@ def try_batch(
     (batch,) = found
     if _way(module, batch)[1] == _TRAINING_STEP:
         return []
-    on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    on_device = _on_device(batch, trainer)
     with _evaluating(module), torch.set_grad_enabled(gradients), trainer.precision_plugin.forward_context():
         output = _forward(module, on_device)
     access.release()
     return [output]
+
+
+def _on_device(batch: Any, trainer: Trainer) -> Any:
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def _glance(batches: Iterable[Any]) -> list[Any]:
@@ -134,23 +132,31 @@ def _glance(batches: Iterable[Any]) -> list[Any]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a module in evaluation mode, as a calibration set needs it: every layer is called, checkpointing stays on."""
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and each of its parts back into its own mode."""
     modes = [(part, part.training) for part in module.modules()]
-    is_fast = torch.backends.mha.get_fastpath_enabled()  # a kernel that reads weights without calling their layers
     module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _checkpointing(module):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(is_fast)
         for part, mode in modes:
             part.training = mode
 
 
-def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, bool, int]]:
-    """Yield rounds in which every rank runs one batch: (batch, whether this rank counts it, batches in the round).
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module in evaluation mode, as a calibration set needs it: every layer is called, checkpointing stays on."""
+    is_fast = torch.backends.mha.get_fastpath_enabled()  # a kernel that reads weights without calling their layers
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluation_mode(module), _checkpointing(module):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+
+
+def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[Any, int | None, range]]:
+    """Yield rounds in which every rank runs one batch: the batch, its number if it counts, and all numbers that count.
 
     Rank r takes batches r, r + world_size, … of its dataloader, or all of them where a DistributedSampler shares them
     already. If it runs out before other ranks, whose dataloaders may be longer, it runs another batch without counting
@@ -161,25 +167,27 @@ def _rounds(batches: Iterable[Any], access: ParameterAccess) -> Iterator[tuple[A
         ValueError: On all ranks, if one rank's dataloader is empty while another's is not.
     """
     iterator = iter(batches)
-    is_share = ranks_sharing(batches) > 1
+    is_shared = ranks_sharing(batches) > 1
+    begun = 0
     spare: Any = None
     while True:
-        one_each: list[Any] = []
+        in_round: list[Any] = []
         with failing_together(access):
-            one_each = list(itertools.islice(iterator, 1 if is_share else access.world_size))
-            one_each *= access.world_size if is_share else 1
-        spare = one_each[0] if one_each else spare
-        by_rank = access.gather((len(one_each), spare is not None))
-        in_round = max(number for number, _ in by_rank)
-        if not in_round:
+            in_round = list(itertools.islice(iterator, 1 if is_shared else access.world_size))
+            in_round *= access.world_size if is_shared else 1
+        spare = in_round[0] if in_round else spare
+        by_rank = access.gather((len(in_round), spare is not None))
+        length = max(number for number, _ in by_rank)
+        if not length:
             return
-        if poor := [rank for rank, (_, has_one) in enumerate(by_rank) if not has_one]:
+        if poor := [rank for rank, (_, has_batch) in enumerate(by_rank) if not has_batch]:
             raise ValueError(
-                f"calibration.batches has no batch on rank {poor[0]}, and {in_round} or more on another: give "
+                f"calibration.batches has no batch on rank {poor[0]}, and {length} or more on another: give "
                 "all ranks the same one"
             )
-        is_own = access.rank < len(one_each)
-        yield one_each[access.rank] if is_own else spare, is_own, in_round
+        number = begun + access.rank if access.rank < len(in_round) else None
+        yield spare if number is None else in_round[access.rank], number, range(begun, begun + length)
+        begun += length
 
 
 @contextmanager
@@ -189,14 +197,13 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
     transformers checkpoints in training mode only. Without checkpoints, a backward over a calibration batch would need
     more memory than the training has. Only non-reentrant checkpoints let a backward stop at layer outputs.
     """
-    parts = [
-        part
+    functions = {
+        part: part._gradient_checkpointing_func
         for part in module.modules()
         if getattr(part, "gradient_checkpointing", False) and hasattr(part, "_gradient_checkpointing_func")
-    ]
-    before = [part._gradient_checkpointing_func for part in parts]
+    }
 
-    def evaluating(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+    def evaluated(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
         part.training = False  # turns off the part's own dropout
         try:
             return run(*args)
@@ -204,16 +211,16 @@ def _checkpointing(module: nn.Module) -> Iterator[None]:
             part.training = True
 
     def checkpointed(part: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
-        return checkpoint(partial(evaluating, part, run), *args, use_reentrant=False)
+        return checkpoint(partial(evaluated, part, run), *args, use_reentrant=False)
 
-    for part in parts:
+    for part in functions:
         part.training = True
         part._gradient_checkpointing_func = partial(checkpointed, part)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for part, func in zip(parts, before, strict=True):
-            part._gradient_checkpointing_func = func
+        for part, function in functions.items():
+            part._gradient_checkpointing_func = function
             part.training = False
 
 
@@ -256,7 +263,8 @@ def _mend(module: LightningModule) -> str:
 def _training_step(module: LightningModule, batch: Any) -> Any:
     """Return the output of a training step on a batch, without logging."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    replaced = {name: module.__dict__[name] for name in ("forward", "log", "log_dict") if name in module.__dict__}
+    names = "forward", "log", "log_dict"
+    replaced = {name: module.__dict__[name] for name in names if name in module.__dict__}
 
     def first_forward(*args: Any) -> Any:
         put_back("forward")
@@ -268,16 +276,15 @@ def _training_step(module: LightningModule, batch: Any) -> Any:
             module.__dict__[name] = replaced[name]
 
     # The step runs inside __call__, whose hooks gather the module's own sharded parameters.
-    silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
-    module.__dict__.update(forward=first_forward, **silent)
+    module.__dict__.update(dict.fromkeys(names, lambda *_, **__: None), forward=first_forward)
     try:
         return module(batch, 0) if takes_index else module(batch)
     finally:
-        for name in ("forward", "log", "log_dict"):
+        for name in names:
             put_back(name)
 
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the output itself or the `loss` in it, if that is a scalar that requires a gradient; None otherwise."""
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
-    return found if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad else None
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad else None

@@ -84,8 +84,8 @@ class HiddenStates:
 
         `counted` returns the mask of tokens that count, bool (batch, length), or None for all.
         """
-        steps = [self._steps_of(calls) for name, calls in self.calls.items() if name not in self.refused]
-        if (not self.calls or (steps and max(steps) * ranks < self.steps)) and self.failures.error is None:
+        of_blocks = [sum(len(parts_of(call.inputs.shape)) for call in calls.values()) for calls in self.calls.values()]
+        if max(of_blocks, default=0) * ranks < self.steps and self.failures.error is None:
             with self.failures.catching():
                 mask = None if counted is None else counted()
                 self._counted = None if mask is None or bool(mask.all()) else self._reference(mask)
@@ -97,60 +97,58 @@ class HiddenStates:
             self._begun.clear()
             self._known.clear()
 
-    @staticmethod
-    def _steps_of(calls: Mapping[int, Call]) -> int:
-        return sum(len(parts_of(tuple(call.inputs.shape))) for call in calls.values())
-
     # Hooks
 
     def _is_recording(self, name: str) -> bool:
         return self._number is not None and name not in self.refused and self.failures.error is None
 
+    @contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
+        with self.failures.catching():
+            try:
+                yield
+            except _RefusedError as why:
+                self.refused[name] = str(why)
+                self.calls.pop(name, None)
+
     def _before(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_recording(name):
             return
-        with self.failures.catching():
-            try:
-                self._begin(name, args, kwargs)
-            except _RefusedError as why:
-                self._refuse(name, str(why))
-
-    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in self._begun or self._number in self.calls.get(name, {}):
-            raise _RefusedError("is called more than once in a forward")
-        keyword = None if args else next(iter(kwargs), None)
-        hidden = args[0] if args else kwargs.get(keyword or "")
-        if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 3:
-            raise _RefusedError(f"gets no hidden states (batch, length, width) first, but {_said(hidden)}")
-        if hidden.is_inference():
-            raise _RefusedError("is called under torch.inference_mode, whose tensors can't be trained on")
-        args = tuple(self._plain("", value) for value in args[1:])
-        kwargs = {which: self._plain(which, value) for which, value in kwargs.items() if which != keyword}
-        last = self._last  # what one block gives is what the next one gets
-        stored = last[1] if last is not None and last[0].is_of(hidden) else _stored(hidden)
-        dtype, computes_in, none = hidden.dtype, _computes_in(hidden), torch.empty(0, device="cpu")
-        self._begun[name] = Call(stored, none, args, kwargs, keyword, self._counted, dtype, computes_in)
+        with self._refusing(name):
+            if name in self._begun or self._number in self.calls.get(name, {}):
+                raise _RefusedError("is called more than once in a forward")
+            keyword = None if args else next(iter(kwargs), None)
+            hidden = args[0] if args else kwargs.get(keyword or "")
+            if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.ndim < 3:
+                raise _RefusedError(f"gets no hidden states (batch, length, width) first, but {_said(hidden)}")
+            if hidden.is_inference():
+                raise _RefusedError("is called under torch.inference_mode, whose tensors can't be trained on")
+            last = self._last  # what one block gives is what the next one gets
+            self._begun[name] = Call(
+                args=tuple(self._plain("", value) for value in args[1:]),
+                kwargs={key: self._plain(key, value) for key, value in kwargs.items() if key != keyword},
+                inputs=last[1] if last is not None and last[0].is_of(hidden) else _stored(hidden),
+                outputs=torch.empty(0, device="cpu"),
+                keyword=keyword,
+                counted=self._counted,
+                dtype=hidden.dtype,
+                computes_in=_computes_in(hidden),
+            )
 
     def _after(self, name: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._is_recording(name) or name not in self._begun:
             return
-        with self.failures.catching():
-            begun = self._begun.pop(name)
-            hidden, shape = first_of(output), begun.inputs.shape
+        with self._refusing(name):
+            call = self._begun.pop(name)
+            hidden, shape = first_of(output), call.inputs.shape
             if not isinstance(hidden, Tensor) or hidden.shape[:-1] != shape[:-1]:
-                self._refuse(name, f"gives no hidden states (batch, length, width) first, but {_said(hidden)}")
-                return
+                raise _RefusedError(f"gives no hidden states (batch, length, width) first, but {_said(hidden)}")
             if self._counted is not None and self.others[self._counted.digest].shape != shape[:2]:
-                self._refuse(name, f"gets {tuple(shape[:2])} hidden states, of which no mask says which count")
-                return
-            given = _stored(hidden)
-            self._last = Seen(hidden), given
+                raise _RefusedError(f"gets {tuple(shape[:2])} hidden states, of which no mask says which count")
+            outputs = _stored(hidden)
+            self._last = Seen(hidden), outputs
             assert self._number is not None
-            self.calls.setdefault(name, {})[self._number] = replace(begun, outputs=given)
-
-    def _refuse(self, name: str, why: str) -> None:
-        self.refused[name] = why
-        self.calls.pop(name, None)
+            self.calls.setdefault(name, {})[self._number] = replace(call, outputs=outputs)
 
     def _plain(self, name: str, value: Any) -> Any:
         """The value with a reference for each tensor."""
@@ -168,11 +166,11 @@ class HiddenStates:
 
     def _reference(self, tensor: Tensor) -> Reference:
         if id(tensor) not in self._known:
-            own = tensor.detach().to("cpu", copy=True).contiguous()
-            described = f"{own.dtype} {tuple(own.shape)}".encode()
-            data = own.reshape(-1).view(torch.uint8).numpy().tobytes()
+            copy = tensor.detach().to("cpu", copy=True).contiguous()
+            described = f"{copy.dtype} {tuple(copy.shape)}".encode()
+            data = copy.reshape(-1).view(torch.uint8).numpy().tobytes()
             reference = Reference(hashlib.sha256(described + data).hexdigest())
-            self.others.setdefault(reference.digest, own)
+            self.others.setdefault(reference.digest, copy)
             self._known[id(tensor)] = tensor, reference  # with the tensor, so that no other one gets its id
         return self._known[id(tensor)][1]
 
@@ -189,8 +187,8 @@ def _said(value: Any) -> str:
 
 
 def _stored(hidden: Tensor) -> Tensor:
-    kept = torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
-    return hidden.detach().to("cpu", kept, copy=True)
+    dtype = torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
+    return hidden.detach().to("cpu", dtype, copy=True)
 
 
 def _computes_in(hidden: Tensor) -> torch.dtype | None:
@@ -212,31 +210,29 @@ class SharedStates:
     @classmethod
     def of(cls, states: HiddenStates, access: ParameterAccess) -> SharedStates:
         """Tell all ranks what each has recorded. All ranks must call it, and get the same."""
-        own = {
+        recorded = {
             name: {
                 number: replace(call, inputs=call.inputs.to("meta"), outputs=call.outputs.to("meta"))
                 for number, call in calls.items()
             }
             for name, calls in states.calls.items()
         }
-        shapes = {digest: one.to("meta") for digest, one in states.others.items()}
-        everywhere = access.gather((own, shapes, states.refused))
-        refused: dict[str, str] = {}
-        for _, _, of_rank in everywhere:
-            refused = {**of_rank, **refused}
+        shapes = {digest: tensor.to("meta") for digest, tensor in states.others.items()}
+        by_rank = access.gather((recorded, shapes, states.refused))
+        refused = {name: why for *_, of_rank in reversed(by_rank) for name, why in of_rank.items()}
         outlines: dict[str, Mapping[int, tuple[int, Call]]] = {}
         for name in states.blocks:
-            found = {
-                number: (rank, outline)
-                for rank, (calls, _, _) in enumerate(everywhere)
-                for number, outline in calls.get(name, {}).items()
-            }
             if name not in refused:
-                outlines[name] = dict(sorted(found.items()))
+                calls = {
+                    number: (rank, outline)
+                    for rank, (of_rank, *_) in enumerate(by_rank)
+                    for number, outline in of_rank.get(name, {}).items()
+                }
+                outlines[name] = dict(sorted(calls.items()))
         others = dict(states.others)
-        described = {digest: shape for _, table, _ in everywhere for digest, shape in table.items()}
+        described = {digest: tensor for _, of_rank, _ in by_rank for digest, tensor in of_rank.items()}
         for digest in sorted(described):
-            holders = [rank for rank, (_, table, _) in enumerate(everywhere) if digest in table]
+            holders = [rank for rank, (_, of_rank, _) in enumerate(by_rank) if digest in of_rank]
             if len(holders) < access.world_size:
                 tensor = others.setdefault(digest, torch.empty_like(described[digest], device="cpu"))
                 access.broadcast(tensor, holders[0])
@@ -247,21 +243,16 @@ def collect_calls(
     name: str, states: HiddenStates, shared: SharedStates, owner: int, access: ParameterAccess
 ) -> list[Call] | None:
     """Return all calls of a block on its owner, in order of batches, and forget this rank's own. All must call it."""
-    own = states.calls.pop(name, {})
+    recorded = states.calls.pop(name, {})
     calls = []
     for number, (rank, outline) in shared.outlines[name].items():
-        if rank == access.rank == owner:
-            calls.append(own[number])
-            continue
-        if access.rank not in (rank, owner):
-            continue
-        both = []
-        for which in ("inputs", "outputs"):
-            mine, meta = getattr(own.get(number), which, None), getattr(outline, which)
-            both.append(access.send(mine, source=rank, destination=owner, shape=meta.shape, dtype=meta.dtype))
-        inputs, outputs = both
+        call = recorded.get(number, outline)
+        inputs, outputs = (
+            access.send(tensor, source=rank, destination=owner, shape=tensor.shape, dtype=tensor.dtype)
+            for tensor in (call.inputs, call.outputs)
+        )
         if access.rank == owner:
             assert inputs is not None
             assert outputs is not None
-            calls.append(replace(outline, inputs=inputs.cpu(), outputs=outputs.cpu()))
+            calls.append(replace(call, inputs=inputs.cpu(), outputs=outputs.cpu()))
     return calls if access.rank == owner else None

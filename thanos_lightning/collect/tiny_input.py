@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thanos_lightning.collect.calibration_set import evaluation_mode
 from thanos_lightning.layers.wrappers import run_eagerly
 from thanos_lightning.report.progress import hidden, open_phase
 
@@ -34,33 +35,28 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
 
     def run() -> Any:
         with trainer.precision_plugin.forward_context():
-            given = called(*args, **kwargs)
+            output = called(*args, **kwargs)
         phase.advance()
-        return given
+        return output
 
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    compile_again = run_eagerly(module)  # graphs call no new hooks
-    try:
-        with (
-            torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
-            hidden(trainer.progress_bar_callback is None),
-            open_phase("Looking for feed-forward blocks", unit="forwards") as phase,
-        ):
-            try:
-                with torch.no_grad():
-                    run()
-            except Exception as error:  # whatever a model raises on an input that it doesn't take
-                raise ValueError(
-                    f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
-                    f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
-                    "example_input_array, as a sequence of some tokens"
-                ) from error
-            yield run
-    finally:
-        compile_again()
-        for part, mode in modes:
-            part.training = mode
+    with (
+        ExitStack() as undone,
+        evaluation_mode(module),
+        torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
+        hidden(trainer.progress_bar_callback is None),
+        open_phase("Looking for feed-forward blocks", unit="forwards") as phase,
+    ):
+        undone.callback(run_eagerly(module))  # graphs call no new hooks
+        try:
+            with torch.no_grad():
+                run()
+        except Exception as error:  # whatever a model raises on an input that it doesn't take
+            raise ValueError(
+                f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
+                f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
+                "example_input_array, as a sequence of some tokens"
+            ) from error
+        yield run
 
 
 def _inputs(module: LightningModule) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
