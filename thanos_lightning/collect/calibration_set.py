@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from thanos_lightning.collect.hidden_states import HiddenStates
-from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.collect.statistics import Statistics
 from thanos_lightning.plan.options import number_of_batches, ranks_sharing
 from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.talk import failing_together
@@ -30,58 +29,55 @@ _OWN_STEP, _TRAINING_STEP = "calibration_step(batch)", "training_step(batch, 0)"
 
 
 def count_dataloader(
-    statistics: InputStatistics,
+    statistics: Statistics,
     batches: Iterable[Any],
     trainer: Trainer,
     module: LightningModule,
     access: ParameterAccess,
     *,
     counted: Callable[[Any], Tensor | None],
-    backward: Callable[[Any, bool], None] | None = None,
-    states: HiddenStates | None = None,
+    loss_in: Callable[[Any], Tensor | None],
 ) -> int:
     """Run the module on a calibration set in evaluation mode, and return how many batches this rank counted.
 
     The module is called as `calibration_step(batch)` if it has this method. Otherwise a mapping goes through
-    `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging. Hooks are added to
-    `statistics` and `states`, and removed. Rank r counts batches r, r + world_size, … of its own `batches`, and
-    `counted` finds the mask of a batch's tokens, as for `InputStatistics.counting`.
+    `module(**batch)`, and any other batch through `training_step(batch, 0)` without logging. Rank r counts batches r,
+    r + world_size, … of its own `batches`, and `counted` finds the mask of a batch's tokens, as for
+    `InputStatistics.counting`.
 
-    `backward` is called with the module's output for a batch, and whether its gradients count. They count for one batch
-    in four, whatever the number of ranks. If they count on one rank, all ranks call it, because a backward may need
-    all. Other batches run without gradients, as do all if it is None.
+    If `statistics` have gradients, those of one batch in four count, whatever the number of ranks. `loss_in` finds the
+    loss in the module's output for such a batch; without a loss it returns None on all ranks. If the gradients of one
+    rank count, all ranks differentiate, because a backward may need all. Other batches run without gradients.
 
     Raises:
         MisconfigurationException: If the module can't be called with a batch. The fix is to add `calibration_step`.
     """
     num_batches = 0
-    statistics.start(module)
-    if states is not None:
-        states.start()
-    try:
-        phase_of = open_phase("Calibrating", number_of_batches(batches), "batches")
-        with phase_of as phase, _evaluating(module):
-            for batch, number, numbers in _rounds(batches, access):
-                differentiated = [] if backward is None else [n for n in numbers if n % _BATCHES_PER_BACKWARD == 0]
-                on_device = _on_device(batch, trainer)
-                mask = partial(counted, on_device)
-                with ExitStack() as contexts:
-                    contexts.enter_context(torch.set_grad_enabled(bool(differentiated)))
-                    contexts.enter_context(trainer.precision_plugin.forward_context())
-                    if number is not None:
-                        contexts.enter_context(statistics.counting(mask))
-                    if number is not None and states is not None:
-                        contexts.enter_context(states.recording(number, mask, access.world_size))
-                    output = _forward(module, on_device)
-                if backward is not None and differentiated:
-                    backward(output, number in differentiated)
-                del output
-                num_batches += number is not None
-                phase.advance(len(numbers))
-    finally:
-        statistics.stop()
-        if states is not None:
-            states.stop()
+    gradients, states = statistics.gradients, statistics.states
+    with (
+        ExitStack() as hooks,
+        open_phase("Calibrating", number_of_batches(batches), "batches") as phase,
+        _evaluating(module),
+    ):
+        hooks.callback(statistics.stop)
+        statistics.start(module, of_training=False)
+        for batch, number, numbers in _rounds(batches, access):
+            differentiated = [] if gradients is None else [n for n in numbers if n % _BATCHES_PER_BACKWARD == 0]
+            on_device = _on_device(batch, trainer)
+            mask = partial(counted, on_device)
+            with ExitStack() as contexts:
+                contexts.enter_context(torch.set_grad_enabled(bool(differentiated)))
+                contexts.enter_context(trainer.precision_plugin.forward_context())
+                if number is not None:
+                    contexts.enter_context(statistics.inputs.counting(mask))
+                if number is not None and states is not None:
+                    contexts.enter_context(states.recording(number, mask, access.world_size))
+                output = _forward(module, on_device)
+            if gradients is not None and differentiated and (loss := loss_in(output)) is not None:
+                gradients.backward(loss, counts=number in differentiated)
+            output = loss = None  # what they were computed from would stay in memory
+            num_batches += number is not None
+            phase.advance(len(numbers))
     return num_batches
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from thanos_lightning.collect.calibration_set import count_dataloader, loss_of, try_batch
 from thanos_lightning.collect.hidden_states import HiddenStates
-from thanos_lightning.collect.inputs import InputStatistics, gather_states, load_own_states
+from thanos_lightning.collect.inputs import InputStatistics
 from thanos_lightning.collect.outputs import OutputGradients
+from thanos_lightning.collect.statistics import Statistics
 from thanos_lightning.collect.tokens import has_text, token_mask
 from thanos_lightning.layers.blocks import Block
 from thanos_lightning.layers.targets import Layer
@@ -25,7 +26,7 @@ from thanos_lightning.plan.options import CalibrationOptions
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.owners import assign_owners
-from thanos_lightning.ranks.talk import Failures, PruningError
+from thanos_lightning.ranks.talk import PruningError
 from thanos_lightning.solver import HessianAccumulator
 
 
@@ -44,25 +45,6 @@ class Moments:
     states: HiddenStates | None = None
     # whether accumulators are kept for the event after a scan, so that emptying the dict frees nothing
     stay: bool = False
-
-
-@dataclass(frozen=True)
-class _Open:
-    """The statistics of one window."""
-
-    statistics: InputStatistics
-    gradients: OutputGradients | None
-    states: HiddenStates | None
-
-    @property
-    def seconds(self) -> float:
-        counted = [self.statistics.stopwatch, *([] if self.gradients is None else [self.gradients.stopwatch])]
-        return sum(stopwatch.seconds() for stopwatch in counted)
-
-    def stop(self) -> None:
-        self.statistics.stop()
-        if self.gradients is not None:
-            self.gradients.stop()
 
 
 class Collector:
@@ -84,14 +66,14 @@ class Collector:
         self._layers, self._access, self._options = layers, access, options
         self._keeps_scan = options.memory_gib is None
         self._blocks, self._block_steps = blocks, block_steps
-        self._open: _Open | None = None
-        self._of_scan: _Open | None = None  # statistics of a scan, valid until the weights change
+        self._open: Statistics | None = None
+        self._of_scan: Statistics | None = None  # of a scan, valid until the weights change
         self._has_warned = False
 
     @property
     def statistics(self) -> InputStatistics | None:
         """The input statistics of the open window, or None without one."""
-        return None if self._open is None else self._open.statistics
+        return None if self._open is None else self._open.inputs
 
     def try_batch(self, trainer: Trainer, module: LightningModule, *, gradients: bool) -> None:
         """Refuse before the training what a later event would refuse of the calibration set. All ranks must call it.
@@ -111,9 +93,7 @@ class Collector:
     def open(self, window: Window, module: LightningModule) -> None:
         """Begin to collect from training batches: inputs, and what output weights need, if the window says so."""
         self._open = self._new(window)
-        self._open.statistics.start(module)
-        if self._open.gradients is not None:
-            self._open.gradients.start()
+        self._open.start(module, of_training=True)
 
     def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
         """Count the forwards of this training batch from now on.
@@ -121,14 +101,14 @@ class Collector:
         `loss_scale` returns the factor on the batch's loss before the backward.
         """
         if self._open is not None:
-            self._open.statistics.begin(partial(self._counted, batch))
+            self._open.inputs.begin(partial(self._counted, batch))
             if self._open.gradients is not None:
                 self._open.gradients.begin(loss_scale())
 
     def end(self) -> None:
         """Stop counting forwards."""
         if self._open is not None:
-            self._open.statistics.end()
+            self._open.inputs.end()
 
     def stop(self) -> None:
         """Remove all hooks. The sums of an open window stay, since a checkpoint may be saved after a fit."""
@@ -137,18 +117,13 @@ class Collector:
             self._open.stop()
 
     def state(self) -> list[dict[str, Any] | None] | None:
-        """Return the open window's sums by rank (see `gather_states`), or None without one. All ranks must call it."""
-        if self._open is None:
-            return None
-        gradients = {} if self._open.gradients is None else self._open.gradients.sums
-        return gather_states(self._open.statistics, gradients, self._access)
+        """Return the open window's `Statistics.gather_states`, or None without a window. All ranks must call it."""
+        return None if self._open is None else self._open.gather_states()
 
     def load(self, states: Sequence[Mapping[str, Any] | None]) -> None:
         """Continue from a saved `state` of the open window."""
         assert self._open is not None
-        gradients = load_own_states(self._open.statistics, states, self._access)
-        if self._open.gradients is not None:
-            self._open.gradients.load(gradients)
+        self._open.load(states)
 
     def _counted(self, batch: Any) -> Tensor | None:
         if (key := self._options.attention_mask_key) is None:
@@ -168,26 +143,25 @@ class Collector:
         """Return the moments of a window that ends now. All ranks must call it.
 
         Raises:
-            PruningError: If nothing was collected, or the calibration set is empty.
-            ValueError: If a batch could not be counted on some rank, because of a ValueError; it has the same message.
-            RuntimeError: If it could not be counted because of another error.
+            PruningError: If nothing was collected, the calibration set is empty, or one of several ranks has failed.
             MisconfigurationException: If a promised calibration set is missing, or gives no loss where one is needed.
         """
-        found, self._of_scan = self._of_scan, None
-        is_new = found is None
-        if found is None:
-            in_training = self._options.batches is None
-            found = self._close(window) if in_training else self._run_calibration(window, trainer, module)
+        statistics, self._of_scan, seconds = self._of_scan, None, 0.0
+        if statistics is None and self._options.batches is not None:
+            statistics = self._calibrate(window, trainer, module)
+        elif statistics is None:
+            statistics = self._close(window)
+            seconds = statistics.seconds()
         if window.scans and self._keeps_scan:
-            self._of_scan = found
-        layers = {name: self._layers[name] for name in window.patterns}
-        accumulators = found.statistics.accumulators
+            self._of_scan = statistics
+        layers = self._layers_of(window)
+        accumulators = statistics.inputs.accumulators
         return Moments(
             assign_owners(layers, self._access.world_size),
-            {name: one for name, one in accumulators.items() if name in layers},
-            self._output_weights(list(layers), found.gradients),
-            found.seconds if is_new and self._options.batches is None else 0.0,
-            states=None if window.scans else found.states,
+            {name: accumulator for name, accumulator in accumulators.items() if name in layers},
+            self._output_weights(window, statistics.gradients),
+            seconds,
+            states=None if window.scans else statistics.states,
             stay=self._of_scan is not None,
         )
 
@@ -195,71 +169,66 @@ class Collector:
         """Drop the statistics kept from a scan, because the weights will change before the event."""
         self._of_scan = None
 
-    def _close(self, window: Window) -> _Open:
-        opened, self._open = self._open, None
-        if opened is None:
+    def _close(self, window: Window) -> Statistics:
+        statistics, self._open = self._open, None
+        if statistics is None:
             raise PruningError(
                 f"the event at optimizer step {window.event.step} is due, but its statistics were not collected: "
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
-        opened.stop()
-        opened.statistics.failures.raise_together()
-        if opened.gradients is not None:
+        statistics.stop()
+        statistics.failures.raise_together()
+        if statistics.gradients is not None:
             # A scan compares the layers of several windows, so their sums become means.
-            opened.gradients.divide(window.end_step - window.start_step)
-        return opened
+            statistics.gradients.divide(window.end_step - window.start_step)
+        return statistics
 
-    def _new(self, window: Window) -> _Open:
-        failures = Failures(self._access)
-        layers = {name: self._layers[name] for name in window.patterns}
-        gradients = OutputGradients(layers, failures) if window.gradients else None
+    def _calibrate(self, window: Window, trainer: Trainer, module: LightningModule) -> Statistics:
+        statistics = self._new(window)
+        counted = count_dataloader(
+            statistics,
+            self.batches(trainer, module),
+            trainer,
+            module,
+            self._access,
+            counted=self._counted,
+            loss_in=self._loss,
+        )
+        if not sum(self._access.gather(counted)):
+            raise PruningError("calibration.batches gave no batch: give one that isn't empty")
+        statistics.failures.raise_together()
+        return statistics
+
+    def _layers_of(self, window: Window) -> dict[str, Layer]:
+        return {name: self._layers[name] for name in window.patterns}
+
+    def _new(self, window: Window) -> Statistics:
+        is_for_event = self._keeps_scan or not window.scans
         blocks = {
             name: block.module
             for name, block in self._blocks.items()
-            if not window.patterns.keys().isdisjoint(block.layers)
+            if is_for_event and not window.patterns.keys().isdisjoint(block.layers)
         }
-        is_taken = self._keeps_scan or not window.scans  # by an event
-        states = HiddenStates(blocks, self._block_steps, failures) if blocks and is_taken else None
-        return _Open(InputStatistics(layers, failures), gradients, states)
+        return Statistics(
+            self._layers_of(window),
+            self._access,
+            gradients=window.gradients,
+            blocks=blocks,
+            block_steps=self._block_steps,
+        )
 
-    def _output_weights(self, layers: Sequence[str], gradients: OutputGradients | None) -> dict[str, Tensor]:
+    def _output_weights(self, window: Window, gradients: OutputGradients | None) -> dict[str, Tensor]:
         if gradients is None:
             return {}
-        found = gradients.weights(self._access)
-        if missing := [name for name in layers if name not in found]:
+        weights = gradients.weights(self._access)
+        if missing := [name for name in window.patterns if name not in weights]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
                 "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
                 "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
                 "return the loss. calibration.output_weights='uniform' is without this warning)"
             )
-        return found
-
-    def _run_calibration(self, window: Window, trainer: Trainer, module: LightningModule) -> _Open:
-        found = self._new(window)
-        if found.gradients is not None:
-            found.gradients.start(of_training=False)
-        try:
-            counted = count_dataloader(
-                found.statistics,
-                self.batches(trainer, module),
-                trainer,
-                module,
-                self._access,
-                counted=self._counted,
-                backward=None if found.gradients is None else partial(self._backward, found.gradients),
-                states=found.states,
-            )
-        finally:
-            found.stop()
-        if not sum(self._access.gather(counted)):
-            raise PruningError("calibration.batches gave no batch: give one that isn't empty")
-        found.statistics.failures.raise_together()
-        return found
-
-    def _backward(self, gradients: OutputGradients, output: Any, counts: bool) -> None:
-        if (loss := self._loss(output)) is not None:
-            gradients.backward(loss, counts=counts)
+        return weights
 
     def _loss(self, output: Any) -> Tensor | None:
         """The loss for a calibration batch; None if a rank has none, which is an error if it is needed."""

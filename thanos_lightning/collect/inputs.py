@@ -10,8 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -19,7 +17,6 @@ from thanos_lightning.collect.tokens import CountedTokens
 from thanos_lightning.layers.experts import ExpertMatrix, one_by_one
 from thanos_lightning.layers.targets import Layer
 from thanos_lightning.layers.wrappers import run_eagerly
-from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.talk import Failures
 from thanos_lightning.report.stopwatch import Stopwatch
 from thanos_lightning.solver import HessianAccumulator
@@ -245,57 +242,3 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, Any]:
         "leader": {name: name for name in state["leader"]},
         "sums": {name: state["sums"][leader] for name, leader in state["leader"].items()},
     }
-
-
-def gather_states(
-    statistics: InputStatistics, gradients: Mapping[str, Tensor], access: ParameterAccess
-) -> list[dict[str, Any] | None]:
-    """Return the states that a checkpoint of this rank has to keep. All ranks must call it.
-
-    The list has an entry for each rank: its `InputStatistics.state` with its `gradients` (the sums in
-    `OutputGradients`), or None if another rank keeps it. If rank 0 writes for all ranks, it receives the states of all.
-    Sums are sent one by one, because a device may lack the memory for all of them.
-    """
-    state = {
-        "gradients": {name: squares.to("cpu", copy=True) for name, squares in gradients.items()},
-        **statistics.state(),
-    }
-    if access.world_size == 1 or access.saves_every_rank:
-        return [state if rank == access.rank else None for rank in range(access.world_size)]
-    states: list[dict[str, Any] | None] = []
-    for rank, outline in enumerate(access.gather(apply_to_collection(state, Tensor, Tensor.to, "meta"))):
-        tensors = state if rank == access.rank else outline
-        sent = apply_to_collection(tensors, Tensor, partial(_send_to_rank_0, rank, access))
-        states.append(sent if access.rank in (0, rank) else None)
-    return states
-
-
-def _send_to_rank_0(source: int, access: ParameterAccess, tensor: Tensor) -> Tensor | None:
-    received = access.send(tensor, source=source, destination=0, shape=tensor.shape)
-    return None if received is None else received.cpu()
-
-
-def load_own_states(
-    statistics: InputStatistics, states: Sequence[Mapping[str, Any] | None], access: ParameterAccess
-) -> dict[str, Tensor]:
-    """Continue from this rank's share of what `gather_states` returned, under any number of ranks.
-
-    Return layer name -> sums for `OutputGradients.load`, on the CPU.
-
-    Raises:
-        MisconfigurationException: If a different number of ranks wrote the states, and each rank only its own.
-    """
-    of_rank = states[access.rank :: access.world_size]  # any rank may add up any sums
-    written = [state for state in of_rank if state is not None]
-    if len(written) < len(of_rank):
-        raise MisconfigurationException(
-            f"the checkpoint was written by {len(states)} ranks while statistics were collected, each its own part, "
-            f"and {access.world_size} resume it: run `thanos-lightning reshard` on it first"
-        )
-    if written:
-        statistics.load_states(written)
-    gradients: dict[str, Tensor] = {}
-    for state in written:
-        for name, squares in state.get("gradients", {}).items():
-            gradients[name] = gradients[name] + squares if name in gradients else squares
-    return gradients

@@ -20,6 +20,8 @@ from toy import Alike, OfTwo, Sequences, ToyLM, batch, counted, started, tiny_gp
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.collect.calibration_set import count_dataloader
 from thanos_lightning.collect.inputs import InputStatistics
+from thanos_lightning.collect.outputs import OutputGradients
+from thanos_lightning.collect.statistics import Statistics
 from thanos_lightning.collect.tokens import token_mask
 from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.ranks.access import ParameterAccess
@@ -270,13 +272,29 @@ def test_state_goes_on_where_it_was() -> None:
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
 
 
+class Differentiated(OutputGradients):
+    """Hands what would be differentiated to a function."""
+
+    def __init__(self, backward: Callable[[Any, bool], None]) -> None:
+        super().__init__({})
+        self._backward = backward
+
+    def start(self, *, of_training: bool = True) -> None:
+        assert not of_training
+
+    def backward(self, loss: Any, *, counts: bool) -> None:
+        self._backward(loss, counts)
+
+
 def calibrated(
     module: LightningModule, batches: Any, folder: Path, *, access: Any = None, backward: Any = None
 ) -> InputStatistics:
-    statistics, fitted = InputStatistics(find_targets(module)), trainer(folder, max_steps=1)
     access = access or ParameterAccess()
-    count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, backward=backward)
-    return statistics
+    statistics, fitted = Statistics(find_targets(module), access), trainer(folder, max_steps=1)
+    if backward is not None:
+        statistics.gradients = Differentiated(backward)
+    count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, loss_in=lambda output: output)
+    return statistics.inputs
 
 
 def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
