@@ -75,8 +75,7 @@ class ResumableDataLoader(DataLoader[Any]):
         super().__init__(
             dataset, sampler=EpochSampler(dataset, num_replicas, rank, shuffle and sampler is None, seed), **kwargs
         )
-        self._batches = 0  # handed out in the current or last pass
-        self._skipped = 0  # samples of all processes before this pass began
+        self._samples = 0  # of all processes, up to the next batch of the current or last pass
         self._resume: dict[str, int] | None = None  # a loaded state that was not used yet
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -84,22 +83,21 @@ class ResumableDataLoader(DataLoader[Any]):
         # epoch, so worker processes would otherwise fetch batches of the wrong epoch.
         sampler = self.sampler
         resume, self._resume = self._resume, None
-        self._batches = self._skipped = 0
+        self._samples = 0
         if resume is not None and resume["epoch"] == sampler.epoch:  # otherwise Lightning continues with the next epoch
             self._check_order(resume)
-            self._skipped = resume["samples"]
-        sampler.skip = self._skipped // sampler.num_replicas
+            self._samples = resume["samples"]
+        sampler.skip = self._samples // sampler.num_replicas
         for batch in super().__iter__():
-            self._batches += 1  # before the yield: a checkpoint is saved while the consumer has the batch
+            # Before the yield: a checkpoint is saved while the consumer has the batch.
+            self._samples += (self.batch_size or 1) * sampler.num_replicas
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return where the next batch begins, as plain numbers that are the same on all ranks."""
         if self._resume is not None:
             return self._resume
-        assert self.batch_size is not None
-        handed_out = self._batches * self.batch_size * self.sampler.num_replicas
-        return {"epoch": self.sampler.epoch, "samples": self._skipped + handed_out, **self._order()}
+        return {"epoch": self.sampler.epoch, "samples": self._samples, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next pass where the state was taken, if the pass is through the same epoch.

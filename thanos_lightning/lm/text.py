@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from thanos_lightning.lm.pretrained import load_tokenizer
 from thanos_lightning.lm.resumable import ResumableDataLoader
+from thanos_lightning.plan.options import check_whole
 from thanos_lightning.report.progress import open_phase
 
 PYTHON_REFERENCE = "python-reference"
@@ -95,19 +96,18 @@ class TextData(LightningDataModule):
         num_proc: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, smallest in (
-            ("block_size", block_size, 2),  # a block of one token has nothing to predict
-            ("batch_size", batch_size, 1),
-            ("val_batch_size", val_batch_size, 1),
-            ("max_train_blocks", max_train_blocks, 1),
-            ("max_val_blocks", max_val_blocks, 1),
-            ("calibration_tokens", calibration_tokens, 1),
-            ("num_workers", num_workers, 0),
-            ("num_proc", num_proc, 1),
+        for name, value, least, of in (
+            ("block_size", block_size, 2, "tokens"),  # a block of one token has nothing to predict
+            ("batch_size", batch_size, 1, "blocks"),
+            ("val_batch_size", val_batch_size, 1, "blocks"),
+            ("max_train_blocks", max_train_blocks, 1, "blocks"),
+            ("max_val_blocks", max_val_blocks, 1, "blocks"),
+            ("calibration_tokens", calibration_tokens, 1, "tokens"),
+            ("num_workers", num_workers, 0, "processes"),
+            ("num_proc", num_proc, 1, "processes"),
         ):
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (is_whole and value >= smallest):
-                raise ValueError(f"{name} is {value!r}: give a whole number, at least {smallest}")
+            if value is not None:
+                check_whole(name, value, least, of)
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction is {validation_fraction}: give a fraction in (0, 1), such as 0.1")
         if not dataset:
@@ -152,15 +152,13 @@ class TextData(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Download, tokenise and pack into the cache, in one process per machine."""
-        with open_phase("Preparing the text", adopts_bars=True):
-            self._prepare()
+        self._prepare()
 
     @override
     def setup(self, stage: str) -> None:
         """Find the blocks in the cache, or make them. Later calls return at once."""
         if self._train_blocks is None:
-            with open_phase("Preparing the text", adopts_bars=True):
-                self._train_blocks, self._val_blocks = self._prepare()
+            self._train_blocks, self._val_blocks = self._prepare()
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
@@ -214,6 +212,7 @@ class TextData(LightningDataModule):
 
     # Text -> blocks
 
+    @open_phase("Preparing the text", adopts_bars=True)
     def _prepare(self) -> tuple[Dataset, Dataset]:
         """The blocks to train and to validate on."""
         tokenizer = load_tokenizer(self.tokenizer)
@@ -227,8 +226,7 @@ class TextData(LightningDataModule):
             train = self._pack(documents, tokenizer)
             validation = self._pack(self._tokenise(self._load(self.validation_split), tokenizer), tokenizer)
         elif len(documents) * self.validation_fraction >= 1:
-            parts = self._hold_back(documents)
-            train, validation = (self._pack(part, tokenizer) for part in parts)
+            train, validation = (self._pack(part, tokenizer) for part in self._hold_back(documents))
         else:
             train, validation = self._hold_back(self._pack(documents, tokenizer, at_least=2))
         return _first(train, self.max_train_blocks), _first(validation, self.max_val_blocks)
@@ -333,10 +331,8 @@ def _local_files(dataset: str | list[str]) -> list[str]:
     files: list[str] = []
     for pattern in [dataset] if isinstance(dataset, str) else dataset:
         expanded = os.path.expanduser(pattern)
-        if os.path.isfile(expanded):  # its name may read as a glob
-            files.append(expanded)
-            continue
-        matched = sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
+        is_file = os.path.isfile(expanded)  # whose name may read as a glob
+        matched = [expanded] if is_file else sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
         if not matched:
             where = "" if os.path.isabs(expanded) else f" (in {Path.cwd()})"
             raise ValueError(f"dataset {pattern!r} matches no file{where}: give a text file's path, or a glob")
