@@ -226,16 +226,11 @@ class CausalLM(LightningModule):
     def on_fit_start(self) -> None:
         """Load the teacher, and check that the text and the teacher fit the model."""
         self._check_tokens()
-        if self.distillation is None:
+        if self.distillation is None or (self._teacher is not None and self._teacher.is_placed):
             return
         assert self.model is not None
-        if self._teacher is not None and self._teacher.is_placed:
-            return
         name = self.distillation.teacher
-        if self._teacher is not None:
-            teacher = self._teacher.model
-        else:
-            teacher = self._load_teacher(self.model_name if name == START else name)
+        teacher = self._load_teacher(self.distillation) if self._teacher is None else self._teacher.model
         teacher = teacher.to(torch_dtype(self.distillation.dtype)).eval().requires_grad_(False)
         self._teacher = _Teacher(place_frozen(teacher, self.trainer.strategy, teacher.base_model), is_placed=True)
         uncast_buffers(self._teacher.model)
@@ -272,11 +267,11 @@ class CausalLM(LightningModule):
                 f"holds token {data.largest_token()}: give the model's own tokenizer"
             )
 
-    def _load_teacher(self, name: str) -> PreTrainedModel:
-        assert self.distillation is not None
-        with _zero3_loading(self, sharding_config(self.trainer.strategy, torch_dtype(self.distillation.dtype))):
+    def _load_teacher(self, wanted: Distillation) -> PreTrainedModel:
+        name = self.model_name if wanted.teacher == START else wanted.teacher
+        with _zero3_loading(self, sharding_config(self.trainer.strategy, torch_dtype(wanted.dtype))):
             try:
-                return load_pretrained(name, self.distillation.dtype, self.attn_implementation)
+                return load_pretrained(name, wanted.dtype, self.attn_implementation)
             except (OSError, ValueError) as error:
                 why = error.__cause__ or error  # load_pretrained's message repeats the name and the advice
                 raise MisconfigurationException(
@@ -339,7 +334,7 @@ class CausalLM(LightningModule):
             batch: What `forward` takes. Labels only say which tokens count. Without labels, all but padding count.
 
         Returns:
-            With gradients, the loss of labels that the model draws itself (see fisher.py). The gradients of this loss
+            With gradients, the loss of labels that the model draws itself (`sampled_loss`). The gradients of this loss
             weight the outputs. The same tokens get the same labels on every rank, also after the training was resumed.
             Without gradients, the model's output.
         """
@@ -419,14 +414,16 @@ class CausalLM(LightningModule):
             return
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
             scheduler, groups = config.scheduler, optimizer.param_groups
-            own = [
-                {"initial_lr": self.learning_rate, "weight_decay": g["weight_decay"]} for g in self._parameter_groups()
+            rates = [
+                {"initial_lr": self.learning_rate, "weight_decay": group["weight_decay"]}
+                for group in self._parameter_groups()
             ]
-            if not isinstance(scheduler, LambdaLR) or [{name: g.get(name) for name in own[0]} for g in groups] == own:
+            loaded = [{name: group.get(name) for name in rates[0]} for group in groups]
+            if not isinstance(scheduler, LambdaLR) or loaded == rates:
                 continue
             scheduler.base_lrs = [self.learning_rate] * len(scheduler.base_lrs)
-            for group, values, factor in zip(groups, own, scheduler.lr_lambdas, strict=True):
-                group |= {"lr": self.learning_rate * factor(scheduler.last_epoch), **values}
+            for group, of_group, factor in zip(groups, rates, scheduler.lr_lambdas, strict=True):
+                group |= {"lr": self.learning_rate * factor(scheduler.last_epoch), **of_group}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         trained: list[nn.Parameter] = [parameter for parameter in self.parameters() if parameter.requires_grad]

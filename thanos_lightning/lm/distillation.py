@@ -63,12 +63,12 @@ class Distillation:
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError if the vocabularies differ in size, or if a model does more to its logits than its head."""
-    own, its = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    if own != its:
+    of_student, of_teacher = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    if of_student != of_teacher:
         named = f"the teacher {teacher.name_or_path!r}" if teacher.name_or_path else "the teacher"
         raise ValueError(
-            f"{named} has a vocabulary of {its:,} tokens and the model one of {own:,}: take a teacher with the model's "
-            "tokenizer (where only their padding differs, resize_token_embeddings of one)"
+            f"{named} has a vocabulary of {of_teacher:,} tokens and the model one of {of_student:,}: take a teacher "
+            "with the model's tokenizer (where only their padding differs, resize_token_embeddings of one)"
         )
     for model in (student, teacher):
         _check_head(model)
@@ -81,20 +81,20 @@ def other_vocabulary(model: str, teacher: str, vocab_size: int) -> str | None:
     chat models have them, or if either tokenizer cannot be found and read.
     """
     try:
-        own, its = (load_tokenizer(name).get_vocab() for name in (model, teacher))
+        of_model, of_teacher = (load_tokenizer(name).get_vocab() for name in (model, teacher))
     except Exception:  # readers of many formats raise many kinds of errors, none a reason not to train
         return None
     # Without tokenizer files, transformers makes up a tokenizer of some special tokens for most kinds of models.
-    if min(len(own), len(its)) < vocab_size / 2:
+    if min(len(of_model), len(of_teacher)) < vocab_size / 2:
         return None
-    words = {index: word for word, index in its.items()}
-    other = {word: index for word, index in own.items() if words.get(index) != word}
-    if len(other) <= _RENAMED * len(own):
+    words = {index: word for word, index in of_teacher.items()}
+    other = {word: index for word, index in of_model.items() if words.get(index) != word}
+    if len(other) <= _RENAMED * len(of_model):
         return None
     word, index = min(other.items(), key=lambda item: item[1])
     return (
-        f"the teacher {teacher!r} has another vocabulary than the model: {len(other):,} of {len(own):,} tokens are "
-        f"others, such as {index}, which is {word!r} to the model and {words.get(index)!r} to the teacher: take a "
+        f"the teacher {teacher!r} has another vocabulary than the model: {len(other):,} of {len(of_model):,} tokens "
+        f"are others, such as {index}, which is {word!r} to the model and {words.get(index)!r} to the teacher: take a "
         "teacher with the model's tokenizer"
     )
 
@@ -155,10 +155,10 @@ def distil(
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     inputs["use_cache"] = False
     with torch.no_grad():
-        its = teacher.base_model(**inputs).last_hidden_state
-    own = student.base_model(**inputs).last_hidden_state
+        of_teacher = teacher.base_model(**inputs).last_hidden_state
+    of_student = student.base_model(**inputs).last_hidden_state
     heads = _head(student), _head(teacher)
-    return head_losses(own, its, *heads, batch["labels"], batch.get("attention_mask"), chunks)
+    return head_losses(of_student, of_teacher, *heads, batch["labels"], batch.get("attention_mask"), chunks)
 
 
 def divergence(
@@ -178,10 +178,8 @@ def divergence(
     _check_logits(student, teacher)
     both = (student, teacher.detach())
     rows = [logits.flatten(end_dim=-2) if counted is None else logits[counted.bool()] for logits in both]
-    sums = [
-        checkpoint(_divergences, *chunk, use_reentrant=False)
-        for chunk in zip(*(torch.split(tensor, TOKENS_PER_CHUNK) for tensor in rows), strict=True)
-    ]
+    parts = zip(*(torch.split(tensor, TOKENS_PER_CHUNK) for tensor in rows), strict=True)
+    sums = [checkpoint(_divergences, *part, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum() / max(1, len(rows[0]))
 
 
@@ -215,21 +213,17 @@ def head_losses(
     rows = (student.flatten(end_dim=1), teacher.detach().flatten(end_dim=1), targets, weights.flatten())
     chunks = chunks or num_chunks(len(targets))
 
-    def losses(hidden: Tensor, its_hidden: Tensor, some_targets: Tensor, some_weights: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(hidden: Tensor, of_teacher: Tensor, some_targets: Tensor, some_weights: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            its_logits = teacher_head(its_hidden)
+            wanted = teacher_head(of_teacher)
         logits = student_head(hidden)
-        _check_logits(logits, its_logits)
+        _check_logits(logits, wanted)
         entropy = functional.cross_entropy(logits.float(), some_targets, ignore_index=IGNORED_LABEL, reduction="sum")
-        return entropy, _divergences(logits, its_logits, some_weights)
+        return entropy, _divergences(logits, wanted, some_weights)
 
-    entropies, divergences = zip(
-        *(
-            checkpoint(losses, *chunk, use_reentrant=False)
-            for chunk in zip(*(torch.tensor_split(tensor, chunks) for tensor in rows), strict=True)
-        ),
-        strict=True,
-    )
+    parts = zip(*(torch.tensor_split(tensor, chunks) for tensor in rows), strict=True)
+    sums = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    entropies, divergences = zip(*sums, strict=True)
     return _mean(entropies, targets != IGNORED_LABEL), _mean(divergences, weights)
 
 
@@ -246,9 +240,9 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def _divergences(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
-    own, other = (logits.float().log_softmax(-1) for logits in (student, teacher))
+    learnt, wanted = (logits.float().log_softmax(-1) for logits in (student, teacher))
     if counted is None:
-        return functional.kl_div(own, other, log_target=True, reduction="sum")
+        return functional.kl_div(learnt, wanted, log_target=True, reduction="sum")
     # where() instead of indexing, for which the host would wait at each chunk.
-    each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
-    return torch.where(counted, each, 0).sum()
+    of_tokens = functional.kl_div(learnt, wanted, log_target=True, reduction="none").sum(-1)
+    return torch.where(counted, of_tokens, 0).sum()
