@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,15 +24,13 @@ GROUPS = {  # what to give where an option of ThanosPruningCallback holds others
     "calibration": "give its options, such as {batches: datamodule}",
     "allocation": "give {by: loss} or {by: uniform}",
 }
-# Among the errors of several attempts, one that begins like these tells most.
-_TELLING = (
-    "- Problem with given",
-    "- Parser key",
-    "- Expected a dot import path",
-    "- Import path",
-    "- Not a valid subclass of Callback. Got value",
-)
+# Lines after which the message is about one key, or about a class
+_LEADS_TO = re.compile(r"""(?:Parser key "(.+?)"|Problem with given class_path '(.+)'):$""")
+_GIVEN = "Given value: "  # begins the last line about a union of types
 _NESTED = re.compile(r"NestedArg\(key='(.+?)', val=(.*)\)")  # of --model.learning_rate fast, say
+_NO_GROUP = re.compile(  # a text in place of a group's options
+    r"(?:Unable to load config|Expected a path but|Expected a dot import path string:) '?(.+?)'?(?: either not .*)?$"
+)
 _PACKAGES = ("thanos_lightning", "thanos_lightning.lm", "lightning.pytorch.callbacks")  # their classes need no path
 _TYPES = {
     "float": "a number",
@@ -53,31 +52,41 @@ def one_line(message: str, options: Sequence[str], command: str) -> str:
         >>> one_line('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: many', [], "fit")
         "trainer.max_steps is 'many': give a whole number"
     """
-    return _explain([line for line in message.splitlines() if line.strip()], (), options, command)
-
-
-def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str], command: str) -> str:
-    """Go down to the innermost part that says what is wrong. `path` has the keys and classes that lead to `lines`."""
-    text, rest = lines[0].strip().removeprefix("- "), lines[1:]
-    if is_ours(path[-2:-1]) and path[-1] in GROUPS and (value := _no_group(lines)) is not None:
-        return f"{_where(path)} is {_shown(value)}: {GROUPS[path[-1]]}"
-    if found := re.match(r'Parser key "(.+?)": ?(.*)', text):
-        return _explain([found[2], *rest] if found[2] else rest, (*path, found[1]), options, command)
-    if (found := re.match(r"Problem with given class_path '(.+)':$", text)) and rest:
-        return _explain(rest, (*path, found[1]), options, command)
-    if text.startswith("Does not validate against any of the Union subtypes"):
-        causes = _bullets(rest)
-        value = next((line.partition(": ")[2] for line in rest if line.strip().startswith("Given value:")), "")
-        inner = next((cause for cause in causes if cause[0].startswith(_TELLING)), None)
-        if inner is None:
-            return _wrong_type(path, value, [cause[0].partition("Expected a ")[2] for cause in causes])
-        nested = _NESTED.fullmatch(value)
-        if nested and path[-1] == "trainer.callbacks" and "is not accepted" in inner[-1]:
+    # Keys and classes lead to the first line that says what is wrong, or to a union of types, none of which fits
+    lines = [line for line in re.sub(r'(Parser key ".+?":) *', r"\1\n", message).splitlines() if line.strip()]
+    nested = _NESTED.fullmatch(lines[-1].strip().removeprefix(_GIVEN))
+    path: tuple[str, ...] = ()  # the keys and classes that lead to a line
+    types: list[str] = []  # those of a union
+    is_first = True  # of the lines about the end of the path
+    for number, line in enumerate(lines):
+        text = line.strip().removeprefix("- ")
+        is_of_union = line.lstrip().startswith("- ")
+        if found := _LEADS_TO.match(text):
+            path, types, is_first = (*path, found[1] or found[2]), [], True
+            continue
+        if nested and path[:1] == ("trainer.callbacks",) and text.endswith("is not accepted"):
             return (
                 f"--trainer.callbacks.{nested[1]} is an option of the last callback, which has none of this name: "
                 f"give the number of one, from 0, such as --trainer.callbacks.0.{nested[1]}"
             )
-        return _explain(inner, path, options, command)
+        if (said := _what_is_wrong(text, path, options, command)) is not None:
+            return said
+        if text.startswith(_GIVEN):  # no line about the union's types has said more
+            return _wrong_type(path, text.removeprefix(_GIVEN), types)
+        if found := re.match(r"Expected a (.+?)(?:\. Got value: (.*))?$", text):
+            types.append(found[1])
+            if not is_of_union:
+                return _wrong_type(path, found[2] or "", types)
+        elif is_first and not is_of_union and not text.startswith("Does not validate against any of the Union"):
+            return (f"{_where(path)}: " if path else "") + _joined(lines[number:])
+        is_first = False
+    return _joined(lines)
+
+
+def _what_is_wrong(text: str, path: tuple[str, ...], options: Sequence[str], command: str) -> str | None:
+    """Explain a line that says by itself what is wrong; None for other lines."""
+    if _is_group(path) and (found := _NO_GROUP.match(text)):
+        return _wrong_type(path, found[1], [])
     if found := re.match("Expected a dot import path string: (.+)", text):
         meant = did_you_mean(found[1], [name for package in _PACKAGES for name in _classes(package)])
         whole = f"package.module.{found[1]}"
@@ -86,8 +95,6 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
         return f"{path[-1]}: {found[1]} is no {found[2]}: give a class that is one"
     if found := re.match("Not a valid subclass of (.+?). Got value: (.+)", text):
         return f"{path[-1]}: {_shown(found[2])} is no {found[1]}: give class_path and init_args, as the recipes do"
-    if found := re.match(r"Expected a (.+?)(?:\. Got value: (.*))?$", text):
-        return _wrong_type(path, found[2] or "", [found[1]])
     unknown = re.match(r"(?:Option|(?:Subcommand|Group) '.*' does not accept option) '(.+?)'", text)
     if found := unknown or re.match(r"unrecognized arguments: --?([^ =]+)", text):
         return _unknown(found[1], path, options, command)
@@ -96,10 +103,9 @@ def _explain(lines: Sequence[str], path: tuple[str, ...], options: Sequence[str]
         return f"class_path is '{path[-1]}': {meant or f'{found[1]} has no {found[2]}'}".rstrip()
     if text.startswith("No module named"):
         return f"class_path is '{path[-1]}': {text[0].lower()}{text[1:]}: install it, or mend the path"
-    if found := re.match(r"the following arguments are required: (?:\w+\.)?model", text):
+    if re.match(r"the following arguments are required: (?:\w+\.)?model", text):
         return f"no model is given: {PROGRAM} {command} --config RECIPE.yaml (`{PROGRAM} recipes` lists some)"
-    where = f"{_where(path)}: " if path else ""
-    return where + " ".join(line.strip() for line in [text, *rest])
+    return None
 
 
 def why_not_made(message: str) -> str | None:
@@ -112,12 +118,12 @@ def why_not_made(message: str) -> str | None:
         ... )
         'a.B: no such device'
     """
-    first, *lines = message.splitlines() or [""]
     made = re.search(r"class_path='(.+?)'", message)
-    told = [part for part in _bullets(lines) if not part[0].startswith("- Expected a")]
-    if not first.startswith("Does not validate against any of the Union subtypes") or made is None or not told:
+    attempts = message.partition("Given value")[0].split("\n  - ")[1:]
+    told = [attempt for attempt in attempts if not attempt.startswith("Expected a")]
+    if not message.startswith("Does not validate against any of the Union subtypes") or made is None or not told:
         return None
-    return f"{made[1]}: {' '.join(line.strip() for line in told[-1]).removeprefix('- ')}"
+    return f"{made[1]}: {' '.join(told[-1].split())}"
 
 
 def is_ours(class_paths: Sequence[str]) -> bool:
@@ -125,34 +131,14 @@ def is_ours(class_paths: Sequence[str]) -> bool:
     return any(class_path.rpartition(".")[2] == "ThanosPruningCallback" for class_path in class_paths)
 
 
-def _no_group(lines: Sequence[str]) -> str | None:
-    """The value that is no keys and values where such are wanted; None if the message is of what is inside of it."""
-    found = re.match(
-        r"(?:- )?(?:Unable to load config '(.+)'|Expected a path but (.+) either not accessible or invalid"
-        r"|Expected a dot import path string: (.+)|Expected a .*Sequence.*Got value: (.+))",
-        lines[0].strip(),
-    )
-    if found:
-        return next(value for value in found.groups() if value is not None)
-    given = [line.strip().removeprefix("Given value") for line in lines if line.strip().startswith("Given value")]
-    if lines[0].strip().startswith("Does not validate") and len(given) > 1 and not given[-2].endswith("'dict'>"):
-        return given[-1].removeprefix(": ")
-    return None
+def _is_group(path: tuple[str, ...]) -> bool:
+    return is_ours(path[-2:-1]) and path[-1] in GROUPS
 
 
-def _bullets(lines: Sequence[str]) -> list[list[str]]:
-    """Split a list of errors into its parts."""
-    start = next((number for number, line in enumerate(lines) if line.strip() == "Errors:"), len(lines)) + 1
-    indent = len(lines[start]) - len(lines[start].lstrip()) if start < len(lines) else 0
-    parts: list[list[str]] = []
-    for line in lines[start:]:
-        if len(line) - len(line.lstrip()) < indent:
-            break
-        if line[indent:].startswith("- "):
-            parts.append([line.strip()])
-        elif parts:
-            parts[-1].append(line)
-    return parts
+def _joined(lines: Sequence[str]) -> str:
+    """Join the first line and those after it that are indented at least as far."""
+    indent = lines[0][: -len(lines[0].lstrip())]
+    return " ".join(line.strip() for line in itertools.takewhile(lambda line: line.startswith(indent), lines))
 
 
 def _where(path: tuple[str, ...]) -> str:
@@ -162,17 +148,18 @@ def _where(path: tuple[str, ...]) -> str:
 
 
 def _wrong_type(path: tuple[str, ...], value: str, types: Iterable[str]) -> str:
-    known = [type_ for type_ in types if type_]
     choices: list[Any] = []
-    for type_ in known:
+    for type_ in types:
         if found := re.search(r"Literal(\[.+\])", type_):
             choices += ast.literal_eval(found[1])
-    if hint := _HINTS.get(path[-1]) if len(path) > 1 else None:
-        mend = hint
+    if _is_group(path):
+        mend = GROUPS[path[-1]]
+    elif len(path) > 1 and path[-1] in _HINTS:
+        mend = _HINTS[path[-1]]
     elif choices:
         mend = f"choose one of {', '.join(dict.fromkeys(map(str, choices)))}"
     else:
-        mend = f"give {' or '.join(dict.fromkeys(map(_type_in_words, known))) or 'another value'}"
+        mend = f"give {' or '.join(dict.fromkeys(map(_type_in_words, types))) or 'another value'}"
     if nested := _NESTED.fullmatch(value):
         return f"{path[-1]}.{nested[1]} is {nested[2]}: {mend}"
     return f"{_where(path)} is {_shown(value)}: {mend}"

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentError, set_loader
+from jsonargparse import ArgumentError, Namespace, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -128,10 +128,9 @@ class CLI(LightningCLI):
                 if "class_path" in inner:  # parsed dataclasses have lost their class_path
                     inner = inner.setdefault("init_args", {})
             inner[last] = load_yaml(value)
-        nested: Any = listed
-        for part in reversed(f"{root}trainer.callbacks".split(".")):
-            nested = {part: nested}
-        self.config = self.parser.parse_object(nested, self.config)
+        changed = Namespace()
+        changed[f"{root}trainer.callbacks"] = listed
+        self.config = self.parser.parse_object(changed, self.config)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -298,16 +297,13 @@ def _with_recipes(argv: list[str]) -> list[str]:
         _require_configuration(name, known)
         return name
 
-    expanded = []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        option, equals, value = argument.partition("=")
-        if before in ("-c", "--config"):
-            expanded.append(file_of(argument))
-        elif option in ("-c", "--config") and equals:
-            expanded.append(f"{option}={file_of(value)}")
-        else:
-            expanded.append(argument)
-    return expanded
+    split: list[str] = []
+    for argument in argv:
+        split += argument.split("=", 1) if argument.startswith(("-c=", "--config=")) else [argument]
+    return [
+        file_of(argument) if before in ("-c", "--config") else argument
+        for before, argument in zip(["", *split], split, strict=False)
+    ]
 
 
 def _require_configuration(name: str, known: Iterable[str]) -> None:
