@@ -52,8 +52,6 @@ from thanos_lightning.ranks.choice import check_strategy
 from thanos_lightning.ranks.fsdp import require_rows
 from thanos_lightning.solver import Channels
 
-_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
-
 
 class PlannedCLI(CLI):
     """The command line of fit, whose model has no weights and whose Trainer trains nothing."""
@@ -150,29 +148,32 @@ class Plan:
     """A training that is planned: its model, its machines, and what its configuration says."""
 
     def __init__(self, cli: PlannedCLI) -> None:
-        self.trainer, self.module = cli.trainer, cli.model
-        self.nodes = _at_least_one("trainer.num_nodes", cli.asked.num_nodes)
-        self.ranks = _devices(cli.asked) * self.nodes
-        self.strategy = _strategy(cli.asked.strategy, self.ranks)
-        self.options = _options(self.trainer, self.strategy)
-        self.steps_are_limited = cli.asked.max_epochs not in (None, -1)
-        self.precision = precision = str(cli.asked.precision or "32-true")
-        self._half = _HALF.get(precision.removesuffix("-mixed").removesuffix("-true"))
-        self._autocasts = self._half is not None and not precision.endswith("-true")
-        here_on_cpu = cli.asked.accelerator == AUTO and not torch.cuda.is_available()
-        self._device = torch.device("cpu" if cli.asked.accelerator == "cpu" or here_on_cpu else "cuda")
-        self._build()
-        data = cli.datamodule
+        asked, self.trainer, self.module = cli.asked, cli.trainer, cli.model
+        nodes = _at_least_one("trainer.num_nodes", asked.num_nodes)
+        self.ranks = _devices(asked) * nodes
+        self.strategy = _strategy(asked.strategy, self.ranks)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        self.options = _options(self.trainer, callbacks, self.strategy)
+        self.steps_are_limited = asked.max_epochs not in (None, -1)
+        self.precision = str(asked.precision or "32-true")
+        self._has_half = self.precision.removeprefix("bf") in ("16", "16-mixed", "16-true")
+        self._autocasts = self._has_half and not self.precision.endswith("-true")
+        here_on_cpu = asked.accelerator == AUTO and not torch.cuda.is_available()
+        self._device = torch.device("cpu" if asked.accelerator == "cpu" or here_on_cpu else "cuda")
+        self._build(nodes)
+        averages = sum(isinstance(callback, WeightAveraging) for callback in callbacks)
+        self._averages = averages * _size(self.module)  # bytes of copies of all weights
+        self._teacher = _teacher(self.module)
         self.batches = Batches()
-        if isinstance(data, TextData):
+        if isinstance(data := cli.datamodule, TextData):
             tokens = data.batch_size * data.block_size
             self.batches = Batches(-(-data.calibration_tokens // tokens), tokens, data.block_size)
         self._feed_forwards = _feed_forwards(self.module, self.trainer, self.options)
 
-    def _build(self) -> None:
+    def _build(self, nodes: int) -> None:
         module, strategy = self.module, self.strategy
         sharded = isinstance(strategy, ModelParallelStrategy)
-        ranks = _pretended_ranks(module, strategy, self.nodes, self.ranks) if sharded else nullcontext()
+        ranks = _pretended_ranks(module, strategy, nodes, self.ranks) if sharded else nullcontext()
         module.trainer = self.trainer
         with _building(type(module).__name__), torch.device("meta"), ranks:
             module.configure_model()
@@ -180,21 +181,20 @@ class Plan:
         compile_in_place(module)
         mask_adapters(module)
         self.trainer.strategy.connect(module)
-        if self._half is not None and not self._autocasts:
-            module.to(self._half)
+        if self._has_half and not self._autocasts:
+            module.to(torch.bfloat16)
         if sharded:
-            for layer in find_targets(module, self.options.targets, self.options.ignore).values():
+            for layer in self.layers:
                 require_rows(layer)
-        self._teacher = _teacher(module)
 
     @cached_property
     def _of_deepspeed(self) -> LightningModule:
         """DeepSpeed's copy of the model, which has 16 bits also in mixed precision."""
         module: LightningModule = self.module
-        if self._half is None:
+        if not self._has_half:
             return module
         with _building(type(module).__name__):
-            return copy.deepcopy(module).to(self._half)
+            return copy.deepcopy(module).to(torch.bfloat16)
 
     def outlook(
         self, options: PruningOptions | None = None, strategy: Strategy | None = None, ranks: int | None = None
@@ -259,41 +259,38 @@ class Plan:
 
         return not (strategy.zero_stage_3 and gathers_whole_modules(self._of_deepspeed, zero_of(strategy)))
 
-    @property
-    def _averages(self) -> int:
-        """Bytes of copies of all weights that WeightAveraging keeps."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        return sum(isinstance(callback, WeightAveraging) for callback in callbacks) * _size(self.module)
-
 
 def _at_events(
     windows: Sequence[Window], each: Sequence[Needs], share: Share, layers: Mapping[str, Layer]
 ) -> list[int]:
     """Bytes on the device at the end of each window. Masks are there of what was pruned before."""
-    found, masked = [], set[str]()
+    sizes: list[int] = []
+    masked: set[str] = set()
     weights = {name: layer.rows * layer.cols for name, layer in layers.items()}
-    for window, one in zip(windows, each, strict=True):
-        held = share.at_event(window.event.step)
-        masks = held.masks * sum(weights[name] for name in masked) // sum(weights.values())
-        counting = one.moments + (share.in_training().copies if window.start_step == window.end_step else 0)
-        found.append(held.without("masks").total + masks + max(one.event, counting))
+    for window, needs in zip(windows, each, strict=True):
+        on_device = share.at_event(window.event.step)
+        masks = on_device.masks * sum(weights[name] for name in masked) // sum(weights.values())
+        counting = needs.moments + (share.in_training().copies if window.start_step == window.end_step else 0)
+        sizes.append(on_device.without("masks").total + masks + max(needs.event, counting))
         if not window.scans:
             masked |= window.patterns.keys()
-    return found
+    return sizes
 
 
 def _devices(asked: Any) -> int:
     """The number of devices of a machine."""
-    given = asked.devices
-    if isinstance(given, str) and "," in given:
-        given = given.strip(",").split(",")
-    if isinstance(given, (list, tuple)):
-        return _at_least_one("trainer.devices", len(given))
-    if str(given) in (AUTO, "-1"):
-        if asked.accelerator == "cpu":
-            return 1
-        raise Mistake(f"trainer.devices is {given}, which is another number on each machine: give --devices, such as 8")
-    return _at_least_one("trainer.devices", given)
+    devices = asked.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, (list, tuple)):
+        devices = len(devices)
+    if str(devices) in (AUTO, "-1"):
+        if asked.accelerator != "cpu":
+            raise Mistake(
+                f"trainer.devices is {devices}, which is another number on each machine: give --devices, such as 8"
+            )
+        devices = 1
+    return _at_least_one("trainer.devices", devices)
 
 
 def _at_least_one(name: str, value: Any) -> int:
@@ -317,8 +314,7 @@ def _strategy(asked: Any, ranks: int) -> Strategy | None:
     return strategy if isinstance(strategy, (DDPStrategy, ModelParallelStrategy)) else None
 
 
-def _options(trainer: Trainer, strategy: Strategy | None) -> PruningOptions:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+def _options(trainer: Trainer, callbacks: Sequence[Any], strategy: Strategy | None) -> PruningOptions:
     ours = [callback for callback in callbacks if isinstance(callback, ThanosPruningCallback)]
     if not ours:
         raise Mistake(
@@ -333,7 +329,8 @@ def _pretended_ranks(module: LightningModule, strategy: Any, nodes: int, ranks: 
     """Give a module of FSDP2 the mesh of rank 0, whose other ranks are not there."""
     # As Lightning sets them: all ranks of a machine would share each tensor
     asked = (strategy._data_parallel_size, strategy._tensor_parallel_size)
-    sizes = [other if one == AUTO else int(one) for one, other in zip(asked, (nodes, ranks // nodes), strict=True)]
+    automatic = (nodes, ranks // nodes)
+    sizes = [auto if size == AUTO else int(size) for size, auto in zip(asked, automatic, strict=True)]
     if sizes != [ranks, 1]:
         raise Mistake(
             f"ModelParallelStrategy would have data_parallel_size {sizes[0]} and tensor_parallel_size {sizes[1]} on "
@@ -380,21 +377,20 @@ def _feed_forwards(module: LightningModule, trainer: Trainer, options: PruningOp
         )
     small = _miniature(module)
     with tiny_run(trainer, small) as run:
-        found = found_or_declared(small, run)
-    ups_of = {kind_of(block.down): block for block in found}
-    blocks = []
-    for name in prunable_modules(module):
-        if (block := ups_of.get(kind_of(name))) is not None:
-            own, other = name.split("."), block.down.split(".")
-            ups = (_moved(up.split("."), other, own) for up in block.ups)
-            blocks.append(FeedForward(name, tuple(ups)))
-    return blocks
+        of_kind = {kind_of(block.down): block for block in found_or_declared(small, run)}
+    return [
+        FeedForward(name, tuple(_moved(up, block.down, name) for up in block.ups))
+        for name in prunable_modules(module)
+        if (block := of_kind.get(kind_of(name))) is not None
+    ]
 
 
-def _moved(up: Sequence[str], down: Sequence[str], to: Sequence[str]) -> str:
+def _moved(up: str, down: str, to: str) -> str:
     """The name of a layer beside `to` that is where `up` is beside `down`."""
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(up, down, strict=False)))
-    return ".".join([*to[:shared], *up[shared:]])
+    parts = up.split(".")
+    pairs = zip(parts, down.split("."), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ".".join([*to.split(".")[:shared], *parts[shared:]])
 
 
 def _miniature(module: CausalLM) -> CausalLM:

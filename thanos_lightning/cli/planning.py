@@ -48,7 +48,7 @@ def plan(
     planned = Plan(PlannedCLI(arguments, for_another=memory is not None))
     outlook = _outlook(planned, memory)
     fits = None if memory is None else outlook.most <= memory
-    remedies = [] if fits is not False else list(_remedies(planned, memory or 0))
+    remedies = _remedies(planned, memory) if memory is not None and not fits else []
     name = f"{planned.ranks} × {device}" if device else f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     sys.stdout.write(f"{_plan_text(planned, outlook, name, memory, remedies)}\n")
     return 1 if fits is False else 0
@@ -56,32 +56,31 @@ def plan(
 
 def _outlook(planned: Plan, memory: int | None) -> Outlook:
     """The outlook with the windows that the callback will choose, where the user sets no limit for them."""
-    outlook, asked = planned.outlook(), planned.options.calibration.memory_gib
-    if memory is not None and outlook.most > memory and asked is None:
-        for _, change in _smaller_windows(planned):
-            with suppress(MisconfigurationException, ValueError), quiet():  # windows that no longer fit before an event
-                smaller = planned.outlook(**change)
-                if smaller.most <= memory:
-                    return smaller
+    outlook = planned.outlook()
+    if memory is not None and outlook.most > memory and planned.options.calibration.memory_gib is None:
+        _, outlook = _first_that_fits(planned, memory, _smaller_windows(planned)) or ("", outlook)
     return outlook
 
 
-def _remedies(planned: Plan, memory: int) -> Iterator[str]:
+def _remedies(planned: Plan, memory: int) -> list[str]:
     """Settings with which it would fit, one of each kind."""
     kinds = [_smaller_windows(planned)]
     if not isinstance(planned.strategy, ModelParallelStrategy) and find_spec("deepspeed") is not None:
         kinds += [_other_strategies(planned), _more_ranks(planned)]  # a module of FSDP2 shards itself
-    for kind in kinds:
-        for words, change in kind:
-            with warnings.catch_warnings(), quiet():
-                warnings.simplefilter("ignore")
-                try:
-                    fits = planned.outlook(**change).most <= memory
-                except (MisconfigurationException, ValueError):  # windows that no longer fit before an event
-                    continue
-            if fits:
-                yield words
-                break
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitting = [_first_that_fits(planned, memory, kind) for kind in kinds]
+    return [words for words, _ in filter(None, fitting)]
+
+
+def _first_that_fits(planned: Plan, memory: int, changes: Iterator[_Change]) -> tuple[str, Outlook] | None:
+    """The first of the changes with which the training fits, in words, and the outlook with it."""
+    for words, change in changes:
+        with suppress(MisconfigurationException, ValueError), quiet():  # windows that no longer fit before an event
+            outlook = planned.outlook(**change)
+            if outlook.most <= memory:
+                return words, outlook
+    return None
 
 
 def _smaller_windows(planned: Plan) -> Iterator[_Change]:
@@ -154,19 +153,17 @@ def _gib(size: int) -> str:
 def _windows(outlook: Outlook) -> Iterator[str]:
     """A line for each run of windows that are alike, which says the most memory of them."""
     yield f"  {'step':>6}  {'window':<10}{'layers':>8}{'statistics':>12}{'in all':>10}{'sent':>10}"
-    rows = []
-    for _, of_step in itertools.groupby(
-        zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True),
-        key=lambda row: row[0].event.step,
-    ):
-        rows += list(enumerate(of_step, 1))
+    windows = zip(outlook.windows, outlook.estimated.windows, outlook.at_events, strict=True)
+    rows: list[tuple[int, tuple[Window, Needs, int]]] = []
+    for _, of_step in itertools.groupby(windows, key=lambda row: row[0].event.step):
+        rows += enumerate(of_step, 1)
 
     def alike(row: tuple[int, tuple[Window, Needs, int]]) -> tuple[Any, ...]:
-        window, one, _ = row[1]
-        return window.event.step, window.scans, len(window.patterns), _gib(one.moments), _gib(one.sent)
+        window, needs, _ = row[1]
+        return window.event.step, window.scans, len(window.patterns), _gib(needs.moments), _gib(needs.sent)
 
     for (step, scans, layers, statistics, sent), group in itertools.groupby(rows, key=alike):
-        numbers, those = zip(*group, strict=True)
+        numbers, alike_windows = zip(*group, strict=True)
         span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
-        most = _gib(max(size for _, _, size in those))
+        most = _gib(max(size for _, _, size in alike_windows))
         yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{sent:>10}{'  scan' if scans else ''}"

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentError, Namespace, set_loader
+from jsonargparse import ArgumentError, set_loader
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -128,9 +128,7 @@ class CLI(LightningCLI):
                 if "class_path" in inner:  # parsed dataclasses have lost their class_path
                     inner = inner.setdefault("init_args", {})
             inner[last] = load_yaml(value)
-        changed = Namespace()
-        changed[f"{root}trainer.callbacks"] = listed
-        self.config = self.parser.parse_object(changed, self.config)
+        self.config = self.parser.parse_object({f"{root}trainer.callbacks": listed}, self.config)
 
     @override
     def _parse_ckpt_path(self) -> None:
