@@ -29,9 +29,7 @@ class TrainingBar(ProgressBar):
     def disable(self) -> None:
         """Nothing to do: other ranks than the first show no phase."""
 
-    @override
-    def enable(self) -> None:
-        """Nothing to do, as in `disable`."""
+    enable = disable
 
     def _begin(self, what: str, total: float, unit: str = "batches", completed: int = 0) -> None:
         phase, shows = Phase(what, int(total) if math.isfinite(total) else None, unit, completed), ExitStack()
@@ -41,8 +39,12 @@ class TrainingBar(ProgressBar):
     def _advance(self, *_: Any, **__: Any) -> None:
         self._phases[-1][0].advance()
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end(self, *_: Any, **__: Any) -> None:
         self._phases.pop()[1].close()
+
+    def _end_all(self, *_: Any, **__: Any) -> None:
+        while self._phases:
+            self._end()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,12 +73,4 @@ class TrainingBar(ProgressBar):
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _advance
     on_train_end = on_validation_end = on_test_end = on_predict_end = _end
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "")
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        while self._phases:
-            self._end(trainer, pl_module)
+    on_exception = teardown = _end_all

@@ -40,13 +40,14 @@ def plot_report(report: PruningReport, path: Path) -> None:
              "text.parse_math": False}  # fmt: skip
     with rc_context(style):
         figure = Figure(figsize=(12, 8.5), layout="constrained", dpi=120)
-        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=13)
+        last = {layer.name: layer for event in report.events for layer in event.layers}  # what the last event gave
+        layers = list(last.values())
+        figure.suptitle(_title(report, layers), x=0.01, ha="left", fontsize=13)
         halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
         over_time, by_layer = halves
         _draw_history(report, over_time)
-        layers = {layer.name: layer for event in report.events for layer in event.layers}  # the last event wins
         sparsity, losses = by_layer.subplots(1, 2, width_ratios=(1, 1.15))
-        groups = _by_kind(list(layers.values()))
+        groups = _by_kind(layers)
         _draw_sparsities(groups, sparsity)
         _draw_losses(groups, losses)
         for axis in (sparsity, losses):
@@ -54,10 +55,9 @@ def plot_report(report: PruningReport, path: Path) -> None:
         figure.savefig(path)
 
 
-def _title(report: PruningReport) -> str:
-    layers = {layer.name: layer for event in report.events for layer in event.layers}
+def _title(report: PruningReport, layers: Sequence[LayerReport]) -> str:
     summary = report.summary
-    patterns = ", ".join(sorted({layer.pattern for layer in layers.values()}))
+    patterns = ", ".join(sorted({layer.pattern for layer in layers}))
     title = f"{len(layers)} layer{'s' if len(layers) != 1 else ''} pruned ({patterns}): {summary.sparsity:.1%} zeros"
     if summary.model_weights:
         title += f", {summary.sparsity_of_model:.1%} of the whole model"
@@ -86,18 +86,23 @@ def _draw_history(report: PruningReport, figure: Any) -> None:
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, color=colour, linewidth=1.6, marker="o" if is_metric or len(steps) < 40 else "",
                       markersize=5 if is_metric else 3)  # fmt: skip
-            finite = [value for value in values if math.isfinite(value)]
-            if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
-                axis.set_yscale("log")
-        else:
-            axis.text(0.5, 0.5, "no losses were recorded", transform=axis.transAxes, ha="center", color=_GREY)
-            axis.set_yticks([])
+        _scale(axis, [value for _, value in points], widest=20, otherwise="no losses were recorded")
         if is_metric:
             _name_extremes(axis, points)
-        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axis.set_axisbelow(True)
         _mark_events(report, axis)
     axes[0].legend(loc="best", frameon=False, fontsize=9)
+
+
+def _scale(axis: Axes, values: Sequence[float], *, widest: float, otherwise: str) -> None:
+    """Use logarithms if values are further apart than `widest` times; say `otherwise` if there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not values:
+        axis.text(0.5, 0.5, otherwise, transform=axis.transAxes, ha="center", color=_GREY)
+        axis.set_yticks([])
+    elif finite and min(finite) > 0 and max(finite) / min(finite) > widest:
+        axis.set_yscale("log")
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
 
 
 def _name_extremes(axis: Axes, points: Sequence[tuple[int, float]]) -> None:
@@ -153,27 +158,27 @@ def _means(blocks: Mapping[int, Sequence[LayerReport]], what: str) -> dict[int, 
 
 
 def _draw_sparsities(groups: _Groups, axis: Axes) -> None:
-    found = {kind: _means(blocks, "sparsity") for kind, blocks in groups.items()}
-    depths = sorted({depth for by_depth in found.values() for depth in by_depth})
-    cells = [[found[kind].get(depth, math.nan) for depth in depths] for kind in found]
-    values = [value for row in cells for value in row if math.isfinite(value)]
+    rows = [_means(blocks, "sparsity") for blocks in groups.values()]
+    depths = sorted({depth for row in rows for depth in row})
+    cells = [[row.get(depth, math.nan) for depth in depths] for row in rows]
     image = axis.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
-    axis.set_yticks(range(len(found)), list(found))
+    axis.set_yticks(range(len(groups)), list(groups))
     some = range(0, len(depths), max(1, -(-len(depths) // 12)))
     axis.set_xticks(list(some), [str(depths[index]) for index in some])
     axis.set(title="sparsity by layer and kind")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xticks([index - 0.5 for index in range(1, len(depths))], minor=True)
-    axis.set_yticks([index - 0.5 for index in range(1, len(found))], minor=True)
+    axis.set_yticks([index - 0.5 for index in range(1, len(groups))], minor=True)
     axis.grid(which="minor", color="white", linewidth=1.2)
     axis.tick_params(which="minor", length=0)
-    if min(values) == max(values) or len(cells) * len(depths) <= 60:
-        for (row, kind), (column, depth) in itertools.product(enumerate(found), enumerate(depths)):
-            alike = min(values) == max(values)
-            if math.isfinite(cells[row][column]) and (not alike or column == len(depths) // 2):
-                axis.text(column, row, f"{found[kind][depth]:.0%}", ha="center", va="center", fontsize=8,
-                          color="white" if cells[row][column] > 0.55 else "black")  # fmt: skip
+    are_alike = len({value for row in rows for value in row.values()}) == 1
+    if are_alike or len(rows) * len(depths) <= 60:
+        for row, column in itertools.product(range(len(rows)), range(len(depths))):
+            value = cells[row][column]
+            if math.isfinite(value) and (not are_alike or column == len(depths) // 2):
+                axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8,
+                          color="white" if value > 0.55 else "black")  # fmt: skip
     bar = axis.figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02, format=lambda value, _: f"{value:.0%}")
     bar.outline.set_visible(False)
 
@@ -188,12 +193,6 @@ def _draw_losses(groups: _Groups, axis: Axes) -> None:
     axis.set(title="what each layer lost", ylabel="relative loss")
     losses = [layer.relative_loss for blocks in groups.values() for layers in blocks.values() for layer in layers]
     known = [loss for loss in losses if math.isfinite(loss)]
-    if not known:
-        axis.text(0.5, 0.5, "this method measures no loss", transform=axis.transAxes, ha="center", color=_GREY)
-        axis.set_yticks([])
-    elif min(known) > 0 and max(known) / min(known) > 5:
-        axis.set_yscale("log")
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axis.set_axisbelow(True)
+    _scale(axis, known, widest=5, otherwise="this method measures no loss")
     axis.locator_params(axis="x", integer=True)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)

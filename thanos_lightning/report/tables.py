@@ -52,6 +52,7 @@ def print_event(event: EventReport) -> None:
     for layer in event.layers:
         kinds.setdefault((names[layer.name], layer.shape, layer.pattern), []).append(layer)
     for (kind, shape, pattern), layers in kinds.items():
+        losses = [layer.relative_loss for layer in layers if math.isfinite(layer.relative_loss)]
         table.add_row(
             kind,
             str(len(layers)),
@@ -59,7 +60,7 @@ def print_event(event: EventReport) -> None:
             pattern,
             f"{sum(layer.sparsity for layer in layers) / len(layers):.2%}",
             f"{mean_loss(layers):.4f}",
-            f"{max((one.relative_loss for one in layers if math.isfinite(one.relative_loss)), default=math.nan):.4f}",
+            f"{max(losses, default=math.nan):.4f}",
             f"{sum(layer.seconds for layer in layers):.1f} s",
         )
     table.add_section()
@@ -91,8 +92,7 @@ def print_summary(report: PruningReport) -> None:
     of_model = ""
     if summary.model_weights:
         of_model = f" of the targets, {summary.sparsity_of_model:.1%} of the whole model,"
-    title = f"Pruned to {summary.sparsity:.2%}{of_model} in {events}"
-    console.print(title, highlight=False)
+    console.print(f"Pruned to {summary.sparsity:.2%}{of_model} in {events}", highlight=False)
     if summary.metric is not None:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column(summary.metric)
