@@ -45,22 +45,33 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def added(name: str, run: Callable[..., int], text: str, **settings: Any) -> argparse.ArgumentParser:
-        # SUPPRESS leaves out arguments that are not given, so that the function's own defaults apply.
-        settings = {"description": text, "argument_default": argparse.SUPPRESS, **settings}
-        command = commands.add_parser(name, help=text, **settings)
-        command.set_defaults(run=run)
-        return command
-
     for name, text in TRAINER_COMMANDS.items():  # only for the help: main() sends them to LightningCLI
         commands.add_parser(name, help=text, add_help=False)
+    _add_commands_before_a_training(commands)
+    _add_commands_for_checkpoints(commands)
+    text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
+    plot = _add(commands, "plot", _plot, text)
+    plot.add_argument("report", help="the pruning_report.json of a training")
+    plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
+    return parser
 
-    listing = added("recipes", _recipes, "list the recipes and launch files that come with the package, or print one")
-    listing.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
+
+def _add(commands: Any, name: str, run: Callable[..., int], text: str, **settings: Any) -> argparse.ArgumentParser:
+    # SUPPRESS leaves out arguments that are not given, so that the function's own defaults apply.
+    settings = {"description": text, "argument_default": argparse.SUPPRESS, **settings}
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, **settings)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_commands_before_a_training(commands: Any) -> None:
+    text = "list the recipes and launch files that come with the package, or print one"
+    recipes = _add(commands, "recipes", _recipes, text)
+    recipes.add_argument("name", metavar="NAME", nargs="?", help=f"{PROGRAM} recipes quickstart > my.yaml copies one")
 
     text = "say what fit would take, before a cluster is rented: memory, windows, messages; exit 1 if it does not fit"
-    planning = added(
+    plan = _add(
+        commands,
         "plan",
         _plan,
         text,
@@ -69,13 +80,15 @@ def command_parser() -> argparse.ArgumentParser:
         usage=f"{PROGRAM} plan --config RECIPE [options] [arguments of fit]",
         allow_abbrev=False,
     )
-    planning.add_argument("--devices", type=int, metavar="N", help="devices of each machine, in place of the Trainer's")
-    planning.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
-    planning.add_argument("--device", type=str.lower, choices=GIGABYTES, help="its memory, by the data sheet")
-    planning.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device, if it is another")
+    plan.add_argument("--devices", type=int, metavar="N", help="devices of each machine, in place of the Trainer's")
+    plan.add_argument("--num-nodes", type=int, metavar="N", help="machines, in place of the Trainer's")
+    plan.add_argument("--device", type=str.lower, choices=GIGABYTES, help="its memory, by the data sheet")
+    plan.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of each device, if it is another")
 
+
+def _add_commands_for_checkpoints(commands: Any) -> None:
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
-    verify = added("verify", _verify, text)
+    verify = _add(commands, "verify", _verify, text)
     verify.add_argument("checkpoint", help="Hugging Face folder, .safetensors file, or trainer checkpoint (.ckpt)")
     verify.add_argument("--pattern", help='"2:4" (any N:M), "unstructured", "structured"; else what was recorded')
     verify.add_argument("--sparsity", type=float, help="fraction of zeros, where the pattern does not imply it")
@@ -83,7 +96,7 @@ def command_parser() -> argparse.ArgumentParser:
     verify.add_argument("--targets", nargs="+", metavar="NAME", help="layers that the pattern is for: globs or re:…")
     verify.add_argument("--ignore", nargs="*", metavar="NAME", help="layers that it is not for (lm_head)")
 
-    export = added("export", _export, "write a trainer checkpoint as a Hugging Face folder, verified")
+    export = _add(commands, "export", _export, "write a trainer checkpoint as a Hugging Face folder, verified")
     export.add_argument("checkpoint", help="trainer checkpoint (.ckpt)")
     export.add_argument("output", metavar="OUT", help="folder to write; must not exist, or be empty")
     export.add_argument("--dtype", help="of the written weights, such as bfloat16; as in the checkpoint by default")
@@ -92,7 +105,7 @@ def command_parser() -> argparse.ArgumentParser:
     export.add_argument("--tokenizer", metavar="NAME", help="name or path; the one used in training by default")
 
     text = "convert a DeepSpeed checkpoint folder so that any number of ranks resumes it"
-    reshard = added("reshard", _reshard, text)
+    reshard = _add(commands, "reshard", _reshard, text)
     reshard.add_argument("checkpoint", help="folder that DeepSpeed's strategy wrote, at ZeRO stage 1, 2 or 3")
     reshard.add_argument("output", metavar="OUT", nargs="?", help="folder to write; CHECKPOINT-resharded by default")
     reshard.add_argument("--processes", type=int, metavar="N", help="how many convert at a time (1)")
@@ -100,20 +113,16 @@ def command_parser() -> argparse.ArgumentParser:
         "--trusted", action="store_true", help="read other objects than plain values, which may run code"
     )
 
-    text = "draw a run: metric and loss over steps, sparsity and loss of each layer (needs matplotlib)"
-    plot = added("plot", _plot, text)
-    plot.add_argument("report", help="the pruning_report.json of a training")
-    plot.add_argument("output", metavar="PICTURE", help="file to write, such as report.png")
-    return parser
-
 
 def _recipes(name: str | None = None) -> int:
-    known = shipped.recipes(), shipped.launch_files()
+    recipes, launch_files = shipped.recipes(), shipped.launch_files()
     if name is not None:
-        sys.stdout.write(shipped.find(name, known[0] | known[1]).read_text(encoding="utf-8"))
+        sys.stdout.write(shipped.find(name, recipes | launch_files).read_text(encoding="utf-8"))
         return 0
-    heads = f"{PROGRAM} fit --config NAME", f"to start it on several machines: {PROGRAM} recipes NAME > NAME"
-    for head, files in zip(heads, known, strict=True):
+    for head, files in (
+        (f"{PROGRAM} fit --config NAME", recipes),
+        (f"to start it on several machines: {PROGRAM} recipes NAME > NAME", launch_files),
+    ):
         width = max(map(len, files))
         lines = [f"  {name:{width}}  {shipped.headline(file)}" for name, file in files.items()]
         sys.stdout.write("\n".join([head, *lines, ""]))
