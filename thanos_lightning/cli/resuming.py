@@ -37,19 +37,19 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
     return content
 
 
-def differences(section: Mapping[str, Any] | None, kept: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
+def differences(section: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
     """Yield the name, the configured value and the checkpoint's value of each argument in which the two differ.
 
-    `section` is the section `model` or `data` of a configuration, as plain values with class_path. `kept` has the
+    `section` is the section `model` or `data` of a configuration, as plain values with class_path. `saved` has the
     hyperparameters in the checkpoint.
 
     Examples:
         >>> list(differences({"class_path": "a.B", "init_args": {"rate": 2}}, {"_class_path": "a.B", "rate": 1}))
         [('rate', 2, 1)]
     """
-    if not section or not kept:
+    if not section or not saved:
         return
-    now, then = {"class": section["class_path"], **_plain(section)}, {"class": kept.get("_class_path"), **kept}
+    now, then = {"class": section["class_path"], **_plain(section)}, {"class": saved.get("_class_path"), **saved}
     if then["class"] is None:  # a training from Python records none
         del then["class"]
     for name in now:

@@ -143,9 +143,9 @@ class CLI(LightningCLI):
         content = content_of(str(path))
         self._dump_config()
         command = self.config.subcommand
-        for part, kept in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
             said = self.config_dump.get(part)
-            for name, now, then in differences(said, content.get(kept)):
+            for name, now, then in differences(said, content.get(key)):
                 owner = said["class_path"].rpartition(".")[2]
                 where = f"{name} of {owner} is {now!r}, {then!r} in {path}"
                 if part == "model" and name == "model" and not _is_the_same_folder(now, then):
@@ -263,14 +263,15 @@ def require_strategy(strategy: Any, accelerator: Any) -> None:
         )
 
 
-def _is_the_same_folder(one: Any, other: Any) -> bool:
-    return all(isinstance(name, str) and Path(name).is_dir() for name in (one, other)) and Path(one).samefile(other)
+def _is_the_same_folder(name: Any, other: Any) -> bool:
+    are_folders = all(isinstance(path, str) and Path(path).is_dir() for path in (name, other))
+    return are_folders and Path(name).samefile(other)
 
 
 def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, str], str]]:
     """Split off arguments such as --trainer.callbacks.0.pattern. Returns the rest, and (number, key) -> value."""
     rest: list[str] = []
-    found: dict[tuple[int, str], str] = {}
+    values: dict[tuple[int, str], str] = {}
     arguments = iter(argv)
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -279,10 +280,10 @@ def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, st
                 value = next(arguments, "")
                 if not value:
                     raise Mistake(f"{option} has no value: give one, such as {option} 2:4")
-            found[int(numbered[1]), numbered[2]] = value
+            values[int(numbered[1]), numbered[2]] = value
         else:
             rest.append(argument)
-    return rest, found
+    return rest, values
 
 
 def _with_recipes(argv: list[str]) -> list[str]:

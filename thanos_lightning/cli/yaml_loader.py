@@ -27,8 +27,8 @@ def _size(node: Any, known: dict[int, int]) -> int:
         return 1
     if id(node) not in known:
         known[id(node)] = _MOST + 1  # if it is met again before it is counted, it contains itself
-        inner = (one for entry in node.value for one in (entry if isinstance(entry, tuple) else (entry,)))
-        known[id(node)] = 1 + sum(_size(one, known) for one in inner)
+        parts = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
 
 

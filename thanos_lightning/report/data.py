@@ -231,8 +231,8 @@ class Clock:
 
     def take(self) -> dict[Part, float]:
         """Return what each part took since the last call, and start again at zero."""
-        taken, self.parts = self.parts, {}
-        return taken
+        parts, self.parts = self.parts, {}
+        return parts
 
 
 def _finite(value: Any) -> Any:

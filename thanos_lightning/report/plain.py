@@ -57,7 +57,8 @@ def read_as(kind: Any, value: Any, what: str) -> Any:
 
 def _made(kind: Any, value: Any, what: str) -> Any:
     entries = read_as(dict[str, Any], value, what)
-    types = {field.name: get_type_hints(kind)[field.name] for field in fields(kind) if field.init}
+    hints = get_type_hints(kind)
+    types = {field.name: hints[field.name] for field in fields(kind) if field.init}
     if unknown := entries.keys() - types.keys():
         raise ValueError(f"{what} has {min(unknown)[:_LONGEST]!r}, which is not known")
     needed = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
