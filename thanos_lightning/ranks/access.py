@@ -88,23 +88,24 @@ class ParameterAccess(Ranks):
 
         `weight` and `keep` are (out_features, in_features) on the owner, None elsewhere. Return this rank's drop mask.
         """
-        own = layer.part_of(layer.parameter.data)
-        if self.rank == owner:
-            assert weight is not None
-            assert keep is not None
-            own.copy_(layer.oriented(weight))
+        self._write_model(layer, weight, owner)
         if self.world_size > 1:
-            self.broadcast(own, owner)
-            shape = (layer.rows, layer.cols)
             numel = layer.rows * layer.cols
             bits = torch.empty(-(-numel // 8), dtype=torch.uint8) if keep is None else pack_bits(keep)
-            bits = bits.to(own.device)
+            bits = bits.to(layer.parameter.device)
             self.broadcast(bits, owner)
-            keep = unpack_bits(bits, shape)
-        assert keep is not None
+            keep = unpack_bits(bits, (layer.rows, layer.cols))
+        assert keep is not None, "one rank is the owner"
         drop = self.local_drop(layer, keep)
         self._zero_moments(layer, drop)
         return drop
+
+    def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
+        """Overwrite the model's copy on all ranks with the owner's (out_features, in_features). Talks to all."""
+        model_copy = layer.part_of(layer.parameter.data)
+        if weight is not None:
+            model_copy.copy_(layer.oriented(weight))
+        self.broadcast(model_copy, owner)
 
     def release(self) -> None:
         """Free the whole copies of sharded weights that a forward or backward outside a training step leaves behind."""

@@ -7,8 +7,8 @@ knows who sends what to whom, and a piece is sent only to the ranks that need it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,8 @@ class Range(NamedTuple):
 
     def piece(self, layer: View, flat: Tensor) -> Tensor:
         """The entries of a layer among those of this range, by a view."""
-        own = self.of(layer)
-        return flat[own.start + layer.start - self.start :][: own.numel] if own.numel else flat[:0]
+        part = self.of(layer)
+        return flat[part.start + layer.start - self.start :][: part.numel] if part.numel else flat[:0]
 
 
 def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Range]]:
@@ -57,24 +57,24 @@ def cover(ranges: Sequence[Range], numel: int, first: int) -> list[tuple[int, Ra
     Raises:
         ValueError: If no rank holds some entry.
     """
-    own, position = ranges[first], 0
-    taken: list[tuple[int, Range]] = []
-    others = sorted((held.start, -held.stop, rank) for rank, held in enumerate(ranges))
-    holder, stop, seen = first, 0, 0  # of those that begin here or before, the rank that holds most
+    wanted, position = ranges[first], 0
+    parts: list[tuple[int, Range]] = []
+    by_start = sorted((pieces.start, -pieces.stop, rank) for rank, pieces in enumerate(ranges))
+    holder, stop, passed = first, 0, 0  # of the ranges that begin here or before, the one that reaches farthest
     while position < numel:
-        while seen < len(others) and others[seen][0] <= position:
-            if -others[seen][1] > stop:
-                stop, holder = -others[seen][1], others[seen][2]
-            seen += 1
-        if own.start <= position < own.stop:
-            source, end = first, own.stop
+        while passed < len(by_start) and by_start[passed][0] <= position:
+            if -by_start[passed][1] > stop:
+                stop, holder = -by_start[passed][1], by_start[passed][2]
+            passed += 1
+        if wanted.start <= position < wanted.stop:
+            source, end = first, wanted.stop
         elif stop <= position:
             raise ValueError(f"entry {position} of {numel} is held by no rank: {list(ranges)}")
         else:
-            source, end = holder, min(stop, own.start) if own.numel and position < own.start else stop
-        taken.append((source, Range(position, end - position)))
+            source, end = holder, min(stop, wanted.start) if wanted.numel and position < wanted.start else stop
+        parts.append((source, Range(position, end - position)))
         position = end
-    return taken
+    return parts
 
 
 class FragmentAccess(ParameterAccess, ABC):
@@ -83,18 +83,18 @@ class FragmentAccess(ParameterAccess, ABC):
     # What a strategy implements
 
     @abstractmethod
-    def _held(self, layer: View, rank: int) -> Range:
-        """The entries whose mask a rank holds. Talks to no rank."""
+    def _range(self, layer: View, rank: int) -> Range:
+        """The entries whose mask a rank needs. Talks to no rank."""
 
-    def _held_exactly(self, layer: View, rank: int) -> Range:
+    def _exact_range(self, layer: View, rank: int) -> Range:
         """The entries whose most exact copy a rank holds: the master, if there is one. Talks to no rank."""
-        return self._held(layer, rank)
+        return self._range(layer, rank)
 
     def _ranges(self, layer: View) -> list[Range]:
-        return [self._held(layer, rank) for rank in range(self.world_size)]
+        return [self._range(layer, rank) for rank in range(self.world_size)]
 
     def _exact_ranges(self, layer: View) -> list[Range]:
-        return [self._held_exactly(layer, rank) for rank in range(self.world_size)]
+        return [self._exact_range(layer, rank) for rank in range(self.world_size)]
 
     @abstractmethod
     def _exact_dtype(self, layer: View) -> torch.dtype:
@@ -109,14 +109,20 @@ class FragmentAccess(ParameterAccess, ABC):
         """Overwrite this rank's piece of the most exact copy with flat values."""
 
     @abstractmethod
-    def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
-        """Overwrite the model's copy on all ranks with the owner's (out_features, in_features). Talks to all."""
+    def _mask_device(self, layer: View) -> torch.device:
+        """The device on which the optimizer steps this rank's piece."""
 
     # ParameterAccess
 
     @torch.no_grad()
     def collect_weight(self, layer: View, owner: int) -> Tensor | None:
-        return self._collect(layer, self._read_exact(layer), self._exact_ranges(layer), owner)
+        values, ranges, numel = self._read_exact(layer), self._exact_ranges(layer), layer.rows * layer.cols
+        begin = ranges[self.rank].start
+        parts = cover(ranges, numel, first=owner)
+        whole = torch.empty(numel if self.rank == owner else 0, dtype=values.dtype, device=self._device)
+        into = [whole[part.start : part.stop] for _, part in parts]
+        self._bring(parts, into, owner, lambda part: values[part.start - begin : part.stop - begin])
+        return self._matrix(layer, whole) if self.rank == owner else None
 
     @torch.no_grad()
     def write(self, layer: View, weight: Tensor | None, keep: Tensor | None, owner: int) -> Tensor:
@@ -142,39 +148,26 @@ class FragmentAccess(ParameterAccess, ABC):
         return None if bits is None else unpack_bits(bits.to(self._device), (layer.rows, layer.cols))
 
     def collect_bits(self, layer: View, drop: Tensor, owner: int) -> Tensor | None:
-        held, keep = self._held(layer, self.rank), drop.logical_not().flatten()
-        parts = cover(self._ranges(layer), layer.rows * layer.cols, first=owner)
-        own = [
-            pack_bits(keep[part.start - held.start :][: part.numel]) for holder, part in parts if holder == self.rank
-        ]
+        keep, ranges = drop.logical_not().flatten(), self._ranges(layer)
+        begin = ranges[self.rank].start
+        parts = cover(ranges, layer.rows * layer.cols, first=owner)
+        bits = [torch.empty(-(-part.numel // 8), dtype=torch.uint8, device=self._device) for _, part in parts]
+        self._bring(parts, bits, owner, lambda part: pack_bits(keep[part.start - begin : part.stop - begin]))
         if self.rank != owner:
-            self._exchange([(dist.isend, bits.to(self._device), owner) for bits in own])
             return None
-        bits, awaited = [], []
-        for holder, part in parts:
-            if holder == owner:
-                bits.append(own.pop(0))
-            else:
-                bits.append(torch.empty(-(-part.numel // 8), dtype=torch.uint8, device=self._device))
-                awaited.append((dist.irecv, bits[-1], holder))
-        self._exchange(awaited)
         if not layer.transposed and all(part.start % 8 == 0 for _, part in parts):
-            return torch.cat([one.cpu() for one in bits])
-        flat = [unpack_bits(one.cpu(), (part.numel,)) for one, (_, part) in zip(bits, parts, strict=True)]
+            return torch.cat(bits).cpu()
+        flat = [unpack_bits(packed.cpu(), (part.numel,)) for packed, (_, part) in zip(bits, parts, strict=True)]
         return pack_bits(self._matrix(layer, torch.cat(flat)))
 
     def local_drop(self, layer: View, keep: Tensor) -> Tensor:
-        held = self._held(layer, self.rank)
-        flat = layer.oriented(keep).reshape(-1)[held.start : held.stop]
+        entries = self._range(layer, self.rank)
+        flat = layer.oriented(keep).reshape(-1)[entries.start : entries.stop]
         return flat.logical_not().to(self._mask_device(layer))
 
-    @abstractmethod
-    def _mask_device(self, layer: View) -> torch.device:
-        """The device on which the optimizer steps this rank's piece."""
-
     def _place(self, layer: View) -> slice:
-        held, stepped = self._held(layer, self.rank), self._held_exactly(layer, self.rank)
-        return slice(stepped.start - held.start, stepped.stop - held.start)
+        of_mask, stepped = self._range(layer, self.rank), self._exact_range(layer, self.rank)
+        return slice(stepped.start - of_mask.start, stepped.stop - of_mask.start)
 
     # How pieces are sent and received
 
@@ -183,31 +176,26 @@ class FragmentAccess(ParameterAccess, ABC):
         """Reshape a flattened parameter to (out_features, in_features)."""
         return flat.view(layer.cols, layer.rows).t() if layer.transposed else flat.view(layer.rows, layer.cols)
 
-    def _collect(self, layer: View, own: Tensor, ranges: Sequence[Range], owner: int) -> Tensor | None:
-        numel = layer.rows * layer.cols
-        parts = cover(ranges, numel, first=owner)
-        held = ranges[self.rank]
-        if self.rank != owner:
-            mine = [own[part.start - held.start :][: part.numel] for holder, part in parts if holder == self.rank]
-            self._exchange([(dist.isend, piece.to(self._device).contiguous(), owner) for piece in mine])
-            return None
-        whole = torch.empty(numel, dtype=own.dtype, device=self._device)
-        awaited = []
-        for holder, part in parts:
-            into = whole[part.start : part.stop]
-            if holder == owner:
-                into.copy_(own[part.start - held.start :][: part.numel])
-            else:
-                awaited.append((dist.irecv, into, holder))
-        self._exchange(awaited)
-        return self._matrix(layer, whole)
+    def _bring(
+        self, parts: Sequence[tuple[int, Range]], into: Sequence[Tensor], owner: int, piece: Callable[[Range], Tensor]
+    ) -> None:
+        """Bring all parts to the owner, each `into` a tensor there. `piece` gives a part that this rank holds."""
+        messages: list[tuple[Any, Tensor, int]] = []
+        for (holder, part), place in zip(parts, into, strict=True):
+            if holder == owner == self.rank:
+                place.copy_(piece(part))
+            elif holder == self.rank:
+                messages.append((dist.isend, piece(part).to(self._device).contiguous(), owner))
+            elif owner == self.rank:
+                messages.append((dist.irecv, place, holder))
+        self._exchange(messages)
 
     def _hand_out(self, whole: Tensor | None, ranges: Sequence[Range], owner: int, dtype: torch.dtype) -> Tensor:
-        held = ranges[self.rank]
+        entries = ranges[self.rank]
         if all(other == ranges[0] for other in ranges) and self.world_size > 1:
-            values = torch.empty(held.numel, dtype=dtype, device=self._device)
+            values = torch.empty(entries.numel, dtype=dtype, device=self._device)
             if whole is not None:
-                values.copy_(whole[held.start : held.stop])
+                values.copy_(whole[entries.start : entries.stop])
             dist.broadcast(values, src=owner)
             return values
         if self.rank == owner:
@@ -215,8 +203,8 @@ class FragmentAccess(ParameterAccess, ABC):
             whole = whole.to(self._device, dtype)
             others = [(rank, other) for rank, other in enumerate(ranges) if rank != owner and other.numel]
             self._exchange([(dist.isend, whole[other.start : other.stop].contiguous(), rank) for rank, other in others])
-            return whole[held.start : held.stop].clone()
-        values = torch.empty(held.numel, dtype=dtype, device=self._device)
-        if held.numel:
+            return whole[entries.start : entries.stop].clone()
+        values = torch.empty(entries.numel, dtype=dtype, device=self._device)
+        if entries.numel:
             self._exchange([(dist.irecv, values, owner)])
         return values

@@ -74,12 +74,12 @@ class FsdpAccess(FragmentAccess):
     @torch.no_grad()
     def _piece(self, layer: View, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor), "as its parameter"
-        return _held_entries(tensor, self.rank).piece(layer, tensor.to_local().view(-1))
+        return _shard_of(tensor, self.rank).piece(layer, tensor.to_local().view(-1))
 
     # For FragmentAccess
 
-    def _held(self, layer: View, rank: int) -> Range:
-        return _held_entries(self._parameters[layer.name], rank).of(layer)
+    def _range(self, layer: View, rank: int) -> Range:
+        return _shard_of(self._parameters[layer.name], rank).of(layer)
 
     def _exact_dtype(self, layer: View) -> torch.dtype:
         return self._parameters[layer.name].dtype
@@ -97,8 +97,8 @@ class FsdpAccess(FragmentAccess):
         self.release()  # the shard that `_write_exact` writes to is the model's copy
 
 
-def _held_entries(parameter: DTensor, rank: int) -> Range:
-    """Which entries of the flattened parameter a rank holds."""
+def _shard_of(parameter: DTensor, rank: int) -> Range:
+    """The entries of the flattened parameter that a rank holds."""
     start, rows = 0, len(parameter)
     places = _places(parameter.device_mesh)[rank]
     for dimension, placement in enumerate(parameter.placements):

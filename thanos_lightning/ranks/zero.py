@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import deepspeed
 import torch
@@ -56,31 +56,37 @@ class _Master:
 
     tensor: Tensor  # what the torch optimizer steps, and the key of its state
     offset: int  # where the piece begins in the tensor
-    held: Range  # the entries of the flattened parameter that the piece contains; of the layer after `of`
+    range: Range  # the entries of the flattened parameter that the piece contains; of the layer after `of`
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.held.numel]
+        return tensor.detach().view(-1)[self.offset : self.offset + self.range.numel]
 
     def of(self, layer: View) -> _Master | None:
         """The part of the piece that belongs to a layer; None if none does."""
-        own = self.held.of(layer)
-        return _Master(self.tensor, self.offset + layer.start + own.start - self.held.start, own) if own.numel else None
+        part = self.range.of(layer)
+        if not part.numel:
+            return None
+        return _Master(self.tensor, self.offset + layer.start + part.start - self.range.start, part)
 
 
-class _Whole:
-    """Where DeepSpeed's optimizer keeps masters, model copies and gradients: at stage 0 each rank holds all of them.
+class _Layout:
+    """Where DeepSpeed's optimizer keeps masters, model copies and gradients: at stage 0 each rank has all of them.
 
     `masters` has all tensors that the torch optimizer steps on this rank, in the order of the steps. `numbered` has the
-    module's parameters that the torch optimizer's state numbers one by one, in order.
+    module's parameters that the torch optimizer's state numbers one by one, in order; none if it numbers flat vectors.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    masters: list[Tensor]
+    numbered: Sequence[Tensor | None] = ()
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self._rank = rank
         is_flat = isinstance(optimizer, FP16_Optimizer)
         stepped = [group["params"] for group in optimizer.param_groups]
         models = optimizer.fp16_groups if is_flat or isinstance(optimizer, FP16_UnfusedOptimizer) else stepped
-        self.masters: list[Tensor] = [master for group in stepped for master in group]
-        self.numbered: list[Tensor | None] = [model for group in models for model in group]
+        self.masters = [master for group in stepped for master in group]
+        self.numbered = [model for group in models for model in group]
         self._of: dict[int, _Master] = {}
         for masters, group in zip(stepped, models, strict=True):
             offset = 0
@@ -97,27 +103,36 @@ class _Whole:
         """Whether an optimizer updates a parameter, on whatever ranks."""
         return id(parameter) in self._of
 
-    def held(self, layer: View, rank: int) -> Range:
-        """The entries whose mask a rank needs."""
-        return Range(0, layer.rows * layer.cols)
+    def is_swapped(self, parameter: nn.Parameter) -> bool:
+        """Whether the master and the moments are on NVMe outside of the optimizer's step."""
+        return False
 
-    def held_exactly(self, layer: View, rank: int) -> Range:
-        """The entries whose master a rank has, of a layer that an optimizer updates."""
-        return self.held(layer, rank)
+    def shard(self, parameter: nn.Parameter, rank: int) -> Range:
+        """The entries of the flattened parameter whose master a rank has, if an optimizer updates the parameter."""
+        return Range(0, parameter.numel())
+
+    def range_of_mask(self, layer: View, rank: int) -> Range:
+        """The entries of the layer whose mask a rank needs."""
+        return self.shard(layer.parameter, rank).of(layer)
+
+    def piece(self, layer: View, shard: Tensor) -> Tensor:
+        """The layer's entries of a tensor that is laid out like this rank's shard of the parameter."""
+        return self.shard(layer.parameter, self._rank).piece(layer, shard.view(-1))
 
     def model_copies(self, layer: View) -> Iterator[LocalPiece]:
-        """The held entries of the model's copy, flat."""
-        yield LocalPiece("weight", layer.part_of(layer.parameter.detach()).reshape(-1))
+        """The entries of the model's copy whose mask this rank needs, flat."""
+        entries = self.range_of_mask(layer, self._rank)
+        yield LocalPiece("weight", layer.part_of(layer.parameter.detach()).reshape(-1)[entries.start : entries.stop])
 
     def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
-        """Zero the held entries of the gradient that the next step uses, of layers of one parameter."""
+        """Zero pruned entries of the gradient that the next step uses, of layers of one parameter."""
         for layer, drop in drops:
             if layer.parameter.grad is not None:
                 gradient = layer.part_of(layer.parameter.grad)
                 zero_where(gradient, drop.view_as(gradient))
 
 
-class _Stage12:
+class _Stage12(_Layout):
     """Stages 1 and 2, and DeepSpeed's optimizer for bf16 with fp32 accumulation at stage 1."""
 
     def __init__(self, optimizer: Any, layers: Mapping[str, View], ranks: Ranks) -> None:
@@ -127,8 +142,7 @@ class _Stage12:
         groups = optimizer.bf16_groups if self._holds_gradients_whole else ()
         self._group_of = {id(parameter): group for group, members in enumerate(groups) for parameter in members}
         name = "fp32_groups_flat_partition" if self._holds_gradients_whole else "single_partition_of_fp32_groups"
-        self.masters: list[Tensor] = getattr(optimizer, name)
-        self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
+        self.masters = getattr(optimizer, name)
         # Which group's vector a parameter is in, from 1, and where it begins: the rank that has its first entry knows
         begins = torch.zeros(2, len(layers), dtype=torch.int64)
         for number, layer in enumerate(layers.values()):
@@ -150,23 +164,19 @@ class _Stage12:
         mapping = getattr(layer.parameter, "_hp_mapping", None)
         if mapping is None:
             return None
-        held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        return _Master(self.masters[mapping.param_group_index], mapping.hp_fragment_address.start, held).of(layer)
+        shard = self.shard(layer.parameter, self._rank)
+        return _Master(self.masters[mapping.param_group_index], mapping.hp_fragment_address.start, shard).of(layer)
 
-    def held(self, layer: View, rank: int) -> Range:
+    def shard(self, parameter: nn.Parameter, rank: int) -> Range:
+        group, begin = self._begins[id(parameter)]
+        part, numel = self.masters[group].numel(), parameter.numel()
+        start, stop = (min(max(of_rank * part - begin, 0), numel) for of_rank in (rank, rank + 1))
+        return Range(start, stop - start)
+
+    def range_of_mask(self, layer: View, rank: int) -> Range:
         if self._holds_gradients_whole or not self.updates(layer.parameter):
             return Range(0, layer.rows * layer.cols)
-        return self.held_exactly(layer, rank)
-
-    def held_exactly(self, layer: View, rank: int) -> Range:
-        group, begin = self._begins[id(layer.parameter)]
-        part, numel = self.masters[group].numel(), layer.parameter.numel()
-        start, stop = (min(max(of_rank * part - begin, 0), numel) for of_rank in (rank, rank + 1))
-        return Range(start, stop - start).of(layer)
-
-    def model_copies(self, layer: View) -> Iterator[LocalPiece]:
-        held = self.held(layer, self._rank)
-        yield LocalPiece("weight", layer.part_of(layer.parameter.detach()).reshape(-1)[held.start : held.stop])
+        return super().range_of_mask(layer, rank)
 
     def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         sharded: Any = drops[0][0].parameter
@@ -182,10 +192,9 @@ class _Stage12:
             return
         if optimizer.cpu_offload:
             optimizer._wait_for_offload_copies()  # copies to pinned memory are asynchronous
-        held = Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
         gradient = mapping.get_lp_grad_fragment(sharded._index_in_param_group)
         for layer, drop in drops:
-            zero_where(held.piece(layer, gradient.view(-1)), drop.to(gradient.device))
+            zero_where(self.piece(layer, gradient), drop.to(gradient.device))
         if optimizer.cpu_offload:
             # DeepSpeed took the norm in the backward, before the gradient could be masked
             norms, key = optimizer.norm_for_param_grads, optimizer.get_param_id(sharded)
@@ -193,15 +202,14 @@ class _Stage12:
                 norms[key] = torch.tensor(_norm(gradient))
 
 
-class _Stage3:
+class _Stage3(_Layout):
     """Stage 3, with or without offloading."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3, rank: int) -> None:
         self._optimizer = optimizer
         self._rank = rank
         self._index = {id(p): index for group in optimizer.fp16_groups for index, p in enumerate(group)}
-        self.masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
-        self.numbered: list[Tensor | None] = []  # the state numbers flat vectors
+        self.masters = optimizer.fp32_partitioned_groups_flat
 
     def master(self, layer: View) -> _Master | None:
         parameter = layer.parameter
@@ -209,7 +217,7 @@ class _Stage3:
         if group is None:
             return None
         _, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        return _Master(self.masters[group], offset, self._shard(parameter)).of(layer)
+        return _Master(self.masters[group], offset, self.shard(parameter, self._rank)).of(layer)
 
     def _group(self, parameter: nn.Parameter) -> int | None:
         if id(parameter) not in self._index:
@@ -218,38 +226,24 @@ class _Stage3:
         return group
 
     def is_swapped(self, parameter: nn.Parameter) -> bool:
-        """Whether the master and the moments are on NVMe outside of the optimizer's step."""
         group = self._group(parameter)
         return group is not None and bool(self._optimizer._swappable_optimizer_subgroup(group))
-
-    def _shard(self, parameter: nn.Parameter, rank: int | None = None) -> Range:
-        sharded: Any = parameter  # with DeepSpeed's own attributes
-        part, numel = sharded.partition_numel(), sharded.ds_numel
-        start = min(part * (self._rank if rank is None else rank), numel)
-        return Range(start, min(part, numel - start))
 
     def updates(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._index
 
-    def held(self, layer: View, rank: int) -> Range:
-        return self._shard(layer.parameter, rank).of(layer)
-
-    def held_exactly(self, layer: View, rank: int) -> Range:
-        return self.held(layer, rank)
-
-    def piece(self, layer: View, shard: Tensor) -> Tensor:
-        """The layer's entries of a tensor that is laid out like this rank's shard of the parameter."""
-        return self._shard(layer.parameter).piece(layer, shard.view(-1))
+    def shard(self, parameter: nn.Parameter, rank: int) -> Range:
+        sharded: Any = parameter  # with DeepSpeed's own attributes
+        part, numel = sharded.partition_numel(), sharded.ds_numel
+        start = min(part * rank, numel)
+        return Range(start, min(part, numel - start))
 
     def model_copies(self, layer: View) -> Iterator[LocalPiece]:
-        held = self.held(layer, self._rank)
         sharded: Any = layer.parameter
-        shard = sharded.ds_tensor
-        if shard.numel() >= self._shard(sharded).numel:  # otherwise the shard is on NVMe
-            yield LocalPiece("weight", self.piece(layer, shard.detach()))
+        if sharded.ds_tensor.numel() >= self.shard(sharded, self._rank).numel:  # otherwise the shard is on NVMe
+            yield LocalPiece("weight", self.piece(layer, sharded.ds_tensor.detach()))
         if sharded.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters gathered
-            own = layer.part_of(sharded.detach()).reshape(-1)
-            yield LocalPiece("gathered weight", own[held.start : held.stop])
+            yield LocalPiece("gathered weight", next(super().model_copies(layer)).tensor)
 
     def mask_gradient(self, drops: Sequence[tuple[View, Tensor]]) -> None:
         parameter = drops[0][0].parameter
@@ -284,9 +278,6 @@ def _norm(gradient: Tensor) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts))
 
 
-_Layout: TypeAlias = _Whole | _Stage12 | _Stage3  # with the methods of the first
-
-
 class ZeroAccess(FragmentAccess):
     """`ParameterAccess` under a DeepSpeed engine that is up.
 
@@ -310,7 +301,7 @@ class ZeroAccess(FragmentAccess):
         elif isinstance(wrapped, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
             self._layout = _Stage12(wrapped, layers, self)
         else:
-            self._layout = _Whole(wrapped)
+            self._layout = _Layout(wrapped, strategy.global_rank)
         self._masters = {name: self._layout.master(layer) for name, layer in layers.items()}
         for name, layer in layers.items():
             if layer.parameter.requires_grad and not self._layout.updates(layer.parameter):
@@ -328,7 +319,7 @@ class ZeroAccess(FragmentAccess):
                 small[0].all_gather(small)
 
     def numbered_parameters(self) -> list[list[Tensor | None]]:
-        return [self._layout.numbered]
+        return [list(self._layout.numbered)]
 
     def completes_step(self, optimizer: Optimizer) -> bool:
         # ZeRO steps the groups one after another, each by a separate call.
@@ -339,10 +330,10 @@ class ZeroAccess(FragmentAccess):
         master = self._masters[layer.name]
         if master is None:
             return
-        if not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
+        if not self._layout.is_swapped(layer.parameter):
             yield from super().local_tensors(layer)
             return
-        yield LocalPiece("master", self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter)))
+        yield LocalPiece("master", self._read_exact(layer))
         for name in self._swapped_moments(master):
             yield LocalPiece(name, self._layout.piece(layer, safe_get_local_optimizer_state(layer.parameter, name)))
 
@@ -371,13 +362,13 @@ class ZeroAccess(FragmentAccess):
 
     # For FragmentAccess
 
-    def _held(self, layer: View, rank: int) -> Range:
-        return self._layout.held(layer, rank)
+    def _range(self, layer: View, rank: int) -> Range:
+        return self._layout.range_of_mask(layer, rank)
 
-    def _held_exactly(self, layer: View, rank: int) -> Range:
+    def _exact_range(self, layer: View, rank: int) -> Range:
         if not layer.parameter.requires_grad:  # an untrained parameter has no master
-            return self._held(layer, rank)
-        return self._layout.held_exactly(layer, rank)
+            return self._range(layer, rank)
+        return self._layout.shard(layer.parameter, rank).of(layer)
 
     def _exact_dtype(self, layer: View) -> torch.dtype:
         if not layer.parameter.requires_grad:
@@ -398,7 +389,7 @@ class ZeroAccess(FragmentAccess):
     def _read_exact(self, layer: View) -> Tensor:
         master = self._masters[layer.name]
         if master is not None:
-            if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
+            if self._layout.is_swapped(layer.parameter):
                 return self._layout.piece(layer, safe_get_local_fp32_param(layer.parameter))
             return master.slice_of(master.tensor)
         if layer.parameter.requires_grad:
@@ -415,7 +406,7 @@ class ZeroAccess(FragmentAccess):
         master = self._masters[layer.name]
         if master is None:  # not trained: the model's copy is all there is
             return
-        if isinstance(self._layout, _Stage3) and self._layout.is_swapped(layer.parameter):
+        if self._layout.is_swapped(layer.parameter):
             part = safe_get_local_fp32_param(layer.parameter).clone()
             self._layout.piece(layer, part).copy_(values)
             safe_set_local_fp32_param(layer.parameter, part)
@@ -423,13 +414,10 @@ class ZeroAccess(FragmentAccess):
             master.slice_of(master.tensor).copy_(values)
 
     def _write_model(self, layer: View, weight: Tensor | None, owner: int) -> None:
-        parameter: Any = layer.parameter
         if not isinstance(self._layout, _Stage3):
-            own = layer.part_of(parameter.data)
-            if weight is not None:
-                own.copy_(layer.oriented(weight))
-            self.broadcast(own, owner)
+            super()._write_model(layer, weight, owner)
             return
+        parameter: Any = layer.parameter
         # DeepSpeed needs the same on all ranks
         is_gathered = parameter.ds_status == ZeroParamStatus.AVAILABLE
         has_others = getattr(parameter, "ds_secondary_tensor", None) is not None
@@ -446,7 +434,7 @@ class ZeroAccess(FragmentAccess):
 
     def _zero_moments(self, layer: View, drop: Tensor) -> None:
         master = self._masters[layer.name]
-        if master is None or not isinstance(self._layout, _Stage3) or not self._layout.is_swapped(layer.parameter):
+        if master is None or not self._layout.is_swapped(layer.parameter):
             super()._zero_moments(layer, drop)
             return
         for name in self._swapped_moments(master):

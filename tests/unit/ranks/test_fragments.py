@@ -54,10 +54,10 @@ class OneOf(FragmentAccess):
 
     def __init__(self, ranges: list[Range], rank: int, boxes: dict[int, list[Tensor]]) -> None:
         self.rank, self.world_size, self._device = rank, len(ranges), torch.device("cpu")
-        self.held, self.boxes = ranges, boxes
+        self.ranges, self.boxes = ranges, boxes
 
-    def _held(self, layer: Any, rank: int) -> Range:
-        return self.held[rank]
+    def _range(self, layer: Any, rank: int) -> Range:
+        return self.ranges[rank]
 
     def _exchange(self, messages: Any) -> None:  # type: ignore[override]
         for way, tensor, other in messages:
