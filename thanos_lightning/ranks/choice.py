@@ -48,6 +48,5 @@ def choose_access(strategy: Strategy, layers: Mapping[str, View]) -> ParameterAc
         return ZeroAccess(strategy, layers)
     if isinstance(strategy, ModelParallelStrategy):
         return FsdpAccess(strategy, layers)
-    if isinstance(strategy, DDPStrategy):
-        return ParameterAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)
-    return ParameterAccess(device=strategy.root_device, optimizers=strategy.optimizers)
+    assert isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)), "checked above"
+    return ParameterAccess(strategy.global_rank, strategy.world_size, strategy.root_device, strategy.optimizers)

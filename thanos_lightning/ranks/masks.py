@@ -121,9 +121,9 @@ def checked(
         keep = mask.keep
         if excess := mask.pattern.violations(keep):
             raise ValueError(f"the mask of {name} keeps {excess} more entries than {mask.pattern.name} allows: {mend}")
-        found = keep.numel() - int(keep.count_nonzero())
-        if found != (recorded := missing.pop(name, 0)):
-            raise ValueError(f"the mask of {name} prunes {found} entries, recorded were {recorded}: {mend}")
+        dropped = keep.numel() - int(keep.count_nonzero())
+        if dropped != (recorded := missing.pop(name, 0)):
+            raise ValueError(f"the mask of {name} prunes {dropped} entries, recorded were {recorded}: {mend}")
         yield name, mask, keep
     if missing:
         name, number = next(iter(missing.items()))

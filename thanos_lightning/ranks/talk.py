@@ -119,9 +119,9 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every entry has been filled
 
-    def union(self, own: Mapping[str, Value]) -> dict[str, Value]:
+    def union(self, mapping: Mapping[str, Value]) -> dict[str, Value]:
         """Return what the small mappings of all ranks have together; of equal keys, the last rank's. Talks to all."""
-        return {name: value for of_rank in self.gather(own) for name, value in of_rank.items()}
+        return {name: value for of_rank in self.gather(mapping) for name, value in of_rank.items()}
 
 
 def _batches_of_strips(width: int) -> Iterator[list[tuple[int, int]]]:
@@ -177,10 +177,10 @@ class Failures:
         """
         if self._ranks is None:
             return
-        told = self._ranks.gather(None if self.error is None else _described(self.error))
-        for rank, message in enumerate(told):
+        messages = self._ranks.gather(None if self.error is None else _described(self.error))
+        for rank, message in enumerate(messages):
             if message is not None:
-                where = "" if len(set(told)) == 1 else f"rank {rank}: "
+                where = "" if len(set(messages)) == 1 else f"rank {rank}: "
                 raise PruningError(f"{where}{message}") from self.error
 
 
@@ -197,7 +197,7 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
     failures.raise_together()
 
 
-def reserve(blocks: Mapping[str, int], access: Ranks, failures: Failures | None = None) -> None:
+def reserve(blocks: Mapping[str, int], ranks: Ranks, failures: Failures | None = None) -> None:
     """Test whether the memory for messages about layers is free. All ranks must call it.
 
     `blocks` maps layers to sizes in bytes. `failures` may have an error of this rank from before.
@@ -205,10 +205,10 @@ def reserve(blocks: Mapping[str, int], access: Ranks, failures: Failures | None 
     Raises:
         PruningError: On all ranks, if one lacks the memory, or has kept an error.
     """
-    failures = failures or Failures(access)
-    if access.world_size > 1 and blocks:
+    failures = failures or Failures(ranks)
+    if ranks.world_size > 1 and blocks:
         with failures.catching(layer=max(blocks, key=lambda name: blocks[name])):
-            access.reserve(blocks.values())
+            ranks.reserve(blocks.values())
     failures.raise_together()
 
 

@@ -150,10 +150,10 @@ class _Stage12(_Layout):
                 group = mapping.param_group_index
                 before = self._rank * self.masters[group].numel()
                 begins[:, number] = torch.tensor([group + 1, before + mapping.hp_fragment_address.start])
-        told = ranks.total(begins).T.tolist()
+        of_layers = ranks.total(begins).T.tolist()
         self._begins = {
             id(layer.parameter): (group - 1, start)
-            for layer, (group, start) in zip(layers.values(), told, strict=True)
+            for layer, (group, start) in zip(layers.values(), of_layers, strict=True)
             if group
         }
 
