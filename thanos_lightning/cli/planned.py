@@ -42,7 +42,7 @@ from thanos_lightning.layers.wrappers import compile_in_place
 from thanos_lightning.lm import CausalLM, TextData
 from thanos_lightning.lm.distillation import START
 from thanos_lightning.lm.pretrained import load_pretrained
-from thanos_lightning.plan.estimate import Batches, Estimate, Needs, estimate
+from thanos_lightning.plan.estimate import Batches, Estimate, Needs, Solving, estimate
 from thanos_lightning.plan.options import PruningOptions, assign_patterns
 from thanos_lightning.plan.planner import Planner
 from thanos_lightning.plan.schedule import scheduled_events, steps_of
@@ -221,11 +221,8 @@ class Plan:
             windows,
             targets.trainable(find_blocks(module, layers)) if options.block_steps else {},
             self.batches,
+            Solving(ranks, share.in_pieces, again=len(events) > 1, device=self._device.type),
             accumulated=trainer.accumulate_grad_batches,
-            again=len(events) > 1,
-            ranks=ranks,
-            in_pieces=share.in_pieces,
-            device=self._device,
         )
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         beside = self._teacher // (ranks if shares_teacher else 1) + self._averages

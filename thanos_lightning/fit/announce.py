@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from thanos_lightning.event.targets import Targets
 from thanos_lightning.layers.census import Census, take_census
-from thanos_lightning.plan.estimate import Batches, Estimate, estimate
+from thanos_lightning.plan.estimate import Batches, Estimate, Solving, estimate
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.schedule import Event, scheduled_events, steps_of
 from thanos_lightning.ranks.fragments import FragmentAccess
@@ -65,11 +65,13 @@ def estimate_of(
         run.windows,
         run.blocks,
         batches or Batches(),
+        Solving(
+            run.trainer.world_size,
+            in_pieces=isinstance(run.access, FragmentAccess),
+            again=len(scheduled_events(run.planner.schedule, run.trainer)) > 1,
+            device=device.type,
+        ),
         accumulated=run.trainer.accumulate_grad_batches,
-        again=len(scheduled_events(run.planner.schedule, run.trainer)) > 1,
-        ranks=run.trainer.world_size,
-        in_pieces=isinstance(run.access, FragmentAccess),
-        device=device,
     )
 
 

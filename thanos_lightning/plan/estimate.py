@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from thanos_lightning.layers.targets import Layer
 from thanos_lightning.plan.options import TOKENS_PER_STEP, PruningOptions
 from thanos_lightning.plan.windows import Window
 from thanos_lightning.ranks.owners import assign_owners
-from thanos_lightning.ranks.view import whole_shape
+from thanos_lightning.ranks.view import numel_of
 from thanos_lightning.solver import Experts, Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
@@ -41,9 +40,19 @@ class Batches:
             if isinstance(batches, Sequence):
                 tokens, length = _tokens(batches[0])
             else:
-                found, length = _tokens(batches.dataset[0])
-                tokens = None if found is None else found * batches.batch_size
+                of_sample, length = _tokens(batches.dataset[0])
+                tokens = None if of_sample is None else of_sample * batches.batch_size
         return cls(number, tokens, length)
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Where layers are solved, and what of them is there."""
+
+    ranks: int = 1  # how many solve them
+    in_pieces: bool = False  # whether each rank has a piece of each weight and mask, so that an owner gets copies
+    again: bool = False  # whether layers have masks already
+    device: str = "cpu"  # its type. Wherever layers are solved, new weights and masks wait on the CPU to be written
 
 
 @dataclass(frozen=True)
@@ -75,41 +84,17 @@ def estimate(
     windows: Sequence[Window],
     blocks: Mapping[str, Block],
     batches: Batches,
+    solving: Solving,
     *,
     accumulated: int,
-    again: bool,
-    ranks: int,
-    in_pieces: bool,
-    device: torch.device | None = None,
 ) -> Estimate:
     """Estimate a training by formulas, from the shapes of its layers.
 
-    `batches` is the calibration set, or the training's batches, of which an optimizer step takes `accumulated`. `again`
-    says whether layers are pruned more than once, `in_pieces` whether each rank has a piece of each weight and mask.
-    `device` is where layers are solved; None for where they are.
+    `batches` is the calibration set, or the training's batches, of which an optimizer step takes `accumulated`.
     """
-    solver = options.solver
-
-    def needs(window: Window) -> Needs:
-        chosen = [layers[name] for name in window.patterns]
-        solved = [layers[name] for name, pattern in window.patterns.items() if not isinstance(pattern, Experts)]
-        dropped = [layers[name] for name, pattern in window.patterns.items() if isinstance(pattern, Experts)]
-        peak = event_bytes(
-            solved, solver, ranks=ranks, pattern=options.pattern, gathers=in_pieces, again=again, device=device
-        )
-        trained = [block for block in blocks.values() if not window.patterns.keys().isdisjoint(block.layers)]
-        peaks = [peak + moments_bytes(dropped)]
-        peaks += [training_bytes(block, solved, ranks, device) for block in trained]
-        return Needs(
-            moments=moments_bytes(chosen) if solver.needs_statistics else 0,
-            event=max(peaks),
-            waiting=_results_bytes(solved) // ranks if (device or chosen[0].parameter.device).type != "cpu" else 0,
-            sent=sent_bytes(chosen, ranks, gathers=in_pieces, again=again),
-        )
-
-    each = [needs(window) for window in windows]
-    last = [one for window, one in zip(windows, each, strict=True) if window.event == windows[-1].event]
-    number = batches.number if solver.needs_statistics else 0
+    each = [_needs_of(window, options, layers, blocks, solving) for window in windows]
+    last = [needs for window, needs in zip(windows, each, strict=True) if window.event == windows[-1].event]
+    number = batches.number if options.solver.needs_statistics else 0
     if options.collects_in_training:
         number = max(window.end_step - window.start_step for window in windows) * accumulated
     states = 0
@@ -121,10 +106,26 @@ def estimate(
     return Estimate(
         each,
         number,
-        moments=max(one.moments for one in last),
-        event=max(one.event for one in last),
-        masks=(census.target_weights - shown) // (ranks if in_pieces else 1),
-        states=states // ranks,
+        moments=max(needs.moments for needs in last),
+        event=max(needs.event for needs in last),
+        masks=(census.target_weights - shown) // (solving.ranks if solving.in_pieces else 1),
+        states=states // solving.ranks,
+    )
+
+
+def _needs_of(
+    window: Window, options: PruningOptions, layers: Mapping[str, Layer], blocks: Mapping[str, Block], solving: Solving
+) -> Needs:
+    chosen = [layers[name] for name in window.patterns]
+    dropped = [layers[name] for name, pattern in window.patterns.items() if isinstance(pattern, Experts)]
+    solved = [layers[name] for name, pattern in window.patterns.items() if not isinstance(pattern, Experts)]
+    trained = [block for block in blocks.values() if not window.patterns.keys().isdisjoint(block.layers)]
+    at_end = event_bytes(solved, options.solver, solving, options.pattern) + moments_bytes(dropped)
+    return Needs(
+        moments=moments_bytes(chosen) if options.solver.needs_statistics else 0,
+        event=max([at_end, *(training_bytes(block, solved, solving) for block in trained)]),
+        waiting=_results_bytes(solved) // solving.ranks if solving.device != "cpu" else 0,
+        sent=sent_bytes(chosen, solving),
     )
 
 
@@ -164,45 +165,34 @@ def moments_bytes(layers: Sequence[Layer]) -> int:
 
 
 def event_bytes(
-    layers: Sequence[Layer],
-    options: SolverOptions,
-    *,
-    ranks: int = 1,
-    pattern: Pattern | None = None,
-    gathers: bool = False,
-    again: bool = False,
-    device: torch.device | None = None,
+    layers: Sequence[Layer], options: SolverOptions, solving: Solving = Solving(), pattern: Pattern | None = None
 ) -> int:
     """Peak bytes at the end of a window, with its second moments, on the rank that needs most.
 
-    The layers come in the order in which they are pruned, and `pattern` is that of most of them. `gathers` says whether
-    a layer's owner gets a copy of the weight, as it does of a sharded weight. `again` says whether the layers have
-    masks already. `device` is where they are solved; None for where they are.
+    The layers come in the order in which they are pruned, and `pattern` is that of most of them.
     """
     counts = options.needs_statistics
     moments = moments_bytes(layers) if counts else 0
-    owners = assign_owners({layer.name: layer for layer in layers}, ranks)
+    owners = assign_owners({layer.name: layer for layer in layers}, solving.ranks)
     peak = moments
     for rank in set(owners.values()):
-        own = [layer for layer in layers if owners[layer.name] == rank]
-        read = {layer.name: number for number, group in enumerate(sharing(own)) for layer in group}
-        if ranks > 1 and counts:  # the total over ranks arrives beside this rank's own sums
-            peak = max(peak, moments + 4 * max(layer.cols for layer in own) ** 2)
-        to_come, weights, after = 0, 0, list[tuple[int, int]]()
+        of_rank = [layer for layer in layers if owners[layer.name] == rank]
+        read = {layer.name: number for number, group in enumerate(sharing(of_rank)) for layer in group}
+        if solving.ranks > 1 and counts:  # the total over ranks arrives beside this rank's own sums
+            peak = max(peak, moments + 4 * max(layer.cols for layer in of_rank) ** 2)
+        hessians = weights = 0  # bytes of the Hessians of later layers; the number of weights from here on
+        results = _results_bytes(of_rank)
         groups = set[int]()
-        for layer in reversed(own):
+        for layer in reversed(of_rank):
             weights += layer.rows * layer.cols
-            after.append((to_come, weights))
-            to_come += 0 if read[layer.name] in groups else 4 * layer.cols**2
-            groups.add(read[layer.name])
-        solved = 0
-        for layer, (to_come, weights) in zip(own, reversed(after), strict=True):
-            hessians = to_come + 4 * layer.cols**2 if counts else 0
-            waiting = weights * (4 * gathers + again)
-            where = device or layer.parameter.device
-            working = options.peak_bytes(layer.rows, layer.cols, pattern=pattern, device=where)
-            peak = max(peak, hessians + waiting + solved + working)
-            solved += _results_bytes([layer]) if where.type == "cpu" else 0  # they wait on the CPU
+            results -= _results_bytes([layer])
+            sums = hessians + 4 * layer.cols**2 if counts else 0
+            collected = weights * (4 * solving.in_pieces + solving.again)
+            working = options.peak_bytes(layer.rows, layer.cols, pattern=pattern, device=solving.device)
+            peak = max(peak, sums + collected + working + (results if solving.device == "cpu" else 0))
+            if read[layer.name] not in groups:
+                groups.add(read[layer.name])
+                hessians += 4 * layer.cols**2
     return peak
 
 
@@ -211,30 +201,29 @@ def _results_bytes(solved: Sequence[Layer]) -> int:
     return sum(layer.rows * layer.cols * (layer.parameter.element_size() + 1) for layer in solved)
 
 
-def training_bytes(block: Block, solved: Sequence[Layer], ranks: int, device: torch.device | None = None) -> int:
+def training_bytes(block: Block, solved: Sequence[Layer], solving: Solving) -> int:
     """Peak bytes of a rank that trains a block of a window whose layers were solved, without activations.
 
     The rank has all parameters of the block in fp32; of those that are trained a copy, its gradient and Adam's two
     moments; and what it has solved of the window.
     """
-    own = set(block.layers)
-    trained = sum(layer.rows * layer.cols for layer in solved if layer.name in own)
-    whole = sum(math.prod(whole_shape(parameter)) for parameter in block.module.parameters())
-    on_cpu = (device or solved[0].parameter.device).type == "cpu"
-    return 4 * whole + 16 * trained + (_results_bytes(solved) // ranks if on_cpu else 0)
+    names = set(block.layers)
+    trained = sum(layer.rows * layer.cols for layer in solved if layer.name in names)
+    results = _results_bytes(solved) // solving.ranks if solving.device == "cpu" else 0
+    return 4 * numel_of(block.module.parameters()) + 16 * trained + results
 
 
-def sent_bytes(layers: Sequence[Layer], ranks: int, *, gathers: bool = False, again: bool = False) -> int:
-    """Bytes that all ranks together send to solve a window and to write it. The arguments are as for `event_bytes`.
+def sent_bytes(layers: Sequence[Layer], solving: Solving) -> int:
+    """Bytes that all ranks together send to solve a window and to write it.
 
     Each rank but the owner sends half of each symmetric sum; the others get the new weight and the mask. Where weights
     are in pieces, the owner gets those of the fp32 weight, and of the mask before, and sends them back.
     """
-    owners = assign_owners({layer.name: layer for layer in layers}, ranks)
+    owners = assign_owners({layer.name: layer for layer in layers}, solving.ranks)
     sums = 0
     for group in sharing(layers):
         sums += 2 * group[0].cols ** 2 * len({owners[layer.name] for layer in group})
     weights = sum(layer.rows * layer.cols for layer in layers)
     model = sum(layer.rows * layer.cols * layer.parameter.element_size() for layer in layers)
-    pieces = (4 + again + 5) * weights // ranks if gathers else weights // 8
-    return (ranks - 1) * (sums + model + pieces)
+    pieces = (4 + solving.again + 5) * weights // solving.ranks if solving.in_pieces else weights // 8
+    return (solving.ranks - 1) * (sums + model + pieces)

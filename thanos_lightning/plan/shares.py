@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from thanos_lightning.layers.lora import MaskedAdapter, base_of, shows_its_mask
 from thanos_lightning.layers.targets import PRUNABLE
-from thanos_lightning.ranks.view import View, whole_shape
+from thanos_lightning.ranks.view import View, numel_of
 
 _MOMENTS = 2  # of AdamW, for each weight
 # What DeepSpeed takes where its configuration says nothing
@@ -85,10 +84,10 @@ def share_of(
     gradients = _bytes(trained, local=True)
     groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
     if groups:
-        own = [{id(p) for p in part.parameters()} for part in groups]
-        nested = [set().union(*(inner for inner in own if inner < mine)) for mine in own]
+        members = [{id(parameter) for parameter in part.parameters()} for part in groups]
+        nested = [set().union(*(inner for inner in members if inner < outer)) for outer in members]
         sizes = [
-            sum(math.prod(whole_shape(p)) * p.element_size() for p in part.parameters() if id(p) not in inside)
+            sum(numel_of([p]) * p.element_size() for p in part.parameters() if id(p) not in inside)
             for part, inside in zip(groups, nested, strict=True)
         ]
         copies = sum(sorted(sizes)[-2:])  # one that computes, and one that is gathered meanwhile
@@ -96,7 +95,7 @@ def share_of(
         copies = _of_autocast(module) if autocasts else 0
     is_ddp = isinstance(strategy, DDPStrategy) and ranks > 1
     views = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("gradient_as_bucket_view")
-    held = Bytes(
+    of_rank = Bytes(
         weights=_bytes(parameters, local=True),
         gradients=gradients,
         moments=_MOMENTS * gradients,
@@ -105,7 +104,7 @@ def share_of(
         buckets=gradients if is_ddp and not views else 0,
     )
     in_words = "FSDP2" if groups else "DDP" if is_ddp else "one device"
-    return Share(in_words, held, in_pieces=bool(groups), checkpoint=whole + masks // 8)
+    return Share(in_words, of_rank, in_pieces=bool(groups), checkpoint=whole + masks // 8)
 
 
 def _of_deepspeed(
@@ -120,20 +119,20 @@ def _of_deepspeed(
     stage = stage_of(strategy)
     size = parameters[0].element_size()
     has_masters = stage > 0 or size < 4
-    weights, steps = _count(parameters), _count(trained)
+    weights, steps = numel_of(parameters), numel_of(trained)
     of_weights, of_gradients, of_masters = (ranks if stage >= least else 1 for least in (3, 2, 1))
-    kept = sum(math.prod(whole_shape(p)) for p in parameters if math.prod(whole_shape(p)) <= known[_KEPT])
+    persistent = numel_of(parameter for parameter in parameters if numel_of([parameter]) <= known[_KEPT])
     stepped = -(-steps // of_masters)
     # A gradient is whole, and once more in what is reduced, before a rank has its part of it
-    largest = max((math.prod(whole_shape(parameter)) for parameter in trained), default=0)
+    largest = max((numel_of([parameter]) for parameter in trained), default=0)
     reducing = largest + min(max(largest, known[_BUCKET]), steps) if stage == 3 else 0
-    gathered = min(weights - kept, known[_LIVE]) if stage == 3 else 0
+    gathered = min(weights - persistent, known[_LIVE]) if stage == 3 else 0
     steps_elsewhere = _is_elsewhere(zero.get("offload_optimizer"))
     # gradients in fp32, of the masters that are stepped at one time
     in_a_step = min(stepped, known["sub_group_size"] if stage == 3 else stepped)
     in_a_step = in_a_step if has_masters and not steps_elsewhere else 0
-    held = Bytes(
-        weights=size * (-(-weights // of_weights) + (kept if stage == 3 else 0)),
+    of_rank = Bytes(
+        weights=size * (-(-weights // of_weights) + (persistent if stage == 3 else 0)),
         gradients=size * -(-steps // of_gradients),
         masters=4 * stepped if has_masters else 0,
         moments=4 * _MOMENTS * stepped,
@@ -149,10 +148,10 @@ def _of_deepspeed(
         offloaded += ("weights",)
     return Share(
         f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed without ZeRO",
-        held,
+        of_rank,
         in_pieces=stage > 0,
         checkpoint=(0 if stage == 3 else size * weights)
-        + held.masters // stepped * steps
+        + of_rank.masters // stepped * steps
         + 4 * _MOMENTS * steps
         + masks // 8,
         offloaded=offloaded,
@@ -186,12 +185,8 @@ def _of_autocast(module: nn.Module) -> int:
     multiplied = {id(part.weight): part.weight for part in module.modules() if isinstance(part, PRUNABLE)}
     wide = {key: weight for key, weight in multiplied.items() if weight.element_size() > 2}
     adapted = {id(base_of(part).weight) for part in module.modules() if isinstance(part, MaskedAdapter)}
-    one_by_one = [_count([weight]) for key, weight in wide.items() if key in adapted]
-    return 2 * (_count(weight for key, weight in wide.items() if key not in adapted) + max(one_by_one, default=0))
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(math.prod(whole_shape(parameter)) for parameter in parameters)
+    one_by_one = [numel_of([weight]) for key, weight in wide.items() if key in adapted]
+    return 2 * (numel_of(weight for key, weight in wide.items() if key not in adapted) + max(one_by_one, default=0))
 
 
 def _bytes(parameters: Iterable[Tensor], *, local: bool = False) -> int:

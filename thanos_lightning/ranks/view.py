@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +14,11 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the whole shape of a parameter, even if this rank holds only a piece of it."""
     # DeepSpeed's ZeRO-3 leaves an empty tensor behind, and keeps the shape in ds_shape.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numel_of(parameters: Iterable[Tensor]) -> int:
+    """Return the number of entries of whole parameters, even if this rank holds only pieces of them."""
+    return sum(math.prod(whole_shape(parameter)) for parameter in parameters)
 
 
 class Part(NamedTuple):

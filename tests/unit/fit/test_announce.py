@@ -137,7 +137,7 @@ def test_little_of_a_model_is_said(tmp_path: Path) -> None:
 
 def test_all_events_count_while_only_a_scan_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again, estimate = [], announce.estimate
-    monkeypatch.setattr(announce, "estimate", lambda *args, **kw: again.append(kw["again"]) or estimate(*args, **kw))
+    monkeypatch.setattr(announce, "estimate", lambda *args, **kw: again.append(args[-1].again) or estimate(*args, **kw))
     trainer(tmp_path, gradual(), max_steps=8).fit(ToyLM(), loader(48))
     assert set(again) == {True}
 

@@ -18,7 +18,7 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.collect import collector
 from thanos_lightning.fit import announce, run
 from thanos_lightning.layers.targets import find_targets
-from thanos_lightning.plan.estimate import Estimate, event_bytes, moments_bytes, sharing
+from thanos_lightning.plan.estimate import Estimate, Solving, event_bytes, moments_bytes, sharing
 from thanos_lightning.solver.layer import SolverOptions
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 320}
@@ -141,9 +141,9 @@ def test_what_reads_the_same_is_counted_once() -> None:
 
 def test_ranks_share_what_an_event_takes() -> None:
     layers = list(find_targets(tiny_llama(**WIDTHS)).values())
-    alone, shared = (event_bytes(layers, SolverOptions.as_published(), ranks=ranks) for ranks in (1, 2))
+    alone, shared = (event_bytes(layers, SolverOptions.as_published(), Solving(ranks)) for ranks in (1, 2))
     assert shared < alone
-    gathered = event_bytes(layers, SolverOptions.as_published(), ranks=2, gathers=True)
+    gathered = event_bytes(layers, SolverOptions.as_published(), Solving(2, in_pieces=True))
     assert shared < gathered < shared + 4 * sum(layer.rows * layer.cols for layer in layers)
-    assert event_bytes(layers, SolverOptions.as_published(), again=True) > alone
+    assert event_bytes(layers, SolverOptions.as_published(), Solving(again=True)) > alone
     assert event_bytes(layers, SolverOptions.as_published("magnitude")) < alone
