@@ -155,9 +155,9 @@ def by_loss(
     )
     for _, name, number, end in segments:
         until = most[name] if number == len(hulls[name]) else round(end * sizes[name])
-        taken = min(left, max(0, until - counts[name]))
-        counts[name] += taken
-        left -= taken
+        more = min(left, max(0, until - counts[name]))
+        counts[name] += more
+        left -= more
     return counts
 
 

@@ -163,7 +163,7 @@ class PruningOptions:
         """The same options with the sparsity that channels or experts really have in the final patterns, for asked."""
         if not isinstance(self.pattern, (Channels, Experts)):
             return self
-        return replace(self, pattern=next(one for one in final.values() if type(one) is type(self.pattern)))
+        return replace(self, pattern=next(other for other in final.values() if type(other) is type(self.pattern)))
 
     @property
     def weighs_outputs(self) -> bool:
@@ -293,7 +293,7 @@ def number_of_batches(batches: Iterable[Any]) -> int | None:
 def ranks_sharing(batches: Iterable[Any]) -> int:
     """The number of ranks among which a DistributedSampler shares the batches of a DataLoader; 1 without one."""
     samplers = getattr(batches, "sampler", None), getattr(getattr(batches, "batch_sampler", None), "sampler", None)
-    return next((one.num_replicas for one in samplers if isinstance(one, DistributedSampler)), 1)
+    return next((sampler.num_replicas for sampler in samplers if isinstance(sampler, DistributedSampler)), 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ from thanos_lightning.plan.schedule import Event, SparsitySchedule, checked_even
 from thanos_lightning.plan.windows import Window, patterns_at, plan_windows, split_by_memory
 from thanos_lightning.solver import Pattern
 
+_NO_GRADIENTS = (
+    "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a whole, such as "
+    "mixtures of experts (leaf_module in its configuration)"
+)
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -33,10 +38,8 @@ class Planner:
     def __post_init__(self) -> None:
         if self.lacks_gradients and self.options.calibration.output_weights == "diagonal":
             raise MisconfigurationException(
-                "calibration.output_weights is 'diagonal', but under ZeRO-3 there are no gradients on "
-                "calibration.batches where DeepSpeed gathers modules as a whole, such as mixtures of experts "
-                "(leaf_module in its configuration): leave the batches out to have those of the training, or take "
-                "'uniform'"
+                f"calibration.output_weights is 'diagonal', but {_NO_GRADIENTS}: leave the batches out to have those "
+                "of the training, or take 'uniform'"
             )
 
     @property
@@ -170,9 +173,7 @@ class Planner:
         if not self.lacks_gradients or not any(window.gradients for window in windows):
             return windows
         rank_zero_warn(
-            "under ZeRO-3 there are no gradients on calibration.batches where DeepSpeed gathers modules as a whole, "
-            "such as mixtures of experts (leaf_module in its configuration): errors at all outputs count alike, and "
-            "layers are pruned alike unless allocation.by is 'loss'. Leave the batches out to have those of the "
-            "training batches"
+            f"{_NO_GRADIENTS}: errors at all outputs count alike, and layers are pruned alike unless allocation.by is "
+            "'loss'. Leave the batches out to have those of the training batches"
         )
         return [replace(window, gradients=False) for window in windows]

@@ -74,7 +74,7 @@ def split_by_memory(layers: Sequence[Layer], budget_gib: float | None) -> list[l
             f"{'such layers' if others else repr(largest.name)} to ignore"
         )
     groups: list[list[Layer]] = [[]]
-    held = 0
+    size = 0  # bytes of the last group
     parts = _divided(layers, _block_of)
     for finer in (_mixture_of, attrgetter("name")):
         parts = [
@@ -83,11 +83,11 @@ def split_by_memory(layers: Sequence[Layer], budget_gib: float | None) -> list[l
             for part in ([whole] if _bytes_together(whole) <= budget else _divided(whole, finer))
         ]
     for part in parts:
-        if held + _bytes_together(part) > budget and groups[-1]:
+        if size + _bytes_together(part) > budget and groups[-1]:
             groups.append([])
-            held = 0
+            size = 0
         groups[-1].extend(part)
-        held += _bytes_together(part)
+        size += _bytes_together(part)
     return groups
 
 
@@ -150,12 +150,12 @@ def plan_windows(
             )
         for index, group in enumerate(groups):
             end = event.step - (len(groups) - 1 - index) * length
-            own = {layer.name: patterns[layer.name] for layer in group}
-            compete = scans or any(pattern.rows_compete for pattern in own.values())
+            of_group = {layer.name: patterns[layer.name] for layer in group}
+            compete = scans or any(pattern.rows_compete for pattern in of_group.values())
             windows.append(
                 Window(
                     event=event,
-                    patterns=own,
+                    patterns=of_group,
                     start_step=end - length,
                     end_step=end,
                     is_last=index == len(groups) - 1,
@@ -171,13 +171,13 @@ def _check_together(
     groups: Sequence[Sequence[Layer]], patterns: Mapping[str, Pattern], budget_gib: float | None
 ) -> None:
     """Refuse to compare experts of a mixture that are not all in one window."""
-    window: dict[str, int] = {}
+    window_of: dict[str, int] = {}
     for index, group in enumerate(groups):
         for layer in group:
             mixture = _mixture_of(layer)
-            if isinstance(patterns[layer.name], Experts) and window.setdefault(mixture, index) != index:
-                own = [layer for group in groups for layer in group if _mixture_of(layer) == mixture]
-                needed = _bytes_together(own)
+            if isinstance(patterns[layer.name], Experts) and window_of.setdefault(mixture, index) != index:
+                experts = [other for others in groups for other in others if _mixture_of(other) == mixture]
+                needed = _bytes_together(experts)
                 raise ValueError(
                     f"the Hessians of all experts of {mixture}, which are compared: {1.005 * needed / 2**30:.3g} GiB, "
                     f"rounded up, more than memory_gib = {budget_gib}. Raise it to that"
