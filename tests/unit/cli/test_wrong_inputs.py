@@ -88,7 +88,7 @@ WRONG_VALUES = [
     ("thanos_lightning.lm.CausalLM", "nowhere.LM", "class_path is 'nowhere.LM': no module named 'nowhere': install it"),
     ("lm.TextData", "lm.CausalLM", "data: thanos_lightning.lm.CausalLM is no LightningDataModule: give a class"),
     ("  callbacks:\n", "  callbacks:\n    - 3\n", "trainer.callbacks: 3 is no Callback: give class_path and init_args"),
-    ("batch_size: .*", "batch_size: 0", "batch_size is 0: give a whole number, at least 1"),
+    ("batch_size: .*", "batch_size: 0", "batch_size is 0: give a whole number of blocks ≥ 1"),
 ]
 
 
