@@ -151,7 +151,8 @@ class FragmentAccess(ParameterAccess, ABC):
         keep, ranges = drop.logical_not().flatten(), self._ranges(layer)
         begin = ranges[self.rank].start
         parts = cover(ranges, layer.rows * layer.cols, first=owner)
-        bits = [torch.empty(-(-part.numel // 8), dtype=torch.uint8, device=self._device) for _, part in parts]
+        sizes = [-(-part.numel // 8) if self.rank == owner else 0 for _, part in parts]
+        bits = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
         self._bring(parts, bits, owner, lambda part: pack_bits(keep[part.start - begin : part.stop - begin]))
         if self.rank != owner:
             return None
