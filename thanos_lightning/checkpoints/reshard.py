@@ -69,8 +69,10 @@ def reshard_checkpoint(
             require_format(state, path)
         files = files_of(path)
         require_one_save(path, read_facts(path, files))
-        for file in files:
-            _require_names(file)
+        with open_phase("Checking names", len(files), "files") as phase:
+            for file in files:
+                _require_names(file)
+                phase.advance(note=file.name)
         with whole_folder(output) as folder:
             with open_phase(f"Converting {path.name}", adopts_bars=True):
                 _convert(path / "checkpoint", folder / "checkpoint", processes)
