@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from thanos_lightning.checkpoints.folders import whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.report.progress import open_phase
-from thanos_lightning.solver.native import cache_folder
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -124,7 +123,8 @@ def _resolve(name: str) -> str:
 
 def _cached_smollm2(package: Path) -> Path:
     """Return the folder with the package's model and tokenizer, which the first call writes."""
-    folder = cache_folder() / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "thanos_lightning" / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
     if folder.is_dir():
         return folder
     missing = [reader for reader in _GGUF_READERS if importlib.util.find_spec(reader) is None]

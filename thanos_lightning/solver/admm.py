@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import FactorizationError, damped, damped_diagonal, inverse
 from thanos_lightning.solver.pattern import Pattern
+from thanos_lightning.solver.saliency import ranks_in_groups
 from thanos_lightning.solver.zeros import zero_where
 
 # Measured on some layers of a language model. Masks change less with a higher ρ, and settle later with a lower ρ. At
@@ -116,9 +116,6 @@ class Iterates:
         ``moved`` is X - W0 and is overwritten. ``ratio`` is the ρ of this step over the ρ of the next step, since U is
         relative to ρ.
         """
-        if native.usable(moved):
-            native.project(moved, self, ratio)
-            return
         # relaxation * X + (1 - relaxation) * Z + U, with Z = from_original + U + W0
         total = moved.mul_(self.relaxation).add_(self.original)
         total.add_(self.from_original, alpha=1 - self.relaxation).add_(self.U, alpha=2 - self.relaxation)
@@ -163,8 +160,5 @@ def _strongest(
     scores: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], width: int
 ) -> Bool[Tensor, "rows cols"]:
     """True for the largest scores of each group, as many as ``keep`` has there. Of equal scores the first wins."""
-    groups = scores.view(-1, width)
     counts = keep.view(-1, width).sum(1, keepdim=True)
-    order = groups.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(width, device=scores.device) < counts
-    return torch.zeros_like(chosen).scatter_(1, order, chosen).view_as(keep)
+    return (ranks_in_groups(scores.view(-1, width).neg()) < counts).view_as(keep)

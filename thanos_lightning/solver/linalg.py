@@ -19,8 +19,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from thanos_lightning.solver import native
-
 # The largest damping to try: it adds the whole mean of the diagonal.
 MAX_DAMPING = 1.0
 # The first retry if damping=0 does not suffice, since ten times zero would not help.
@@ -284,10 +282,6 @@ def solve_subsets(
     definite. Sets may have any size.
     """
     sizes, order = members.sum(1).sort(descending=True)
-    if native.usable(matrix) and sizes[0] <= native.LARGEST:
-        solutions, failed_pivots = native.solve_subsets(matrix, members, rhs, order, int(sizes[0]))
-        _refuse_failed(failed_pivots > 0)
-        return solutions
     counts = sizes.tolist()
     n, largest, padding = len(matrix), counts[0], counts[0] - counts[-1]
     # The padding points to an identity block that follows the matrix.

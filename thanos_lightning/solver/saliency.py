@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from thanos_lightning.solver import native
 from thanos_lightning.solver.linalg import Curvature
 from thanos_lightning.solver.pattern import NM, Solvable, Structured, Unstructured
 
@@ -29,7 +28,7 @@ SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 # A prime, so that a sample of a row-major matrix does not run down one column.
 _SAMPLE_STRIDE = 509
 _SAMPLE_FROM = 2**17
-_SAMPLE = 2**12
+_NARROW = 8
 
 
 def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tuple[int, Float[Tensor, " left"]]]:
@@ -63,30 +62,6 @@ def conditional_importance(W: Float[Tensor, "rows cols"], pivots: Float[Tensor, 
 def num_to_prune(pattern: Unstructured, frozen: Bool[Tensor, "rows cols"]) -> int:
     """How many weights of the layer go: as many as the pattern asks for, or all frozen ones if these are more."""
     return max(pattern.num_pruned(*frozen.shape), int(frozen.sum()))
-
-
-def lowest_weighted(
-    W: Float[Tensor, "rows cols"],
-    scale: Float[Tensor, " cols"],
-    frozen: Bool[Tensor, "rows cols"],
-    count: int,
-    width: int,
-) -> Bool[Tensor, "rows width"]:
-    """Do the same as ``lowest`` with the scores |W_ij| scale_j, -inf where frozen. CPUs need not store all scores."""
-    cols = W.shape[1]
-    if 0 < count < W.numel() and W.numel() >= 4 * _SAMPLE and native.usable(W):
-        places = torch.arange(0, W.numel(), min(W.numel() // _SAMPLE, _SAMPLE_STRIDE // 4) | 1, device=W.device)
-        row, column = places // cols, places % cols
-        sample = (W[row, column].abs() * scale[column]).masked_fill_(frozen[row, column], -torch.inf)
-        low, high = _brackets(sample.sort().values, count / W.numel())
-        below, inside = native.bracket(W, frozen, scale, float(low), float(high))
-        if below < count <= below + len(inside):
-            threshold = inside.kthvalue(count - below).values
-            block = importance(W[:, :width], scale[:width]).masked_fill_(frozen[:, :width], -torch.inf)
-            lower, tied = block < threshold, block == threshold
-            ties = count - below - int((inside < threshold).count_nonzero())
-            return lower | (tied & (tied.flatten().cumsum(0).view_as(tied) <= ties))
-    return lowest(importance(W, scale).masked_fill_(frozen, -torch.inf), count, width)
 
 
 def lowest(scores: Float[Tensor, "rows cols"], count: int, width: int | None = None) -> Bool[Tensor, "rows width"]:
@@ -136,11 +111,7 @@ def lowest_per_row(
     row with more frozen weights than its share loses all of them, and the other rows share the rest of the count. The
     count is at least the number of frozen weights in the layer. Scores are -inf where frozen.
     """
-    order = scores.argsort(dim=1, stable=True)
-    ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
-    )
-    ranks.masked_fill_(frozen, -1)
+    ranks = ranks_in_groups(scores).long().masked_fill_(frozen, -1)
     totals = torch.bincount(ranks.flatten() + 1, minlength=scores.shape[1] + 1).cumsum(0)
     # The last rank that the count covers in all rows; rank -1 holds the frozen weights.
     full = int((totals <= count).sum()) - 2
@@ -159,12 +130,28 @@ def lowest_in_groups(
 
     Scores are -inf where frozen, and m divides their width. Sparse rows come from ``choose_sparse_rows``.
     """
-    if native.usable(scores):
-        return (native.lowest_in_groups(scores, pattern.m, pattern.m - pattern.n) & sparse_rows) | frozen
-    grouped = scores.reshape(len(scores), -1, pattern.m)
-    order = grouped.argsort(dim=-1, stable=True)[..., : pattern.m - pattern.n]
-    chosen = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order, True)
-    return (chosen.view_as(scores) & sparse_rows) | frozen
+    ranks = ranks_in_groups(scores.reshape(-1, pattern.m))
+    return ((ranks < pattern.m - pattern.n).view_as(scores) & sparse_rows) | frozen
+
+
+def ranks_in_groups(groups: Float[Tensor, "groups width"]) -> Integer[Tensor, "groups width"]:
+    """The rank of each score in its group, 0 for the lowest. Of equal scores the first has the lower rank.
+
+    Narrow groups are ranked by comparing each pair of columns: on CPUs torch needs four times as long to sort them.
+    """
+    width = groups.shape[1]
+    if width > _NARROW:
+        order = groups.argsort(dim=1, stable=True)
+        places = torch.arange(width, dtype=torch.int32, device=groups.device).expand_as(order)
+        return torch.empty_like(places).scatter_(1, order, places)
+    columns = groups.mT.contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.uint8)
+    for right in range(width):
+        for left in range(right):
+            first = columns[left] <= columns[right]
+            ranks[right] += first
+            ranks[left] += ~first
+    return ranks.mT.contiguous()
 
 
 def choose_sparse_rows(

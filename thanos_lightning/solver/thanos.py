@@ -19,8 +19,8 @@ from thanos_lightning.solver.saliency import (
     choose_regular,
     choose_sparse_rows,
     importance,
+    lowest,
     lowest_in_groups,
-    lowest_weighted,
     num_to_prune,
     scales,
 )
@@ -67,7 +67,8 @@ def thanos(
             pruned[:, block] = lowest_in_groups(scores, frozen[:, block], sparse_rows, pattern)
         else:
             # All weights from here on compete for the rest of the budget. The block takes its part of the choice.
-            pruned[:, block] = lowest_weighted(W[:, start:], scale, frozen[:, start:], budget, width=block.stop - start)
+            scores = importance(W[:, start:], scale).masked_fill_(frozen[:, start:], -torch.inf)
+            pruned[:, block] = lowest(scores, budget, width=block.stop - start)
             budget -= int(pruned[:, block].sum())
         _prune_block(W, curvature.factor, start, pruned[:, block])
     return W, pruned

@@ -8,17 +8,11 @@ from cases import METHODS, PATTERNS, layer
 from pretend import DEVICE, waits
 from torch import Tensor
 
-from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, native, prune
+from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, prune
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer
 
 ROWS, COLS = 24, 40
-
-
-@pytest.fixture(autouse=True)
-def _without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which only CPUs have: the same kernels run on both."""
-    monkeypatch.setattr(native, "usable", lambda tensor: False)
 
 
 def solve(
