@@ -101,6 +101,7 @@ class ThanosPruningCallback(Callback):
         >>> trainer = Trainer(max_steps=50, callbacks=[pruning], logger=False, enable_checkpointing=False)
     """
 
+    # More than eight parameters: each is a key of the recipes
     def __init__(
         self,
         pattern: str = "2:4",

@@ -44,6 +44,7 @@ class NonconformingError(ValueError):
         self.reports = reports
 
 
+# More than sixty lines, for what it says of its arguments
 def export_checkpoint(
     checkpoint: str | Path,
     output: str | Path,

@@ -36,6 +36,7 @@ from thanos_lightning.solver.factors import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer, relative
 
 
+# More than sixty lines: a window's parts in their order, each of which all ranks take together
 def prune_window(
     window: Window,
     targets: Targets,
@@ -96,12 +97,10 @@ def prune_window(
     trained: list[BlockReport] = []
     if moments.states is not None and blocks:
         now("reconstructing")
-        layers_of = {
-            name: [chosen[layer] for layer in block.layers if layer in chosen] for name, block in blocks.items()
-        }
-        layers_of = {name: layers for name, layers in layers_of.items() if layers}
+        inside = {name: [chosen[one] for one in block.layers if one in chosen] for name, block in blocks.items()}
         title = f"Reconstructing at step {window.event.step}"
-        owners, trained = reconstruct(moments.states, layers_of, solved, owners, access, title)
+        pruned = {name: layers for name, layers in inside.items() if layers}
+        owners, trained = reconstruct(moments.states, pruned, solved, owners, access, title)
     now("writing")
     num_pruned = {name: number for name, (_, number) in reports.items()}
     with open_phase(f"Writing at step {window.event.step}", len(chosen), "layers") as phase:

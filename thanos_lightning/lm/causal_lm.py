@@ -154,6 +154,7 @@ class CausalLM(LightningModule):
         >>> Trainer(max_steps=50, precision="bf16-mixed").fit(lm, data)  # doctest: +SKIP
     """
 
+    # More than eight parameters: each is a key of the recipes
     def __init__(
         self,
         model: str | PreTrainedModel,

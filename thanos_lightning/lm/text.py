@@ -75,6 +75,7 @@ class TextData(LightningDataModule):
         torch.Size([8, 64])
     """
 
+    # More than eight parameters: each is a key of the recipes
     def __init__(
         self,
         dataset: str | list[str],
@@ -113,17 +114,6 @@ class TextData(LightningDataModule):
         if not dataset:
             raise ValueError(f"dataset is {dataset!r}: give {PYTHON_REFERENCE!r}, a hub name, or text files")
         self._files = _local_files(dataset)
-        if self._files or dataset == PYTHON_REFERENCE:
-            for name, of_hub, only in (
-                ("train_split", train_split, "train"),
-                ("validation_split", validation_split, None),
-                ("dataset_config", dataset_config, None),
-            ):
-                if of_hub != only:
-                    raise ValueError(
-                        f"{name} is {of_hub!r}, but dataset {dataset!r} is not from the hub and has no splits or "
-                        f"configurations: leave {name} out; validation_fraction holds back text to validate on"
-                    )
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.dataset_config = dataset_config
@@ -141,11 +131,20 @@ class TextData(LightningDataModule):
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.save_hyperparameters()
-
+        self._refuse_options_of_the_hub()
         self._train_blocks: Dataset | None = None
         self._val_blocks: Dataset | None = None
         self._train_loader: ResumableDataLoader | None = None
         self._train_state: dict[str, int] = {}  # loaded, for the next training dataloader
+
+    def _refuse_options_of_the_hub(self) -> None:
+        if self._files or self.dataset == PYTHON_REFERENCE:
+            for name, default in (("train_split", "train"), ("validation_split", None), ("dataset_config", None)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name} is {value!r}, but dataset {self.dataset!r} is not from the hub and has no splits or "
+                        f"configurations: leave {name} out; validation_fraction holds back text to validate on"
+                    )
 
     # What the Trainer calls, in order
 

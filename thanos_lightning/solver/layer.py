@@ -198,6 +198,7 @@ class PrunedLayer:
     relative_loss: float
 
 
+# More than eight parameters, and sixty lines for what each of them means: the one door for who has a matrix alone
 def prune(
     weight: Tensor,
     hessian: Tensor | None,
