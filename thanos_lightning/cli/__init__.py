@@ -5,18 +5,32 @@ Training runs LightningCLI and imports Lightning. verify and export do not impor
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
-from thanos_lightning.cli.noise import silence
 from thanos_lightning.report.progress import TERMINATED, Terminated
 
 INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
+# Messages of other packages that the user cannot act on, each by its own words
+_WARNINGS = (
+    r".*LeafSpec.* is deprecated",  # torch, about a call that Lightning makes
+    r".torch\.distributed\.\w+. is deprecated",  # torch, about calls that DeepSpeed makes
+    r"Precision .* is not supported by the model summary",  # it concerns sizes in MB
+    r".*does not have many workers",  # packed blocks come from memory
+)
+_MESSAGES = (
+    re.compile(r"^💡 Tip"),
+    re.compile(r"^(TPU|HPU) available: False"),
+    re.compile(r"^Setting accelerator to CPU\. If you have GPU or other accelerator"),  # DeepSpeed, when it is imported
+)
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "DeepSpeed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,3 +94,16 @@ def _rank() -> str:
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     rank = next((rank for rank in ranks if rank is not None), "0")
     return "" if rank == "0" else f"rank {rank}: "
+
+
+def _is_ours_to_say(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(expression.search(message) for expression in _MESSAGES)
+
+
+def silence() -> None:
+    """Hide these messages in this process."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_ours_to_say)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,19 +24,20 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
+from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.checkpoints.foreign import require_regular
+from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
+from thanos_lightning.cli.commands import recipes
 from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
-from thanos_lightning.cli.parsing import GROUPS, is_ours, one_line, why_not_made
-from thanos_lightning.cli.resuming import content_of, differences
-from thanos_lightning.cli.shipped import recipes
+from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, why_not_made
 from thanos_lightning.cli.training_bar import TrainingBar
-from thanos_lightning.cli.yaml_loader import load_yaml
 
 # said of classes that are not ours, because their arguments may be for the optimizer
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
 _MODE = "yaml_without_sexagesimals"
 AUTO: Final = "auto"
+_SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 # torch's own tests of a CPU, which also work without /proc
 _CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
 
@@ -329,3 +330,55 @@ def _require_configuration(name: str, known: Iterable[str]) -> None:
     if not isinstance(content, dict):
         what = "is empty" if content is None else "holds no keys"
         raise Mistake(f"--config {name} {what}: give a YAML file as `thanos-lightning recipes quickstart` prints one")
+
+
+def content_of(ckpt_path: str) -> Mapping[str, Any]:
+    """Read what Lightning and its callbacks saved in a checkpoint; empty if it cannot be read here.
+
+    Raises a Mistake if the path is no checkpoint of a training, and what `read_content` raises.
+    """
+    path = Path(ckpt_path)
+    if ckpt_path in _SPECIAL or "://" in ckpt_path:
+        return {}
+    bring_back(path)
+    if (path / ".metadata").is_file():  # a folder of FSDP2
+        return {}
+    if path.is_dir() and not (path / "checkpoint").is_dir():
+        inside = sorted(path.rglob("*.ckpt"))
+        mend = f"give what is in it, such as {inside[0]}" if inside else "give a .ckpt that the Trainer wrote"
+        raise Mistake(f"--ckpt_path {ckpt_path} is a folder, and no checkpoint: {mend}")
+    content = read_content(path)
+    if "pytorch-lightning_version" not in content:
+        raise Mistake(
+            f"--ckpt_path {ckpt_path} holds weights and nothing of a training: give a .ckpt that the Trainer wrote, or "
+            "load the weights in a module of your own"
+        )
+    return content
+
+
+def differences(section: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, the configured value and the checkpoint's value of each argument in which the two differ.
+
+    `section` is the section `model` or `data` of a configuration, as plain values with class_path. `saved` has the
+    hyperparameters in the checkpoint.
+
+    Examples:
+        >>> list(differences({"class_path": "a.B", "init_args": {"rate": 2}}, {"_class_path": "a.B", "rate": 1}))
+        [('rate', 2, 1)]
+    """
+    if not section or not saved:
+        return
+    now, then = {"class": section["class_path"], **_plain(section)}, {"class": saved.get("_class_path"), **saved}
+    if then["class"] is None:  # a training from Python records none
+        del then["class"]
+    for name in now:
+        if name in then and _plain(now[name]) != _plain(then[name]):
+            yield name, now[name], then[name]
+
+
+def _plain(value: Any) -> Any:
+    """Strip classes from their arguments, and turn tuples into lists."""
+    if isinstance(value, Mapping):
+        arguments = value["init_args"] if "class_path" in value and "init_args" in value else value
+        return {key: _plain(inner) for key, inner in arguments.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -32,7 +32,7 @@ from thanos_lightning.ranks.view import View
 from thanos_lightning.report.data import BlockReport, LayerReport, Part
 from thanos_lightning.report.progress import open_phase
 from thanos_lightning.solver import Experts, HessianAccumulator, Pattern
-from thanos_lightning.solver.factors import Factors, FactorsInTurn
+from thanos_lightning.solver.hessian import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer, relative
 
 

@@ -31,7 +31,7 @@ from thanos_lightning.layers.lora import initialise_partitioned, mask_adapters
 from thanos_lightning.lm.distillation import START, Distillation, check_teacher, distil, num_chunks, other_vocabulary
 from thanos_lightning.lm.pretrained import load_pretrained, torch_dtype
 from thanos_lightning.lm.text import TextData
-from thanos_lightning.ranks.teacher import place_frozen, require_own_gathering, sharding_config
+from thanos_lightning.ranks.choice import place_frozen, require_own_gathering, sharding_config
 from thanos_lightning.ranks.view import whole_shape
 
 Decay = Literal["linear", "cosine", "constant"]

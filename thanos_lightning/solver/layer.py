@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thanos_lightning.solver.admm import Penalties, alternate, ends, penalty_schedule, weight_costs
-from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.linalg import (
     MAX_DAMPING,
     SYSTEMS_AT_A_TIME,

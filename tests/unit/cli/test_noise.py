@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from thanos_lightning.cli.noise import silence
+from thanos_lightning.cli import silence
 
 
 def test_only_what_is_not_ours_to_say_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

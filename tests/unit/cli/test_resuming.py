@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thanos_lightning.cli.resuming import content_of
+from thanos_lightning.cli.training import content_of
 
 
 def test_a_checkpoint_that_a_killed_save_has_set_aside_is_found(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: py
         widths.append(len(hessian))
         return curvature(hessian, damping)
 
-    monkeypatch.setattr("thanos_lightning.solver.factors.curvature", counted)
+    monkeypatch.setattr("thanos_lightning.solver.hessian.curvature", counted)
     torch.manual_seed(0)
     model, inputs = Branches(), torch.randn(50, 8)
     hessian = 2 / 50 * inputs.T @ inputs

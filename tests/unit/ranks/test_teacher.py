@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from thanos_lightning import CPUDeepSpeed
-from thanos_lightning.ranks.teacher import sharding_config
+from thanos_lightning.ranks.choice import sharding_config
 
 CPU = SingleDeviceStrategy(torch.device("cpu"))
 

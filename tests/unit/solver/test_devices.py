@@ -9,7 +9,7 @@ from pretend import DEVICE, waits
 from torch import Tensor
 
 from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, prune
-from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer
 
 ROWS, COLS = 24, 40

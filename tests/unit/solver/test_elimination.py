@@ -5,7 +5,7 @@ import torch
 from cases import hessian_of, layer, tokens
 
 from thanos_lightning.solver import Channels, Structured, prune
-from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.linalg import FactorizationError
 from thanos_lightning.solver.thanos import eliminate
 

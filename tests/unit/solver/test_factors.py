@@ -4,7 +4,7 @@ from cases import layer
 
 from thanos_lightning.solver import HessianAccumulator, Unstructured, prune
 from thanos_lightning.solver.admm import weight_costs
-from thanos_lightning.solver.factors import Factors, FactorsInTurn
+from thanos_lightning.solver.hessian import Factors, FactorsInTurn
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
 OPTIONS = {"saliency": "balanced", "admm_steps": 4, "refine_steps": 2}

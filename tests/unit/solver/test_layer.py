@@ -21,7 +21,7 @@ from thanos_lightning.solver import (
     prune,
 )
 from thanos_lightning.solver.admm import Penalties
-from thanos_lightning.solver.factors import Factors
+from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
