@@ -61,7 +61,7 @@ class ThanosPruningCallback(Callback):
     Args:
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured", "structured", or what an export takes out of
             the model (docs/guide): "channels", whole channels of feed-forward blocks, or "experts", whole experts.
-        sparsity: Final fraction of zeros, for all but N:M; for "channels" and "experts" of the channels or experts.
+        sparsity: Final fraction of zeros, or of the channels or experts that go. Leave it out for N:M.
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
         schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
@@ -279,7 +279,7 @@ class ThanosPruningCallback(Callback):
         self._as_trained(trainer, pl_module)
 
     def _as_trained(self, trainer: Trainer, module: LightningModule) -> None:
-        """Outside of a fit, let the model compute what it computes in one."""
+        """Outside of a fit, let the model compute as it does in a fit."""
         if trainer.state.fn != "fit":
             uncast_buffers(module)
         if self._restored is not None:  # a checkpoint was loaded, and no fit knows yet which experts it lacks
@@ -302,7 +302,8 @@ class ThanosPruningCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Terminated) and trainer.strategy.launcher is not None:
-            # As Lightning does, end the ranks that it started: they may run for long before they miss this rank
+            # As Lightning does, end the ranks that it started: they may run for long before they notice that this rank
+            # is gone
             trainer.strategy.launcher.kill(signal.SIGTERM)
         if (mend := explain_configuring(trainer.strategy, exception)) is not None:
             rank_zero_warn(mend)

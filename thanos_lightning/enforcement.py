@@ -54,7 +54,7 @@ class MaskEnforcer:
         self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
         self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
         # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
-        # Of None there are layers whose gradients alone are here
+        # Under None: layers of which only gradients are here
         self._stepped: dict[int, dict[int, dict[str, View]]] = {}
         self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False
@@ -63,8 +63,8 @@ class MaskEnforcer:
         """Begin a training in which the masks are applied. All ranks must call it.
 
         Raises:
-            PruningError: On all ranks, before the training spends time on them, if one rank's shard of a weight holds
-                NaN or Inf. The message names a layer.
+            PruningError: On all ranks, before the training takes time, if one rank's shard of a weight holds NaN or
+                Inf. The message names a layer.
         """
         extremes = {}
         for name, layer in self._layers.items():
@@ -86,7 +86,7 @@ class MaskEnforcer:
     def hold_zeros(self) -> dict[str, Unstructured]:
         """Hold the zeros of layers that were pruned before this training. All ranks must call it.
 
-        More than a tenth of a pruned layer is 0. A layer that is all 0 does not count: its training starts from 0.
+        A layer counts as pruned if more than a tenth of it is 0, but not if all of it is: its training starts from 0.
         Return name -> the sparsity that is held, for layers that were pruned. All ranks return the same.
         """
         access, layers = self.access, {name: one for name, one in self._layers.items() if isinstance(one, Layer)}
@@ -231,7 +231,7 @@ class MaskEnforcer:
 
     @torch.no_grad()
     def violations(self) -> list[str]:
-        """What pruned entries of which tensors are not exactly 0, in words. Talks to all ranks, and all know it."""
+        """Say which tensors have pruned entries that are not exactly 0. All ranks must call it, and get the same."""
         looked: list[tuple[str, Tensor | int]] = []
         counts: list[Tensor] = []
         for name, drop in self._drops.items():

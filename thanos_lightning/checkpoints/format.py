@@ -114,7 +114,7 @@ def require_format(written: Mapping[str, Any], path: Path) -> None:
 
 
 def read_content(path: Path) -> Mapping[str, Any]:
-    """Read what rank 0 saved beside weights: as `TrainerCheckpoint.read`, but of DeepSpeed's files opens one alone."""
+    """Read what rank 0 saved beside weights: as `TrainerCheckpoint.read`, but from one of DeepSpeed's files alone."""
     require_end(path)
     if not is_zero_folder(path):
         return TrainerCheckpoint.read(path).content

@@ -1,4 +1,4 @@
-"""Checks a checkpoint before it is loaded, and completes what DeepSpeed and Lightning leave undone."""
+"""Checks a checkpoint's files before they are loaded, and completes the load (`PruningRun.begin` checks the state)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _YES = ("1", "y", "yes", "true")
 def guard_resume(strategy: Strategy) -> None:
     """Let this strategy load no code from a checkpoint, from now on and by any of the Trainer's methods.
 
-    All ranks refuse what could be read without an end, or holds objects that are not plain values. They do so before
-    torch or DeepSpeed reads it. In addition torch itself is told to read plain values alone, whatever its callers say.
-    A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to DeepSpeed's strategy.
-    What DeepSpeed leaves undone is completed after a load.
+    All ranks refuse files that never end, such as pipes, or that hold objects that are not plain values. They do so
+    before torch or DeepSpeed reads it. In addition torch itself is told to read plain values alone, whatever its
+    callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to DeepSpeed's
+    strategy. What DeepSpeed leaves undone is completed after a load.
 
     The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.
     """
@@ -91,7 +91,7 @@ def _all_of(strategy: Any) -> AbstractContextManager[None]:
 @contextmanager
 def _plain_values_alone(classes: Iterable[str]) -> Iterator[None]:
     """Let `torch.load` read plain values and these classes alone, also where it is called with weights_only=False."""
-    if os.environ.get(_UNSAFE, "").lower() in _YES:  # the user's word, and torch refuses to be told both
+    if os.environ.get(_UNSAFE, "").lower() in _YES:  # set by the user, and torch refuses both settings
         yield
         return
     before = os.environ.get(_SAFE)

@@ -86,12 +86,12 @@ def try_batch(
 ) -> list[Any]:
     """Run the module on a first batch, before the training, and return its output in a list. All ranks must call it.
 
-    The list is empty where that could change the training: where a batch may not come again, since it is in no sequence
-    and no map-style data set, or where it would go through `training_step`.
+    The list is empty where that could change the training: if the batch would go through `training_step`, or if it may
+    not come again, being in no sequence and no map-style data set.
 
     Raises:
         MisconfigurationException: As `count_dataloader`.
-        PruningError: On all ranks, if the data set of one of several raises an error.
+        PruningError: On all of several ranks, if the data set of one of them raises an error.
     """
     found: list[Any] = []
     with failing_together(access):
@@ -113,7 +113,7 @@ def _on_device(batch: Any, trainer: Trainer) -> Any:
 
 
 def _glance(batches: Iterable[Any]) -> list[Any]:
-    """The first batch, in a list, if looking at it takes it from nobody; else []."""
+    """The first batch, in a list, if reading it uses nothing up; else []."""
     if isinstance(batches, Sequence):
         return [batches[0]]
     if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
@@ -235,7 +235,7 @@ def _forward(module: LightningModule, batch: Any) -> Any:
 
 
 def _way(module: LightningModule, batch: Any) -> tuple[Callable[[], Any], str]:
-    """How the module is run on a batch, and what that calls."""
+    """The call that runs the module on a batch, and the name of what it calls."""
     step: Callable[[Any], Any] | None = getattr(module, "calibration_step", None)
     if step is not None:
         return partial(step, batch), _OWN_STEP

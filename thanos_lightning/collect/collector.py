@@ -38,7 +38,7 @@ class Moments:
     # layer -> the second moments of its inputs on this rank; None if none are collected. The dict is emptied while the
     # ranks add up the moments, to free memory
     accumulators: dict[str, HessianAccumulator] | None = None
-    # layer -> how much an error at each output counts, (out_features,), alike on all ranks; all alike if it is missing
+    # layer -> how much an error at each output counts, (out_features,), the same on all ranks; equally if it is missing
     output_weights: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0  # training time that collecting has taken
     # what the window's blocks got and gave on this rank; None if no block is trained
@@ -224,9 +224,9 @@ class Collector:
         if missing := [name for name in window.patterns if name not in weights]:
             rank_zero_warn(
                 f"no gradient has reached the outputs of {len(missing)} layer(s), such as {missing[0]}: their outputs "
-                "count alike. (None does where a layer and all that its input comes from is frozen, or where the "
+                "count alike. (That is so if a layer and all that its input comes from are frozen, or if the "
                 "module returns no loss for a calibration batch: give the batches labels, or let calibration_step "
-                "return the loss. calibration.output_weights='uniform' is without this warning)"
+                "return the loss. calibration.output_weights='uniform' avoids this warning)"
             )
         return weights
 

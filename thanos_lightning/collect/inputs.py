@@ -184,8 +184,8 @@ class InputStatistics:
     def _rows_that_count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> Tensor | None:
         """Return the indices of the rows that count, on the inputs' device; None if all rows count.
 
-        `tokens` are those of an expert, as indices into what the experts got, and the number of that; None if the rows
-        are not an expert's.
+        `tokens` are the tokens of an expert, as indices into all tokens that its experts got, and how many these are;
+        None for other layers.
         """
         counted, leading = self._counted, inputs.shape[:-1]
         if counted is None or counted.all:

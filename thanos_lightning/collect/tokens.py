@@ -69,7 +69,7 @@ class CountedTokens:
         self.all = bool(mask.all())
 
     def rows(self, device: torch.device, *, sequence_first: bool = False) -> Tensor:
-        """Return the indices of the rows that count in inputs with flat leading dimensions: int64, on the device."""
+        """Return which rows of inputs, flattened to (tokens, features), count: int64 indices, on the device."""
         key = (device, sequence_first)
         if key not in self._rows:
             rows = (self._mask.T if sequence_first else self._mask).flatten().nonzero().squeeze(1)

@@ -54,7 +54,7 @@ def choose_targets(
 
 
 def proven_blocks(trainer: Trainer, module: LightningModule) -> list[FeedForward]:
-    """Find the feed-forward blocks of the module, and prove them. All ranks must call it."""
+    """Find the feed-forward blocks of the module, and check them by a run. All ranks must call it."""
     with tiny_run(trainer, module) as run:
         blocks = found_or_declared(module, run)
         check_feed_forwards(module, blocks, run, found=getattr(module, "feed_forwards", None) is None)
@@ -121,7 +121,7 @@ def with_reordered(targets: Targets, trainer: Trainer, module: LightningModule) 
     All ranks must call it. If there are none, the reason is added.
     """
     blocks: list[FeedForward] = []
-    why = "no target with N:M is the down layer of a feed-forward block that computes the same in another one"
+    why = "no target with N:M is the down layer of a feed-forward block that computes the same in another order"
     try:
         with tiny_run(trainer, module) as run:
             blocks = in_any_order(module, found_or_declared(module, run), run)

@@ -184,9 +184,9 @@ def choose_experts(
 
     An expert gives a token its output times the router's share: what down_proj makes of its inputs, which are counted
     times the share. The mean of the square of its norm, over the tokens that the expert gets, is ½·tr(W H Wᵀ) of
-    down_proj. The experts with the least mean go: the measure of REAP (arXiv 2510.13999), with the square of the norm
-    for the norm, and without the bias of down_proj. An expert that no token has reached goes before all others, and one
-    that went in an earlier event stays away.
+    down_proj. The experts with the least mean go: the measure of REAP (arXiv 2510.13999), but of squared norms, and
+    without the bias of down_proj. An expert that no token has reached goes before all others, and one that went in an
+    earlier event stays away.
 
     `layers` are the down layers of the window's experts. Their statistics are taken out of `sums`.
     """
@@ -309,7 +309,7 @@ def lend(
 ) -> None:
     """Fill up the sums of experts that lack tokens, on their owners. All ranks must call it.
 
-    What an expert lacks to have `TOKENS_PER_INPUT`, it gets as the mean of those of `lenders`. `sums` are of
+    The tokens that an expert lacks to `TOKENS_PER_INPUT`, it gets as the mean of its `lenders`. `sums` are of
     `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
     if not lent:

@@ -43,7 +43,7 @@ _BETAS = (0.9, 0.95)
 _WARM_UP = 8  # steps
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch steps Adam in one kernel
 MOST_PASSES = 2  # over the recorded sequences
-_MEASURED = 4  # batches of so many steps show a block's error before and after
+_MEASURED = 4  # the batches of this many steps show a block's error before and after
 # Largest squared error of a copy's outputs over their squared norm, before it is pruned: they are kept in 16 bits
 _TOLERANCE = 1e-3
 _MODELS_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -175,7 +175,7 @@ class _Task:
 
 
 def _train(task: _Task, solved: Mapping[str, Solved], steps: int, seed: int) -> BlockReport | str:
-    """Train the kept weights of a block, which replace those in `solved` if they are better; or return why not."""
+    """Train a block's kept weights, and put them into `solved` if they are better; or return why it can't be done."""
     begin = time.perf_counter()
     copy = replica(task.block, task.values)
     device = next(copy.parameters()).device
@@ -257,7 +257,8 @@ def _descend(
         for step, (call, part) in enumerate(parts):
             factor = min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / len(parts)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor  # a scheduler and its optimizer, which know each other, stay in memory
+                # no scheduler: it and the optimizer hold each other, and would stay in memory
+                group["lr"] = rate * factor
             # Adam's steps don't depend on the scale
             torch.autograd.backward(LOSS_SCALE * error(call, part))
             for parameter, keep in trained.items():

@@ -1,4 +1,4 @@
-"""Prunes a window, or scans it: owners receive the sums of their layers and solve them, and all ranks get the results.
+"""Prunes a window, or scans it: the owner of a layer, a rank, gets its sums and solves it; all ranks get the result.
 
 No rank writes before every layer of the window is solved.
 """
@@ -122,8 +122,8 @@ def _sum(
 ) -> Sums:
     """Sum the statistics of a window on the owners. All ranks must call it.
 
-    Of the `layers`, those to be solved may borrow from other experts, and those to be `summed` have their own
-    statistics brought to their owners.
+    Those of the `layers` that are to be `solved` may borrow statistics from other experts. Those that are to be
+    `summed` have their own statistics brought to their owners.
     """
     assert moments.accumulators is not None
     tokens = tokens_seen(layers, moments.accumulators, access)
@@ -212,7 +212,7 @@ def needed_in_order(
 ) -> dict[str, int]:
     """Bytes that this rank allocates for its own layers, of which the channels of some get another order.
 
-    Such weights are twice there when they are written. The statistics of one layer at a time are whole, in both orders.
+    While they are written, such weights exist twice. Statistics exist in both orders, of one layer at a time.
     """
     needed = dict(own)
     here = ordered.keys() & own.keys()
@@ -259,7 +259,7 @@ def scan_window(
     """Find what each layer of a window would lose, for an allocation: name -> sensitivity. No weight changes.
 
     All ranks must call it, and return the same. `tried` has the patterns whose losses the scan computes for each layer.
-    The scan skips ADMM and refinement, which change little between layers, and experts that may go as a whole.
+    The scan skips ADMM and refinement (they change little between layers), and experts that may go as a whole.
 
     Raises:
         PruningError: On all ranks, if no layer saw a token, the solver fails or a rank lacks memory.
@@ -321,7 +321,7 @@ def _warn_of_few(tokens: Mapping[str, int], layers: Mapping[str, Layer]) -> None
 
 
 def _divide(chosen: dict[str, Layer], sums: Sums, later: Collection[str], *, warns_of_few: bool) -> None:
-    """Leave out layers that no token has reached if a later window prunes them. The others will be solved blindly."""
+    """Leave out layers without tokens if a later window prunes them. Other such layers are pruned by magnitude."""
     unseen = [name for name in chosen if not sums.reach(name)]
     postponed = [name for name in unseen if name in later]
     blind = [name for name in unseen if name not in later]

@@ -131,14 +131,14 @@ def saved_checkpoint(trainer: Trainer) -> Path | None:
 
 
 def call_last(trainer: Trainer, last: Callback, *, saves: bool) -> None:
-    """In a hook of a callback, let the Trainer call `last` after all others, and none that saves if not `saves`."""
+    """In a callback's hook, let the Trainer call `last` after all others, and skip those that save if not `saves`."""
     called = callbacks_of(trainer)  # which the Trainer goes through
     replace_callbacks(trainer, list(called))
     called[:] = [*(one for one in called if saves or not isinstance(one, Checkpoint)), last]
 
 
 class Farewell(Callback):
-    """Says which checkpoint to go on from, when a signal has ended the training. Made before anything is saved."""
+    """Says which checkpoint to go on from when a signal has ended the training. It has to be made before any save."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._saved: list[Path] = []
@@ -176,7 +176,7 @@ class BestScores:
     step, and a validation metric is old until the next validation. Scores by old metrics are forgotten, too. The old
     files are deleted one by one as later files replace them.
 
-    `old` maps "step" and "validation" to the monitors that are old until then. It is changed in place.
+    `old` maps "step" and "validation" to the monitors that are old until the next of its kind. It is changed in place.
     """
 
     def __init__(self, old: dict[str, list[str]]) -> None:

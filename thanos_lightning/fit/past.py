@@ -22,7 +22,7 @@ class Past:
 
     optimizer_steps: int = 0  # taken so far
     windows_done: int = 0  # windows of the plan that were pruned or scanned
-    patterns: dict[str, Pattern] = field(default_factory=dict)  # layer -> to which it was pruned; masks save it
+    patterns: dict[str, Pattern] = field(default_factory=dict)  # layer -> what it was pruned to; saved with its mask
     sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of scanned layers
     measured: tuple[int, float] | None = None  # optimizer steps at the last validation, and the monitored metric then
     # "step" or "validation", which renews a metric -> monitors whose values predate the last event

@@ -54,9 +54,10 @@ from thanos_lightning.solver import Channels, Experts
 class PruningRun:
     """One fit of a Trainer, made once its model and optimizers are set up.
 
-    The run keeps `past`, the progress of the training, up to date. `layers` has all layers to solve, and `final` has
-    the pattern of each at the end, before an allocation. `masked` has all that may get a mask: the layers, and what
-    their channels own. Windows after a sensitivity scan join the plan, `windows`, when the scan is complete.
+    The run keeps `past`, the progress of the training, up to date. `layers` has all layers to solve, and `final` the
+    pattern that each ends with, before an allocation changes it. `masked` has all that may get a mask: the layers, and
+    the weights and biases that are pruned with them. Windows after a sensitivity scan join the plan, `windows`, when
+    the scan is complete.
 
     Raises:
         MisconfigurationException: On all ranks, if the options do not suit the model or the Trainer.
@@ -93,7 +94,7 @@ class PruningRun:
         self._clock = Clock()
         self._recorder = LossRecorder(past.report.history)
         self._sparsity: torch.Tensor | None = None  # the value to log
-        self.is_in_event = False  # True: what a checkpoint would hold is neither from before the event nor from after
+        self.is_in_event = False  # True: a checkpoint would mix states from before and after the event
 
     def _take(self, options: PruningOptions) -> None:
         self.options, schedule = options, options.schedule
@@ -103,7 +104,7 @@ class PruningRun:
         self.collector = Collector(self.layers, self.access, options.calibration, self.blocks, options.block_steps)
 
     def _choose_access(self) -> ParameterAccess:
-        """The access to what may be pruned, and to what is only written in another order, if the strategy has that."""
+        """The access to all that may be pruned and, if the strategy gives it, to what is only reordered."""
         ordered = {part.name: part for parts in self.targets.reordered.values() for part in parts}
         try:
             return choose_access(self.trainer.strategy, with_adapters({**ordered, **self.masked}))
@@ -163,8 +164,8 @@ class PruningRun:
         """Hold the zeros that the model has, and count the steps of a checkpoint without a state of the callback."""
         if lacking := [name for name, mixture in find_mixtures(self.module).items() if mixture.lacks_experts]:
             raise MisconfigurationException(
-                f"another training has dropped experts of {lacking[0]}, of which this training knows nothing: go on "
-                "with its callback and Trainer, or its checkpoint (ckpt_path), or train the model that it exports"
+                f"another training has dropped experts of {lacking[0]}, and this training does not know which: go on "
+                "with the callback and Trainer of the other one, or its checkpoint (ckpt_path), or train its export"
             )
         self._hold_zeros()
         if self.trainer.global_step > 0:
@@ -260,7 +261,7 @@ class PruningRun:
         self.collector.begin(batch, partial(loss_scale, self.trainer))
 
     def _is_saved_at_the_end(self) -> bool:
-        """Whether a checkpoint of this step may be the training's last one, which says how the model ended."""
+        """Whether a checkpoint of this step may be the last one, which has to hold the final metric."""
         trainer = self.trainer
         is_last = 0 <= trainer.max_steps <= trainer.global_step
         has_metric = self.options.monitor is not None and bool(self.past.report.events)
@@ -276,7 +277,8 @@ class PruningRun:
             self._steps_seen = now
             self._recorder.add(now, outputs)
             every = self.options.verify_every_n_steps
-            # a batch may take several optimizer steps; the first ones after an event show what an optimizer is like
+            # a batch may take several optimizer steps; the first steps after an event show whether an optimizer keeps
+            # zeros
             if every and (now // every > before // every or self.enforcer.has_new_masks):
                 self.enforcer.verify()
             self._advance()

@@ -10,9 +10,8 @@ Each matrix of an expert is a layer: a part of the parameter without gaps. So ga
 one after the other, and one, gate_up, where each row of the parameter has some of both.
 
 While inputs are counted, fused experts call their matrices one by one, so that hooks see each as a layer. Routing and
-results are as always, but for rounding. An error in the output of an expert counts as much as the router's share of
-the expert, by which the loss feels it. So hooks see inputs times the share, and gradients of outputs over it: a layer
-y = W x with a share s is W (s x).
+results are as always, but for rounding. The loss feels an error in the output of an expert times the router's share s
+of the expert. So hooks see inputs times s, and gradients of outputs divided by s, since s · (W x) = W (s x).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 class Layout:
     """How a module keeps the matrices of its experts, and how it is called."""
 
-    # layer name -> (parameter, part of its second dimension), of what multiplies the inputs
+    # what multiplies the inputs: layer name -> (parameter, part of its second dimension)
     ups: dict[str, tuple[str, slice]]
     transposed: bool  # whether a matrix is stored as (in_features, out_features)
     # Whether the module is called with each token's experts and their shares. Otherwise with all tokens for each
@@ -78,14 +77,14 @@ class _Scaled(torch.autograd.Function):
 
 
 def _unscaled(output: Tensor, share: Tensor) -> Tensor:
-    """The output of an `ExpertMatrix` with a share, so that gradients from here on are as without it."""
+    """Divides the gradient of an `ExpertMatrix`'s output by the share that its inputs were multiplied by."""
     return _Scaled.apply(output, 1 / share)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ExpertMatrix(nn.Module):
     """One matrix of one expert: what a Linear layer is elsewhere, with a part of its experts' parameter as its weight.
 
-    It is no module of the model. Hooks on it are called while `calibration.experts` lets the experts call it.
+    It is no module of the model. Hooks on it are called while `one_by_one` lets the experts call it.
     """
 
     bias = None
@@ -127,9 +126,9 @@ class ExpertMatrix(nn.Module):
     ) -> Tensor:
         """Multiply inputs, (tokens, in_features) to (tokens, out_features), by what `weight` has of this expert.
 
-        Hooks see `shown` as the inputs, which are these times the share, and are the inputs if none are given; and the
-        gradient of the output divided by the share, (tokens, 1). `tokens` tells hooks which tokens of the batch they
-        are, and `of` how many tokens the experts were called with.
+        Hooks see `shown`, the inputs times the share, (tokens, 1), and the output's gradient divided by the share. If
+        no inputs are given, `shown` is multiplied. `tokens` tells hooks which tokens of the batch they are, and `of`
+        how many tokens the experts were called with.
         """
         matrix, inputs = weight[self.part.rows], shown if inputs is None else inputs
         output = inputs @ matrix if self.transposed else nn.functional.linear(inputs, matrix)
@@ -164,7 +163,7 @@ _LEAST_SHARE = 1e-4  # gradients are divided by shares
 
 
 def one_by_one(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Let experts call their matrices, those among these modules. Return what undoes it."""
+    """Let experts call their matrices that are among these modules. Return what undoes it."""
     hooked: dict[nn.Module, dict[str, ExpertMatrix]] = {}
     for module in modules:
         if isinstance(module, ExpertMatrix):
@@ -328,7 +327,7 @@ class Mixture:
         return [name for name, value in _tensors(self.experts) if whole_shape(value)[:1] == (self.size,)]
 
     def check(self, number: int) -> None:
-        """Raise ValueError if the router can't choose among so many experts, or gives something else than others."""
+        """Raise ValueError if the router can't choose among so many experts, or gives what no known router gives."""
         whole = dict(_tensors(self.router))
         cut = {
             name: torch.empty(
@@ -357,7 +356,7 @@ class Mixture:
 
 
 def find_mixtures(model: nn.Module) -> dict[str, Mixture]:
-    """Find the mixtures of experts of a model whose router is known, by the name of the experts.
+    """Find a model's mixtures of experts with a known router: name of the experts -> mixture.
 
     The router is the one module beside the experts that has a `top_k` and a row of a parameter for each expert.
     """
@@ -383,7 +382,7 @@ def find_mixtures(model: nn.Module) -> dict[str, Mixture]:
 
 
 def keep_experts(mixture: Mixture, kept: Sequence[int]) -> None:
-    """Let a router choose among these experts only from now on, as that of a model without the others does.
+    """From now on let a router choose among these experts alone, as in a model without the others.
 
     Its output has the form that it had: experts keep their numbers, and those that went have logits of -inf.
     """

@@ -1,4 +1,4 @@
-"""LoRA: layers with adapters of peft, zeros that stay under adapters, and both read and written as one weight."""
+"""LoRA: layers with peft's adapters keep their zeros, and are read and written with them as one weight."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MaskedAdapter:
     @property
     @abstractmethod
     def is_plain(self) -> bool:
-        """Whether adapters are products of two matrices and no more, and the layer multiplies and does no more."""
+        """Whether adapters are plain products of two matrices, on a layer that is a plain product."""
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,7 +51,7 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def saved_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Modules of which peft trains a whole copy (modules_to_save), by name with a dot, and the active copies."""
+    """Modules of which peft trains whole copies (modules_to_save): name with a dot -> its active copies."""
     return {
         f"{name}.": list(module.active_adapters)
         for name, module in model.named_modules()
@@ -66,7 +66,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 class Adapter(NamedTuple):
-    """scale · up · down is added to the weight of a layer where it is not 0."""
+    """scale · up · down is added to a layer's weight where the weight is not 0."""
 
     down: View
     up: View
@@ -189,7 +189,7 @@ def initialise_partitioned(model: nn.Module, how: bool | str) -> None:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer's weight, and the matrices whose product its adapters add: whole only where it is asked for."""
+    """A layer's weight, and the matrices whose product its adapters add. `merged` makes the whole."""
 
     weight: Tensor  # (out_features, in_features), read-only
     # of each adapter lora_A, (rank, in_features), and lora_B, (out_features, rank), scaled
@@ -223,7 +223,7 @@ def collect_merged(layer: View, owner: int, access: ParameterAccess) -> Tensor |
 def write_merged(
     layer: View, weight: Tensor | None, keep: Tensor | None, owner: int, access: ParameterAccess
 ) -> Tensor:
-    """As `ParameterAccess.write`, but what adapters add begins anew at 0: the new weight has what they had learnt.
+    """As `ParameterAccess.write`, but what adapters add begins anew at 0: the new weight contains what they had learnt.
 
     Their lora_B is set to 0. lora_A and the moments stay, so that the optimizer goes on where it was.
     """

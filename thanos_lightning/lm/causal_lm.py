@@ -129,7 +129,7 @@ class CausalLM(LightningModule):
         warmup: Optimizer steps in which the learning rate rises: an int, or a fraction of the training in (0, 1).
         lr_schedule: Learning rate after the warmup: "linear" or "cosine" towards 0, or "constant".
         dtype: "float32", "bfloat16" or "float16", for the parameters. None follows the Trainer's precision: float32
-            under "32-true" and the mixed precisions, which keep the weights that AdamW updates in float32.
+            under "32-true" and the mixed precisions, in which AdamW updates float32 weights.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         attn_implementation: The argument of transformers. None leaves the choice to transformers.
         lora: Arguments of peft's LoraConfig, such as {r: 16, lora_alpha: 32, target_modules: all-linear}: only the

@@ -19,7 +19,7 @@ from thanos_lightning.solver.layer import SolverOptions
 CALIBRATION_STEPS = 32  # the default of calibration.steps
 MULTIPLE_OF = 64  # the default of multiple_of
 BLOCK_STEPS = 64  # the default of calibration.block_steps, on a calibration set
-TOKENS_PER_STEP = 512  # of a step in which a block is trained, where one sequence has fewer
+TOKENS_PER_STEP = 512  # of a step in which a block is trained; one sequence if that is longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +28,19 @@ class CalibrationOptions:
 
     Args:
         batches: A calibration set to prune on instead of training batches. It runs at the event. "datamodule" takes
-            `calibration_dataloader()` of the datamodule, or else of the LightningModule. The module runs a batch in
-            evaluation mode by `calibration_step(batch)` if it has this method. Otherwise `pl_module(**batch)` runs
-            mappings, and `training_step(batch, 0)` without its `self.log` runs tuples, tensors and the like (but not
-            under manual optimization, where it would train). With output weights, the call must return the loss
-            (`CausalLM` returns the loss of labels that it draws itself, whose gradients say more). The backward of this
-            loss leaves the parameters' gradients alone. Under ZeRO-3, all outputs count alike if DeepSpeed gathers
-            modules as a whole, such as mixtures of experts.
-        steps: Most optimizer steps whose training batches a window accumulates before an event. A window never reaches
-            back past the previous event.
+            `calibration_dataloader()` of the datamodule, or else of the LightningModule. In evaluation mode a batch
+            goes through `calibration_step(batch)` if the module has this method. Otherwise a mapping goes through
+            `pl_module(**batch)`, and a tuple, a tensor and the like through `training_step(batch, 0)` without its
+            `self.log` (not under manual optimization, where that would train). With output weights, the call must
+            return the loss (`CausalLM` returns the loss of labels that it draws itself, whose gradients say more). The
+            backward of this loss leaves the parameters' gradients alone. Under ZeRO-3, all outputs count alike if
+            DeepSpeed gathers modules as a whole, such as mixtures of experts.
+        steps: The largest number of optimizer steps whose training batches a window sums before an event. A window
+            never reaches back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
         memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit, of
             whole blocks where these fit. Each window collects after the earlier ones are pruned. None is the most with
-            which an event fits the memory that is free when the training begins, of which a tenth is spared.
+            which an event fits 90 % of the memory that is free when the training begins.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "uniform" counts all outputs alike, as the papers do.
@@ -160,7 +160,7 @@ class PruningOptions:
         return any(isinstance(pattern, kind) for pattern in self._patterns)
 
     def with_pattern(self, final: Mapping[str, Pattern]) -> PruningOptions:
-        """The same options with the sparsity that channels or experts really have in the final patterns, for asked."""
+        """The same options with the sparsity that channels or experts really get in the final patterns."""
         if not isinstance(self.pattern, (Channels, Experts)):
             return self
         return replace(self, pattern=next(other for other in final.values() if type(other) is type(self.pattern)))

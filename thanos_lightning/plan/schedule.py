@@ -81,7 +81,7 @@ class SparsitySchedule:
                 raise ValueError("every_n_steps is 0: give at least one optimizer step between events")
         else:
             if given:
-                raise ValueError(f"at and {given[0]} are given, but one places the events: {mend} alone")
+                raise ValueError(f"at and {given[0]} are given, but either places all events: {mend} alone")
             if isinstance(self.at, str) or not isinstance(self.at, Sequence) or not self.at:
                 raise ValueError(f"at is {self.at!r}: give a list of times, such as [0.1, 0.2]")
             for time in self.at:

@@ -69,7 +69,7 @@ def split_by_memory(layers: Sequence[Layer], budget_gib: float | None) -> list[l
         number = sum(_bytes_together([layer]) > budget for layer in layers)
         others = f" (and of {number - 1} more)" if number > 1 else ""
         raise ValueError(
-            f"the Hessian of layer {largest.name}{others}: {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
+            f"the Hessian of layer {largest.name}{others} takes {1.005 * most / 2**30:.3g} GiB, rounded up, more than "
             f"memory_gib = {budget_gib}. Raise it to that, or add "
             f"{'such layers' if others else repr(largest.name)} to ignore"
         )
@@ -179,7 +179,7 @@ def _check_together(
                 experts = [other for others in groups for other in others if _mixture_of(other) == mixture]
                 needed = _bytes_together(experts)
                 raise ValueError(
-                    f"the Hessians of all experts of {mixture}, which are compared: {1.005 * needed / 2**30:.3g} GiB, "
+                    f"all experts of {mixture} are compared, and their Hessians take {1.005 * needed / 2**30:.3g} GiB, "
                     f"rounded up, more than memory_gib = {budget_gib}. Raise it to that"
                 )
 

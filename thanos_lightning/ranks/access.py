@@ -1,4 +1,4 @@
-"""The contract between pruning and the strategies that place parameters, and what holds where nothing is sharded."""
+"""The contract between pruning and the strategies that place parameters, implemented for where nothing is sharded."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ class ParameterAccess(Ranks):
         return found_inf is None or not bool(found_inf)
 
     def stepped(self, layer: View) -> Tensor | None:
-        """The tensor that an optimizer steps, by which it finds its state; None if none does on this rank."""
+        """The tensor that an optimizer steps, the key of its state; None if none of this rank steps the layer."""
         return layer.parameter
 
     def stepped_weight(self, layer: View) -> LocalPiece:
-        """What optimizers step of a layer that one of them updates: the weight or its master. Talks to no rank."""
+        """The stepped tensor of a layer that an optimizer updates: the weight or its master. Talks to no rank."""
         stepped = self.stepped(layer)
         assert stepped is not None, "an optimizer updates the layer"
         return LocalPiece(self._kind, self._piece(layer, stepped), self._place(layer))
@@ -157,7 +157,7 @@ class ParameterAccess(Ranks):
     # Where optimizers have a layer on this rank
 
     def _piece(self, layer: View, tensor: Tensor) -> Tensor:
-        """The layer's entries, by a view, of a tensor that is laid out as the one that is stepped."""
+        """A view of the layer's entries in a tensor that is laid out like the stepped one."""
         return layer.part_of(tensor.data)
 
     def _place(self, layer: View) -> slice:

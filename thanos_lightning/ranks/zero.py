@@ -56,7 +56,7 @@ class _Master:
 
     tensor: Tensor  # what the torch optimizer steps, and the key of its state
     offset: int  # where the piece begins in the tensor
-    range: Range  # the entries of the flattened parameter that the piece contains; of the layer after `of`
+    range: Range  # the piece's entries, counted in the flattened parameter, or in the layer after `of`
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
@@ -490,8 +490,8 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def shard_frozen(model: nn.Module, first: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Shard a frozen model as stage 3 does. All ranks must call it.
 
-    The model may be whole on each rank, or sharded while it was loaded. The others are as of `place_frozen` and
-    `sharding_config`.
+    The model may be whole on each rank, or sharded while it was loaded. `first` is as in `place_frozen`, and `config`
+    comes from `sharding_config`.
     """
     engine, *_ = deepspeed.initialize(model=model, config=config)  # hooks on the model keep the engine alive
     offload = engine.optimizer

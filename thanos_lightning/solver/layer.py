@@ -57,7 +57,7 @@ class SolverOptions:
             conjugate gradient steps instead.
         refine_steps: Conjugate gradient steps on the kept weights after that. No step raises the loss.
 
-    `as_published` gives the methods of the papers. Rows that these steps make worse keep the weights of the method.
+    Rows that ADMM or refinement makes worse keep the method's weights. `as_published` gives the methods of the papers.
 
     Raises:
         ValueError: If an argument is out of range; the message says what it may be.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Two sparsities nearer than this are the same number written twice.
 _SAME = 1e-6
-# Added to a count before it becomes a fraction: the count that is computed from the fraction is rounded down.
+# Added to a count that is stored as a fraction, since the count that is computed back from it is rounded down.
 _ROUNDED_DOWN = 0.25
 
 
@@ -86,7 +86,7 @@ class _Base(ABC):
         return pattern
 
     def sparsest(self, most: float) -> "Pattern":
-        """The same kind of pattern where the rows that are not dense have the sparsity ``most``; n:m keeps its own."""
+        """The same kind of pattern, with the sparsity ``most`` in rows that are not dense; n:m keeps its n of m."""
         return self._at(most * (1 - self.outlier_fraction))
 
     @abstractmethod
@@ -301,7 +301,7 @@ class Channels(Structured):
 
     Args:
         sparsity: Fraction of the columns to remove, in (0, 1), rounded to whole columns.
-        dim: 1 where channels are columns, 0 where they are rows: in a mask of what computes these inputs. The solver
+        dim: 1: channels are columns. 0: they are rows, in the mask of a layer that computes these inputs. The solver
             prunes columns only.
 
     Raises:

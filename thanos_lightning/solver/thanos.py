@@ -128,8 +128,8 @@ def eliminate(
 
     If ``first`` has more than ``count``, it is the choice. Each choice takes the earlier ones' updates into account: V
     is H⁻¹ of the columns that are left. Removing column j adds ‖W_:j‖² / V_jj to twice the loss if all others adapt
-    (Hassibi and Stork, 1993, for a column), and ‖W_:j‖² ‖X_j‖² if none does. The geometric mean of both chose best: of
-    the other tokens that a model will see, the calibration knows only a part.
+    (Hassibi and Stork, 1993, for a column), and ‖W_:j‖² ‖X_j‖² if none does. The geometric mean of both chose best: the
+    calibration has only some of the tokens that a model will see.
     """
     W, V, gone = W.clone(), curvature.factor.mT @ curvature.factor, first.clone()
     _remove(W, V, first)

@@ -90,7 +90,7 @@ def test_sparsity_rises_to_the_final_one(start: int, length: int, every: int, fi
         ({"every_n_steps": 0}, "every_n_steps is 0"),
         ({"start_step": 1.0}, "start_step is 1.0: a float is a fraction .* for steps write 1"),
         ({"every_n_steps": None}, "every_n_steps is missing: give start_step, end_step and every_n_steps, or at"),
-        ({"at": [1, 2], "start_step": 1}, "at and start_step are given, but one places the events"),
+        ({"at": [1, 2], "start_step": 1}, "at and start_step are given, but either places all events"),
         ({"at": []}, r"at is \[\]: give a list of times, such as"),
         ({"at": "0.1"}, "at is '0.1': give a list of times"),
         ({"at": [2, 2]}, r"at is \[2, 2\]: give times that rise"),
