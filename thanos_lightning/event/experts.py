@@ -1,4 +1,4 @@
-"""Drops whole experts of mixtures of experts: those that give least to the tokens that their router sends them."""
+"""Experts of a window: what those with few tokens borrow (`lend`), and which go as a whole, giving least to tokens."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@
 Each matrix of an expert is a layer: a part of the parameter without gaps. So gate and up are two layers where they lie
 one after the other, and one, gate_up, where each row of the parameter has some of both.
 
-While inputs are counted, fused experts call their matrices one by one, so that hooks see each as a layer. Routing and
+While inputs are counted, fused experts call their matrices one by one, so that hooks see each as a layer (what experts
+with few tokens borrow is in `event/experts.py`). Routing and
 results are as always, but for rounding. The loss feels an error in the output of an expert times the router's share s
 of the expert. So hooks see inputs times s, and gradients of outputs divided by s, since s · (W x) = W (s x).
 """

@@ -1,6 +1,7 @@
 """What a pruned layer must look like: the patterns, their exact counts, and the check that a mask conforms.
 
-A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and a column is one input.
+A keep mask is bool of shape (rows, cols), True = kept. A row is one output, and a column is one input. A new pattern is
+a class and a name here; `saliency.py`, `thanos.py` and `sparsegpt.py` choose its masks.
 """
 
 import math

@@ -38,7 +38,7 @@ def test_windows_fit_the_budget() -> None:
     groups = split_by_memory(layers, 2.5 * one / 2**30)
     assert len(groups) == 8
     assert split_by_memory(layers, None) == [layers]
-    with pytest.raises(ValueError, match=r"layer .*down_proj \(and of 1 more\): .* GiB.*, more than memory_gib"):
+    with pytest.raises(ValueError, match=r"layer .*down_proj \(and of 1 more\) takes .* GiB.*, more than memory_gib"):
         split_by_memory(layers, 1.5 * one / 2**30)
 
 
