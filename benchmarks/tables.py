@@ -121,7 +121,8 @@ LAYERS = """# One layer at a time
 
 Each of the {layers} layers of SmolLM2-135M is pruned alone, with Hessians of {tokens:,} tokens of Python's reference,
 on {threads} threads of an {cpu}. A cell has the error (the geometric mean over the layers) and the time, both over
-those of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch.
+those of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch. The
+times are of 34da222, whose solver had [C code](../design/tried.md#c-code-for-cpus-december-2026) for CPUs.
 
     python benchmarks/layers.py --patterns 2:4 unstructured:0.5 unstructured:0.7 4:8 structured:0.3
 
