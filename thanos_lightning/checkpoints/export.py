@@ -18,7 +18,7 @@ from thanos_lightning.checkpoints.adapters import merge_adapters, plain_name, wr
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
-from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, write_model
+from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, first_line, write_model
 from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, without_prefix
 from thanos_lightning.checkpoints.names import stored_names
 from thanos_lightning.checkpoints.shrink import channel_masks, shrink, without_experts
@@ -249,7 +249,7 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the tokenizer {str(name)!r} {'' if given else 'that was used in training '}can't be loaded "
-            f"({str(error).splitlines()[0]}): give the name or path of one with --tokenizer"
+            f"({first_line(error)}): give the name or path of one with --tokenizer"
         ) from error
 
 

@@ -65,16 +65,20 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
         return config
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another package raises, or the error's type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Name the file in what transformers raises, of many kinds, for a configuration that it can't use."""
     try:
         yield
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: transformers {transformers.__version__} can't make a model of its configuration ({why}): use the "
-            "version that it was trained with, or an undamaged copy"
+            f"{path}: transformers {transformers.__version__} can't make a model of its configuration "
+            f"({first_line(error)}): use the version that it was trained with, or an undamaged copy"
         ) from error
 
 

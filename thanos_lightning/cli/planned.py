@@ -26,6 +26,7 @@ from torch import nn
 from typing_extensions import override
 
 from thanos_lightning.callback import ThanosPruningCallback
+from thanos_lightning.checkpoints.huggingface import first_line
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.training import AUTO, CLI
 from thanos_lightning.collect.tiny_input import tiny_run
@@ -119,10 +120,9 @@ def _building(what: str) -> Iterator[None]:
         first: BaseException = error
         while (before := first.__cause__ or first.__context__) is not None:  # jsonargparse raises its own
             first = before
-        why = (str(first).strip().splitlines() or [""])[0]
         raise Mistake(
-            f"{what} can't be built on the meta device, without weights ({type(first).__name__}: {why}): build it from "
-            "its configuration in __init__ or configure_model, and load weights elsewhere, such as in setup"
+            f"{what} can't be built on the meta device, without weights ({type(first).__name__}: {first_line(first)}): "
+            "build it from its configuration in __init__ or configure_model, and load weights elsewhere, say in setup"
         ) from error
 
 

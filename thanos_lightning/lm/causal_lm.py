@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.format import CALLBACK_KEY
-from thanos_lightning.checkpoints.huggingface import uncast_buffers
+from thanos_lightning.checkpoints.huggingface import first_line, uncast_buffers
 from thanos_lightning.collect.outputs import sampled_loss
 from thanos_lightning.collect.tokens import IGNORED_LABEL, counted_predictions
 from thanos_lightning.layers.lora import initialise_partitioned, mask_adapters
@@ -98,7 +98,7 @@ def add_lora(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         inject_adapter_in_model(LoraConfig(**arguments), model)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lora is {dict(arguments)}, which peft refuses ({str(error).splitlines()[0]}): give arguments of its "
+            f"lora is {dict(arguments)}, which peft refuses ({first_line(error)}): give arguments of its "
             "LoraConfig, such as {r: 16, lora_alpha: 32, target_modules: all-linear}"
         ) from error
     mask_adapters(model)

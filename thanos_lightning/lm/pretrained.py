@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from thanos_lightning.checkpoints.folders import whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
+from thanos_lightning.checkpoints.huggingface import first_line
 from thanos_lightning.report.progress import open_phase
 
 SMOLLM2 = "smollm2-135m"
@@ -96,17 +97,13 @@ def _naming(what: str, name: str) -> Iterator[None]:
         if name.startswith(("/", "~", "./", "../")) and not os.path.exists(os.path.expanduser(name)):
             raise FileNotFoundError(f"no {what} is at {name!r}: give a folder that exists, or a hub name") from error
         raise FileNotFoundError(
-            f"no {what} {name!r} can be loaded ({_first_line(error)}): give a folder, or a hub name where the hub can "
+            f"no {what} {name!r} can be loaded ({first_line(error)}): give a folder, or a hub name where the hub can "
             "be reached"
         ) from error
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"the {what} {name!r} can't be loaded ({_first_line(error)}): give a folder that is whole, or a hub name"
+            f"the {what} {name!r} can't be loaded ({first_line(error)}): give a folder that is whole, or a hub name"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def _resolve(name: str) -> str:
@@ -147,7 +144,7 @@ def _cached_smollm2(package: Path) -> Path:
             convert_gguf(files[0], unfinished)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same content
-            why = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise FileNotFoundError(
                 f"{SMOLLM2!r} is kept in {folder.parent}, which can't be written ({why}): make room for 519 MB, or set "
                 "XDG_CACHE_HOME to another folder"

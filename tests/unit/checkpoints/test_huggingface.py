@@ -13,7 +13,7 @@ from torch import Tensor
 from toy import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from thanos_lightning.checkpoints.huggingface import build_model, near, write_model
+from thanos_lightning.checkpoints.huggingface import build_model, first_line, near, write_model
 from thanos_lightning.checkpoints.lazy import LazyTensors
 
 KERNEL = "owner/kernel"
@@ -59,3 +59,8 @@ def test_a_shard_at_a_time_is_in_memory(tmp_path: Path, build: Callable[[], Any]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == state.keys()
     assert all(loaded[name].equal(value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(("error", "line"), [(ValueError(), "ValueError"), (OSError("\nfirst\nsecond"), "first")])
+def test_an_error_without_words_has_a_line_too(error: Exception, line: str) -> None:
+    assert first_line(error) == line
