@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import itertools
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from typing_extensions import override
 
-from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake, did_you_mean
+from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
+from thanos_lightning.cli.parsing import find, headline, launch_files, recipes
 
 if TYPE_CHECKING:
     from thanos_lightning.checkpoints.verify import TensorReport
@@ -227,35 +227,3 @@ def _conclude(what: str, reports: Sequence[TensorReport]) -> int:
             summary += f"; {shapes}"
     console.print(f"{what}: {summary}", markup=False, soft_wrap=True)
     return 1 if failed else 0
-
-
-def recipes() -> dict[str, Path]:
-    """Map each name that `fit --config` takes to its file."""
-    return {file.stem: file for file in sorted(_folder("recipes").glob("*.yaml"))}
-
-
-def launch_files() -> dict[str, Path]:
-    """Map file names to the files that start a training on several machines."""
-    return {file.name: file for file in sorted(_folder("launch").iterdir())}
-
-
-def _folder(name: str) -> Path:
-    """Find a folder inside the package (installed from a wheel) or beside it (in a clone)."""
-    package = Path(__file__).parents[1]
-    return package / name if (package / name).is_dir() else package.parent / name
-
-
-def headline(file: Path) -> str:
-    """Return the first sentence of the comment at the head of a file."""
-    lines = (line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
-    head = itertools.takewhile(lambda line: line.startswith("# "), lines)
-    sentence, *_ = " ".join(line.removeprefix("# ") for line in head).split(". ")
-    return sentence.rstrip(".:")
-
-
-def find(name: str, among: Mapping[str, Path]) -> Path:
-    """Return the file of a name. Raises ValueError if no file has it."""
-    if name not in among:
-        meant = did_you_mean(name, among)
-        raise ValueError(f"{name!r} is no recipe or launch file: {meant}`thanos-lightning recipes` lists all")
-    return among[name]

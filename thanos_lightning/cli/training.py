@@ -28,9 +28,8 @@ from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.checkpoints.foreign import require_regular
 from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
-from thanos_lightning.cli.commands import recipes
 from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
-from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, why_not_made
+from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, recipes, why_not_made
 from thanos_lightning.cli.training_bar import TrainingBar
 
 # said of classes that are not ours, because their arguments may be for the optimizer

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from thanos_lightning.cli import main
-from thanos_lightning.cli.commands import headline, launch_files, recipes
+from thanos_lightning.cli.parsing import headline, launch_files, recipes
 
 
 def test_all_are_listed_with_their_first_sentence(capsys):

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback
 
 from thanos_lightning import Allocation, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
-from thanos_lightning.cli.commands import recipes
 from thanos_lightning.cli.mistakes import Mistake
+from thanos_lightning.cli.parsing import recipes
 from thanos_lightning.cli.training import CLI
 from thanos_lightning.solver import NM
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from thanos_lightning.cli import main
-from thanos_lightning.cli.commands import recipes
 from thanos_lightning.cli.mistakes import users_mistake
+from thanos_lightning.cli.parsing import recipes
 
 QUICKSTART = recipes()["quickstart"].read_text(encoding="utf-8")
 PATTERN = 'pattern: "2:4".*'
