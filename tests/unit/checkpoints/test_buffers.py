@@ -1,7 +1,5 @@
 """What a training computes with is what an export, loaded, computes with: buffers that no checkpoint holds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

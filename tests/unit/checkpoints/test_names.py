@@ -1,7 +1,5 @@
 """Under which names the files of a folder have what a model has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A folder for each test, and a tiny training that the commands read, resume and export."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """`thanos-lightning plan`: what it says of trainings, beside what such trainings then do."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a user may get wrong on the command line: the input, the exit status and the line."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Values of a file as the types that they have to be of."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 
 from thanos_lightning.report.data import MOST_LOSSES, History, LossRecorder
