@@ -1,7 +1,5 @@
 """How adapters are written beside what is exported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

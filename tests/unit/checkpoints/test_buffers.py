@@ -1,12 +1,11 @@
 """What a training computes with is what an export, loaded, computes with: buffers that no checkpoint holds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import toy
 import transformers as t
 from checkpoint_cases import SIZES
 from lightning.pytorch import Callback, Trainer
@@ -18,21 +17,16 @@ from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.huggingface import uncast_buffers
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (t.LlamaConfig, {}),
-    "qwen 2": (t.Qwen2Config, {}),
-    "qwen 3": (t.Qwen3Config, {}),
-    "neox": (t.GPTNeoXConfig, {"rotary_pct": 1.0}),
-    "gemma 2": (t.Gemma2Config, {}),
-    "gemma 3": (t.Gemma3TextConfig, {}),  # frequencies for two kinds of attention
-    "phi 3": (t.Phi3Config, {}),
+    **{name: (toy.FAMILIES[name][0], {}) for name in ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")},
+    "gpt-neox": (t.GPTNeoXConfig, {"rotary_pct": 1.0}),
     # a table of sines and cosines; the heads are at least 4
     "codegen": (t.CodeGenConfig, {"n_embd": 32, "num_attention_heads": 4, "rotary_dim": 8}),
-    "llama, long": (
-        t.LlamaConfig,
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 256},
-    ),
+    "llama, long": (t.LlamaConfig, {"rope_parameters": YARN, "max_position_embeddings": 256}),
 }
+REST = [(family, half) for family in FAMILIES if family != "llama" for half in ("16-true", "bf16-mixed")]
+REST += [("llama", "16-mixed")]
 MIXTURES = ("olmoe", "deepseek 3", "gpt-oss")
 TOKENS = torch.arange(3 * 40).view(3, 40) * 7 % VOCABULARY
 
@@ -44,12 +38,6 @@ def built(family: str) -> Any:
     torch.manual_seed(0)
     config, own = FAMILIES[family]
     return t.AutoModelForCausalLM.from_config(config(**{**SIZES, **own}))
-
-
-def pruning() -> ThanosPruningCallback:
-    return ThanosPruningCallback(
-        **grouped(pattern="2:4", method="magnitude", admm_steps=0, refine_steps=0), schedule=SparsitySchedule(at=[1])
-    )
 
 
 def module(model: Any) -> ToyLM:
@@ -69,24 +57,20 @@ def unsaved(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.named_buffers() if name not in saved}
 
 
-def rest(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.rest)
-
-
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
         *((family, "bf16-true") for family in (*FAMILIES, *MIXTURES)),
         *(("llama", precision) for precision in ("16-true", "bf16-mixed", "32-true")),
-        *(rest(family, "16-true") for family in FAMILIES if family != "llama"),
-        *(rest(family, "bf16-mixed") for family in FAMILIES if family != "llama"),
-        rest("llama", "16-mixed"),
+        *(pytest.param(*one, marks=pytest.mark.rest) for one in REST),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_model_is_the_trained_one(family: str, precision: Any, tmp_path: Path) -> None:
     lm, logits = module(built(family)), Logits()
-    fitting = trainer(tmp_path, pruning(), logits, max_steps=2, val_check_interval=2, precision=precision)
+    cheap = grouped(pattern="2:4", method="magnitude", admm_steps=0, refine_steps=0)
+    pruning = ThanosPruningCallback(**cheap, schedule=SparsitySchedule(at=[1]))
+    fitting = trainer(tmp_path, pruning, logits, max_steps=2, val_check_interval=2, precision=precision)
     fitting.fit(lm, loader(8), loader(4))
     fitting.save_checkpoint(tmp_path / "trained.ckpt")
     export_checkpoint(tmp_path / "trained.ckpt", tmp_path / "exported")
@@ -106,19 +90,13 @@ def test_the_exported_model_is_the_trained_one(family: str, precision: Any, tmp_
     assert torch.equal(logits.last, in_its_context)
 
 
-def test_a_model_that_was_cast_by_hand_gets_its_values_back() -> None:
-    lm = module(tiny_llama())
-    lm.model.to(torch.bfloat16)
-    before = torch.get_rng_state()
-    uncast_buffers(lm)
-    assert torch.equal(before, torch.get_rng_state())
-    for name, value in unsaved(tiny_llama()).items():
-        assert torch.equal(unsaved(lm.model)[name], value)
-
-
-def test_buffers_of_other_modules_stay_cast() -> None:
+def test_a_model_that_was_cast_by_hand_gets_its_values_back_and_other_modules_stay_cast() -> None:
     lm = module(tiny_llama())
     lm.register_buffer("own", torch.ones(3), persistent=False)
     lm.to(torch.bfloat16)
+    before = torch.get_rng_state()
     uncast_buffers(lm)
+    assert torch.equal(before, torch.get_rng_state())
     assert lm.get_buffer("own").dtype == torch.bfloat16
+    for name, value in unsaved(tiny_llama()).items():
+        assert torch.equal(unsaved(lm.model)[name], value)

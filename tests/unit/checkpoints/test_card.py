@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,13 @@ def card_of(trained: Path, step: int, out: Path) -> str:
     return (out / "README.md").read_text()
 
 
-def test_the_card_ends_with_the_metric_of_the_report(trained: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_metric_of_the_report_and_no_path_of_a_users(trained: Path, tmp_path: Path) -> None:
     summary = PruningReport.read(trained / "pruning_report.json").summary
     assert summary.recovered is not None
     assert summary.recovered != summary.pruned
     card = card_of(trained, 6, tmp_path / "out")
+    assert "Made from tiny-llama by" in card
+    assert [path.name for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()] == []
     assert "| val/loss | |" in card
     assert f"| before pruning | {summary.dense:.4g} |" in card
     assert f"| right after the last event | {summary.pruned:.4g} |" in card
@@ -48,23 +48,12 @@ def test_the_metric_after_the_event_is_not_told_twice(trained: Path, tmp_path: P
     assert "optimizer steps |" not in card
 
 
-def test_a_checkpoint_of_before_the_end_has_the_last_metric(trained: Path, tmp_path: Path) -> None:
-    def measure(content: dict[str, Any]) -> None:
+def test_a_schedule_may_be_long_and_the_last_metric_be_of_before_the_end(trained: Path, tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        state_of(content)["arguments"]["schedule"] = f"SparsitySchedule(at={tuple(range(999))})"
         state_of(content)["report"]["history"]["metrics"].append((5, 20.5))
 
-    export_checkpoint(change_checkpoint(trained / "step=5.ckpt", tmp_path / "a.ckpt", measure), tmp_path / "out")
-    assert "| after 5 optimizer steps | 20.5 |" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_no_file_says_where_a_user_keeps_models(trained: Path, tmp_path: Path) -> None:
-    assert "Made from tiny-llama by" in card_of(trained, 6, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()] == []
-
-
-def test_a_schedule_may_be_long(trained: Path, tmp_path: Path) -> None:
-    def lengthen(content: dict[str, Any]) -> None:
-        state_of(content)["arguments"]["schedule"] = f"SparsitySchedule(at={tuple(range(999))})"
-
-    changed = change_checkpoint(trained / "step=6.ckpt", tmp_path / "long.ckpt", lengthen)
-    export_checkpoint(changed, tmp_path / "out")
-    assert "997, 998))" in (tmp_path / "out" / "README.md").read_text()
+    export_checkpoint(change_checkpoint(trained / "step=5.ckpt", tmp_path / "a.ckpt", change), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| after 5 optimizer steps | 20.5 |" in card
+    assert "997, 998))" in card

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from torch import nn
 from toy import ToyLM, tiny_gpt2, tiny_llama
 

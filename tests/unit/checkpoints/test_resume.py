@@ -1,7 +1,5 @@
 """No code of a stranger's runs when a checkpoint is loaded, whatever reads it."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import types

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +6,6 @@ import pytest
 import torch
 import transformers as t
 from checkpoint_cases import change_checkpoint, failed, state_of, train, untied_llama
-from safetensors.torch import load_file, save_file
 from toy import FAMILIES, GROUPED, VOCABULARY, ToyLM
 
 from thanos_lightning import TargetOverride
@@ -19,22 +16,14 @@ from thanos_lightning.solver import Channels, Experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25, "multiple_of": 4}
-BART: dict[str, Any] = {  # whose encoder and decoder have a width each
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
+SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+BART = {f"{side}_{what}": number for side in ("encoder", "decoder") for what, number in SIDE.items()}  # a width each
 # name -> class of the configuration, and its settings
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     **FAMILIES,
     "as wide as the residual stream": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32}),
     "another size that heads have to divide": (t.LlamaConfig, {**GROUPED, "intermediate_size": 32, "head_dim": 8}),
-    "bart": (t.BartConfig, BART),
+    "bart": (t.BartConfig, {"vocab_size": VOCABULARY, "d_model": 32, **BART}),
 }
 WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "bart": "decoder_ffn_dim"}  # the configuration's name of the width
 KINDS = {"bert": t.AutoModelForMaskedLM, "bart": t.AutoModelForSeq2SeqLM}
@@ -61,15 +50,10 @@ def test_the_smaller_model_computes_what_the_masked_one_does(tmp_path: Path, nam
     small, masked = (kind.from_pretrained(tmp_path / one).eval() for one in ("small", "masked"))
     assert getattr(small.config, entry) == after
     assert getattr(masked.config, entry) in (before, None)
-    assert not failed(verify_checkpoint(checkpoint))
-    assert not failed(verify_checkpoint(tmp_path / "small"))
-    assert not failed(verify_checkpoint(tmp_path / "masked"))
-    assert {(before, after), (2 * before, 2 * after)} >= {
-        pair
-        for report in reports
-        for pair in zip(report.dense_shape or (), report.shape, strict=True)
-        if pair[0] != pair[1]
-    }
+    for model in (checkpoint, tmp_path / "small", tmp_path / "masked"):
+        assert not failed(verify_checkpoint(model))
+    sizes = [size for report in reports for size in zip(report.dense_shape or (), report.shape, strict=True)]
+    assert {size for size in sizes if size[0] != size[1]} <= {(before, after), (2 * before, 2 * after)}
     with torch.no_grad():
         one, other = small(TOKENS).logits, masked(TOKENS).logits
     assert (one - other).norm() <= 1e-5 * other.norm()
@@ -90,9 +74,8 @@ def test_it_is_a_normal_model(trained: Path, tmp_path: Path) -> None:
 def test_what_the_commands_say(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["export", str(trained), str(out)]) == 0
-    assert (
-        "6 tensors conform (channels), 0.00% of their entries are 0; 48 channels became 36" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "6 tensors conform (channels), 0.00% of their entries are 0; 48 channels became 36" in said
     assert main(["verify", str(out)]) == 0
     assert "48 channels became 36" in capsys.readouterr().out
     assert main(["export", str(trained), str(tmp_path / "masked"), "--keep-shape"]) == 0
@@ -156,29 +139,12 @@ def test_channels_and_experts_are_not_verified_by_a_pattern(trained: Path, patte
         verify_checkpoint(trained, pattern)
 
 
-def test_a_changed_shape_is_found(trained: Path, tmp_path: Path) -> None:
-    export_checkpoint(trained, tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(32, 48)
-    save_file(tensors, file, metadata={"format": "pt"})
-    (report,) = failed(verify_checkpoint(tmp_path / "out"))
-    assert report.problems == ("the shape is (32, 48), not (32, 36)",)
-
-
 def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
     export_checkpoint(trained, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "sparsity.json").read_text())
-    assert record["tensors"]["model.layers.0.mlp.down_proj.weight"] == {
-        "shape": [32, 36],
-        "pattern": "channels",
-        "sparsity": 0.25,
-        "outlier_fraction": 0.0,
-        "dim": 1,
-        "zeros": 0,
-        "transposed": False,
-        "dense_shape": [32, 48],
-    }
+    entry = record["tensors"]["model.layers.0.mlp.down_proj.weight"]
+    assert (entry["pattern"], entry["sparsity"], entry["dim"]) == ("channels", 0.25, 1)
+    assert (entry["shape"], entry["dense_shape"], entry["zeros"]) == ([32, 36], [32, 48], 0)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "48 channels became 36" in card

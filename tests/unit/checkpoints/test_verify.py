@@ -1,6 +1,5 @@
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import checkpoint_cases
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from thanos_lightning.checkpoints.export import export_checkpoint
 from thanos_lightning.checkpoints.foreign import require_intact
-from thanos_lightning.checkpoints.verify import TensorReport, verify_checkpoint
+from thanos_lightning.checkpoints.verify import verify_checkpoint
 from thanos_lightning.solver import NM, Unstructured
 
 # fixtures: pytest looks for them among this module's names
@@ -45,52 +44,35 @@ def change_folder(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-# Folders and files
-
-
 @names
 @pytest.mark.parametrize("pattern", [None, NM(2, 4), Unstructured(0.5)])
-def test_exported_folder_conforms(exported, name, pattern):
-    reports = verify_checkpoint(exported[name], pattern)
-    assert len(reports) == {"llama": 14, "gpt2": 8}[name]
-    assert not failed(reports)
+def test_what_was_trained_and_exported_conforms(trained, exported, name, pattern, recwarn):
+    for path in (trained[name][1], exported[name]):
+        reports = verify_checkpoint(path, pattern)
+        assert len(reports) == {"llama": 14, "gpt2": 8}[name]
+        assert not failed(reports)
+    assert not recwarn.list
 
 
 @names
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)])
 @pytest.mark.parametrize(
-    ("value", "message"), [(1e-8, "are not 0"), (-0.0, "1 entries are -0"), (float("nan"), "1 entries are NaN")]
+    ("value", "message"),
+    [
+        (1e-8, "1 entries more than pattern 2:4 allows are not 0"),
+        (-0.0, "1 entries are -0"),
+        (float("nan"), "1 entries are NaN"),
+    ],
 )
 def test_filled_zero_in_a_folder(copied, name, value, message, pattern):
     change_folder(copied[name], lambda tensors: fill(tensors[PRUNED[name]], value))
     (report,) = failed(verify_checkpoint(copied[name], pattern))
     assert report.name == PRUNED[name]
-    assert report.violations >= 1
+    assert report.violations == 1 + ("NaN" in message)
     assert message in " ".join(report.problems)
 
 
-@names
-def test_filled_zero_without_a_record(copied, name):
-    (copied[name] / "sparsity.json").unlink()
-    with pytest.raises(ValueError, match=r"has no sparsity\.json beside it.*--pattern 2:4"):
-        verify_checkpoint(copied[name])
-    assert not failed(verify_checkpoint(copied[name], NM(2, 4)))
-    change_folder(copied[name], lambda tensors: fill(tensors[PRUNED[name]], 1.0))
-    (report,) = failed(verify_checkpoint(copied[name], NM(2, 4)))
-    assert report == TensorReport(
-        PRUNED[name],
-        report.shape,
-        "2:4",
-        sparsity=0.5,
-        zeros=torch.Size(report.shape).numel() // 2 - 1,
-        violations=1,
-        problems=("1 entries more than pattern 2:4 allows are not 0",),
-    )
-
-
-def test_value_where_the_count_is_the_same(copied):
-    """A zero that has moved within the tensor shows in the pattern."""
-
+def test_a_zero_that_has_moved_within_the_tensor_is_found(copied):
     def move(tensors):
         flat = tensors[PRUNED["llama"]].view(-1)
         fill(flat, 1.0)
@@ -103,16 +85,12 @@ def test_value_where_the_count_is_the_same(copied):
 def test_missing_and_reshaped_tensors(copied):
     def change(tensors):
         del tensors[PRUNED["llama"]]
-        key = "model.layers.0.mlp.up_proj.weight"
-        tensors[key] = tensors[key][:8].clone()
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(8, 32)
 
     change_folder(copied["llama"], change)
-    reports = failed(verify_checkpoint(copied["llama"]))
-    assert [report.problems for report in reports] == [
-        ("the shape is (8, 32), not (48, 32)",),
-        ("the tensor is missing",),
-    ]
-    assert [report.violations for report in reports] == [8 * 32, 48 * 32]
+    first, second = failed(verify_checkpoint(copied["llama"]))
+    assert (first.problems, second.problems) == (("the shape is (8, 32), not (48, 32)",), ("the tensor is missing",))
+    assert (first.violations, second.violations) == (8 * 32, 48 * 32)
     assert any(report.name == PRUNED["llama"] for report in failed(verify_checkpoint(copied["llama"], NM(2, 4))))
 
 
@@ -132,14 +110,11 @@ def test_sharded_folder(exported, tmp_path):
     assert len(verify_checkpoint(tmp_path, NM(2, 4))) == 14
     assert not failed(verify_checkpoint(tmp_path, NM(2, 4)))
     shutil.copy(exported["llama"] / "sparsity.json", tmp_path)
-    assert sum(len(verify_checkpoint(shard)) for shard in shards if holds_layers(shard)) == 14
+    of_layers = [shard for shard in shards if any("proj" in name for name in load_file(shard))]
+    assert sum(len(verify_checkpoint(shard)) for shard in of_layers) == 14
     shards[0].unlink()
     with pytest.raises(ValueError, match=r"lacks model-00001-of.*copy the whole folder"):
         verify_checkpoint(tmp_path)
-
-
-def holds_layers(shard):
-    return any("proj" in name for name in load_file(shard))
 
 
 def test_single_file(copied, tmp_path):
@@ -153,16 +128,6 @@ def test_single_file(copied, tmp_path):
     reports = failed(verify_checkpoint(alone / "model.safetensors", NM(2, 4)))
     assert [report.name for report in reports] == ["model.embed_tokens.weight"]
     assert len(verify_checkpoint(alone / "model.safetensors", NM(2, 4), targets=["*_proj"])) == 14
-    with pytest.raises(ValueError, match="no tensor to check"):
-        verify_checkpoint(alone / "model.safetensors", NM(2, 4), targets=["nothing"])
-    (alone / "model.safetensors").write_text("no tensors")
-    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
-        verify_checkpoint(alone / "model.safetensors", NM(2, 4))
-
-
-def index_of(folder, name):
-    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
@@ -178,10 +143,9 @@ def index_of(folder, name):
 def test_a_folder_that_says_two_things(copied, other):
     """Whichever of the two transformers loads, or puts on the other, the zeros of one alone say nothing."""
     folder = copied["llama"]
-    if other == "model.safetensors.index.json":
-        index_of(folder, "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors")
     shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
-    (folder / other).touch()
+    (folder / other).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ValueError, match="says two things") as error:
         verify_checkpoint(folder)
     assert other in str(error.value)
@@ -196,14 +160,6 @@ def test_a_folder_of_transformers_and_of_deepspeed(copied):
         verify_checkpoint(copied["llama"])
 
 
-def test_a_configuration_that_names_the_weights(copied):
-    folder = copied["llama"]
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
-    with pytest.raises(ValueError, match=r"transformers_weights 'other\.safetensors' and model\.safetensors both say"):
-        verify_checkpoint(folder)
-
-
 @pytest.mark.parametrize("loaded", ["pytorch_model.bin", "adapter_config.json", "no weights"])
 def test_safetensors_that_transformers_does_not_load(copied, loaded):
     folder = copied["llama"]
@@ -212,26 +168,6 @@ def test_safetensors_that_transformers_does_not_load(copied, loaded):
         (folder / loaded).touch()
     with pytest.raises(ValueError, match=f"holds {loaded}, and no model.safetensors: give a folder that"):
         verify_checkpoint(folder)
-
-
-@pytest.mark.parametrize("name", ["../out.safetensors", "/out.safetensors", "sub/out.safetensors"])
-def test_an_index_that_leaves_the_folder(copied, name):
-    index_of(copied["llama"], name)
-    (copied["llama"] / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=f"{name!r}, which would be a path"):
-        verify_checkpoint(copied["llama"])
-
-
-# Trainer checkpoints
-
-
-@names
-def test_checkpoint_conforms(trained, name, recwarn):
-    reports = verify_checkpoint(trained[name][1])
-    assert not failed(reports)
-    assert {report.name.split(".")[0] for report in reports} == {"model"}
-    assert not failed(verify_checkpoint(trained[name][1], NM(2, 4)))
-    assert not recwarn.list
 
 
 def fill_moments(content, shape, moment, value):
@@ -256,29 +192,17 @@ def test_filled_zero_in_a_checkpoint(trained, changed, name, moment, value):
     assert what in report.problems
 
 
-def grouped_adamw(parameters):
-    parameters = list(parameters)
-    others = [parameter for parameter in parameters if parameter.dim() <= 1]
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    return adamw([{"params": others, "weight_decay": 0.0}, {"params": matrices}])
+def test_moments_of_groups_and_beside_frozen_parameters(tmp_path):
+    def grouped_adamw(parameters):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        others = [parameter for parameter in trained if parameter.dim() <= 1]
+        matrices = [parameter for parameter in trained if parameter.dim() > 1]
+        return adamw([{"params": others, "weight_decay": 0.0}, {"params": matrices}])
 
-
-def adamw_beside_frozen_parameters(parameters):
-    return adamw(parameter for parameter in parameters if parameter.requires_grad)
-
-
-@pytest.mark.parametrize(
-    ("make_optimizer", "frozen"), [(grouped_adamw, []), (adamw_beside_frozen_parameters, ["model.embed_tokens.weight"])]
-)
-def test_moments_of_groups_and_beside_frozen_parameters(tmp_path, make_optimizer, frozen):
-    module = ToyLM(untied_llama(), make_optimizer)
-    for name in frozen:
-        module.model.get_parameter(name).requires_grad_(False)
-    source = train(tmp_path, module)
-    checkpoint = change_checkpoint(
-        source, tmp_path / "a.ckpt", lambda content: fill_moments(content, (48, 32), "exp_avg", 1.0)
-    )
-    (report,) = failed(verify_checkpoint(checkpoint))
+    module = ToyLM(untied_llama(), grouped_adamw)
+    module.model.model.embed_tokens.weight.requires_grad_(False)
+    change_checkpoint(path := train(tmp_path, module), path, lambda it: fill_moments(it, (48, 32), "exp_avg", 1.0))
+    (report,) = failed(verify_checkpoint(path))
     assert report.name == f"model.{PRUNED['llama']}"
 
 
@@ -301,9 +225,6 @@ def test_checkpoint_of_another_training(changed, tmp_path):
     assert len(verify_checkpoint(checkpoint, NM(2, 4), targets=["*_proj"])) == 14
     with pytest.raises(ValueError, match="no tensor to check"):
         verify_checkpoint(checkpoint, NM(2, 4), targets=["nothing"])
-
-
-# Trainer checkpoints that can't be read, for an export or a resume either
 
 
 def assert_unreadable(path, message):
@@ -339,43 +260,6 @@ def test_a_changed_byte_anywhere_is_noticed(tmp_path, at):
     require_intact(file)  # which has no checksums
 
 
-def test_a_changed_byte_that_torch_does_not_notice(trained, tmp_path):
-    file = Path(shutil.copy(trained["llama"][1], tmp_path / "a.ckpt"))
-    change_a_byte(file)
-    torch.load(file, weights_only=True)
-    for refuse in (assert_unreadable, assert_not_resumed):
-        refuse(file, r"a\.ckpt is damaged: some of its bytes")
-
-
-@pytest.mark.parametrize("part", ["state", "note"])
-def test_a_checkpoint_of_another_version(changed, tmp_path, part):
-    def grow_old(content):
-        (state_of(content) if part == "state" else content["thanos_lightning"])["format"] = 6
-
-    old = changed(grow_old)
-    with pytest.raises(ValueError, match="has format 6, this version reads 7: use the version"):
-        export_checkpoint(old, tmp_path / "out")
-    if part == "state":
-        for pattern in (None, NM(2, 4)):
-            with pytest.raises(ValueError, match="has format 6"):
-                verify_checkpoint(old, pattern)
-
-
-@pytest.mark.parametrize("kind", ["text", "tensor", "zip", "truncated"])
-def test_not_a_checkpoint(trained, tmp_path, kind):
-    path = tmp_path / "a.ckpt"
-    if kind == "text":
-        path.write_text("hello")
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a", "b")
-    else:
-        path.write_bytes(trained["llama"][1].read_bytes()[:-100])
-    assert_unreadable(path, r"a\.ckpt is damaged or no trainer checkpoint")
-
-
 def test_no_masks_yet(changed):
     checkpoint = changed(lambda content: state_of(content).update(masks={}, pruned={}))
     assert_unreadable(checkpoint, "no masks yet: it was saved after 3 optimizer steps")
@@ -384,5 +268,4 @@ def test_no_masks_yet(changed):
 def test_half_a_deepspeed_checkpoint(tmp_path):
     (tmp_path / "deep.ckpt" / "checkpoint").mkdir(parents=True)
     (tmp_path / "deep.ckpt" / "latest").write_text("checkpoint")
-    message = "holds no mp_rank_00_model_states.pt: copy the whole folder, from all nodes"
-    assert_unreadable(tmp_path / "deep.ckpt", message)
+    assert_unreadable(tmp_path / "deep.ckpt", "holds no mp_rank_00_model_states.pt: copy the whole folder, from all")

@@ -1,7 +1,5 @@
 """A folder for each test, and a tiny training that the commands read, resume and export."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -23,7 +21,6 @@ def _in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.yaml, the model tiny, the text text.txt, exported, and run/checkpoints/tiny.ckpt."""
     # here, since pytest-xdist's own process reads this file, too
-    import torch
     from toy import save_tiny
 
     from thanos_lightning.cli import main
@@ -61,24 +58,15 @@ trainer:
         patch.setattr(sys, "argv", ["thanos-lightning"])
         assert main(["fit", "--config", "tiny.yaml"]) == 0
         assert main(["export", CHECKPOINT, "exported"]) == 0
-    checkpoint = folder / CHECKPOINT
-    (folder / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:9000])
-    (folder / "garbage.ckpt").write_bytes(b"\x80garbage" * 99)
-    torch.save({"weights": 1}, folder / "other.ckpt")
-    content = torch.load(checkpoint, weights_only=True)
-    del content["hyper_parameters"]  # as a module of one's own may keep none
-    content["optimizer_states"][0]["state"].clear()  # whose shapes would be others
-    content["state_dict"] = {name: value[:1] for name, value in content["state_dict"].items()}
-    content["thanos_lightning"]["optimizer_parameters"] = None
-    torch.save(content, folder / "shapes.ckpt")
     return folder
 
 
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Path:
-    """A folder with hf, which was exported, and a.ckpt, both to be damaged; it is the current one."""
+    """A folder with hf, which was exported, a.ckpt and report.json, all to be damaged; it is the current one."""
     shutil.copytree(trained / "exported", tmp_path / "hf")
     shutil.copy(trained / CHECKPOINT, tmp_path / "a.ckpt")
-    for name in ("tiny", "tiny.yaml", "text.txt"):
+    shutil.copy(trained / "run" / "pruning_report.json", tmp_path / "report.json")
+    for name in ("tiny", "wide", "tiny.yaml", "text.txt"):
         (tmp_path / name).symlink_to(trained / name)
     return tmp_path

@@ -1,38 +1,28 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import change_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from thanos_lightning.cli import main
 
 UP = "model.layers.0.mlp.up_proj.weight"
+OF_TRAINER = ("fit", "validate", "test", "predict")
 
 
-# The program
-
-
-def test_help_lists_all_commands(capsys):
+@pytest.mark.parametrize("command", ["", *OF_TRAINER])
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
+        main([command, "--help"] if command else ["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "recipes", "plan", "verify", "export", "reshard", "plot"):
-        assert f"\n    {command} " in shown
-
-
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_help_of_trainer_commands(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--trainer.max_steps" in shown
-    assert "--trainer.callbacks.help=ThanosPruningCallback" in shown
+    of_trainer = ("--trainer.max_steps", "--trainer.callbacks.help=ThanosPruningCallback")
+    commands = [f"\n    {name} " for name in (*OF_TRAINER, "recipes", "plan", "verify", "export", "reshard", "plot")]
+    assert [word for word in (of_trainer if command else commands) if word not in shown] == []
 
 
 @pytest.mark.parametrize(
@@ -75,15 +65,6 @@ def test_other_errors_keep_their_traceback(monkeypatch, capsys):
     ]
 
 
-# verify
-
-
-@pytest.mark.parametrize("checkpoint", ["hf", "a.ckpt"])
-def test_verify_summary(copied, capsys, checkpoint):
-    assert main(["verify", checkpoint]) == 0
-    assert capsys.readouterr().out == f"{checkpoint}: 7 tensors conform (2:4), 50.00% of their entries are 0\n"
-
-
 @pytest.mark.parametrize("arguments", [[], ["--pattern", "2:4"], ["--pattern", "unstructured", "--sparsity", "0.5"]])
 @pytest.mark.parametrize("value", [0.1, -0.0])
 def test_verify_table(copied, capsys, value, arguments):
@@ -110,25 +91,21 @@ def test_verify_selects_layers(copied, capsys):
     assert main(["verify", "hf", "--pattern", "2:4", "--outlier-fraction", "0.5"]) == 0
 
 
-# export
-
-
 def test_export(copied, capsys):
-    content = torch.load("a.ckpt", weights_only=True)
-    content["thanos_lightning"]["tokenizer"] = None
-    torch.save(content, "a.ckpt")
+    change_checkpoint(path := Path("a.ckpt"), path, lambda content: content["thanos_lightning"].update(tokenizer=None))
     assert main(["export", "a.ckpt", "out", "--dtype", "bfloat16"]) == 0
     shown = capsys.readouterr()
-    assert "out: 7 tensors conform (2:4), 50.00% of their entries are 0\n" in shown.out
+    conform = "7 tensors conform (2:4), 50.00% of their entries are 0\n"
+    assert f"out: {conform}" in shown.out
     assert "thanos-lightning: warning: the checkpoint names no tokenizer" in shown.err
     assert AutoModelForCausalLM.from_pretrained(copied / "out").dtype == torch.bfloat16
-    assert json.loads((copied / "out" / "sparsity.json").read_text())["sparsity"] == 0.5
+    for checkpoint in ("out", "a.ckpt"):
+        assert main(["verify", checkpoint]) == 0
+        assert capsys.readouterr().out == f"{checkpoint}: {conform}"
 
 
 def test_export_of_broken_masks(copied, capsys):
-    content = torch.load("a.ckpt", weights_only=True)
-    content["state_dict"][f"model.{UP}"].fill_(1.0)
-    torch.save(content, "a.ckpt")
+    change_checkpoint(path := Path("a.ckpt"), path, lambda content: content["state_dict"][f"model.{UP}"].fill_(1.0))
     assert main(["export", "a.ckpt", "out"]) == 1
     shown = capsys.readouterr().out
     assert UP in shown

@@ -1,9 +1,6 @@
 """`thanos-lightning plan`: what it says of trainings, beside what such trainings then do."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  # its log goes to the stderr of this moment: not one of a test's
@@ -17,14 +14,13 @@ from toy import ToyLM, tiny_files, tiny_llama
 from thanos_lightning.cli import main
 from thanos_lightning.cli.planned import Outlook, Plan, PlannedCLI
 from thanos_lightning.fit.run import PruningRun
-from thanos_lightning.plan.windows import Window
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
 DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
-LEAF = {
-    "zero_optimization": {"stage": 3, "leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaMLP"]}}
-}
+MLP = "transformers.models.llama.modeling_llama.LlamaMLP"
+LEAF = {"zero_optimization": {"stage": 3, "leaf_module": {"classes": [MLP]}}}
 ALL_DATA = "{data_parallel_size: 4, tensor_parallel_size: 1}"
+GPUS = ("--trainer.accelerator=gpu", "--devices=2")
 
 
 class Loading(LightningModule):
@@ -75,12 +71,9 @@ def text_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     [
         {"pattern": "2:4", "calibration.memory_gib": "0.00004", "schedule": "{at: [4, 6]}", "calibration.steps": "1"},
         {"pattern": "unstructured", "sparsity": "0.5", "schedule": "{at: [2, 4, 6]}", "calibration.steps": "1"},
-        pytest.param(
-            {"pattern": "unstructured", "sparsity": "0.5", "calibration.batches": "datamodule"}, marks=pytest.mark.rest
-        ),
-        pytest.param(
-            {"pattern": "channels", "sparsity": "0.5", "multiple_of": "8", "calibration.batches": "datamodule"},
-            marks=pytest.mark.rest,
+        *(
+            pytest.param({"calibration.batches": "datamodule", "sparsity": "0.5", **one}, marks=pytest.mark.rest)
+            for one in ({"pattern": "unstructured"}, {"pattern": "channels", "multiple_of": "8"})
         ),
     ],
     ids=["windows", "scan", "calibration set", "channels"],
@@ -92,11 +85,11 @@ def test_windows_are_those_of_the_run(options: dict[str, str], fit: list[str], m
     end = PruningRun.end
     monkeypatch.setattr(PruningRun, "end", lambda run: (runs.append(run), end(run)))
     assert main(["fit", *fit]) == 0
-
-    def spans(windows: Sequence[Window]) -> list[tuple[int, int, bool, list[str]]]:
-        return [(one.start_step, one.end_step, one.scans, list(one.patterns)) for one in windows]
-
-    assert spans(said) == spans(runs[0].windows)
+    spans, expected = (
+        [(one.start_step, one.end_step, one.scans, list(one.patterns)) for one in windows]
+        for windows in (said, runs[0].windows)
+    )
+    assert spans == expected
     assert len({window.event.step for window in said}) == len(runs[0].past.report.events)
 
 
@@ -115,8 +108,7 @@ def test_windows_are_planned_for_the_memory(fit: list[str], capsys: pytest.Captu
     fit += ["--trainer.callbacks.0.schedule={at: [4]}", "--trainer.callbacks.0.pattern=2:4"]
     whole = outlook_of(*fit)
     assert whole.at_events == [whole.most]
-    said = text_of(capsys, *fit, "--memory-gib", str(0.99 * whole.most / 2**30))
-    assert "it fits" in said
+    assert "it fits" in text_of(capsys, *fit, "--memory-gib", str(0.99 * whole.most / 2**30))
 
 
 def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str], fit: list[str]) -> None:
@@ -148,8 +140,7 @@ def test_unknown_steps_are_said(fit: list[str], capsys: pytest.CaptureFixture[st
     assert "the number of optimizer steps is not known: set the Trainer's max_steps" in capsys.readouterr().err
     said = text_of(capsys, *fit, "--trainer.callbacks.0.calibration.batches=datamodule")
     assert "steps         not known without the data" in said
-    said = text_of(capsys, *fit, "--trainer.max_steps", "8")
-    assert "steps         at most max_steps" in said
+    assert "steps         at most max_steps" in text_of(capsys, *fit, "--trainer.max_steps", "8")
 
 
 def test_modules_of_a_users_own(fit: list[str]) -> None:
@@ -171,14 +162,11 @@ def test_modules_of_a_users_own(fit: list[str]) -> None:
         (["--memory-gib", "0"], "--memory-gib is 0: give a number > 0, such as 80"),
         (["--trainer.devices", "-1", "--trainer.accelerator", "gpu"], "trainer.devices is -1, which is another number"),
         (["--trainer.callbacks", "null"], "the trainer has no ThanosPruningCallback, so nothing would be pruned: add"),
-        (
-            ["--trainer.strategy=fsdp", "--trainer.accelerator=gpu", "--devices=2"],
-            "ThanosPruningCallback does not support the",
-        ),
+        (["--trainer.strategy=fsdp", *GPUS], "ThanosPruningCallback does not support the"),
         (
             [
                 f"--trainer.strategy={{class_path: {DEEPSPEED}, init_args: {{config: {json.dumps(LEAF)}}}}}",
-                *("--trainer.callbacks.0.calibration.batches=datamodule", "--devices=2", "--trainer.accelerator=gpu"),
+                *("--trainer.callbacks.0.calibration.batches=datamodule", *GPUS),
                 "--trainer.callbacks.0.calibration.output_weights=diagonal",
             ],
             "calibration.output_weights is 'diagonal', but under ZeRO-3 there are no gradients on calibration.batches",

@@ -1,6 +1,6 @@
-from __future__ import annotations
-
 import sys
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -9,30 +9,20 @@ from thanos_lightning.cli import main
 from thanos_lightning.report.progress import Terminated
 
 
-def _interrupted_as_lightning_does() -> None:
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        sys.exit(1)
-
-
-def _raise(error: BaseException) -> None:
-    raise error
-
-
 @pytest.mark.parametrize(
-    ("fit", "status", "said"),
+    ("error", "before", "status", "said"),
     [
-        (_interrupted_as_lightning_does, 130, "interrupted"),
-        (lambda: _raise(KeyboardInterrupt()), 130, "interrupted"),
-        (lambda: _raise(SIGTERMException()), 143, "ended by SIGTERM"),
-        (lambda: _raise(Terminated()), 143, "ended by SIGTERM"),
+        (SystemExit(1), KeyboardInterrupt(), 130, "interrupted"),  # as Lightning does
+        (KeyboardInterrupt(), None, 130, "interrupted"),
+        (SIGTERMException(), None, 143, "ended by SIGTERM"),
+        (Terminated(), None, 143, "ended by SIGTERM"),
     ],
 )
 def test_signals_have_the_status_that_shells_know(
-    fit: object, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, before: BaseException | None, status: int, said: str, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("thanos_lightning.cli.training.train", lambda arguments: fit())  # type: ignore[operator]
+    error.__context__ = before
+    monkeypatch.setattr("thanos_lightning.cli.training.train", Mock(side_effect=error))
     assert main(["fit"]) == status
     assert capsys.readouterr().err == f"thanos-lightning: {said}\n"
 

@@ -47,21 +47,20 @@ def test_a_file_of_a_recipes_name(capsys, tmp_path):
     assert printed(capsys, "--config", "quickstart", "--model.model=a")["trainer"]["max_steps"] == 7
 
 
-def test_a_trained_model_can_be_tested(copied, capsys):
+def test_a_training_saves_its_configuration_and_can_be_tested(trained, copied, capsys):
+    saved = yaml.safe_load((trained / "run" / "config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["pattern"] == "2:4"
     assert main(["test", "--config", "tiny.yaml", "--ckpt_path", "a.ckpt"]) == 0
     assert "test/perplexity" in capsys.readouterr().out
 
 
-def test_precision_is_resolved_and_said(monkeypatch, caplog):
+def test_a_precision_that_is_not_given_is_resolved_and_said(monkeypatch, caplog):
     monkeypatch.setattr("thanos_lightning.cli.training.fast_precision", lambda device: ("64-true", f"it is {device}"))
     with caplog.at_level("INFO"):
         cli = cli_of()
     assert cli.trainer.precision == "64-true"
     assert cli.config.trainer.precision == "64-true"  # what is saved
     assert [line for line in caplog.messages if "precision" in line] == ["precision: 64-true, since it is cpu"]
-
-
-def test_a_precision_that_is_given():
     assert cli_of("--trainer.precision", "bf16-mixed").trainer.precision == "bf16-mixed"
 
 
@@ -105,11 +104,6 @@ def test_a_callback_on_the_command_line():
 @pytest.mark.parametrize("text", ["4:8", '"4:8"'])
 def test_quotes_around_a_pattern_are_optional(text):
     assert options_of(config=recipe_with(f"pattern: {text}")).pattern == NM(4, 8)
-
-
-def test_the_configuration_is_saved(trained):
-    saved = yaml.safe_load((trained / "run" / "config.yaml").read_text())
-    assert saved["trainer"]["callbacks"][0]["init_args"]["pattern"] == "2:4"
 
 
 @pytest.mark.parametrize(

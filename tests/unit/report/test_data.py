@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict
@@ -16,12 +14,10 @@ def report() -> PruningReport:
         LayerReport("model.layers.1.up_proj", (8, 4), "2:4", 0.5, 3.0, 0.08, 0.25),
         LayerReport("model.layers.1.down_proj", (4, 16), "2:4", 0.25, math.nan, 0.03, 0.25),
     ]
+    blocks = [BlockReport("model.layers.1", 0.05, 0.03, 1.5), BlockReport("model.layers.2", math.nan, math.nan, 1.0)]
     history = History([(1, 3.0), (2, math.nan)], [(0, 10.0), (20, 20.0)])
-    return PruningReport(
-        [EventReport(20, 0.5, layers, 4.0, 3.0, 1.0, 1.0, 1.0, [BlockReport("model.layers.1", 0.05, 0.03, 1.5)])],
-        Summary("val/perplexity", 10.0, 20.0, None),
-        history,
-    )
+    event = EventReport(20, 0.5, layers, 4.0, 3.0, 1.0, 1.0, 1.0, blocks)
+    return PruningReport([event], Summary("val/perplexity", 10.0, 20.0, None), history)
 
 
 def test_an_event_weighs_layers_by_size() -> None:
@@ -32,12 +28,12 @@ def test_an_event_weighs_layers_by_size() -> None:
 
 
 def test_the_state_makes_the_same_report_again() -> None:
-    state = json.loads(json.dumps(PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0)).state()))
-    assert PruningReport.from_state(state) == PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0))
+    plain = PruningReport([EventReport(5, 0.5)], Summary("loss", 1.0))
+    assert PruningReport.from_state(json.loads(json.dumps(plain.state()))) == plain
     again = PruningReport.from_state(report().state())
+    assert again.state() == report().state()
+    assert math.isnan(again.events[0].blocks[1].error)
     assert again.events[0].layers[0] == report().events[0].layers[0]
-    unknown = PruningReport([EventReport(5, 0.5, blocks=[BlockReport("block", math.nan, math.nan, 1.0)])])
-    assert math.isnan(PruningReport.from_state(unknown.state()).events[0].blocks[0].error)
 
 
 def test_the_file_is_strict_json(tmp_path: Path) -> None:
@@ -51,14 +47,7 @@ def test_the_file_is_strict_json(tmp_path: Path) -> None:
     again = PruningReport.read(path)
     assert math.isnan(again.events[0].layers[2].loss)
     assert math.isnan(again.history.losses[1][1])
-    assert again.history.metrics == report().history.metrics
-    assert again.events[0].parts == report().events[0].parts
-    assert again.events[0].layers[:2] == report().events[0].layers[:2]
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="no pruning report"):
-        PruningReport.read(path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        PruningReport.read(tmp_path / "none.json")
+    assert again.state() == report().state()
 
 
 def test_an_event_costs_the_same_after_many_others(tmp_path: Path) -> None:
@@ -74,7 +63,6 @@ def test_an_event_costs_the_same_after_many_others(tmp_path: Path) -> None:
         before = events
     growing.write(path)
     assert [event.solving_seconds for event in PruningReport.read(path).events] == [1.0] * 20
-    assert PruningReport.from_state(growing.state()).state() == growing.state()
     whole = {"events": [json.loads(event) for event in growing.state()["events"]]}
     assert path.read_text() == json.dumps(growing.state() | whole, indent=1) + "\n"
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -26,7 +24,6 @@ HISTORY = History([(step, 1 / step) for step in range(1, 60)], [(0, 20.0), (0, 4
 @pytest.mark.parametrize(
     "report",
     [
-        PruningReport([EventReport(0, 0.5, decoder(0.5, 0.1))], Summary("val/perplexity", 20.0, 40.0, 18.0), HISTORY),
         PruningReport(
             [EventReport(step, step / 20, decoder(step / 20, 0.01)) for step in range(1, 11)],
             Summary("val/perplexity", 20.0, 40.0, None, target_weights=96, model_weights=200),
@@ -35,7 +32,7 @@ HISTORY = History([(step, 1 / step) for step in range(1, 60)], [(0, 20.0), (0, 4
         PruningReport([EventReport(5, 0.5, PLAIN)], Summary(), History(HISTORY.losses)),
         PruningReport([EventReport(5, 0.5, MANY)]),
     ],
-    ids=["one event", "several events", "a plain stack, no metric", "many kinds, no loss"],
+    ids=["several events", "a plain stack, no metric", "many kinds, no loss"],
 )
 def test_a_run_is_drawn(report: PruningReport, tmp_path: Path) -> None:
     plot_report(report, tmp_path / "report.png")
@@ -60,8 +57,3 @@ def test_words_of_a_picture(tmp_path: Path) -> None:
         "30.0% zeros, 27.0% of the whole model",
     )
     assert not [word for word in words if word not in text]
-
-
-def test_without_an_event_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no event"):
-        plot_report(PruningReport(), tmp_path / "empty.png")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -17,6 +15,8 @@ from rich.progress import Progress
 from tqdm import tqdm
 
 from thanos_lightning.report.progress import Phase, Terminated, ends_on_sigterm, hidden, open_phase, shown
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
@@ -60,7 +60,6 @@ def test_time_left_counts_what_was_done_since_the_phase_began() -> None:
     assert re.fullmatch(r"Training: 11 of 1000008 steps, about .*\d+:\d\d:\d\d left", phase.line())
 
 
-@pytest.mark.usefixtures("impatient")
 def test_without_a_terminal_lines_say_how_far_all_phases_are(capsys: pytest.CaptureFixture[str]) -> None:
     with open_phase("Outside", 2, "things"), open_phase("Inside", 3, "things") as phase:
         phase.advance()
@@ -73,28 +72,26 @@ def test_without_a_terminal_lines_say_how_far_all_phases_are(capsys: pytest.Capt
     assert lines[-1].startswith("Outside: done in ")
 
 
-def test_what_is_short_or_hidden_or_of_another_rank_says_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+def test_what_is_hidden_or_of_another_rank_or_short_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_phase("Short"):
-        pass
-    request.getfixturevalue("impatient")
     with hidden(), hidden(False), open_phase("Hidden"):
         time.sleep(0.05)
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     with open_phase("Elsewhere"):
         time.sleep(0.05)
+    monkeypatch.undo()  # and patient again
+    with open_phase("Short"):
+        pass
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("impatient")
 def test_what_fails_is_not_said_to_be_done(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="broken"), open_phase("Work"):
         raise ValueError("broken")
     assert " in " not in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("impatient")
 def test_in_a_terminal_a_bar_is_shown_and_taken_away(terminal: io.StringIO) -> None:
     with open_phase("Calibrating", 4, "batches") as phase:
         phase.advance()
@@ -102,7 +99,6 @@ def test_in_a_terminal_a_bar_is_shown_and_taken_away(terminal: io.StringIO) -> N
     assert "\x1b[2K" in terminal.getvalue().rpartition("after 0:00")[2]  # the line is erased
 
 
-@pytest.mark.usefixtures("impatient")
 def test_it_is_shown_under_a_live_display_that_is_there(terminal: io.StringIO) -> None:
     with Progress(console=rich.get_console(), auto_refresh=False) as training:
         training.add_task("Epoch 0", total=3)
@@ -125,7 +121,6 @@ def test_bars_of_tqdm_are_cleared_and_drawn_again(terminal: io.StringIO) -> None
     assert "Solving" in terminal.getvalue()
 
 
-@pytest.mark.usefixtures("impatient")
 def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[str]) -> None:
     with open_phase("Preparing the text", adopts_bars=True) as phase:
         for _ in tqdm(range(3), desc="Tokenising", unit=" examples", mininterval=0):
@@ -147,7 +142,6 @@ def test_bars_of_libraries_are_shown_as_the_phase(capsys: pytest.CaptureFixture[
     assert "Its own again" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("impatient")
 def test_it_is_shown_while_the_output_of_a_library_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
     told = io.StringIO()
     with open_phase("Converting"), redirect_stdout(told), redirect_stderr(told):
@@ -155,7 +149,6 @@ def test_it_is_shown_while_the_output_of_a_library_is_redirected(capsys: pytest.
     assert told.getvalue() == ""
 
 
-@pytest.mark.usefixtures("impatient")
 def test_in_a_terminal_it_is_shown_while_output_is_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
     told, terminal = io.StringIO(), io.StringIO()
     console = Console(force_terminal=True, width=80, _environ={})

@@ -1,9 +1,8 @@
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import rich
@@ -20,8 +19,7 @@ def layer(name: str, shape: tuple[int, int] = (14336, 14336)) -> LayerReport:
 def printed(function: Callable[..., None], *args: Any, width: int = 80, **options: Any) -> str:
     """What a function prints on a console of this width."""
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rich, "_console", Console(file=said, width=width))
+    with patch.object(rich, "_console", Console(file=said, width=width)):
         function(*args, **options)
     return said.getvalue()
 
@@ -42,18 +40,13 @@ def test_kinds_have_the_shortest_names_that_tell_them_apart(names: list[str], ki
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
-    layers = [
-        layer("layers.0.up_proj"),
-        layer("layers.1.up_proj"),
-        layer("layers.0.self_attn.proj"),
-        layer("l.0.mlp.proj"),
-    ]
-    text = printed(print_event, EventReport(20, 0.5, layers, 100.0, 0.0, 4938.0, writing_seconds=2.5), width=width)
+    names = ("layers.0.up_proj", "layers.1.up_proj", "layers.0.self_attn.proj", "l.0.mlp.proj")
+    event = EventReport(20, 0.5, [layer(name) for name in names], 100.0, 0.0, 4938.0, writing_seconds=2.5)
+    text = printed(print_event, event, width=width)
     assert max(map(len, text.splitlines())) <= 80
     assert "optimizer step 20 to 50.0%" in text
     (up,) = [line for line in text.splitlines() if "up_proj" in line]
-    row = ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
-    assert up.split() == row
+    assert up.split() == ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
     assert "calibrating 100.0 s, solving 4938.0 s, writing 2.5 s: 5040.5 s in all" in text
     assert {"self_attn.proj", "mlp.proj"} <= {word for line in text.splitlines() for word in line.split()[:1]}
 
@@ -68,10 +61,8 @@ def test_the_event_says_what_reconstruction_gained() -> None:
 
 
 def test_the_summary_has_both_shares_and_what_was_measured() -> None:
-    events = [
-        EventReport(20, 0.5, [layer("a")], 4.0, 0.0, 2.0, writing_seconds=1.0),
-        EventReport(30, 0.5, [layer("a")], 4.0, 3.0, 2.0, writing_seconds=1.0),
-    ]
+    steps = ((20, 0.0), (30, 3.0))
+    events = [EventReport(step, 0.5, [layer("a")], 4.0, scan, 2.0, writing_seconds=1.0) for step, scan in steps]
     summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000, 0.5)
     text = printed(print_summary, PruningReport(events, summary))
     assert max(map(len, text.splitlines())) <= 80
