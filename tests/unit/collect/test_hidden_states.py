@@ -16,6 +16,7 @@ from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.ranks.access import ParameterAccess
 
 NONE = "no hidden states (batch, length, width) first, but"
+MODE = "torch.inference_mode, whose tensors can't be trained on"
 
 
 def resolved(value: Any, states: HiddenStates) -> Any:
@@ -136,32 +137,18 @@ def alone(block: nn.Module) -> nn.ModuleDict:
         (lambda block, x: block(x[:, 0]), lambda x: x, f"gets {NONE} a tensor (2, 4) of torch.float32"),
         (lambda block, x: block(x), lambda x: {"hidden": x}, f"gives {NONE} a dict"),
         (lambda block, x: block(x), lambda x: x.mean(1), f"gives {NONE} a tensor (2, 4) of torch.float32"),
+        (torch.inference_mode()(lambda block, x: block(x + 1)), lambda x: x, f"is called under {MODE}"),
+        (lambda block, x: block(x[:, :2]), lambda x: x, "gets (2, 2) hidden states, of which no mask says which count"),
     ],
 )
 def test_a_block_that_can_not_be_called_again_says_why(call: Any, gives: Any, why: str) -> None:
     block = Block(gives)
     states = of(alone(block))
     for number in range(2):
-        with states.recording(number, None):
+        with states.recording(number, lambda: torch.tensor([[True, True, False]] * 2)):
             call(block, torch.randn(2, 3, 4))
     assert states.refused == {"layers.0": why}
     assert states.calls == {}
-
-
-def test_inference_mode_is_a_reason() -> None:
-    block = Block()
-    states = of(alone(block))
-    with torch.inference_mode(), states.recording(0, None):
-        block(torch.randn(2, 3, 4))
-    assert "torch.inference_mode" in states.refused["layers.0"]
-
-
-def test_a_mask_that_does_not_fit_is_a_reason() -> None:
-    block = Block()
-    states = of(alone(block))
-    with states.recording(0, lambda: torch.tensor([[True, True, False, False]])):
-        block(torch.randn(2, 3, 4))
-    assert states.refused == {"layers.0": "gets (2, 3) hidden states, of which no mask says which count"}
 
 
 def test_one_rank_collects_its_own_calls_and_forgets_them() -> None:
