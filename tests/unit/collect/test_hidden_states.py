@@ -30,11 +30,15 @@ def of(model: nn.Module, steps: int = 64) -> HiddenStates:
     return states
 
 
+def llama(steps: int = 64) -> tuple[Any, HiddenStates]:
+    model = tiny_llama().eval()
+    return model, of(model, steps)
+
+
 def test_a_block_gets_what_the_one_before_gave() -> None:
-    model, states = tiny_llama().eval(), None
+    model, states = llama()
     seen: list[Tensor] = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    states = of(model)
     inputs = batch()
     with states.recording(0, None):
         logits = model(**inputs).logits
@@ -67,8 +71,7 @@ def test_what_a_block_changes_in_place_was_kept_before() -> None:
 
 
 def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
+    model, states = llama()
     model(**batch())
     states.stop()
     with states.recording(1, None):
@@ -77,22 +80,16 @@ def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None
 
 
 def test_as_many_batches_are_recorded_as_the_steps_take() -> None:
-    model = tiny_llama().eval()
-    states = of(model, steps=4)
-    for number in range(8):
-        with states.recording(number, None):
-            model(**batch())  # one step has up to 64 such sequences
-    assert list(states.calls["model.layers.0"]) == [0, 1, 2, 3]
-    states = of(model, steps=4)
-    for number in range(1, 8, 2):
-        with states.recording(number, None, ranks=2):
-            model(**batch())
-    assert list(states.calls["model.layers.0"]) == [1, 3], "each of two ranks has its half"
+    for numbers, ranks, taken in ((range(8), 1, [0, 1, 2, 3]), (range(1, 8, 2), 2, [1, 3])):  # each rank has its share
+        model, states = llama(steps=4)
+        for number in numbers:
+            with states.recording(number, None, ranks=ranks):
+                model(**batch())  # one step has up to 64 such sequences
+        assert list(states.calls["model.layers.0"]) == taken
 
 
 def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
+    model, states = llama()
     for number, padding in enumerate((2, 2, 0)):
         inputs = batch(padding)
         with states.recording(number, lambda inputs=inputs: token_mask(inputs)):  # type: ignore[misc]
@@ -106,8 +103,7 @@ def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
 
 
 def test_a_cache_is_left_out() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
+    model, states = llama()
     with states.recording(0, None):
         model(**batch(), use_cache=True)
     assert states.refused == {}
@@ -152,8 +148,7 @@ def test_a_block_that_can_not_be_called_again_says_why(call: Any, gives: Any, wh
 
 
 def test_one_rank_collects_its_own_calls_and_forgets_them() -> None:
-    model, access = tiny_llama().eval(), ParameterAccess()
-    states = of(model)
+    (model, states), access = llama(), ParameterAccess()
     for number in range(2):
         with states.recording(number, None):
             model(**batch())

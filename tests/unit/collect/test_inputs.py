@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from toy import Alike, OfTwo, Sequences, ToyLM, batch, counted, started, tiny_ll
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.collect.calibration_set import count_dataloader
 from thanos_lightning.collect.inputs import InputStatistics
-from thanos_lightning.collect.outputs import OutputGradients
 from thanos_lightning.collect.statistics import Statistics
 from thanos_lightning.collect.tokens import token_mask
 from thanos_lightning.layers.targets import find_targets
@@ -239,27 +239,14 @@ def test_state_goes_on_where_it_was() -> None:
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
 
 
-class Differentiated(OutputGradients):
-    """Hands what would be differentiated to a function."""
-
-    def __init__(self, backward: Callable[[Any, bool], None]) -> None:
-        super().__init__({})
-        self._backward = backward
-
-    def start(self, *, of_training: bool = True) -> None:
-        assert not of_training
-
-    def backward(self, loss: Any, *, counts: bool) -> None:
-        self._backward(loss, counts)
-
-
 def calibrated(
     module: LightningModule, batches: Any, folder: Path, *, access: Any = None, backward: Any = None
 ) -> InputStatistics:
     access = access or ParameterAccess()
     statistics, fitted = Statistics(find_targets(module), access), trainer(folder, max_steps=1)
     if backward is not None:
-        statistics.gradients = Differentiated(backward)
+        nothing: Any = SimpleNamespace(start=lambda of_training: None, stop=lambda: None, backward=backward)
+        statistics.gradients = nothing
     count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, loss_in=lambda output: output)
     return statistics.inputs
 
@@ -272,7 +259,7 @@ def test_a_dataloader_is_split_over_ranks_and_has_gradients_of_one_batch_in_four
     module.model.model.layers[0].eval()
     batches = [batch(number=number) for number in range(1, 8)]  # told apart by their numbers of sequences
 
-    def backward(output: Any, counts: bool) -> None:
+    def backward(output: Any, *, counts: bool) -> None:
         assert output.logits.requires_grad
         if counts:
             counted.append(len(output.logits) - 1)
@@ -335,7 +322,7 @@ def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
     module, losses = Classifier(), []
     logged: list[Any] = []
     module.log = lambda *one, **_: logged.append(one)
-    statistics = calibrated(module, pairs(), tmp_path, backward=lambda output, counts: losses.append(output))
+    statistics = calibrated(module, pairs(), tmp_path, backward=lambda output, **_: losses.append(output))
     assert logged == []
     assert [loss.requires_grad for loss in losses] == [True, True]
     assert statistics.accumulators["encoder.layers.0.linear1"].num_tokens == 6 * 4 * 5
@@ -363,52 +350,38 @@ def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
 
 
 class Saving(ToyLM):
-    """Counts the bytes that a training step and a calibration step keep for their backwards."""
+    """Notes the bytes that each forward keeps for its backward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.saved = {"training": 0, "calibration": 0}
+        self.saved: list[int] = []
 
-    def _run(self, kind: str, batch: dict[str, Tensor]) -> Any:
-        total = 0
+    def forward(self, **batch: Tensor) -> Any:
+        self.saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            return super().forward(**batch)
 
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self(**batch)
-        self.saved[kind] = max(self.saved[kind], total)
-        return output
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._run("training", batch).loss
-
-    def calibration_step(self, batch: dict[str, Tensor]) -> Any:
-        assert not any(part.training for part in self.modules() if isinstance(part, nn.Dropout))
-        return self._run("calibration", batch)
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.saved[-1] += tensor.nbytes
+        return tensor
 
 
 def test_a_calibration_keeps_no_more_activations_than_a_training_step(tmp_path: Path) -> None:
-    saved = {}
+    saved, reports = [], []
     for checkpoints in (True, False):
         module = Saving()
-        model = module.model
         if checkpoints:
-            model.gradient_checkpointing_enable()
-        modes = [part.training for part in model.modules()]
-        funcs = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
-        callback = ThanosPruningCallback(
-            "unstructured", 0.5, calibration=CalibrationOptions(batches=[batch(), batch()])
-        )
+            module.model.gradient_checkpointing_enable()
+        callback = ThanosPruningCallback("unstructured", 0.5, calibration=CalibrationOptions([batch(), batch()]))
+        before = [(part.training, getattr(part, "_gradient_checkpointing_func", None)) for part in module.modules()]
         trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(Sequences(8), batch_size=3))
-        assert [part.training for part in model.modules()] == modes
-        assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == funcs
-        saved[checkpoints] = (module.saved["training"], module.saved["calibration"], callback.report)
-    (trained, calibrated, report), (_, whole, other) = saved[True], saved[False]
+        after = [(part.training, getattr(part, "_gradient_checkpointing_func", None)) for part in module.modules()]
+        assert after == before
+        saved.append((max(module.saved[:-1]), module.saved[-1]))
+        reports.append(callback.report.events[0].layers)
+    (calibrated, trained), (whole, _) = saved
     assert 0 < calibrated <= 1.01 * trained
     assert whole > 1.5 * calibrated
-    for one, same in zip(report.events[0].layers, other.events[0].layers, strict=True):
+    for one, same in zip(*reports, strict=True):
         assert one.sparsity == same.sparsity
         assert one.relative_loss == pytest.approx(same.relative_loss, rel=1e-4)

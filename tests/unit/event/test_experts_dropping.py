@@ -151,7 +151,11 @@ def test_an_expert_that_went_does_not_come_back_for_one_that_no_token_reached(tm
 def test_experts_of_one_mixture_are_compared_in_one_window(tmp_path: Path) -> None:
     of_mixture = 8 * 4 * 24**2
     others = [TargetOverride(["*.self_attn.*"], "2:4")]  # with which a mixture does not fit, and without does
-    settings = {"schedule": SparsitySchedule(at=[4]), "memory_gib": 1.1 * of_mixture / 2**30, "steps": 1}
+    settings: dict[str, Any] = {
+        "schedule": SparsitySchedule(at=[4]),
+        "memory_gib": 1.1 * of_mixture / 2**30,
+        "steps": 1,
+    }
     module = fit(tmp_path, tiny_mixture(), dropping(overrides=others, **settings))
     assert [len(gone) for gone in gone_from(module)] == [4, 4]
     with pytest.raises(ValueError, match=r"all experts of model.model.layers.0.mlp.experts.*Raise it to that"):

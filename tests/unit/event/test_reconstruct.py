@@ -132,7 +132,7 @@ def test_each_block_gives_more_of_what_it_gave(build: Any) -> None:
 
 
 def test_padding_teaches_nothing() -> None:
-    results = []
+    results: list[Any] = []
     for noise in (0.0, 1e4):
         model, states, kept = solved_llama(padding=10)
         for calls in states.calls.values():
@@ -152,7 +152,7 @@ def test_what_gets_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_same_calls_give_the_same_weights_and_leave_random_numbers_alone() -> None:
-    results = []
+    results: list[Any] = []
     for _ in range(2):
         model, states, kept = solved_llama(steps=5)
         torch.manual_seed(len(results))

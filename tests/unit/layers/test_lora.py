@@ -50,6 +50,10 @@ def merged_weight(layer: Any, *names: str) -> Tensor:
     return weight + (weight != 0) * (added.T if isinstance(layer.get_base_layer(), Conv1D) else added)
 
 
+def computed(layer: Any, x: Tensor, *names: str) -> Tensor:
+    return nn.functional.linear(x, merged_weight(layer, *names), layer.get_base_layer().bias)
+
+
 @given(
     rows=st.integers(1, 9), cols=st.integers(1, 9), rank=st.integers(1, 4), seed=st.integers(0, 99), conv=st.booleans()
 )
@@ -78,7 +82,7 @@ def test_a_weight_and_a_bias_that_are_trained_get_their_gradients() -> None:
     base.weight.requires_grad_(True)
     x = torch.randn(4, 7, dtype=torch.float64)
     weight, bias = torch.autograd.grad(model(x).square().sum(), [base.weight, base.bias])
-    output = nn.functional.linear(x, merged_weight(layer, "default"), base.bias)
+    output = computed(layer, x, "default")
     torch.testing.assert_close((weight, bias), ((2 * output).T @ x, (2 * output).sum(0)))
 
 
@@ -88,8 +92,7 @@ def test_several_adapters_are_added_and_inactive_ones_are_not() -> None:
     layer, x = layer_of(model), torch.randn(4, 7)
     for active in (["default"], ["other"], ["default", "other"]):
         layer.set_adapter(active)
-        expected = nn.functional.linear(x, merged_weight(layer, *active), layer.get_base_layer().bias)
-        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x), computed(layer, x, *active))
     with model.disable_adapter():
         torch.testing.assert_close(model(x), layer.get_base_layer()(x))
 
@@ -105,7 +108,7 @@ def test_dropout_is_of_what_the_adapter_adds() -> None:
     added = merged_weight(layer, "default") - base.weight
     torch.testing.assert_close(output, base(x) + dropped @ added.T)
     model.eval()
-    torch.testing.assert_close(model(x), nn.functional.linear(x, merged_weight(layer, "default"), base.bias))
+    torch.testing.assert_close(model(x), computed(layer, x, "default"))
 
 
 @pytest.mark.parametrize("safe", [False, True])
