@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_mixtures import tiny_mixture
 from torch import Tensor, nn
@@ -107,25 +106,22 @@ def test_the_search_leaves_the_training_as_it_was(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-class Own(LightningModule):
-    """A model of one's own, whose body may get an example as it is."""
+class Own(ToyLM):
+    """A model of one's own, between an embedding, which an example may do without, and a head."""
 
-    def __init__(self, body: nn.Module, example: Any = None, blocks: list[FeedForward] | None = None) -> None:
-        super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(VOCABULARY, 16), body, nn.Linear(16, VOCABULARY)
+    def __init__(self, model: Any, example: Any = None, blocks: list[FeedForward] | None = None) -> None:
+        super().__init__(model)
+        self.embed, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
         self.example_input_array = example
         if blocks:
             self.feed_forwards = lambda: blocks
 
-    def forward(self, inputs: Tensor) -> Any:
-        return self.head(self.body(inputs if inputs.is_floating_point() else self.embed(inputs)))
+    def forward(self, inputs: Tensor) -> Any:  # type: ignore[override]
+        return self.head(self.model(inputs if inputs.is_floating_point() else self.embed(inputs)))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits = self(batch["input_ids"])
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 IDS = torch.arange(8).unsqueeze(0)
@@ -176,7 +172,7 @@ def three() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 16))
 
 
-@pytest.mark.parametrize(("body", "down", "up"), [(Twice, "body.down", "body.up"), (three, "body.2", "body.0")])
+@pytest.mark.parametrize(("body", "down", "up"), [(Twice, "model.down", "model.up"), (three, "model.2", "model.0")])
 def test_a_block_of_ones_own_is_declared(tmp_path: Path, body: Any, down: str, up: str) -> None:
     module, callback = Own(body(), IDS, [FeedForward(down, [up])]), channels()
     trainer(tmp_path, callback, max_steps=6).fit(module, loader(32))
@@ -197,7 +193,7 @@ def test_an_example_is_converted_as_batches_are_and_a_gate_that_is_zero_hides_no
     module = Own(nn.Sequential(Relu(), Relu()), example)
     trainer(tmp_path, callback, max_steps=5, precision=precision).fit(module, loader(32))
     owned = ("gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight")
-    assert callback.state_dict()["masks"].keys() == {f"body.{block}.{name}" for block in range(2) for name in owned}
+    assert callback.state_dict()["masks"].keys() == {f"model.{block}.{name}" for block in range(2) for name in owned}
 
 
 def unequal() -> Any:
@@ -249,8 +245,8 @@ def half_pruned() -> Any:
         (lambda: Own(Twice(), IDS), {}, r"no feed-forward block was found in Own .* feed_forwards\(\)"),
         (lambda: Own(Twice(), torch.randn(1, 8)), {}, r"Own can't be run on a.*\(RuntimeError: .*example_input_array"),
         (lambda: Own(Twice()), {}, "set its example_input_array"),
-        (routed, {}, r"2 layer\(s\), such as body.1.0, are named like those of feed-forward"),
-        (lambda: Own(three(), IDS), {}, r"layer body.2 is in two feed-forward blocks.* name blocks in feed_forwards"),
+        (routed, {}, r"2 layer\(s\), such as model.1.0, are named like those of feed-forward"),
+        (lambda: Own(three(), IDS), {}, r"layer model.2 is in two feed-forward blocks.* name blocks in feed_forwards"),
     ],
 )
 def test_what_can_not_be_taken_out_is_refused_before_the_training(
@@ -259,7 +255,7 @@ def test_what_can_not_be_taken_out_is_refused_before_the_training(
     model, begun = build(), []
     fit = trainer(tmp_path, channels(**options), at("on_train_batch_start", lambda *_: begun.append(1)), max_steps=5)
     with pytest.raises(ValueError, match=message):
-        fit.fit(model if isinstance(model, Own) else ToyLM(model), loader(32))
+        fit.fit(model if isinstance(model, ToyLM) else ToyLM(model), loader(32))
     assert not begun
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,16 +280,18 @@ def test_a_calibration_set_trains_blocks_unless_told_otherwise(tmp_path: Path) -
     assert run(tmp_path, batches=batches, block_steps=0).blocks == run(tmp_path, steps=1).blocks == []
 
 
-def test_a_small_calibration_set_says_how_many_tokens_it_wants(tmp_path: Path) -> None:
-    batches = [batch(seed) for seed in range(4)]
-    with pytest.warns(UserWarning, match=r"has 384 tokens, on which a block is trained for 8 steps, not for 64: give"):
-        run(tmp_path, batches=batches)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run(tmp_path, batches=batches, block_steps=8)
-    assert not any("tokens" in str(one.message) for one in caught)
-
-
-def test_steps_without_blocks_are_said_to_be_for_nothing(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"block_steps is 8, but no block has two layers to prune"):
-        run(tmp_path, "*q_proj", batches=[batch(0)], block_steps=8)
+@pytest.mark.parametrize(
+    ("number", "options", "words"),
+    [
+        (4, {}, r"has 384 tokens, on which a block is trained for 8 steps, not for 64: give"),
+        (1, {"targets": "*q_proj", "block_steps": 8}, r"block_steps is 8, but no block has two layers to prune"),
+        (4, {"block_steps": 8}, None),
+    ],
+)
+def test_steps_for_which_there_are_no_tokens_or_blocks_are_said(
+    number: int, options: dict[str, Any], words: str | None, tmp_path: Path, recwarn: Any
+) -> None:
+    run(tmp_path, batches=[batch(seed) for seed in range(number)], **options)
+    said = [str(one.message) for one in recwarn if re.search("tokens|block_steps", str(one.message))]
+    assert len(said) == (words is not None)
+    assert all(re.search(words or "", text) for text in said)

@@ -49,18 +49,13 @@ def test_experts_can_be_chosen_one_by_one() -> None:
     assert sorted({name.partition("experts.")[2] for name in layers}) == ["2.down_proj", "2.gate_proj"]
 
 
-class Stranger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.randn(4, 8, 8))
-
-
 def test_experts_of_a_layout_that_is_not_known_are_none() -> None:
-    model = nn.ModuleDict({"experts": Stranger(), "conv": nn.Conv1d(2, 2, 3), "fc": nn.Linear(8, 8)})
+    stranger = nn.ParameterDict({"w1": torch.randn(4, 8, 8)})
+    model = nn.ModuleDict({"experts": stranger, "conv": nn.Conv1d(2, 2, 3), "fc": nn.Linear(8, 8)})
     assert matrices_of(model["experts"]) == {}
     assert [name for name, _ in unknown_experts(model)] == ["experts"]
     assert list(find_targets(model)) == ["fc"]
-    with pytest.raises(ValueError, match=r"means Stranger \(experts\), experts whose layout is not known"):
+    with pytest.raises(ValueError, match=r"means ParameterDict \(experts\), experts whose layout is not known"):
         find_targets(model, targets=["experts.*"])
 
 
