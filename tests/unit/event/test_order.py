@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,19 @@ def pruned(folder: Path, model: Any, make: Any = still, lm: Any = ToyLM, **optio
     return callback
 
 
-@contextmanager
-def ordered_blocks() -> Iterator[list[tuple[str, Tensor]]]:
-    """The down layers whose channels get another order, and that order, as it happens."""
-    ordered: list[tuple[str, Tensor]] = []
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The down layers whose channels have got another order, and that order."""
+    found: dict[str, Tensor] = {}
 
     def order(*args: Any) -> dict[str, Tensor]:
         orders = order_channels(*args)
-        ordered.extend(orders.items())
+        assert not orders.keys() & found.keys(), "an order is found once"
+        found.update(orders)
         return orders
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "order_channels", order)
-        yield ordered
+    monkeypatch.setattr(room, "order_channels", order)
+    return found
 
 
 @pytest.fixture
@@ -95,13 +95,14 @@ def test_another_order_changes_nothing_that_the_model_computes(
     assert now.sum(1 - dim).sort().values.allclose(weight.sum(1 - dim).sort().values)
 
 
-def test_down_layers_lose_less_and_others_what_they_did_with_their_rows_in_the_new_order(tmp_path: Path) -> None:
+def test_down_layers_lose_less_and_others_what_they_did_with_their_rows_in_the_new_order(
+    tmp_path: Path, ordered: dict[str, Tensor]
+) -> None:
     down, others, nonzero = [], [], []
     for reorder in (False, True):
         model = tiny_llama(hidden_size=64, intermediate_size=192)
-        with ordered_blocks() as ordered:  # the rows of the up layers compete
-            up = TargetOverride("*up_proj", "unstructured", 0.5)
-            callback = pruned(tmp_path, model, reorder=reorder, overrides=[up], output_weights="diagonal")
+        up = TargetOverride("*up_proj", "unstructured", 0.5)  # whose rows compete
+        callback = pruned(tmp_path, model, reorder=reorder, overrides=[up], output_weights="diagonal")
         layers = callback.report.events[0].layers
         down.append(sum(layer.relative_loss for layer in layers if layer.name.endswith("down_proj")))
         others.append([layer.relative_loss for layer in layers if not layer.name.endswith("down_proj")])
@@ -109,7 +110,7 @@ def test_down_layers_lose_less_and_others_what_they_did_with_their_rows_in_the_n
     assert down[1] < down[0]
     assert others[1] == pytest.approx(others[0], rel=1e-4)
     assert nonzero[0].unique().numel() > 4
-    order = dict(ordered)["model.model.layers.1.mlp.down_proj"]
+    order = ordered["model.model.layers.1.mlp.down_proj"]
     assert (nonzero[1] == nonzero[0][order]).float().mean() > 0.9
 
 
@@ -165,18 +166,17 @@ def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
     ],
 )
 def test_the_order_stays_where_another_one_gains_nothing_or_was_not_asked_for(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path, ordered: dict[str, Tensor]
 ) -> None:
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, tiny_llama(), **options)
+    pruned(tmp_path, tiny_llama(), **options)
     assert not ordered
 
 
-def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path) -> None:
+def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
     model = tiny_llama()
     pruned(tmp_path, model, pattern="3:4", reorder=False)
     zeros = model.model.layers[0].mlp.down_proj.weight == 0
-    with pytest.warns(UserWarning, match="pruned already"), ordered_blocks() as ordered:
+    with pytest.warns(UserWarning, match="pruned already"):
         pruned(tmp_path, model)
     assert not ordered
     now = model.model.layers[0].mlp.down_proj.weight == 0
@@ -192,14 +192,12 @@ def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     assert "order channels are not permuted: no target with N:M is the down layer of a feed-forward block" in said
 
 
-def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
+def test_zeros_of_an_earlier_window_hold(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
     model = tiny_llama()
-    with ordered_blocks() as ordered:
-        # the callback counts violations at the end
-        callback = pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)
+    callback = pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # which counts violations at the end
     assert callback._run is not None
     assert len(callback._run.windows) > 4
-    assert [name for name, _ in ordered] == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert list(ordered) == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     for name, part in model.named_modules():
         if name.endswith("proj"):
             assert (part.weight.unflatten(1, (-1, 4)) == 0).sum(-1).min() == 2
@@ -259,21 +257,19 @@ INDEXED: dict[str, tuple[str, Callable[[Any, Any], nn.Module]]] = {
 
 @pytest.mark.parametrize("what", INDEXED)
 @pytest.mark.usefixtures("keeps_all")
-def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path) -> None:
+def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path, ordered: dict[str, Tensor]) -> None:
     model = tiny_llama()
     name, make = INDEXED[what]
     for layer in model.model.layers:
         setattr(layer.mlp, name, make(layer.mlp, model.model.layers[0].mlp))
     before = logits_of(model)
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
-    assert not [name for name, _ in ordered if name.endswith(("down_proj", "inner"))]
+    pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
+    assert not [name for name in ordered if name.endswith(("down_proj", "inner"))]
     torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
+def test_a_later_event_leaves_the_order(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
+    pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
     assert len(ordered) == 2
 
 
@@ -297,12 +293,11 @@ def fail(*_: Any, **__: Any) -> None:
     ],
 )
 def test_a_search_that_fails_leaves_the_order(
-    where: str | None, lm: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, recwarn: Any
+    where: str | None, lm: Any, words: str, tmp_path: Path, ordered: Any, monkeypatch: Any, capsys: Any, recwarn: Any
 ) -> None:
     if where is not None:
         monkeypatch.setattr(f"thanos_lightning.event.{where}", fail)
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, tiny_llama(), lm=lm)
+    pruned(tmp_path, tiny_llama(), lm=lm)
     assert not ordered
     said = [*(str(one.message) for one in recwarn), " ".join(capsys.readouterr().out.split())]
     assert any(re.search(words, text) for text in said)

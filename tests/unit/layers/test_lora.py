@@ -55,10 +55,11 @@ def computed(layer: Any, x: Tensor, *names: str) -> Tensor:
 
 
 @given(
-    rows=st.integers(1, 9), cols=st.integers(1, 9), rank=st.integers(1, 4), seed=st.integers(0, 99), conv=st.booleans()
-)
+    rows=st.integers(1, 9), cols=st.integers(1, 9), rank=st.integers(1, 4), seed=st.integers(0, 99), conv=st.booleans(),
+    trains=st.booleans(),
+)  # fmt: skip
 def test_outputs_and_gradients_are_those_of_the_merged_weight(
-    rows: int, cols: int, rank: int, seed: int, conv: bool
+    rows: int, cols: int, rank: int, seed: int, conv: bool, trains: bool
 ) -> None:
     model = masked(rows, cols, rank, seed, of_layer={"transposed": conv}).double()
     layer = layer_of(model)
@@ -66,6 +67,8 @@ def test_outputs_and_gradients_are_those_of_the_merged_weight(
     x = torch.randn(2, 3, cols, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 3, rows, dtype=torch.float64)
     learnt = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if trains:  # the base, too
+        learnt += [one.requires_grad_(True) for one in layer.get_base_layer().parameters()]
     output = model(x)
     found = torch.autograd.grad(output, learnt, upstream)
     weight = merged_weight(layer, "default")
@@ -73,17 +76,6 @@ def test_outputs_and_gradients_are_those_of_the_merged_weight(
     torch.testing.assert_close(output, expected)
     for own, reference in zip(found, torch.autograd.grad(expected, learnt, upstream), strict=True):
         torch.testing.assert_close(own, reference)
-
-
-def test_a_weight_and_a_bias_that_are_trained_get_their_gradients() -> None:
-    model = masked(5, 7, 2, bias="lora_only").double()
-    layer = layer_of(model)
-    base = layer.get_base_layer()
-    base.weight.requires_grad_(True)
-    x = torch.randn(4, 7, dtype=torch.float64)
-    weight, bias = torch.autograd.grad(model(x).square().sum(), [base.weight, base.bias])
-    output = computed(layer, x, "default")
-    torch.testing.assert_close((weight, bias), ((2 * output).T @ x, (2 * output).sum(0)))
 
 
 def test_several_adapters_are_added_and_inactive_ones_are_not() -> None:
