@@ -41,7 +41,7 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
     handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     inputs = batch()
     with states.recording(0, None):
-        logits = model(**inputs).logits
+        logits = model(**inputs, use_cache=True).logits
     handle.remove()
     first, second = (states.calls[f"model.layers.{index}"][0] for index in (0, 1))
     assert second.inputs is first.outputs, "kept once"
@@ -49,6 +49,8 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
     assert second.inputs.dtype == torch.bfloat16
     assert second.dtype == torch.float32
     assert second.computes_in is None
+    plain = (type(None), bool, tuple, Reference)  # and no cache
+    assert all(isinstance(value, plain) for value in (*first.kwargs.values(), *second.kwargs.values()))
     states.stop()
     with torch.no_grad():  # what was recorded is all that the block takes
         block = model.model.layers[1]
@@ -100,15 +102,6 @@ def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
     assert resolved(calls[0].counted, states).equal(batch(2)["attention_mask"].bool())
     assert calls[0].kwargs["position_embeddings"] == calls[2].kwargs["position_embeddings"]
     assert len({one.data_ptr() for one in states.others.values()}) == len(states.others) < 8
-
-
-def test_a_cache_is_left_out() -> None:
-    model, states = llama()
-    with states.recording(0, None):
-        model(**batch(), use_cache=True)
-    assert states.refused == {}
-    plain = (type(None), bool, tuple, Reference)
-    assert all(isinstance(value, plain) for value in states.calls["model.layers.0"][0].kwargs.values())
 
 
 class Block(nn.Module):

@@ -286,7 +286,7 @@ def test_a_resumed_training_is_the_one_that_was_not_stopped(tmp_path: Path) -> N
     def trained(seed: int, *saving: ModelCheckpoint, start: int | None = None) -> tuple[ToyLM, Any]:
         module, callback = ToyLM(tiny_llama(seed=seed)), channels()
         fit = trainer(tmp_path, callback, *saving, max_steps=8, enable_checkpointing=bool(saving))
-        fit.fit(module, ResumableBatches(64), ckpt_path=start and tmp_path / f"step={start}.ckpt")
+        fit.fit(module, ResumableBatches(64), ckpt_path=tmp_path / f"step={start}.ckpt" if start else None)
         return module, callback.state_dict()["masks"]
 
     whole, masks = trained(0, ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1))

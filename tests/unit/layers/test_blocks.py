@@ -18,20 +18,16 @@ def test_blocks_are_the_decoder_layers_with_their_targets() -> None:
     assert blocks["model.layers.1"].module is model.model.layers[1]
 
 
-def test_a_list_in_a_block_has_no_blocks() -> None:
+def test_a_list_in_a_block_a_layer_alone_and_layers_of_several_blocks_make_no_block() -> None:
     def block() -> nn.Module:
         return nn.ModuleDict({"experts": nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])})
 
-    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
-    assert list(find_blocks(model, find_targets(model))) == ["layers.0", "layers.1"]
-
-
-def test_a_layer_alone_and_layers_of_several_blocks_make_no_block() -> None:
+    layers = nn.ModuleList([block(), block()])
     shared = nn.Linear(4, 4)
     alone = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())])
     sharing = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared)])
-    model = nn.ModuleDict({"alone": alone, "sharing": sharing})
-    assert find_blocks(model, find_targets(model)) == {}
+    model = nn.ModuleDict({"layers": layers, "alone": alone, "sharing": sharing})
+    assert list(find_blocks(model, find_targets(model))) == ["layers.0", "layers.1"]
 
 
 def test_a_replica_keeps_what_is_tied_and_what_is_plain() -> None:
