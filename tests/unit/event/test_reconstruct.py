@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +166,21 @@ def test_a_block_that_was_not_called_is_named() -> None:
         assert [report.name for report in trained(model, states, kept)] == ["model.layers.0"]
 
 
-class Experts(nn.Module):
-    """Its second expert gets the sequences whose first entry is positive, if there is one."""
+class Two(nn.Module):
+    """A block of two layers and what a function makes of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gives: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.one, self.other, self.gives = nn.Linear(8, 8), nn.Linear(8, 8), gives
 
     def forward(self, hidden: Tensor) -> Tensor:
-        chosen = hidden[:, 0, 0] > 0
-        given = hidden + self.one(hidden)
-        if chosen.any():
-            given = given.index_add(0, chosen.nonzero()[:, 0], self.other(hidden[chosen]))
-        return given
+        return self.gives(self, hidden)
+
+
+def experts(block: Two, hidden: Tensor) -> Tensor:
+    """The second expert gets the sequences whose first entry is positive, if there is one."""
+    given, chosen = hidden + block.one(hidden), hidden[:, 0, 0] > 0
+    return given.index_add(0, chosen.nonzero()[:, 0], block.other(hidden[chosen])) if chosen.any() else given
 
 
 def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
@@ -185,55 +188,49 @@ def test_an_expert_without_a_token_in_a_step_waits_for_one() -> None:
     inputs = [torch.randn(1, 600, 8) for _ in range(8)]
     for number, hidden in enumerate(inputs):
         hidden[0, 0, 0] = 1 if number == 3 else -1
-    model, states = alone(Experts(), inputs)
+    model, states = alone(Two(experts), inputs)
     solved = weights_of(kept := halves(find_targets(model)))
     (report,) = trained(model, states, kept)
     assert report.error < report.error_solved
     assert not any(one.equal(solved[name]) for name, one in weights_of(kept).items())
 
 
-class InPlace(Experts):
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden.mul_(2)
-        return hidden + self.other(self.one(hidden).relu())
-
-
 def test_a_block_that_changes_what_it_gets_is_given_a_copy() -> None:
+    def in_place(block: Two, hidden: Tensor) -> Tensor:
+        hidden.mul_(2)
+        return hidden + block.other(block.one(hidden).relu())
+
     torch.manual_seed(0)
     given = [torch.randn(1, 600, 8, dtype=torch.bfloat16) for _ in range(8)]
-    model, states = alone(InPlace().bfloat16(), given)
+    model, states = alone(Two(in_place).bfloat16(), given)
     calls = list(states.calls["layers.0"].values())
     (report,) = trained(model, states, halves(find_targets(model)))
     assert report.error < report.error_solved
     assert all(call.inputs.equal(hidden) for call, hidden in zip(calls, given, strict=True))
 
 
-class Counting(Experts):
-    """Gives something else at each call."""
-
-    calls = 0
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.calls += 1
-        return self.calls * self.other(self.one(hidden))  # type: ignore[no-any-return]
+CALLS = count(1)
 
 
-class Short(Experts):
-    def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[1] > 4 and torch.is_grad_enabled():
-            raise ValueError("too long")
-        return super().forward(hidden)
+def another_at_each_call(block: Two, hidden: Tensor) -> Tensor:
+    return next(CALLS) * experts(block, hidden)
+
+
+def short(block: Two, hidden: Tensor) -> Tensor:
+    if hidden.shape[1] > 4 and torch.is_grad_enabled():
+        raise ValueError("too long")
+    return experts(block, hidden)
 
 
 @pytest.mark.parametrize(
-    ("block", "words"),
+    ("gives", "words"),
     [
-        (Counting, r"1 block.*layers.0 gives something else.*calibration.block_steps=0"),
-        (Short, r"layers.0 fails when it is called on its own \(ValueError: too long\)"),
+        (another_at_each_call, r"1 block.*layers.0 gives something else.*calibration.block_steps=0"),
+        (short, r"layers.0 fails when it is called on its own \(ValueError: too long\)"),
     ],
 )
-def test_a_block_that_can_not_be_trained_is_left_alone(block: type[nn.Module], words: str) -> None:
-    model, states = alone(block(), [torch.randn(2, length, 8) for length in (4, 8)], steps=4)
+def test_a_block_that_can_not_be_trained_is_left_alone(gives: Any, words: str) -> None:
+    model, states = alone(Two(gives), [torch.randn(2, length, 8) for length in (4, 8)], steps=4)
     solved = weights_of(kept := halves(find_targets(model)))
     with pytest.warns(UserWarning, match=words):
         assert trained(model, states, kept) == []
