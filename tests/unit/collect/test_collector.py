@@ -41,18 +41,22 @@ def collector(module: ToyLM, **settings: Any) -> Collector:
     return Collector(find_targets(module, "*", "lm_head"), ParameterAccess(), options, {}, 0)
 
 
-def window(module: ToyLM, *, scans: bool = False, gradients: bool = False) -> Window:
+def window(module: ToyLM, *, gradients: bool = False, scans: bool = False) -> Window:
     patterns = dict.fromkeys(find_targets(module, "*", "lm_head"), Unstructured(0.5))
     return Window(Event(3, 1.0), patterns, 0, 3, is_last=True, scans=scans, gradients=gradients)
 
 
-def train_on(module: ToyLM, collecting: Collector, batches: list[dict[str, Tensor]]) -> None:
+def trained(module: ToyLM, of: Window, batches: list[dict[str, Tensor]], **settings: Any) -> Collector:
+    """What has collected in a training on the batches."""
+    collecting = collector(module, **settings)
+    collecting.open(of, module)
     for batch in batches:
         collecting.begin(batch)
         loss = module(**batch).loss
         collecting.end()
         module(input_ids=batch["input_ids"] * 0)  # what runs after the training step is not counted
         loss.backward()
+    return collecting
 
 
 def moments(collected: Moments) -> Tensor:
@@ -61,22 +65,19 @@ def moments(collected: Moments) -> Tensor:
 
 
 def test_training_batches_and_a_calibration_set_say_the_same(module: ToyLM, fitted: Trainer) -> None:
-    collecting = collector(module)
-    collecting.open(window(module), module)
-    train_on(module, collecting, BATCHES)
-    trained = collecting.take(window(module), fitted, module)
-    assert trained.seconds > 0
-    assert trained.output_weights == {}
+    collecting = trained(module, window(module), BATCHES)
+    found = collecting.take(window(module), fitted, module)
+    assert found.seconds > 0
+    assert found.output_weights == {}
     assert collecting.statistics is None
     told = collector(module, batches=BATCHES).take(window(module), fitted, module)
-    torch.testing.assert_close(moments(told), moments(trained))
+    torch.testing.assert_close(moments(told), moments(found))
 
 
 def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fitted: Trainer) -> None:
-    collecting = collector(module)
-    collecting.open(window(module, scans=True, gradients=True), module)
-    train_on(module, collecting, BATCHES)
-    assert collecting.take(window(module, scans=True, gradients=True), fitted, module).stay
+    scan = window(module, gradients=True, scans=True)
+    collecting = trained(module, scan, BATCHES)
+    assert collecting.take(scan, fitted, module).stay
     collecting.stop()
     with pytest.raises(PruningError, match="step 3 is due, but its statistics were not collected"):
         collecting.take(window(module, gradients=True), fitted, module)
@@ -84,16 +85,15 @@ def test_what_waits_for_an_event_does_not_outlive_the_training(module: ToyLM, fi
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fitted: Trainer, keeps: bool) -> None:
-    collecting = collector(module, memory_gib=None if keeps else 1.0)
-    collecting.open(window(module, scans=True, gradients=True), module)
-    train_on(module, collecting, BATCHES)
+    scan = window(module, gradients=True, scans=True)
+    collecting = trained(module, scan, BATCHES, memory_gib=None if keeps else 1.0)
     of_inputs = 0.0 if collecting.statistics is None else collecting.statistics.stopwatch.seconds()
-    looked = collecting.take(window(module, scans=True, gradients=True), fitted, module)
+    looked = collecting.take(scan, fitted, module)
     assert looked.seconds > of_inputs > 0
     if keeps:
         pruned = collecting.take(window(module, gradients=True), fitted, module)
         assert torch.equal(moments(looked), moments(pruned))
-        assert all(torch.equal(one, pruned.output_weights[name]) for name, one in looked.output_weights.items())
+        torch.testing.assert_close(pruned.output_weights, looked.output_weights, rtol=0, atol=0)
         assert pruned.seconds == 0  # they are told of once
     # of weights that are others by now
     with pytest.raises(PruningError, match="its statistics were not collected"):
@@ -102,17 +102,11 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
 
 def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
     padded = list(loader(8, padding=6))
-    found = []
-    for key in ("attention_mask", None):
-        collecting = collector(module, attention_mask_key=key)
-        collecting.open(window(module), module)
-        train_on(module, collecting, padded)
+    for key, number in (("attention_mask", 8 * 10), (None, 8 * 16)):
+        collecting = trained(module, window(module), padded, attention_mask_key=key)
         accumulators = collecting.take(window(module), fitted, module).accumulators
         assert accumulators is not None
-        found.append(accumulators[LAYER].num_tokens)
-    assert found == [8 * 10, 8 * 16]
-    masked = collector(module, attention_mask_key="mask")
-    masked.open(window(module), module)
+        assert accumulators[LAYER].num_tokens == number
     with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
-        train_on(module, masked, padded)
+        trained(module, window(module), padded, attention_mask_key="mask")
     assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1

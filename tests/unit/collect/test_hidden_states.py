@@ -16,6 +16,7 @@ from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.ranks.access import ParameterAccess
 
 NONE = "no hidden states (batch, length, width) first, but"
+MODE = "torch.inference_mode, whose tensors can't be trained on"
 
 
 def resolved(value: Any, states: HiddenStates) -> Any:
@@ -29,14 +30,18 @@ def of(model: nn.Module, steps: int = 64) -> HiddenStates:
     return states
 
 
+def llama(steps: int = 64) -> tuple[Any, HiddenStates]:
+    model = tiny_llama().eval()
+    return model, of(model, steps)
+
+
 def test_a_block_gets_what_the_one_before_gave() -> None:
-    model, states = tiny_llama().eval(), None
+    model, states = llama()
     seen: list[Tensor] = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    states = of(model)
     inputs = batch()
     with states.recording(0, None):
-        logits = model(**inputs).logits
+        logits = model(**inputs, use_cache=True).logits
     handle.remove()
     first, second = (states.calls[f"model.layers.{index}"][0] for index in (0, 1))
     assert second.inputs is first.outputs, "kept once"
@@ -44,6 +49,8 @@ def test_a_block_gets_what_the_one_before_gave() -> None:
     assert second.inputs.dtype == torch.bfloat16
     assert second.dtype == torch.float32
     assert second.computes_in is None
+    plain = (type(None), bool, tuple, Reference)  # and no cache
+    assert all(isinstance(value, plain) for value in (*first.kwargs.values(), *second.kwargs.values()))
     states.stop()
     with torch.no_grad():  # what was recorded is all that the block takes
         block = model.model.layers[1]
@@ -66,8 +73,7 @@ def test_what_a_block_changes_in_place_was_kept_before() -> None:
 
 
 def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
+    model, states = llama()
     model(**batch())
     states.stop()
     with states.recording(1, None):
@@ -76,22 +82,16 @@ def test_nothing_is_recorded_outside_of_a_recording_or_of_another_rank() -> None
 
 
 def test_as_many_batches_are_recorded_as_the_steps_take() -> None:
-    model = tiny_llama().eval()
-    states = of(model, steps=4)
-    for number in range(8):
-        with states.recording(number, None):
-            model(**batch())  # one step has up to 64 such sequences
-    assert list(states.calls["model.layers.0"]) == [0, 1, 2, 3]
-    states = of(model, steps=4)
-    for number in range(1, 8, 2):
-        with states.recording(number, None, ranks=2):
-            model(**batch())
-    assert list(states.calls["model.layers.0"]) == [1, 3], "each of two ranks has its half"
+    for numbers, ranks, taken in ((range(8), 1, [0, 1, 2, 3]), (range(1, 8, 2), 2, [1, 3])):  # each rank has its share
+        model, states = llama(steps=4)
+        for number in numbers:
+            with states.recording(number, None, ranks=ranks):
+                model(**batch())  # one step has up to 64 such sequences
+        assert list(states.calls["model.layers.0"]) == taken
 
 
 def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
+    model, states = llama()
     for number, padding in enumerate((2, 2, 0)):
         inputs = batch(padding)
         with states.recording(number, lambda inputs=inputs: token_mask(inputs)):  # type: ignore[misc]
@@ -102,16 +102,6 @@ def test_the_mask_of_tokens_and_the_other_inputs_are_kept_once() -> None:
     assert resolved(calls[0].counted, states).equal(batch(2)["attention_mask"].bool())
     assert calls[0].kwargs["position_embeddings"] == calls[2].kwargs["position_embeddings"]
     assert len({one.data_ptr() for one in states.others.values()}) == len(states.others) < 8
-
-
-def test_a_cache_is_left_out() -> None:
-    model = tiny_llama().eval()
-    states = of(model)
-    with states.recording(0, None):
-        model(**batch(), use_cache=True)
-    assert states.refused == {}
-    plain = (type(None), bool, tuple, Reference)
-    assert all(isinstance(value, plain) for value in states.calls["model.layers.0"][0].kwargs.values())
 
 
 class Block(nn.Module):
@@ -136,37 +126,22 @@ def alone(block: nn.Module) -> nn.ModuleDict:
         (lambda block, x: block(x[:, 0]), lambda x: x, f"gets {NONE} a tensor (2, 4) of torch.float32"),
         (lambda block, x: block(x), lambda x: {"hidden": x}, f"gives {NONE} a dict"),
         (lambda block, x: block(x), lambda x: x.mean(1), f"gives {NONE} a tensor (2, 4) of torch.float32"),
+        (torch.inference_mode()(lambda block, x: block(x + 1)), lambda x: x, f"is called under {MODE}"),
+        (lambda block, x: block(x[:, :2]), lambda x: x, "gets (2, 2) hidden states, of which no mask says which count"),
     ],
 )
 def test_a_block_that_can_not_be_called_again_says_why(call: Any, gives: Any, why: str) -> None:
     block = Block(gives)
     states = of(alone(block))
     for number in range(2):
-        with states.recording(number, None):
+        with states.recording(number, lambda: torch.tensor([[True, True, False]] * 2)):
             call(block, torch.randn(2, 3, 4))
     assert states.refused == {"layers.0": why}
     assert states.calls == {}
 
 
-def test_inference_mode_is_a_reason() -> None:
-    block = Block()
-    states = of(alone(block))
-    with torch.inference_mode(), states.recording(0, None):
-        block(torch.randn(2, 3, 4))
-    assert "torch.inference_mode" in states.refused["layers.0"]
-
-
-def test_a_mask_that_does_not_fit_is_a_reason() -> None:
-    block = Block()
-    states = of(alone(block))
-    with states.recording(0, lambda: torch.tensor([[True, True, False, False]])):
-        block(torch.randn(2, 3, 4))
-    assert states.refused == {"layers.0": "gets (2, 3) hidden states, of which no mask says which count"}
-
-
 def test_one_rank_collects_its_own_calls_and_forgets_them() -> None:
-    model, access = tiny_llama().eval(), ParameterAccess()
-    states = of(model)
+    (model, states), access = llama(), ParameterAccess()
     for number in range(2):
         with states.recording(number, None):
             model(**batch())

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from toy import Alike, OfTwo, Sequences, ToyLM, batch, counted, started, tiny_gpt2, tiny_llama, trainer
+from toy import Alike, OfTwo, Sequences, ToyLM, batch, counted, started, tiny_llama, trainer
 
 from thanos_lightning import CalibrationOptions, ThanosPruningCallback
 from thanos_lightning.collect.calibration_set import count_dataloader
 from thanos_lightning.collect.inputs import InputStatistics
-from thanos_lightning.collect.outputs import OutputGradients
 from thanos_lightning.collect.statistics import Statistics
 from thanos_lightning.collect.tokens import token_mask
 from thanos_lightning.layers.targets import find_targets
@@ -100,61 +99,40 @@ def test_memory_that_is_used_again_is_another_input() -> None:
 
 def test_an_error_is_kept_for_all_ranks() -> None:
     layers = find_targets(nn.ModuleList([nn.Linear(8, 4)]))
-    inputs, mask = torch.randn(7, 8), torch.tensor([[True, False]])
-    statistics = InputStatistics(layers, Failures(OfTwo()))
+    statistics, of_masks, without = (InputStatistics(layers, Failures(OfTwo())) for _ in range(3))
     statistics.start()
-    with statistics.counting(mask):
-        layers["0"].modules[0](inputs)
-    with statistics.counting():
-        layers["0"].modules[0](inputs)
+    for mask in (torch.tensor([[True, False]]), None):  # nothing is counted after the error
+        with statistics.counting(mask):
+            layers["0"].modules[0](torch.randn(7, 8))
     assert not statistics.accumulators or not statistics.accumulators["0"].num_tokens
     with pytest.raises(PruningError, match=r"rank 0: the inputs of layer 0 have shape \(7, 8\)"):
         statistics.failures.raise_together()
-    of_masks = InputStatistics(layers, Failures(OfTwo()))
     of_masks.begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
     with pytest.raises(PruningError, match="must be \\(batch, length\\)"):
         of_masks.failures.raise_together()
-    InputStatistics(layers, Failures(OfTwo())).failures.raise_together()
-    with pytest.raises(ValueError, match="must be \\(batch, length\\)"):
-        InputStatistics(layers).begin(lambda: token_mask({"attention_mask": torch.ones(2)}))
+    without.failures.raise_together()
 
 
-def test_sharing_is_left_when_the_inputs_part() -> None:
-    a, b = model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-    statistics = started(model)
-    one, other = torch.randn(2, 4), torch.randn(2, 4)
+def count(statistics: InputStatistics, *numbers: int) -> None:
+    """Count a batch in which each layer gets so many tokens, and layers of one number the same."""
+    given = {number: torch.ones(number, 4) for number in numbers}
     with statistics.counting():
-        for layer in model:
-            layer(one)
-    with statistics.counting():
-        a(one)
-        with pytest.warns(UserWarning, match="layer 1 no longer sees the inputs of another"):
-            b(other)
-    with statistics.counting():
-        for layer in model:
-            layer(other)
-    of_a, of_b = statistics.accumulators["0"], statistics.accumulators["1"]
-    torch.testing.assert_close(of_a.sum, 2 * one.T @ one + other.T @ other)
-    assert of_a.num_tokens == 6
-    # one batch too many, as the warning says
-    torch.testing.assert_close(of_b.sum, 2 * one.T @ one + 2 * other.T @ other)
-    assert of_b.num_tokens == 8
+        for layer, number in zip(statistics.layers.values(), numbers, strict=True):
+            if number:
+                layer.modules[0](given[number])
 
 
-@pytest.mark.parametrize("alone", [0, 1])
-def test_sharing_is_left_when_only_one_is_called(alone: int) -> None:
-    model, other = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), 1 - alone
-    statistics = started(model)
-    shared = torch.ones(2, 4)
-    with statistics.counting():
-        for layer in model:
-            layer(shared)
-    with pytest.warns(UserWarning, match=f"layer {other} no longer sees"), statistics.counting():
-        model[alone](torch.ones(3, 4))
-    with statistics.counting():
-        model[other](torch.ones(5, 4))
-    assert statistics.accumulators[f"{alone}"].num_tokens == 5
-    assert statistics.accumulators[f"{other}"].num_tokens == 2 + 3 + 5  # the 3 are the batch that the warning is about
+@pytest.mark.parametrize("second", [(4, 8), (4, 0), (0, 8)])
+def test_sharing_is_left_when_the_inputs_part(second: tuple[int, int]) -> None:
+    statistics = started(nn.ModuleList(nn.Linear(4, 4) for _ in range(2)))
+    count(statistics, 2, 2)
+    leaves = 1 if second[0] else 0
+    with pytest.warns(UserWarning, match=f"layer {leaves} no longer sees the inputs of another"):
+        count(statistics, *second)
+    count(statistics, 16, 16)
+    stays, left = (statistics.accumulators[f"{name}"] for name in (1 - leaves, leaves))
+    assert int(stays.sum[0, 1]) == stays.num_tokens == 2 + second[1 - leaves] + 16
+    assert int(left.sum[0, 1]) == left.num_tokens == 2 + sum(second) + 16  # one batch too many, as the warning says
 
 
 def test_a_tensor_changed_in_place_is_another_input() -> None:
@@ -186,41 +164,33 @@ def test_pooled_inputs_count_and_inputs_that_hide_their_tokens_are_refused() -> 
         counted(model, torch.randn(3, 4), mask=mask)
 
 
-def test_token_mask_shapes() -> None:
-    mask = torch.tensor([[1, 0]])
-    assert token_mask((torch.ones(2), None)) is None
-    assert token_mask({"input_ids": torch.ones(2)}) is None
-    for nested in (
-        {"lm": {"attention_mask": mask}},
-        [{"attention_mask": mask}],
-        ({"a": 1}, ({"attention_mask": mask},)),
-    ):
+MASK = {"attention_mask": torch.tensor([[1, 0]])}
+
+
+def test_a_mask_is_found_wherever_the_batch_has_it() -> None:
+    for nested in ({"lm": MASK}, [MASK], ({"a": 1}, (MASK,))):
         assert token_mask(nested).tolist() == [[True, False]]
-    with pytest.raises(ValueError, match="'attention_mask' has shape"):
-        token_mask({"attention_mask": torch.ones(2, 1, 4, 4)})
-    with pytest.raises(ValueError, match="1 for a token and 0 for padding"):
-        token_mask({"attention_mask": torch.tensor([[0.0, -1e9]])})
-    with pytest.raises(ValueError, match="2 masks named"):
-        token_mask([{"attention_mask": mask}, {"attention_mask": mask}])
+    assert token_mask((torch.ones(2), None)) is token_mask({"input_ids": torch.ones(2)}) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"attention_mask": torch.ones(2)}, r"must be \(batch, length\)"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, "'attention_mask' has shape"),
+        ({"attention_mask": torch.tensor([[0.0, -1e9]])}, "1 for a token and 0 for padding"),
+        ([MASK, MASK], "2 masks named"),
+    ],
+)
+def test_what_is_no_mask_of_tokens_is_refused(batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InputStatistics({}).begin(lambda: token_mask(batch))
 
 
 def test_inference_mode_inputs_count_and_are_never_shared() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with torch.inference_mode():
         assert counted(model, torch.ones(2, 4), torch.ones(2, 4))["0"].num_tokens == 4
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputed_forward_counts_once(reentrant: bool) -> None:
-    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    calls: list[Any] = []
-    block[0].register_forward_pre_hook(lambda *call: calls.append(call))
-    statistics = started(block)
-    with statistics.counting():
-        inputs = torch.randn(3, 4, requires_grad=True)
-        checkpoint(block, inputs, use_reentrant=reentrant).sum().backward()
-    assert len(calls) == 2, "the forward was not recomputed: the test shows nothing"
-    assert statistics.accumulators["0"].num_tokens == 3
 
 
 def test_activations_are_not_kept_alive() -> None:
@@ -244,23 +214,20 @@ def test_a_weight_used_by_two_layers_sees_the_inputs_of_both() -> None:
     assert found.num_tokens == 6
 
 
-def test_conv1d_and_keyword_inputs() -> None:
-    found = counted(tiny_gpt2(), batch()["input_ids"])
-    assert found["transformer.h.0.mlp.c_proj"].sum.shape == (128, 128)
-    linear = nn.Sequential(nn.Linear(4, 4))
-    by_keyword = started(linear)
-    with by_keyword.counting():
-        linear[0](input=torch.ones(2, 4))
-    assert by_keyword.accumulators["0"].num_tokens == 2
+def test_inputs_by_keyword_count() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    statistics = started(model)
+    with statistics.counting():
+        model[0](input=torch.ones(2, 4))
+    assert statistics.accumulators["0"].num_tokens == 2
 
 
 def test_state_goes_on_where_it_was() -> None:
     model = tiny_llama()
-    whole, second = started(model), InputStatistics(find_targets(model))
+    whole, second = started(model), started(model)
     with whole.counting():
         model(**batch())
     state = whole.state()
-    second.start()
     with whole.counting():
         model(**batch(number=5))
     second.load_states([state])  # which is a snapshot
@@ -272,58 +239,39 @@ def test_state_goes_on_where_it_was() -> None:
     assert len({id(a) for a in second.accumulators.values()}) == len({id(a) for a in whole.accumulators.values()})
 
 
-class Differentiated(OutputGradients):
-    """Hands what would be differentiated to a function."""
-
-    def __init__(self, backward: Callable[[Any, bool], None]) -> None:
-        super().__init__({})
-        self._backward = backward
-
-    def start(self, *, of_training: bool = True) -> None:
-        assert not of_training
-
-    def backward(self, loss: Any, *, counts: bool) -> None:
-        self._backward(loss, counts)
-
-
 def calibrated(
     module: LightningModule, batches: Any, folder: Path, *, access: Any = None, backward: Any = None
 ) -> InputStatistics:
     access = access or ParameterAccess()
     statistics, fitted = Statistics(find_targets(module), access), trainer(folder, max_steps=1)
     if backward is not None:
-        statistics.gradients = Differentiated(backward)
+        nothing: Any = SimpleNamespace(start=lambda of_training: None, stop=lambda: None, backward=backward)
+        statistics.gradients = nothing
     count_dataloader(statistics, batches, fitted, module, access, counted=token_mask, loss_in=lambda output: output)
     return statistics.inputs
 
 
-def test_a_dataloader_is_split_over_ranks(tmp_path: Path) -> None:
-    module = ToyLM().train()
+@pytest.mark.parametrize(("world_size", "sequences"), [(1, [28]), (2, [16, 12])])
+def test_a_dataloader_is_split_over_ranks_and_has_gradients_of_one_batch_in_four(
+    tmp_path: Path, world_size: int, sequences: list[int]
+) -> None:
+    module, counted, tokens = ToyLM().train(), [], []
     module.model.model.layers[0].eval()
-    batches = [batch(number=number) for number in (1, 2, 3, 4)]
-    counts = []
-    for rank in range(2):
-        statistics = calibrated(module, batches, tmp_path, access=Alike(rank, world_size=2))
-        counts.append({a.num_tokens for a in statistics.accumulators.values()})
-    assert counts == [{8 * 4}, {8 * 6}]
-    assert all(not part._forward_pre_hooks for part in module.modules())
-    assert module.model.model.layers[1].training
-    assert not module.model.model.layers[0].training
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradients_are_of_one_batch_in_four(tmp_path: Path, world_size: int) -> None:
     batches = [batch(number=number) for number in range(1, 8)]  # told apart by their numbers of sequences
-    counted = []
 
-    def backward(output: Any, counts: bool) -> None:
+    def backward(output: Any, *, counts: bool) -> None:
         assert output.logits.requires_grad
         if counts:
             counted.append(len(output.logits) - 1)
 
     for rank in range(world_size):
-        calibrated(ToyLM(), batches, tmp_path, access=Alike(rank, world_size=world_size), backward=backward)
+        access = Alike(rank, world_size=world_size)
+        statistics = calibrated(module, batches, tmp_path, access=access, backward=backward)
+        tokens.append({a.num_tokens for a in statistics.accumulators.values()})
+    assert tokens == [{8 * number} for number in sequences]
     assert sorted(counted) == [0, 4]
+    assert all(not part._forward_pre_hooks for part in module.modules())
+    assert [layer.training for layer in module.model.model.layers] == [False, True]
 
 
 class Classifier(LightningModule):
@@ -374,7 +322,7 @@ def test_a_calibration_set_logs_nothing(tmp_path: Path) -> None:
     module, losses = Classifier(), []
     logged: list[Any] = []
     module.log = lambda *one, **_: logged.append(one)
-    statistics = calibrated(module, pairs(), tmp_path, backward=lambda output, counts: losses.append(output))
+    statistics = calibrated(module, pairs(), tmp_path, backward=lambda output, **_: losses.append(output))
     assert logged == []
     assert [loss.requires_grad for loss in losses] == [True, True]
     assert statistics.accumulators["encoder.layers.0.linear1"].num_tokens == 6 * 4 * 5
@@ -402,52 +350,38 @@ def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
 
 
 class Saving(ToyLM):
-    """Counts the bytes that a training step and a calibration step keep for their backwards."""
+    """Notes the bytes that each forward keeps for its backward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.saved = {"training": 0, "calibration": 0}
+        self.saved: list[int] = []
 
-    def _run(self, kind: str, batch: dict[str, Tensor]) -> Any:
-        total = 0
+    def forward(self, **batch: Tensor) -> Any:
+        self.saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            return super().forward(**batch)
 
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self(**batch)
-        self.saved[kind] = max(self.saved[kind], total)
-        return output
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._run("training", batch).loss
-
-    def calibration_step(self, batch: dict[str, Tensor]) -> Any:
-        assert not any(part.training for part in self.modules() if isinstance(part, nn.Dropout))
-        return self._run("calibration", batch)
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.saved[-1] += tensor.nbytes
+        return tensor
 
 
 def test_a_calibration_keeps_no_more_activations_than_a_training_step(tmp_path: Path) -> None:
-    saved = {}
+    saved, reports = [], []
     for checkpoints in (True, False):
         module = Saving()
-        model = module.model
         if checkpoints:
-            model.gradient_checkpointing_enable()
-        modes = [part.training for part in model.modules()]
-        funcs = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
-        callback = ThanosPruningCallback(
-            "unstructured", 0.5, calibration=CalibrationOptions(batches=[batch(), batch()])
-        )
+            module.model.gradient_checkpointing_enable()
+        callback = ThanosPruningCallback("unstructured", 0.5, calibration=CalibrationOptions([batch(), batch()]))
+        before = [(part.training, getattr(part, "_gradient_checkpointing_func", None)) for part in module.modules()]
         trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(Sequences(8), batch_size=3))
-        assert [part.training for part in model.modules()] == modes
-        assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == funcs
-        saved[checkpoints] = (module.saved["training"], module.saved["calibration"], callback.report)
-    (trained, calibrated, report), (_, whole, other) = saved[True], saved[False]
+        after = [(part.training, getattr(part, "_gradient_checkpointing_func", None)) for part in module.modules()]
+        assert after == before
+        saved.append((max(module.saved[:-1]), module.saved[-1]))
+        reports.append(callback.report.events[0].layers)
+    (calibrated, trained), (whole, _) = saved
     assert 0 < calibrated <= 1.01 * trained
     assert whole > 1.5 * calibrated
-    for one, same in zip(report.events[0].layers, other.events[0].layers, strict=True):
+    for one, same in zip(*reports, strict=True):
         assert one.sparsity == same.sparsity
         assert one.relative_loss == pytest.approx(same.relative_loss, rel=1e-4)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import toy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +37,10 @@ def expected(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Tensor]:
 def test_sums_are_those_of_autograd_over_all_batches() -> None:
     model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8), torch.randn(8)]
     gradients = started(model)
+    with torch.no_grad():
+        model(batches[0])
+    model(batches[0])
+    assert gradients.sums == {}, "forwards without a backward count nothing"
     for batch in batches:
         model(batch).square().sum().backward()
     gradients.stop()
@@ -43,28 +48,22 @@ def test_sums_are_those_of_autograd_over_all_batches() -> None:
     assert seconds > 0
     model(batches[0]).square().sum().backward()  # after the window
     assert gradients.stopwatch.seconds() == seconds
-    for name, wanted in expected(model, batches).items():
-        torch.testing.assert_close(gradients.sums[name], wanted)
+    torch.testing.assert_close(gradients.sums, expected(model, batches))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_each_token_once(use_reentrant: bool) -> None:
-    model, batch = small(), torch.randn(5, 8)
-    gradients = started(model)
-    inputs = batch.clone().requires_grad_()
-    checkpoint(model, inputs, use_reentrant=use_reentrant).square().sum().backward()
+    model, batch, calls = small(), torch.randn(5, 8), []
+    model[0].register_forward_pre_hook(lambda *call: calls.append(call))
+    gradients, inputs = started(model), toy.started(model)
+    with inputs.counting():
+        given = batch.clone().requires_grad_()
+        checkpoint(model, given, use_reentrant=use_reentrant).square().sum().backward()
     gradients.stop()
-    for name, wanted in expected(model, [batch]).items():
-        torch.testing.assert_close(gradients.sums[name], wanted)
-
-
-def test_forwards_without_a_backward_count_nothing() -> None:
-    model = small()
-    gradients = started(model)
-    with torch.no_grad():
-        model(torch.randn(3, 8))
-    model(torch.randn(3, 8))
-    assert gradients.sums == {}
+    inputs.stop()
+    assert len(calls) == 2, "the forward was not recomputed: the test shows nothing"
+    torch.testing.assert_close(gradients.sums, expected(model, [batch]))
+    assert {one.num_tokens for one in inputs.accumulators.values()} == {5}
 
 
 def test_summing_leaves_the_training_as_it_is() -> None:
@@ -86,8 +85,7 @@ def test_gradients_that_are_not_finite_are_left_out() -> None:
     before = {name: one.clone() for name, one in gradients.sums.items()}
     for scale in (math.inf, math.nan, 1e30):  # of which the last overflows when it is squared
         (model(batch).sum() * scale).backward()
-    for name, wanted in before.items():
-        torch.testing.assert_close(gradients.sums[name], wanted)
+    torch.testing.assert_close(gradients.sums, before)
 
 
 def test_half_precision_is_summed_in_float32() -> None:
@@ -131,21 +129,17 @@ def test_a_backward_of_its_own_touches_no_parameter() -> None:
     assert torch.equal(model[2].weight.grad, torch.ones(4, 6))
     assert model[2].bias.grad is None
     model[0].requires_grad_(True)
-    for name, wanted in expected(model, batches).items():  # of the frozen layer, too
-        torch.testing.assert_close(gradients.sums[name], wanted)
+    torch.testing.assert_close(gradients.sums, expected(model, batches))  # of the frozen layer, too
 
 
 def test_a_scaled_loss_counts_as_the_loss_that_it_is() -> None:
     model, batches = small(), [torch.randn(3, 5, 8), torch.randn(7, 8)]
-    plain, scaled = (OutputGradients(find_targets(model)) for _ in range(2))
-    for gradients, scales in ((plain, (1.0, 1.0)), (scaled, (2.0**16, torch.tensor(2.0**15)))):
-        gradients.start()
-        for batch, scale in zip(batches, scales, strict=True):
-            gradients.begin(scale)
-            (scale * model(batch).square().sum()).backward()
-        gradients.stop()
-    for name, sums in plain.sums.items():
-        torch.testing.assert_close(scaled.sums[name], sums)
+    gradients = started(model)
+    scales: list[float | Tensor] = [2.0**16, torch.tensor(2.0**15)]
+    for batch, scale in zip(batches, scales, strict=True):
+        gradients.begin(scale)
+        (scale * model(batch).square().sum()).backward()
+    torch.testing.assert_close(gradients.sums, expected(model, batches))
 
 
 class Falcon(nn.Module):
@@ -179,5 +173,5 @@ def test_outputs_that_a_model_writes_on_have_their_gradient_from_before(
     up, side = model.up(inputs).detach().requires_grad_(), model.side(inputs).detach().requires_grad_()
     down = model.down(torch.relu(up))
     wanted = torch.autograd.grad((down + side).square().sum(), (up, down, side))
-    for name, one in zip(("up", "down", "side"), wanted, strict=True):
-        torch.testing.assert_close(gradients.sums[name], one.square().flatten(end_dim=-2).sum(0))
+    sums = (one.square().flatten(end_dim=-2).sum(0) for one in wanted)
+    torch.testing.assert_close(gradients.sums, dict(zip(("up", "down", "side"), sums, strict=True)))

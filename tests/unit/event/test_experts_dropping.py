@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback
 from require import only
 from tiny_mixtures import DEEPSEEK, MIXTURES, tiny_mixture
 from torch import Tensor, nn
-from toy import ResumableBatches, ToyLM, grouped, loader, tiny_llama, trainer
+from toy import ResumableBatches, ToyLM, ZeroProbe, at, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import Allocation, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.layers.experts import Mixture, find_mixtures
@@ -26,10 +27,19 @@ def dropping(sparsity: float = 0.5, **options: Any) -> ThanosPruningCallback:
     return ThanosPruningCallback(options.pop("pattern", "experts"), sparsity, **grouped(**{**settings, **options}))
 
 
+def fit(folder: Path, model: Any, pruning: ThanosPruningCallback, *others: Callback, steps: int = 6) -> ToyLM:
+    trainer(folder, pruning, *others, max_steps=steps).fit(module := ToyLM(model), loader())
+    return module
+
+
 def gone_of(mixture: Mixture) -> list[int]:
     """The experts whose matrices are all zero."""
     parameters = [mixture.experts.gate_up_proj, mixture.experts.down_proj]
     return [one for one in range(mixture.size) if all(not parameter[one].any() for parameter in parameters)]
+
+
+def gone_from(module: nn.Module) -> list[list[int]]:
+    return [gone_of(mixture) for mixture in find_mixtures(module).values()]
 
 
 class Chosen(Callback):
@@ -41,8 +51,7 @@ class Chosen(Callback):
         self._open: list[set[int]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.mixtures = list(find_mixtures(pl_module).values())
-        for mixture in self.mixtures:
+        for mixture in find_mixtures(pl_module).values():
             mixture.router.register_forward_hook(self._note)
 
     def _note(self, router: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -54,23 +63,18 @@ class Chosen(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.chosen.append(self._open)
-        self.gone.append([gone_of(mixture) for mixture in self.mixtures])
-        for mixture in self.mixtures:
-            for parameter in (mixture.experts.gate_up_proj, mixture.experts.down_proj):
-                for moment in trainer.optimizers[0].state[parameter].values():
-                    if moment.shape == parameter.shape:
-                        assert not moment[gone_of(mixture)].any()
+        self.gone.append(gone_from(pl_module))
 
 
 @pytest.mark.parametrize("family", only(["mixtral", "llama 4"], [*MIXTURES]))
 def test_experts_that_went_stay_zero_and_get_no_token(tmp_path: Path, family: str) -> None:
     seen, pruning = Chosen(), dropping(0.75)
+    probe = ZeroProbe(pruning)
     size = 16 if "groups" in family else 8  # so that each of two groups loses some at both events
-    trainer(tmp_path, pruning, seen, max_steps=8).fit(ToyLM(tiny_mixture(family, size)), loader())
+    fit(tmp_path, tiny_mixture(family, size), pruning, seen, probe, steps=8)
     numbers = [[len(gone) for gone in mixtures] for mixtures in seen.gone]
     assert numbers == [[0, 0]] + 3 * [[size * 5 // 8] * 2] + 4 * [[size * 3 // 4] * 2]
-    for before, after in zip(seen.gone, seen.gone[1:], strict=False):
-        assert all(set(first) <= set(second) for first, second in zip(before, after, strict=True))
+    assert probe.checked
     for gone, chosen in zip(seen.gone, seen.chosen[1:], strict=False):
         assert all(not one & set(lost) for one, lost in zip(chosen, gone, strict=True))
     assert all(len(one) > 1 for one in seen.chosen[-1])
@@ -108,13 +112,10 @@ def given_by_experts(model: Any, batches: list[dict[str, Tensor]]) -> list[Tenso
 
 
 def test_those_go_that_give_least_to_the_tokens_that_they_get(tmp_path: Path) -> None:
-    model: Any = tiny_mixture()
-    batches = list(loader(16))
+    model, batches = tiny_mixture(), list(loader(16))
     given = given_by_experts(model, batches)
-    pruning = dropping(0.375, batches=batches)
-    trainer(tmp_path, pruning, max_steps=1).fit(ToyLM(model), loader())
-    for means, mixture in zip(given, find_mixtures(model).values(), strict=True):
-        assert gone_of(mixture) == sorted(means.argsort()[:3].tolist())
+    fit(tmp_path, model, dropping(0.375, batches=batches), steps=1)
+    assert gone_from(model) == [sorted(means.argsort()[:3].tolist()) for means in given]
 
 
 def test_an_expert_that_no_token_reached_goes_first(tmp_path: Path) -> None:
@@ -124,47 +125,41 @@ def test_an_expert_that_no_token_reached_goes_first(tmp_path: Path) -> None:
             layer.mlp.gate.e_score_correction_bias[3] = -10
             layer.mlp.experts.down_proj[0] = 0  # it gives nothing, to some tokens
             layer.mlp.experts.down_proj[3] *= 1000
-    pruning = dropping(0.125, batches=list(loader(16)))
-    trainer(tmp_path, pruning, max_steps=1).fit(ToyLM(model), loader())
-    assert [gone_of(mixture) for mixture in find_mixtures(model).values()] == [[3], [3]]
-
-
-class Shut(Callback):
-    """Lets no token reach some experts, from the end of a batch on."""
-
-    def __init__(self, after: int, experts: list[int]) -> None:
-        self.after, self.experts = after, experts
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.after:
-            for mixture in find_mixtures(pl_module).values():
-                mixture.router.e_score_correction_bias[self.experts] = -10  # type: ignore[index, operator]
+    fit(tmp_path, model, dropping(0.125, batches=list(loader(16))), steps=1)
+    assert gone_from(model) == [[3], [3]]
 
 
 def test_an_expert_that_went_does_not_come_back_for_one_that_no_token_reached(tmp_path: Path) -> None:
     model: Any = tiny_mixture("deepseek 3")
     for layer in model.model.layers:
         layer.mlp.gate.e_score_correction_bias[4:] = -10
-    trainer(tmp_path, dropping(0.625), Shut(2, [0, 1]), max_steps=6).fit(ToyLM(model), loader())
-    assert [gone_of(mixture) for mixture in find_mixtures(model).values()] == [[0, 4, 5, 6, 7]] * 2
+
+    def shut(trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            for layer in model.model.layers:
+                layer.mlp.gate.e_score_correction_bias[[0, 1]] = -10
+
+    fit(tmp_path, model, dropping(0.625), at("on_train_batch_end", shut))
+    assert gone_from(model) == [[0, 4, 5, 6, 7]] * 2
 
 
 def test_experts_of_one_mixture_are_compared_in_one_window(tmp_path: Path) -> None:
     of_mixture = 8 * 4 * 24**2
     others = [TargetOverride(["*.self_attn.*"], "2:4")]  # with which a mixture does not fit, and without does
-    pruning = dropping(
-        schedule=SparsitySchedule(at=[4]), memory_gib=1.1 * of_mixture / 2**30, overrides=others, steps=1
-    )
-    trainer(tmp_path, pruning, max_steps=5).fit(ToyLM(model := tiny_mixture()), loader())
-    assert [len(gone_of(mixture)) for mixture in find_mixtures(model).values()] == [4, 4]
-    pruning = dropping(memory_gib=0.9 * of_mixture / 2**30)
+    settings: dict[str, Any] = {
+        "schedule": SparsitySchedule(at=[4]),
+        "memory_gib": 1.1 * of_mixture / 2**30,
+        "steps": 1,
+    }
+    module = fit(tmp_path, tiny_mixture(), dropping(overrides=others, **settings))
+    assert [len(gone) for gone in gone_from(module)] == [4, 4]
     with pytest.raises(ValueError, match=r"all experts of model.model.layers.0.mlp.experts.*Raise it to that"):
-        trainer(tmp_path, pruning, max_steps=5).fit(ToyLM(tiny_mixture()), loader())
+        fit(tmp_path, tiny_mixture(), dropping(memory_gib=0.9 * of_mixture / 2**30))
 
 
 def test_other_layers_have_their_own_pattern(tmp_path: Path) -> None:
     pruning = dropping(overrides=[TargetOverride(["*.self_attn.*"], "2:4")], schedule=SparsitySchedule(at=[4]))
-    trainer(tmp_path, pruning, max_steps=6).fit(ToyLM(model := tiny_mixture("qwen2")), loader())
+    fit(tmp_path, model := tiny_mixture("qwen2"), pruning)
     assert [layer.pattern for layer in pruning.report.events[0].layers] == ["2:4"] * 8 + ["experts"] * 2
     assert model.model.layers[0].self_attn.q_proj.weight.eq(0).float().mean() == 0.5
     assert model.model.layers[0].mlp.shared_expert.up_proj.weight.ne(0).all()
@@ -176,22 +171,21 @@ def test_a_scan_for_other_layers_passes_by_experts(tmp_path: Path) -> None:
         0.6, pattern="unstructured", schedule=SparsitySchedule(at=[4]), allocation=Allocation("loss"),
         overrides=[TargetOverride(["*.experts.*"], "experts", 0.25)], targets=["*.self_attn.*", "*.experts.*"],
     )  # fmt: skip
-    trainer(tmp_path, pruning, max_steps=6).fit(ToyLM(model := tiny_mixture()), loader())
+    module = fit(tmp_path, tiny_mixture(), pruning)
     layers = pruning.report.events[0].layers
     assert len({layer.sparsity for layer in layers if layer.pattern == "unstructured"}) > 1
-    assert [len(gone_of(mixture)) for mixture in find_mixtures(model).values()] == [2, 2]
+    assert [len(gone) for gone in gone_from(module)] == [2, 2]
 
 
 def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    def fit(steps: int, **resumed: Any) -> tuple[ToyLM, Any]:
+    def to(steps: int, start: Path | None = None) -> ToyLM:
         running = trainer(tmp_path, dropping(0.75), max_steps=steps)
-        running.fit(module := ToyLM(tiny_mixture()), ResumableBatches(), **resumed)
-        return module, running
+        running.fit(module := ToyLM(tiny_mixture()), ResumableBatches(), ckpt_path=start)
+        running.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
 
-    whole, _ = fit(8)
-    _, stopped = fit(3)
-    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    resumed, _ = fit(8, ckpt_path=tmp_path / "stopped.ckpt")
+    to(3)
+    whole, resumed = to(8), to(8, tmp_path / "3.ckpt")
     assert whole.losses[3:] == resumed.losses
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -201,13 +195,12 @@ def test_a_loaded_checkpoint_is_validated_without_the_experts_that_went(tmp_path
     trained = trainer(tmp_path, dropping(0.5), max_steps=8)
     trained.fit(module := ToyLM(tiny_mixture()), loader())
     trained.save_checkpoint(tmp_path / "end.ckpt")
-    (expected,) = trainer(tmp_path).validate(module, loader(), verbose=False)
-    again = trainer(tmp_path, dropping(0.5))
-    (found,) = again.validate(ToyLM(tiny_mixture()), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
-    assert found == expected
-    (without,) = trainer(tmp_path).validate(
-        ToyLM(tiny_mixture()), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False
+    expected = trainer(tmp_path).validate(module, loader(), verbose=False)
+    found, without = (
+        again.validate(ToyLM(tiny_mixture()), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+        for again in (trainer(tmp_path, dropping(0.5)), trainer(tmp_path))
     )
+    assert found == expected
     assert without != expected  # a router of a module that knows nothing of it chooses among all
 
 
@@ -225,7 +218,7 @@ def test_a_new_callback_refuses_a_module_that_has_lost_experts(tmp_path: Path) -
 def test_auxiliary_losses_of_the_router_go_on(tmp_path: Path) -> None:
     model: Any = tiny_mixture()
     model.config.output_router_logits = True
-    trainer(tmp_path, dropping(), max_steps=8).fit(module := ToyLM(model), loader())
+    module = fit(tmp_path, model, dropping(), steps=8)
     assert all(torch.tensor(module.losses).isfinite())
     assert torch.tensor(model.model.layers[0].mlp.gate.weight).isfinite().all()
 
@@ -234,16 +227,15 @@ def test_auxiliary_losses_of_the_router_go_on(tmp_path: Path) -> None:
 def test_a_compiled_module_learns_which_experts_went(tmp_path: Path) -> None:
     losses = []
     for compiles in (False, True):
-        module = ToyLM(tiny_mixture("qwen3"))
+        model = tiny_mixture("qwen3")
         if compiles:
-            module.model.compile(backend="aot_eager")
-        trainer(tmp_path, dropping(0.75), max_steps=8).fit(module, loader())
-        losses.append(module.losses)
+            model.compile(backend="aot_eager")
+        losses.append(fit(tmp_path, model, dropping(0.75), steps=8).losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_announcement_says_how_many_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, dropping(), max_steps=6).fit(ToyLM(tiny_mixture()), loader())
+    fit(tmp_path, tiny_mixture(), dropping())
     assert "4 of 8 experts stay in each of 2 mixtures, 2 for each token" in " ".join(capsys.readouterr().out.split())
 
 
@@ -259,45 +251,45 @@ def without_a_router() -> Any:
     return model
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "none": (tiny_mixture, {"sparsity": 0.05}, "which rounds to none: raise the sparsity to 0.125"),
-    "no mixture": (tiny_llama, {}, "ToyLM has no mixture of experts that transformers keeps in one parameter"),
-    "no target": (tiny_mixture, {"targets": ["*.self_attn.*"]}, "no target is a matrix of an expert: add to targets"),
-    "some layers": (
-        tiny_mixture, {"ignore": ["*.1.mlp.*"]},
-        r"all 2 mixtures of a model, and model.model.layers.1.mlp.experts.0.down_proj is not among the targets",
-    ),
-    "two patterns": (
-        tiny_mixture, {"overrides": [TargetOverride(["*.up_proj"], "2:4")]},
-        r"model.model.layers.0.mlp.experts.0.up_proj has the pattern 2:4: give all their matrices the pattern",
-    ),
-    "two sparsities": (
-        tiny_mixture, {"overrides": [TargetOverride(["*.0.mlp.*"], "experts", 0.25)]},
-        "mixtures are to lose 0.25 or 0.5 of their experts, but a model has one number",
-    ),
-    "channels, too": (
-        tiny_mixture, {"overrides": [TargetOverride(["*.self_attn.*"], "channels", 0.25)]},
-        "channels and experts can't go in one training",
-    ),
-    "an allocation": (tiny_mixture, {"allocation": Allocation("loss")}, "experts go in equal number from each layer"),
-    "no batches": (tiny_mixture, {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}, "looks at no batches"),
-    "too many": (
-        tiny_mixture, {"sparsity": 0.875}, r"leaves 1 of the 8 experts of .*, fewer than the 2 .*: lower .* to 0.75",
-    ),
-    "of a group too many": (in_groups, {"sparsity": 0.75}, r"4 groups, 1 of them in the 1 groups .*: lower .* to 0.5"),
-    "of a group none": (in_groups, {"sparsity": 0.1}, r"each of 4 groups, which rounds to none: .* to 0.25"),
-    "a router that can't": (
-        lambda: in_groups(4), {"sparsity": 0.75}, r"DeepseekV3TopkRouter\) can't choose among 4 of its 16 experts",
-    ),
-    "no known router": (without_a_router, {}, r"no router is known beside the experts model.model.layers.0.mlp"),
-    "an option of the solver": (tiny_mixture, {"damping": 0.5}, "solver.damping is 0.5, but the pattern 'experts' sol"),
-}  # fmt: skip
+def over(*args: Any) -> dict[str, Any]:
+    return {"overrides": [TargetOverride(*args)]}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_can_t_be_dropped_is_refused_before_the_training(tmp_path: Path, case: str) -> None:
-    model, options, message = REFUSED[case]
-    module = ToyLM(model())
+NO_BATCHES: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (tiny_mixture, {"sparsity": 0.05}, "which rounds to none: raise the sparsity to 0.125"),
+        (tiny_llama, {}, "ToyLM has no mixture of experts that transformers keeps in one parameter"),
+        (tiny_mixture, {"targets": ["*.self_attn.*"]}, "no target is a matrix of an expert: add to targets"),
+        (
+            tiny_mixture,
+            {"ignore": ["*.1.mlp.*"]},
+            r"all 2 mixtures of a .*1.mlp.experts.0.down_proj is not among the t",
+        ),
+        (
+            tiny_mixture,
+            over("*.up_proj", "2:4"),
+            r"0.mlp.experts.0.up_proj has the pattern 2:4: give all their matrices",
+        ),
+        (tiny_mixture, over("*.0.mlp.*", "experts", 0.25), "lose 0.25 or 0.5 of their experts, but a model has one nu"),
+        (tiny_mixture, over("*.self_attn.*", "channels", 0.25), "channels and experts can't go in one training"),
+        (tiny_mixture, {"allocation": Allocation("loss")}, "experts go in equal number from each layer"),
+        (tiny_mixture, NO_BATCHES, "looks at no batches"),
+        (tiny_mixture, {"sparsity": 0.875}, r"1 of the 8 experts of .*, fewer than the 2 .*: lower .* to 0.75"),
+        (in_groups, {"sparsity": 0.75}, r"4 groups, 1 of them in the 1 groups .*: lower .* to 0.5"),
+        (in_groups, {"sparsity": 0.1}, r"each of 4 groups, which rounds to none: .* to 0.25"),
+        (partial(in_groups, 4), {"sparsity": 0.75}, r"DeepseekV3TopkRouter\) can't choose among 4 of its 16 experts"),
+        (without_a_router, {}, r"no router is known beside the experts model.model.layers.0.mlp"),
+        (tiny_mixture, {"damping": 0.5}, "solver.damping is 0.5, but the pattern 'experts' sol"),
+    ],
+)
+def test_what_can_t_be_dropped_is_refused_before_the_training(
+    tmp_path: Path, build: Any, options: dict[str, Any], message: str
+) -> None:
+    module = ToyLM(build())
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, dropping(**options), max_steps=6).fit(module, loader())
     assert module.losses == []
@@ -305,6 +297,5 @@ def test_what_can_t_be_dropped_is_refused_before_the_training(tmp_path: Path, ca
 
 def test_blocks_that_lose_experts_are_not_reconstructed(tmp_path: Path) -> None:
     overrides = [TargetOverride(["*.self_attn.*"], "2:4")]
-    pruning = dropping(batches=list(loader(8)), overrides=overrides)
-    trainer(tmp_path, pruning, max_steps=2).fit(ToyLM(tiny_mixture()), loader())
+    fit(tmp_path, tiny_mixture(), pruning := dropping(batches=list(loader(8)), overrides=overrides))
     assert pruning.report.events[0].blocks == []

@@ -43,9 +43,7 @@ def test_experts_with_few_tokens_borrow_from_those_that_have_any() -> None:
         f"{EXPERTS}.{expert}.up_proj": others for expert in (0, 1, 2)
     }
     assert not any("q_proj" in name for name in found)
-
-
-def test_where_no_expert_has_a_token_none_is_lent() -> None:
+    # where no expert has a token none is lent
     assert lenders(layers(), dict.fromkeys(layers(), 0)) == {}
 
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,32 @@ def still(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-def pruned(folder: Path, model: nn.Module, make: Any = still, **options: Any) -> ThanosPruningCallback:
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(BATCH).logits
+    return logits
+
+
+def pruned(folder: Path, model: Any, make: Any = still, lm: Any = ToyLM, **options: Any) -> ThanosPruningCallback:
     options = {"pattern": "2:4", "batches": SET, "block_steps": 0, **options}
     callback = ThanosPruningCallback(**grouped(**options))
-    trainer(folder, callback, max_steps=1).fit(ToyLM(model, make_optimizer=make), loader())
+    trainer(folder, callback, max_steps=1).fit(lm(model, make_optimizer=make), loader())
     return callback
 
 
-@contextmanager
-def ordered_blocks() -> Iterator[list[tuple[str, Tensor]]]:
-    """The down layers whose channels get another order, and that order, as it happens."""
-    ordered: list[tuple[str, Tensor]] = []
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The down layers whose channels have got another order, and that order."""
+    found: dict[str, Tensor] = {}
 
     def order(*args: Any) -> dict[str, Tensor]:
         orders = order_channels(*args)
-        ordered.extend(orders.items())
+        assert not orders.keys() & found.keys(), "an order is found once"
+        found.update(orders)
         return orders
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "order_channels", order)
-        yield ordered
+    monkeypatch.setattr(room, "order_channels", order)
+    return found
 
 
 @pytest.fixture
@@ -77,62 +83,48 @@ def keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_order_changes_nothing_that_the_model_computes(
     build: Callable[[], PreTrainedModel], options: dict[str, Any], down: str, tmp_path: Path
 ) -> None:
-    model = build().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-        before, weight = model(BATCH).logits, model.get_submodule(down).weight.clone()
+    model = build()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    before, now = logits_of(model), model.get_parameter(f"{down}.weight")
+    weight, dim = now.clone(), 0 if build is tiny_gpt2 else 1
     pruned(tmp_path, model, **options)
-    model.eval()
-    with torch.no_grad():
-        after = model(BATCH).logits
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    now = model.get_submodule(down).weight
-    dim = 0 if build is tiny_gpt2 else 1
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
     assert not now.equal(weight)
     assert now.sum(1 - dim).sort().values.allclose(weight.sum(1 - dim).sort().values)
 
 
-def test_the_pattern_keeps_more_and_the_layer_loses_less(tmp_path: Path) -> None:
-    losses, kept = {}, {}
+def test_down_layers_lose_less_and_others_what_they_did_with_their_rows_in_the_new_order(
+    tmp_path: Path, ordered: dict[str, Tensor]
+) -> None:
+    down, others, nonzero = [], [], []
     for reorder in (False, True):
         model = tiny_llama(hidden_size=64, intermediate_size=192)
-        (event,) = pruned(tmp_path, model, reorder=reorder).report.events
-        losses[reorder] = sum(layer.relative_loss for layer in event.layers if layer.name.endswith("down_proj"))
-        kept[reorder] = [layer.relative_loss for layer in event.layers if not layer.name.endswith("down_proj")]
-    assert losses[True] < losses[False]
-    assert kept[True] == pytest.approx(kept[False], rel=1e-4), "the order of rows changes nothing"
+        up = TargetOverride("*up_proj", "unstructured", 0.5)  # whose rows compete
+        callback = pruned(tmp_path, model, reorder=reorder, overrides=[up], output_weights="diagonal")
+        layers = callback.report.events[0].layers
+        down.append(sum(layer.relative_loss for layer in layers if layer.name.endswith("down_proj")))
+        others.append([layer.relative_loss for layer in layers if not layer.name.endswith("down_proj")])
+        nonzero.append(model.model.layers[1].mlp.up_proj.weight.count_nonzero(1))
+    assert down[1] < down[0]
+    assert others[1] == pytest.approx(others[0], rel=1e-4)
+    assert nonzero[0].unique().numel() > 4
+    order = ordered["model.model.layers.1.mlp.down_proj"]
+    assert (nonzero[1] == nonzero[0][order]).float().mean() > 0.9
 
 
 def test_down_layers_are_solved_on_the_inputs_that_they_get_in_the_new_order(tmp_path: Path) -> None:
     errors = {}
     for reorder in (False, True):
-        model = tiny_llama(hidden_size=64, intermediate_size=192).eval()
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.mlp.up_proj.weight *= torch.logspace(-1, 1, 192)[torch.randperm(192)].unsqueeze(1)
-                layer.mlp.down_proj.weight *= 5
-            before = model(BATCH).logits
-        pruned(tmp_path, model, reorder=reorder, targets=["*down_proj"])
-        model.eval()
-        with torch.no_grad():
-            errors[reorder] = float((model(BATCH).logits - before).square().mean())
-    assert errors[True] < 0.9 * errors[False]
-
-
-def test_rows_that_compete_do_so_in_the_new_order(tmp_path: Path) -> None:
-    nonzero = {}
-    for reorder in (False, True):
         model = tiny_llama(hidden_size=64, intermediate_size=192)
-        with ordered_blocks() as ordered:
-            up = TargetOverride("*up_proj", "unstructured", 0.5)
-            pruned(tmp_path, model, reorder=reorder, overrides=[up], output_weights="diagonal")
-        rows = model.model.layers[1].mlp.up_proj.weight.count_nonzero(1)
-        nonzero[reorder] = rows
-    assert nonzero[False].unique().numel() > 4
-    order = dict(ordered)["model.model.layers.1.mlp.down_proj"]
-    assert (nonzero[True] == nonzero[False][order]).float().mean() > 0.9
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data *= torch.logspace(-1, 1, 192)[torch.randperm(192)].unsqueeze(1)
+            layer.mlp.down_proj.weight.data *= 5
+        before = logits_of(model)
+        pruned(tmp_path, model, reorder=reorder, targets=["*down_proj"])
+        errors[reorder] = float((logits_of(model) - before).square().mean())
+    assert errors[True] < 0.9 * errors[False]
 
 
 def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
@@ -173,21 +165,18 @@ def test_the_order_is_found_on_the_statistics_of_the_layer() -> None:
         {"overrides": [TargetOverride("*down_proj", "unstructured", 0.5)]},
     ],
 )
-@pytest.mark.usefixtures("keeps_all")
 def test_the_order_stays_where_another_one_gains_nothing_or_was_not_asked_for(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path, ordered: dict[str, Tensor]
 ) -> None:
-    model = tiny_llama()
-    weight = model.model.layers[0].mlp.down_proj.weight.clone()
-    pruned(tmp_path, model, **options)
-    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
+    pruned(tmp_path, tiny_llama(), **options)
+    assert not ordered
 
 
-def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path) -> None:
+def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
     model = tiny_llama()
     pruned(tmp_path, model, pattern="3:4", reorder=False)
     zeros = model.model.layers[0].mlp.down_proj.weight == 0
-    with pytest.warns(UserWarning, match="pruned already"), ordered_blocks() as ordered:
+    with pytest.warns(UserWarning, match="pruned already"):
         pruned(tmp_path, model)
     assert not ordered
     now = model.model.layers[0].mlp.down_proj.weight == 0
@@ -203,14 +192,12 @@ def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     assert "order channels are not permuted: no target with N:M is the down layer of a feed-forward block" in said
 
 
-def test_zeros_of_an_earlier_window_hold(tmp_path: Path) -> None:
+def test_zeros_of_an_earlier_window_hold(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
     model = tiny_llama()
-    with ordered_blocks() as ordered:
-        # the callback counts violations at the end
-        callback = pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)
+    callback = pruned(tmp_path, model, torch.optim.AdamW, memory_gib=1e-5)  # which counts violations at the end
     assert callback._run is not None
     assert len(callback._run.windows) > 4
-    assert [name for name, _ in ordered] == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert list(ordered) == [f"model.model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     for name, part in model.named_modules():
         if name.endswith("proj"):
             assert (part.weight.unflatten(1, (-1, 4)) == 0).sum(-1).min() == 2
@@ -270,64 +257,50 @@ INDEXED: dict[str, tuple[str, Callable[[Any, Any], nn.Module]]] = {
 
 @pytest.mark.parametrize("what", INDEXED)
 @pytest.mark.usefixtures("keeps_all")
-def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path) -> None:
-    model = tiny_llama().eval()
+def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path, ordered: dict[str, Tensor]) -> None:
+    model = tiny_llama()
     name, make = INDEXED[what]
     for layer in model.model.layers:
         setattr(layer.mlp, name, make(layer.mlp, model.model.layers[0].mlp))
-    with torch.no_grad():
-        before = model(BATCH).logits
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
-    assert not [name for name, _ in ordered if name.endswith(("down_proj", "inner"))]
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(BATCH).logits, before, rtol=1e-4, atol=1e-5)
+    before = logits_of(model)
+    pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
+    assert not [name for name in ordered if name.endswith(("down_proj", "inner"))]
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_later_event_leaves_the_order(tmp_path: Path) -> None:
-    with ordered_blocks() as ordered:
-        pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
+def test_a_later_event_leaves_the_order(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
+    pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
     assert len(ordered) == 2
 
 
+class NotOfOne(ToyLM):
+    def forward(self, **batch: Any) -> Any:
+        if len(batch["input_ids"]) == 1:
+            raise RuntimeError("not this way")
+        return super().forward(**batch)
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise KeyError("layer")
+
+
 @pytest.mark.parametrize(
-    ("where", "words"),
+    ("where", "lm", "words"),
     [
-        ("order.search_order", r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(KeyError"),
-        (
-            "channels.find_feed_forwards",
-            "channels are not permuted: the search for feed-forward blocks ended in KeyError",
-        ),
+        ("order.search_order", ToyLM, r"2 feed-forward block\(s\) keep their order, .*mlp.down_proj \(KeyError"),
+        ("channels.find_feed_forwards", ToyLM, "not permuted: the search for feed-forward blocks ended in KeyError"),
+        (None, NotOfOne, "order channels are not permuted: "),
     ],
 )
-@pytest.mark.usefixtures("keeps_all")
 def test_a_search_that_fails_leaves_the_order(
-    where: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, recwarn: Any
+    where: str | None, lm: Any, words: str, tmp_path: Path, ordered: Any, monkeypatch: Any, capsys: Any, recwarn: Any
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyError("layer")
-
-    monkeypatch.setattr(f"thanos_lightning.event.{where}", fail)
-    model = tiny_llama()
-    weight = model.model.layers[0].mlp.down_proj.weight.clone()
-    pruned(tmp_path, model)
-    assert model.model.layers[0].mlp.down_proj.weight.equal(weight)
+    if where is not None:
+        monkeypatch.setattr(f"thanos_lightning.event.{where}", fail)
+    pruned(tmp_path, tiny_llama(), lm=lm)
+    assert not ordered
     said = [*(str(one.message) for one in recwarn), " ".join(capsys.readouterr().out.split())]
     assert any(re.search(words, text) for text in said)
-
-
-@pytest.mark.usefixtures("keeps_all")
-def test_a_module_that_can_not_be_run_on_a_small_input_keeps_its_order(tmp_path: Path, capsys: Any) -> None:
-    class Own(ToyLM):
-        def forward(self, **batch: Any) -> Any:
-            if len(batch["input_ids"]) == 1:
-                raise RuntimeError("not this way")
-            return super().forward(**batch)
-
-    callback = ThanosPruningCallback(**grouped(pattern="2:4", batches=SET, block_steps=0))
-    trainer(tmp_path, callback, max_steps=1).fit(Own(tiny_llama(), make_optimizer=still), loader())
-    assert "order   channels are not permuted: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("impatient")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,7 @@ def run(model: nn.Module, inputs: torch.Tensor, options: SolverOptions = OPTIONS
     return reports
 
 
-def test_fewer_tokens_than_inputs_are_warned_of_where_products_of_inputs_count(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
+def test_fewer_tokens_than_inputs_are_warned_of_where_products_of_inputs_count(recwarn: Any) -> None:
     def said(tokens: int, method: str) -> list[str]:
         recwarn.clear()
         model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 4))
@@ -59,13 +58,11 @@ def test_fewer_tokens_than_inputs_are_warned_of_where_products_of_inputs_count(
 
 
 def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right, self.after = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
-
+    class Branches(nn.ModuleList):
         def forward(self, inputs: Tensor) -> Tensor:
-            return self.right(inputs) + self.after(self.left(inputs))  # type: ignore[no-any-return]
+            left, right, after = self
+            given: Tensor = right(inputs) + after(left(inputs))
+            return given
 
     widths = []
 
@@ -75,14 +72,14 @@ def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: py
 
     monkeypatch.setattr("thanos_lightning.solver.hessian.curvature", counted)
     torch.manual_seed(0)
-    model, inputs = Branches(), torch.randn(50, 8)
+    model, inputs = Branches([nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)]), torch.randn(50, 8)
     hessian = 2 / 50 * inputs.T @ inputs
-    expected = [prune(one.weight.detach(), hessian, NM(2, 4)) for one in (model.left, model.right)]
+    expected = [prune(one.weight.detach(), hessian, NM(2, 4)) for one in model[:2]]
     widths.clear()
     reports = run(model, inputs)
-    assert [report.name for report in reports] == ["left", "right", "after"]
+    assert [report.name for report in reports] == ["0", "1", "2"]
     assert len(widths) == 2  # left and right, and after
-    for found, wanted, report in zip((model.left, model.right), expected, reports, strict=False):
+    for found, wanted, report in zip(model, expected, reports, strict=False):
         torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-6)
         assert report.relative_loss == pytest.approx(wanted.relative_loss, rel=1e-3)
         assert report.sparsity == 0.5

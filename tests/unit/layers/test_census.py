@@ -13,7 +13,7 @@ from thanos_lightning.layers.census import take_census
 from thanos_lightning.layers.targets import find_targets
 
 
-def test_a_tied_embedding_counts_once() -> None:
+def test_weights_are_counted_once_by_what_they_are() -> None:
     model = tiny_llama()
     census = take_census(model, find_targets(model))
     assert census.model_weights == model.num_parameters()
@@ -22,24 +22,15 @@ def test_a_tied_embedding_counts_once() -> None:
     assert list(census.dense) == ["embeddings", "norms", "lm_head"]
     assert census.dense["lm_head"] == 0
     assert census.share == pytest.approx(census.target_weights / census.model_weights)
-
-
-def test_layers_of_gpt2_have_their_own_name_and_biases_stay() -> None:
-    model = tiny_gpt2()
-    census = take_census(model, find_targets(model))
+    other = tiny_gpt2()
+    census = take_census(other, find_targets(other))
     assert census.prunable == "Conv1D and Linear"
     assert {"embeddings", "biases", "norms"} <= set(census.dense)
 
 
 def test_what_cannot_be_pruned_is_named() -> None:
-    model = nn.ModuleDict(
-        {
-            "conv": nn.Conv2d(3, 8, 3),
-            "norm": nn.BatchNorm2d(8),
-            "attention": nn.MultiheadAttention(8, 2),
-            "fc": nn.Linear(8, 4),
-        }
-    )
+    parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "attention": nn.MultiheadAttention(8, 2)}
+    model = nn.ModuleDict({**parts, "fc": nn.Linear(8, 4)})
     census = take_census(model, find_targets(model, targets="fc"))
     assert census.num_prunable == 1
     assert census.dense["Conv2d"] == 216

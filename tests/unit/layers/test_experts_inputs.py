@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from tiny_mixtures import MIXTURES, tiny_mixture
 from torch import Tensor
+from toy import counted, started
 
-from thanos_lightning.collect.inputs import InputStatistics
 from thanos_lightning.collect.outputs import OutputGradients
 from thanos_lightning.layers.targets import Layer, find_targets
 
@@ -30,28 +28,19 @@ def gradients_of(model: Any, batch: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@contextmanager
-def counted(layers: dict[str, Layer], mask: Tensor | None = None) -> Iterator[InputStatistics]:
-    """What the layers get inside is counted."""
-    statistics = InputStatistics(layers)
-    statistics.start()
-    with statistics.counting(mask):
-        yield statistics
-    statistics.stop()
-
-
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_training_step_is_what_it_was(family: str) -> None:
     model = tiny_mixture(family)
     logits, wanted = model(input_ids=tokens()).logits, gradients_of(model, tokens())
-    layers = find_targets(model)
-    outputs = OutputGradients(layers)
+    statistics = started(model)
+    outputs = OutputGradients(statistics.layers)
     outputs.start()
-    with counted(layers):
+    with statistics.counting():
         torch.testing.assert_close(model(input_ids=tokens()).logits, logits)
         for name, gradient in gradients_of(model, tokens()).items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
     outputs.stop()
+    statistics.stop()
     assert torch.equal(model(input_ids=tokens()).logits, logits)  # by transformers' own forward again
     assert all("forward" not in vars(module) for module in model.modules())
 
@@ -62,9 +51,8 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
     model = tiny_mixture(family).double()
     model.set_experts_implementation("eager")  # the others know no float64
     layers = {name: layer for name, layer in experts_of(model).items() if name.endswith("down_proj")}
-    with counted(layers) as statistics:
-        model(input_ids=tokens())
-    assert len(statistics.accumulators) > 4
+    found = counted(model, tokens())
+    assert len(found.keys() & layers.keys()) > 4
     for name, layer in list(layers.items())[-8:]:  # all experts of the last layer
         given: list[Tensor] = []
         handle = layer.holders[0].register_forward_hook(lambda *call, to=given: to.append(call[2].detach().clone()))
@@ -76,10 +64,10 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
             layer.part_of(layer.parameter).sub_(layer.oriented(error))
         handle.remove()
         changed = float((given[1] - given[0]).square().sum())
-        if name not in statistics.accumulators:
+        if name not in found:
             assert changed == 0  # no token goes there
             continue
-        told = float(((error @ statistics.accumulators[name].sum.double()) * error).sum())
+        told = float(((error @ found[name].sum.double()) * error).sum())
         assert told == pytest.approx(changed, rel=1e-4)
 
 
@@ -87,12 +75,12 @@ def test_moments_of_down_layers_tell_what_their_errors_do(family: str) -> None:
 def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradient(family: str) -> None:
     model = tiny_mixture(family)
     layers = experts_of(model)
-    outputs = OutputGradients(layers)
+    statistics = started(model)
+    outputs = OutputGradients(statistics.layers)
     outputs.start()
-    with counted(layers) as statistics:
+    with statistics.counting():
         model(input_ids=tokens(1, 1)).logits.square().sum().backward()
-    outputs.stop()
-    reached = statistics.accumulators
+    reached = {name: moments for name, moments in statistics.accumulators.items() if name in layers}
     matrices = len({name.rpartition(".")[2] for name in layers})
     moe_layers = len({name.partition("experts")[0] for name in layers})
     assert len(reached) == (1 if family == "llama 4" else 2) * matrices * moe_layers  # by the chosen experts alone
@@ -107,15 +95,13 @@ def test_of_one_token_inputs_and_gradients_are_the_factors_of_the_weights_gradie
 
 def test_inputs_count_as_much_as_the_routers_share_of_them() -> None:
     model = tiny_mixture()
-    layers = experts_of(model)
     routed: dict[str, tuple[Tensor, ...]] = {}
     for name, module in model.named_modules():
         if name.endswith("experts"):
             module.register_forward_pre_hook(lambda _, args, name=name: routed.update({name: args}))
-    with counted(layers) as statistics:
-        model(input_ids=tokens())
-    for name, moments in statistics.accumulators.items():
-        experts, expert, matrix = name.rsplit(".", 2)
+    found = counted(model, tokens())
+    for name in found.keys() & experts_of(model).keys():
+        moments, (experts, expert, matrix) = found[name], name.rsplit(".", 2)
         hidden, chosen, shares = routed[experts]
         at, place = (chosen == int(expert)).nonzero(as_tuple=True)
         assert moments.num_tokens == len(at)
@@ -123,23 +109,20 @@ def test_inputs_count_as_much_as_the_routers_share_of_them() -> None:
             continue
         weighted = hidden[at] * shares[at, place].unsqueeze(1)
         torch.testing.assert_close(moments.sum, (weighted.T @ weighted).detach(), rtol=1e-4, atol=1e-6)
-        assert moments is statistics.accumulators[f"{experts}.{expert}.gate_proj"]  # gate and up share one sum
+        assert moments is found[f"{experts}.{expert}.gate_proj"]  # gate and up share one sum
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama 4"])
 def test_padding_does_not_count(family: str) -> None:
     model, batch = tiny_mixture(family), tokens()
-    layers = experts_of(model)
     mask = torch.ones_like(batch, dtype=torch.bool)
     mask[1, 9:] = False
     mask[2] = False
-    sums = []
-    for kept, shown in ((mask, batch), (None, batch[:1]), (None, batch[1:2, :9])):
-        with counted(layers, kept) as statistics:
-            model(input_ids=shown)
-        sums.append(statistics.accumulators)
-    for name, whole in sums[0].items():
-        parts = [one[name] for one in sums[1:] if name in one]
+    found, *sums = (
+        counted(model, shown, mask=kept) for kept, shown in ((mask, batch), (None, batch[:1]), (None, batch[1:2, :9]))
+    )
+    for name in experts_of(model).keys() & found.keys():
+        whole, parts = found[name], [one[name] for one in sums if name in one]
         assert whole.num_tokens == sum(part.num_tokens for part in parts)
         if parts:
             torch.testing.assert_close(whole.sum, sum(part.sum for part in parts), rtol=1e-3, atol=1e-4)
