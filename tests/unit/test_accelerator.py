@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from pretend import copies, launches, pretend_trainer, waits
 from tiny_mixtures import tiny_mixture
 from torch import Tensor
-from toy import ResumableBatches, ToyLM, grouped, loader, tiny_files, tiny_llama, trainer
+from toy import ResumableBatches, ToyLM, at, grouped, loader, tiny_files, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
@@ -27,6 +26,7 @@ from thanos_lightning.lm import CausalLM, Distillation
 LAYERS = 14
 WAITS_PER_LAYER = 25  # of an event to 2:4 by the default solver
 PADDED = {"number": 64, "padding": 3}
+AT_5: dict[str, Any] = {"schedule": SparsitySchedule(5, 5, 1), "steps": 2}
 
 
 def fit(make: Any, root: Path, callback: ThanosPruningCallback, *more: Callback, **settings: Any) -> ToyLM:
@@ -87,13 +87,10 @@ def test_experts_are_dropped_as_on_the_cpu(tmp_path: Path) -> None:
         module = ToyLM(tiny_mixture())
         module.model.set_experts_implementation("eager")  # the default counts integers, as no CPU does
         make(tmp_path, pruning("experts", 0.5, schedule=SparsitySchedule(2, 2, 1)), max_steps=4).fit(module, loader())
-        gone.append({name: one.flatten(1).any(1).tolist() for name, one in experts_of(module)})
+        experts = [one.detach().cpu() for name, one in module.named_parameters() if name.endswith("experts.down_proj")]
+        gone.append([one.flatten(1).any(1).tolist() for one in experts])
     assert gone[0] == gone[1]
-    assert all(one.count(False) == len(one) // 2 for one in gone[0].values())
-
-
-def experts_of(module: ToyLM) -> Iterator[tuple[str, Tensor]]:
-    return ((name, one.detach().cpu()) for name, one in module.named_parameters() if name.endswith("experts.down_proj"))
+    assert all(one.count(False) == len(one) // 2 for one in gone[0])
 
 
 def test_what_is_solved_waits_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,29 +125,25 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path) ->
         path = tmp_path / "step=5.ckpt" if resumed else None  # inside a window
         fitted.fit(module, ResumableBatches(64), ckpt_path=path)
         ended.append([parameter.detach().cpu() for parameter in module.parameters()])
-    for one, other in zip(*ended, strict=True):
-        assert torch.equal(one, other)
+    torch.testing.assert_close(*ended, rtol=0, atol=0)
 
 
-class Counted(Callback):
-    """Of each batch, what the package waited for, or launched."""
+def of_steps(counting: Any, root: Path, max_steps: int = 9, **options: Any) -> list[Counter[str]]:
+    """Of each step, what the package waited for, launched or copied."""
+    each: list[Counter[str]] = []
+    with counting() as counted:
 
-    def __init__(self, counted: Counter[str]) -> None:
-        self.counted, self.before = counted, Counter[str]()
-        self.each: list[Counter[str]] = []
+        def note(*_: Any) -> None:
+            each.append(Counter({line: number for line, number in counted.items() if line != "elsewhere"}))
+            counted.clear()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        new = self.counted - self.before
-        self.before = self.counted.copy()
-        self.each.append(Counter({line: number for line, number in new.items() if line != "elsewhere"}))
+        callback = pruning(**{"verify_every_n_steps": 0, **options})
+        fit(pretend_trainer, root, callback, at("on_train_batch_end", note), max_steps=max_steps)
+    return each
 
 
 def test_a_step_masks_a_gradient_and_a_weight_of_each_layer(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(2, 2, 1), verify_every_n_steps=0)
-    with launches() as counted:
-        each = Counted(counted)
-        fit(pretend_trainer, tmp_path, callback, each)
-    for one in each.each[3:]:
+    for one in of_steps(launches, tmp_path, 8, schedule=SparsitySchedule(2, 2, 1))[3:]:
         masking = [number for line, number in one.items() if line.startswith("solver/zeros.py")]
         assert masking == [2 * LAYERS, 2 * LAYERS], one  # what makes bits of the masks, and what applies them
         assert sum(one.values()) - sum(masking) < LAYERS, one
@@ -160,37 +153,25 @@ def test_a_step_masks_a_gradient_and_a_weight_of_each_layer(tmp_path: Path) -> N
 def test_the_host_waits_at_most_once_a_step_in_a_window_and_never_outside(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    callback = pruning(**options, schedule=SparsitySchedule(5, 5, 1), steps=2, verify_every_n_steps=0)
-    with waits() as counted:
-        waiting = Counted(counted)
-        fit(pretend_trainer, tmp_path, callback, waiting, max_steps=9)
-    by_step = waiting.each[1:]  # the first has what came before
-    # counted in the steps to 4 and 5, of which the last prunes
-    assert [sum(one.values()) for one in by_step[:2]] == [0, 0]
-    assert sum(by_step[2].values()) <= 1
+    by_step = [one.total() for one in of_steps(waits, tmp_path, **options, **AT_5)]
+    # the first has what came before; inputs are counted in the steps to 4 and 5, of which the last prunes
+    assert by_step[1:3] == [0, 0]
+    assert by_step[3] <= 1
     if not options:
-        assert sum(by_step[3].values()) <= WAITS_PER_LAYER * LAYERS
-    assert [sum(one.values()) for one in by_step[4:]] == [0, 0, 0, 0]
+        assert by_step[4] <= WAITS_PER_LAYER * LAYERS
+    assert by_step[5:] == [0, 0, 0, 0]
 
 
 def test_a_step_copies_nothing_between_devices(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(5, 5, 1), steps=2, verify_every_n_steps=0)
-    with copies() as counted:
-        copying = Counted(counted)
-        fit(pretend_trainer, tmp_path, callback, copying, max_steps=9)
-    by_step = [sum(one.values()) for one in copying.each]
-    assert by_step[4] >= LAYERS  # its inputs were counted in the steps to 4 and 5, of which the last prunes
+    by_step = [one.total() for one in of_steps(copies, tmp_path, **AT_5)]
+    assert by_step[4] >= LAYERS
     assert by_step[1:3] == [0, 0]
     assert by_step[5:] == [0, 0, 0, 0]
 
 
 def test_verification_waits_once(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(2, 2, 1))
-    with waits() as counted:
-        waiting = Counted(counted)
-        fit(pretend_trainer, tmp_path, callback, waiting)
-    for one in waiting.each[4:]:
-        assert sum(one.values()) == 1, one
+    for one in of_steps(waits, tmp_path, 8, schedule=SparsitySchedule(2, 2, 1), verify_every_n_steps=1)[4:]:
+        assert one.total() == 1, one
 
 
 def test_the_commands_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

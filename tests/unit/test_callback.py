@@ -52,6 +52,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LABELLED = list(loader(8))
 UNLABELLED = [{name: value for name, value in batch.items() if name != "labels"} for batch in LABELLED]
+HALF: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.5}
 TWO_WINDOWS = 4 * (6 * 32**2 + 48**2) / 2**30  # GiB of up to 7 layers, 6 of 32 inputs and one of 48
 
 
@@ -66,8 +67,9 @@ def masks(callback: ThanosPruningCallback) -> dict[str, LayerMask]:
     return {name: LayerMask.from_state(state) for name, state in callback.state_dict()["masks"].items()}
 
 
-def zeros_of(mask: LayerMask) -> float:
-    return 1.0 - int(mask.keep.count_nonzero()) / mask.keep.numel()
+def zeros_of(callback: ThanosPruningCallback) -> list[float]:
+    """The sparsity of each layer."""
+    return [1.0 - int(mask.keep.count_nonzero()) / mask.keep.numel() for mask in masks(callback).values()]
 
 
 def fit(root: Path, *callbacks: Callback, steps: int = 8, start: Path | None = None, **settings: Any) -> ToyLM:
@@ -109,18 +111,10 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], dict[str, T
 def test_zeros_hold_after_every_step(
     tmp_path: Path, precision: str, make_optimizer: Callable[[Any], Any], accumulate: int
 ) -> None:
-    callback = pruning()
-    probe = ZeroProbe(callback)
-    module = ToyLM(make_optimizer=make_optimizer)
-    trainer(
-        tmp_path,
-        callback,
-        probe,
-        max_steps=16,
-        precision=precision,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=0.5,
-    ).fit(module, loader(4 * 16 * accumulate))
+    callback, module = pruning(), ToyLM(make_optimizer=make_optimizer)
+    probe, settings = ZeroProbe(callback), {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    fitted = trainer(tmp_path, callback, probe, max_steps=16, precision=precision, **settings)
+    fitted.fit(module, loader(4 * 16 * accumulate))
     tensors = 14 * (2 if make_optimizer is momentum_sgd else 3)
     assert probe.checked >= 10 * accumulate * tensors
     assert probe.sparsities[0] == pytest.approx(0.4375)
@@ -130,24 +124,22 @@ def test_zeros_hold_after_every_step(
         weight = dict(module.named_parameters())[name]
         assert weight.unflatten(1, (-1, 4)).ne(0).sum(-1).max() == 2
     assert module.losses[-1] < module.losses[0]
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in fitted.optimizers)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "sparsity", "outliers"),
-    [("unstructured", 0.6, None), ("structured", 0.25, 0.1), ("4:8", None, 0.125), ("1:4", None, None)],
-)
 @pytest.mark.parametrize("method", ["thanos", "sparsegpt", "wanda", "magnitude"])
-def test_every_pattern_and_method_on_conv1d(
-    tmp_path: Path, pattern: str, sparsity: float | None, outliers: float | None, method: Any
-) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("unstructured", 0.6), ("structured", 0.25), ("4:8", None), ("1:4", None)]
+)
+def test_every_pattern_and_method_on_conv1d(tmp_path: Path, pattern: str, sparsity: float | None, method: Any) -> None:
+    outliers = 0.125 if pattern in ("structured", "4:8") else None
     callback = pruning(pattern, sparsity, outlier_fraction=outliers, method=method)
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(tiny_gpt2()), loader(32))
     assert probe.checked
-    for mask in masks(callback).values():
-        assert mask.transposed
-        assert mask.pattern.violations(mask.keep) == 0
-        assert zeros_of(mask) == pytest.approx(mask.pattern.sparsity, abs=0.05)
+    found = masks(callback).values()
+    assert all(mask.transposed and mask.pattern.violations(mask.keep) == 0 for mask in found)
+    assert zeros_of(callback) == pytest.approx([mask.pattern.sparsity for mask in found], abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +167,8 @@ def test_an_optimizer_that_moves_moments_without_a_gradient_is_refused_at_once(t
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path, fused: bool) -> None:
-    callback = pruning(schedule=SparsitySchedule(2, 2, 1))
-    probe = ZeroProbe(callback)
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**60))
+    callback, scaler = pruning(schedule=SparsitySchedule(2, 2, 1)), torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    probe, plugin = ZeroProbe(callback), MixedPrecision("16-mixed", "cpu", scaler)
     module = ToyLM(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, fused=fused))
     fitted = trainer(tmp_path, callback, probe, max_steps=60, plugins=[plugin])
     fitted.fit(module, loader(512))
@@ -201,10 +192,9 @@ def test_a_token_counts_once_in_the_steps_before_the_event(tmp_path: Path, windo
 
     model = tiny_llama()
     model.gradient_checkpointing_enable()
-    callback = pruning(schedule=SparsitySchedule(4, 4, 1), steps=2)
+    callback, sampling = pruning(schedule=SparsitySchedule(4, 4, 1)), at("on_train_batch_end", sample)
     validating = {"num_sanity_val_steps": 2, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    callbacks = at("on_train_batch_end", sample), callback
-    fitted = trainer(tmp_path, *callbacks, max_steps=5, accumulate_grad_batches=3, **validating)
+    fitted = trainer(tmp_path, sampling, callback, max_steps=5, accumulate_grad_batches=3, **validating)
     fitted.fit(ToyLM(model), loader(96, padding=4), loader(8))
     assert [tokens for tokens, _ in windows] == [{2 * 3 * 4 * 12}]
     assert callback.report.events[0].step == 4
@@ -215,19 +205,17 @@ class OutputGradientsOfEachBatch(Callback):
     """Sums of the squared gradients at the outputs of all Linear layers, by autograd, of a copy of the model."""
 
     def __init__(self) -> None:
-        self.batches: list[dict[str, torch.Tensor]] = []
+        self.batches: list[dict[str, Tensor]] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         model = copy.deepcopy(pl_module.model).requires_grad_(True)
-        found: dict[str, torch.Tensor] = {}
-        outputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            if isinstance(module, nn.Linear) and name != "lm_head":
                 module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(f"model.{name}", out))
-        loss = model(**batch).loss
-        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            found[name] = gradient.flatten(end_dim=-2).square().sum(0)
-        self.batches.append(found)
+        gradients = torch.autograd.grad(model(**batch).loss, list(outputs.values()))
+        squares = (gradient.flatten(end_dim=-2).square().sum(0) for gradient in gradients)
+        self.batches.append(dict(zip(outputs, squares, strict=True)))
 
 
 def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, windows: list[Any]) -> None:
@@ -236,11 +224,10 @@ def test_errors_count_as_much_as_the_training_loss_feels_them(tmp_path: Path, wi
     trainer(tmp_path, callback, probe, max_steps=8).fit(ToyLM(), loader(64, padding=4), loader(8))
     assert len(windows) == 2
     for (_, weights), of_steps in zip(windows, ((1, 2), (4, 5)), strict=True):
-        for name in masks(callback):
-            layer = name.removesuffix(".weight")
+        assert weights.keys() == {name.removesuffix(".weight") for name in masks(callback)}
+        for layer, found in weights.items():
             total = sum(probe.batches[step][layer] for step in of_steps)
-            expected = (total + 0.01 * total.mean()) / 2
-            torch.testing.assert_close(weights[layer], expected, rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(found, (total + 0.01 * total.mean()) / 2, rtol=1e-4, atol=1e-12)
 
 
 def test_gradients_on_calibration_batches(tmp_path: Path, windows: list[Any]) -> None:
@@ -249,7 +236,7 @@ def test_gradients_on_calibration_batches(tmp_path: Path, windows: list[Any]) ->
         parameter.requires_grad_("layers.1" in name)
     probe = OutputGradientsOfEachBatch()
     for batch in given[::4]:  # three of them, and all have inputs that count
-        probe.on_train_batch_start(None, module, batch, 0)  # type: ignore[arg-type]
+        probe.on_train_batch_start(None, module, batch, 0)
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     callback = pruning("unstructured", 0.5, schedule=SparsitySchedule(0, 0, 1), batches=given, targets="*layers*")
 
@@ -290,11 +277,10 @@ class Manual(ToyLM):
             loss = self(**batch).loss
             optimizer.zero_grad()
             self.manual_backward(loss)
-            parameters = dict(self.named_parameters())
+            gradients: dict[str, Any] = {name: parameter.grad for name, parameter in self.named_parameters()}
             for name, mask in masks(self.callback).items():
-                gradient = parameters[name].grad
-                if gradient is not None:
-                    self.dense_gradients += int(gradient[~mask.keep].count_nonzero())
+                if gradients[name] is not None:
+                    self.dense_gradients += int(gradients[name][~mask.keep].count_nonzero())
             self.clip_gradients(optimizer, 0.1, "norm")
             optimizer.step()
         self.losses.append(loss.item())
@@ -304,11 +290,7 @@ class Manual(ToyLM):
     ("module", "batches", "words"),
     [
         (ToyLM, DataLoader(UNLABELLED, batch_size=None), r"returns no loss \(CausalLMOutputWithPast\): give the batch"),
-        (
-            ToyLM,
-            [{0: torch.ones(2, 8)}],
-            r"a calibration batch is a dict, on which forward\(\*\*batch\) of ToyLM fails",
-        ),
+        (ToyLM, [{0: torch.ones(2, 8)}], r"a calibration batch is a dict, on which forward\(\*\*batch\) of ToyLM fail"),
         (Manual, [(torch.ones(2, 8),)], "is a tuple, which goes through training_step, but under man"),
     ],
 )
@@ -347,9 +329,9 @@ def test_frozen_layers_are_pruned_and_count_their_outputs_alike(tmp_path: Path) 
     with pytest.warns(UserWarning, match=r"no gradient has reached the outputs of 7 layer\(s\), such as model.model"):
         trainer(tmp_path, callback, probe, max_steps=5).fit(module, loader(64))
     assert probe.checked == 3 * 7 * (1 + 3)
-    sparsities = {name: zeros_of(mask) for name, mask in masks(callback).items()}
-    assert {sparsity for name, sparsity in sparsities.items() if "layers.0" in name} == {0.5}
-    assert len({sparsity for name, sparsity in sparsities.items() if "layers.1" in name}) > 1  # these are allocated
+    assert all(("layers.0" in name) == (number < 7) for number, name in enumerate(masks(callback)))
+    assert set(zeros_of(callback)[:7]) == {0.5}
+    assert len(set(zeros_of(callback)[7:])) > 1  # these are allocated
 
 
 @pytest.mark.parametrize(
@@ -379,19 +361,6 @@ def test_events_are_at_optimizer_steps(
     assert probe.checked
 
 
-def test_hooks_exist_only_while_collecting(tmp_path: Path) -> None:
-    seen: list[bool] = []
-
-    def look(_: Trainer, pl_module: LightningModule, *__: Any) -> None:
-        seen.append(any(module._forward_pre_hooks for module in pl_module.modules()))
-
-    callback = pruning(schedule=SparsitySchedule(4, 8, 4), steps=2)
-    fitted = trainer(tmp_path, callback, at("on_train_batch_start", look), max_steps=10)
-    fitted.fit(ToyLM(), loader(64))
-    assert seen == [False] * 6 + [True] * 2 + [False] * 2
-    assert not any(optimizer._optimizer_step_post_hooks for optimizer in fitted.optimizers)
-
-
 def test_windows_are_collected_after_the_ones_before_are_pruned(tmp_path: Path) -> None:
     pruned: list[int] = []
     callback = pruning(schedule=SparsitySchedule(6, 6, 1), steps=2, memory_gib=TWO_WINDOWS)
@@ -402,10 +371,8 @@ def test_windows_are_collected_after_the_ones_before_are_pruned(tmp_path: Path) 
 
 
 def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
-    callback = pruning(schedule=SparsitySchedule(2, 6, 2))
-    probe = ZeroProbe(callback)
-    module = Manual()
-    module.callback = callback
+    callback, module = pruning(), Manual()
+    probe, module.callback = ZeroProbe(callback), callback
     trainer(tmp_path, callback, probe, max_steps=32).fit(module, loader(64))
     assert callback.state_dict()["optimizer_steps"] == 16
     assert probe.checked >= 10 * 14 * 2
@@ -414,12 +381,9 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
 
 
 def test_a_calibration_set_from_the_module(tmp_path: Path) -> None:
-    class WithSet(ToyLM):
-        def calibration_dataloader(self) -> Any:
-            return loader(8)
-
-    callback = pruning(batches="datamodule")
-    trainer(tmp_path, callback, max_steps=8).fit(WithSet(), loader(64))
+    callback, module = pruning(batches="datamodule"), ToyLM()
+    module.calibration_dataloader = lambda: loader(8)  # type: ignore[assignment]
+    trainer(tmp_path, callback, max_steps=8).fit(module, loader(64))
     assert len(callback.report.events) == 2
 
 
@@ -452,7 +416,6 @@ def test_report_metrics_and_summary(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "pruning_report.json").read_text())
     assert [event["step"] for event in report["events"]] == [4, 6]
     assert report["events"][1]["target"] == 0.5
-    assert set(report["events"][0]["layers"][0]) >= {"name", "shape", "sparsity", "loss", "relative_loss", "seconds"}
     summary = report["summary"]
     assert summary["metric"] == "val/loss"
     assert 0 < summary["recovered"] < summary["pruned"]
@@ -485,7 +448,7 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path, step: int,
         @torch.no_grad()
         def on_train_batch_end(self, *_: Any) -> None:
             module.eval()
-            self.values.append(sum(module(**batch).loss.item() for batch in loader(8)) / 2)
+            self.values.append(sum(module(**batch).loss.item() for batch in LABELLED) / 2)
             module.train()
 
         on_train_start = on_train_batch_end
@@ -542,13 +505,6 @@ def test_a_resumed_training_is_bit_identical(tmp_path: Path, options: dict[str, 
             assert torch.equal(mask.keep, masks(other)[name].keep), (stop, name)
 
 
-def test_the_state_is_plain_and_small(tmp_path: Path) -> None:
-    callback = pruning()
-    fit(tmp_path, callback)
-    bits = sum(mask["bits"].numel() for mask in saved_state(tmp_path / "end.ckpt")["masks"].values())
-    assert bits == sum(layer.rows * layer.cols for layer in callback._layers.values()) / 8
-
-
 @pytest.mark.parametrize(
     ("schedule", "ends", "steps"),
     [(SparsitySchedule(at=[3, 7]), (5, 10), [3, 7]), (SparsitySchedule(0.0, 0.4, 0.2), (10, 20), [2, 4])],
@@ -581,7 +537,7 @@ def test_a_new_callback_keeps_the_zeros_that_it_finds(tmp_path: Path) -> None:
     assert len(before) > 14
     assert all((parameter == 0)[before[name]].all() for name, parameter in module.named_parameters())
     assert probe.checked >= 8 * 14
-    assert {zeros_of(mask) for mask in masks(callback).values()} == {0.5}
+    assert set(zeros_of(callback)) == {0.5}
 
 
 def test_a_callback_does_not_lose_its_masks_to_a_new_trainer(tmp_path: Path) -> None:
@@ -629,11 +585,7 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
     ("arguments", "max_steps", "words"),
     [
         ({}, 40, r"than the checkpoint did in its first \d window\(s\): max_steps was 20 and is 40. Resume with"),
-        (
-            {"schedule": SparsitySchedule(2, 10, 4)},
-            40,
-            "these arguments differ from the checkpoint's and apply from now on: schedule",
-        ),
+        ({"schedule": SparsitySchedule(2, 10, 4)}, 40, "these arguments differ .* and apply from now on: schedule"),
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
@@ -647,8 +599,9 @@ def test_a_plan_may_change_ahead_but_not_behind(
     tmp_path: Path, arguments: dict[str, Any], max_steps: int, words: str
 ) -> None:
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
-    fit(tmp_path, pruning(schedule=SparsitySchedule(0.1, 0.5, 0.2)), saving, steps=20, enable_checkpointing=True)
-    again = pruning(**{"schedule": SparsitySchedule(0.1, 0.5, 0.2), **arguments})
+    schedule = SparsitySchedule(0.1, 0.5, 0.2)
+    fit(tmp_path, pruning(schedule=schedule), saving, steps=20, enable_checkpointing=True)
+    again = pruning(**{"schedule": schedule, **arguments})
     is_taken = words.startswith("these arguments")
     with pytest.warns(match=words) if is_taken else pytest.raises(MisconfigurationException, match=words):
         fit(tmp_path, again, steps=max_steps, start=tmp_path / "step=8.ckpt")
@@ -658,9 +611,8 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
     class Subclass(ThanosPruningCallback):
         """With a signature of its own."""
 
-        def __init__(self, damping: float = 0.01, **kwargs: Any) -> None:
-            options = grouped(damping=damping, steps=2, **kwargs)
-            super().__init__(schedule=SparsitySchedule(4, 4, 1), **options)
+        def __init__(self, damping: float = 0.01, **others: Any) -> None:
+            super().__init__(schedule=SparsitySchedule(4, 4, 1), **grouped(damping=damping, steps=2, **others))
 
     fit(tmp_path, Subclass(), steps=6)
     arguments = saved_state(tmp_path / "end.ckpt")["arguments"]
@@ -687,11 +639,7 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
-        (
-            {"pattern": "4:9"},
-            {},
-            "14 of 14 layers can't take their pattern .* Layer model.model.layers.0.self_attn.q_proj: .*9",
-        ),
+        ({"pattern": "4:9"}, {}, "14 of 14 layers can't take their pattern .* Layer model.model.*q_proj: .*9"),
         ({"schedule": SparsitySchedule(50, 60, 10)}, {}, "first event is at optimizer step 60, but the training has 8"),
         ({"schedule": SparsitySchedule(0.1, 0.5, 0.1)}, {"max_steps": -1}, "set the Trainer's max_steps"),
         ({"schedule": SparsitySchedule(0, 0, 1)}, {}, "before the first optimizer step has no training batches"),
@@ -699,19 +647,18 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"memory_gib": 1e-9}, {}, "more than memory_gib"),
         (
-            {"pattern": "unstructured", "sparsity": 0.5, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)},
+            {**HALF, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)},
             {"max_steps": 20},
             "step 12 needs statistics from",  # and not only when the layers have been looked at
         ),
         (
-            {"pattern": "unstructured", "sparsity": 0.5, "memory_gib": 1.0}
-            | {"allocation": Allocation(), "schedule": SparsitySchedule(at=[1, 3, 5])},
+            {**HALF, "memory_gib": 1.0, "allocation": Allocation(), "schedule": SparsitySchedule(at=[1, 3, 5])},
             {},
             r"at optimizer step 1, which leaves too few to look at .* with the event \(no calibration.memory_gib\)",
         ),
         ({"allocation": Allocation()}, {}, "2:4 in all rows of all layers leaves nothing to allocate"),
         (
-            {"pattern": "unstructured", "sparsity": 0.97, "allocation": Allocation()},
+            {**HALF, "sparsity": 0.97, "allocation": Allocation()},
             {},
             "a sparsity of 0.97 leaves nothing to allocate, since no layer is looked at beyond 0.95: leave the allocat",
         ),
@@ -772,10 +719,8 @@ def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magn
     with pytest.warns(UserWarning, match="that no token has reached") as warned:
         trainer(tmp_path, callback, max_steps=8).fit(module, loader(64))
     said = [str(one.message) for one in warned if "that no token has reached" in str(one.message)]
-    assert [re.findall(r"calling its layer\) are (.*?)[,:]", text)[0] for text in said] == [
-        "left as they are until the next event",
-        "pruned by magnitude",
-    ]
+    what = [re.findall(r"calling its layer\) are (.*?)[,:]", text)[0] for text in said]
+    assert what == ["left as they are until the next event", "pruned by magnitude"]
     assert all("6 layer(s)" in text and "extra.0, extra.1, extra.2, extra.3, extra.4, …" in text for text in said)
     first, last = callback.report.events
     assert not [layer for layer in first.layers if layer.name.startswith("extra")]
@@ -785,10 +730,8 @@ def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magn
         kept = layer.weight != 0
         assert torch.equal(layer.weight[kept], weight[kept])
         assert kept.float().mean() == 0.5
-        groups = (
-            (weight.abs().view(-1, 4), kept.view(-1, 4)) if pattern[0] == "2:4" else (weight.abs()[None], kept[None])
-        )
-        for values, chosen in zip(*groups, strict=True):
+        size = 4 if pattern[0] == "2:4" else 64
+        for values, chosen in zip(weight.abs().view(-1, size), kept.view(-1, size), strict=True):
             assert values[chosen].min() >= values[~chosen].max()
 
 
@@ -798,10 +741,7 @@ def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magn
 def _scan_test_module() -> ToyLM:
     """A model whose layers lose unequally much: the inputs of some are nearly of rank one."""
     module = ToyLM(tiny_llama(num_hidden_layers=3))
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "layers.1.input_layernorm" in name:
-                parameter[4:] = 1e-2
+    module.model.model.layers[1].input_layernorm.weight.data[4:] = 1e-2
     return module
 
 
@@ -830,10 +770,9 @@ def test_unstructured_layers_are_allocated_where_it_can_be_told_and_meet_the_bud
     probe = ZeroProbe(callback)
     trainer(tmp_path, callback, probe, max_steps=10).fit(_scan_test_module(), loader(48))
     found, scanned = masks(callback), callback.state_dict()["sensitivities"]
-    zeros = {name: int((~mask.keep).sum()) for name, mask in found.items()}
-    assert sum(zeros.values()) == sum(int(0.5 * mask.keep.numel()) for mask in found.values())
+    assert sum(int((~mask.keep).sum()) - mask.keep.numel() // 2 for mask in found.values()) == 0
     assert probe.checked
-    sparsities = [zeros_of(mask) for mask in found.values()]
+    sparsities = zeros_of(callback)
     if alike:
         assert set(sparsities) == {0.5}
     else:
@@ -848,13 +787,11 @@ def test_a_checkpoint_of_the_validation_before_a_scan_goes_on(tmp_path: Path) ->
         if not path.exists():  # at the event's step, the dense model
             fitted.save_checkpoint(path)
 
-    whole, again = (
-        pruning("unstructured", 0.5, schedule=SparsitySchedule(4, 4, 1), monitor="val/loss") for _ in range(2)
-    )
+    whole, again = (pruning(**HALF, schedule=SparsitySchedule(4, 4, 1), monitor="val/loss") for _ in range(2))
     fitted = trainer(tmp_path, whole, at("on_validation_end", save), max_steps=6)
     fitted.fit(ToyLM(), ResumableBatches(64), loader(8))
     trainer(tmp_path, again, max_steps=6).fit(ToyLM(), ResumableBatches(64), loader(8), ckpt_path=tmp_path / "4.ckpt")
-    assert len({zeros_of(mask) for mask in masks(whole).values()}) > 1
+    assert len(set(zeros_of(whole))) > 1
     assert all(torch.equal(mask.keep, masks(again)[name].keep) for name, mask in masks(whole).items())
 
 
@@ -867,7 +804,7 @@ def test_a_training_that_goes_on_too_late_for_an_allocation_prunes_alike(tmp_pat
         root, path = tmp_path / start, tmp_path / f"{start}.ckpt"
         fit(root, callback, saving, steps=10, start=path, enable_checkpointing=True)
         ends.append({name: mask.keep for name, mask in masks(callback).items()})
-        assert {zeros_of(mask) for mask in masks(callback).values()} == {0.5}
+        assert set(zeros_of(callback)) == {0.5}
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -889,7 +826,7 @@ def test_a_scan_and_the_event_at_its_step_share_a_calibration(
     callback = pruning("unstructured", 0.5, schedule=schedule, batches=LABELLED, memory_gib=budget)
     trainer(tmp_path, callback, max_steps=6).fit(_scan_test_module(), loader(48))
     assert len(ran) == runs
-    assert len({zeros_of(mask) for mask in masks(callback).values()}) > 1
+    assert len(set(zeros_of(callback))) > 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from thanos_lightning.solver import NM, Pattern, Unstructured
 
 SMOLLM = Census(210, 211, "Linear", 106_168_320, 134_515_008, {"embeddings": 28_311_552, "lm_head": 0, "norms": 35_136})
 ESTIMATED = Estimate((), 128, 384 * 2**20, 901 * 2**20, 101 * 2**20)
-A_SET, OF_TRAINING = CalibrationOptions("datamodule"), CalibrationOptions()
+UNKNOWN = Estimate((), None, 2**31, 2**32, 0)
+A_SET = CalibrationOptions("datamodule")
+FEW = [Event(4, 0.5), Event(8, 0.75), Event(12, 1.0)]
 
 
 def described(
@@ -42,14 +45,12 @@ def described(
     return text
 
 
+def pruning(*at: int, pattern: str = "2:4", sparsity: float | None = None) -> ThanosPruningCallback:
+    return ThanosPruningCallback(pattern, sparsity, SparsitySchedule(at=at), calibration=CalibrationOptions(steps=2))
+
+
 def gradual() -> ThanosPruningCallback:
-    return ThanosPruningCallback("unstructured", 0.5, SparsitySchedule(at=[2, 4, 6]))
-
-
-def test_layers_that_have_no_adapter_are_told_apart() -> None:
-    text = described(census=replace(SMOLLM, adapters=600_000, num_adapted=30))
-    said = " ".join(text.split())
-    assert "lora 0.6 M weights of adapters, masked; 30 of 210 layers to prune have one; an export merges them" in said
+    return pruning(2, 4, 6, pattern="unstructured", sparsity=0.5)
 
 
 def test_one_block_says_what_when_and_what_it_takes() -> None:
@@ -62,30 +63,35 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
     ]
 
 
-def test_events_are_listed_or_summarised() -> None:
-    of_training = replace(ESTIMATED, batches=32)
-    few = [Event(step, progress) for step, progress in ((4, 0.5), (8, 0.75), (12, 1.0))]
-    text = " ".join(described(of_training, events=few, calibration=OF_TRAINING).split())
-    assert "after optimizer steps 4, 8, 12 of 40, to 25%, 38%, 50%, on 32 training batches before each" in text
-    many = [Event(step, step / 10) for step in range(1, 11)]
-    text = " ".join(described(events=many, steps=None).split())
-    assert "events 10, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%" in text
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"census": replace(SMOLLM, adapters=600_000, num_adapted=30)},
+            "lora 0.6 M weights of adapters, masked; 30 of 210 layers to prune have one; an export merges them",
+        ),
+        (
+            {"estimated": replace(ESTIMATED, batches=32), "calibration": CalibrationOptions(), "events": FEW},
+            "after optimizer steps 4, 8, 12 of 40, to 25%, 38%, 50%, on 32 training batches before each",
+        ),
+        (
+            {"events": [Event(step, step / 10) for step in range(1, 11)], "steps": None},
+            "events 10, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%",
+        ),
+        ({"events": FEW, "steps": 10, "steps_taken": 6}, "once, after optimizer step 8 of 10"),
+        ({"patterns": [NM(2, 4), NM(2, 4), Unstructured(0.6)]}, "to 2:4 (2), unstructured 0.6 (1)"),
+        ({"estimated": UNKNOWN}, "once, before the first of 40 steps, on calibration batches"),
+        ({"estimated": UNKNOWN}, "about: statistics 2.0 GiB, an event 4.0 GiB in all"),
+    ],
+)
+def test_what_is_said_of_others(told: dict[str, Any], words: str) -> None:
+    assert words in " ".join(described(**told).split())
 
 
-def test_what_is_behind_or_beyond_the_training_is_left_out() -> None:
-    events = [Event(4, 0.5), Event(8, 0.75), Event(80, 1.0)]
-    assert "once, after optimizer step 8 of 40" in described(events=events, steps_taken=6)
+def test_nothing_is_said_of_memory_where_all_is_done() -> None:
     text = described(events=[Event(4, 1.0)], steps_taken=6)
     assert "all are done after 6 optimizer steps" in text
     assert "memory" not in text
-
-
-def test_several_patterns_and_unknown_batches() -> None:
-    unknown = Estimate((), None, 2**31, 2**32, 0)
-    text = " ".join(described(unknown, patterns=[NM(2, 4), NM(2, 4), Unstructured(0.6)]).split())
-    assert "to 2:4 (2), unstructured 0.6 (1)" in text
-    assert "about: statistics 2.0 GiB, an event 4.0 GiB in all" in text
-    assert "once, before the first of 40 steps, on calibration batches" in text
 
 
 def test_tokens_are_counted_without_a_batch() -> None:
@@ -109,20 +115,18 @@ def test_tokens_are_counted_without_a_batch() -> None:
 def test_a_training_begins_with_it_and_ends_with_what_it_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 4, 2), calibration=CalibrationOptions(steps=2))
-    saving = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
-    trainer(tmp_path, pruning, saving, max_steps=6, enable_checkpointing=True).fit(ToyLM(), loader())
+    callback, saving = pruning(4), ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
+    trainer(tmp_path, callback, saving, max_steps=6, enable_checkpointing=True).fit(ToyLM(), loader())
     told = capsys.readouterr().out
     assert "Pruning 14 of 15 Linear layers to 2:4" in told
-    assert "after optimizer steps 2, 4 of 6" not in told  # the first one asks for nothing
     assert "once, after optimizer step 4 of 6, on 2 training batches before it" in told
     assert told.index("memory  about") < told.index("Pruned at optimizer step 4")
     assert f"next        thanos-lightning export {tmp_path / 'last.ckpt'} exported" in told
-    summary = pruning.report.summary
+    summary = callback.report.summary
     assert 0 < summary.target_weights < summary.model_weights
-    assert [step for step, _ in pruning.report.history.losses] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in callback.report.history.losses] == [1, 2, 3, 4, 5, 6]
     took = summary.event_seconds + summary.collecting_seconds
-    assert pruning.report.events[0].seconds == pytest.approx(took)
+    assert callback.report.events[0].seconds == pytest.approx(took)
     assert 0 < min(summary.event_seconds, summary.collecting_seconds) < took < summary.training_seconds
     assert f"Pruning took {took / summary.training_seconds:.1%} of" in told
 
@@ -130,9 +134,8 @@ def test_a_training_begins_with_it_and_ends_with_what_it_left(
 def test_little_of_a_model_is_said(tmp_path: Path) -> None:
     lm = ToyLM()
     lm.add_module("vision", nn.Conv2d(64, 256, 3))
-    pruning = ThanosPruningCallback("2:4", schedule=SparsitySchedule(2, 2, 1), calibration=CalibrationOptions(steps=2))
     with pytest.warns(UserWarning, match=r"only .*% of the model's weights .* left out are Conv2d \(8"):
-        trainer(tmp_path, pruning, max_steps=3).fit(lm, loader())
+        trainer(tmp_path, pruning(2), max_steps=3).fit(lm, loader())
 
 
 def test_all_events_count_while_only_a_scan_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

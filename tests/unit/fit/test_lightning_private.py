@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from toy import trainer
+from toy import at, trainer
 
 from thanos_lightning.fit.lightning_private import (
     after_configure_model,
@@ -18,69 +17,53 @@ from thanos_lightning.fit.lightning_private import (
 )
 
 
-class Logging(BoringModel):
-    """Logs a metric of the training, counts validations, and asks in the last batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.validations = 0
-        self.asked = []
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)["loss"]
-        self.log("mine", loss)
-        return loss
-
-    def on_validation_end(self):
-        self.validations += 1
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if batch_idx == 1:
-            before = self.validations
-            self.asked.append((logged_step(self.trainer), set(training_metrics(self.trainer))))
-            validate(self.trainer)
-            assert self.validations == before + 1
-            assert self.trainer.training
-
-
 def test_in_a_training(tmp_path):
-    module = Logging()
-    fitted = trainer(tmp_path, max_steps=3, num_sanity_val_steps=0, limit_val_batches=1)
-    fitted.fit(module)
-    assert module.asked == [(1, {"mine"})]  # this batch is counted when its hooks have run
+    asked = []
+
+    class Logging(BoringModel):
+        def training_step(self, batch, batch_idx):
+            self.log("mine", 1.0)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                asked.append((logged_step(self.trainer), set(training_metrics(self.trainer))))
+                validate(self.trainer)
+                asked.append(self.trainer.training)
+
+    validated = at("on_validation_end", lambda *_: asked.append("validated"))
+    fitted = trainer(tmp_path, validated, max_steps=3, num_sanity_val_steps=0, limit_val_batches=1)
+    assert not training_metrics(fitted)
+    fitted.fit(Logging())
+    # this batch is counted when its hooks have run
+    assert asked[:3] == [(1, {"mine"}), "validated", True]
     assert fitted.global_step == 3
 
 
-def test_sigterm():
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    assert callable(trainer._signal_connector._sigterm_notifier_fn)  # note_sigterm replaces these two
-    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
-    assert not has_sigterm(trainer)
-    end_on_sigterm(trainer)
-    assert has_sigterm(trainer)
-    assert trainer.received_sigterm
+def test_sigterm(tmp_path):
+    made = trainer(tmp_path)
+    assert callable(made._signal_connector._sigterm_notifier_fn)  # note_sigterm replaces these two
+    assert callable(made.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    assert not has_sigterm(made)
+    end_on_sigterm(made)
+    assert has_sigterm(made)
+    assert made.received_sigterm
 
 
-def test_no_metric_before_a_training():
-    assert not training_metrics(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
-
-
-def test_what_comes_after_configure_model():
+def test_what_comes_after_configure_model(tmp_path):
     order = []
 
     class Configured(BoringModel):
         def configure_model(self):
             order.append("configured")
 
-    class Follows(Callback):
-        def setup(self, trainer, pl_module, stage):
-            after_configure_model(pl_module, lambda module: order.append(type(module).__name__))
+    def follow(trainer, pl_module, stage):
+        after_configure_model(pl_module, lambda module: order.append(type(module).__name__))
 
-    settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     for module in (Configured(), BoringModel()):
-        trainer = Trainer(fast_dev_run=1, callbacks=[Follows()], **settings)
-        trainer.fit(module)
-        trainer.validate(module)
+        made = trainer(tmp_path, at("setup", follow), fast_dev_run=1)
+        made.fit(module)
+        made.validate(module)
         assert "configure_model" not in vars(module)
     assert order == ["configured", "Configured"] * 2
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from torch import Tensor
-from toy import ToyLM, grouped, loader, trainer
+from toy import ToyLM, at, grouped, loader, trainer
 
 from thanos_lightning import CPUDeepSpeed, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.verify import verify_checkpoint
@@ -64,37 +64,25 @@ class Steps(Callback):
 # Averages
 
 
-class AverageProbe(Callback):
-    """After every batch: the averaged weights and the zeros in them."""
-
-    def __init__(self, average: Any, pruned: ThanosPruningCallback) -> None:
-        self.average, self.pruned = average, pruned
-        self.checked = 0
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        averaged = dict(self.average._average_model.module.named_parameters())
-        for name, state in self.pruned.state_dict()["masks"].items():
-            weight = dict(pl_module.named_parameters())[name]
-            assert state["sparsity"] <= 0.5
-            assert torch.equal(averaged[name] == 0, weight == 0), name
-            self.checked += 1
-
-
 @pytest.mark.parametrize("order", [0, 1])
 def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order: int) -> None:
-    average = EMAWeightAveraging(decay=0.5)
-    callback = pruning()
-    probe = AverageProbe(average, callback)
+    average: Any = EMAWeightAveraging(decay=0.5)
+    callback, checked = pruning(), []
+
+    def look(_: Trainer, pl_module: LightningModule, *__: Any) -> None:
+        averaged, weights = (dict(one.named_parameters()) for one in (average._average_model.module, pl_module))
+        for name in callback.state_dict()["masks"]:
+            assert torch.equal(averaged[name] == 0, weights[name] == 0), name
+            checked.append(name)
+
     callbacks = [average, callback] if order else [callback, average]
-    module = ToyLM()
-    fit(module, tmp_path, *callbacks, probe, max_steps=12).save_checkpoint(tmp_path / "last.ckpt")
-    assert probe.checked >= 8 * 14
-    for state in callback.state_dict()["masks"].values():
-        assert state["pattern"] == "2:4"
+    made = fit(ToyLM(), tmp_path, *callbacks, at("on_train_batch_end", look), max_steps=12)
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    assert len(checked) >= 8 * 14
     # the average is what the module has at the end, and what is on disk
     report = verify_checkpoint(tmp_path / "last.ckpt")
     assert all(tensor.ok for tensor in report)
-    assert len(report) >= 14
+    assert [tensor.pattern for tensor in report] == ["2:4"] * 14
 
 
 def test_an_average_after_the_last_event_has_nothing_of_before(tmp_path: Path) -> None:
@@ -204,8 +192,7 @@ def test_early_stopping_counts_from_the_last_event(tmp_path: Path, first: bool) 
     metrics = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 5.9, 5.8, 5.85, 5.86, 5.87]
     stopping = EarlyStopping("val/scripted", patience=2)
     callback = pruning()
-    callbacks = [stopping, callback] if first else [callback, stopping]
-    made = fit(Scripted(metrics), tmp_path, *callbacks)
+    made = fit(Scripted(metrics), tmp_path, *([stopping, callback] if first else [callback, stopping]))
     assert made.global_step == 10
     assert stopping.stopped_epoch == 0
     assert float(stopping.best_score) == pytest.approx(5.8)
@@ -215,30 +202,30 @@ def test_early_stopping_counts_from_the_last_event(tmp_path: Path, first: bool) 
 
 
 def test_early_stopping_comes_back_after_an_error(tmp_path: Path) -> None:
-    class Broken(Scripted):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if batch_idx == 3:
-                raise RuntimeError("broken")
-            return super().training_step(batch, batch_idx)
+    def fail(made: Any, *_: Any) -> None:
+        assert stopping not in made.callbacks
+        raise RuntimeError("broken")
 
     stopping = EarlyStopping("val/scripted")
-    made = trainer(tmp_path, stopping, pruning(), max_steps=9)
+    made = trainer(tmp_path, stopping, pruning(), at("on_before_backward", fail), max_steps=9)
     with pytest.raises(RuntimeError, match="broken"):
-        made.fit(Broken([1.0]), loader(64), loader(4))
+        made.fit(Scripted([1.0]), loader(64), loader(4))
     assert stopping in made.callbacks
 
 
 def test_all_of_them_together(tmp_path: Path) -> None:
     metrics = [0.1] * 5 + [5.0, 4.0, 3.0, 3.5, 3.6, 3.7]
     stopping, best = EarlyStopping("val/scripted", patience=2), ModelCheckpoint(tmp_path, "{step}", "val/scripted")
-    average = EMAWeightAveraging(decay=0.9)
-    callback = pruning(monitor="val/scripted")
+    average, callback = EMAWeightAveraging(decay=0.9), pruning(monitor="val/scripted")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback")
-        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-        warnings.filterwarnings("ignore", "Trying to infer the `batch_size`")
-        warnings.filterwarnings("ignore", ".*treespec.*")
+        for others in (
+            "You're using the WeightAv",
+            "The '.*_dataloader' does not",
+            "Trying to infer the",
+            ".*treespec",
+        ):
+            warnings.filterwarnings("ignore", others)
         made = fit(Scripted(metrics), tmp_path, stopping, average, callback, best)
     assert made.global_step < 16
     assert all(tensor.ok for tensor in verify_checkpoint(best.best_model_path, pattern=NM(2, 4)))
@@ -269,19 +256,15 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
 # What it costs, and what is left
 
 
-class _StopsAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
-
-
 @pytest.mark.parametrize(("stop", "is_said"), [(8, True), (9, False)])
-def test_a_training_that_ends_with_its_last_event_is_said(tmp_path: Path, stop: int, is_said: bool) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(ToyLM(), tmp_path, pruning(schedule=SparsitySchedule(2, 8, 3)), _StopsAt(stop), max_steps=20)
-    said = [str(warning.message) for warning in caught if "no step was left" in str(warning.message)]
+def test_a_training_that_ends_with_its_last_event_is_said(
+    tmp_path: Path, stop: int, is_said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    def end(made: Trainer, *_: Any) -> None:
+        made.should_stop = made.global_step >= stop
+
+    schedule = SparsitySchedule(2, 8, 3)
+    fit(ToyLM(), tmp_path, pruning(schedule=schedule), at("on_train_batch_end", end), max_steps=20)
+    said = [str(warning.message) for warning in recwarn if "no step was left" in str(warning.message)]
     assert len(said) == is_said
     assert all("with its last event, at optimizer step 8" in message for message in said)

@@ -13,24 +13,23 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from toy import ResumableBatches, ToyLM, loader, trainer
+from toy import ResumableBatches, ToyLM, at, loader, trainer
 
 import thanos_lightning.event.window
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.report.progress import Terminated
 
 
-class Signals(Callback):
-    """Sends this process a signal in a hook, the first time that the condition is met."""
+def signals(hook: str, when: Callable[[Trainer], bool] = bool, number: int = signal.SIGTERM) -> Callback:
+    """Sends this process a signal in a hook, the first time that the condition is met (any Trainer is true)."""
+    sent: list[int] = []
 
-    def __init__(self, hook: str, *, when: Callable[[Trainer], bool], number: int = signal.SIGTERM) -> None:
-        self.sent = False
-        setattr(self, hook, lambda trainer, *_: self._send(when(trainer), number))
-
-    def _send(self, is_time: bool, number: int) -> None:
-        if is_time and not self.sent:
-            self.sent = True
+    def send(trainer: Trainer, *_: Any) -> None:
+        if when(trainer) and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
+
+    return at(hook, send)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +63,30 @@ def in_the_last_batch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
 
 
+def after_one_step(trainer: Trainer) -> bool:
+    return trainer.global_step == 1
+
+
+def prunes_when_it_goes_on(root: Path, checkpoint: Path) -> ToyLM:
+    pruning = once()
+    module = fit(root, pruning, resume=checkpoint)
+    assert [event.step for event in pruning.report.events] == [2]
+    return module
+
+
+def ended(by: str, step: int, checkpoint: Path) -> list[str]:
+    mend = f"to go on, give the newest checkpoint as ckpt_path (--ckpt_path {checkpoint})"
+    return [f"{by} ended the training at step {step}: {mend}"]
+
+
 @pytest.mark.parametrize(
     ("hook", "when"),
     [
-        ("on_validation_batch_start", lambda trainer: True),
+        ("on_validation_batch_start", bool),
         ("on_validation_batch_start", in_the_last_batch),
-        ("on_validation_end", lambda trainer: True),
-        ("on_sanity_check_end", lambda trainer: True),
-        ("on_train_start", lambda trainer: True),
+        ("on_validation_end", bool),
+        ("on_sanity_check_end", bool),
+        ("on_train_start", bool),
     ],
     ids=["first batch", "last batch", "validated", "sanity", "start"],
 )
@@ -88,7 +103,7 @@ def test_sigterm_before_the_first_step_leaves_out_the_event(
     batches = Counted(8)
     pruning = once(batches, monitor="val/loss")
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, Signals(hook, when=when), pruning, num_sanity_val_steps=1)
+        fit(tmp_path, signals(hook, when), pruning, num_sanity_val_steps=1)
     assert batches.begun == 0
     assert not pruning.report.events
     assert said == ["SIGTERM ended the training at step 0: no checkpoint was saved, so the next training begins anew"]
@@ -103,14 +118,11 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
 
     whole = fit(tmp_path / "whole", callback())
     pruning, saving = callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
-    signals = Signals("on_before_backward", when=lambda trainer: trainer.global_step == 1)
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, signals, pruning, saving)
+        fit(tmp_path, signals("on_before_backward", after_one_step), pruning, saving)
     assert not pruning.report.events
     saved = tmp_path / "step=2.ckpt"
-    assert said == [
-        f"SIGTERM ended the training at step 2: to go on, give the newest checkpoint as ckpt_path (--ckpt_path {saved})"
-    ]
+    assert said == ended("SIGTERM", 2, saved)
     resumed = callback()
     gone_on = fit(tmp_path / "resumed", resumed, resume=saved)
     assert [event.step for event in resumed.report.events] == [2]
@@ -120,13 +132,10 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
 
 def test_sigterm_saves_on_exception(tmp_path: Path, said: list[str]) -> None:
     pruning, saving = once(), ModelCheckpoint(tmp_path, filename="{step}", save_on_exception=True, save_top_k=0)
-    signals = Signals("on_before_backward", when=lambda trainer: trainer.global_step == 1)
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, signals, pruning, saving)
+        fit(tmp_path, signals("on_before_backward", after_one_step), pruning, saving)
     assert said[-1].endswith(f"(--ckpt_path {tmp_path / 'step=2.ckpt'})")
-    resumed = once()
-    fit(tmp_path, resumed, resume=tmp_path / "step=2.ckpt")
-    assert [event.step for event in resumed.report.events] == [2]
+    prunes_when_it_goes_on(tmp_path, tmp_path / "step=2.ckpt")
 
 
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Terminated), (signal.SIGINT, SystemExit)])
@@ -144,33 +153,23 @@ def test_a_signal_in_an_event_saves_nothing_of_it(
     with pytest.raises(ends):
         fit(tmp_path, once(), saving, OnExceptionCheckpoint(tmp_path))
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=1.ckpt"]
-    by = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
-    assert said == [
-        f"{by} ended the training at step 2: to go on, give the newest checkpoint as ckpt_path "
-        f"(--ckpt_path {tmp_path / 'step=1.ckpt'})"
-    ]
+    assert said == ended("SIGTERM" if number == signal.SIGTERM else "Ctrl-C", 2, tmp_path / "step=1.ckpt")
     monkeypatch.setattr(thanos_lightning.event.window, "prune_layer", solve)
-    resumed = once()
-    fit(tmp_path, resumed, resume=tmp_path / "step=1.ckpt")
-    assert [event.step for event in resumed.report.events] == [2]
+    prunes_when_it_goes_on(tmp_path, tmp_path / "step=1.ckpt")
 
 
 def test_ctrl_c_names_the_checkpoint_that_the_training_went_on_from(tmp_path: Path, said: list[str]) -> None:
     fit(tmp_path, once(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3))
-    signals = Signals("on_train_batch_start", when=lambda trainer: True, number=signal.SIGINT)
+    interrupting = signals("on_train_batch_start", number=signal.SIGINT)
     with pytest.raises(SystemExit):
-        fit(tmp_path, once(), signals, resume=tmp_path / "step=3.ckpt")
-    assert said == [
-        "Ctrl-C ended the training at step 3: to go on, give the newest checkpoint as ckpt_path "
-        f"(--ckpt_path {tmp_path / 'step=3.ckpt'})"
-    ]
+        fit(tmp_path, once(), interrupting, resume=tmp_path / "step=3.ckpt")
+    assert said == ended("Ctrl-C", 3, tmp_path / "step=3.ckpt")
 
 
 def test_other_ends_say_nothing_of_signals(tmp_path: Path, said: list[str]) -> None:
-    class Leaves(Callback):
-        def on_train_start(self, *_: Any) -> None:
-            raise SystemExit(3)
+    def leave(*_: Any) -> None:
+        raise SystemExit(3)
 
     with pytest.raises(SystemExit):
-        fit(tmp_path, once(), Leaves())
+        fit(tmp_path, once(), at("on_train_start", leave))
     assert said == []

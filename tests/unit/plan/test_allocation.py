@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +11,13 @@ from thanos_lightning.plan.allocation import by_loss, in_units
 property_based = settings(derandomize=True, max_examples=60)
 
 
-def curve(scale: float, rate: float) -> dict[float, float]:
-    """scale · (e^(rate·s) - 1) / rate at a few sparsities s: convex, and 0 where nothing is pruned."""
-    return {level: scale * math.expm1(rate * level) / rate for level in (0.2, 0.4, 0.6, 0.8)}
+def loss_at(level: float, scale: float, rate: float) -> float:
+    """scale · (e^(rate·s) - 1) / rate at a sparsity s: convex, and 0 where nothing is pruned."""
+    return scale * math.expm1(rate * level) / rate
+
+
+def curve(scale: float, rate: float, levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8)) -> dict[float, float]:
+    return {level: loss_at(level, scale, rate) for level in levels}
 
 
 def share(
@@ -48,25 +52,16 @@ def test_the_sum_of_losses_is_least() -> None:
     budget = 1750
 
     def loss(counts: dict[str, float]) -> float:
-        return sum(
-            scale * math.expm1(rate * counts[name] / sizes[name]) / rate for name, (scale, rate) in shapes.items()
-        )
+        return sum(loss_at(counts[name] / sizes[name], *shape) for name, shape in shapes.items())
 
-    fine = {
-        name: {level / 40: scale * math.expm1(rate * level / 40) / rate for level in range(1, 37)}
-        for name, (scale, rate) in shapes.items()
-    }
     best = min(
         loss({"a": a, "b": b, "c": budget - a - b})
         for a in range(0, 901, 20)
         for b in range(0, 1801, 40)
         if 0 <= budget - a - b <= 450
     )
-    found = share(fine, sizes, budget, highest=0.9)
-    assert loss(found) <= best * 1.002
-    uniform = loss({name: size / 2 for name, size in sizes.items()})
-    assert loss(found) < 0.9 * uniform
-    # at a few levels it is nearly as good
+    fine = {name: curve(*shape, [level / 40 for level in range(1, 37)]) for name, shape in shapes.items()}
+    assert loss(share(fine, sizes, budget, highest=0.9)) <= best * 1.002
     coarse = {name: curve(*shape) for name, shape in shapes.items()}
     assert loss(share(coarse, sizes, budget)) <= best * 1.05
 
@@ -77,10 +72,8 @@ def test_limits_hold() -> None:
     assert share(losses, sizes, 1000) == {"cheap": 800, "dear": 200}
     assert share(losses, sizes, 1000, lowest=0.4, highest=0.7) == {"cheap": 600, "dear": 400}
     assert share(losses, sizes, 800, lowest=0.4) == {"cheap": 400, "dear": 400}
-    assert by_loss(losses, sizes, 800, {"cheap": 0.0, "dear": 0.3}, {"cheap": 0.5, "dear": 1.0}) == {
-        "cheap": 500,
-        "dear": 300,
-    }
+    limits = {"cheap": 0.0, "dear": 0.3}, {"cheap": 0.5, "dear": 1.0}
+    assert by_loss(losses, sizes, 800, *limits) == {"cheap": 500, "dear": 300}
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=8))

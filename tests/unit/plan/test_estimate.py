@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 BY_DEFAULT = ["training batches", "a calibration set, scanned"]  # on an accelerator
 TRAINERS = {"cpu": trainer, "accelerator": pretend_trainer}
-BESIDE = "step 2"  # no window is open
 
 
 class Timeline:
@@ -41,29 +41,17 @@ class Timeline:
 
     def __init__(self, profiled: profile) -> None:
         events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
-        self._changes: list[tuple[int, int]] = []
-        held = 0
-        for event in sorted((one for one in events if one.name() == "[memory]"), key=lambda one: one.start_ns()):
-            held += event.nbytes()
-            self._changes.append((event.start_ns(), held))
-        self._marks = {
-            event.name().removeprefix("mark "): (event.start_ns(), event.start_ns() + event.duration_ns())
-            for event in events
-            if event.name().startswith("mark ")
-        }
+        changes = sorted((one for one in events if one.name() == "[memory]"), key=lambda one: one.start_ns())
+        held = itertools.accumulate(one.nbytes() for one in changes)
+        self._held = [(one.start_ns(), total) for one, total in zip(changes, held, strict=True)]
+        marks = {one.name().removeprefix("mark "): one for one in events if one.name().startswith("mark ")}
+        self._marks = {name: (one.start_ns(), one.start_ns() + one.duration_ns()) for name, one in marks.items()}
 
-    def before(self, mark: str) -> int:
-        return self._at(self._marks[mark][0])
-
-    def after(self, mark: str) -> int:
-        return self._at(self._marks[mark][1])
-
-    def peak(self, mark: str) -> int:
+    def of(self, mark: str) -> tuple[int, int, int]:
+        """What is held before it, at most in it, and after it."""
         begin, end = self._marks[mark]
-        return max(held for time, held in self._changes if begin <= time <= end)
-
-    def _at(self, moment: int) -> int:
-        return [held for time, held in self._changes if time <= moment][-1]
+        before, after = ([held for time, held in self._held if time <= moment][-1] for moment in (begin, end))
+        return before, max(held for time, held in self._held if begin <= time <= end), after
 
 
 class Marked(Callback):
@@ -111,19 +99,18 @@ def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: li
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         TRAINERS[where](tmp_path, Marked(), pruning, max_steps=4).fit(module, loader(32))
     estimated, timeline = told[-1], Timeline(profiled)
-    base = timeline.after(BESIDE)
-    activations = timeline.peak(BESIDE) - base
+    _, training, base = timeline.of("step 2")  # no window is open
+    before_event, in_event, _ = timeline.of("prune_window")
     if "batches" in CASES[name]:
-        held = timeline.after("count_dataloader") - timeline.before("count_dataloader")
-        assert timeline.peak("scan_window") - base < 1.2 * estimated.event
-        assert timeline.peak("count_dataloader") - timeline.before("count_dataloader") < 1.2 * (held + activations)
+        before, collecting, after = timeline.of("count_dataloader")
+        assert timeline.of("scan_window")[1] - base < 1.2 * estimated.event
     else:
-        held = timeline.before("prune_window") - base
-        assert timeline.peak("step 3") - base < 1.2 * (held + activations)
-    assert held == pytest.approx(estimated.moments + estimated.states, rel=0.02)
+        before, collecting, after = base, timeline.of("step 3")[1], before_event
+    assert collecting - before < 1.2 * (after - before + training - base)
+    assert after - before == pytest.approx(estimated.moments + estimated.states, rel=0.02)
     event, waiting = estimated.event + estimated.states, max(window.waiting for window in estimated.windows)
-    assert 0.8 * event < timeline.peak("prune_window") - base < 1.2 * (event + waiting)
-    assert timeline.after("step 4") - base == pytest.approx(estimated.masks, rel=0.02)
+    assert 0.8 * event < in_event - base < 1.2 * (event + waiting)
+    assert timeline.of("step 4")[2] - base == pytest.approx(estimated.masks, rel=0.02)
 
 
 def test_what_reads_the_same_is_counted_once() -> None:
@@ -141,9 +128,9 @@ def test_what_reads_the_same_is_counted_once() -> None:
 
 def test_ranks_share_what_an_event_takes() -> None:
     layers = list(find_targets(tiny_llama(**WIDTHS)).values())
-    alone, shared = (event_bytes(layers, SolverOptions.as_published(), Solving(ranks)) for ranks in (1, 2))
-    assert shared < alone
-    gathered = event_bytes(layers, SolverOptions.as_published(), Solving(2, in_pieces=True))
+    thanos, solving = SolverOptions.as_published(), (Solving(), Solving(again=True), Solving(2))
+    alone, again, shared = (event_bytes(layers, thanos, one) for one in solving)
+    assert shared < alone < again
+    gathered = event_bytes(layers, thanos, Solving(2, in_pieces=True))
     assert shared < gathered < shared + 4 * sum(layer.rows * layer.cols for layer in layers)
-    assert event_bytes(layers, SolverOptions.as_published(), Solving(again=True)) > alone
     assert event_bytes(layers, SolverOptions.as_published("magnitude")) < alone

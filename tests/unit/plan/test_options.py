@@ -10,13 +10,20 @@ import pytest
 from torch.utils.data import DataLoader
 from toy import grouped
 
-from thanos_lightning import CalibrationOptions, SolverOptions, SparsitySchedule, TargetOverride, ThanosPruningCallback
+from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.plan.allocation import Allocation
 
 MAGNITUDE: dict[str, Any] = {"method": "magnitude", "admm_steps": 0, "refine_steps": 0}
 NAN, INFINITY = float("nan"), float("inf")
+FRACTIONS = (0, 1, -0.1, 1.5, NAN, "0.5", [0.5], True)  # none of which is one
 BATCHES = [{"input_ids": None}]
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25}
+COLUMNS: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3}
+UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.5}
+
+
+def each(name: str, values: tuple[Any, ...], words: str, **others: Any) -> list[tuple[dict[str, Any], str]]:
+    return [({**others, name: value}, words.format(value)) for value in values]
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +40,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"pattern": 124}, 'reads an unquoted 2:4 as the number 124: quote it as "2:4"'),
         ({"pattern": (2, 4)}, 'pattern=(2, 4) is no pattern: write n:m such as "2:4"'),
         ({"pattern": "unstructured"}, "pattern='unstructured' needs a sparsity: give the fraction"),
-        *(
-            ({"pattern": "unstructured", "sparsity": value}, f"sparsity={value!r} is not a number between 0 and 1")
-            for value in (0, 1, -0.1, 1.5, NAN, "0.5", [0.5], True)
-        ),
+        *each("sparsity", FRACTIONS, "sparsity={!r} is not a number between 0 and 1", pattern="unstructured"),
         ({"pattern": "2:4", "sparsity": 0.7}, "sparsity=0.7 contradicts pattern 2:4"),
         ({"pattern": "2:4", "sparsity": "0.5"}, "sparsity='0.5' is not a number"),
         ({"outlier_fraction": "0.1"}, "outlier_fraction='0.1' is not a number in [0, 1): give"),
@@ -52,18 +56,12 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"overrides": [TargetOverride(["*"], "4:2")]}, "n:m = 4:2"),
         ({"overrides": [TargetOverride(None, "2:4")]}, "an override's targets is None: give a list"),  # type: ignore[arg-type]
         ({"method": "obs"}, "method='obs' is not known: choose one of thanos, sparsegpt, wanda, magnitude"),
-        *(({"block_size": value}, f"block_size={value!r} is not a whole number >= 1") for value in (0, 1.5, "64", NAN)),
-        *(
-            ({"damping": value}, f"damping={value!r} is not a finite number")
-            for value in (-1.0, NAN, INFINITY, "x", None)
-        ),
+        *each("block_size", (0, 1.5, "64", NAN), "block_size={!r} is not a whole number >= 1"),
+        *each("damping", (-1.0, NAN, INFINITY, "x", None), "damping={!r} is not a finite number"),
         ({"saliency": "magnitude"}, "saliency='magnitude' is not known: choose one of wanda, obs, balanced"),
-        *(({"admm_steps": value}, f"admm_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, None)),
-        *(({"refine_steps": value}, f"refine_steps={value!r} is not a whole number") for value in (-1, 1.5, NAN, True)),
-        *(
-            ({"steps": value}, f"calibration.steps is {value!r}: give a whole number of optimizer steps ≥ 1")
-            for value in (0, 0.1, "8", NAN, True)
-        ),
+        *each("admm_steps", (-1, 1.5, NAN, None), "admm_steps={!r} is not a whole number"),
+        *each("refine_steps", (-1, 1.5, NAN, True), "refine_steps={!r} is not a whole number"),
+        *each("steps", (0, 0.1, "8", NAN, True), "calibration.steps is {!r}: give a whole number of optimizer steps ≥"),
         ({"batches": "train"}, "calibration.batches is 'train': give a DataLoader, a list of"),
         ({"batches": 3}, "calibration.batches is 3: give a DataLoader"),
         ({"batches": {"input_ids": [1]}}, "calibration.batches is {'input_ids': [1]}: give"),
@@ -71,14 +69,8 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"batches": []}, "calibration.batches has no batch ([]): give"),
         ({"batches": DataLoader([])}, "calibration.batches has no batch (DataLoader of 0"),  # type: ignore[arg-type]
         ({"batches": iter([])}, "calibration.batches is an iterator, which the first event"),
-        (
-            {"attention_mask_key": 3},
-            "calibration.attention_mask_key is 3: give a name, such as 'attention_mask', or None",
-        ),
-        *(
-            ({"memory_gib": value}, f"calibration.memory_gib is {value!r}: give a number of GiB > 0")
-            for value in (0.0, -1, NAN, INFINITY, "4GiB")
-        ),
+        ({"attention_mask_key": 3}, "calibration.attention_mask_key is 3: give a name, such as 'attention_mask', or N"),
+        *each("memory_gib", (0.0, -1, NAN, INFINITY, "4GiB"), "calibration.memory_gib is {!r}: give a number of GiB >"),
         ({"output_weights": "fisher"}, "calibration.output_weights is 'fisher': choose 'diagonal', 'uniform' or None"),
         ({"allocation": "loss"}, "allocation is 'loss': give Allocation(...)"),
         ({"allocation": Allocation(), **MAGNITUDE}, "method 'magnitude' reports no losses"),
@@ -87,18 +79,15 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reorder": "yes"}, "reorder is 'yes': give True or False"),
         ({"block_steps": 8}, "calibration.block_steps is 8, but there are no calibration.batches"),
         ({"block_steps": -1, "batches": BATCHES}, "calibration.block_steps is -1"),
-        *(({**CHANNELS, "multiple_of": value}, f"multiple_of is {value}: give a whole number") for value in (0, 2.5)),
+        *each("multiple_of", (0, 2.5), "multiple_of is {}: give a whole number", **CHANNELS),
         ({**CHANNELS, "allocation": Allocation("loss")}, "channels go in equal number from each block"),
         # What changes nothing
         ({"multiple_of": 4}, "multiple_of is 4, but no pattern is 'channels'"),
         ({"method": "wanda", "saliency": "obs"}, "solver.saliency is 'obs', but method 'wanda' has its own: leave"),
         ({"method": "wanda", "block_size": 64}, "solver.block_size is 64, but method 'wanda' prunes no blocks"),
         ({"method": "wanda", "admm_steps": 0, "refine_steps": 0, "damping": 0.1}, "solver.damping is 0.1, but"),
-        (
-            {"pattern": "structured", "sparsity": 0.3, "block_size": 64},
-            "solver.block_size is 64, but method 'thanos' prunes",
-        ),
-        ({"pattern": "structured", "sparsity": 0.3, "saliency": "obs"}, "solver.saliency is 'obs', but a pattern"),
+        ({**COLUMNS, "block_size": 64}, "solver.block_size is 64, but method 'thanos' prunes"),
+        ({**COLUMNS, "saliency": "obs"}, "solver.saliency is 'obs', but a pattern"),
         ({"steps": 8, "batches": BATCHES}, "calibration.steps is 8, but layers are"),
         ({**MAGNITUDE, "steps": 8}, "calibration.steps is 8, but method 'magnitude' looks at no batches"),
         ({**MAGNITUDE, "batches": BATCHES}, "calibration.batches is list of 1 batch(es), but method"),
@@ -110,26 +99,17 @@ def test_a_wrong_value_is_named_with_its_mend(arguments: dict[str, Any], words: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_default_that_is_given_is_taken() -> None:
-    """As a saved configuration gives all of them: equal, and another object."""
-    given = {"attention_mask_key": "".join(("attention", "_mask")), "steps": 32, "memory_gib": None}
-    ThanosPruningCallback(**grouped(**MAGNITUDE, **given))
-
-
-def test_what_changes_something_for_an_override_is_taken() -> None:
-    others = [TargetOverride(["*.down_proj"], "2:4")]
-    ThanosPruningCallback("structured", 0.3, overrides=others, solver=SolverOptions(block_size=64, saliency="obs"))
-    ThanosPruningCallback(solver=SolverOptions("wanda", damping=0.1))  # of the steps after the method
-
-
-def test_what_is_right_is_taken_in_any_form() -> None:
-    callback = ThanosPruningCallback(
-        "unstructured",
-        0.5,
-        SparsitySchedule(0, 10, 5),
-        targets="*",
-        ignore=[],
-        solver=SolverOptions("sparsegpt", damping=1),
-        calibration=CalibrationOptions(DataLoader(BATCHES), attention_mask_key=None, memory_gib=4),  # type: ignore[arg-type]
-    )
-    assert callback.options.calibration.steps == 32
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {**UNSTRUCTURED, "schedule": SparsitySchedule(0, 10, 5), "targets": "*", "ignore": [], "method": "sparsegpt"},
+        {"batches": DataLoader(BATCHES), "attention_mask_key": None, "memory_gib": 4, "damping": 1},  # type: ignore[arg-type]
+        # defaults, as a saved configuration gives all of them: equal, and another object
+        {**MAGNITUDE, "attention_mask_key": "".join(("attention", "_mask")), "steps": 32, "memory_gib": None},
+        # what changes something for an override, and for the steps after the method
+        {**COLUMNS, "overrides": [TargetOverride(["*.down_proj"], "2:4")], "block_size": 64, "saliency": "obs"},
+        {"method": "wanda", "damping": 0.1},
+    ],
+)
+def test_what_is_right_is_taken_in_any_form(arguments: dict[str, Any]) -> None:
+    assert ThanosPruningCallback(**grouped(**arguments)).options.calibration.steps == 32

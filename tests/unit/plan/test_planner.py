@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ from thanos_lightning.plan.windows import Window
 from thanos_lightning.solver import NM, Pattern, Structured, Unstructured
 
 LAYERS = find_targets(tiny_llama())
+SHAPES = {name: (layer.rows, layer.cols) for name, layer in LAYERS.items()}
 BUDGET = 2.5 * 4 * 32 * 32 / 2**30  # GiB, in which the layers take eight windows
 HALF, ONCE = Unstructured(0.5), SparsitySchedule(20, 20, 1)
+FRACTIONS, TWICE = SparsitySchedule(0.25, 0.75, 0.25), SparsitySchedule(10, 30, 10)
 BATCHES = [{"input_ids": None}]
 
 
@@ -46,36 +49,33 @@ def plan(of: Planner, sensitivities: dict[str, LayerSensitivity] | None = None, 
 
 def sensitivities(weighted: bool = True) -> dict[str, LayerSensitivity]:
     """Layers that lose the more, the later they come."""
-    found = {}
-    for number, name in enumerate(LAYERS, 1):
-        losses = {level: number * level**2 for level in (0.25, 0.5, 0.75)}
-        found[name] = LayerSensitivity(losses, losses if weighted else None)
-    return found
+    each = [{level: number * level**2 for level in (0.25, 0.5, 0.75)} for number in range(1, len(LAYERS) + 1)]
+    return {n: LayerSensitivity(one, one if weighted else None) for n, one in zip(LAYERS, each, strict=True)}
 
 
 def spans(windows: list[Window]) -> list[tuple[int, int, bool]]:
     return [(window.start_step, window.end_step, window.scans) for window in windows]
 
 
-def test_a_scan_comes_before_the_first_event() -> None:
-    assert spans(plan(planner())) == [(16, 20, True)]
-    # which takes what the scan was told
-    assert spans(plan(planner(), sensitivities())) == [(16, 20, True), (16, 20, False)]
-    # where not all may be held at once, each has steps of its own
-    assert spans(plan(planner(memory_gib=1.0))) == [(12, 16, True)]
-    assert spans(plan(planner(memory_gib=1.0), sensitivities())) == [(12, 16, True), (16, 20, False)]
-    # of six steps each gets a half
-    short = planner(schedule=SparsitySchedule(6, 6, 1), memory_gib=1.0)
-    assert spans(plan(short, sensitivities())) == [(0, 3, True), (3, 6, False)]
-    # with a calibration set nothing is collected in the training
-    at_once = planner(schedule=SparsitySchedule(0, 0, 1), batches=BATCHES)
-    assert spans(plan(at_once, sensitivities())) == [(0, 0, True), (0, 0, False)]
+@pytest.mark.parametrize(
+    ("step", "calibration", "scan", "event"),
+    [
+        (20, {}, (16, 20), (16, 20)),  # which takes what the scan was told
+        (20, {"memory_gib": 1.0}, (12, 16), (16, 20)),  # not all may be held at once: each has steps of its own
+        (6, {"memory_gib": 1.0}, (0, 3), (3, 6)),  # of six steps each gets a half
+        (0, {"batches": BATCHES}, (0, 0), (0, 0)),  # nothing is collected in the training
+    ],
+)
+def test_a_scan_comes_before_the_first_event(step: int, calibration: Any, scan: Any, event: Any) -> None:
+    planned = planner(schedule=SparsitySchedule(step, step, 1), **calibration)
+    assert spans(plan(planned)) == [(*scan, True)]
+    assert spans(plan(planned, sensitivities())) == [(*scan, True), (*event, False)]
 
 
 def test_gradients_are_collected_where_rows_or_layers_compete() -> None:
-    twice = SparsitySchedule(at=[10, 20])  # dense rows compete at the first event
-    for pattern, wanted in ((Unstructured(0.5), [True, True]), (NM(2, 4), [True, False])):
-        alike = pattern, twice, Allocation("uniform")
+    # dense rows compete at the first event
+    for pattern, wanted in ((HALF, [True, True]), (NM(2, 4), [True, False])):
+        alike = pattern, TWICE, Allocation("uniform")
         assert [window.gradients for window in plan(planner(*alike))] == wanted
         assert not any(window.gradients for window in plan(planner(*alike, output_weights="uniform")))
         with pytest.warns(UserWarning, match="there are no gradients on calibration.batches"):
@@ -84,54 +84,41 @@ def test_gradients_are_collected_where_rows_or_layers_compete() -> None:
     assert [window.gradients for window in plan(planner())] == [True]  # a scan
 
 
-def test_layers_that_lose_more_stay_denser() -> None:
-    _, pruning = plan(planner(), sensitivities())
-    sparsities = [pruning.patterns[name].sparsity for name in LAYERS]
-    assert max(sparsities[:3]) > 0.6
-    assert min(sparsities[-3:]) < 0.4
-
-
 @pytest.mark.parametrize(
     "pattern",
     [Unstructured(0.6), Unstructured(0.945), NM(2, 4, 0.02), Structured(0.56), Structured(0.85, 0.1)],
     ids=str,
 )
 def test_large_layers_have_the_budget_to_half_a_unit_also_near_their_limits(pattern: Pattern) -> None:
-    shapes = [(11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (1024, 4096)]
-    layers: Any = {str(number): SimpleNamespace(rows=rows, cols=cols) for number, (rows, cols) in enumerate(shapes)}
-    its = {
-        name: LayerSensitivity({0.25: number + 1.0, 0.5: number + 2.0, 0.8: number + 4.0})
-        for number, name in enumerate(layers)
-    }
+    shapes = {"0": (11008, 4096), "1": (4096, 11008), "2": (8192, 8192), "3": (28672, 8192), "4": (1024, 4096)}
+    layers: Any = {name: SimpleNamespace(rows=rows, cols=cols) for name, (rows, cols) in shapes.items()}
+    its = {n: LayerSensitivity({0.25: int(n) + 1.0, 0.5: int(n) + 2.0, 0.8: int(n) + 4.0}) for n in shapes}
     found = allocate(its, layers, dict.fromkeys(layers, pattern), pattern)
-    wanted = sum(pattern.num_pruned(*shape) for shape in shapes)
-    total = sum(found[name].num_pruned(*shape) for name, shape in zip(layers, shapes, strict=True))
+    wanted = sum(pattern.num_pruned(*shape) for shape in shapes.values())
+    total = sum(found[name].num_pruned(*shape) for name, shape in shapes.items())
     assert total == pytest.approx(wanted, abs=0 if isinstance(pattern, Unstructured) else 28672 / 2)
 
 
 def test_layers_of_which_it_is_not_known_what_they_lose_keep_out_of_an_allocation() -> None:
     with pytest.warns(UserWarning, match=r"what 14 layer\(s\), such as .* each is pruned to 50.00%"):
         _, pruning = plan(planner(), sensitivities(weighted=False))
-    assert pruning.patterns == dict.fromkeys(LAYERS, Unstructured(0.5))
+    assert pruning.patterns == dict.fromkeys(LAYERS, HALF)
     frozen = list(LAYERS)[:3]
-    some = {
-        name: replace(scan, weighted_losses=None) if name in frozen else scan for name, scan in sensitivities().items()
-    }
+    some = sensitivities() | {name: sensitivities(weighted=False)[name] for name in frozen}
     with pytest.warns(UserWarning, match=r"what 3 layer\(s\)"):
         _, pruning = plan(planner(), some)
-    assert {pruning.patterns[name] for name in frozen} == {Unstructured(0.5)}
-    others = {name: layer for name, layer in LAYERS.items() if name not in frozen}
-    counts = [pruning.patterns[name].num_pruned(layer.rows, layer.cols) for name, layer in others.items()]
-    assert sum(counts) == sum(Unstructured(0.5).num_pruned(layer.rows, layer.cols) for layer in others.values())
+    assert {pruning.patterns[name] for name in frozen} == {HALF}
+    excess = [pruning.patterns[name].num_pruned(*shape) - HALF.num_pruned(*shape) for name, shape in SHAPES.items()]
+    assert sum(excess) == 0
     assert len(set(pruning.patterns.values())) > 2
     # who asks for an allocation gets one for all, by relative losses
     _, pruning = plan(planner(allocation=Allocation("loss")), some)
-    assert Unstructured(0.5) not in {pruning.patterns[name] for name in frozen}
+    assert HALF not in {pruning.patterns[name] for name in frozen}
 
 
 def test_a_layer_that_an_allocation_leaves_dense_is_not_pruned() -> None:
     dear = sensitivities()
-    first = next(iter(dear))
+    first = next(iter(LAYERS))
     dear[first] = replace(dear[first], weighted_losses={0.25: 1e6, 0.5: 2e6, 0.75: 3e6})
     _, pruning = plan(planner(pattern=Unstructured(0.1)), dear)
     assert first not in pruning.patterns
@@ -183,24 +170,27 @@ def test_layers_are_tried_at_the_limits(pattern: Pattern, expected: list[float])
 
 
 def test_events_of_a_training() -> None:
-    assert [event.step for event in checked_events(SparsitySchedule(0.25, 0.75, 0.25), numbers(40))] == [20, 30]
-    assert [event.step for event in checked_events(SparsitySchedule(10, 30, 10), numbers(float("inf")))] == [20, 30]
-    assert [event.step for event in checked_events(SparsitySchedule(10, 30, 10), numbers(3, fast=True))] == [3]
+    assert [event.step for event in checked_events(FRACTIONS, numbers(40))] == [20, 30]
+    assert [event.step for event in checked_events(TWICE, numbers(float("inf")))] == [20, 30]
+    assert [event.step for event in checked_events(TWICE, numbers(3, fast=True))] == [3]
     for trainer in (numbers(float("inf")), numbers(-1), numbers(40, automatic=False)):
         with pytest.raises(MisconfigurationException, match="fractions of the training"):
-            checked_events(SparsitySchedule(0.25, 0.75, 0.25), trainer)
+            checked_events(FRACTIONS, trainer)
     with pytest.raises(MisconfigurationException, match="at optimizer step 20, but the training has 19 steps"):
-        checked_events(SparsitySchedule(20, 20, 1), numbers(19))
-    with pytest.warns(
-        UserWarning, match="schedule's last event is at optimizer step 20, the last of .*: no step is left"
-    ):
-        checked_events(SparsitySchedule(20, 20, 1), numbers(20))
-    with pytest.warns(
-        UserWarning, match="step 30, but the training has 25 steps: the final sparsity will not be reached"
-    ):
-        checked_events(SparsitySchedule(10, 30, 10), numbers(25))
-    with (
-        pytest.warns(UserWarning, match="the last event of the training is at optimizer step 20, the last of the"),
-        pytest.warns(UserWarning, match="the final sparsity will not be reached"),
-    ):
-        checked_events(SparsitySchedule(10, 30, 10), numbers(20))
+        checked_events(ONCE, numbers(19))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "words"),
+    [
+        (ONCE, 20, ["schedule's last event is at optimizer step 20, the last of .*: no step is left"]),
+        (TWICE, 25, ["step 30, but the training has 25 steps: the final sparsity will not be reached"]),
+        (TWICE, 20, ["the last event of the training is at optimizer step 20, the last", "will not be reached"]),
+    ],
+)
+def test_a_training_that_ends_with_an_event_or_before_one_is_said(
+    schedule: SparsitySchedule, steps: int, words: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    checked_events(schedule, numbers(steps))
+    for said, expected in zip(recwarn, words, strict=True):
+        assert re.search(expected, str(said.message))

@@ -13,8 +13,12 @@ from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.plan.shares import Share, share_of
 
 RANKS, BUCKET = 4, 1000
+BF16 = torch.bfloat16
 NUMBER = 2 * 512 * 512  # weights, all of which are pruned and trained
-ZERO = {"reduce_bucket_size": BUCKET, "overlap_comm": True}
+
+
+def zero(stage: int, **options: Any) -> DeepSpeedStrategy:
+    return DeepSpeedStrategy(stage=stage, reduce_bucket_size=BUCKET, overlap_comm=True, **options)
 
 
 def share(strategy: Strategy | None, dtype: torch.dtype = torch.float32, *, autocasts: bool = False) -> Share:
@@ -32,30 +36,27 @@ def bytes_each(part: int) -> float:
     [
         (None, (4, 4, 0, 8, 1)),
         (DDPStrategy(), (4, 4, 0, 8, 1)),
-        (DeepSpeedStrategy(stage=1, **ZERO), (2, 2, 1, 2, 0.25)),
-        (DeepSpeedStrategy(stage=2, **ZERO), (2, 0.5, 1, 2, 0.25)),
-        (DeepSpeedStrategy(stage=3, **ZERO), (0.5, 0.5, 1, 2, 0.25)),
+        (zero(1), (2, 2, 1, 2, 0.25)),
+        (zero(2), (2, 0.5, 1, 2, 0.25)),
+        (zero(3), (0.5, 0.5, 1, 2, 0.25)),
         (DeepSpeedStrategy(zero_optimization=False), (2, 2, 4, 8, 1)),
     ],
     ids=["one device", "ddp", "1", "2", "3", "0"],
 )
 def test_parts_are_shared_as_the_strategy_does(strategy: Strategy | None, expected: tuple[float, ...]) -> None:
-    of_rank = share(strategy, torch.bfloat16 if isinstance(strategy, DeepSpeedStrategy) else torch.float32).bytes
-    assert (
-        tuple(map(bytes_each, (of_rank.weights, of_rank.gradients, of_rank.masters, of_rank.moments, of_rank.masks)))
-        == expected
-    )
+    its = share(strategy, BF16 if isinstance(strategy, DeepSpeedStrategy) else torch.float32).bytes
+    parts = its.weights, its.gradients, its.masters, its.moments, its.masks
+    assert tuple(map(bytes_each, parts)) == expected
 
 
 def test_buckets_and_copies() -> None:
     assert bytes_each(share(DDPStrategy()).bytes.buckets) == 4
     assert bytes_each(share(None, autocasts=True).bytes.copies) == 2
-    assert share(None, torch.bfloat16, autocasts=True).bytes.copies == 0
-    assert share(DeepSpeedStrategy(stage=2, **ZERO), torch.bfloat16).bytes.buckets == 2 * 2 * BUCKET
+    assert share(None, BF16, autocasts=True).bytes.copies == 0
+    assert share(zero(2), BF16).bytes.buckets == 2 * 2 * BUCKET
     for offload, passing in ((False, 4), (True, 0)):  # an offloaded step has no gradients on the device
-        of_rank = share(DeepSpeedStrategy(stage=2, offload_optimizer=offload, **ZERO), torch.bfloat16).bytes
-        assert bytes_each(of_rank.passing) == passing / RANKS
-    of_rank = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16).bytes
+        assert bytes_each(share(zero(2, offload_optimizer=offload), BF16).bytes.passing) == passing / RANKS
+    of_rank = share(zero(3), BF16).bytes
     assert of_rank.buckets == 2 * BUCKET
     assert bytes_each(of_rank.copies) == 2
     assert bytes_each(of_rank.passing) == 2  # one of two gradients, and once more
@@ -64,7 +65,7 @@ def test_buckets_and_copies() -> None:
 def test_an_event_finds_what_lasts() -> None:
     before, later = (bytes_each(share(None, autocasts=True).at_event(step).total) for step in (0, 5))
     assert (before, later) == (4 + 1, 16 + 1)
-    third = share(DeepSpeedStrategy(stage=3, **ZERO), torch.bfloat16)
+    third = share(zero(3), BF16)
     assert third.at_event(0) == third.at_event(5) == third.bytes.without("copies", "passing")
 
 
@@ -73,13 +74,12 @@ def test_an_event_finds_what_lasts() -> None:
     [({"offload_optimizer": True}, {"weights"}), ({"offload_optimizer": True, "offload_parameters": True}, set())],
 )
 def test_what_is_offloaded_is_not_on_the_device(options: dict[str, Any], stays: set[str]) -> None:
-    given = share(DeepSpeedStrategy(stage=3, **ZERO, **options), torch.bfloat16)
+    given = share(zero(3, **options), BF16)
     there = {name for name, size in vars(given.in_training()).items() if size}
     assert there == stays | {"copies", "buckets", "passing"}
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(1, 14), (3, 12)])
 def test_a_checkpoint_has_masters_moments_and_masks(stage: int, expected: int) -> None:
-    given = share(DeepSpeedStrategy(stage=stage, **ZERO), torch.bfloat16)
-    assert bytes_each(given.checkpoint) == expected + 1 / 8
+    assert bytes_each(share(zero(stage), BF16).checkpoint) == expected + 1 / 8
     assert bytes_each(share(None).checkpoint) == 12 + 1 / 8
