@@ -38,13 +38,6 @@ def test_large_layers_go_in_rounds_and_keep_the_count():
     assert gone[first].all()
 
 
-def test_more_frozen_columns_than_asked_for_all_go():
-    weight, H = layer(4, 10)
-    frozen = torch.zeros(4, 10, dtype=torch.bool)
-    frozen[:, :5] = True
-    assert prune(weight, H, Channels(0.3), frozen=frozen).mask.logical_not().equal(frozen)
-
-
 def test_single_frozen_weights_make_no_column_go():
     weight, H = layer(4, 10)
     frozen = torch.zeros(4, 10, dtype=torch.bool)
@@ -58,12 +51,3 @@ def test_columns_that_can_not_be_told_apart_are_an_error():
     nothing = replace(Factors(torch.eye(2)).curvature(0.01), factor=torch.zeros(2, 2))
     with pytest.raises(FactorizationError, match="not positive"):
         eliminate(torch.ones(2, 2), nothing, torch.tensor([True, False]), 1)
-
-
-def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
-    keep = torch.ones(6, 10, dtype=torch.bool)
-    keep[:, [1, 4, 8]] = False
-    assert Channels(0.3).violations(keep) == Channels(0.3, dim=0).violations(keep.T) == 0
-    keep[2, 4] = True
-    assert Channels(0.3).violations(keep) == 1
-    assert Channels(0.3, dim=0).violations(keep.T) == 1
