@@ -2,21 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import hessian_of, layer, tokens
+from cases import hessian_of, layer
 
 from thanos_lightning.solver import Channels, Structured, prune
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.linalg import FactorizationError
 from thanos_lightning.solver.thanos import eliminate
-
-
-def test_one_of_two_inputs_that_say_the_same_stays():
-    """Each alone costs nothing, and both together cost most of the layer."""
-    inputs = tokens(12)
-    inputs[:, 5] = inputs[:, 3]
-    weight, H = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), hessian_of(inputs)
-    gone = (~prune(weight, H, Channels(0.25), damping=1e-6).mask).all(0)
-    assert int(gone[[3, 5]].sum()) == 1
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
