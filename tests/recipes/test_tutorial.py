@@ -1,7 +1,5 @@
 """Every command of docs/tutorial.md, one after the other, with a tiny model and a short text."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path
