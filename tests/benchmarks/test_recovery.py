@@ -19,25 +19,13 @@ RESULTS = Path(recovery.__file__).parent / "results"
 PYDOCS = {"model": "smollm2-135m", "text": "pydocs", "validation_split": "validation"}
 
 
-def run(contender: str, seed: int, perplexity: float) -> dict:
-    return {
-        "contender": contender,
-        "seed": seed,
-        "rate": 3e-4,
-        "perplexity": perplexity,
-        "sparsity": 0.5,
-        "seconds": 100.0,
-        "event_seconds": 10.0,
-        "curve": [{"tokens": tokens, "perplexity": perplexity, "sparsity": 0.5} for tokens in (0, 8)],
-    }
-
-
 def row(contender: str, *perplexities: float) -> recovery.Row:
-    runs = [run(contender, seed, value) for seed, value in enumerate(perplexities, 1)]
+    shared = {"contender": contender, "rate": 3e-4, "sparsity": 0.5, "seconds": 100.0, "event_seconds": 10.0}
+    runs = [
+        {**shared, "seed": seed, "perplexity": value, "curve": [{"tokens": 8, "perplexity": value, "sparsity": 0.5}]}
+        for seed, value in enumerate(perplexities, 1)
+    ]
     return recovery.Row(contender, {3e-4: perplexities[0]}, runs)
-
-
-# Baselines
 
 
 def test_sr_ste_keeps_the_two_largest_of_four_and_teaches_all() -> None:
@@ -87,9 +75,6 @@ def test_batches_go_on_where_an_epoch_ended() -> None:
     assert [list(batches) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-# Arithmetic
-
-
 def test_gaps_are_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row("dense", 10.0, 11.0), row("one-shot sparsegpt", 20.0), row("gradual", 15.0, 12.0)]
     task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
@@ -110,9 +95,6 @@ def test_the_time_of_an_event_is_counted_where_it_was() -> None:
     assert recovery.timed([at_once], task) == [(15.0, 20.0), (5 + 15.0, 15.0), (10 + 15.0, 10.0)]
     without_times = {**at_once, "seconds": None, "event_seconds": None, "curve": curve[1:]}
     assert recovery.timed([without_times, at_once], task) == [(5 + 15.0, 15.0), (10 + 15.0, 10.0)]
-
-
-# What is kept
 
 
 @pytest.mark.parametrize(

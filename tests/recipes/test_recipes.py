@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,6 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
     assert all(words in head.lower() for words in (name, "for whom", "cost", "expect", "measured"))
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith("distilled")])
-def test_a_recipe_with_a_teacher_has_losses_for_it(name: str) -> None:
-    cli = build(name)
-    assert isinstance(cli.model.distillation, Distillation)
-    assert cli.model.distillation.dtype == "bfloat16"
-    assert only(ModelCheckpoint, cli).monitor == only(ThanosPruningCallback, cli).options.monitor
-
-
 def only(kind: type[Callback], cli: LightningCLI) -> Any:
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
     return callback
@@ -130,7 +123,12 @@ def test_a_recipe_builds(name: str) -> None:
     assert events[-1].sparsity(options.pattern.sparsity) == options.pattern.sparsity
     assert math.isclose(options.pattern.sparsity, SPARSITIES[name])
     assert cli.datamodule.tokenizer == cli.model.model_name
-    saving = only(ModelCheckpoint, cli)
+    saving, teaching = only(ModelCheckpoint, cli), cli.model.distillation
+    assert isinstance(teaching, Distillation) == name.endswith(("distilled", "channels30"))
+    if teaching:
+        assert teaching.dtype == "bfloat16"
+        assert cli.model.hparams["distillation"] == asdict(teaching)
+        assert saving.monitor == options.monitor
     if saving.monitor is None:
         assert saving._every_n_train_steps <= total
     else:

@@ -3,7 +3,6 @@ import warnings
 import weakref
 from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from cases import METHODS, PATTERNS, hessian_of, layer, other_defaults, tokens, training_precision
@@ -26,6 +25,7 @@ from thanos_lightning.solver import (
 from thanos_lightning.solver.admm import Penalties
 from thanos_lightning.solver.factors import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
+from thanos_lightning.solver.ordering import search_order
 
 methods, patterns = st.sampled_from(METHODS), st.sampled_from(PATTERNS)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 6).map(lambda groups: 4 * groups))
@@ -81,13 +81,17 @@ def test_more_frozen_weights_than_asked_for_are_all_pruned_and_nothing_else(meth
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("surroundings", [other_defaults, training_precision])
 def test_torchs_defaults_and_the_precision_of_a_training_change_nothing(surroundings, method, pattern):
-    weight, H = layer(150, 128)
-    H, options = H.float(), SolverOptions(method, block_size=64, admm_steps=2, refine_steps=1)
+    weight, options = layer(150, 128)[0], SolverOptions(method, block_size=64, admm_steps=2, refine_steps=1)
+    inputs = tokens(128).float().requires_grad_()
 
     def solved():
+        accumulator = HessianAccumulator(128, device="cpu")
+        accumulator.update(inputs)
+        H, order = accumulator.compute(), search_order(weight.abs(), NM(2, 4))
+        assert not H.requires_grad
         layers = [prune(weight, H, pattern, **vars(options), output_weights=G) for G in (None, outputs)]
         lost = losses_at(weight, Factors(H), [pattern], options) if method != "magnitude" else ([], H)
-        return [*(layer.weight for layer in layers), *lost[0], lost[1]], [layer.loss for layer in layers]
+        return [H, order, *(layer.weight for layer in layers), *lost[0], lost[1]], [layer.loss for layer in layers]
 
     outputs = hessian_of(tokens(150)).float().diagonal()
     expected, losses = solved()
@@ -177,18 +181,21 @@ def test_the_weight_keeps_its_dtype_and_the_arguments_their_values(method, shape
 
 
 def _indefinite(lowest_eigenvalue: float) -> torch.Tensor:
-    ones = torch.full((4, 4), -(1 - lowest_eigenvalue) / 3)
-    return ones.fill_diagonal_(1.0)
+    return torch.full((4, 4), -(1 - lowest_eigenvalue) / 3, dtype=torch.float64).fill_diagonal_(1.0)
 
 
 @pytest.mark.parametrize("method", ["thanos", "sparsegpt"])
-def test_a_failed_factorisation_is_tried_again_with_more_damping(method):
-    weight, H = layer(3, 4)[0], _indefinite(-0.05)
-    with pytest.warns(UserWarning, match=r"damping=0.01; 0.1 was used"):
-        retried = prune(weight, H, NM(2, 4), method=method)
+@pytest.mark.parametrize(
+    ("lowest_eigenvalue", "damping", "enough"),
+    [(-0.05, 0.01, 0.1), (-0.5, 0.01, 1.0), (-5e-7, 0.0, 1e-6), (-5e-6, 0.0, 1e-5)],
+)
+def test_a_failed_factorisation_is_tried_again_with_more_damping(lowest_eigenvalue, damping, enough, method):
+    weight, H = layer(3, 4)[0], _indefinite(lowest_eigenvalue)
+    with pytest.warns(UserWarning, match=rf"damping={damping:g}; {enough:g} was used"):
+        retried = prune(weight, H, NM(2, 4), method=method, damping=damping)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        asked = prune(weight, H, NM(2, 4), method=method, damping=0.1)
+        asked = prune(weight, H, NM(2, 4), method=method, damping=enough)
     assert torch.equal(retried.weight, asked.weight)
 
 
@@ -207,7 +214,7 @@ def test_the_matrices_of_a_failed_attempt_are_gone_in_the_next(monkeypatch):
     assert len(damped) == 2
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.01, 1.5])
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3, 1.5])
 def test_at_the_end_of_the_ladder_is_an_error_that_says_what_to_do(damping):
     with pytest.raises(FactorizationError, match=r"even with 1\S* times the mean .* HessianAccumulator"):
         prune(layer(3, 4)[0], _indefinite(-5.0), NM(2, 4), damping=damping)
@@ -250,9 +257,7 @@ def test_a_result_beyond_the_dtype_is_an_error():
         ({"pattern": Experts(0.5)}, r"Experts\(sparsity=0.5\) is for all experts of a mixture together"),
     ],
 )
-def test_bad_input(arguments, message, monkeypatch):
-    # without the checks of annotations that tests have, which would be first to refuse another name
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_input(arguments, message):
     valid = {"weight": torch.ones(3, 8), "hessian": torch.eye(8), "pattern": NM(2, 4)}
     valid |= arguments
     with pytest.raises(ValueError, match=message):

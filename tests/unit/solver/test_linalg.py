@@ -9,7 +9,6 @@ from thanos_lightning.solver.linalg import (
     _has_no_rounding_kernel,
     _highest_precision,
     damped,
-    damping_ladder,
     exact_arithmetic,
     inverse,
     inverse_factor,
@@ -26,13 +25,6 @@ def test_halves_are_as_good_as_the_whole(n, monkeypatch):
     assert (U.diagonal() > 0).all()
     torch.testing.assert_close(U.mT @ U, torch.linalg.inv(H))
     torch.testing.assert_close(inverse(H), torch.linalg.inv(H))
-
-
-def test_damping_ladder():
-    assert list(damping_ladder(0.01)) == [0.01, 0.1, 1.0]
-    assert list(damping_ladder(0.3)) == [0.3]
-    assert list(damping_ladder(5.0)) == [5.0]
-    assert list(damping_ladder(0.0)) == [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
 
 
 @pytest.mark.parametrize("budget", [1, 20_000])

@@ -73,9 +73,6 @@ def test_one_block_gives_the_exact_optimum_of_its_mask(rows, cols, sparsity, see
         torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
 
 
-# SparseGPT
-
-
 @pytest.mark.parametrize("dead", [(), (4, 17)])
 @pytest.mark.parametrize("block_size", [1, 8, 10, 24, 100])
 def test_sparsegpt_against_the_reference(block_size, dead):
@@ -93,9 +90,6 @@ def test_columns_of_sparsegpt_are_adapted_to_by_the_columns_to_their_right():
     first = int(removed.int().argmax())
     assert torch.equal(result.weight[:, :first], weight.double()[:, :first])
     assert not torch.equal(result.weight[:, first + 1 :], (weight.double() * result.mask)[:, first + 1 :])
-
-
-# Wanda and magnitude
 
 
 def test_wanda_against_the_reference_to_the_last_bit():
