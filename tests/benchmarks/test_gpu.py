@@ -23,9 +23,7 @@ def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.rest
 def test_all_of_it_runs_once(tmp_path: Path) -> None:
     tiny, text = tiny_files(tmp_path)
-
     ended = run(tmp_path, MODEL=tiny, TEXT=str(text))
-
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
     (results,) = (tmp_path / "results").iterdir()
     assert {file.stem for file in results.glob("*.done")} == set(STEPS)
@@ -34,10 +32,8 @@ def test_all_of_it_runs_once(tmp_path: Path) -> None:
     kept = [json.loads(file.read_text()) for file in results.glob("*.json")]
     assert len(kept) == len(STEPS) - 1
     assert all(document.get("results", document.get("seconds")) for document in kept)
-
     (results / "one_shot.done").unlink()
     again = run(tmp_path, MODEL=str(tmp_path / "nowhere"), TEXT=str(text))
-
     assert again.returncode == 1
     assert "failed: one_shot; " in again.stdout
     assert again.stdout.count("finished before") == len(STEPS) - 1
@@ -46,6 +42,5 @@ def test_all_of_it_runs_once(tmp_path: Path) -> None:
 @pytest.mark.rest
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     ended = run(tmp_path, DEVICE="cuda", CUDA_VISIBLE_DEVICES="")
-
     assert ended.returncode != 0
     assert "benchmarks/gpu.sh: no GPU is found by torch" in ended.stderr

@@ -19,25 +19,13 @@ RESULTS = Path(recovery.__file__).parent / "results"
 PYDOCS = {"model": "smollm2-135m", "text": "pydocs", "validation_split": "validation"}
 
 
-def run(contender: str, seed: int, perplexity: float) -> dict:
-    return {
-        "contender": contender,
-        "seed": seed,
-        "rate": 3e-4,
-        "perplexity": perplexity,
-        "sparsity": 0.5,
-        "seconds": 100.0,
-        "event_seconds": 10.0,
-        "curve": [{"tokens": tokens, "perplexity": perplexity, "sparsity": 0.5} for tokens in (0, 8)],
-    }
-
-
 def row(contender: str, *perplexities: float) -> recovery.Row:
-    runs = [run(contender, seed, value) for seed, value in enumerate(perplexities, 1)]
+    shared = {"contender": contender, "rate": 3e-4, "sparsity": 0.5, "seconds": 100.0, "event_seconds": 10.0}
+    runs = [
+        {**shared, "seed": seed, "perplexity": value, "curve": [{"tokens": 8, "perplexity": value, "sparsity": 0.5}]}
+        for seed, value in enumerate(perplexities, 1)
+    ]
     return recovery.Row(contender, {3e-4: perplexities[0]}, runs)
-
-
-# Baselines
 
 
 def test_sr_ste_keeps_the_two_largest_of_four_and_teaches_all() -> None:
@@ -46,10 +34,8 @@ def test_sr_ste_keeps_the_two_largest_of_four_and_teaches_all() -> None:
     parametrize.register_parametrization(layer, "weight", recovery.SrSte(decay=0.01))
     largest = dense.abs().view(-1, 4).topk(2).indices
     kept = torch.zeros(dense.numel() // 4, 4).scatter_(1, largest, 1).view_as(dense).bool()
-
     weight = layer.weight
     assert torch.equal(weight, dense * kept)
-
     upstream = torch.randn_like(dense)
     (weight * upstream).sum().backward()
     expected = upstream + 0.01 * dense * ~kept  # arXiv 2102.04010
@@ -78,7 +64,6 @@ def test_lightnings_schedule_is_cubic_and_spares_the_head(tmp_path: Path) -> Non
     module = _Regression()
     pruning = recovery.lightning_pruning(module, 0.6, epochs=4)
     trainer(tmp_path, pruning, max_epochs=6).fit(module, DataLoader(torch.randn(8, 16), batch_size=4))
-
     cubic = [0.6 * (1 - (1 - min(1.0, epoch / 4)) ** 3) for epoch in range(6)]
     assert module.sparsities == pytest.approx(cubic, abs=4 / 256)  # in whole weights, rounded at each of four times
     assert int((module.lm_head.weight == 0).sum()) == 0
@@ -86,20 +71,14 @@ def test_lightnings_schedule_is_cubic_and_spares_the_head(tmp_path: Path) -> Non
 
 def test_batches_go_on_where_an_epoch_ended() -> None:
     batches = recovery.Continued(range(7), per_epoch=3)
-
     assert len(batches) == 3
     assert [list(batches) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-# Arithmetic
 
 
 def test_gaps_are_over_the_seeds_that_all_have(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row("dense", 10.0, 11.0), row("one-shot sparsegpt", 20.0), row("gradual", 15.0, 12.0)]
     task = recovery.Task(**PYDOCS, steps=1, batch=2, length=4, calibration=8, validation=8)
-
     lines = {line["contender"]: line for line in recovery.report("2:4", rows, task, Console(width=160))}
-
     assert lines["one-shot sparsegpt"]["gap_over_sparsegpt"] == 1
     assert lines["gradual"]["gap"] == pytest.approx((math.log(15 / 10) + math.log(12 / 11)) / 2, abs=1e-4)
     assert lines["gradual"]["gap_over_sparsegpt"] == pytest.approx(math.log(15 / 10) / math.log(20 / 10), abs=1e-4)
@@ -111,17 +90,11 @@ def test_the_time_of_an_event_is_counted_where_it_was() -> None:
     task = recovery.Task(**PYDOCS, steps=10, batch=2, length=4, calibration=8, validation=8)
     curve = [{"tokens": 8 * step, "perplexity": 20.0 - step} for step in (0, 5, 10)]
     run = {"seconds": 50.0, "event_seconds": 30.0, "settings": {"schedule": [0.2, 0.7]}, "curve": curve}  # 2 s a step
-
     assert recovery.timed([run], task) == [(0.0, 20.0), (5 + 7.5, 15.0), (10 + 15.0, 10.0)]
-
     at_once = {**run, "settings": {"schedule": [0]}}
     assert recovery.timed([at_once], task) == [(15.0, 20.0), (5 + 15.0, 15.0), (10 + 15.0, 10.0)]
-
     without_times = {**at_once, "seconds": None, "event_seconds": None, "curve": curve[1:]}
     assert recovery.timed([without_times, at_once], task) == [(5 + 15.0, 15.0), (10 + 15.0, 10.0)]
-
-
-# What is kept
 
 
 @pytest.mark.parametrize(
@@ -129,9 +102,8 @@ def test_the_time_of_an_event_is_counted_where_it_was() -> None:
 )
 def test_a_kept_run_is_what_its_name_says(path: Path) -> None:
     kept = json.loads(path.read_text())
-
-    assert path.stem == recovery.key(kept["contender"], kept["pattern"], kept["rate"], kept["seed"])
     contender = kept["contender"]
+    assert path.stem == recovery.key(contender, kept["pattern"], kept["rate"], kept["seed"])
     assert contender in {*recovery.ALL, recovery.DENSE, recovery.LIGHTNING, recovery.SR_STE}
     assert kept["settings"] == recovery.settings(contender)
     assert kept["task"]["text"] == ("summaries" if path.parent.name == "recovery-gemma" else "pydocs")

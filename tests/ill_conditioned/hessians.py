@@ -1,8 +1,10 @@
 """Layers with near-singular and badly scaled Hessians, and Hessians of a given condition number."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,23 +19,6 @@ TASKS: dict[str, tuple[Pattern, int]] = {
     "2:4-b32": (NM(2, 4), 32),
     "structured": (Structured(0.3), 128),
 }
-FAMILIES = (
-    "low rank and noise",
-    "half rank and noise",
-    "scales of 1e-6 to 1e6, shuffled",
-    "scales of 1e-6 to 1e6, ascending",
-    "scales of 1e-6 to 1e6, descending",
-    "all times 1e-6",
-    "all times 1e6",
-    "each input twice, far apart",
-    "each input twice, side by side",
-    "one input, copied",
-    "a fifth dead",
-    "four fifths dead",
-    "a common mean of 100",
-    "8 tokens",
-)
-WIDEST = "8 tokens for 2,000 inputs"
 # The kinds of spectrum that `conditioned` knows; of the first two the Hessian is regular without damping, too.
 REGULAR = ("geometric", "two steps")
 KINDS = (*REGULAR, "8 tokens", "64 tokens")
@@ -63,40 +48,49 @@ def _shuffled(cols: int, seed: int) -> Tensor:
     return torch.randperm(cols, generator=torch.Generator().manual_seed(seed + 2000))
 
 
-def _inputs(family: str, cols: int, seed: int) -> Tensor:
-    X = tokens(512, cols, seed)
-    scales = torch.logspace(-6, 6, cols, dtype=torch.float64)
-    if family.endswith("rank and noise"):
-        rank = cols // (16 if family.startswith("low") else 2)
-        factors = randn(512, rank, seed=seed), randn(rank, cols, seed=seed + 1000)
-        return factors[0] @ factors[1] + 1e-6 * randn(512, cols, seed=seed + 3000)
-    if family.startswith("scales"):
-        order = {"shuffled": _shuffled(cols, seed), "ascending": slice(None), "descending": torch.arange(cols).flip(0)}
-        return X * scales[order[family.split()[-1]]]
-    if family.startswith("all times"):
-        return X * float(family.split()[-1])
-    if family == "each input twice, far apart":
-        X[:, cols // 2 :] = X[:, : cols // 2]
-    elif family == "each input twice, side by side":
-        X[:, 1::2] = X[:, ::2]
-    elif family == "one input, copied":
-        X[:] = X[:, :1]
-    elif family.endswith("dead"):
-        X[:, _shuffled(cols, seed + 1)[: cols * {"a": 1, "four": 4}[family.split()[0]] // 5]] = 0
-    elif family == "one input times 1e6":
-        X[:, 7] *= 1e6
-    elif family == "a common mean of 100":
-        X += 100
-    else:
-        return X[:8]
-    return X
+def _low_rank(X: Tensor, rank: int, seed: int) -> Tensor:
+    count, cols = X.shape
+    exact = randn(count, rank, seed=seed) @ randn(rank, cols, seed=seed + 1000)
+    return exact + 1e-6 * randn(count, cols, seed=seed + 3000)
+
+
+def _scales(X: Tensor) -> Tensor:
+    return torch.logspace(-6, 6, X.shape[1], dtype=torch.float64)
+
+
+def _dead(X: Tensor, fifths: int, seed: int) -> Tensor:
+    return X.index_fill(1, _shuffled(X.shape[1], seed + 1)[: X.shape[1] * fifths // 5], 0)
+
+
+# What becomes of the inputs X (tokens, cols) of a layer
+FAMILIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "low rank and noise": lambda X, seed: _low_rank(X, X.shape[1] // 16, seed),
+    "half rank and noise": lambda X, seed: _low_rank(X, X.shape[1] // 2, seed),
+    "scales of 1e-6 to 1e6, shuffled": lambda X, seed: X * _scales(X)[_shuffled(X.shape[1], seed)],
+    "scales of 1e-6 to 1e6, ascending": lambda X, _: X * _scales(X),
+    "scales of 1e-6 to 1e6, descending": lambda X, _: X * _scales(X).flip(0),
+    "all times 1e-6": lambda X, _: X * 1e-6,
+    "all times 1e6": lambda X, _: X * 1e6,
+    "each input twice, far apart": lambda X, _: X[:, : X.shape[1] // 2].repeat(1, 2),
+    "each input twice, side by side": lambda X, _: X[:, ::2].repeat_interleave(2, dim=1),
+    "one input, copied": lambda X, _: X[:, :1].expand_as(X),
+    "a fifth dead": lambda X, seed: _dead(X, 1, seed),
+    "four fifths dead": lambda X, seed: _dead(X, 4, seed),
+    "a common mean of 100": lambda X, _: X + 100,
+    "8 tokens": lambda X, _: X[:8],
+}
+WIDEST = "8 tokens for 2,000 inputs"
+OTHERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    WIDEST: lambda X, _: X[:8],
+    "one input times 1e6": lambda X, _: X.index_copy(1, torch.tensor([7]), X[:, 7:8] * 1e6),
+}
 
 
 @cache
 def layer(family: str, rows: int = ROWS, cols: int = COLS, seed: int = 0) -> Layer:
     if family == WIDEST:
         rows, cols = 32, 2000
-    inputs = tokens(8, cols, seed) if family == WIDEST else _inputs(family, cols, seed)
+    inputs = (FAMILIES | OTHERS)[family](tokens(512, cols, seed), seed)
     accumulator = HessianAccumulator(cols)
     accumulator.update(inputs.float())
     return Layer(randn(rows, cols, seed=seed + 9).float(), inputs.float(), accumulator.compute())
@@ -120,11 +114,14 @@ def conditioned(kind: str, condition: float, cols: int = COLS, seed: int = 0) ->
         if kind == "two steps":
             eigenvalues = torch.where(indices < cols // 4, 1.0, 1 / condition)
         H = basis * eigenvalues @ basis.T
-        return (H + H.T) / 2, 0.0
-    X = randn(int(kind.split()[0]), cols, seed=seed)
-    H = 2 / len(X) * X.T @ X
-    largest = float(torch.linalg.eigvalsh(H)[-1])
-    return H, largest / float(H.diagonal().mean()) / (condition - 1)
+        H, damping = (H + H.T) / 2, 0.0
+    else:
+        X = randn(int(kind.split()[0]), cols, seed=seed)
+        H = 2 / len(X) * X.T @ X
+        damping = float(torch.linalg.eigvalsh(H)[-1] / H.diagonal().mean()) / (condition - 1)
+    D = H + damping * H.diagonal().mean() * torch.eye(cols, dtype=torch.float64)
+    assert float(torch.linalg.cond(D)) == pytest.approx(condition, rel=1e-3)
+    return H, damping
 
 
 def energy(change: Tensor, inputs: Tensor) -> float:

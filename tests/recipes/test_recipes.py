@@ -4,8 +4,6 @@ Each is planned, and the heads of the large ones are what the plan says. Those f
 with a tiny model.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -32,21 +30,26 @@ from thanos_lightning.cli.training import CLI
 from thanos_lightning.lm import CausalLM, Distillation, TextData
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
 ZERO3 = {"llama-3.1-8b-2of4-zero3": (8, 1), "llama-3.1-70b-2of4-zero3-multinode": (8, 4)}  # GPUs, machines
 SPARSITIES = {
-    "smollm2-135m-2of4-distilled": 0.5,
+    "quickstart": 0.5,
+    "quickstart-zero3-cpu": 0.5,
     "smollm2-135m-2of4": 0.5,
+    "smollm2-135m-2of4-distilled": 0.5,
+    "smollm2-135m-channels30": 0.3,
     "smollm2-135m-unstructured60": 0.6,
     "smollm2-135m-unstructured80-gradual": 0.8,
-    "smollm2-135m-channels30": 0.3,
-    "llama-3.2-1b-channels30": 0.3,
-    "qwen3-0.6b-channels30": 0.3,
+    "llama-3.1-8b-2of4": 0.5,
+    "llama-3.1-8b-unstructured50": 0.5,
+    **dict.fromkeys(ZERO3, 0.5),
     "llama-3.2-1b-2of4-distilled": 0.5,
-    "qwen3-1.7b-unstructured50-gradual": 0.5,
+    "llama-3.2-1b-channels30": 0.3,
     "llama-3.2-1b-unstructured60-gradual": 0.6,
+    "qwen3-0.6b-channels30": 0.3,
     "qwen3-0.6b-unstructured70-gradual": 0.7,
+    "qwen3-1.7b-unstructured50-gradual": 0.5,
 }
+RECIPES = sorted({*SPARSITIES, *(file.stem for file in FOLDER.glob("*.yaml"))})
 WINDOWS = {  # and the most blocks in one
     "llama-3.1-8b-2of4": (4, 10),
     "llama-3.1-8b-unstructured50": (8, 10),  # the first four look at the layers
@@ -75,29 +78,17 @@ def _in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["thanos-lightning"])
 
 
-def build(recipe: Path) -> LightningCLI:
+def build(name: str) -> LightningCLI:
     # the machine that runs this test may have no GPU; everything else is the recipe's
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]
-    return CLI(["--config", str(recipe), *here], run=False, save_config_callback=None)
+    return CLI(["--config", str(FOLDER / f"{name}.yaml"), *here], run=False, save_config_callback=None)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_says_what_it_is(recipe: Path) -> None:
-    head = list(itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines()))
-    text = "\n".join(head)
-    assert recipe.stem in text
-    assert all(word in text.lower() for word in ("for whom", "cost", "expect", "measured"))
-
-
-@pytest.mark.parametrize("name", [name for name in SPARSITIES if name.endswith("distilled")])
-def test_a_recipe_with_a_teacher_has_losses_for_it(name: str) -> None:
-    cli = build(FOLDER / f"{name}.yaml")
-    teaching = cli.model.distillation
-    assert isinstance(teaching, Distillation)
-    assert teaching.dtype == "bfloat16"
-    assert cli.model.hparams["distillation"] == asdict(teaching)
-    saving = only(ModelCheckpoint, cli)
-    assert saving.monitor == only(ThanosPruningCallback, cli).options.monitor
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_it_is(name: str) -> None:
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert all(words in head.lower() for words in (name, "for whom", "cost", "expect", "measured"))
 
 
 def only(kind: type[Callback], cli: LightningCLI) -> Any:
@@ -113,33 +104,31 @@ def at_hand(tmp_path: Path) -> None:
         kind(**settings, num_key_value_heads=heads, tie_word_embeddings=are_tied).save_pretrained(tmp_path / name)
 
 
-def test_the_promised_recipes_are_there() -> None:
-    names = {recipe.stem for recipe in RECIPES}
-    assert names >= {"quickstart", "llama-3.1-8b-2of4", "llama-3.1-8b-unstructured50", *ZERO3, *SPARSITIES}
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_builds(recipe: Path) -> None:
-    cli = build(recipe)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds(name: str) -> None:
+    cli = build(name)
     assert isinstance(cli.model, CausalLM)
     assert isinstance(cli.datamodule, TextData)
-    pruning = only(ThanosPruningCallback, cli)
-    total = cli.trainer.max_steps
+    options, total = only(ThanosPruningCallback, cli).options, cli.trainer.max_steps
     assert total > 0
-    events = pruning.options.schedule.resolve(total).events()
-    if pruning.options.calibration.batches is None:
+    events = options.schedule.resolve(total).events()
+    if options.calibration.batches is None:
         assert len(events) > 1, "not gradual"
-        assert events[0].step >= pruning.options.calibration.steps
+        assert events[0].step >= options.calibration.steps
     else:
-        is_gradual = pruning.options.pattern.sparsity >= 0.8
-        best = [0.1, 0.2, 0.3, 0.4] if is_gradual else [0]
+        best = [0.1, 0.2, 0.3, 0.4] if options.pattern.sparsity >= 0.8 else [0]
         assert [event.step for event in events] == [part * total for part in best], "not what was measured best"
-        assert pruning.options.calibration.batches == "datamodule"
+        assert options.calibration.batches == "datamodule"
     assert events[-1].step <= 0.75 * total, "no time to recover"
-    assert events[-1].sparsity(pruning.options.pattern.sparsity) == pruning.options.pattern.sparsity
-    assert math.isclose(pruning.options.pattern.sparsity, SPARSITIES.get(recipe.stem, 0.5))
+    assert events[-1].sparsity(options.pattern.sparsity) == options.pattern.sparsity
+    assert math.isclose(options.pattern.sparsity, SPARSITIES[name])
     assert cli.datamodule.tokenizer == cli.model.model_name
-    saving = only(ModelCheckpoint, cli)
+    saving, teaching = only(ModelCheckpoint, cli), cli.model.distillation
+    assert isinstance(teaching, Distillation) == name.endswith(("distilled", "channels30"))
+    if teaching:
+        assert teaching.dtype == "bfloat16"
+        assert cli.model.hparams["distillation"] == asdict(teaching)
+        assert saving.monitor == options.monitor
     if saving.monitor is None:
         assert saving._every_n_train_steps <= total
     else:
@@ -148,36 +137,29 @@ def test_a_recipe_builds(recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", ZERO3)
 def test_a_zero3_recipe_shards_all_and_offloads_nothing(name: str) -> None:
-    recipe = FOLDER / f"{name}.yaml"
-    cli = build(recipe)
-    strategy = cli.trainer.strategy
-    assert isinstance(strategy, DeepSpeedStrategy)
-    zero = strategy.config["zero_optimization"]
-    assert zero["stage"] == 3
-    assert zero["sub_group_size"] == 100_000_000
-    assert "offload_optimizer" not in zero
-    assert "offload_param" not in zero
+    cli = build(name)
+    assert isinstance(cli.trainer.strategy, DeepSpeedStrategy)
+    zero = cli.trainer.strategy.config["zero_optimization"]
+    assert (zero["stage"], zero["sub_group_size"]) == (3, 100_000_000)
+    assert not zero.keys() & {"offload_optimizer", "offload_param"}
     assert cli.trainer.precision == "bf16-mixed"
-    written = yaml.safe_load(recipe.read_text())["trainer"]
+    written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["trainer"]
     assert (written["devices"], written["num_nodes"]) == ZERO3[name]
     needed = cli.trainer.max_steps * math.prod(ZERO3[name]) * cli.trainer.accumulate_grad_batches
     assert needed <= cli.datamodule.max_train_blocks, "blocks would be seen twice"
 
 
-# which takes twelve seconds, and has a sister
-SLOW = "llama-3.2-1b-channels30"
+SLOW = "llama-3.2-1b-channels30"  # which takes twelve seconds, and has a sister
 
 
 @pytest.mark.usefixtures("at_hand")
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(one, id=one.stem, marks=[pytest.mark.rest] * (one.stem == SLOW)) for one in RECIPES]
-)
-def test_a_recipe_can_be_planned(recipe: Path) -> None:
-    planned = Plan(PlannedCLI(["--config", recipe.stem], for_another=True))
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.rest] * (one == SLOW)) for one in RECIPES])
+def test_a_recipe_can_be_planned(name: str) -> None:
+    planned = Plan(PlannedCLI(["--config", name], for_another=True))
     windows = planned.outlook().windows
-    devices, nodes = ZERO3.get(recipe.stem, (2 if "zero3" in recipe.stem else 1, 1))
+    devices, nodes = ZERO3.get(name, (2 if "zero3" in name else 1, 1))
     assert planned.ranks == devices * nodes
-    expected, blocks = WINDOWS.get(recipe.stem, (len(windows), 0))
+    expected, blocks = WINDOWS.get(name, (len(windows), 0))
     assert len(windows) == expected
     assert not blocks or max(len(window.patterns) for window in windows) == 7 * blocks
 

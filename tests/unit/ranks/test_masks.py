@@ -2,7 +2,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from thanos_lightning.ranks.masks import LayerMask, pack_bits, unpack_bits
@@ -32,12 +32,8 @@ def test_bits_round_trip(shape, seed):
     assert unpacked.dtype == torch.bool
     assert unpacked.shape == mask.shape
     assert torch.equal(unpacked, mask)
-
-
-@given(rows=st.integers(1, 9), cols=st.integers(1, 9), seed=st.integers(0, 1000))
-def test_layout_in_memory_does_not_matter(rows, cols, seed):
-    mask = random_mask((rows, cols), seed)
-    assert torch.equal(pack_bits(mask.t().contiguous().t()), pack_bits(mask))
+    reverse = tuple(reversed(range(mask.dim())))  # in memory
+    assert torch.equal(pack_bits(mask.permute(reverse).contiguous().permute(reverse)), packed)
 
 
 def test_lowest_bit_is_first():
@@ -48,9 +44,8 @@ def test_lowest_bit_is_first():
 @given(shape=shapes, off=st.integers(-3, 3).filter(bool))
 def test_wrong_number_of_bytes(shape, off):
     right = (torch.Size(shape).numel() + 7) // 8
-    wrong = max(0, right + off)
-    if wrong == right:
-        wrong += 1
+    wrong = right + off
+    assume(wrong >= 0)
     with pytest.raises(ValueError, match=rf"takes {right} bytes, but {wrong} were stored: .* damaged"):
         unpack_bits(torch.zeros(wrong, dtype=torch.uint8), shape)
 

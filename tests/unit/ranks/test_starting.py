@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +58,8 @@ def test_a_lock_that_another_process_holds_is_waited_for(
     folder: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extensions, "rank_zero_warn", lambda advice: pytest.fail(advice))
-    holding = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", holding, str(folder / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout is not None
-    other.stdout.readline()
+    with (folder / "lock").open("w") as lock:
+        other = subprocess.Popen(["sleep", "600"], stdin=lock)
     looks: list[bool] = []
     is_held = extensions._is_held
 
@@ -77,8 +70,9 @@ def test_a_lock_that_another_process_holds_is_waited_for(
         return looks[-1]
 
     monkeypatch.setattr(extensions, "_is_held", look)
-    torch.utils.cpp_extension.load("one", [])
-    other.communicate()
+    with other:
+        torch.utils.cpp_extension.load("one", [])
+        other.kill()
     assert looks == [True] * 3
     assert built == ["one"]
 

@@ -50,3 +50,15 @@ def other_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def training_precision() -> Iterator[None]:
+    """What a training may let torch round. At the end it still does."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import METHODS, PATTERNS, hessian_of, layer, tokens
+from cases import METHODS, hessian_of, layer, tokens
 from reference import admm, damped
 
 from thanos_lightning.solver import NM, FactorizationError, Structured, Unstructured, prune
@@ -17,19 +17,6 @@ def improved(weight, original, H, keep, pattern, steps, frozen=None):
     residual, _ = residual_of(weight, original, H)
     frozen = torch.zeros_like(keep) if frozen is None else frozen
     return alternate(weight, original, residual, keep, frozen, pattern, shared_by(H, steps))
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", METHODS)
-def test_it_helps_each_method(method, pattern):
-    weight, H = layer(20, 40)
-    results = [prune(weight, H, pattern, method=method, block_size=8, admm_steps=steps) for steps in (0, 4, 16)]
-    losses = [result.loss for result in results]
-    assert max(losses[1:]) < 0.99 * losses[0]
-    for result in results:
-        assert not result.weight[~result.mask].any()
-        assert pattern.violations(result.mask) == 0
-        assert torch.equal(result.mask.sum(1), results[0].mask.sum(1))
 
 
 @pytest.mark.parametrize("method", ["thanos", "wanda"])
@@ -60,30 +47,14 @@ def test_the_steps_are_the_textbook_s(steps, pattern):
     weight = weight.double()
     start = prune(weight, H, pattern, block_size=12)
     frozen = ~start.mask & (torch.rand(9, 36, generator=torch.Generator().manual_seed(0)) < 0.3)
-    shared = shared_by(H, steps)
-    expected, mask = admm(start.weight, weight, H, start.mask, frozen, pattern.group_width(36), shared.rho, shared.cost)
+    shared, D = shared_by(H, steps), damped(H, 0.01)
+    cost = (D.diagonal() / torch.linalg.inv(D).diagonal()).sqrt()
+    expected, mask = admm(start.weight, weight, H, start.mask, frozen, pattern.group_width(36), shared.rho, cost)
     W, keep = improved(start.weight, weight, H, start.mask, pattern, steps, frozen)
     # Between the ends M is interpolated, and not that of its penalty
     assert (keep == mask).double().mean() >= (1.0 if shared.last is None else 0.98)
     if torch.equal(keep, mask):
         torch.testing.assert_close(W, expected, rtol=1e-9 if shared.last is None else 0.02, atol=1e-9)
-
-
-@pytest.mark.parametrize("steps", [1, 6, 7, 30])
-def test_m_is_that_of_the_damped_hessian(steps):
-    inputs = tokens(24)
-    inputs[:, 5] = 0
-    H = hessian_of(inputs)
-    shared = shared_by(H, steps, damping=0.05)
-    D = damped(H, 0.05)
-    torch.testing.assert_close(shared.cost, (D.diagonal() / torch.linalg.inv(D).diagonal()).sqrt())
-    assert shared.dead.nonzero().tolist() == [[5]]
-    assert (shared.last is None) == (steps <= 6)
-    ends = (shared.rho[0], shared.rho[-1]) if steps > 6 else [(shared.rho[0] * shared.rho[-1]) ** 0.5] * 2
-    room = torch.empty_like(H)
-    for rho, end in zip((shared.rho[0], shared.rho[-1]), ends, strict=True):
-        C = torch.diag(end * shared.cost)
-        torch.testing.assert_close(shared.towards_last(rho, room), C @ torch.linalg.inv(D + C))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,21 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import hessian_of, layer, tokens
+from cases import hessian_of, layer
 
 from thanos_lightning.solver import Channels, Structured, prune
 from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.linalg import FactorizationError
 from thanos_lightning.solver.thanos import eliminate
-
-
-def test_one_of_two_inputs_that_say_the_same_stays():
-    """Each alone costs nothing, and both together cost most of the layer."""
-    inputs = tokens(12)
-    inputs[:, 5] = inputs[:, 3]
-    weight, H = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), hessian_of(inputs)
-    gone = (~prune(weight, H, Channels(0.25), damping=1e-6).mask).all(0)
-    assert int(gone[[3, 5]].sum()) == 1
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
@@ -38,13 +29,6 @@ def test_large_layers_go_in_rounds_and_keep_the_count():
     assert gone[first].all()
 
 
-def test_more_frozen_columns_than_asked_for_all_go():
-    weight, H = layer(4, 10)
-    frozen = torch.zeros(4, 10, dtype=torch.bool)
-    frozen[:, :5] = True
-    assert prune(weight, H, Channels(0.3), frozen=frozen).mask.logical_not().equal(frozen)
-
-
 def test_single_frozen_weights_make_no_column_go():
     weight, H = layer(4, 10)
     frozen = torch.zeros(4, 10, dtype=torch.bool)
@@ -58,12 +42,3 @@ def test_columns_that_can_not_be_told_apart_are_an_error():
     nothing = replace(Factors(torch.eye(2)).curvature(0.01), factor=torch.zeros(2, 2))
     with pytest.raises(FactorizationError, match="not positive"):
         eliminate(torch.ones(2, 2), nothing, torch.tensor([True, False]), 1)
-
-
-def test_a_mask_of_channels_has_them_in_its_rows_or_in_its_columns():
-    keep = torch.ones(6, 10, dtype=torch.bool)
-    keep[:, [1, 4, 8]] = False
-    assert Channels(0.3).violations(keep) == Channels(0.3, dim=0).violations(keep.T) == 0
-    keep[2, 4] = True
-    assert Channels(0.3).violations(keep) == 1
-    assert Channels(0.3, dim=0).violations(keep.T) == 1

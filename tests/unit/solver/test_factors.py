@@ -22,33 +22,24 @@ def test_layers_that_share_factors_become_what_each_becomes_alone():
         assert (together.loss, together.relative_loss) == (alone.loss, alone.relative_loss)
 
 
-def test_only_what_is_kept_for_another_layer_is_there_again():
+def test_only_what_is_kept_for_another_layer_is_there_again_and_nothing_of_another_damping():
     _, H = layer(1, 8)
     factors = Factors(H)
-    assert factors.curvature(0.1) is not factors.curvature(0.1)
-    factors.kept = True
-    found = factors.curvature(0.1)
-    cost = weight_costs(H, found.factor, 0.1)
-    shared = factors.penalties(cost, 0.1, 3)
-    assert factors.curvature(0.1) is found
-    assert factors.penalties(cost, 0.1, 3) is shared
-    assert factors.penalties(cost, 0.1, 4).rho != shared.rho
-    factors.kept = False
-    assert factors.curvature(0.1) is found  # the last layer that has it
-    assert factors.curvature(0.1) is not found
-
-
-def test_another_damping_makes_everything_anew():
-    _, H = layer(1, 8)
-    factors = Factors(H)
+    assert factors.curvature(0.01) is not factors.curvature(0.01)
     factors.kept = True
     found = factors.curvature(0.01)
-    first = factors.penalties(weight_costs(H, found.factor, 0.01), 0.01, 3)
+    cost = weight_costs(H, found.factor, 0.01)
+    shared = factors.penalties(cost, 0.01, 3)
+    assert factors.curvature(0.01) is found
+    assert factors.penalties(cost, 0.01, 3) is shared
+    assert factors.penalties(cost, 0.01, 4).rho != shared.rho
     stronger = factors.curvature(0.1)
     assert not torch.equal(stronger.factor, found.factor)
     # the ladder raised the damping of the factor, by which weights cost something else, and not that of the loss
-    second = factors.penalties(weight_costs(H, stronger.factor, 0.01), 0.01, 3)
-    assert not torch.equal(first.cost, second.cost)
+    assert not torch.equal(factors.penalties(weight_costs(H, stronger.factor, 0.01), 0.01, 4).cost, shared.cost)
+    factors.kept = False
+    assert factors.curvature(0.1) is stronger  # the last layer that has it
+    assert factors.curvature(0.1) is not stronger
 
 
 def test_in_turn_the_same_statistics_have_the_same_factors():

@@ -2,16 +2,14 @@ import contextlib
 
 import pytest
 import torch
-from cases import layer
+from cases import layer, other_defaults
 
 from thanos_lightning.solver import FactorizationError
 from thanos_lightning.solver.linalg import (
     _has_no_rounding_kernel,
     _highest_precision,
     damped,
-    damping_ladder,
     exact_arithmetic,
-    input_norms,
     inverse,
     inverse_factor,
     solve_subsets,
@@ -27,19 +25,6 @@ def test_halves_are_as_good_as_the_whole(n, monkeypatch):
     assert (U.diagonal() > 0).all()
     torch.testing.assert_close(U.mT @ U, torch.linalg.inv(H))
     torch.testing.assert_close(inverse(H), torch.linalg.inv(H))
-
-
-def test_norms_do_not_depend_on_the_scale():
-    assert input_norms(torch.diag(torch.tensor([4.0, 0.0, 1.0]))).tolist() == [1.0, 0.0, 0.5]
-    assert input_norms(torch.diag(torch.tensor([4e-30, 0.0]))).tolist() == [1.0, 0.0]
-    assert input_norms(torch.zeros(2, 2)).tolist() == [0.0, 0.0]
-
-
-def test_damping_ladder():
-    assert list(damping_ladder(0.01)) == [0.01, 0.1, 1.0]
-    assert list(damping_ladder(0.3)) == [0.3]
-    assert list(damping_ladder(5.0)) == [5.0]
-    assert list(damping_ladder(0.0)) == [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
 
 
 @pytest.mark.parametrize("budget", [1, 20_000])
@@ -84,9 +69,8 @@ def _error_of_a_product() -> float:
     return float(torch.linalg.norm(left @ right - exact) / torch.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rounds", [True, False])
-def test_a_kernel_that_rounds_is_found_out(rounds, default, monkeypatch):
+def test_a_kernel_that_rounds_is_found_out(rounds, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     multiply = torch.Tensor.__matmul__
@@ -98,20 +82,9 @@ def test_a_kernel_that_rounds_is_found_out(rounds, default, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", kernel)
     before = _precision_state()
-    torch.set_default_dtype(default)
-    try:
-        with _highest_precision():
-            assert _has_no_rounding_kernel.__wrapped__() is not rounds
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with other_defaults(), _highest_precision():
+        assert _has_no_rounding_kernel.__wrapped__() is not rounds
     assert _precision_state() == before
-
-
-@pytest.mark.parametrize(("unrounded", "chosen"), [(True, "bf16"), (False, "ieee")])
-def test_a_kernel_that_does_not_round_is_chosen(unrounded, chosen, monkeypatch):
-    monkeypatch.setattr("thanos_lightning.solver.linalg._has_no_rounding_kernel", lambda: unrounded)
-    with exact_arithmetic(torch.device("cpu")):
-        assert torch.backends.mkldnn.matmul.fp32_precision == chosen
 
 
 @pytest.fixture
@@ -138,17 +111,23 @@ def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy
 
 
 @pytest.mark.parametrize(
-    ("operands", "device", "allowed"),
+    ("operands", "device", "unrounded", "tf32", "on_cpus"),
     [
-        (torch.float32, "cuda", False),
-        (torch.bfloat16, "cuda", True),
-        (torch.float16, "cuda", True),
-        (torch.bfloat16, "cpu", False),
+        (torch.float32, "cuda", True, False, "ieee"),
+        (torch.bfloat16, "cuda", True, True, "ieee"),
+        (torch.float16, "cuda", True, True, "ieee"),
+        (torch.bfloat16, "cpu", False, False, "bf16"),
+        (torch.float32, "cpu", True, False, "bf16"),
+        (torch.float32, "cpu", False, False, "ieee"),
     ],
 )
 @pytest.mark.usefixtures("restored_precision")
-def test_tf32_is_for_factors_that_fit_it_exactly(operands, device, allowed):
+def test_factors_are_rounded_only_to_what_they_fit_or_not_at_all(
+    operands, device, unrounded, tf32, on_cpus, monkeypatch
+):
+    monkeypatch.setattr("thanos_lightning.solver.linalg._has_no_rounding_kernel", lambda: unrounded)
     before = _precision_state()
     with exact_arithmetic(torch.device(device), operands=operands):
-        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+        assert torch.backends.mkldnn.matmul.fp32_precision == on_cpus
     assert _precision_state() == before

@@ -59,26 +59,18 @@ def test_thanos_against_the_reference(block_size, dead):
         torch.testing.assert_close(in_float32.weight, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-@settings(derandomize=True, max_examples=30)
-@given(st.integers(1, 7), st.integers(1, 12), st.floats(0.05, 0.95), st.integers(0, 5))
-def test_one_block_gives_the_exact_optimum_of_its_mask(rows, cols, sparsity, seed):
+@settings(derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 7), st.integers(1, 12), st.floats(0.05, 0.95), st.integers(0, 5), st.sampled_from([0.0, 0.2, 0.8])
+)
+def test_one_block_gives_the_exact_optimum_of_its_mask(rows, cols, sparsity, seed, density):
+    """Also of what is frozen: sets of each row from no pattern at all, as an earlier event with another one left."""
     weight, H = layer(rows, cols, seed)
-    result = prune(weight.double(), H, Unstructured(sparsity), block_size=cols)
-    torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
-
-
-@settings(derandomize=True, max_examples=30)
-@given(st.integers(0, 1000), st.floats(0.0, 1.0))
-def test_frozen_sets_of_any_shape_are_solved_jointly(seed, density):
-    """Per-row sets from no pattern at all, as they come from an earlier event with another pattern."""
-    weight, H = layer(6, 10, seed)
-    frozen = torch.rand(6, 10, generator=torch.Generator().manual_seed(seed)) < density
-    result = prune(weight.double(), H, Structured(0.2), frozen=frozen)
-    assert not result.mask[frozen].any()
-    torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
-
-
-# SparseGPT
+    frozen = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
+    for pattern in (Unstructured(sparsity), Channels(sparsity)):
+        result = prune(weight.double(), H, pattern, block_size=cols, frozen=frozen)
+        assert not result.mask[frozen].any()
+        torch.testing.assert_close(result.weight, optimum(weight, damped(H, 0.01), result.mask))
 
 
 @pytest.mark.parametrize("dead", [(), (4, 17)])
@@ -100,21 +92,10 @@ def test_columns_of_sparsegpt_are_adapted_to_by_the_columns_to_their_right():
     assert not torch.equal(result.weight[:, first + 1 :], (weight.double() * result.mask)[:, first + 1 :])
 
 
-# Wanda and magnitude
-
-
-def test_wanda_against_the_reference():
-    weight, H = layer(9, 24)
-    result = prune(weight, H, Unstructured(0.5), method="wanda")
-    torch.testing.assert_close(result.weight.double(), wanda(weight, H, 12), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_kept_weights_are_left_alone_to_the_last_bit(method):
+def test_wanda_against_the_reference_to_the_last_bit():
     weight, H = layer(9, 24)
     weight = weight.double() + 1e-12
-    result = prune(weight, H.float(), NM(2, 4), method=method)
-    assert torch.equal(result.weight[result.mask], weight[result.mask])
+    assert torch.equal(prune(weight, H.float(), Unstructured(0.5), method="wanda").weight, wanda(weight, H, 12))
 
 
 def test_by_magnitude_the_smallest_of_the_layer_go():
@@ -125,9 +106,11 @@ def test_by_magnitude_the_smallest_of_the_layer_go():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_to_magnitude_the_hessian_changes_nothing_but_the_loss(pattern):
     weight, H = layer(20, 16)
-    with_hessian, without = (prune(weight, h, pattern, method="magnitude") for h in (H, None))
+    weight = weight.double() + 1e-12
+    with_hessian, without = (prune(weight, h, pattern, method="magnitude") for h in (H.float(), None))
     assert torch.equal(with_hessian.mask, without.mask)
-    assert torch.equal(with_hessian.weight, without.weight)
+    assert torch.equal(with_hessian.weight, weight * without.mask)
+    assert torch.equal(without.weight, weight * without.mask)
     assert with_hessian.loss > 0
     assert math.isnan(without.loss)
     assert math.isnan(without.relative_loss)

@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-from cases import other_defaults
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,13 +26,6 @@ def test_an_order_has_all_columns_once_and_keeps_no_less(seed, rows, pattern, gr
     order = search_order(S, pattern)
     assert order.sort().values.tolist() == list(range(S.shape[1]))
     assert kept_share(S[:, order], pattern) >= kept_share(S, pattern) - 1e-6
-
-
-def test_torchs_defaults_change_nothing():
-    S, pattern = scores(0, 5, 16), NM(2, 4)
-    expected = search_order(S, pattern)
-    with other_defaults():
-        assert torch.equal(search_order(S, pattern), expected)
 
 
 def naive_kept(S, groups, pattern):

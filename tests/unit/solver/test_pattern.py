@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import PATTERNS
 
-from thanos_lightning.solver import NM, Channels, Experts, Structured, Unstructured, parse_pattern, prune
+from thanos_lightning.solver import NM, Channels, Experts, Structured, Unstructured, parse_pattern
 
 
 @pytest.mark.parametrize(
@@ -26,30 +26,25 @@ def test_parse_pattern(arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
-        (("4:4",), "1 <= n < m"),
-        (("0:4",), "1 <= n < m"),
-        (("-2:4",), "is no pattern"),
-        (("rows", 0.5), "is no pattern"),
-        (("channels", 0.3, 0.1), "the pattern channels exempts no row"),
-        (("unstructured", 0.5, 0.1), "exempts no row"),
-        (("experts", 0.5, 0.1), "exempts no row, so leave outlier_fraction out"),
-        (("structured", 0.5, 0.5), "every column"),
-        (("structured", 0.5, 1.0), "outlier_fraction=1.0"),
-        (("2:4", None, -0.1), "outlier_fraction=-0.1"),
-        ((Unstructured(0.5), 0.6), "contradicts"),
-        ((Structured(0.5), None, 0.2), "one place"),
+        (lambda: NM(True, 4), "whole numbers"),
+        (lambda: parse_pattern("4:4"), "1 <= n < m"),
+        (lambda: parse_pattern("0:4"), "1 <= n < m"),
+        (lambda: parse_pattern("-2:4"), "is no pattern"),
+        (lambda: parse_pattern("channels", 0.3, 0.1), "the pattern channels exempts no row"),
+        (lambda: parse_pattern("unstructured", 0.5, 0.1), "exempts no row"),
+        (lambda: parse_pattern("experts", 0.5, 0.1), "exempts no row, so leave outlier_fraction out"),
+        (lambda: parse_pattern("structured", 0.5, 0.5), "every column"),
+        (lambda: parse_pattern("structured", 0.5, 1.0), "outlier_fraction=1.0"),
+        (lambda: parse_pattern("2:4", None, -0.1), "outlier_fraction=-0.1"),
+        (lambda: parse_pattern(Unstructured(0.5), 0.6), "contradicts"),
+        (lambda: parse_pattern(Structured(0.5), None, 0.2), "one place"),
     ],
 )
-def test_parse_pattern_says_what_is_wrong(arguments, message):
+def test_a_wrong_pattern_is_an_error_that_says_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
-        parse_pattern(*arguments)
-
-
-def test_numbers_of_the_wrong_kind():
-    with pytest.raises(ValueError, match="whole numbers"):
-        NM(True, 4)
+        make()
 
 
 def test_counts():
@@ -59,35 +54,33 @@ def test_counts():
     assert Structured(0.07).num_pruned(1, 100) == 7  # 0.07 * 100 is 7.000000000000001
 
 
-def test_violations_of_unstructured():
-    keep = torch.ones(4, 4, dtype=torch.bool)
-    assert Unstructured(0.5).violations(keep) == 8
-    keep[:2] = False
-    assert Unstructured(0.5).violations(keep) == 0
-    keep[2] = False
-    assert Unstructured(0.5).violations(keep) == 0
+FEW = "11001110 11111111 00001000"
+OUTLIERS = Structured(0.24, outlier_fraction=0.25)
 
 
-def test_violations_of_nm():
-    keep = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
-    assert NM(2, 4).violations(keep) == 1 + 4
-    assert NM(2, 4, outlier_fraction=0.34).violations(keep) == 1
-    assert NM(2, 4, outlier_fraction=0.67).violations(keep) == 0
-
-
-def test_violations_of_structured():
-    keep = torch.ones(4, 6, dtype=torch.bool)
-    keep[:, [1, 4]] = False
-    assert Structured(0.3).violations(keep) == 0
-    keep[0] = True
-    assert Structured(0.3).violations(keep) == 2
-    assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 0
-    keep[3, 4] = True
-    assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 1
-    keep[:] = True
-    keep[:3, :2] = False
-    keep[3, 2:] = False  # an outlier with more zeros than any other row
-    assert Structured(0.24, outlier_fraction=0.25).violations(keep) == 0
+@pytest.mark.parametrize(
+    ("pattern", "rows", "expected"),
+    [
+        (Unstructured(0.5), "1111 1111 1111 1111", 8),
+        (Unstructured(0.5), "0000 0000 1111 1111", 0),
+        (Unstructured(0.5), "0000 0000 0000 1111", 0),
+        (NM(2, 4), FEW, 1 + 4),
+        (NM(2, 4, outlier_fraction=0.34), FEW, 1),
+        (NM(2, 4, outlier_fraction=0.67), FEW, 0),
+        (Structured(0.3), "101101 101101 101101 101101", 0),
+        (Structured(0.3), "111111 101101 101101 101101", 2),
+        (OUTLIERS, "111111 101101 101101 101101", 0),
+        (OUTLIERS, "111111 101101 101101 101111", 1),
+        (OUTLIERS, "001111 001111 001111 110000", 0),  # an outlier with more zeros than any other row
+        (Channels(0.3), "101101 101101 101101", 0),
+        (Channels(0.3), "101101 101111 101101", 1),
+    ],
+)
+def test_violations_are_the_kept_weights_that_must_go(pattern, rows, expected):
+    keep = torch.tensor([[entry == "1" for entry in row] for row in rows.split()])
+    assert pattern.violations(keep) == expected
+    if isinstance(pattern, Channels):
+        assert Channels(0.3, dim=0).violations(keep.T) == expected
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -110,8 +103,3 @@ def test_with_sparsity_of_nm_keeps_the_groups_and_rounds_no_row_away():
 def test_experts_are_counted_in_equal_number_from_groups():
     assert [Experts(0.3).num_experts(*counts) for counts in ((8,), (8, 4), (16, 4))] == [2, 4, 4]
     assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
-
-
-def test_no_layer_is_pruned_to_experts():
-    with pytest.raises(ValueError, match=r"Experts\(sparsity=0.5\) is for all experts of a mixture together"):
-        prune(torch.ones(4, 4), torch.eye(4), Experts(0.5))

@@ -21,18 +21,18 @@ def test_many_steps_reach_the_optimum_of_the_mask():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
-def test_each_step_helps_each_method(method, pattern):
-    weight, H = layer(20, 16)
-    masks, losses = [], []
-    for steps in (0, 1, 3, 10, 100):
-        pruned = prune(weight, H, pattern, method=method, block_size=4, refine_steps=steps)
-        masks.append(pruned.mask)
-        losses.append(pruned.loss)
-        assert not pruned.weight[~pruned.mask].any()
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
-    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
-    assert losses[3] < 0.99 * losses[0]
-    assert torch.isfinite(torch.tensor(losses)).all()
+@pytest.mark.parametrize(("kind", "counts"), [("refine_steps", (0, 1, 3, 10, 100)), ("admm_steps", (0, 4, 16))])
+def test_steps_help_each_method(kind, counts, method, pattern):
+    weight, H = layer(20, 40)
+    results = [prune(weight, H, pattern, method=method, block_size=8, **{kind: steps}) for steps in counts]
+    losses = [result.loss for result in results]
+    for result in results:
+        assert not result.weight[~result.mask].any()
+        assert pattern.violations(result.mask) == 0
+        assert torch.equal(result.mask.sum(1), results[0].mask.sum(1))
+        assert kind == "admm_steps" or torch.equal(result.mask, results[0].mask)
+    assert max(losses[-2:]) < 0.99 * losses[0]
+    assert kind == "admm_steps" or all(later <= earlier for earlier, later in itertools.pairwise(losses))
 
 
 @pytest.mark.parametrize("kind", ["refine_steps", "admm_steps"])
@@ -53,7 +53,6 @@ def test_a_singular_hessian_and_converged_rows_give_no_nan():
     change, dense = (pruned.weight - weight).double(), weight.double()
     assert ((change @ H) * change).sum() <= 1e-6 * ((dense @ H) * dense).sum()
     assert pruned.relative_loss < 1e-6
-    assert prune(weight, torch.zeros(8, 8), Unstructured(0.3), method="magnitude", refine_steps=3).loss == 0
 
 
 def test_a_dead_input_does_not_stop_the_others():
