@@ -29,7 +29,7 @@ def test_halves_are_as_good_as_the_whole(n, monkeypatch):
 
 @pytest.mark.parametrize("budget", [1, 20_000])
 def test_solve_subsets(budget, monkeypatch):
-    monkeypatch.setattr("thanos_lightning.solver.linalg._CHUNK_BYTES", {"cpu": budget})
+    monkeypatch.setattr("thanos_lightning.solver.linalg._systems_at_a_time", lambda device: budget)
     H = damped(layer(1, 40)[1], 0.01)
     members = torch.rand(30, 40) < torch.rand(30, 1)
     members[0], members[1] = False, True
