@@ -335,6 +335,8 @@ def test_a_calibration_batch_that_fails_names_the_mend(tmp_path: Path) -> None:
     words = r"is a tuple, on which training_step\(batch, 0\) of Classifier fails \(ValueError: too many"
     with pytest.raises(MisconfigurationException, match=f"{words}.*: add a method calibration_step"):
         calibrated(module, batches, tmp_path)
+    module.calibration_step = lambda batch: module(batch[0])  # type: ignore[assignment]
+    assert calibrated(module, batches, tmp_path).accumulators["encoder.layers.0.linear1"].num_tokens == 4 * 5
 
 
 def test_a_module_can_be_copied_while_its_inputs_are_counted() -> None:
