@@ -467,29 +467,27 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path, step: int,
 
 
 @pytest.mark.parametrize(
-    ("options", "stops"),
+    ("options", "precision", "stops"),
     [
-        (  # windows of three steps end at 5 and 9: 4 and 8 lie inside, 1, 2 and 6 before an event, 5, 9 and 10 after
-            {"pattern": "unstructured", "sparsity": 0.6, "schedule": SparsitySchedule(1, 9, 4), "steps": 3},
-            [1, 2, 4, 5, 6, 8, 9, 10],
-        ),
-        ({"schedule": SparsitySchedule(9, 9, 1), "steps": 4, "memory_gib": TWO_WINDOWS}, [6]),
-        ({"precision": "bf16-true"}, [3, 8]),
-        (  # a scan is at 6, and its event waits for 8
-            {"pattern": "unstructured", "sparsity": 0.5, "schedule": SparsitySchedule(6, 8, 2)},
+        # windows of three steps end at 5 and 9: 4 and 8 lie inside, 1, 2 and 6 before an event, 5, 9 and 10 after
+        ({**HALF, "schedule": SparsitySchedule(1, 9, 4), "steps": 3}, "32-true", [1, 2, 4, 5, 6, 8, 9, 10]),
+        ({"schedule": SparsitySchedule(9, 9, 1), "steps": 4, "memory_gib": TWO_WINDOWS}, "32-true", [6]),
+        ({}, "bf16-true", [3, 8]),
+        (
+            {**HALF, "schedule": SparsitySchedule(6, 8, 2)},
+            "32-true",
             [3, 5, 7],
-        ),
+        ),  # a scan is at 6, its event waits for 8
     ],
     ids=["two events", "windows of one event", "bf16", "a scan"],
 )
-def test_a_resumed_training_is_bit_identical(tmp_path: Path, options: dict[str, Any], stops: list[int]) -> None:
-    own = dict(options)
-    precision = own.pop("precision", "32-true")
-
+def test_a_resumed_training_is_bit_identical(
+    tmp_path: Path, options: dict[str, Any], precision: str, stops: list[int]
+) -> None:
     def run(*callbacks: Callback, start: int | None = None) -> tuple[ToyLM, ThanosPruningCallback]:
-        callback, module = pruning(**own), ToyLM(tiny_llama(seed=99 if start else 0))
-        settings = {"precision": precision, "enable_checkpointing": bool(callbacks)}
-        fitted = trainer(tmp_path, callback, *callbacks, max_steps=12, **settings)
+        callback, module = pruning(**options), ToyLM(tiny_llama(seed=99 if start else 0))
+        settings = {"max_steps": 12, "precision": precision, "enable_checkpointing": bool(callbacks)}
+        fitted = trainer(tmp_path, callback, *callbacks, **settings)
         fitted.fit(module, ResumableBatches(), ckpt_path=start and tmp_path / f"step={start}.ckpt")
         return module, callback
 
@@ -589,7 +587,7 @@ def test_a_dense_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
-            r"window\(s\): schedule was .*\(start_step=0.1, .*\) and is SparsitySchedule\(start_step=2.*\). Resume",
+            r"schedule was .*=0.1, .* and is .*=2.*\). Resume",
         ),
         ({"pattern": "1:4"}, 20, r"window\(s\): pattern was NM\(n=2, m=4.*\) and is NM\(n=1, m=4.*\). Resume"),
         ({"targets": ["*.mlp.*"]}, 20, r"q_proj.weight, which is no target now: targets was .* and is \['\*.mlp.\*'\]"),
@@ -646,11 +644,8 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
         ({"batches": "datamodule"}, {}, "neither the datamodule nor the LightningModule"),
         ({"monitor": "val/loss"}, {}, "no validation"),
         ({"memory_gib": 1e-9}, {}, "more than memory_gib"),
-        (
-            {**HALF, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)},
-            {"max_steps": 20},
-            "step 12 needs statistics from",  # and not only when the layers have been looked at
-        ),
+        # and not only when the layers have been looked at
+        ({**HALF, "memory_gib": 2.2e-5, "schedule": SparsitySchedule(10, 12, 1)}, {"max_steps": 20}, "step 12 needs"),
         (
             {**HALF, "memory_gib": 1.0, "allocation": Allocation(), "schedule": SparsitySchedule(at=[1, 3, 5])},
             {},
@@ -660,7 +655,7 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
         (
             {**HALF, "sparsity": 0.97, "allocation": Allocation()},
             {},
-            "a sparsity of 0.97 leaves nothing to allocate, since no layer is looked at beyond 0.95: leave the allocat",
+            "0.97 leaves nothing to allocate, .* beyond 0.95:",
         ),
     ],
 )

@@ -69,6 +69,11 @@ MIXTURES = ["qwen2, experts", "olmoe, experts", "mixtral, experts"]
 EXPERTS = 6
 TIED = ("llama", "gpt2", "opt", "gemma2")  # their heads can't be pruned
 ALLOCATED = ("unstructured", "structured")
+PATTERNS = [
+    *(("2:4", None, None), ("2:4", None, 0.25), ("1:4", None, None), ("unstructured", 0.5, None)),
+    *(("unstructured", 0.7, None), ("structured", 0.25, None), ("structured", 0.25, 0.1)),
+    *(("channels", 0.25, None), ("channels", 0.5, None), ("experts", 0.25, None)),
+]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": adamw,
     "SGD with momentum": momentum_sgd,
@@ -91,20 +96,7 @@ def configurations(draw: st.DrawFn) -> Draw:
     Most draws leave out what would be refused, and the wild ones don't.
     """
     wild = draw(one_of(*[False] * 5, True))
-    pattern, sparsity, outliers = draw(
-        one_of(
-            ("2:4", None, None),
-            ("2:4", None, 0.25),
-            ("1:4", None, None),
-            ("unstructured", 0.5, None),
-            ("unstructured", 0.7, None),
-            ("structured", 0.25, None),
-            ("structured", 0.25, 0.1),
-            ("channels", 0.25, None),
-            ("channels", 0.5, None),
-            ("experts", 0.25, None),
-        )
-    )
+    pattern, sparsity, outliers = draw(one_of(*PATTERNS))
     families = list(DENSE) * (wild or pattern != "experts") + MIXTURES * (wild or pattern != "channels")
     family = draw(st.sampled_from(families))
     method = draw(one_of("thanos", "thanos", "thanos", "sparsegpt", "wanda", "magnitude"))

@@ -117,7 +117,7 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
         return once(ResumableBatches(8) if calibrates else None, schedule=SparsitySchedule(at=[2]))
 
     whole = fit(tmp_path / "whole", callback())
-    pruning, saving = callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
+    pruning, saving = callback(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(SIGTERMException):
         fit(tmp_path, signals("on_before_backward", after_one_step), pruning, saving)
     assert not pruning.report.events
