@@ -58,10 +58,6 @@ def _scales(X: Tensor) -> Tensor:
     return torch.logspace(-6, 6, X.shape[1], dtype=torch.float64)
 
 
-def _dead(X: Tensor, fifths: int, seed: int) -> Tensor:
-    return X.index_fill(1, _shuffled(X.shape[1], seed + 1)[: X.shape[1] * fifths // 5], 0)
-
-
 # What becomes of the inputs X (tokens, cols) of a layer
 FAMILIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "low rank and noise": lambda X, seed: _low_rank(X, X.shape[1] // 16, seed),
@@ -74,8 +70,8 @@ FAMILIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "each input twice, far apart": lambda X, _: X[:, : X.shape[1] // 2].repeat(1, 2),
     "each input twice, side by side": lambda X, _: X[:, ::2].repeat_interleave(2, dim=1),
     "one input, copied": lambda X, _: X[:, :1].expand_as(X),
-    "a fifth dead": lambda X, seed: _dead(X, 1, seed),
-    "four fifths dead": lambda X, seed: _dead(X, 4, seed),
+    "a fifth dead": lambda X, seed: X.index_fill(1, _shuffled(X.shape[1], seed + 1)[: X.shape[1] // 5], 0),
+    "four fifths dead": lambda X, seed: X.index_fill(1, _shuffled(X.shape[1], seed + 1)[: X.shape[1] * 4 // 5], 0),
     "a common mean of 100": lambda X, _: X + 100,
     "8 tokens": lambda X, _: X[:8],
 }

@@ -100,7 +100,6 @@ REFERENCES: dict[Pattern, Callable[[Tensor, Tensor, int, float], Tensor]] = {
 @tasks
 @pytest.mark.parametrize("condition", [1e2, 1e3, 1e4, 1e5, 1e6])
 def test_float64_is_the_reference(kind, condition, task):
-    """On several blocks of 32 and two of 128."""
     (H, damping), (pattern, block_size) = conditioned(kind, condition, cols=160), TASKS[task]
     weight = randn(8, 160, seed=9).float()
     result = prune(weight.double(), H, pattern, block_size=block_size, damping=damping)

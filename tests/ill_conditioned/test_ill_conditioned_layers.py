@@ -65,12 +65,10 @@ def test_for_the_mask_of_wanda_the_damped_loss_is_never_higher(family, pattern):
         assert losses[0] <= losses[1] * (1 + 1e-9)
 
 
-# Steps on a Hessian that is singular up to rounding: 30 of each kind, by when they have long converged
-
-
 @pytest.mark.parametrize("family", ["low rank and noise", "8 tokens"])
 @pytest.mark.parametrize("kind", ["refine_steps", "admm_steps"])
 def test_steps_neither_grow_the_weights_nor_raise_what_the_tokens_lose(family, kind):
+    """Of a Hessian that is singular up to rounding. After 30 of each kind, they have long converged."""
     weight, inputs, H = layer(family)
     for pattern, size in TASKS.values():
         start, refined = (prune(weight, H, pattern, block_size=size, **{kind: steps}).weight for steps in (0, 30))

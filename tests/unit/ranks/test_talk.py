@@ -16,12 +16,9 @@ def test_the_first_error_of_the_first_rank_is_raised_with_its_cause() -> None:
     assert raised.value.__cause__ is failures.error
 
 
-def test_another_ranks_error_is_raised_here() -> None:
+def test_an_error_is_raised_on_all_ranks_with_its_rank_unless_all_have_it() -> None:
     with pytest.raises(PruningError, match=r"^rank 1: no batch$"), failing_together(OfTwo("no batch")):
         pass
-
-
-def test_what_all_ranks_say_is_nobodys() -> None:
     with pytest.raises(PruningError, match=r"^no batch$"), failing_together(OfTwo("no batch")):
         raise ValueError("no batch")
 

@@ -34,9 +34,7 @@ property_based = settings(derandomize=True, max_examples=60)
 
 @property_based
 @given(methods, patterns, shapes, st.lists(st.floats(0.1, 1.0), max_size=3), st.integers(1, 30), st.integers(0, 3))
-def test_counts_are_exact_zeros_are_zeros_and_stay_and_the_pattern_holds(
-    method, pattern, shape, fractions, block_size, seed
-):
+def test_counts_are_exact_zeros_stay_and_the_pattern_holds(method, pattern, shape, fractions, block_size, seed):
     weight, H = layer(*shape, seed)
     frozen = torch.zeros(shape, dtype=torch.bool)
     for fraction in [*sorted(fractions), 1.0]:

@@ -122,9 +122,7 @@ def test_precision_switches_are_restored_even_where_old_and_new_are_mixed(legacy
     ],
 )
 @pytest.mark.usefixtures("restored_precision")
-def test_factors_are_rounded_only_to_what_they_fit_or_not_at_all(
-    operands, device, unrounded, tf32, on_cpus, monkeypatch
-):
+def test_factors_are_rounded_only_to_what_they_fit(operands, device, unrounded, tf32, on_cpus, monkeypatch):
     monkeypatch.setattr("thanos_lightning.solver.linalg._has_no_rounding_kernel", lambda: unrounded)
     before = _precision_state()
     with exact_arithmetic(torch.device(device), operands=operands):

@@ -94,12 +94,10 @@ def test_with_sparsity(pattern):
             pattern.with_sparsity(wrong)
 
 
-def test_with_sparsity_of_nm_keeps_the_groups_and_rounds_no_row_away():
-    intermediate = NM(2, 4).with_sparsity(0.45)
-    assert (intermediate.n, intermediate.m) == (2, 4)
-    assert intermediate.num_dense_rows(10) == 1
+def test_an_intermediate_sparsity_is_exact():
+    assert NM(2, 4).with_sparsity(0.45) == NM(2, 4, 0.1)  # so that one of ten rows is dense
+    assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
 
 
 def test_experts_are_counted_in_equal_number_from_groups():
     assert [Experts(0.3).num_experts(*counts) for counts in ((8,), (8, 4), (16, 4))] == [2, 4, 4]
-    assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)

@@ -5,9 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import damped
 
-from thanos_lightning.solver import NM
+from thanos_lightning.solver import NM, Structured
 from thanos_lightning.solver.linalg import curvature
-from thanos_lightning.solver.saliency import SALIENCIES, lowest, lowest_in_groups, lowest_per_row, scales
+from thanos_lightning.solver.saliency import (
+    SALIENCIES,
+    lowest,
+    lowest_columns,
+    lowest_in_groups,
+    lowest_per_row,
+    scales,
+)
 
 
 def drawn(data, rows, cols, values):
@@ -75,6 +82,16 @@ def test_lowest_in_groups():
     sparse_rows = torch.tensor([[True], [True], [False]])
     chosen = lowest_in_groups(scores.masked_fill(frozen, -torch.inf), frozen, sparse_rows, NM(2, 4))
     assert chosen.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 1, 1, 0, 0], [0] * 7 + [1]]
+
+
+def test_columns_of_least_energy_over_the_sparse_rows():
+    energy = torch.tensor([[1.0, 2.0, 3.0, 4.0], [100.0, 0.0, 0.0, 0.0]])
+    frozen = torch.zeros(2, 4, dtype=torch.bool)
+    sparse_rows = torch.tensor([[True], [False]])
+    half = Structured(0.5)
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 1, 0, 0], [0] * 4]
+    frozen[0, 3] = frozen[1, 2] = True
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 100])
