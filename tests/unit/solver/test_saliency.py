@@ -84,14 +84,14 @@ def test_lowest_in_groups():
     assert chosen.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 1, 1, 0, 0], [0] * 7 + [1]]
 
 
-def test_columns_of_least_energy_over_the_sparse_rows():
-    energy = torch.tensor([[1.0, 2.0, 3.0, 4.0], [100.0, 0.0, 0.0, 0.0]])
-    frozen = torch.zeros(2, 4, dtype=torch.bool)
-    sparse_rows = torch.tensor([[True], [False]])
+def test_columns_of_least_energy_over_the_sparse_rows_after_those_with_frozen_weights():
+    energy = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [100.0, 0.0, 0.0, 0.0]])
+    frozen = torch.zeros(3, 4, dtype=torch.bool)
+    sparse_rows = torch.tensor([[True], [True], [False]])
     half = Structured(0.5)
-    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 1, 0, 0], [0] * 4]
-    frozen[0, 3] = frozen[1, 2] = True
-    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0]]
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 1, 0, 0]] * 2 + [[0] * 4]
+    frozen[0, 3] = frozen[2, 2] = True
+    assert lowest_columns(energy, frozen, sparse_rows, half).int().tolist() == [[1, 0, 0, 1]] * 2 + [[0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 100])
