@@ -137,7 +137,7 @@ def lowest_in_groups(
 def ranks_in_groups(groups: Float[Tensor, "groups width"]) -> Integer[Tensor, "groups width"]:
     """The rank of each score in its group, 0 for the lowest. Of equal scores the first has the lower rank.
 
-    Narrow groups are ranked by comparing each pair of columns: on CPUs torch needs over three times as long to sort them.
+    Narrow groups are ranked by comparing each pair of columns: torch sorts them over three times as slowly on CPUs.
     """
     width = groups.shape[1]
     if width > _NARROW:
