@@ -51,8 +51,8 @@ class MaskEnforcer:
     def __init__(self, layers: Mapping[str, View], access: ParameterAccess) -> None:
         self._layers = layers
         self.access = access
-        self._drops: dict[str, Tensor | None] = {}  # None where the weight shows it
-        self._zeros: dict[str, int] = {}  # of this rank's piece of a weight that shows its mask
+        self._drops: dict[str, Tensor] = {}  # this rank's pieces of the masks that no weight shows
+        self._shown: dict[str, int] = {}  # layer whose weight shows its mask -> zeros in this rank's piece
         # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
         # Under None: layers of which only gradients are here
         self._stepped: dict[int, dict[int, dict[str, View]]] = {}
@@ -116,7 +116,7 @@ class MaskEnforcer:
         """End the training. A later training of the pruned weights without a `MaskEnforcer` causes one warning."""
         if self in _at_work:
             _at_work.discard(self)
-            trained = (layer for name, layer in self._layers.items() if name in self._drops)
+            trained = (layer for name, layer in self._layers.items() if name in self.num_pruned)
             layer = next((layer for layer in trained if layer.parameter.requires_grad), None)
             if layer is not None:
                 _warn_when_trained(layer.name, layer.parameter)
@@ -124,7 +124,7 @@ class MaskEnforcer:
     @property
     def masked(self) -> list[str]:
         """Names of the layers that have a mask."""
-        return list(self._drops)
+        return list(self.num_pruned)
 
     def set_mask(self, name: str, keep: Tensor) -> None:
         """Hold a keep mask (out_features, in_features) that this rank has whole. Applied at the next `enforce`."""
@@ -137,20 +137,23 @@ class MaskEnforcer:
         """
         layer = self._layers[name]
         # where a kept weight is 0, too, the weight alone does not tell
-        is_read = shows_its_mask(layer) and torch.equal(self._zeros_of(layer), drop)
-        self._drops[name] = None if is_read else drop
-        self._zeros[name] = int(drop.count_nonzero()) if is_read else 0
+        if shows_its_mask(layer) and torch.equal(self._zeros_of(layer), drop):
+            self._shown[name] = int(drop.count_nonzero())
+            self._drops.pop(name, None)
+        else:
+            self._store(name, drop)
         self.num_pruned[name] = num_pruned
         self.has_new_masks = True
         if drop.numel():
             of_tensor = self._stepped.setdefault(id(self.access.stepped(layer)), {})
             of_tensor.setdefault(id(layer.parameter), {})[name] = layer
 
+    def _store(self, name: str, drop: Tensor) -> None:
+        self._drops[name] = drop
+        self._shown.pop(name, None)
+
     def _drop(self, name: str) -> Tensor:
-        drop = self._drops[name]
-        if drop is None:
-            drop = self._zeros_of(self._layers[name])
-        return drop
+        return self._zeros_of(self._layers[name]) if name in self._shown else self._drops[name]
 
     def _zeros_of(self, layer: View) -> Tensor:
         return next(self.access.local_tensors(layer)).tensor == 0
@@ -160,7 +163,7 @@ class MaskEnforcer:
 
         With an owner, the other ranks get None.
         """
-        if name not in self._drops:
+        if name not in self.num_pruned:
             return None
         return self.access.collect_keep(self._layers[name], self._drop(name), owner)
 
@@ -196,13 +199,10 @@ class MaskEnforcer:
         else:
             parts = itertools.chain.from_iterable(parts.values() for parts in self._stepped.values())
         for part in parts:
-            drops = []
             for name, layer in part.items():
-                if self._drops[name] is None and layer.parameter.requires_grad:
-                    self._drops[name] = self._drop(name)  # it is trained from now on
-                if (drop := self._drops[name]) is not None:
-                    drops.append((layer, drop))
-            if drops:
+                if name in self._shown and layer.parameter.requires_grad:
+                    self._store(name, self._drop(name))  # it is trained from now on
+            if drops := [(layer, self._drops[name]) for name, layer in part.items() if name in self._drops]:
                 self.access.mask_gradient(drops)
 
     def verify(self) -> None:
@@ -234,15 +234,15 @@ class MaskEnforcer:
         """Say which tensors have pruned entries that are not exactly 0. All ranks must call it, and get the same."""
         looked: list[tuple[str, Tensor | int]] = []
         counts: list[Tensor] = []
-        for name, drop in self._drops.items():
+        for name in self.masked:
             layer = self._layers[name]
             for what, tensor, place in self.access.local_tensors(layer):
                 where = f"pruned entries of {layer.parameter_name} ({what})"
-                if drop is None:
-                    looked.append((where, self._zeros[name]))
-                    counts.append(missing_zeros(tensor, self._zeros[name]))
+                if name in self._shown:
+                    looked.append((where, self._shown[name]))
+                    counts.append(missing_zeros(tensor, self._shown[name]))
                 else:
-                    pruned = drop[place].to(tensor.device)  # at its end, a fit moves the model to the CPU
+                    pruned = self._drops[name][place].to(tensor.device)  # at its end, a fit moves the model to the CPU
                     looked.append((where, pruned))
                     counts.append(count_unless_zero(tensor, pruned))
         found = [
@@ -261,7 +261,7 @@ class MaskEnforcer:
         `patterns` has the pattern of each mask.
         """
         masks = {}
-        for number, name in enumerate(self._drops):
+        for number, name in enumerate(self.masked):
             layer = self._layers[name]
             owner = number % self.access.world_size if self.access.saves_every_rank else 0
             bits = self.access.collect_bits(layer, self._drop(name), owner)

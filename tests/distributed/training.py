@@ -929,7 +929,7 @@ def train(case: Case) -> None:
         "losses": watch.losses,
         "steps": pruning._past.optimizer_steps,
         "batches_seen": int(getattr(module, "batches_seen", 0)),
-        "held": {name: drop.numel() for name, drop in drops.items() if drop is not None},  # of each mask, on this rank
+        "held": {name: drop.numel() for name, drop in drops.items()},  # of each mask, on this rank
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest(),
         "events": [event.step for event in pruning.report.events],
         "blocks": {block.name: block.error for event in pruning.report.events for block in event.blocks},
