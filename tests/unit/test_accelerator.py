@@ -1,7 +1,5 @@
 """Whole trainings on an accelerator: none mixes devices, they end as on the CPU, the host waits as seldom as told."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from pathlib import Path

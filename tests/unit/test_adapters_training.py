@@ -1,7 +1,5 @@
 """Trainings of LoRA adapters on layers that are pruned before or meanwhile."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

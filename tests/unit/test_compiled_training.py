@@ -1,7 +1,5 @@
 """The callback on what `torch.compile` compiled, in every form, with a backend that runs the graph as it was traced."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Trainings whose forwards gradient checkpointing computes twice: each token counts once, and no result differs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

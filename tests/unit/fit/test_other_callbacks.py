@@ -1,7 +1,5 @@
 """Lightning's own callbacks beside the pruning: averages, early stopping, the best checkpoint."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C before, in and after an event of a training that a script starts."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable, Iterator
