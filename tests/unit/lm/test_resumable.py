@@ -96,14 +96,6 @@ def test_goes_on_with_other_processes_and_batch_sizes(replicas, batch_size):
     assert sorted(_flat(_flat(seen + rest))) == list(range(24))
 
 
-@pytest.mark.parametrize(("other", "name"), [({"dataset": range(21)}, "dataset_length"), ({"seed": 8}, "seed")])
-def test_another_order_is_refused(other, name):
-    loader = _loader()
-    _take(loader, 2)
-    with pytest.raises(ValueError, match=f"{name}.*resume with the data and seed"):
-        _epoch(_resumed(loader.state_dict(), **other))
-
-
 def test_another_sampler_is_refused():
     with pytest.raises(ValueError, match="sampler is a RandomSampler"):
         _loader(sampler=RandomSampler(range(20)))
