@@ -100,9 +100,6 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], dict[str, T
     return seen
 
 
-# Zeros that hold
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("make_optimizer", [adamw, momentum_sgd])
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -175,9 +172,6 @@ def test_fp16_steps_that_are_skipped_do_not_count(tmp_path: Path, fused: bool) -
     assert callback.state_dict()["optimizer_steps"] == stepped
     assert probe.checked
     assert module.losses[-1] < module.losses[0]
-
-
-# Steps and what is counted in them
 
 
 def test_a_token_counts_once_in_the_steps_before_the_event(tmp_path: Path, windows: list[Any]) -> None:
@@ -396,9 +390,6 @@ def test_a_training_without_a_step_is_no_success(tmp_path: Path, settings: dict[
         trainer(tmp_path, pruning(), **{"max_steps": 8, **settings}).fit(ToyLM(), batches)
 
 
-# What is left behind
-
-
 def test_report_metrics_and_summary(tmp_path: Path) -> None:
     callback, logger = pruning(monitor="val/loss"), CSVLogger(tmp_path)
     others = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1), EarlyStopping("val/loss", patience=0)
@@ -454,9 +445,6 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path, step: int,
     assert summary.pruned == pytest.approx(after.values[step], rel=1e-5)
     assert summary.recovered == pytest.approx(after.values[6], rel=1e-5)
     assert summary.dense != pytest.approx(summary.pruned, rel=1e-4)
-
-
-# State
 
 
 @pytest.mark.parametrize(
@@ -621,9 +609,6 @@ def test_other_arguments_are_taken_at_a_resume_and_said(tmp_path: Path, recwarn:
     )
 
 
-# Bad input
-
-
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
@@ -707,9 +692,6 @@ def test_layers_that_no_token_reaches_wait_for_a_later_event_and_then_go_by_magn
         size = 4 if pattern[0] == "2:4" else 64
         for values, chosen in zip(weight.abs().view(-1, size), kept.view(-1, size), strict=True):
             assert values[chosen].min() >= values[~chosen].max()
-
-
-# How the sparsity rises, and where it goes
 
 
 def _scan_test_module() -> ToyLM:

@@ -59,9 +59,6 @@ class Steps(Callback):
         self.weights.append({name: weight.detach().clone() for name, weight in pl_module.named_parameters()})
 
 
-# Averages
-
-
 @pytest.mark.parametrize("order", [0, 1])
 def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order: int) -> None:
     average: Any = EMAWeightAveraging(decay=0.5)
@@ -101,9 +98,6 @@ def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: P
         callbacks = [pruning(), StochasticWeightAveraging(1e-3)]
         with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
             fit(ToyLM(), tmp_path, *(callbacks[::-1] if order else callbacks), max_epochs=2)
-
-
-# The best, and when to stop
 
 
 def test_another_pruning_callback_is_refused(tmp_path: Path) -> None:
@@ -231,9 +225,6 @@ def test_all_of_them_together(tmp_path: Path) -> None:
     assert callback.report.summary.recovered is not None
 
 
-# Weight decay
-
-
 def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
     """Where the gradient is zero, a step of AdamW multiplies each weight that is kept by 1 - lr·decay."""
 
@@ -249,9 +240,6 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
     for before, after in ((0, 1), (6, 7)):
         for name, weight in steps.weights[before].items():
             torch.testing.assert_close(steps.weights[after][name], weight * (1 - 0.1 * 0.5))
-
-
-# What it costs, and what is left
 
 
 @pytest.mark.parametrize(("stop", "is_said"), [(8, True), (9, False)])

@@ -38,9 +38,6 @@ def _rows(loader):
     return [row for batch in loader for row in batch["input_ids"].tolist()]
 
 
-# Blocks
-
-
 def test_batches(text_files, tiny):
     data = _ready(text_files, tiny)
     for name in ("train", "val", "test", "calibration"):
@@ -136,9 +133,6 @@ def test_a_python_without_its_reference_is_named(tiny, monkeypatch):
         next(text._python_reference("3.x"))
 
 
-# Cache
-
-
 def test_a_second_setup_computes_nothing(text_files, tiny, monkeypatch):
     first = _ready(text_files, tiny)
 
@@ -163,9 +157,6 @@ def test_another_text_or_tokenizer_is_not_taken_for_the_cached_one(text_files, t
     tokenizer = tmp_path / "tiny" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"dog"', '"other"'))
     assert _rows(_ready(text_files, tiny).val_dataloader()) != changed_text
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -218,9 +209,6 @@ def test_a_tokenizer_without_an_end_is_named(text_files, tiny):
 def test_a_dataloader_before_setup_is_named(text_files, tiny):
     with pytest.raises(RuntimeError, match="call setup"):
         _data(text_files, tiny).train_dataloader()
-
-
-# Training
 
 
 class Recorder(LightningModule):
