@@ -749,27 +749,6 @@ def test_a_checkpoint_of_the_validation_before_a_scan_goes_on(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("schedule", "budget", "runs"),
-    [
-        (SparsitySchedule(0, 0, 1), None, 1),  # of the same weights
-        (SparsitySchedule(at=[0, 4]), None, 2),
-        (SparsitySchedule(0, 0, 1), 1.0, 2),  # what fits may not be kept beside what comes
-    ],
-)
-def test_a_scan_and_the_event_at_its_step_share_a_calibration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: SparsitySchedule, budget: float | None, runs: int
-) -> None:
-    import thanos_lightning.collect.collector as room
-
-    ran, real = [], room.count_dataloader
-    monkeypatch.setattr(room, "count_dataloader", lambda *args, **kwargs: ran.append(1) or real(*args, **kwargs))
-    callback = pruning("unstructured", 0.5, schedule=schedule, batches=LABELLED, memory_gib=budget)
-    trainer(tmp_path, callback, max_steps=6).fit(_scan_test_module(), loader(48))
-    assert len(ran) == runs
-    assert len(set(zeros_of(callback))) > 1
-
-
-@pytest.mark.parametrize(
     ("arguments", "unit"),
     [({"pattern": "2:4", "outlier_fraction": 0.25}, 48 / 2), ({"pattern": "structured", "sparsity": 0.25}, 48)],
     ids=["dense rows", "columns"],

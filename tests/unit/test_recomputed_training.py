@@ -13,13 +13,6 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 
 
-def adapted() -> Any:
-    model = tiny_llama()
-    torch.manual_seed(2)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), model)
-    return model
-
-
 def compiled() -> Any:
     model = tiny_llama()
     for block in model.model.layers:
@@ -30,7 +23,7 @@ def compiled() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama": tiny_llama,
     "GPT-2": tiny_gpt2,
-    "LoRA": adapted,
+    "LoRA": lambda: inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), tiny_llama()),
     "experts": lambda: tiny_mixture("qwen2"),
     "compiled blocks": compiled,
 }

@@ -98,6 +98,15 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
         collecting.take(window(module, gradients=True), fitted, module)
 
 
+def test_an_event_takes_what_its_scan_was_told_of_a_calibration_set(module: ToyLM, fitted: Trainer) -> None:
+    for budget in (None, 1.0):  # of which not all may be held at once
+        collecting = collector(module, batches=BATCHES, memory_gib=budget)
+        windows = [window(module, gradients=True, scans=number == 0) for number in range(3)]
+        looked, pruned, later = (collecting.take(one, fitted, module).accumulators for one in windows)
+        assert (pruned[LAYER] is looked[LAYER]) == (budget is None)
+        assert later[LAYER] is not pruned[LAYER]
+
+
 def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
     padded = list(loader(8, padding=6))
     for key, number in (("attention_mask", 8 * 10), (None, 8 * 16)):

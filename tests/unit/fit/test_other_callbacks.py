@@ -153,23 +153,23 @@ def test_nor_by_the_loss_of_the_step_before_it_was_pruned(tmp_path: Path) -> Non
     assert float(best.best_model_score) == 6.0
 
 
-def test_what_was_scored_too_early_is_forgotten_in_a_resumed_training_too(tmp_path: Path) -> None:
-    # the last event is at step 6, and the next validation at step 8
-    for resume, metrics in ((None, [1.0]), (tmp_path / "step=7.ckpt", [5.0, 6.0])):
-        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", every_n_train_steps=1)
+@pytest.mark.parametrize(
+    ("stop", "whole", "rest", "saving", "interval", "score"),
+    [
+        # scored too early: the last event is at step 6, and the next validation at step 8
+        (7, [1.0], [5.0, 6.0], {"every_n_train_steps": 1}, 4, 5.0),
+        (8, [1.0] * 6 + [5.0, 6.0], [9.0, 8.0], {}, 1, 1.0),
+    ],
+)
+def test_a_resumed_training_forgets_and_keeps_what_the_first_would_have(
+    tmp_path: Path, stop: int, whole: list[float], rest: list[float], saving: Any, interval: int, score: float
+) -> None:
+    for resume, metrics in ((None, whole), (tmp_path / f"step={stop}.ckpt", rest)):
+        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", **saving)
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = (pruning(), best, every)
-        fit(Scripted(metrics), tmp_path, *callbacks, resume=resume, max_steps=12, val_check_interval=4)
-    assert float(best.best_model_score) == 5.0
-
-
-def test_the_best_survives_a_resume(tmp_path: Path) -> None:
-    for resume, metrics in ((None, [1.0] * 6 + [5.0, 6.0]), (tmp_path / "step=8.ckpt", [9.0, 8.0])):
-        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted")
-        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        fit(Scripted(metrics), tmp_path, pruning(), best, every, resume=resume, max_steps=10 if resume else 8)
-        assert Path(best.best_model_path).name == "best-step=6.ckpt" or resume is None
-    assert float(best.best_model_score) == 1.0
+        fit(Scripted(metrics), tmp_path, *callbacks, resume=resume, max_steps=12, val_check_interval=interval)
+    assert float(best.best_model_score) == score
 
 
 def test_no_validation_since_the_last_event_is_said(tmp_path: Path) -> None:
