@@ -153,9 +153,13 @@ def test_a_zero_that_comes_back_is_an_error(tmp_path: Path, hook: str, value: fl
         trainer(tmp_path, *callbacks, max_steps=9).fit(ToyLM(), loader(64))
 
 
-def test_an_optimizer_that_moves_moments_without_a_gradient_is_refused_at_once(tmp_path: Path) -> None:
-    module, callback = ToyLM(make_optimizer=torch.optim.Adamax), pruning(schedule=SparsitySchedule(2, 2, 1))
-    with pytest.raises(ZeroViolationError, match=r"\(exp_inf\).* or Adamax moves moments whose gradients are 0"):
+@pytest.mark.parametrize(("kind", "moment"), [(torch.optim.Adamax, "exp_inf"), (torch.optim.Rprop, "step_size")])
+def test_an_optimizer_that_moves_moments_without_a_gradient_is_refused_at_once(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], moment: str
+) -> None:
+    module, callback = ToyLM(make_optimizer=kind), pruning(schedule=SparsitySchedule(2, 2, 1))
+    words = rf"\({moment}\).* or {kind.__name__} moves moments whose gradients are 0"
+    with pytest.raises(ZeroViolationError, match=words):
         trainer(tmp_path, callback, max_steps=12).fit(module, loader(64))
     assert callback.state_dict()["optimizer_steps"] == 3
 
@@ -454,11 +458,8 @@ def test_the_measured_values_are_those_of_the_weights(tmp_path: Path, step: int,
         ({**HALF, "schedule": SparsitySchedule(1, 9, 4), "steps": 3}, "32-true", [1, 2, 4, 5, 6, 8, 9, 10]),
         ({"schedule": SparsitySchedule(9, 9, 1), "steps": 4, "memory_gib": TWO_WINDOWS}, "32-true", [6]),
         ({}, "bf16-true", [3, 8]),
-        (
-            {**HALF, "schedule": SparsitySchedule(6, 8, 2)},
-            "32-true",
-            [3, 5, 7],
-        ),  # a scan is at 6, its event waits for 8
+        # a scan is at 6, its event waits for 8
+        ({**HALF, "schedule": SparsitySchedule(6, 8, 2)}, "32-true", [3, 5, 7]),
     ],
     ids=["two events", "windows of one event", "bf16", "a scan"],
 )

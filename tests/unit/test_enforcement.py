@@ -34,26 +34,6 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, enforcer: MaskEnforce
     enforcer.enforce(optimizer)
 
 
-def check_pruned_after(steps: int, kind: type[torch.optim.Optimizer], **options: Any) -> None:
-    """Prune after some steps, and verify after the next ones."""
-    torch.manual_seed(0)
-    net = model()
-    optimizer = kind([layer.weight for layer in net], **options)
-    layers, access = find_targets(net), ParameterAccess(optimizers=[optimizer])
-    enforcer = MaskEnforcer(layers, access)
-    for _ in range(steps):
-        step(net, optimizer, enforcer)
-    for name, layer in layers.items():
-        keep = torch.rand(layer.rows, layer.cols) > 0.5
-        drop = access.write(layer, layer.parameter.detach().where(keep, 0), keep, owner=0)
-        enforcer.hold(name, drop, int(drop.sum()))
-    for _ in range(3):
-        step(net, optimizer, enforcer)
-        enforcer.verify()
-    moments = [piece for layer in layers.values() for piece in access.local_tensors(layer) if piece.what != "weight"]
-    assert kind is torch.optim.Adafactor or any(piece.tensor.any() for piece in moments)
-
-
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -76,13 +56,22 @@ def check_pruned_after(steps: int, kind: type[torch.optim.Optimizer], **options:
 def test_moments_stay_zero_without_being_masked(
     kind: type[torch.optim.Optimizer], options: dict[str, Any], steps: int
 ) -> None:
-    check_pruned_after(steps, kind, **options)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.Adamax, torch.optim.Rprop])
-def test_an_optimizer_that_moves_moments_without_a_gradient_is_named(kind: type[torch.optim.Optimizer]) -> None:
-    with pytest.raises(ZeroViolationError, match=rf"or {kind.__name__} moves moments whose gradients are 0"):
-        check_pruned_after(2, kind)
+    torch.manual_seed(0)
+    net = model()
+    optimizer = kind([layer.weight for layer in net], **options)
+    layers, access = find_targets(net), ParameterAccess(optimizers=[optimizer])
+    enforcer = MaskEnforcer(layers, access)
+    for _ in range(steps):
+        step(net, optimizer, enforcer)
+    for name, layer in layers.items():
+        keep = torch.rand(layer.rows, layer.cols) > 0.5
+        drop = access.write(layer, layer.parameter.detach().where(keep, 0), keep, owner=0)
+        enforcer.hold(name, drop, int(drop.sum()))
+    for _ in range(3):
+        step(net, optimizer, enforcer)
+        enforcer.verify()
+    moments = [piece for layer in layers.values() for piece in access.local_tensors(layer) if piece.what != "weight"]
+    assert kind is torch.optim.Adafactor or any(piece.tensor.any() for piece in moments)
 
 
 def test_weights_become_zero_and_nothing_else_is_touched() -> None:

@@ -27,16 +27,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "experts": lambda: tiny_mixture("qwen2"),
     "compiled blocks": compiled,
 }
+HALF: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.5}
 TRAINING: dict[str, Any] = {"schedule": SparsitySchedule(at=[2]), "steps": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "training batches": {"pattern": "2:4", **TRAINING},
-    "training batches and their gradients": {"pattern": "unstructured", "sparsity": 0.5, **TRAINING},
-    "a calibration set and its gradients": {
-        "pattern": "unstructured",
-        "sparsity": 0.5,
-        "schedule": SparsitySchedule(at=[0]),
-        "block_steps": 4,
-    },
+    "training batches and their gradients": {**HALF, **TRAINING},
+    "a calibration set and its gradients": {**HALF, "schedule": SparsitySchedule(at=[0]), "block_steps": 4},
 }
 
 

@@ -95,18 +95,6 @@ def test_half_precision_is_summed_in_float32() -> None:
     torch.testing.assert_close(gradients.sums["2"], torch.full((4,), 1200.0))
 
 
-def test_frozen_layers_are_missing_and_the_others_go_on_from_what_was_saved() -> None:
-    model = small()
-    model[0].requires_grad_(False)
-    gradients = started(model)
-    model(torch.randn(4, 8)).square().sum().backward()
-    weights = gradients.weights(ParameterAccess())
-    assert list(weights) == ["2"]
-    resumed = OutputGradients(find_targets(model))
-    resumed.load(gradients.sums)
-    torch.testing.assert_close(resumed.weights(ParameterAccess()), weights)
-
-
 def test_no_output_is_worth_nothing() -> None:
     gradients = OutputGradients(find_targets(small()))
     gradients.load({"0": torch.tensor([0.0, 0, 0, 0, 0, 6]), "2": torch.tensor([1e-30, 0, 0, 0])})
