@@ -102,7 +102,7 @@ def test_an_event_takes_what_its_scan_was_told_of_a_calibration_set(module: ToyL
     for budget in (None, 1.0):  # of which not all may be held at once
         collecting = collector(module, batches=BATCHES, memory_gib=budget)
         windows = [window(module, gradients=True, scans=number == 0) for number in range(3)]
-        looked, pruned, later = (collecting.take(one, fitted, module).accumulators for one in windows)
+        looked, pruned, later = (collecting.take(one, fitted, module).accumulators or {} for one in windows)
         assert (pruned[LAYER] is looked[LAYER]) == (budget is None)
         assert later[LAYER] is not pruned[LAYER]
 
