@@ -1,7 +1,5 @@
 """The callback on what `torch.compile` compiled, in every form, with a backend that runs the graph as it was traced."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -39,38 +37,25 @@ class InConfigureModel(Quiet):
         self.model = compiled(self.model)
 
 
-class InInit(Quiet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = compiled(self.model)
-
-
-def of_blocks() -> Quiet:
+def changed(change: Callable[[Any], Any]) -> Quiet:
     module = Quiet()
-    for block in module.model.model.layers:
-        block.compile(backend="eager")
+    change(module)
     return module
 
 
-def of_wrapped_blocks() -> Quiet:
-    module = Quiet()
+def wrap_blocks(module: Any) -> None:
     module.model.model.layers = torch.nn.ModuleList(map(compiled, module.model.model.layers))
-    return module
-
-
-def of_forward() -> Quiet:
-    module = Quiet()
-    module.model.forward = compiled(module.model.forward)
-    return module
 
 
 FORMS: dict[str, Callable[[], Any]] = {
     "the LightningModule": lambda: compiled(Quiet()),
     "in configure_model": InConfigureModel,
-    "in __init__": InInit,
-    "blocks in place": of_blocks,
-    "wrapped blocks": of_wrapped_blocks,
-    "a function": of_forward,
+    "in __init__": lambda: changed(lambda module: setattr(module, "model", compiled(module.model))),
+    "blocks in place": lambda: changed(
+        lambda module: [block.compile(backend="eager") for block in module.model.model.layers]
+    ),
+    "wrapped blocks": lambda: changed(wrap_blocks),
+    "a function": lambda: changed(lambda module: setattr(module.model, "forward", compiled(module.model.forward))),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "from training batches": {"schedule": SparsitySchedule(at=[4, 8]), "steps": 2},
@@ -140,7 +125,8 @@ def test_between_windows_the_graphs_are_those_of_a_training_without_the_callback
     torch._dynamo.reset()
     counters.clear()
     beside = Graphs()
-    train(FORMS[form](), tmp_path / "with", pruning(), beside)
+    module = train(FORMS[form](), tmp_path / "with", pruning(), beside)
+    assert "configure_model" not in vars(module), "the module's own is hidden"
     # windows are steps 3 and 4, 7 and 8: nothing is traced in them, nor anew after them
     assert beside.traced == without.traced
     assert torch._dynamo.eval_frame._stance.stance == "default"
@@ -157,7 +143,7 @@ def test_no_graph_runs_in_a_window_even_where_a_step_asks_for_it(form: str, tmp_
 
 
 def test_a_compiled_module_can_be_copied_in_a_window(tmp_path: Path) -> None:
-    module, copies = of_blocks(), []
+    module, copies = FORMS["blocks in place"](), []
     train(module, tmp_path, pruning(), at("on_train_batch_end", lambda *_: copies.append(copy.deepcopy(module.model))))
     inputs = torch.arange(16).view(1, 16)
     assert len(copies) == 12
@@ -181,7 +167,7 @@ def test_a_training_that_was_compiled_otherwise_resumes(tmp_path: Path) -> None:
     first.fit(InConfigureModel(), loader(64))
     first.save_checkpoint(tmp_path / "midst.ckpt")
     resumed = []
-    for module in (InConfigureModel(), of_blocks(), Quiet()):
+    for module in (InConfigureModel(), FORMS["blocks in place"](), Quiet()):
         torch.manual_seed(2)
         fit = trainer(tmp_path, pruning(), max_steps=12)
         fit.fit(module, loader(64), ckpt_path=tmp_path / "midst.ckpt")
@@ -192,9 +178,10 @@ def test_a_training_that_was_compiled_otherwise_resumes(tmp_path: Path) -> None:
 
 
 def test_a_dense_checkpoint_with_the_names_of_wrappers_is_resumed_without_them(tmp_path: Path) -> None:
-    dense = train(InInit(), tmp_path)
+    dense = train(FORMS["in __init__"](), tmp_path)
     assert "model._orig_mod.lm_head.weight" in dense.state_dict()
-    module, callback = InInit(), ThanosPruningCallback("2:4", **grouped(steps=2, schedule=SparsitySchedule(at=[14])))
+    module = FORMS["in __init__"]()
+    callback = ThanosPruningCallback("2:4", **grouped(steps=2, schedule=SparsitySchedule(at=[14])))
     trainer(tmp_path, callback, max_steps=16).fit(module, loader(64), ckpt_path=tmp_path / "end.ckpt")
     assert zeros_of(module) == 15_360 / 2
     assert not [name for name in module.state_dict() if "_orig_mod" in name]

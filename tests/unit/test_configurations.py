@@ -6,8 +6,6 @@ are nested and have the sparsity that was asked for, and what is exported comput
 THANOS_SEED=7 draws others. THANOS_DRAW='{…}' repeats the one draw that a failure prints.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import os

@@ -1,7 +1,5 @@
 """Trainings of mixtures of experts whose experts are pruned."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Trainings whose forwards gradient checkpointing computes twice: each token counts once, and no result differs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,6 @@ from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 
 
-def adapted() -> Any:
-    model = tiny_llama()
-    torch.manual_seed(2)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), model)
-    return model
-
-
 def compiled() -> Any:
     model = tiny_llama()
     for block in model.model.layers:
@@ -32,20 +23,16 @@ def compiled() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama": tiny_llama,
     "GPT-2": tiny_gpt2,
-    "LoRA": adapted,
+    "LoRA": lambda: inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), tiny_llama()),
     "experts": lambda: tiny_mixture("qwen2"),
     "compiled blocks": compiled,
 }
+HALF: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.5}
 TRAINING: dict[str, Any] = {"schedule": SparsitySchedule(at=[2]), "steps": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "training batches": {"pattern": "2:4", **TRAINING},
-    "training batches and their gradients": {"pattern": "unstructured", "sparsity": 0.5, **TRAINING},
-    "a calibration set and its gradients": {
-        "pattern": "unstructured",
-        "sparsity": 0.5,
-        "schedule": SparsitySchedule(at=[0]),
-        "block_steps": 4,
-    },
+    "training batches and their gradients": {**HALF, **TRAINING},
+    "a calibration set and its gradients": {**HALF, "schedule": SparsitySchedule(at=[0]), "block_steps": 4},
 }
 
 

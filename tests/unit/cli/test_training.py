@@ -37,14 +37,9 @@ def printed(capsys, *arguments):
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments", [["--config", "quickstart"], ["-c=quickstart"]])
-def test_a_recipe_by_its_name(capsys, arguments):
-    assert printed(capsys, *arguments)["data"]["init_args"]["dataset"] == "python-reference"
-
-
 def test_a_file_of_a_recipes_name(capsys, tmp_path):
     (tmp_path / "quickstart").write_text("trainer: {max_steps: 7}\nmodel: CausalLM\n")
-    assert printed(capsys, "--config", "quickstart", "--model.model=a")["trainer"]["max_steps"] == 7
+    assert printed(capsys, "-c=quickstart", "--model.model=a")["trainer"]["max_steps"] == 7
 
 
 def test_a_training_saves_its_configuration_and_can_be_tested(trained, copied, capsys):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +96,15 @@ def test_an_event_takes_what_its_scan_was_told_by_the_training(module: ToyLM, fi
     # of weights that are others by now
     with pytest.raises(PruningError, match="its statistics were not collected"):
         collecting.take(window(module, gradients=True), fitted, module)
+
+
+def test_an_event_takes_what_its_scan_was_told_of_a_calibration_set(module: ToyLM, fitted: Trainer) -> None:
+    for budget in (None, 1.0):  # of which not all may be held at once
+        collecting = collector(module, batches=BATCHES, memory_gib=budget)
+        windows = [window(module, gradients=True, scans=number == 0) for number in range(3)]
+        looked, pruned, later = (collecting.take(one, fitted, module).accumulators or {} for one in windows)
+        assert (pruned[LAYER] is looked[LAYER]) == (budget is None)
+        assert later[LAYER] is not pruned[LAYER]
 
 
 def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:

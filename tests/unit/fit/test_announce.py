@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +76,6 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
             {"events": [Event(step, step / 10) for step in range(1, 11)], "steps": None},
             "events 10, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%",
         ),
-        ({"events": FEW, "steps": 10, "steps_taken": 6}, "once, after optimizer step 8 of 10"),
         ({"patterns": [NM(2, 4), NM(2, 4), Unstructured(0.6)]}, "to 2:4 (2), unstructured 0.6 (1)"),
         ({"estimated": UNKNOWN}, "once, before the first of 40 steps, on calibration batches"),
         ({"estimated": UNKNOWN}, "about: statistics 2.0 GiB, an event 4.0 GiB in all"),

@@ -7,7 +7,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStra
 from toy import at, trainer
 
 from thanos_lightning.fit.lightning_private import (
-    after_configure_model,
     end_on_sigterm,
     has_sigterm,
     logged_step,
@@ -48,24 +47,6 @@ def test_sigterm(tmp_path):
     end_on_sigterm(made)
     assert has_sigterm(made)
     assert made.received_sigterm
-
-
-def test_what_comes_after_configure_model(tmp_path):
-    order = []
-
-    class Configured(BoringModel):
-        def configure_model(self):
-            order.append("configured")
-
-    def follow(trainer, pl_module, stage):
-        after_configure_model(pl_module, lambda module: order.append(type(module).__name__))
-
-    for module in (Configured(), BoringModel()):
-        made = trainer(tmp_path, at("setup", follow), fast_dev_run=1)
-        made.fit(module)
-        made.validate(module)
-        assert "configure_model" not in vars(module)
-    assert order == ["configured", "Configured"] * 2
 
 
 @pytest.mark.parametrize("saves", [True, False])

@@ -1,7 +1,5 @@
 """Lightning's own callbacks beside the pruning: averages, early stopping, the best checkpoint."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,9 +59,6 @@ class Steps(Callback):
         self.weights.append({name: weight.detach().clone() for name, weight in pl_module.named_parameters()})
 
 
-# Averages
-
-
 @pytest.mark.parametrize("order", [0, 1])
 def test_averages_have_the_zeros_and_begin_anew_at_events(tmp_path: Path, order: int) -> None:
     average: Any = EMAWeightAveraging(decay=0.5)
@@ -103,9 +98,6 @@ def test_averages_of_sharded_weights_and_stochastic_ones_are_refused(tmp_path: P
         callbacks = [pruning(), StochasticWeightAveraging(1e-3)]
         with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging writes averages"):
             fit(ToyLM(), tmp_path, *(callbacks[::-1] if order else callbacks), max_epochs=2)
-
-
-# The best, and when to stop
 
 
 def test_another_pruning_callback_is_refused(tmp_path: Path) -> None:
@@ -161,23 +153,23 @@ def test_nor_by_the_loss_of_the_step_before_it_was_pruned(tmp_path: Path) -> Non
     assert float(best.best_model_score) == 6.0
 
 
-def test_what_was_scored_too_early_is_forgotten_in_a_resumed_training_too(tmp_path: Path) -> None:
-    # the last event is at step 6, and the next validation at step 8
-    for resume, metrics in ((None, [1.0]), (tmp_path / "step=7.ckpt", [5.0, 6.0])):
-        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", every_n_train_steps=1)
+@pytest.mark.parametrize(
+    ("stop", "whole", "rest", "saving", "interval", "score"),
+    [
+        # scored too early: the last event is at step 6, and the next validation at step 8
+        (7, [1.0], [5.0, 6.0], {"every_n_train_steps": 1}, 4, 5.0),
+        (8, [1.0] * 6 + [5.0, 6.0], [9.0, 8.0], {}, 1, 1.0),
+    ],
+)
+def test_a_resumed_training_forgets_and_keeps_what_the_first_would_have(
+    tmp_path: Path, stop: int, whole: list[float], rest: list[float], saving: Any, interval: int, score: float
+) -> None:
+    for resume, metrics in ((None, whole), (tmp_path / f"step={stop}.ckpt", rest)):
+        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted", **saving)
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = (pruning(), best, every)
-        fit(Scripted(metrics), tmp_path, *callbacks, resume=resume, max_steps=12, val_check_interval=4)
-    assert float(best.best_model_score) == 5.0
-
-
-def test_the_best_survives_a_resume(tmp_path: Path) -> None:
-    for resume, metrics in ((None, [1.0] * 6 + [5.0, 6.0]), (tmp_path / "step=8.ckpt", [9.0, 8.0])):
-        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/scripted")
-        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        fit(Scripted(metrics), tmp_path, pruning(), best, every, resume=resume, max_steps=10 if resume else 8)
-        assert Path(best.best_model_path).name == "best-step=6.ckpt" or resume is None
-    assert float(best.best_model_score) == 1.0
+        fit(Scripted(metrics), tmp_path, *callbacks, resume=resume, max_steps=12, val_check_interval=interval)
+    assert float(best.best_model_score) == score
 
 
 def test_no_validation_since_the_last_event_is_said(tmp_path: Path) -> None:
@@ -233,9 +225,6 @@ def test_all_of_them_together(tmp_path: Path) -> None:
     assert callback.report.summary.recovered is not None
 
 
-# Weight decay
-
-
 def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
     """Where the gradient is zero, a step of AdamW multiplies each weight that is kept by 1 - lr·decay."""
 
@@ -251,9 +240,6 @@ def test_survivors_decay_as_they_would_without_a_mask(tmp_path: Path) -> None:
     for before, after in ((0, 1), (6, 7)):
         for name, weight in steps.weights[before].items():
             torch.testing.assert_close(steps.weights[after][name], weight * (1 - 0.1 * 0.5))
-
-
-# What it costs, and what is left
 
 
 @pytest.mark.parametrize(("stop", "is_said"), [(8, True), (9, False)])

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C before, in and after an event of a training that a script starts."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -59,19 +57,10 @@ def fit(root: Path, *callbacks: Callback, resume: Path | None = None, **settings
     return module
 
 
-def in_the_last_batch(trainer: Trainer) -> bool:
-    return trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
-
-
-def after_one_step(trainer: Trainer) -> bool:
-    return trainer.global_step == 1
-
-
-def prunes_when_it_goes_on(root: Path, checkpoint: Path) -> ToyLM:
+def check_it_prunes_when_it_goes_on(root: Path, checkpoint: Path) -> None:
     pruning = once()
-    module = fit(root, pruning, resume=checkpoint)
+    fit(root, pruning, resume=checkpoint)
     assert [event.step for event in pruning.report.events] == [2]
-    return module
 
 
 def ended(by: str, step: int, checkpoint: Path) -> list[str]:
@@ -83,7 +72,7 @@ def ended(by: str, step: int, checkpoint: Path) -> list[str]:
     ("hook", "when"),
     [
         ("on_validation_batch_start", bool),
-        ("on_validation_batch_start", in_the_last_batch),
+        ("on_validation_batch_start", lambda made: made.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch),
         ("on_validation_end", bool),
         ("on_sanity_check_end", bool),
         ("on_train_start", bool),
@@ -119,7 +108,7 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
     whole = fit(tmp_path / "whole", callback())
     pruning, saving = callback(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, signals("on_before_backward", after_one_step), pruning, saving)
+        fit(tmp_path, signals("on_before_backward", lambda made: made.global_step == 1), pruning, saving)
     assert not pruning.report.events
     saved = tmp_path / "step=2.ckpt"
     assert said == ended("SIGTERM", 2, saved)
@@ -133,9 +122,9 @@ def test_sigterm_in_the_batch_before_an_event_saves_where_lightning_does(
 def test_sigterm_saves_on_exception(tmp_path: Path, said: list[str]) -> None:
     pruning, saving = once(), ModelCheckpoint(tmp_path, filename="{step}", save_on_exception=True, save_top_k=0)
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, signals("on_before_backward", after_one_step), pruning, saving)
+        fit(tmp_path, signals("on_before_backward", lambda made: made.global_step == 1), pruning, saving)
     assert said[-1].endswith(f"(--ckpt_path {tmp_path / 'step=2.ckpt'})")
-    prunes_when_it_goes_on(tmp_path, tmp_path / "step=2.ckpt")
+    check_it_prunes_when_it_goes_on(tmp_path, tmp_path / "step=2.ckpt")
 
 
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Terminated), (signal.SIGINT, SystemExit)])
@@ -155,7 +144,7 @@ def test_a_signal_in_an_event_saves_nothing_of_it(
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=1.ckpt"]
     assert said == ended("SIGTERM" if number == signal.SIGTERM else "Ctrl-C", 2, tmp_path / "step=1.ckpt")
     monkeypatch.setattr(thanos_lightning.event.window, "prune_layer", solve)
-    prunes_when_it_goes_on(tmp_path, tmp_path / "step=1.ckpt")
+    check_it_prunes_when_it_goes_on(tmp_path, tmp_path / "step=1.ckpt")
 
 
 def test_ctrl_c_names_the_checkpoint_that_the_training_went_on_from(tmp_path: Path, said: list[str]) -> None:

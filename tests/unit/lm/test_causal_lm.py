@@ -20,12 +20,6 @@ def _batches(number=3, padding=0):
     return loader(2 * number, batch_size=2, length=9, padding=padding, vocabulary=12)
 
 
-def _configured(tiny):
-    module = CausalLM(tiny)
-    module.configure_model()
-    return module
-
-
 def _mean_nll(model, batches):
     batches = list(batches)
     with torch.no_grad():
@@ -202,7 +196,7 @@ def test_a_calibration_step_draws_labels_for_the_tokens_that_have_a_next_one(tin
         return logits.sum()
 
     monkeypatch.setattr("thanos_lightning.lm.causal_lm.sampled_loss", loss_of)
-    assert _configured(tiny).calibration_step(given).requires_grad
+    assert CausalLM(load_pretrained(tiny)).calibration_step(given).requires_grad
     ((counted, seed),) = seen
     last = 8 if without == ("labels", "attention_mask") else 4  # of the fifth the next one is padding
     assert torch.equal(counted, (torch.arange(9) < last).expand(2, 9))
@@ -213,7 +207,7 @@ def test_a_calibration_step_without_gradients_draws_nothing(tiny, monkeypatch):
     (batch,) = _batches(1)
     monkeypatch.delattr("thanos_lightning.lm.causal_lm.sampled_loss")
     with torch.no_grad():
-        output = _configured(tiny).calibration_step(batch)
+        output = CausalLM(load_pretrained(tiny)).calibration_step(batch)
     assert output.logits.shape == (2, 9, 12)
     assert output.loss is None  # nor is it computed of the labels
 

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from toy import loader, tiny_llama
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -9,7 +7,6 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from thanos_lightning.lm import distillation
 from thanos_lightning.lm.distillation import Distillation, check_teacher, distil, divergence, head_losses
 
-property_based = settings(derandomize=True, max_examples=40)
 PADDED = loader(2, batch_size=2, length=8, padding=3, vocabulary=13)
 
 
@@ -35,14 +32,6 @@ def test_divergence_is_its_definition_and_so_is_its_gradient():
     loss.backward()
     torch.testing.assert_close(student.grad, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-7)
     assert teacher.grad is None
-
-
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
-@property_based
-def test_divergence_is_positive_but_for_equal_distributions(batch, tokens, seed):
-    student = randn(batch, tokens, 5, seed=seed)
-    assert float(divergence(student, student + 3)) == pytest.approx(0, abs=1e-6)
-    assert float(divergence(student, randn(batch, tokens, 5, seed=seed + 100))) > 0
 
 
 def test_what_does_not_count_changes_nothing():

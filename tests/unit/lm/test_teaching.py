@@ -54,15 +54,6 @@ def test_a_teacher_in_bfloat16_computes_what_a_loaded_model_does(tiny, tmp_path,
     assert all(torch.equal(own[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("as_object", [False, True])
-def test_the_teacher_from_the_start_stays_what_it_was(tiny, tmp_path, as_object):
-    start, lm = weights(load_pretrained(tiny)), taught(tiny, as_object, dtype="float32")
-    trainer(tmp_path, pruning(), max_steps=6).fit(lm, batches())
-    assert same(start, weights(lm._teacher.model))
-    assert not same(start, weights(lm.model))
-    assert not any(parameter.requires_grad for parameter in lm._teacher.model.parameters())
-
-
 @pytest.mark.parametrize(("strategy", "waits"), [(DDPStrategy, False), (ModelParallelStrategy, True)])
 def test_a_step_waits_for_other_ranks_only_where_they_gather_a_head(tiny, monkeypatch, strategy, waits):
     asked = []

@@ -5,7 +5,6 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
-from toy import tiny_gpt2
 
 from thanos_lightning.layers.targets import find_targets
 from thanos_lightning.ranks.access import ParameterAccess
@@ -19,22 +18,6 @@ def test_other_strategies_are_refused_by_name() -> None:
     for kind in (XLAStrategy, SingleDeviceXLAStrategy):
         with pytest.raises(MisconfigurationException, match=f"strategy {kind.__name__}: "):
             check_strategy(kind.__new__(kind))
-
-
-def test_a_weight_and_its_mask_lie_as_the_parameter_does() -> None:
-    model = tiny_gpt2()
-    layer = find_targets(model)["transformer.h.0.attn.c_attn"]
-    access = ParameterAccess()
-    new = torch.randn(layer.rows, layer.cols)
-    keep = new > 0
-    drop = access.write(layer, new, keep, owner=0)
-    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, new.T)
-    assert torch.equal(access.collect_weight(layer, owner=0), new)
-    assert torch.equal(drop, ~keep.T)
-    assert drop.is_contiguous()
-    assert torch.equal(access.local_drop(layer, keep), drop)
-    assert torch.equal(access.collect_keep(layer, drop, owner=None), keep)
-    assert torch.equal(access.collect_keep(layer, drop, owner=0), keep)
 
 
 def test_moments_are_the_state_of_the_weights_shape() -> None:

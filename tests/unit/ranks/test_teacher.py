@@ -13,12 +13,6 @@ def zero_of(**arguments: Any) -> Any:
     return config and config["zero_optimization"]
 
 
-def test_only_stage_3_shards() -> None:
-    assert zero_of(stage=2) is None
-    assert zero_of(stage=3)["stage"] == 3
-    assert "offload_param" not in zero_of(stage=3)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_sharded_model_is_fetched_like_the_one_that_is_trained_in_its_own_dtype(dtype: torch.dtype) -> None:
     strategy = CPUDeepSpeed(stage=3)
