@@ -1,4 +1,8 @@
-"""Checks a checkpoint's files before they are loaded, and completes the load (`PruningRun.begin` checks the state)."""
+"""Checks a checkpoint's files before they are loaded, and completes the load.
+
+The callback's state is checked elsewhere: its format in fit/past.py, the plan in plan/windows.py (`check_begun`,
+`check_ahead`), and the masks in enforcement.py (`restore`). `PruningRun.begin` in fit/run.py calls these checks.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,10 @@ _YES = ("1", "y", "yes", "true")
 def guard_resume(strategy: Strategy) -> None:
     """Let this strategy load no code from a checkpoint, from now on and by any of the Trainer's methods.
 
-    All ranks refuse files that never end, such as pipes, or that hold objects that are not plain values. They do so
-    before torch or DeepSpeed reads it. In addition torch itself is told to read plain values alone, whatever its
-    callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to DeepSpeed's
-    strategy. What DeepSpeed leaves undone is completed after a load.
+    All ranks refuse pipes and other files that are not regular, before anything is loaded. The files of DeepSpeed's
+    folder are refused then, too, if they hold more than plain values. torch itself is told to read plain values alone,
+    whatever its callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to
+    DeepSpeed's strategy. What DeepSpeed leaves undone is completed after a load.
 
     The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.
     """

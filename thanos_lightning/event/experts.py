@@ -276,7 +276,7 @@ def route_as_saved(module: nn.Module, masks: Mapping[str, Mapping[str, Any]], ra
 
 
 def lenders(layers: Mapping[str, View], tokens: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Experts' matrices that too few tokens have reached -> all of their kind in the layer that any has reached.
+    """A matrix of an expert with too few tokens -> the same matrix of each expert of the layer that has any tokens.
 
     The list includes the matrix itself if a token has reached it. If no token has reached any expert of the layer, the
     matrix is missing from the result.
@@ -309,8 +309,8 @@ def lend(
 ) -> None:
     """Fill up the sums of experts that lack tokens, on their owners. All ranks must call it.
 
-    The tokens that an expert lacks to `TOKENS_PER_INPUT`, it gets as the mean of its `lenders`. `sums` are of
-    `sum_on_owners`, `tokens` are those that all ranks have counted.
+    For each token that an expert lacks to `TOKENS_PER_INPUT` per input, the mean x xᵀ of its `lenders` is added to its
+    sum. `sums` are of `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
     if not lent:
         return

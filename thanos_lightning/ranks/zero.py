@@ -279,7 +279,7 @@ def _norm(gradient: Tensor) -> float:
 
 
 class ZeroAccess(FragmentAccess):
-    """`ParameterAccess` under a DeepSpeed engine that is up.
+    """`ParameterAccess` under a DeepSpeed engine that is up. `FragmentAccess.write` in fragments.py writes a layer.
 
     Raises:
         MisconfigurationException: If zeros could not be kept under this kind of DeepSpeed training, naming the cause.
