@@ -130,6 +130,14 @@ def test_without_either_no_zero_holds(tmp_path: Path, method: str, optimizer: st
         assert rank["steps"] == 4  # the first after the first event
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zeros_hold_in_a_second_group(stage: int) -> None:
+    case = {"strategy": f"zero{stage}", "precision": "bf16-mixed", "apart": ["*layers.1.mlp.*"]}
+    for rank in results(trained(**case, watch=False)):  # DeepSpeed's functions don't tell of a second group
+        assert rank["error"] is None
+        assert [zeros for name, zeros in rank["sparsity"].items() if "layers.1.mlp." in name] == [0.5] * 3
+
+
 @pytest.mark.parametrize("case", ZEROS)
 def test_zeros_hold_everywhere(case: dict[str, Any]) -> None:
     check_everywhere(trained(**case), case)

@@ -120,6 +120,7 @@ class Case:
     off: list[str] = dataclasses.field(default_factory=list)  # methods of the enforcer that do nothing
     frozen: list[str] = dataclasses.field(default_factory=list)  # parameters that are not trained
     left_out: list[str] = dataclasses.field(default_factory=list)  # parameters that the optimizer doesn't get
+    apart: list[str] = dataclasses.field(default_factory=list)  # weights in the second group, beside vectors
     routed: bool = False  # a further layer is called on rank 0 only
     watch: bool = True
     calibration_batches: int | None = None  # of a calibration set, in place of training batches
@@ -276,9 +277,11 @@ class Module(ToyLM):
             return kind(parameters, lr=3e-3, weight_decay=0.1)
         if self.case.pattern == "channels":  # biases are looked at, and DeepSpeed doesn't tell of a second group
             return OPTIMIZERS[self.case.optimizer](parameters)
-        decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
-        others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) == 1]
-        return OPTIMIZERS[self.case.optimizer]([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+        apart = {id(p) for name, p in self.named_parameters() if matches(name, self.case.apart)}
+        groups: list[list[Any]] = [[], []]
+        for p in parameters:
+            groups[len(getattr(p, "ds_shape", p.shape)) == 1 or id(p) in apart].append(p)
+        return OPTIMIZERS[self.case.optimizer]([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}])
 
     def train_dataloader(self) -> Share:
         return Share(self.case)
