@@ -47,9 +47,9 @@ _YES = ("1", "y", "yes", "true")
 def guard_resume(strategy: Strategy) -> None:
     """Let this strategy load no code from a checkpoint, from now on and by any of the Trainer's methods.
 
-    All ranks refuse pipes and other files that are not regular, before anything is loaded. The files of DeepSpeed's
-    folder are refused then, too, if they hold more than plain values. torch itself is told to read plain values alone,
-    whatever its callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to
+    All ranks refuse pipes and other files that are not regular, before anything is loaded. The files of a folder are
+    refused then, too, if they hold more than plain values. torch itself is told to read plain values alone, whatever
+    its callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to
     DeepSpeed's strategy. What DeepSpeed leaves undone is completed after a load.
 
     The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.

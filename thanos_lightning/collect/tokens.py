@@ -1,4 +1,4 @@
-"""Which tokens of a batch count. inputs.py maps them to rows of a layer's input; collector.py says when it counts."""
+"""Which tokens of a batch count. inputs.py finds their rows in a layer's input; collector.py chooses the batches."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ fraction x of the schedule is over, an event prunes a layer of final sparsity s_
 
     s = s_f · (1 - (1 - x)³)
 
-which is equation 1 of Zhu and Gupta (arXiv 1710.01878) for a dense start. windows.py spreads an event over several
-windows, of which the earlier ones are pruned before the event's step; `PruningRun` in fit/run.py counts the steps.
+which is equation 1 of Zhu and Gupta (arXiv 1710.01878) for a dense start. windows.py may divide an event into several
+windows; on training batches all but the last are pruned before the event's step. `PruningRun` in fit/run.py counts the
+steps.
 """
 
 from __future__ import annotations
