@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import METHODS, PATTERNS, layer
-from pretend import DEVICE, waits
+from pretend import DEVICE
 from torch import Tensor
 
-from thanos_lightning.solver import HessianAccumulator, Pattern, PrunedLayer, Unstructured, prune
+from thanos_lightning.solver import Pattern, PrunedLayer, prune
 from thanos_lightning.solver.hessian import Factors
-from thanos_lightning.solver.layer import SolverOptions, losses_at, prune_layer
+from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
 ROWS, COLS = 24, 40
 
@@ -32,17 +32,17 @@ def solve(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(("saliency", "steps"), [("obs", 0), ("balanced", 3)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_frozen", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_is_pruned_as_on_the_cpu(
-    method: str, pattern: Pattern, with_frozen: bool, weighted: bool, steps: int, dtype: torch.dtype
+    method: str, pattern: Pattern, with_frozen: bool, weighted: bool, saliency: str, steps: int, dtype: torch.dtype
 ) -> None:
     if method == "magnitude":
         steps = 0  # it takes none
-    options = SolverOptions(method, 16, saliency="wanda", admm_steps=steps, refine_steps=steps)
+    options = SolverOptions(method, 16, saliency=saliency, admm_steps=steps, refine_steps=steps)
     generator = torch.Generator().manual_seed(5)
     frozen = torch.rand(ROWS, COLS, generator=generator) < 0.1 if with_frozen else None
     output_weights = torch.rand(ROWS, generator=generator) + 0.1 if weighted else None
@@ -55,36 +55,6 @@ def test_a_layer_is_pruned_as_on_the_cpu(
     torch.testing.assert_close(there.weight.cpu(), cpu.weight, rtol=rounding, atol=rounding / 3)
     assert there.loss == pytest.approx(cpu.loss, rel=1e-4, nan_ok=True)
     assert there.relative_loss == pytest.approx(cpu.relative_loss, rel=1e-4, nan_ok=True)
-
-
-@pytest.mark.parametrize("saliency", ["wanda", "obs", "balanced"])
-def test_every_saliency(saliency: str) -> None:
-    options = SolverOptions.as_published(block_size=16, saliency=saliency)
-    cpu, there = (solve(device, Unstructured(0.5), options, None, None, torch.float32) for device in ("cpu", DEVICE))
-    assert torch.equal(there.mask.cpu(), cpu.mask)
-
-
-def test_losses_at_several_sparsities() -> None:
-    weight, hessian = layer(ROWS, COLS)
-    tried = [Unstructured(0.3), Unstructured(0.6)]
-    (cpu, dense), (there, dense_there) = (
-        losses_at(weight.to(device), Factors(hessian.float().to(device)), tried, SolverOptions.as_published(), None)
-        for device in ("cpu", DEVICE)
-    )
-    torch.testing.assert_close(dense_there.cpu(), dense)
-    for one, other in zip(cpu, there, strict=True):
-        torch.testing.assert_close(other.cpu(), one)
-
-
-def test_inputs_are_counted_without_waiting() -> None:
-    inputs = torch.randn(5, 7, COLS)
-    cpu, there = HessianAccumulator(COLS), HessianAccumulator(COLS, device=DEVICE)
-    on_device = inputs.to(DEVICE)
-    cpu.update(inputs)
-    with waits() as waited:
-        there.update(on_device)
-    assert not waited
-    torch.testing.assert_close(there.compute().cpu(), cpu.compute())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
