@@ -1,10 +1,9 @@
-import pytest
 import torch
 from cases import layer
 
-from thanos_lightning.solver import HessianAccumulator, Unstructured, prune
+from thanos_lightning.solver import Unstructured, prune
 from thanos_lightning.solver.admm import weight_costs
-from thanos_lightning.solver.hessian import Factors, FactorsInTurn
+from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
 OPTIONS = {"saliency": "balanced", "admm_steps": 4, "refine_steps": 2}
@@ -40,16 +39,3 @@ def test_only_what_is_kept_for_another_layer_is_there_again_and_nothing_of_anoth
     factors.kept = False
     assert factors.curvature(0.1) is stronger  # the last layer that has it
     assert factors.curvature(0.1) is not stronger
-
-
-def test_in_turn_the_same_statistics_have_the_same_factors():
-    one, other = (HessianAccumulator.of_sum(torch.eye(2), num_tokens=1) for _ in range(2))
-    in_turn = FactorsInTurn()
-    first = in_turn.take(one, before=one)
-    assert in_turn.take(one, before=other) is first
-    assert not first.kept
-    second = in_turn.take(other, before=one)
-    assert second is not first
-    assert in_turn.take(one) is not first  # others came between
-    with pytest.raises(ValueError, match="no token was counted"):
-        in_turn.take(HessianAccumulator(2))

@@ -22,7 +22,6 @@ from thanos_lightning.solver import (
     linalg,
     prune,
 )
-from thanos_lightning.solver.admm import Penalties
 from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, losses_at, relative
 from thanos_lightning.solver.ordering import search_order
@@ -260,15 +259,6 @@ def test_bad_input(arguments, message):
     valid |= arguments
     with pytest.raises(ValueError, match=message):
         prune(valid.pop("weight"), valid.pop("hessian"), valid.pop("pattern"), **valid)
-
-
-def test_wide_rows_are_improved_together_for_which_a_step_interpolates_once(monkeypatch):
-    calls = []
-    towards = Penalties.towards_last
-    monkeypatch.setattr(Penalties, "towards_last", lambda *given: calls.append(given) or towards(*given))
-    monkeypatch.setattr("thanos_lightning.solver.layer._IMPROVED_AT_A_TIME", 5 * 24)
-    prune(*layer(37, 24), NM(2, 4), admm_steps=6)
-    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("at_a_time", [5 * 24, 2**22])

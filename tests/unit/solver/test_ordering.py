@@ -49,13 +49,6 @@ def test_a_round_gives_the_inputs_that_it_took_back_in_the_best_way(pattern, see
     assert naive_kept(S, exchanged, pattern) == pytest.approx(best)
 
 
-def test_strong_columns_that_were_neighbours_are_spread():
-    S = torch.ones(5, 16) * 0.01
-    S[:, :8] = 1
-    assert kept_share(S, NM(2, 4)) < 0.51
-    assert kept_share(S[:, search_order(S, NM(2, 4))], NM(2, 4)) == pytest.approx(8 / 8.08, rel=1e-4)
-
-
 def test_more_groups_than_are_exchanged_at_a_time(monkeypatch):
     monkeypatch.setattr("thanos_lightning.solver.ordering._EXCHANGING", 3)
     S = scores(0, 20, 64)
