@@ -2,20 +2,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy import tiny_llama
 
 from thanos_lightning.layers.blocks import find_blocks, replica
 from thanos_lightning.layers.targets import find_targets
-
-
-def test_blocks_are_the_decoder_layers_with_their_targets() -> None:
-    model = tiny_llama()
-    blocks = find_blocks(model, find_targets(model))
-    assert list(blocks) == ["model.layers.0", "model.layers.1"]
-    assert [name.rpartition(".")[2] for name in blocks["model.layers.1"].layers] == [
-        f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
-    ]
-    assert blocks["model.layers.1"].module is model.model.layers[1]
 
 
 def test_a_list_in_a_block_a_layer_alone_and_layers_of_several_blocks_make_no_block() -> None:
