@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -63,16 +64,19 @@ def test_what_is_lacking_is_the_mean_of_all() -> None:
     torch.testing.assert_close(sums[names[3]].sum, before[names[3]])
 
 
-class Elsewhere(ParameterAccess):
-    """Another rank owns all that lend; each of its totals is another one."""
+class Other(Alike):
+    """One of two ranks, which notes what it reserves; each total is another one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, world_size=2)
+        self.reserved: list[int] = []
+        self.totals = itertools.count(1)
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        self.reserved += sizes
 
     def total(self, tensor: Tensor) -> Tensor:
-        self.calls += 1
-        return torch.full_like(tensor, self.calls)
+        return torch.full_like(tensor, next(self.totals))
 
 
 def test_each_layer_has_its_own_mean_where_another_rank_has_all_that_lend() -> None:
@@ -81,27 +85,13 @@ def test_each_layer_has_its_own_mean_where_another_rank_has_all_that_lend() -> N
     lent = {name: others for name, others in lenders(every, tokens).items() if not tokens[name]}
     owners = {name: 0 if name in lent else 1 for name in every}
     sums: dict[str, HessianAccumulator] = {}
-    lend(sums, lent, every, tokens, owners, Elsewhere())
+    lend(sums, lent, every, tokens, owners, Other(rank=0))
     assert {len(one.triangle) == every[name].cols for name, one in sums.items()} == {True}
     assert len({float(one.triangle[0, 0]) for one in sums.values()}) == len(sums) == 6
 
 
-class Second(Alike):
-    """A rank that owns nothing, beside one that owns all."""
-
-    def __init__(self) -> None:
-        super().__init__(rank=1, world_size=2)
-        self.reserved: list[int] = []
-
-    def reserve(self, sizes: Iterable[int]) -> None:
-        self.reserved += sizes
-
-    def total(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
 def test_a_rank_that_owns_nothing_reserves_the_total() -> None:
     _, tokens = counted()
-    access = Second()
+    access = Other(rank=1)
     lend({}, lenders(layers(), tokens), layers(), tokens, dict.fromkeys(layers(), 0), access)
     assert access.reserved == [4 * WIDTH**2]

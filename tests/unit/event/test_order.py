@@ -95,26 +95,24 @@ def test_another_order_changes_nothing_that_the_model_computes(
     assert now.sum(1 - dim).sort().values.allclose(weight.sum(1 - dim).sort().values)
 
 
-def test_down_layers_lose_less_and_others_what_they_did_with_their_rows_in_the_new_order(
+def test_other_layers_lose_what_they_did_with_their_rows_in_the_new_order(
     tmp_path: Path, ordered: dict[str, Tensor]
 ) -> None:
-    down, others, nonzero = [], [], []
+    others, nonzero = [], []
     for reorder in (False, True):
         model = tiny_llama(hidden_size=64, intermediate_size=192)
         up = TargetOverride("*up_proj", "unstructured", 0.5)  # whose rows compete
         callback = pruned(tmp_path, model, reorder=reorder, overrides=[up], output_weights="diagonal")
         layers = callback.report.events[0].layers
-        down.append(sum(layer.relative_loss for layer in layers if layer.name.endswith("down_proj")))
         others.append([layer.relative_loss for layer in layers if not layer.name.endswith("down_proj")])
         nonzero.append(model.model.layers[1].mlp.up_proj.weight.count_nonzero(1))
-    assert down[1] < down[0]
     assert others[1] == pytest.approx(others[0], rel=1e-4)
     assert nonzero[0].unique().numel() > 4
     order = ordered["model.model.layers.1.mlp.down_proj"]
     assert (nonzero[1] == nonzero[0][order]).float().mean() > 0.9
 
 
-def test_down_layers_are_solved_on_the_inputs_that_they_get_in_the_new_order(tmp_path: Path) -> None:
+def test_down_layers_lose_less_on_the_inputs_that_they_get_in_the_new_order(tmp_path: Path) -> None:
     errors = {}
     for reorder in (False, True):
         model = tiny_llama(hidden_size=64, intermediate_size=192)
