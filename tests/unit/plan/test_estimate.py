@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch import Callback
 from pretend import pretend_trainer
 from torch.profiler import ProfilerActivity, profile, record_function
-from toy import ToyLM, grouped, loader, tiny_gpt2, tiny_llama, trainer
+from toy import ToyLM, grouped, loader, tiny_llama, trainer
 
 from thanos_lightning import SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.collect import collector
 from thanos_lightning.fit import announce, run
 from thanos_lightning.layers.targets import find_targets
-from thanos_lightning.plan.estimate import Estimate, Solving, event_bytes, moments_bytes, sharing
+from thanos_lightning.plan.estimate import Estimate, Solving, event_bytes
 from thanos_lightning.solver.layer import SolverOptions
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 320}
@@ -111,19 +111,6 @@ def test_memory_is_what_was_said(name: str, where: str, tmp_path: Path, told: li
     event, waiting = estimated.event + estimated.states, max(window.waiting for window in estimated.windows)
     assert 0.8 * event < in_event - base < 1.2 * (event + waiting)
     assert timeline.of("step 4")[2] - base == pytest.approx(estimated.masks, rel=0.02)
-
-
-def test_what_reads_the_same_is_counted_once() -> None:
-    llama = find_targets(tiny_llama(num_hidden_layers=1))
-    assert [[layer.name.rpartition(".")[2] for layer in group] for group in sharing(list(llama.values()))] == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
-    gpt2 = find_targets(tiny_gpt2())
-    assert [len(group) for group in sharing(list(gpt2.values()))] == [1] * 8
-    assert moments_bytes(list(gpt2.values())) == 4 * 2 * (3 * 32**2 + 128**2)
 
 
 def test_ranks_share_what_an_event_takes() -> None:
