@@ -17,21 +17,6 @@ def mixture_of(model: nn.Module) -> Mixture:
     return next(iter(find_mixtures(model).values()))
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_is_experts_with_the_router_beside_them(family: str) -> None:
-    model = tiny_mixture(family)
-    mixtures = find_mixtures(model)
-    assert len(mixtures) == 2
-    for name, mixture in mixtures.items():
-        assert model.get_submodule(name) is mixture.experts
-        assert model.get_submodule(mixture.router_name) is mixture.router
-        assert (mixture.size, mixture.top_k) == (8, 1 if family == "llama 4" else 2)
-        assert mixture.groups == (2 if "groups" in family else 1)
-        biases = {"gpt-oss": ["bias"], "deepseek 3": ["e_score_correction_bias"]}
-        assert mixture.of_router == ["weight", *biases.get(family.partition(",")[0], [])]
-        assert {"gate_up_proj", "down_proj"} <= set(mixture.of_experts)
-
-
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_router_chooses_as_that_of_a_model_without_the_other_experts(family: str, kept: list[int]) -> None:
