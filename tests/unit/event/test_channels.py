@@ -283,21 +283,18 @@ def test_an_image_model(tmp_path: Path) -> None:
 def test_a_resumed_training_is_the_one_that_was_not_stopped(tmp_path: Path) -> None:
     """After an event gate and up of a channel are both zero, and hide each other from the search."""
 
-    def trained(seed: int, *saving: ModelCheckpoint, start: int | None = None) -> tuple[ToyLM, Any]:
-        module, callback = ToyLM(tiny_llama(seed=seed)), channels()
-        fit = trainer(tmp_path, callback, *saving, max_steps=8, enable_checkpointing=bool(saving))
-        fit.fit(module, ResumableBatches(64), ckpt_path=tmp_path / f"step={start}.ckpt" if start else None)
-        return module, callback.state_dict()["masks"]
+    def trained(seed: int, start: Path | None = None) -> ToyLM:
+        module = ToyLM(tiny_llama(seed=seed))
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        fit = trainer(tmp_path, channels(), saving, max_steps=8, enable_checkpointing=True)
+        fit.fit(module, ResumableBatches(64), ckpt_path=start)
+        return module
 
-    whole, masks = trained(0, ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1))
-    assert len(masks) == 6
+    whole = trained(0)
     for step in (3, 6):
-        resumed, again = trained(5, start=step)
+        resumed = trained(5, tmp_path / f"step={step}.ckpt")
         assert resumed.losses == whole.losses[step:]
         torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
-        for name, state in again.items():
-            assert torch.equal(state["bits"], masks[name]["bits"])
-            assert state["dim"] == (1 if name.endswith("down_proj.weight") else 0)
 
 
 class Taught(ToyLM):

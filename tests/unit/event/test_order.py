@@ -182,8 +182,11 @@ def test_the_order_of_a_model_that_is_pruned_in_part_stays(tmp_path: Path, order
     assert now.sum() == 2 * zeros.sum()
 
 
-def test_what_keeps_its_order_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pruned(tmp_path, tiny_llama())
+def test_it_says_whether_channels_get_another_order_which_a_later_event_leaves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ordered: dict[str, Tensor]
+) -> None:
+    pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
+    assert len(ordered) == 2
     assert "order   2 feed-forward blocks: channels are permuted so that N:M loses less" in capsys.readouterr().out
     pruned(tmp_path, tiny_llama(), targets=["*q_proj"])
     said = " ".join(capsys.readouterr().out.split())
@@ -264,11 +267,6 @@ def test_what_something_else_indexes_keeps_its_order(what: str, tmp_path: Path, 
     pruned(tmp_path, model, ignore=["*up_proj", "lm_head"] if what == "a computed weight" else "lm_head")
     assert not [name for name in ordered if name.endswith(("down_proj", "inner"))]
     torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
-
-
-def test_a_later_event_leaves_the_order(tmp_path: Path, ordered: dict[str, Tensor]) -> None:
-    pruned(tmp_path, tiny_llama(), schedule=SparsitySchedule(at=[0, 1]))
-    assert len(ordered) == 2
 
 
 class NotOfOne(ToyLM):
