@@ -106,25 +106,6 @@ def test_owners_are_balanced_by_cost() -> None:
     assert sorted(assign_owners(layers, 12).values()) == list(range(9))  # three ranks have none
 
 
-def test_earlier_masks_are_kept() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 8))
-    layers, access = find_targets(model), ParameterAccess()
-    enforcer = MaskEnforcer(layers, access)
-    options = SolverOptions.as_published("magnitude")
-    for sparsity in (0.3, 0.6):
-        window = Window(Event(1, 1.0), {"0": Unstructured(sparsity)}, 1, 1, is_last=True)
-        before = enforcer.keep_mask("0")
-        prune_window(window, Targets(layers, window.patterns), Moments({"0": 0}), enforcer, options)
-        with torch.no_grad():  # the weights of the first event come back, large: their mask must win
-            model[0].weight += 10 * (model[0].weight == 0)
-    keep = enforcer.keep_mask("0")
-    assert before is not None
-    assert keep is not None
-    assert not (keep & ~before).any()
-    assert int((~keep).sum()) == int(0.6 * 128)
-
-
 def test_zeros_of_before_are_held() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(3)))

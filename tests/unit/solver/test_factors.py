@@ -1,4 +1,3 @@
-import pytest
 import torch
 from cases import layer
 
@@ -9,10 +8,8 @@ from thanos_lightning.solver.layer import SolverOptions, prune_layer
 OPTIONS = {"saliency": "balanced", "admm_steps": 4, "refine_steps": 2}
 
 
-@pytest.mark.filterwarnings("ignore:the Hessian is not positive definite")  # so that more damping is tried
-@pytest.mark.parametrize("H", [layer(6, 12)[1], torch.full((12, 12), -1.01 / 11).fill_diagonal_(1.0)])
-def test_layers_that_share_factors_become_what_each_becomes_alone(H):
-    weight, other = layer(6, 12)[0], layer(9, 12)[0]
+def test_layers_that_share_factors_become_what_each_becomes_alone():
+    (weight, H), (other, _) = layer(6, 12), layer(9, 12)
     shared = Factors(H.float())
     shared.kept = True
     for rows in (weight, other, weight):
@@ -21,3 +18,13 @@ def test_layers_that_share_factors_become_what_each_becomes_alone(H):
         assert torch.equal(together.weight, alone.weight)
         assert torch.equal(together.mask, alone.mask)
         assert (together.loss, together.relative_loss) == (alone.loss, alone.relative_loss)
+
+
+def test_only_what_is_kept_for_another_layer_is_there_again_and_nothing_of_another_damping():
+    factors = Factors(layer(1, 8)[1])
+    factors.kept = True
+    weak, strong = factors.curvature(0.01), factors.curvature(0.1)
+    assert not torch.equal(weak.factor, strong.factor)
+    factors.kept = False
+    assert factors.curvature(0.1) is strong  # the last layer that has it
+    assert factors.curvature(0.1) is not strong
