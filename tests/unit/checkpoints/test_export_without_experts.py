@@ -4,32 +4,24 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import change_checkpoint, state_of
+from checkpoint_cases import change_checkpoint, state_of, train
 from require import only
 from tiny_mixtures import MIXTURES, tiny_mixture
 from torch import Tensor
-from toy import ToyLM, adamw, grouped, loader, trainer
+from toy import ToyLM, adamw
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from thanos_lightning import SparsitySchedule, TargetOverride, ThanosPruningCallback, export_checkpoint
+from thanos_lightning import TargetOverride, export_checkpoint
 from thanos_lightning.checkpoints.export import NonconformingError
 from thanos_lightning.checkpoints.lazy import part_of, whole_of
 from thanos_lightning.checkpoints.verify import smaller_shapes, verify_checkpoint
 from thanos_lightning.solver import NM
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*names no tokenizer.*", "ignore:only .* of the model's weights", "ignore:the schedule's last event"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
 IDS = torch.arange(48).view(3, 16)
+EXPERTS: dict[str, Any] = {"pattern": "experts", "sparsity": 0.5, "steps": 1}
+EXPERTS |= {"method": "thanos", "admm_steps": 8, "refine_steps": 2}
 OWN = "num_local_experts", "num_experts", "n_routed_experts"  # what configurations call the number of experts
-
-
-def trained(root: Path, module: ToyLM | None = None, **options: Any) -> Path:
-    settings = {"pattern": "experts", "sparsity": 0.5, "schedule": SparsitySchedule(at=[2, 4]), "steps": 2}
-    running = trainer(root, ThanosPruningCallback(**grouped(**{**settings, **options})), max_steps=6)
-    running.fit(module or ToyLM(tiny_mixture()), loader())
-    running.save_checkpoint(root / "trained.ckpt")
-    return root / "trained.ckpt"
 
 
 def logits_of(model: Any) -> Tensor:
@@ -40,7 +32,7 @@ def logits_of(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", only(["mixtral", "gpt-oss"], [*MIXTURES]))
 def test_the_exported_model_has_fewer_experts_and_computes_the_same(tmp_path: Path, family: str) -> None:
-    checkpoint = trained(tmp_path, module := ToyLM(tiny_mixture(family)))
+    checkpoint = train(tmp_path, module := ToyLM(tiny_mixture(family)), **EXPERTS)
     assert all(report.ok and report.zeros == report.numel for report in verify_checkpoint(checkpoint))
     reports = export_checkpoint(checkpoint, tmp_path / "out")
     again = verify_checkpoint(tmp_path / "out")
@@ -61,7 +53,8 @@ def test_the_exported_model_has_fewer_experts_and_computes_the_same(tmp_path: Pa
 
 def test_other_patterns_are_checked_beside_it(tmp_path: Path) -> None:
     module = ToyLM(tiny_mixture())
-    export_checkpoint(trained(tmp_path, module, overrides=[TargetOverride(["*.self_attn.*"], "2:4")]), tmp_path / "out")
+    checkpoint = train(tmp_path, module, **EXPERTS, overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
+    export_checkpoint(checkpoint, tmp_path / "out")
     reports = verify_checkpoint(tmp_path / "out", NM(2, 4), targets=["*.self_attn.*"])
     assert sum(report.pattern == "2:4" and report.ok for report in reports) == 8
     assert all(report.ok for report in reports)
@@ -71,12 +64,10 @@ def test_other_patterns_are_checked_beside_it(tmp_path: Path) -> None:
 
 @pytest.mark.rest
 def test_zeros_of_experts_that_stay_keep_their_masks(tmp_path: Path) -> None:
-    checkpoint = trained(tmp_path, pattern="2:4", sparsity=None, targets=["*.experts.*"])
+    checkpoint = train(tmp_path, ToyLM(tiny_mixture()), targets=["*.experts.*"])
     export_checkpoint(checkpoint, tmp_path / "sparse")
     module = ToyLM(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").train())
-    with pytest.warns(UserWarning, match="are pruned already"):
-        checkpoint = trained(tmp_path, module)
-    reports = export_checkpoint(checkpoint, tmp_path / "out")
+    reports = export_checkpoint(train(tmp_path, module, **EXPERTS), tmp_path / "out")
     held = [report for report in reports if report.pattern == "unstructured"]
     assert len(held) == 2 * 4 * 3
     assert all(report.zeros >= report.numel / 2 for report in held)
@@ -87,7 +78,7 @@ def test_zeros_of_experts_that_stay_keep_their_masks(tmp_path: Path) -> None:
 
 def test_a_shape_can_t_be_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would send tokens to experts that were dropped: leave --keep-shape out"):
-        export_checkpoint(trained(tmp_path), tmp_path / "out", keep_shape=True)
+        export_checkpoint(train(tmp_path, ToyLM(tiny_mixture()), **EXPERTS), tmp_path / "out", keep_shape=True)
 
 
 def test_what_came_back_is_not_exported(tmp_path: Path) -> None:
@@ -95,7 +86,7 @@ def test_what_came_back_is_not_exported(tmp_path: Path) -> None:
         name = next(iter(state_of(content)["masks"]))
         part_of(content["state_dict"][whole_of(name)], name).fill_(1.0)
 
-    change_checkpoint(checkpoint := trained(tmp_path), checkpoint, fill)
+    change_checkpoint(checkpoint := train(tmp_path, ToyLM(tiny_mixture()), **EXPERTS), checkpoint, fill)
     with pytest.raises(NonconformingError, match="pruned entries are not 0"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -108,7 +99,7 @@ def test_adapters_of_other_layers_go_on(tmp_path: Path, keeps: bool) -> None:
     model = tiny_mixture()
     model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
     module = ToyLM(model, lambda parameters: adamw([one for one in parameters if one.requires_grad]))
-    checkpoint = trained(tmp_path, module, overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
+    checkpoint = train(tmp_path, module, **EXPERTS, overrides=[TargetOverride(["*.self_attn.*"], "2:4")])
     export_checkpoint(checkpoint, tmp_path / "out", keep_adapter=keeps)
     assert all(report.ok for report in verify_checkpoint(tmp_path / "out"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -71,7 +71,7 @@ def test_it_is_a_normal_model(trained: Path, tmp_path: Path) -> None:
     assert t.AutoConfig.from_pretrained(tmp_path / "smaller").intermediate_size == 18
 
 
-def test_what_the_commands_say(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_commands_the_record_and_the_card_say(trained: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert main(["export", str(trained), str(out)]) == 0
     said = capsys.readouterr().out
@@ -82,6 +82,14 @@ def test_what_the_commands_say(trained: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "25.00% of their entries are 0" in said
     assert "became" not in said
+    record = json.loads((out / "sparsity.json").read_text())
+    entry = record["tensors"]["model.layers.0.mlp.down_proj.weight"]
+    assert (entry["pattern"], entry["sparsity"], entry["dim"]) == ("channels", 0.25, 1)
+    assert (entry["shape"], entry["dense_shape"], entry["zeros"]) == ([32, 36], [32, 48], 0)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "48 channels became 36" in card
+    assert "    pattern = Channels(sparsity=0.25)" in card
 
 
 def test_other_layers_keep_their_zeros(tmp_path: Path) -> None:
@@ -137,15 +145,3 @@ def test_before_any_channel_is_gone_the_model_stays(trained: Path, tmp_path: Pat
 def test_channels_and_experts_are_not_verified_by_a_pattern(trained: Path, pattern: Channels | Experts) -> None:
     with pytest.raises(ValueError, match=r" are checked by what was recorded.*leave --pattern out"):
         verify_checkpoint(trained, pattern)
-
-
-def test_the_record_and_the_card(trained: Path, tmp_path: Path) -> None:
-    export_checkpoint(trained, tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "sparsity.json").read_text())
-    entry = record["tensors"]["model.layers.0.mlp.down_proj.weight"]
-    assert (entry["pattern"], entry["sparsity"], entry["dim"]) == ("channels", 0.25, 1)
-    assert (entry["shape"], entry["dense_shape"], entry["zeros"]) == ([32, 36], [32, 48], 0)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "48 channels became 36" in card
-    assert "    pattern = Channels(sparsity=0.25)" in card
