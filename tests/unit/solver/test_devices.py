@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import METHODS, PATTERNS, layer
 from pretend import DEVICE
 from torch import Tensor
 
-from thanos_lightning.solver import Pattern, PrunedLayer, prune
+from thanos_lightning.solver import Pattern, PrunedLayer
 from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
@@ -31,6 +33,15 @@ def solve(
     return prune_layer(there[0], inputs, pattern, options, there[2], there[3])
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """A trainer may ask for such kernels."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("saliency", "steps"), [("obs", 0), ("balanced", 3)])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -55,14 +66,3 @@ def test_a_layer_is_pruned_as_on_the_cpu(
     torch.testing.assert_close(there.weight.cpu(), cpu.weight, rtol=rounding, atol=rounding / 3)
     assert there.loss == pytest.approx(cpu.loss, rel=1e-4, nan_ok=True)
     assert there.relative_loss == pytest.approx(cpu.relative_loss, rel=1e-4, nan_ok=True)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_trainer_may_ask_for_deterministic_kernels(pattern: Pattern) -> None:
-    weight, hessian = layer(ROWS, COLS)
-    torch.use_deterministic_algorithms(True)
-    try:
-        pruned = prune(weight.to(DEVICE), hessian.float().to(DEVICE), pattern, admm_steps=2, refine_steps=2)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert 0 < pruned.mask.cpu().float().mean() < 1
