@@ -129,16 +129,6 @@ def test_autocast_multiplies_in_16_bits_by_the_weight_that_is_rounded_once() -> 
     assert layer.lora_A["default"].weight.grad.dtype == torch.float32
 
 
-def test_a_base_in_16_bits_gives_what_its_export_would() -> None:
-    model = masked(32, 64, 4, of_layer={"bias": False})
-    layer = layer_of(model)
-    layer.get_base_layer().to(torch.bfloat16)
-    x = torch.randn(4, 64).bfloat16()
-    output = model(x)
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(model.merge_and_unload()(x), output)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_the_effective_weight_is_made_once_forward_and_once_backward(
