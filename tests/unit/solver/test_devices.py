@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from cases import METHODS, PATTERNS, layer
 from pretend import DEVICE
-from torch import Tensor
 
 from thanos_lightning.solver import Pattern, PrunedLayer
 from thanos_lightning.solver.hessian import Factors
 from thanos_lightning.solver.layer import SolverOptions, prune_layer
 
 ROWS, COLS = 24, 40
-
-
-def solve(
-    device: torch.device | str,
-    pattern: Pattern,
-    options: SolverOptions,
-    frozen: Tensor | None,
-    output_weights: Tensor | None,
-    dtype: torch.dtype,
-) -> PrunedLayer:
-    weight, hessian = layer(ROWS, COLS)
-    there = [
-        None if one is None else one.to(device) for one in (weight.to(dtype), hessian.float(), frozen, output_weights)
-    ]
-    inputs = Factors(there[1]) if options.needs_statistics else None
-    return prune_layer(there[0], inputs, pattern, options, there[2], there[3])
 
 
 @pytest.fixture
@@ -54,11 +38,17 @@ def test_a_layer_is_pruned_as_on_the_cpu(
     if method == "magnitude":
         steps = 0  # it takes none
     options = SolverOptions(method, 16, saliency=saliency, admm_steps=steps, refine_steps=steps)
-    generator = torch.Generator().manual_seed(5)
+    (weight, hessian), generator = layer(ROWS, COLS), torch.Generator().manual_seed(5)
     frozen = torch.rand(ROWS, COLS, generator=generator) < 0.1 if with_frozen else None
     output_weights = torch.rand(ROWS, generator=generator) + 0.1 if weighted else None
-    cpu = solve("cpu", pattern, options, frozen, output_weights, dtype)
-    there = solve(DEVICE, pattern, options, frozen, output_weights, dtype)
+
+    def solve(device: torch.device | str) -> PrunedLayer:
+        given = [weight.to(dtype), hessian.float(), frozen, output_weights]
+        there: list[Any] = [None if one is None else one.to(device) for one in given]
+        inputs = Factors(there[1]) if options.needs_statistics else None
+        return prune_layer(there[0], inputs, pattern, options, there[2], there[3])
+
+    cpu, there = solve("cpu"), solve(DEVICE)
     assert there.weight.device == there.mask.device == DEVICE
     assert torch.equal(there.mask.cpu(), cpu.mask)
     # steps of conjugate gradients grow what two orders of summing round

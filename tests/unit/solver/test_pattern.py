@@ -47,11 +47,14 @@ def test_a_wrong_pattern_is_an_error_that_says_what_is_wrong(make, message):
         make()
 
 
-def test_counts():
+def test_counts_and_intermediate_sparsities_are_exact():
     assert Unstructured(0.5).num_pruned(3, 3) == 4
     assert NM(4, 8, 0.1).num_pruned(72, 256) == 65 * 128
     assert Structured(0.3, 0.1).num_pruned(72, 160) == 65 * 54
     assert Structured(0.07).num_pruned(1, 100) == 7  # 0.07 * 100 is 7.000000000000001
+    assert [Experts(0.3).num_experts(*counts) for counts in ((8,), (8, 4), (16, 4))] == [2, 4, 4]  # equal in groups
+    assert NM(2, 4).with_sparsity(0.45) == NM(2, 4, 0.1)  # so that one of ten rows is dense
+    assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
 
 
 FEW = "11001110 11111111 00001000"
@@ -92,12 +95,3 @@ def test_with_sparsity(pattern):
     for wrong in (0.0, -0.1, pattern.sparsity + 0.01, float("nan")):
         with pytest.raises(ValueError, match="intermediate"):
             pattern.with_sparsity(wrong)
-
-
-def test_an_intermediate_sparsity_is_exact():
-    assert NM(2, 4).with_sparsity(0.45) == NM(2, 4, 0.1)  # so that one of ten rows is dense
-    assert Experts(0.5).with_sparsity(0.25) == Experts(0.25)
-
-
-def test_experts_are_counted_in_equal_number_from_groups():
-    assert [Experts(0.3).num_experts(*counts) for counts in ((8,), (8, 4), (16, 4))] == [2, 4, 4]
