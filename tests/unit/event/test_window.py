@@ -73,13 +73,13 @@ def test_layers_become_what_the_solver_returns_and_share_factors(monkeypatch: py
     monkeypatch.setattr("thanos_lightning.solver.hessian.curvature", counted)
     torch.manual_seed(0)
     model, inputs = Branches([nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)]), torch.randn(50, 8)
-    hessian = 2 / 50 * inputs.T @ inputs
-    expected = [prune(one.weight.detach(), hessian, NM(2, 4)) for one in model[:2]]
+    hessians = [2 / 50 * given.T @ given for given in (inputs, inputs, model[0](inputs).detach())]
+    expected = [prune(one.weight.detach(), hessian, NM(2, 4)) for one, hessian in zip(model, hessians, strict=True)]
     widths.clear()
     reports = run(model, inputs)
     assert [report.name for report in reports] == ["0", "1", "2"]
     assert len(widths) == 2  # left and right, and after
-    for found, wanted, report in zip(model, expected, reports, strict=False):
+    for found, wanted, report in zip(model, expected, reports, strict=True):
         torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-6)
         assert report.relative_loss == pytest.approx(wanted.relative_loss, rel=1e-3)
         assert report.sparsity == 0.5
