@@ -25,6 +25,9 @@ def test_only_what_is_kept_for_another_layer_is_there_again_and_nothing_of_anoth
     factors.kept = True
     weak, strong = factors.curvature(0.01), factors.curvature(0.1)
     assert not torch.equal(weak.factor, strong.factor)
+    weak, strong = (factors.penalties(torch.ones(8), damping, 2) for damping in (0.01, 0.1))
+    assert not torch.equal(weak.first, strong.first)
+    strong = factors.curvature(0.1)
     factors.kept = False
     assert factors.curvature(0.1) is strong  # the last layer that has it
     assert factors.curvature(0.1) is not strong
