@@ -51,10 +51,11 @@ class MaskEnforcer:
     def __init__(self, layers: Mapping[str, View], access: ParameterAccess) -> None:
         self._layers = layers
         self.access = access
-        self._drops: dict[str, Tensor] = {}  # this rank's pieces of the masks that no weight shows
+        # A layer is in one of two tables. A weight that is 0 exactly where its mask prunes shows the mask
+        self._drops: dict[str, Tensor] = {}  # layer whose mask is stored -> this rank's piece of the mask
         self._shown: dict[str, int] = {}  # layer whose weight shows its mask -> zeros in this rank's piece
-        # What a step masks here: tensor that an optimizer steps -> parameter -> layers that this rank has a piece of.
-        # Under None: layers of which only gradients are here
+        # Tensor that an optimizer steps -> parameter -> layers to mask after the step, of which this rank has a piece.
+        # The key None has the layers of which this rank has gradients alone
         self._stepped: dict[int, dict[int, dict[str, View]]] = {}
         self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False

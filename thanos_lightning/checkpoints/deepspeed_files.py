@@ -3,8 +3,8 @@
 Lightning's DeepSpeed strategy writes a folder like this:
 
     latest                                        the name of the folder below
-    checkpoint/mp_rank_00_model_states.pt         stages 0 to 2: the model's copy, and all that Lightning keeps
-    checkpoint/zero_pp_rank_R_…_model_states.pt   stage 3: what Lightning keeps on rank R
+    checkpoint/mp_rank_00_model_states.pt         stages 0 to 2: the model's copy, and Lightning's state
+    checkpoint/zero_pp_rank_R_…_model_states.pt   stage 3: Lightning's state on rank R
     checkpoint/…zero_pp_rank_R_…_optim_states.pt  stages 1 to 3: rank R's part of the fp32 master and the moments
     checkpoint/offloaded_tensors/                 stage 3, optimizer on NVMe: masters and moments, not readable here
 

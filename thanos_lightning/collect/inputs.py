@@ -55,7 +55,7 @@ class Seen:
 
 @dataclass
 class _Statistics:
-    """An accumulator, and what tells whether another layer sees the same inputs."""
+    """An accumulator, and its latest inputs, by which a layer with the same inputs is found."""
 
     accumulator: HessianAccumulator
     updates: int = 0
@@ -64,7 +64,7 @@ class _Statistics:
     def saw(self, inputs: Tensor) -> bool:
         return self.last is not None and self.last.is_of(inputs)
 
-    @torch.no_grad()  # what autograd saved here would be missing where checkpointing recomputes, and counts nothing
+    @torch.no_grad()  # checkpointing recomputes without counting, and would miss tensors that autograd saved here
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         """Count the rows with the indices `counted`, or all rows if it is None."""
         self.last = Seen(inputs)
@@ -89,8 +89,8 @@ class InputStatistics:
     (activation checkpointing recomputes) counts nothing: its tokens were counted before. Layers that are called with
     the same tensor (q, k, v; gate, up) share one accumulator.
 
-    `failures` keeps an error of a hook when there is more than one rank, because raising it would leave the other ranks
-    waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
+    With more than one rank, `failures` keeps the error of a hook: an error that is raised at once would leave the other
+    ranks waiting in the forward. Nothing is counted after an error. `stopwatch` measures the time that the hooks take.
     """
 
     layers: Mapping[str, Layer]
@@ -120,8 +120,8 @@ class InputStatistics:
     def begin(self, counted: Tensor | Callable[[], Tensor | None] | None = None) -> None:
         """Count the forwards from now on.
 
-        `counted` is bool (batch, length), True = the token counts; None counts all. It may also be a function that
-        returns such a mask; its error is kept like those of the hooks.
+        `counted` is a mask, bool (batch, length), True = the token counts; None counts all tokens. A function that
+        returns the mask is called here, and an error of the function is kept like an error of a hook.
         """
         with self.failures.catching():
             mask = counted() if callable(counted) else counted
@@ -138,8 +138,8 @@ class InputStatistics:
     def _part(self, name: str) -> None:
         """Give a layer separate statistics when it stops sharing its inputs."""
         warnings.warn(
-            f"layer {name} no longer sees the inputs of another layer that it shared statistics with: they are counted "
-            "apart from here on, and up to one batch was counted for a layer that did not see it",
+            f"layer {name} no longer gets the inputs of the layer with which it shared statistics: the inputs of both "
+            "are counted apart from here on, and up to one batch was counted for a layer that did not get it",
             stacklevel=2,
         )
         shared = self._by_layer[name]
@@ -184,8 +184,8 @@ class InputStatistics:
     def _rows_that_count(self, name: str, inputs: Tensor, tokens: tuple[Tensor, int] | None) -> Tensor | None:
         """Return the indices of the rows that count, on the inputs' device; None if all rows count.
 
-        `tokens` are the tokens of an expert, as indices into all tokens that its experts got, and how many these are;
-        None for other layers.
+        `tokens` is for experts alone: the expert's tokens, as indices into the mixture's tokens, and the number of the
+        mixture's tokens.
         """
         counted, leading = self._counted, inputs.shape[:-1]
         if counted is None or counted.all:

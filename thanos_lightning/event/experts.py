@@ -1,4 +1,4 @@
-"""Experts of a window: what those with few tokens borrow (`lend`), and which go as a whole, giving least to tokens."""
+"""Experts of a window. Experts with few tokens borrow statistics; experts that give tokens the least are dropped."""
 
 from __future__ import annotations
 
@@ -182,11 +182,10 @@ def choose_experts(
 
     Return for each mixture the down layers of the experts that are gone after the event, and its report.
 
-    An expert gives a token its output times the router's share: what down_proj makes of its inputs, which are counted
-    times the share. The mean of the square of its norm, over the tokens that the expert gets, is ½·tr(W H Wᵀ) of
-    down_proj. The experts with the least mean go: the measure of REAP (arXiv 2510.13999), but of squared norms, and
-    without the bias of down_proj. An expert that no token has reached goes before all others, and one that went in an
-    earlier event stays away.
+    An expert adds its output, times the router's share, to a token. H of down_proj is made of inputs times that share.
+    So ½·tr(W H Wᵀ) of down_proj is the mean, over the expert's tokens, of the squared norm of what the expert adds.
+    The experts with the lowest mean go. This is the measure of REAP (arXiv 2510.13999), but with squared norms, and
+    without the bias of down_proj. An expert that got no token goes first. An expert that went earlier stays away.
 
     `layers` are the down layers of the window's experts. Their statistics are taken out of `sums`.
     """

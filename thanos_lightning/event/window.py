@@ -122,8 +122,8 @@ def _sum(
 ) -> Sums:
     """Sum the statistics of a window on the owners. All ranks must call it.
 
-    Those of the `layers` that are to be `solved` may borrow statistics from other experts. Those that are to be
-    `summed` have their own statistics brought to their owners.
+    The `solved` layers may borrow statistics from other experts among the `layers`. The statistics of the `summed`
+    layers are brought to their owners.
     """
     assert moments.accumulators is not None
     tokens = tokens_seen(layers, moments.accumulators, access)

@@ -25,11 +25,11 @@ class Past:
     patterns: dict[str, Pattern] = field(default_factory=dict)  # layer -> what it was pruned to; saved with its mask
     sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of scanned layers
     measured: tuple[int, float] | None = None  # optimizer steps at the last validation, and the monitored metric then
-    # "step" or "validation", which renews a metric -> monitors whose values predate the last event
+    # Monitored metrics that were measured before the last event, by what measures them anew: "step" or "validation"
     old_scores: dict[str, list[str]] = field(default_factory=lambda: {"step": [], "validation": []})
     report: PruningReport = field(default_factory=PruningReport)
     memory_gib: float | None = None  # for second moments in a window, by the memory that was free at the beginning
-    total_steps: int | None = None  # of the Trainer's first fit if the schedule has fractions of it; not in the state
+    total_steps: int | None = None  # of the Trainer's first fit, if the schedule has fractions; the state omits it
 
     def arguments(self, options: PruningOptions) -> dict[str, str]:
         """The callback's arguments as text, which a resumed training compares with its own arguments."""

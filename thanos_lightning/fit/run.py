@@ -329,7 +329,7 @@ class PruningRun:
                 if not is_open and window.end_step > window.start_step <= past.optimizer_steps:
                     self.collector.open(window, self.module)
                 return
-            # Measure before a scan that the first event follows at once: a checkpoint saved meanwhile has the sums
+            # A first event that follows its scan at once is measured before the scan, whose sums a checkpoint can hold
             is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
             if is_first and self.options.monitor is not None and not self._is_ending():
                 past.report.summary.dense = self._measure()

@@ -9,10 +9,12 @@
 Each matrix of an expert is a layer: a part of the parameter without gaps. So gate and up are two layers where they lie
 one after the other, and one, gate_up, where each row of the parameter has some of both.
 
-While inputs are counted, fused experts call their matrices one by one, so that hooks see each as a layer (what experts
-with few tokens borrow is in `event/experts.py`). Routing and
-results are as always, but for rounding. The loss feels an error in the output of an expert times the router's share s
-of the expert. So hooks see inputs times s, and gradients of outputs divided by s, since s · (W x) = W (s x).
+While inputs are counted, fused experts call their matrices one by one, so that hooks see each matrix as a layer.
+Routing and results stay, but for rounding. The model multiplies an expert's output W x by the router's share s. To a
+hook the layer's input is s x, since s · (W x) = W (s x). The gradient that belongs to the output of W (s x) is the one
+behind the multiplication by s: the gradient at W x, divided by s.
+
+What experts with few tokens borrow is in `event/experts.py`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class MaskedAdapter:
 
     @abstractmethod
     def low_ranks(self) -> list[LowRank]:
-        """The active adapters; none where they are merged or disabled."""
+        """Return the active adapters: an empty list if adapters are merged or disabled."""
 
     @property
     @abstractmethod
@@ -168,11 +168,11 @@ def _register(module: nn.Module, args: Any) -> None:
 def initialise_partitioned(model: nn.Module, how: bool | str) -> None:
     """Initialise adapters that ZeRO-3 had taken apart before peft could. All ranks must call it.
 
-    In `configure_model` each Linear is partitioned as soon as it is made, so that peft writes to empty tensors: lora_B
-    is random, not 0. `how` is LoraConfig's init_lora_weights. Adapters that are whole stay as peft has made them.
+    In `configure_model` each Linear is partitioned as soon as it is made. So peft initialises empty tensors, and lora_B
+    stays random, not 0. `how` is LoraConfig's init_lora_weights. Adapters that are whole stay as peft has made them.
 
     Raises:
-        ValueError: If `how` takes more than the adapter itself.
+        ValueError: If `how` needs more than the adapter, such as the weight beneath.
     """
     for module in tuner_layers(model).values():
         for name in getattr(module, "lora_A", {}):

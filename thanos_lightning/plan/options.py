@@ -38,9 +38,9 @@ class CalibrationOptions:
         steps: The largest number of optimizer steps whose training batches a window sums before an event. A window
             never reaches back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
-        memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit, of
-            whole blocks where these fit. Each window collects after the earlier ones are pruned. None is the most with
-            which an event fits 90 % of the memory that is free when the training begins.
+        memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit,
+            of whole blocks if a block fits. Each window collects after the earlier windows are pruned. None takes as
+            much as leaves room for an event in 90 % of the memory that is free when the training begins.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "uniform" counts all outputs alike, as the papers do.

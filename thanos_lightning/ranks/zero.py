@@ -4,7 +4,7 @@ Only this file and checkpoints/reshard.py import deepspeed. Each of DeepSpeed's 
 
     stage 3               rank r holds the r-th of equal parts of each flattened parameter, padded at the end
     stages 1 and 2        the parameters are one flat vector, cut into equal parts by rank; the model's copy is whole
-    stage 1, bf16 with    as stage 1, but each rank also holds whole gradients, whose norm is clipped, so each rank
+    stage 1, bf16 with    as stage 1, but each rank also has whole gradients, and clips by their norm: so each rank
       fp32 accumulation   holds the whole mask
     stage 0               everything is whole; with 16-bit parameters there is a separate master
 """
@@ -63,7 +63,7 @@ class _Master:
         return tensor.detach().view(-1)[self.offset : self.offset + self.range.numel]
 
     def of(self, layer: View) -> _Master | None:
-        """The part of the piece that belongs to a layer; None if none does."""
+        """The part of the piece that belongs to a layer; None if no entry does."""
         part = self.range.of(layer)
         if not part.numel:
             return None
@@ -423,7 +423,7 @@ class ZeroAccess(FragmentAccess):
         has_others = getattr(parameter, "ds_secondary_tensor", None) is not None
         on_disk = self._engine.optimizer.params_in_nvme_and_cpu
         if layer.part is not None and not (is_gathered or has_others or on_disk):
-            # Only the pieces are sent: to gather the parameter for each of its experts would take long
+            # A parameter of many experts is not gathered once for each expert: each rank gets its piece
             flat = None if weight is None else layer.oriented(weight).reshape(-1)
             values = self._hand_out(flat, self._ranges(layer), owner, parameter.dtype)
             next(self._layout.model_copies(layer)).tensor.copy_(values)

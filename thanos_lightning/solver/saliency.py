@@ -34,7 +34,8 @@ _NARROW = 8
 def scales(saliency: str, curvature: Curvature, block_size: int) -> Iterator[tuple[int, Float[Tensor, " left"]]]:
     """Yield the start of each block of columns, and s_j for all columns from there on. A weight scores |W_ij| s_j.
 
-    s_j² is the cost of a weight per square, see ``SolverOptions``. H there is the Hessian of the columns that are left.
+    s_j² is the cost of pruning a weight, divided by the weight's square: see ``SolverOptions``. H there is the Hessian
+    of the columns from the block on.
     """
     U, norms = curvature.factor, curvature.norms
     starts = range(0, len(U), block_size)

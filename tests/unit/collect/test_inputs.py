@@ -121,7 +121,7 @@ def test_sharing_is_left_when_the_inputs_part(second: tuple[int, int]) -> None:
     statistics = started(nn.ModuleList(nn.Linear(4, 4) for _ in range(2)))
     count(statistics, 2, 2)
     leaves = 1 if second[0] else 0
-    with pytest.warns(UserWarning, match=f"layer {leaves} no longer sees the inputs of another"):
+    with pytest.warns(UserWarning, match=f"layer {leaves} no longer gets the inputs of"):
         count(statistics, *second)
     count(statistics, 16, 16)
     stays, left = (statistics.accumulators[f"{name}"] for name in (1 - leaves, leaves))
