@@ -46,7 +46,7 @@ else
 fi
 on=(--device "$DEVICE" --output "$OUT")
 
-step tests 12 python -m pytest -m cuda "$HERE/../tests/cuda"
+step tests 12 python -m pytest -n 0 -m cuda "$HERE/../tests/cuda"
 step solver 8 python "$HERE/solver.py" "${solver[@]}" "${on[@]}"
 step enforcement 5 python "$HERE/enforcement.py" "${enforcement[@]}" "${on[@]}"
 step compiled 5 python "$HERE/compiled.py" "${compiled[@]}" "${on[@]}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -16,6 +19,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 LONGEST = ("test_zero.py", "test_zero_checkpoints.py")  # of --rest
+MEMORY_EACH = 4 * 2**30  # bytes for a process with the ranks that its tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """As many processes as there are cores and memory for."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, psutil.virtual_memory().available // MEMORY_EACH))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +47,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         in_turn = (item.get_closest_marker("rest") is not None) == rest
         (chosen if in_turn or any("::" in name for name in config.args) else left_out).append(item)
     if left_out:
-        # two processes that take one file after the other end at about one time if the longest begin
         items[:] = sorted(chosen, key=lambda item: item.path.name not in LONGEST)
         config.hook.pytest_deselected(items=left_out)
 
