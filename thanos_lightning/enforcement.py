@@ -51,11 +51,11 @@ class MaskEnforcer:
     def __init__(self, layers: Mapping[str, View], access: ParameterAccess) -> None:
         self._layers = layers
         self.access = access
-        # A layer is in one of two tables. A weight that is 0 exactly where its mask prunes shows the mask
+        # A masked layer is in one of two tables. A frozen weight that is 0 only where it is pruned shows its mask
         self._drops: dict[str, Tensor] = {}  # layer whose mask is stored -> this rank's piece of the mask
         self._shown: dict[str, int] = {}  # layer whose weight shows its mask -> zeros in this rank's piece
-        # Tensor that an optimizer steps -> parameter -> layers to mask after the step, of which this rank has a piece.
-        # The key None has the layers of which this rank has gradients alone
+        # By id: tensor that an optimizer steps -> parameter -> layers with a piece here, to mask after the step.
+        # id(None) has the layers of which only gradients are here
         self._stepped: dict[int, dict[int, dict[str, View]]] = {}
         self.num_pruned: dict[str, int] = {}
         self.has_new_masks = False
@@ -192,7 +192,7 @@ class MaskEnforcer:
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
         """Zero the gradients of pruned weights: moments stay 0, and a clipped norm is that of the sparse model.
 
-        If the optimizer is one of the strategy's, only the weights that it updates are masked; otherwise all are.
+        If the optimizer is in `access.optimizers`, only the weights that it updates are masked; otherwise all are.
         """
         if any(optimizer is other for other in self.access.optimizers):
             assert optimizer is not None

@@ -104,7 +104,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read which training a folder fits. Raises ValueError if a file is missing, or the one that says it is damaged."""
+    """Read which training a folder fits. Raises ValueError if a file is missing, or the first is damaged."""
     content = load_file(model_files(path)[0])
     _require_all(path, content)
     return Plan(stage=stage_of(content), world_size=int(content["dp_world_size"]), shapes=_shapes_of(content))

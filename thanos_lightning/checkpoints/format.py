@@ -32,7 +32,7 @@ from thanos_lightning.report.plain import read_as
 # What the callback writes into a trainer checkpoint
 CHECKPOINT_FORMAT = 7  # version of the state and of the note
 CALLBACK_KEY = "ThanosPruningCallback"  # the key of the callback's state begins with this
-# The types of what is read, of which there is more; the note has the latter half only where there is a model
+# Types of the entries that are read. Entries from "architecture" on are in the note only if there is a model
 _OF_STATE = {
     "arguments": dict[str, Any],
     "masks": dict[str, dict[str, Any]],

@@ -1,7 +1,9 @@
 """Checks a checkpoint's files before they are loaded, and completes the load.
 
-The callback's state is checked elsewhere: its format in fit/past.py, the plan in plan/windows.py (`check_begun`,
-`check_ahead`), and the masks in enforcement.py (`restore`). `PruningRun.begin` in fit/run.py calls these checks.
+The callback's state is checked elsewhere: its format by `load_state_dict` of the callback (fit/past.py). The rest is
+checked by `PruningRun.begin` (fit/run.py): the plan in plan/windows.py (`check_begun`, `check_ahead`), masks and zeros
+in enforcement.py (`restore`), the sums of an open window in collect/statistics.py (`load`). `on_load_checkpoint` of the
+callback checks the shapes of moments. cli/training.py checks that the model is the same, lm/resumable.py the data.
 """
 
 from __future__ import annotations

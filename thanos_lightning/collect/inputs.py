@@ -64,7 +64,7 @@ class _Statistics:
     def saw(self, inputs: Tensor) -> bool:
         return self.last is not None and self.last.is_of(inputs)
 
-    @torch.no_grad()  # checkpointing recomputes without counting, and would miss tensors that autograd saved here
+    @torch.no_grad()  # a recomputed forward skips this, and checkpoint() would miss tensors that autograd saved here
     def update(self, inputs: Tensor, counted: Tensor | None) -> None:
         """Count the rows with the indices `counted`, or all rows if it is None."""
         self.last = Seen(inputs)
@@ -97,7 +97,7 @@ class InputStatistics:
     failures: Failures = field(default_factory=Failures)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _by_layer: dict[str, _Statistics] = field(default_factory=dict)
-    _latest: dict[int, _Statistics] = field(default_factory=dict)  # the newest of first inputs at each address
+    _latest: dict[int, _Statistics] = field(default_factory=dict)  # address of an input -> statistics begun with it
     _updates: dict[str, int] = field(default_factory=dict)  # layer -> updates of its statistics when it was last called
     _hooks: ExitStack = field(default_factory=ExitStack)
     _is_counting: bool = False

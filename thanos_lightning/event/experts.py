@@ -308,8 +308,8 @@ def lend(
 ) -> None:
     """Fill up the sums of experts that lack tokens, on their owners. All ranks must call it.
 
-    For each token that an expert lacks to `TOKENS_PER_INPUT` per input, the mean x xᵀ of its `lenders` is added to its
-    sum. `sums` are of `sum_on_owners`, `tokens` are those that all ranks have counted.
+    An expert with fewer than `TOKENS_PER_INPUT` tokens per input feature gets the mean x xᵀ of its `lenders` for each
+    missing token. `sums` are of `sum_on_owners`, `tokens` are those that all ranks have counted.
     """
     if not lent:
         return

@@ -45,7 +45,7 @@ class Targets:
             )
 
     def trainable(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
-        """The blocks that may be trained: on a copy, whose router would not know which experts went."""
+        """The blocks that keep all experts. In another block, a copied router would not know which experts went."""
         experts = {mixture.experts for mixture in self.mixtures.values()}
         return {name: block for name, block in blocks.items() if experts.isdisjoint(block.module.modules())}
 

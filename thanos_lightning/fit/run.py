@@ -55,7 +55,7 @@ class PruningRun:
     """One fit of a Trainer, made once its model and optimizers are set up.
 
     The run keeps `past`, the progress of the training, up to date. `layers` has all layers to solve, and `final` the
-    pattern that each ends with, before an allocation changes it. `masked` has all that may get a mask: the layers, and
+    pattern that each ends with unless an allocation changes it. `masked` has all that may get a mask: the layers, and
     the weights and biases that are pruned with them. Windows after a sensitivity scan join the plan, `windows`, when
     the scan is complete.
 
@@ -80,8 +80,8 @@ class PruningRun:
         self.blocks = targets.trainable(find_blocks(module, self.layers)) if options.block_steps else {}
         if (steps := options.calibration.block_steps) and not self.blocks:
             rank_zero_warn(
-                f"calibration.block_steps is {steps}, but no block has two layers to prune and keeps its experts (an "
-                "entry of an nn.ModuleList, such as a decoder layer): leave it out"
+                f"calibration.block_steps is {steps}, but no block (an entry of an nn.ModuleList, such as a decoder "
+                "layer) has two layers to prune and keeps its experts: leave it out"
             )
         self._take(options)
         if self.planner.schedule.has_fractions and past.total_steps is None:
@@ -329,7 +329,7 @@ class PruningRun:
                 if not is_open and window.end_step > window.start_step <= past.optimizer_steps:
                     self.collector.open(window, self.module)
                 return
-            # A first event that follows its scan at once is measured before the scan, whose sums a checkpoint can hold
+            # A first event right after its scan is measured before both, while a checkpoint can still hold the sums
             is_first = not past.report.events and (not window.scans or self.options.calibration.memory_gib is None)
             if is_first and self.options.monitor is not None and not self._is_ending():
                 past.report.summary.dense = self._measure()

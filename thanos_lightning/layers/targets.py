@@ -304,9 +304,7 @@ def _check_adapters(layers: Mapping[str, PrunableModule]) -> None:
         if getattr(module, "merged", False):
             why = "is merged already: call unmerge_adapter(), or merge_and_unload(),"
         elif others:
-            why = (
-                f"has others beside it that are not active ({', '.join(others)}), to fit no more: delete_adapter() them"
-            )
+            why = f"has inactive ones beside it ({', '.join(others)}), which would no longer fit: delete_adapter() them"
         elif isinstance(module, MaskedAdapter) and module.is_plain:
             continue
         elif type(base).__module__.startswith("bitsandbytes"):

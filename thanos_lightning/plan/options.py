@@ -39,15 +39,15 @@ class CalibrationOptions:
             never reaches back past the previous event.
         attention_mask_key: The batch's key for the mask of real tokens; None counts every token.
         memory_gib: Memory for the second moments of inputs. Layers are split, front to back, into windows that fit,
-            of whole blocks if a block fits. Each window collects after the earlier windows are pruned. None takes as
-            much as leaves room for an event in 90 % of the memory that is free when the training begins.
+            of whole blocks if a block fits. Each window collects after the earlier windows are pruned. None takes what
+            an event leaves of 90 % of the memory that is free when the training begins.
         output_weights: How much an error of each output counts: within a layer, and between layers in an allocation.
             "diagonal" takes the mean square of the training loss's gradient at the output, over the same batches (the
             diagonal of K-FAC's output factor, arXiv 1503.05671). "uniform" counts all outputs alike, as the papers do.
             None is "diagonal" for the method "thanos", else "uniform".
         block_steps: Adam steps after the solves of an event, in which the kept weights of each block, such as a decoder
-            layer, are trained to give what the block gave right before. It takes `batches`, of which each step has
-            512 tokens, or a sequence. 0 leaves what the solver gives. None is 64 with `batches` and the method
+            layer, are trained to give what the block gave right before. It needs `batches`: a step takes 512 of their
+            tokens, or one sequence. 0 leaves what the solver gives. None is 64 with `batches` and the method
             "thanos", else 0.
 
     Raises:

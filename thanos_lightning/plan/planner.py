@@ -38,8 +38,8 @@ class Planner:
     def __post_init__(self) -> None:
         if self.lacks_gradients and self.options.calibration.output_weights == "diagonal":
             raise MisconfigurationException(
-                f"calibration.output_weights is 'diagonal', but {_NO_GRADIENTS}: leave the batches out to have those "
-                "of the training, or take 'uniform'"
+                f"calibration.output_weights is 'diagonal', but {_NO_GRADIENTS}: leave the batches out to use the "
+                "training's gradients, or take 'uniform'"
             )
 
     @property
@@ -174,6 +174,6 @@ class Planner:
             return windows
         rank_zero_warn(
             f"{_NO_GRADIENTS}: errors at all outputs count alike, and layers are pruned alike unless allocation.by is "
-            "'loss'. Leave the batches out to have those of the training batches"
+            "'loss'. Leave the batches out to use the training's gradients"
         )
         return [replace(window, gradients=False) for window in windows]

@@ -56,7 +56,7 @@ class _Master:
 
     tensor: Tensor  # what the torch optimizer steps, and the key of its state
     offset: int  # where the piece begins in the tensor
-    range: Range  # the piece's entries, counted in the flattened parameter, or in the layer after `of`
+    range: Range  # the piece's entries in the flattened parameter, or in the layer if `of` made this
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """Return the same piece, flat, of a tensor that is laid out like the master."""
@@ -143,7 +143,7 @@ class _Stage12(_Layout):
         self._group_of = {id(parameter): group for group, members in enumerate(groups) for parameter in members}
         name = "fp32_groups_flat_partition" if self._holds_gradients_whole else "single_partition_of_fp32_groups"
         self.masters = getattr(optimizer, name)
-        # Which group's vector a parameter is in, from 1, and where it begins: the rank that has its first entry knows
+        # A parameter's group, from 1, and its start in the group's vector: the rank with its first entry knows both
         begins = torch.zeros(2, len(layers), dtype=torch.int64)
         for number, layer in enumerate(layers.values()):
             if (mapping := getattr(layer.parameter, "_hp_mapping", None)) and not mapping.lp_fragment_address.start:

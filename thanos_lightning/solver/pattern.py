@@ -87,7 +87,7 @@ class _Base(ABC):
         return pattern
 
     def sparsest(self, most: float) -> "Pattern":
-        """The same kind of pattern, with the sparsity ``most`` in rows that are not dense; n:m keeps its n of m."""
+        """This kind of pattern at its sparsest: ``most`` in rows that are not dense; n:m without dense rows."""
         return self._at(most * (1 - self.outlier_fraction))
 
     @abstractmethod

@@ -97,7 +97,7 @@ def merged() -> nn.Module:
 def test_an_adapter_that_is_not_active_is_refused() -> None:
     model = adapted()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"]))
-    with pytest.raises(ValueError, match=r"up_proj has others beside it that are not active \(other\).*delete_adapter"):
+    with pytest.raises(ValueError, match=r"up_proj has inactive ones beside it \(other\).*delete_adapter"):
         find_targets(model)
     model.delete_adapter("other")
     assert len(find_targets(model)) == 14
