@@ -276,7 +276,7 @@ def test_a_calibration_set_trains_blocks_unless_told_otherwise(tmp_path: Path) -
     ("number", "options", "words"),
     [
         (4, {}, r"has 384 tokens, on which a block is trained for 8 steps, not for 64: give"),
-        (1, {"targets": "*q_proj", "block_steps": 8}, r"block_steps is 8, but no block has two layers to prune"),
+        (1, {"targets": "*q_proj", "block_steps": 8}, r"block_steps is 8, but no block .* has two layers to prune"),
         (4, {"block_steps": 8}, None),
     ],
 )
