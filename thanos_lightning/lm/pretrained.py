@@ -78,6 +78,7 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
             dtype=wanted,  # None would be transformers' own default: the dtype that the checkpoint was saved in
             attn_implementation=attn_implementation,
             trust_remote_code=False,
+            use_kernels=False,  # transformers 5.25 would run kernels from a hub in place of the model's own modules
         )
 
 
@@ -155,7 +156,7 @@ def _cached_smollm2(package: Path) -> Path:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder in fp32."""
     quantised = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, use_kernels=False
     )
     # The weights are plain tensors by now, but the model still carries the quantiser and refuses to be saved
     config = quantised.config
