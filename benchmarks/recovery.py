@@ -593,41 +593,54 @@ def report(pattern: str, rows: list[Row], task: Task, console: Console) -> list[
 _OF_A_RUN = ("seed", "rate", "settings", "perplexity", "sparsity", "seconds", "event_seconds", "curve", "hardware")
 
 
+# What the pictures call a contender, and its colour: Okabe and Ito's, which colour-blind readers can tell apart
+IN_PICTURE = {
+    LIGHTNING: ("Lightning's ModelPruning", "#E69F00"),
+    "one-shot magnitude": ("magnitude, its mask kept", "#CC79A7"),
+    "one-shot sparsegpt": ("SparseGPT, its mask kept", "#D55E00"),
+    "first step": ("this callback, two options off", "#56B4E9"),
+    "defaults": ("this callback", "#0072B2"),
+    DENSE: ("dense fine-tuning", "black"),
+}
+
+
 def draw(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
-    """Perplexity and sparsity against tokens, a column for each pattern; baselines are dashed."""
+    """Perplexity against tokens, a column for each pattern, of the contenders in IN_PICTURE; baselines are dashed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, ScalarFormatter
 
-    lines = list(lines)
-    patterns = list(dict.fromkeys(line["pattern"] for line in lines))
-    names = list(dict.fromkeys(line["contender"] for line in lines))
-    figure = Figure(figsize=(6 * len(patterns) + 3, 7), layout="constrained")
-    axes = figure.subplots(2, len(patterns), sharex=True, squeeze=False, height_ratios=(4, 1))
-    handles = {}
-    for (upper, lower), pattern in zip(axes.T, patterns, strict=True):
-        own = [line for line in lines if line["pattern"] == pattern]
-        for line in own:
-            name, curve = line["contender"], line["runs"][0]["curve"]
-            tokens = [point["tokens"] for point in curve]
-            number = names.index(name) - 1  # dense is the first
-            style = {
-                "color": "black" if name == DENSE else f"C{number % 10}",
-                "linestyle": "-" if name in OWN else "--",
-                "marker": "os^"[(number + 1) // 10],
-                "markersize": 4,
-            }
-            (handles[name],) = upper.plot(tokens, [point["perplexity"] for point in curve], label=name, **style)
-            lower.plot(tokens, [point["sparsity"] for point in curve], **style)
-        ends = sorted(line["runs"][0]["curve"][-1]["perplexity"] for line in own)
-        upper.set(title=pattern, ylabel="perplexity", yscale="log", ylim=(0.9 * ends[0], 4 * ends[len(ends) // 2]))
-        for which in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+    shown = [line for line in lines if line["contender"] in IN_PICTURE]
+    patterns = list(dict.fromkeys(line["pattern"] for line in shown))
+    figure = Figure(figsize=(6.9, 3.1 * len(patterns) + 0.3), layout="constrained")
+    figure.supylabel("perplexity on held-out text", fontsize=10)
+    for axis, pattern in zip(figure.subplots(len(patterns), squeeze=False)[:, 0], patterns, strict=True):
+        curves = {line["contender"]: line["runs"][0]["curve"] for line in shown if line["pattern"] == pattern}
+        end = max(curve[-1]["tokens"] for curve in curves.values())
+        ends = sorted((curve[-1]["perplexity"], name) for name, curve in curves.items())
+        lowest, highest = 0.92 * ends[0][0], 4 * ends[0][0]
+        axis.set(yscale="log", ylim=(lowest, highest), xlim=(0, 1.55 * end))
+        axis.set_title(f"SmolLM2-135M-Instruct at {pattern.replace('%', ' %')}", loc="left", fontsize=11)
+        below = 0.0
+        for perplexity, name in ends:
+            label, color = IN_PICTURE[name]
+            points = [(point["tokens"], point["perplexity"]) for point in curves[name]]
+            style = "-" if name in OWN or name == DENSE else "--"
+            axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, linewidth=1.8)
+            # a label's height is so much of the axis
+            below = max(perplexity, below * (highest / lowest) ** 0.085)
+            axis.annotate(f"{label}  {perplexity:.2f}", (1.02 * end, below), color=color, fontsize=9, va="center")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             which(ScalarFormatter())  # 30, not 3 x 10^1
-        lower.set(xlabel=f"tokens of {Path(task.text).name}", ylabel="sparsity", ylim=(-0.05, 0.75))
-        lower.xaxis.set_major_formatter(EngFormatter())
-        for axis in (upper, lower):
-            axis.grid(alpha=0.3, which="both")
-    figure.legend(handles=[handles[name] for name in names], loc="outside right upper")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_xticks([end * part / 4 for part in range(5)])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines.bottom.set_bounds(0, end)
+        axis.grid(axis="y", alpha=0.25, which="both")
+    axis.set_xlabel(f"tokens of {_TEXTS.get(Path(task.text).name, Path(task.text).name)}", loc="left")
     return figure
+
+
+_TEXTS = {"pydocs": "Python's documentation"}
 
 
 def draw_time(lines: Iterable[Mapping[str, Any]], task: Task) -> "Figure":
@@ -757,7 +770,7 @@ def main() -> None:
     if arguments.output is not None:
         document = {"task": task.described(), "results": lines}
         path = keep(f"recovery {Path(task.model).name}", arguments.output, document, arguments.device)
-        draw(lines, task).savefig(path.with_suffix(".png"), dpi=110)
+        draw(lines, task).savefig(path.with_suffix(".png"), dpi=160)
         draw_time(lines, task).savefig(path.with_name(f"{path.stem}-time.png"), dpi=110)
         print(path)
 
