@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
+from thanos_lightning.cli.parsing import with_recipes
 from thanos_lightning.report.progress import TERMINATED, Terminated
 
 INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # LightningCLI also takes --config before the command, for a file that configures several commands.
         if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
+            with_recipes(arguments)  # a wrong name is refused before all that is loaded
+            if arguments[0] == "fit" and not _rank() and not {"-h", "--help", "--print_config"} & {*arguments}:
+                sys.stdout.write("Starting: torch and Lightning are loaded first\n")  # which takes several seconds
+                sys.stdout.flush()
             from thanos_lightning.cli.training import train  # imports Lightning
 
             return train(arguments)
@@ -56,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = vars(known)
         command = parsed.pop("run")
         if arguments[0] == "plan":
+            with_recipes(of_fit)
             parsed["arguments"] = of_fit
         elif of_fit:
             parser.error(f"unrecognized arguments: {' '.join(of_fit)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,6 @@ TRAINER_COMMANDS = {
     "fit": "train, and prune on the callback's schedule",
     "validate": "run the validation loop",
     "test": "run the test loop",
-    "predict": "run the prediction loop",
 }
 GIGABYTES = {"a100": 80, "h100": 80, "h200": 141, "b200": 180, "l40s": 48, "mi300x": 192, "mi325x": 256}  # data sheets
 
@@ -119,13 +120,24 @@ def _recipes(name: str | None = None) -> int:
     if name is not None:
         sys.stdout.write(find(name, of_recipes | of_launches).read_text(encoding="utf-8"))
         return 0
+    lines: list[str] = []
     for head, files in (
         (f"{PROGRAM} fit --config NAME", of_recipes),
         (f"to start it on several machines: {PROGRAM} recipes NAME > NAME", of_launches),
     ):
-        width = max(map(len, files))
-        lines = [f"  {name:{width}}  {headline(file)}" for name, file in files.items()]
-        sys.stdout.write("\n".join([head, *lines, ""]))
+        lines.append(head)
+        column = max(map(len, files))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        for name, file in files.items():
+            lines.append(
+                textwrap.fill(
+                    f"  {name:{column}}  {headline(file)}",
+                    width=max(columns, column + 30),
+                    subsequent_indent=" " * (column + 4),
+                    break_on_hyphens=False,
+                )
+            )
+    sys.stdout.write("\n".join([*lines, ""]))
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from thanos_lightning.cli.mistakes import PROGRAM, did_you_mean
+from thanos_lightning.cli.mistakes import PROGRAM, Mistake, did_you_mean
 
 _HINTS = {  # advice for a value of the wrong type
     "pattern": 'give text in quotes, such as "2:4" (YAML 1.1 reads an unquoted 2:4 as 124)',
@@ -209,8 +209,13 @@ def _classes(module: str) -> list[str]:
 
 
 def recipes() -> dict[str, Path]:
-    """Map each name that `fit --config` takes to its file."""
-    return {file.stem: file for file in sorted(_folder("recipes").glob("*.yaml"))}
+    """Map each name that `fit --config` takes to its file, the smallest model first."""
+
+    def size(file: Path) -> tuple[float, str]:  # a quickstart names none
+        found = re.search(r"-([0-9.]+)([mb])-", file.stem)
+        return (float(found[1]) * {"m": 1e6, "b": 1e9}[found[2]] if found else 0, file.stem)
+
+    return {file.stem: file for file in sorted(_folder("recipes").glob("*.yaml"), key=size)}
 
 
 def launch_files() -> dict[str, Path]:
@@ -238,6 +243,53 @@ def find(name: str, among: Mapping[str, Path]) -> Path:
         meant = did_you_mean(name, among)
         raise ValueError(f"{name!r} is no recipe or launch file: {meant}`thanos-lightning recipes` lists all")
     return among[name]
+
+
+def with_recipes(argv: list[str]) -> list[str]:
+    """Replace a recipe's name after --config by the recipe's file, unless there is a file of that name."""
+    known = recipes()
+
+    def file_of(name: str) -> str:
+        if name in known and not Path(name).exists():
+            return str(known[name])
+        _require_configuration(name, known)
+        return name
+
+    split: list[str] = []
+    for argument in argv:
+        split += argument.split("=", 1) if argument.startswith(("-c=", "--config=")) else [argument]
+    return [
+        file_of(argument) if before in ("-c", "--config") else argument
+        for before, argument in zip(["", *split], split, strict=False)
+    ]
+
+
+def _require_configuration(name: str, known: Iterable[str]) -> None:
+    """Refuse a --config that jsonargparse couldn't read."""
+    path = Path(name)
+    if "://" in name or name.lstrip().startswith("{"):  # fsspec's URLs, and configurations as text
+        return
+    if path.is_dir():
+        raise Mistake(f"--config {name} is a folder: give a YAML file, or a recipe's name")
+    if path.exists() and not path.is_file():
+        from thanos_lightning.checkpoints.foreign import require_regular  # imports torch
+
+        require_regular(path)
+    if not path.exists():
+        raise Mistake(
+            f"--config {name}: there is no such file (in {Path.cwd()}), and no recipe is called so: "
+            f"{did_you_mean(path.stem, known)}"
+            "`thanos-lightning recipes` lists them"
+        )
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where, why = ("", error) if mark is None else (f" in line {mark.line + 1}", getattr(error, "problem", error))
+        raise Mistake(f"--config {name} is no YAML: {why}{where}") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else "holds no keys"
+        raise Mistake(f"--config {name} {what}: give a YAML file as `thanos-lightning recipes quickstart` prints one")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""The commands fit, validate, test and predict: LightningCLI with our YAML, recipes by name and precision: auto."""
+"""The commands fit, validate and test: LightningCLI with our YAML, recipes by name and precision: auto."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -25,11 +25,11 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
 from thanos_lightning.checkpoints.folders import bring_back
-from thanos_lightning.checkpoints.foreign import require_regular
 from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
+from thanos_lightning.cli.commands import TRAINER_COMMANDS
 from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
-from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, recipes, why_not_made
+from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, why_not_made, with_recipes
 from thanos_lightning.cli.training_bar import TrainingBar
 
 # said of classes that are not ours, because their arguments may be for the optimizer
@@ -75,6 +75,12 @@ class CLI(LightningCLI):
             **options,
         )
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # not predict, for which neither CausalLM nor TextData has a step or a loader
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name in TRAINER_COMMANDS}
+
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
@@ -87,7 +93,7 @@ class CLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        args, of_callbacks = _callbacks_by_number(_with_recipes(args))
+        args, of_callbacks = _callbacks_by_number(with_recipes(args))
         try:
             self.config = parser.parse_args(args)
             if of_callbacks:
@@ -284,51 +290,6 @@ def _callbacks_by_number(argv: list[str]) -> tuple[list[str], dict[tuple[int, st
         else:
             rest.append(argument)
     return rest, values
-
-
-def _with_recipes(argv: list[str]) -> list[str]:
-    """Replace a recipe's name after --config by the recipe's file, unless there is a file of that name."""
-    known = recipes()
-
-    def file_of(name: str) -> str:
-        if name in known and not Path(name).exists():
-            return str(known[name])
-        _require_configuration(name, known)
-        return name
-
-    split: list[str] = []
-    for argument in argv:
-        split += argument.split("=", 1) if argument.startswith(("-c=", "--config=")) else [argument]
-    return [
-        file_of(argument) if before in ("-c", "--config") else argument
-        for before, argument in zip(["", *split], split, strict=False)
-    ]
-
-
-def _require_configuration(name: str, known: Iterable[str]) -> None:
-    """Refuse a --config that jsonargparse couldn't read."""
-    path = Path(name)
-    if "://" in name or name.lstrip().startswith("{"):  # fsspec's URLs, and configurations as text
-        return
-    if path.is_dir():
-        raise Mistake(f"--config {name} is a folder: give a YAML file, or a recipe's name")
-    if path.exists():
-        require_regular(path)
-    else:
-        raise Mistake(
-            f"--config {name}: there is no such file (in {Path.cwd()}), and no recipe is called so: "
-            f"{did_you_mean(path.stem, known)}"
-            "`thanos-lightning recipes` lists them"
-        )
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where, why = ("", error) if mark is None else (f" in line {mark.line + 1}", getattr(error, "problem", error))
-        raise Mistake(f"--config {name} is no YAML: {why}{where}") from error
-    if not isinstance(content, dict):
-        what = "is empty" if content is None else "holds no keys"
-        raise Mistake(f"--config {name} {what}: give a YAML file as `thanos-lightning recipes quickstart` prints one")
 
 
 def content_of(ckpt_path: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from thanos_lightning.cli import main
 
 UP = "model.layers.0.mlp.up_proj.weight"
-OF_TRAINER = ("fit", "validate", "test", "predict")
+OF_TRAINER = ("fit", "validate", "test")
 
 
 @pytest.mark.parametrize("command", ["", *OF_TRAINER])

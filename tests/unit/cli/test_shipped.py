@@ -13,7 +13,7 @@ def test_all_are_listed_with_their_first_sentence(capsys):
     assert {"quickstart", "llama-3.1-70b-2of4-zero3-multinode"} <= set(recipes())
     assert {"slurm.sh", "torchrun.sh", "deepspeed.sh", "hostfile"} <= set(launch_files())
     assert set(listed) == {*recipes(), *launch_files()}
-    assert listed["quickstart"].startswith("SmolLM2-135M to 2:4 on a CPU")
+    assert listed["quickstart"].startswith("SmolLM2-135M-Instruct to 2:4 on a CPU")
     assert listed["slurm.sh"] == "Train under Slurm, from the repository's folder"
 
 
