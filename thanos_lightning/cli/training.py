@@ -28,7 +28,7 @@ from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.cli.commands import TRAINER_COMMANDS
-from thanos_lightning.cli.mistakes import Mistake, did_you_mean, users_mistake
+from thanos_lightning.cli.mistakes import PROGRAM, Mistake, did_you_mean, users_mistake
 from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, why_not_made, with_recipes
 from thanos_lightning.cli.training_bar import TrainingBar
 
@@ -55,6 +55,8 @@ class _Trainer(Trainer):
         # Lightning's own bar counts epochs even if max_epochs is -1, and says nothing in a log
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, TrainingBar()]
+        if kwargs.get("enable_model_summary") is None:  # seventeen lines, which the announcement makes superfluous
+            kwargs["enable_model_summary"] = False
         super().__init__(*args, precision=precision, **kwargs)
         guard_resume(self.strategy)  # also where there is no callback that does
 
@@ -70,7 +72,7 @@ class CLI(LightningCLI):
         super().__init__(
             trainer_class=_Trainer,
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
-            parser_kwargs={**mode, **{name: dict(mode) for name in self.subcommands()}},
+            parser_kwargs={**mode, **{name: mode | _help_of(name) for name in self.subcommands()}},
             args=args,
             **options,
         )
@@ -84,10 +86,8 @@ class CLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
-        parser.epilog = (
-            "What a class takes: --trainer.callbacks.help=ThanosPruningCallback, --model.help=CausalLM, "
-            "--data.help=TextData. --trainer.callbacks.0.pattern 2:4 sets an argument of the first callback."
-        )
+        (config,) = (action for action in parser._actions if "--config" in action.option_strings)
+        config.help = "Name of a recipe (`thanos-lightning recipes` lists them), or path of a YAML file."
         return parser
 
     @override
@@ -213,6 +213,20 @@ class CLI(LightningCLI):
             # The saved configuration gets the resolved precision, too.
             trainer.precision, why = fast_precision(trainer.accelerator)
             rank_zero_info(f"precision: {trainer.precision}, since {why}")
+
+
+def _help_of(command: str) -> dict[str, str]:
+    """How a command's help begins: with what is ours."""
+    text = TRAINER_COMMANDS[command]
+    return {
+        "usage": f"{PROGRAM} {command} --config RECIPE [--OPTION VALUE ...]",
+        "description": (
+            f"{text[0].upper()}{text[1:]}. A recipe's callback is the first of the Trainer's callbacks: "
+            "--trainer.callbacks.0.pattern 2:4 sets one of its options. "
+            "--trainer.callbacks.help=ThanosPruningCallback lists them: pattern, sparsity, schedule, calibration and "
+            "more. --model.help=CausalLM and --data.help=TextData do so for the model and the data."
+        ),
+    }
 
 
 def train(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from typing_extensions import override
 
+from thanos_lightning.fit.lightning_private import training_metrics
 from thanos_lightning.plan.schedule import steps_of
 from thanos_lightning.report.progress import Phase, shown
 
@@ -53,8 +54,9 @@ class TrainingBar(ProgressBar):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if time.monotonic() - self._read_at >= _BETWEEN_READINGS:  # the host waits for the device to read metrics
-            metrics = self.get_metrics(trainer, pl_module).items()
-            self._note = "  ".join(f"{name} {value:.4g}" for name, value in metrics if isinstance(value, float))
+            metrics, of_step = self.get_metrics(trainer, pl_module), training_metrics(trainer)  # not a validation's
+            told = {name: value for name, value in metrics.items() if name in of_step}
+            self._note = "  ".join(f"{name} {value:.4g}" for name, value in told.items() if isinstance(value, float))
             self._read_at = time.monotonic()
         self._phases[-1][0].reach(trainer.global_step, self._note)
 

@@ -23,10 +23,13 @@ from weakref import WeakSet
 
 import rich
 from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.cells import cell_len
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 from tqdm import tqdm
+from typing_extensions import override
 
 TERMINATED = 128 + signal.SIGTERM  # exit status in a shell of a process that SIGTERM ended
 _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0  # seconds
@@ -43,6 +46,16 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
+class _Bar(BarColumn):
+    """As long as the texts beside it allow."""
+
+    @override
+    def render(self, task: Task) -> ProgressBar:
+        texts = (task.description, _how_far(task), task.fields["note"])
+        self.bar_width = max(3, min(_BAR_WIDTH, rich.get_console().width - sum(map(cell_len, texts)) - len(texts)))
+        return super().render(task)
+
+
 class _HowFar(ProgressColumn):
     """What is done of a phase, in the words that a log has, too."""
 
@@ -54,7 +67,7 @@ def _how_far(task: Task) -> str:
     counted = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
     done = f"{counted} {task.fields['unit']}".rstrip() if task.completed or task.total is not None else "…"
     left = task.time_remaining
-    return f"{done}, about {_whole(left)} left" if left else f"{done} after {_whole(task.elapsed or 0.0)}"
+    return f"{done}, {_whole(left)} left" if left else f"{done} after {_whole(task.elapsed or 0.0)}"
 
 
 def _whole(seconds: float) -> timedelta:
@@ -67,7 +80,7 @@ class Phase:
     def __init__(self, description: str, total: int | None = None, unit: str = "", completed: int = 0) -> None:
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(_BAR_WIDTH),
+            _Bar(),
             _HowFar(Column(no_wrap=True)),
             TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             expand=True,

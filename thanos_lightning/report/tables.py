@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import rich
@@ -15,6 +16,7 @@ from rich.table import Table
 from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport, mean_loss
 
 _WIDTH = 80
+_LOSS = "Loss: the squared change of the outputs over their square. 0 is none, 1 is that of an empty layer."
 _RARE = ("scanning", "reconstructing")  # parts that many events lack
 
 
@@ -45,7 +47,7 @@ def print_event(event: EventReport) -> None:
     # Without padding, eight columns fit into the 80 characters of a plain terminal.
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("layers", no_wrap=True, overflow="ellipsis")
-    for column in ("n", "shape", "pattern", "zeros", "rel. loss", "worst", "solving"):
+    for column in ("n", "shape", "pattern", "zeros", "mean loss", "worst", "solving"):
         table.add_column(column, justify="right", no_wrap=True)
     names = kinds_of(layer.name for layer in event.layers)
     kinds: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = {}
@@ -69,16 +71,33 @@ def print_event(event: EventReport) -> None:
         f"{sum(layer.seconds for layer in event.layers):.1f} s",
     )  # fmt: skip
     console = rich.get_console()
-    console.print(f"Pruned at optimizer step {event.step} to {event.target:.1%} (asked)", highlight=False)
+    console.print(f"Pruned at optimizer step {event.step}, where {event.target:.1%} was asked for", highlight=False)
     console.print(table, width=min(_WIDTH, console.width))
+    console.print(textwrap.fill(_LOSS, _WIDTH), highlight=False)
     if event.blocks:
-        before = sum(block.error_solved for block in event.blocks) / len(event.blocks)
-        after = sum(block.error for block in event.blocks) / len(event.blocks)
-        console.print(
-            f"{len(event.blocks)} blocks reconstructed: squared error of outputs {before:.2g}, then {after:.2g}",
-            highlight=False,
-        )
-    console.print(textwrap.fill(f"{_listed(event.parts)}: {event.seconds:.1f} s in all", _WIDTH), highlight=False)
+        solved = sum(block.error_solved for block in event.blocks) / len(event.blocks)
+        trained = sum(block.error for block in event.blocks) / len(event.blocks)
+        before, after = alike([solved, trained], digits=2)
+        text = f"{len(event.blocks)} blocks reconstructed: the mean loss of a block went from {before} to {after}"
+        console.print(text, highlight=False)
+    console.print(_filled(f"{event.seconds:.1f} s in all: {_listed(event.parts)}"), highlight=False)
+
+
+def alike(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Format numbers with the same decimals: so many digits for the largest.
+
+    Examples:
+        >>> alike([24.79, 37.4, 20.177])
+        ['24.79', '37.40', '20.18']
+    """
+    largest = max((abs(value) for value in values if math.isfinite(value) and value), default=1.0)
+    decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def _filled(text: str) -> str:
+    """Wrap a text, but never between a number and its unit."""
+    return textwrap.fill(re.sub(r"(?<=\d) (?=s\b)", "\xa0", text), _WIDTH).replace("\xa0", " ")
 
 
 def _listed(parts: Mapping[Part, float]) -> str:
@@ -97,19 +116,21 @@ def print_summary(report: PruningReport) -> None:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column(summary.metric)
         table.add_column("value", justify="right")
-        for label, value in (
-            ("dense, before the first event", summary.dense),
-            ("pruned, after the last event", summary.pruned),
-            ("recovered, at the end", summary.recovered),
-        ):
-            table.add_row(label, "not measured" if value is None else f"{value:.4g}")
+        values = {
+            "dense, before the first event": summary.dense,
+            "pruned, after the last event": summary.pruned,
+            "recovered, at the end": summary.recovered,
+        }
+        formatted = iter(alike([value for value in values.values() if value is not None]))
+        for label, value in values.items():
+            table.add_row(label, "not measured" if value is None else next(formatted))
         console.print(table)
     if summary.training_seconds:
         parts = {part: sum(event.parts[part] for event in report.events) for part in EventReport(0, 0.0).parts}
         pruning = summary.event_seconds + summary.collecting_seconds
         console.print(
             f"Pruning took {pruning / summary.training_seconds:.1%} of {summary.training_seconds:.1f} s of training, "
-            f"{pruning:.1f} s:\n{textwrap.fill(_listed(parts), _WIDTH)}",
+            f"{pruning:.1f} s:\n{_filled(_listed(parts))}",
             highlight=False,
         )
 

@@ -23,6 +23,8 @@ def test_help(command, capsys):
     of_trainer = ("--trainer.max_steps", "--trainer.callbacks.help=ThanosPruningCallback")
     commands = [f"\n    {name} " for name in (*OF_TRAINER, "recipes", "plan", "verify", "export", "reshard", "plot")]
     assert [word for word in (of_trainer if command else commands) if word not in shown] == []
+    if command:
+        assert shown.index("ThanosPruningCallback") < shown.index("options:") < shown.index("Name of a recipe")
 
 
 @pytest.mark.parametrize(

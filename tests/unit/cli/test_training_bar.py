@@ -69,6 +69,24 @@ def test_a_terminal_has_a_bar_of_all_steps(tmp_path: Path, monkeypatch: pytest.M
     assert "Epoch" not in told
 
 
+def test_the_bar_of_a_training_has_no_metric_of_a_validation_that_is_over(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Validated(Logged):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", super().training_step(batch, batch_idx), prog_bar=True)
+
+    class Reads(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            notes.append(bar._note)
+
+    bar = TrainingBar()
+    parts = at_once(list(loader(8)), monitor="val/loss"), bar, Reads()
+    trainer(tmp_path, *parts, max_steps=4, enable_progress_bar=True).fit(Validated(), loader(), loader(8))
+    assert all(note.startswith("train/loss ") for note in notes)
+    assert not any("val/loss" in note for note in notes)
+
+
 def test_a_trainer_without_a_bar_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path, at_once(list(loader(8))), max_steps=2).fit(ToyLM(), loader())
     assert "Calibrating" not in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import rich
 from rich.console import Console
 
 from thanos_lightning.report.data import BlockReport, EventReport, LayerReport, PruningReport, Summary
-from thanos_lightning.report.tables import kinds_of, print_event, print_outcome, print_summary
+from thanos_lightning.report.tables import alike, kinds_of, print_event, print_outcome, print_summary
 
 
 def layer(name: str, shape: tuple[int, int] = (14336, 14336)) -> LayerReport:
@@ -44,10 +45,11 @@ def test_the_event_table_has_a_row_a_kind_and_adds_up(width: int) -> None:
     event = EventReport(20, 0.5, [layer(name) for name in names], 100.0, 0.0, 4938.0, writing_seconds=2.5)
     text = printed(print_event, event, width=width)
     assert max(map(len, text.splitlines())) <= 80
-    assert "optimizer step 20 to 50.0%" in text
+    assert "optimizer step 20, where 50.0% was asked for" in text
     (up,) = [line for line in text.splitlines() if "up_proj" in line]
     assert up.split() == ["up_proj", "2", "14336×14336", "unstructured", "50.00%", "0.0400", "0.0400", "2469.0", "s"]
-    assert "calibrating 100.0 s, solving 4938.0 s, writing 2.5 s: 5040.5 s in all" in text
+    assert "5040.5 s in all: calibrating 100.0 s, solving 4938.0 s, writing 2.5 s\n" in text
+    assert "Loss: the squared change" in text
     assert {"self_attn.proj", "mlp.proj"} <= {word for line in text.splitlines() for word in line.split()[:1]}
 
 
@@ -55,9 +57,29 @@ def test_the_event_says_what_reconstruction_gained() -> None:
     blocks = [BlockReport("l.0", 0.04, 0.03, 1.0), BlockReport("l.1", 0.08, 0.05, 1.0)]
     event = EventReport(20, 0.5, [layer("l.0.up_proj")], 100.0, 30.0, 4938.0, 200.0, 2.5, blocks)
     lines = printed(print_event, event).splitlines()
-    assert "2 blocks reconstructed: squared error of outputs 0.06, then 0.04" in lines
-    assert "calibrating 100.0 s, scanning 30.0 s, solving 4938.0 s, reconstructing 200.0 s," in lines
-    assert "writing 2.5 s: 5270.5 s in all" in lines
+    assert "2 blocks reconstructed: the mean loss of a block went from 0.060 to 0.040" in lines
+    assert "5270.5 s in all: calibrating 100.0 s, scanning 30.0 s, solving 4938.0 s," in lines
+    assert "reconstructing 200.0 s, writing 2.5 s" in lines
+
+
+def test_no_line_ends_between_a_number_and_its_unit() -> None:
+    for seconds in (0.5, 12.5, 123.4, 1234.5, 12345.6, 123456.7):
+        event = EventReport(20, 0.5, [layer("up")], seconds, 0.0, seconds, seconds, seconds)
+        assert not any(line[-1].isdigit() for line in printed(print_event, event).splitlines() if "ing " in line)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((24.79, 37.4, 20.177), ["24.79", "37.40", "20.18"]),
+        ((523.0, 521.4, 484.0), ["523.0", "521.4", "484.0"]),
+        ((0.8946, 0.1848, 0.04211), ["0.8946", "0.1848", "0.0421"]),
+        ((12345.6, math.nan), ["12346", "nan"]),
+        ((0.0,), ["0.000"]),
+    ],
+)
+def test_numbers_of_a_column_have_the_same_decimals(values: tuple[float, ...], shown: list[str]) -> None:
+    assert alike(values) == shown
 
 
 def test_the_summary_has_both_shares_and_what_was_measured() -> None:
