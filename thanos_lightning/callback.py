@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
+from thanos_lightning.checkpoints.folders import first_free
 from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
 from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
@@ -297,7 +299,8 @@ class ThanosPruningCallback(Callback):
         self._run.enforcer.verify()  # again: other callbacks may write weights in on_train_end
         if trainer.is_global_zero:
             is_exportable = "architecture" in training_note(pl_module, [], self._run.masked)
-            print_outcome(saved_checkpoint(trainer), self._run.report_path, is_exportable=is_exportable)
+            export = first_free(Path("exported")) if is_exportable else None
+            print_outcome(saved_checkpoint(trainer), self._run.report_path, export=export)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

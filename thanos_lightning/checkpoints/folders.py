@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import itertools
 import os
 import re
 import shutil
@@ -22,8 +23,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def require_free(output: Path) -> None:
     """Raise ValueError if there is anything but an empty folder at this path."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already: give another folder, or remove it first")
+    if (free := first_free(output)) != output:
+        raise ValueError(f"{output} exists already: give another folder, such as {free}, or remove it first")
+
+
+def first_free(path: Path) -> Path:
+    """The first of path, path-2, path-3 and so on at which there is nothing but an empty folder."""
+    paths = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(one for one in paths if not one.exists() or (one.is_dir() and not any(one.iterdir())))
 
 
 def partial_beside(path: Path) -> Path:

@@ -157,6 +157,7 @@ def _plot(report: str, output: str) -> int:
         if "is not supported" not in str(error):
             raise
         raise Mistake(f"{output} has an ending that is no format of pictures: give .png, .svg or .pdf") from error
+    sys.stdout.write(f"{output}: a picture of {report}\n")
     return 0
 
 

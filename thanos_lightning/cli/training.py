@@ -22,8 +22,8 @@ from typing_extensions import override
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 # imported so that --trainer.callbacks+=ThanosPruningCallback and --model CausalLM need no path
-import thanos_lightning.callback
 import thanos_lightning.lm  # noqa: F401
+from thanos_lightning.callback import ThanosPruningCallback
 from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
@@ -170,6 +170,9 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.subcommand == "fit" and self.datamodule is None and not is_overridden("train_dataloader", self.model):
             raise Mistake("no data is given to train on: add a data section, such as that of the recipe quickstart")
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if self.subcommand == "fit" and not any(isinstance(one, ThanosPruningCallback) for one in callbacks):
+            rank_zero_info("trains dense: no ThanosPruningCallback among the callbacks (trainer.callbacks)")
 
     @override
     def instantiate_classes(self) -> None:

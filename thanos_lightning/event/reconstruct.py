@@ -100,7 +100,7 @@ def reconstruct(
                 with failures.catching(layer=mine.name):
                     found = reports[mine.name] = _train(mine, solved, states.steps, seed=begin + access.rank)
                     if isinstance(found, BlockReport):
-                        note = f"loss {found.error_solved:.2g} to {found.error:.2g}  {mine.name}"
+                        note = f"loss {found.error_solved:.2g} to {found.error:.2g}"
             phase.advance(len(in_round), note=note)
         failures.raise_together()
     everywhere = access.union(reports)

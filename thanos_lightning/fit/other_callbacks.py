@@ -138,7 +138,10 @@ def call_last(trainer: Trainer, last: Callback, *, saves: bool) -> None:
 
 
 class Farewell(Callback):
-    """Says which checkpoint to go on from when a signal has ended the training. It has to be made before any save."""
+    """Says which checkpoint to go on from when a signal has ended the training, and which ones are replaced.
+
+    It has to be made before any save.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._saved: list[Path] = []
@@ -146,8 +149,11 @@ class Farewell(Callback):
 
         @wraps(save)
         def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+            path = Path(filepath)
+            if path not in self._saved and path.exists():
+                rank_zero_info(f"{path} is of an earlier training, and is replaced")
             save(filepath, *args, **kwargs)
-            self._saved.append(Path(filepath))
+            self._saved.append(path)
 
         trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 

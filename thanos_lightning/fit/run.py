@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
@@ -155,6 +155,8 @@ class PruningRun:
         if restored is None and self.windows and self.windows[0].end_step > past.optimizer_steps:
             gradients = any(window.gradients for window in self.windows)
             self.collector.try_batch(trainer, self.module, gradients=gradients)
+        if restored is None and trainer.is_global_zero and self.report_path.exists():
+            rank_zero_info(f"{self.report_path} is of an earlier training, and will be replaced")
         announce(self)
         self._advance()
         if trainer.received_sigterm:

@@ -182,8 +182,17 @@ def _check_time(name: str, value: Any) -> None:
 
 
 def check_trained(trainer: Trainer) -> None:
-    """Raise a MisconfigurationException if a fit ended before its first step. Lightning ends such a fit silently."""
-    if trainer.global_step > 0:  # a finished training was resumed
+    """Say why a fit ended before its first step, which Lightning does silently.
+
+    Raises:
+        MisconfigurationException: If no training has taken a step.
+    """
+    if trainer.global_step > 0:
+        limit = "max_epochs" if trainer.max_steps == -1 else "max_steps"
+        rank_zero_info(
+            f"nothing was left to train: the training has taken all its {trainer.global_step} optimizer steps already; "
+            f"to train for longer, raise {limit} (now {getattr(trainer, limit)})"
+        )
         return
     if trainer.fit_loop.max_batches == 0:
         raise MisconfigurationException(

@@ -135,16 +135,16 @@ def print_summary(report: PruningReport) -> None:
         )
 
 
-def print_outcome(checkpoint: Path | None, report: Path, *, is_exportable: bool) -> None:
+def print_outcome(checkpoint: Path | None, report: Path, *, export: Path | None) -> None:
     """Print the paths of the files that the training wrote, and the next command.
 
-    `checkpoint` is None if none was saved. `is_exportable` says whether the model is a Hugging Face model.
+    `checkpoint` is None if none was saved, and `export` if the model is not one that can be exported.
     """
     lines = [f"  report      {_shown(report)}"] if report.is_file() else []
     if checkpoint is not None:
         lines.insert(0, f"  checkpoint  {_shown(checkpoint)}")
-        if is_exportable:
-            lines.append(f"  next        thanos-lightning export {shlex.quote(_shown(checkpoint))} exported")
+        if export is not None:
+            lines.append(f"  next        thanos-lightning export {shlex.quote(_shown(checkpoint))} {export}")
     for line in lines:  # never wrapped, because users copy them
         rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
 

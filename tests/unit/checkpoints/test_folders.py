@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from thanos_lightning.checkpoints import folders
-from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
+from thanos_lightning.checkpoints.folders import bring_back, clear, first_free, partial_beside, put_in_place, remove
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "open", "shutil.rmtree")
 KILLED = 9
@@ -101,6 +101,16 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_the_new_one(tmp_path: Path
 
 
 @pytest.mark.usefixtures("renamed")
+def test_the_first_free_name(tmp_path: Path) -> None:
+    path = tmp_path / "exported"
+    assert first_free(path) == path
+    path.mkdir()
+    assert first_free(path) == path
+    (path / "model").touch()
+    (tmp_path / "exported-2").touch()
+    assert first_free(path) == tmp_path / "exported-3"
+
+
 def test_a_folder_takes_a_new_name_or_that_of_a_file(tmp_path: Path) -> None:
     save(tmp_path / "a", "new")
     (tmp_path / "b").write_text("old")

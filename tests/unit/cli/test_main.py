@@ -106,6 +106,13 @@ def test_export(copied, capsys):
         assert capsys.readouterr().out == f"{checkpoint}: {conform}"
 
 
+@pytest.mark.usefixtures("copied")
+def test_plot_says_what_it_has_written(capsys):
+    assert main(["plot", "report.json", "a.svg"]) == 0
+    assert capsys.readouterr().out == "a.svg: a picture of report.json\n"
+    assert Path("a.svg").stat().st_size > 0
+
+
 def test_export_of_broken_masks(copied, capsys):
     change_checkpoint(path := Path("a.ckpt"), path, lambda content: content["state_dict"][f"model.{UP}"].fill_(1.0))
     assert main(["export", "a.ckpt", "out"]) == 1

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelSummary
 
 from thanos_lightning import Allocation, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.cli import main
@@ -47,6 +48,38 @@ def test_a_training_saves_its_configuration_and_can_be_tested(trained, copied, c
     assert saved["trainer"]["callbacks"][0]["init_args"]["pattern"] == "2:4"
     assert main(["test", "--config", "tiny.yaml", "--ckpt_path", "a.ckpt"]) == 0
     assert "test/perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("copied")
+def test_a_training_says_what_it_replaces_and_that_nothing_is_left_to_train(caplog):
+    def said(*arguments):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main(["fit", "--config", "tiny.yaml", *arguments]) == 0
+        return [line for line in caplog.messages if re.search("earlier training|left to train|dense", line)]
+
+    assert said() == []
+    assert said() == [
+        "run/pruning_report.json is of an earlier training, and will be replaced",
+        "run/checkpoints/tiny.ckpt is of an earlier training, and is replaced",
+    ]
+    assert said("--ckpt_path", "a.ckpt") == [
+        "nothing was left to train: the training has taken all its 2 optimizer steps already; to train for longer, "
+        "raise max_steps (now 2)"
+    ]
+    assert said("--trainer.callbacks", "null") == [
+        "trains dense: no ThanosPruningCallback among the callbacks (trainer.callbacks)"
+    ]
+
+
+def test_a_summary_of_the_model_is_printed_where_it_is_asked_for():
+    def summaries(*arguments):
+        callbacks = cli_of(*arguments).trainer.callbacks
+        return [one for one in callbacks if isinstance(one, ModelSummary)]
+
+    assert not summaries()
+    assert summaries("--trainer.enable_model_summary=true")
+    assert summaries("--trainer.callbacks+=ModelSummary")
 
 
 def test_a_precision_that_is_not_given_is_resolved_and_said(monkeypatch, caplog):

@@ -166,7 +166,7 @@ def there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("verify", "exported", "--pattern", "2-4"), "pattern='2-4' is no pattern"),
         (("export", CHECKPOINT, "out", "--tokenizer", "/nowhere"), "the tokenizer '/nowhere'"),
         (("export", "nowhere", "out"), "nowhere does not exist"),
-        (("export", CHECKPOINT, "text.txt"), "{folder}/text.txt exists already: give another folder, or remove"),
+        (("export", CHECKPOINT, "text.txt"), "{folder}/text.txt exists already: give another folder, such as "),
         (("export", CHECKPOINT, "out", "--dtype", "int8"), "dtype is 'int8': give a floating point type"),
         (("export", "tiny", "out"), "tiny is a Hugging Face folder, not a trainer's: give a .ckpt, which the "),
         (("export", "run", "out"), "run is damaged or no trainer checkpoint: give a .ckpt file"),

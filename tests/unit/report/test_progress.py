@@ -39,17 +39,17 @@ def test_a_bar_is_one_line_that_fits(width: int, total: int | None) -> None:
     assert len(line) <= width
     if width >= 80:
         assert ("37 of 128 batches after 0:00" if total else "37 batches after 0:00") in line
-        assert "━" in line
+        assert re.search("step 0 [━╸]", line)
 
 
 def test_a_bar_gets_shorter_before_a_value_is_cut() -> None:
     phase = Phase("Reconstructing at step 0", 30, "blocks")
-    phase.advance(12, note="loss 0.0065 to 0.0046  model.layers.11")
+    phase.advance(12, note="loss 0.0065 to 0.0046")
     console = Console(file=io.StringIO(), width=80)
     with patch.object(rich, "_console", console):
         console.print(phase.bar.get_renderable())
     (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert "━ 12 of 30 blocks" in line
+    assert "Reconstructing at step 0 ━" in line
     assert "loss 0.0065 to 0.0046" in line
 
 

@@ -111,9 +111,9 @@ def test_the_end_names_what_was_left_and_what_to_do(tmp_path: Path, monkeypatch:
         "  next        thanos-lightning export run/last.ckpt exported\n",
     ]
     report = tmp_path / "run" / "pruning_report.json"
-    for checkpoint, is_exportable, said in (
-        (tmp_path / "run" / "last.ckpt", True, lines),
-        (tmp_path / "run" / "last.ckpt", False, lines[:2]),
-        (None, True, lines[1:2]),
+    for checkpoint, export, said in (
+        (tmp_path / "run" / "last.ckpt", Path("exported"), lines),
+        (tmp_path / "run" / "last.ckpt", None, lines[:2]),
+        (None, Path("exported"), lines[1:2]),
     ):
-        assert printed(print_outcome, checkpoint, report, width=20, is_exportable=is_exportable) == "".join(said)
+        assert printed(print_outcome, checkpoint, report, width=20, export=export) == "".join(said)
