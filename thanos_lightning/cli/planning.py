@@ -24,7 +24,14 @@ from thanos_lightning.plan.shares import stage_of
 from thanos_lightning.plan.windows import Window
 
 _GIB = 2**30
-_LABELS = {"copies": "copies of weights, for a forward", "passing": "gradient buffers"}
+_LABELS = {
+    "masters": "masters: the weights in fp32",
+    "moments": "moments of the optimizer",
+    "masks": "keep masks",
+    "copies": "copies of weights, for a forward",
+    "buckets": "buckets: gradients on their way",
+    "passing": "gradient buffers",
+}
 _Change = tuple[str, dict[str, Any]]  # in words, and as arguments of `Plan.outlook`
 
 
@@ -167,3 +174,4 @@ def _windows(outlook: Outlook) -> Iterator[str]:
         span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         most = _gib(max(size for _, _, size in alike_windows))
         yield f"  {step:>6}  {span:<10}{layers:>8}{statistics:>12}{most:>10}{sent:>10}{'  scan' if scans else ''}"
+    yield "  (a window: layers whose statistics are held together; sent: by all ranks; GiB)"

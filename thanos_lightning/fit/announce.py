@@ -107,9 +107,9 @@ def describe(
     lines.append(_wrapped("events", _when(to_come, options, estimated.batches, steps, steps_taken)))
     if to_come:
         sizes = [
-            (f"statistics {sized(estimated.moments)}", estimated.moments),
+            (f"the inputs' statistics {sized(estimated.moments)}", estimated.moments),
             (f"an event {sized(estimated.event)} in all", estimated.event),
-            (f"masks {sized(estimated.masks)}", estimated.masks),
+            (f"keep masks {sized(estimated.masks)}", estimated.masks),
             (f"hidden states {sized(estimated.states)} on the CPU", estimated.states),
         ]
         needs = ", ".join(text for text, size in sizes if size)
@@ -128,15 +128,16 @@ def _when(
     on = "" if number == 0 else f", on{batches} {kind}"
     last = events[-1]
     if len(events) == 1:
-        when = f"once, after optimizer step {last.step}{of}" if last.step else f"once, before the first{of} steps"
-        return f"{when}{on}"
+        when = f"after optimizer step {last.step}{of}" if last.step else f"before the first{of} steps"
+        return f"pruned once, {when}{on}"
     targets = [f"{event.sparsity(options.pattern.sparsity):.0%}" for event in events]
     if len(events) <= _MOST_EVENTS:
-        when = f"after optimizer steps {', '.join(str(event.step) for event in events)}{of}, to {', '.join(targets)}"
+        at = ", ".join(str(event.step) for event in events)
+        when = f"pruned after optimizer steps {at}{of}, to {', '.join(targets)}"
     else:
         when = (
-            f"{len(events)}, after optimizer steps {events[0].step}, {events[1].step}, …, {last.step}{of}, to "
-            f"{targets[0]}, {targets[1]}, …, {targets[-1]}"
+            f"pruned {len(events)} times, after optimizer steps {events[0].step}, {events[1].step}, …, {last.step}{of}"
+            f", to {targets[0]}, {targets[1]}, …, {targets[-1]}"
         )
     return f"{when}{on.replace('before it', 'before each')}"
 

@@ -124,7 +124,7 @@ def test_a_recipe_is_planned_for_a_device_that_is_not_here(capsys: pytest.Captur
 def test_what_is_offloaded_is_told_apart(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     fit += ["--trainer.accelerator", "gpu", "--trainer.strategy", "deepspeed_stage_3_offload", "--devices", "1"]
     said = text_of(capsys, *fit)
-    assert "moments (offloaded)" in said
+    assert "moments of the optimizer (offloaded)" in said
     assert "offloaded, to the memory of the CPU or to a disk" in said
 
 

@@ -56,8 +56,9 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
         "Pruning 210 of 211 Linear layers to 2:4",
         "  weights 106.2 of 134.5 M, 79% of the model",
         "  dense   embeddings (21%), norms, lm_head",
-        "  events  once, before the first of 40 steps, on 128 calibration batches",
-        "  memory  about: statistics 384 MiB, an event 901 MiB in all, masks 101 MiB",
+        "  events  pruned once, before the first of 40 steps, on 128 calibration batches",
+        "  memory  about: the inputs' statistics 384 MiB, an event 901 MiB in all, keep",
+        "          masks 101 MiB",
     ]
 
 
@@ -74,11 +75,11 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
         ),
         (
             {"events": [Event(step, step / 10) for step in range(1, 11)], "steps": None},
-            "events 10, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%",
+            "events pruned 10 times, after optimizer steps 1, 2, …, 10, to 5%, 10%, …, 50%",
         ),
         ({"patterns": [NM(2, 4), NM(2, 4), Unstructured(0.6)]}, "to 2:4 (2), unstructured 0.6 (1)"),
         ({"estimated": UNKNOWN}, "once, before the first of 40 steps, on calibration batches"),
-        ({"estimated": UNKNOWN}, "about: statistics 2.0 GiB, an event 4.0 GiB in all"),
+        ({"estimated": UNKNOWN}, "about: the inputs' statistics 2.0 GiB, an event 4.0 GiB in all"),
     ],
 )
 def test_what_is_said_of_others(told: dict[str, Any], words: str) -> None:
@@ -116,7 +117,7 @@ def test_a_training_begins_with_it_and_ends_with_what_it_left(
     trainer(tmp_path, callback, saving, max_steps=6, enable_checkpointing=True).fit(ToyLM(), loader())
     told = capsys.readouterr().out
     assert "Pruning 14 of 15 Linear layers to 2:4" in told
-    assert "once, after optimizer step 4 of 6, on 2 training batches before it" in told
+    assert "pruned once, after optimizer step 4 of 6, on 2 training batches before\n          it\n" in told
     assert told.index("memory  about") < told.index("Pruned at optimizer step 4")
     assert f"next        thanos-lightning export {tmp_path / 'last.ckpt'} exported" in told
     summary = callback.report.summary
