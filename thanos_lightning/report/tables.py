@@ -16,7 +16,7 @@ from rich.table import Table
 from thanos_lightning.report.data import EventReport, LayerReport, Part, PruningReport, mean_loss
 
 _WIDTH = 80
-_LOSS = "Loss: the squared change of the outputs over their square. 0 is none, 1 is that of an empty layer."
+_LOSS = "Loss: the squared change of a layer's outputs, as a share of their square."
 _RARE = ("scanning", "reconstructing")  # parts that many events lack
 
 
@@ -73,7 +73,7 @@ def print_event(event: EventReport) -> None:
     console = rich.get_console()
     console.print(f"Pruned at optimizer step {event.step}, where {event.target:.1%} was asked for", highlight=False)
     console.print(table, width=min(_WIDTH, console.width))
-    console.print(textwrap.fill(_LOSS, _WIDTH), highlight=False)
+    console.print(_LOSS, highlight=False)
     if event.blocks:
         solved = sum(block.error_solved for block in event.blocks) / len(event.blocks)
         trained = sum(block.error for block in event.blocks) / len(event.blocks)
