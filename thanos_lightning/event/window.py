@@ -200,7 +200,7 @@ def _solve(
                     seconds=time.perf_counter() - start,
                 )
                 reports[name] = report, num_pruned
-                phase.advance(note=f"loss {pruned.relative_loss:.4f}  {'.'.join(name.split('.')[-4:])}")
+                phase.advance(note=f"loss {pruned.relative_loss:.4f}")
             if failures.error is not None:
                 break
         reserve(largest, access, failures)
