@@ -37,6 +37,7 @@ from thanos_lightning.ranks.access import ParameterAccess
 from thanos_lightning.ranks.talk import Failures, reserve
 from thanos_lightning.report.data import BlockReport
 from thanos_lightning.report.progress import open_phase
+from thanos_lightning.report.tables import alike
 
 _RATE = 0.015  # of Adam, for weights whose root mean square is 1
 _BETAS = (0.9, 0.95)
@@ -100,7 +101,7 @@ def reconstruct(
                 with failures.catching(layer=mine.name):
                     found = reports[mine.name] = _train(mine, solved, states.steps, seed=begin + access.rank)
                     if isinstance(found, BlockReport):
-                        note = f"loss {found.error_solved:.2g} to {found.error:.2g}"
+                        note = f"loss {' to '.join(alike([found.error_solved, found.error], digits=2))}"
             phase.advance(len(in_round), note=note)
         failures.raise_together()
     everywhere = access.union(reports)
