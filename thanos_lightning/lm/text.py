@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.hub import go_offline_without_hub
-from thanos_lightning.lm.pretrained import load_tokenizer
+from thanos_lightning.lm.pretrained import load_tokenizer, nearest
 from thanos_lightning.lm.resumable import ResumableDataLoader
 from thanos_lightning.plan.options import check_whole
 from thanos_lightning.report.progress import open_phase
@@ -259,7 +259,7 @@ class TextData(LightningDataModule):
                 why = " ".join(str(error).split())
                 raise ValueError(
                     f"dataset {self.dataset!r} can't be loaded ({why}): give a hub name that can be reached from here, "
-                    "a local folder or text files"
+                    f"a local folder or text files{nearest(str(self.dataset), PYTHON_REFERENCE)}"
                 ) from error
         if column not in dataset.column_names:
             raise ValueError(

@@ -10,7 +10,7 @@ import sys, time
 from thanos_lightning.lm import TextData
 from thanos_lightning.lm.pretrained import load_pretrained, load_tokenizer
 began = time.monotonic()
-for load in (load_pretrained, load_tokenizer, lambda name: TextData(name, name)._load("train")):
+for load in (load_pretrained, load_tokenizer, lambda name: TextData("python-refrence", name)._load("train")):
     try:
         load("owner/no-such")
     except (FileNotFoundError, ValueError) as error:
@@ -33,7 +33,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub: str) -> None:
     assert [error.split()[:2] for error in errors] == [
         ["no", "model"],
         ["no", "tokenizer"],
-        ["dataset", "'owner/no-such'"],
+        ["dataset", "'python-refrence'"],
     ]
+    assert errors[-1].endswith("; did you mean python-reference?")
     assert float(seconds) < 4
     assert "Retry" not in done.stderr

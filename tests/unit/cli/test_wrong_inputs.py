@@ -113,6 +113,11 @@ def test_values_in_a_recipe(right: str, wrong: str, line: str, capsys: Capture) 
         ((*FIT, "--trainer.callbacks.0.pattern"), "--trainer.callbacks.0.pattern has no value: give one, such as "),
         ((), "the following arguments are required: COMMAND"),
         (("prune",), "argument COMMAND: invalid choice: 'prune' (choose from "),
+        (
+            ("ft", "--config", "quickstart"),
+            "argument COMMAND: invalid choice: 'ft' (choose from 'fit', 'validate', 'test', 'recipes', 'plan', "
+            "'verify', 'export', 'reshard', 'plot'): did you mean fit? (`thanos-lightning --help` tells more)",
+        ),
         (("verify",), "the following arguments are required: checkpoint (`thanos-lightning verify --help` tells more)"),
         (("recipes", "quickstrat"), "'quickstrat' is no recipe or launch file: did you mean quickstart? "),
     ],

