@@ -46,11 +46,14 @@ def plot_report(report: PruningReport, path: Path) -> None:
         halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
         over_time, by_layer = halves
         _draw_history(report, over_time)
-        sparsity, losses = by_layer.subplots(1, 2, width_ratios=(1, 1.15))
         groups = _by_kind(layers)
-        _draw_sparsities(groups, sparsity)
+        sparsities = [layer.sparsity for layer in layers]
+        differ = max(sparsities) - min(sparsities) > 0.005  # else a map would be of one colour
+        *of_sparsity, losses = by_layer.subplots(1, 1 + differ, squeeze=False)[0]
+        for axis in of_sparsity:
+            _draw_sparsities(groups, axis)
         _draw_losses(groups, losses)
-        for axis in (sparsity, losses):
+        for axis in (*of_sparsity, losses):
             axis.set_xlabel(f"{'layer' if _ALL in groups else 'block'}, front to back")
         figure.savefig(path)
 
@@ -84,13 +87,29 @@ def _draw_history(report: PruningReport, figure: Any) -> None:
         is_metric = name == metric
         if points:
             steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, color=colour, linewidth=1.6, marker="o" if is_metric or len(steps) < 40 else "",
-                      markersize=5 if is_metric else 3)  # fmt: skip
+            # between few measurements nobody knows the course
+            look: dict[str, Any] = {
+                "linestyle": "none" if is_metric and len(points) < 5 else "-",
+                "markersize": 5 if is_metric else 3,
+            }
+            marker = "o" if is_metric or len(steps) < 40 else ""
+            axis.plot(steps, values, color=colour, linewidth=1.6 if is_metric else 0.6, marker=marker, **look)
+            if not is_metric:
+                axis.plot(steps, _running_mean(values), color=colour, linewidth=2)
+        if is_metric and report.summary.dense is not None:
+            axis.axhline(report.summary.dense, color=_GREY, linewidth=1, linestyle=":", label="dense", zorder=0)
         _scale(axis, [value for _, value in points], widest=20, otherwise="no losses were recorded")
         if is_metric:
             _name_extremes(axis, points)
         _mark_events(report, axis)
     axes[0].legend(loc="best", frameon=False, fontsize=9)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Return the mean of a tenth of all values, centred on each."""
+    half = max(len(values) // 20, 1)
+    around = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(some) / len(some) for some in around]
 
 
 def _scale(axis: Axes, values: Sequence[float], *, widest: float, otherwise: str) -> None:
@@ -101,6 +120,7 @@ def _scale(axis: Axes, values: Sequence[float], *, widest: float, otherwise: str
         axis.set_yticks([])
     elif finite and min(finite) > 0 and max(finite) / min(finite) > widest:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:.2g}")  # mathematical text is off
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
 
@@ -111,7 +131,9 @@ def _name_extremes(axis: Axes, points: Sequence[tuple[int, float]]) -> None:
     for index in sorted({0, highest, len(points) - 1}):
         step, value = points[index]
         if math.isfinite(value):
-            axis.annotate(f"{value:.4g}", (step, value), xytext=(6, 5), textcoords="offset points", fontsize=9)
+            is_last = index == len(points) - 1 and index > 0
+            axis.annotate(f"{value:.4g}", (step, value), xytext=(-6 if is_last else 6, 5), fontsize=9,
+                          ha="right" if is_last else "left", textcoords="offset points")  # fmt: skip
     axis.margins(y=0.15)
 
 
@@ -168,15 +190,10 @@ def _draw_sparsities(groups: _Groups, axis: Axes) -> None:
     axis.set(title="sparsity by layer and kind")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_xticks([index - 0.5 for index in range(1, len(depths))], minor=True)
-    axis.set_yticks([index - 0.5 for index in range(1, len(groups))], minor=True)
-    axis.grid(which="minor", color="white", linewidth=1.2)
-    axis.tick_params(which="minor", length=0)
-    are_alike = len({value for row in rows for value in row.values()}) == 1
-    if are_alike or len(rows) * len(depths) <= 60:
+    if len(rows) * len(depths) <= 60:
         for row, column in itertools.product(range(len(rows)), range(len(depths))):
             value = cells[row][column]
-            if math.isfinite(value) and (not are_alike or column == len(depths) // 2):
+            if math.isfinite(value):
                 axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8,
                           color="white" if value > 0.55 else "black")  # fmt: skip
     bar = axis.figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02, format=lambda value, _: f"{value:.0%}")

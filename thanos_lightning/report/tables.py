@@ -21,7 +21,7 @@ _RARE = ("scanning", "reconstructing")  # parts that many events lack
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """Map each layer's name to the name of its kind, which is the shortest suffix that tells the kinds apart.
+    """Map each layer's name to the name of its kind, the shortest suffix from a word on that tells the kinds apart.
 
     Layers are of the same kind if their names differ only in the numbers of their blocks.
 
@@ -37,7 +37,10 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
     for path in set(paths.values()):
         lengths = range(1, len(path) + 1)
         others = [other for other in set(paths.values()) if other != path]
-        length = next((n for n in lengths if all(other[-n:] != path[-n:] for other in others)), len(path))
+        length = next(
+            (n for n in lengths if path[-n][0].isalpha() and all(other[-n:] != path[-n:] for other in others)),
+            len(path),
+        )
         labels[path] = ".".join(path[-length:])
     return {name: labels[path] for name, path in paths.items()}
 

@@ -29,7 +29,7 @@ def printed(function: Callable[..., None], *args: Any, width: int = 80, **option
     ("names", "kinds"),
     [
         (["h.0.attn.proj", "h.0.mlp.proj", "h.1.mlp.up"], ["attn.proj", "mlp.proj", "up"]),
-        (["model.0", "model.2"], ["0", "2"]),
+        (["model.0", "model.2"], ["model.0", "model.2"]),
         (["a.b.c.fc", "x.b.c.fc"], ["a.b.c.fc", "x.b.c.fc"]),
         (["fc", "head.fc"], ["fc", "head.fc"]),
         (["layers.0.experts.3.up", "layers.1.experts.7.up"], ["up", "up"]),
