@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from toy import tiny_files
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from thanos_lightning import ThanosPruningCallback
 from thanos_lightning.cli import main
@@ -60,16 +59,6 @@ PLANNED = [  # and where
     *((name, f"recipes/{name}.yaml") for name in ("llama-3.1-8b-2of4", *ZERO3)),
     ("llama-3.1-8b-2of4-zero3", "docs/scaling/plan.md"),
 ]
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-CONFIGS: dict[str, tuple[type[PreTrainedConfig], tuple[int, ...], int, bool]] = {
-    # What the hub says of each model: the class, these sizes, heads of keys and values, whether embeddings are tied
-    "meta-llama/Llama-3.1-8B": (LlamaConfig, (128256, 4096, 14336, 32, 32), 8, False),
-    "meta-llama/Llama-3.1-70B": (LlamaConfig, (128256, 8192, 28672, 80, 64), 8, False),
-    "meta-llama/Llama-3.2-1B": (LlamaConfig, (128256, 2048, 8192, 16, 32), 8, True),
-    "Qwen/Qwen3-0.6B": (Qwen3Config, (151936, 1024, 3072, 28, 16), 8, True),
-    "Qwen/Qwen3-1.7B": (Qwen3Config, (151936, 2048, 6144, 28, 16), 8, True),
-    "HuggingFaceTB/SmolLM2-135M": (LlamaConfig, (49152, 576, 1536, 30, 9), 3, True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -94,14 +83,6 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
 def only(kind: type[Callback], cli: LightningCLI) -> Any:
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
     return callback
-
-
-@pytest.fixture
-def at_hand(tmp_path: Path) -> None:
-    """The configurations of the recipes' models, in folders of their names, where the command looks first."""
-    for name, (kind, sizes, heads, are_tied) in CONFIGS.items():
-        settings = dict(zip(SIZES, sizes, strict=True))
-        kind(**settings, num_key_value_heads=heads, tie_word_embeddings=are_tied).save_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -152,7 +133,6 @@ def test_a_zero3_recipe_shards_all_and_offloads_nothing(name: str) -> None:
 SLOW = "llama-3.2-1b-channels30"  # which takes twelve seconds, and has a sister
 
 
-@pytest.mark.usefixtures("at_hand")
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.rest] * (one == SLOW)) for one in RECIPES])
 def test_a_recipe_can_be_planned(name: str) -> None:
     planned = Plan(PlannedCLI(["--config", name], for_another=True))
@@ -164,7 +144,6 @@ def test_a_recipe_can_be_planned(name: str) -> None:
     assert not blocks or max(len(window.patterns) for window in windows) == 7 * blocks
 
 
-@pytest.mark.usefixtures("at_hand")
 @pytest.mark.parametrize(("name", "file"), PLANNED)
 def test_what_is_written_of_a_large_recipe_is_its_plan(
     name: str, file: str, capsys: pytest.CaptureFixture[str]

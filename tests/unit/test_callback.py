@@ -561,14 +561,14 @@ def test_a_dense_checkpoint_does_not_go_on_with_a_callback_whose_steps_are_over(
 @pytest.mark.parametrize(
     ("arguments", "max_steps", "words"),
     [
-        ({}, 40, r"than the checkpoint did in its first \d window\(s\): max_steps was 20 and is 40. Resume with"),
+        ({}, 40, r"than the checkpoint did: max_steps was 20 and is 40. Resume with"),
         ({"schedule": SparsitySchedule(2, 10, 4)}, 40, "these arguments differ .* and apply from now on: schedule"),
         (
             {"schedule": SparsitySchedule(2, 14, 4), "damping": 0.1},
             40,
             r"schedule was .*=0.1, .* and is .*=2.*\). Resume",
         ),
-        ({"pattern": "1:4"}, 20, r"window\(s\): pattern was NM\(n=2, m=4.*\) and is NM\(n=1, m=4.*\). Resume"),
+        ({"pattern": "1:4"}, 20, r"did: pattern was '2:4' and is '1:4'. Resume"),
         ({"targets": ["*.mlp.*"]}, 20, r"q_proj.weight, which is no target now: targets was .* and is \['\*.mlp.\*'\]"),
     ],
 )

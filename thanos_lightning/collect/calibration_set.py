@@ -230,7 +230,7 @@ def _forward(module: LightningModule, batch: Any) -> Any:
             raise
         raise MisconfigurationException(
             f"a calibration batch is a {type(batch).__name__}, on which {call} of {type(module).__name__} fails "
-            f"({type(error).__name__}: {error}): {_mend(module)}"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}): {_mend(module)}"
         ) from error
 
 

@@ -54,7 +54,7 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
             raise ValueError(
                 f"{type(module).__name__} can't be run on a small input, by which its feed-forward blocks are "
                 f"found ({type(error).__name__}: {str(error).partition(chr(10))[0]}): set its "
-                "example_input_array, as a sequence of some tokens"
+                "example_input_array to a small input of forward"
             ) from error
         yield run
 
@@ -62,20 +62,28 @@ def tiny_run(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[],
 def _inputs(module: LightningModule) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     example = module.example_input_array
     if isinstance(example, Mapping):
-        return module, (), dict(example)
+        return module, (), {name: _drawn(value) for name, value in example.items()}
     if example is not None:
-        return module, tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
+        return module, tuple(map(_drawn, example if isinstance(example, (tuple, list)) else (example,))), {}
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     # a teacher may stand beside the model that is trained
     model = max(models, key=lambda part: any(p.requires_grad for p in part.parameters()), default=None)
     if model is None or model.main_input_name not in ("input_ids", "pixel_values"):
         raise ValueError(
             f"the feed-forward blocks of {type(module).__name__} are found by running it on a small input, and it has "
-            "none: set its example_input_array, as a sequence of some tokens"
+            "none: set its example_input_array to a small input of forward"
         )
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
     takes_any = inspect.Parameter.VAR_KEYWORD in kinds and type(module).forward is not LightningModule.forward
     return module if takes_any else model, (), _of_transformers(model)
+
+
+def _drawn(example: Any) -> Any:
+    """Draw random numbers of an example of zeros, Lightning's idiom for a shape: zeros hide what a layer does."""
+    if not isinstance(example, Tensor) or not example.is_floating_point() or example.any():
+        return example
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(example.shape, generator=generator, device="cpu").to(example)
 
 
 def _of_transformers(model: PreTrainedModel) -> dict[str, Tensor]:

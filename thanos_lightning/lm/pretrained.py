@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +32,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_pretrained(name: str, dtype: str | None = None, attn_implementation: str | None = None) -> PreTrainedModel:
     """Load a causal LM, in evaluation mode as `from_pretrained` leaves it. `load_tokenizer` takes its `name_or_path`.
 
-    Under `torch.device("meta")` the model has shapes and no weights, and only its configuration is read.
+    Under `torch.device("meta")` the model has shapes and no weights, and only its configuration is read. Those of the
+    recipes' models come with this package.
 
     Args:
         name: A hub name or a local folder. "smollm2-135m" is SmolLM2-135M-Instruct out of a file of 4-bit weights,
@@ -51,12 +54,16 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
         (torch.float32, 134515008)
     """
     wanted = torch.get_default_dtype() if dtype is None else torch_dtype(dtype)
-    with torch.device("cpu"):  # a model of a package is converted once, with its weights
-        source = _resolve(name)
-    with _naming("model", name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    is_planned = torch.get_default_device().type == "meta"
+    if is_planned and not Path(name).expanduser().exists() and name in (known := _configurations()):
+        config = AutoConfig.for_model(**known[name], name_or_path=name)
+    else:
+        with torch.device("cpu"):  # smollm2-135m is converted once, with its weights
+            source = _resolve(name)
+        with _naming("model", name):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config._attn_implementation = attn_implementation  # it may name a kernel on a hub, whose code would be run
-    if torch.get_default_device().type == "meta":
+    if is_planned:
         with _naming("model", name):
             return AutoModelForCausalLM.from_config(
                 config, dtype=wanted, attn_implementation=attn_implementation, trust_remote_code=False
@@ -70,6 +77,14 @@ def load_pretrained(name: str, dtype: str | None = None, attn_implementation: st
             trust_remote_code=False,
             use_kernels=False,  # transformers 5.25 would run kernels from a hub in place of the model's own modules
         )
+
+
+def _configurations() -> dict[str, dict[str, Any]]:
+    """Read the configurations of the recipes' models, so that a plan needs neither a hub nor its licences."""
+    found: dict[str, dict[str, Any]] = json.loads(
+        Path(__file__).with_name("configurations.json").read_text(encoding="utf-8")
+    )
+    return found
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -274,6 +274,8 @@ def described(value: Any) -> str:
         >>> described([{"input_ids": None}]), described(("*", "lm_head")), described("2:4")
         ('list of 1 batch(es)', "['*', 'lm_head']", "'2:4'")
     """
+    if isinstance(value, NM) and not value.outlier_fraction:
+        return repr(value.name)
     if isinstance(value, Iterable) and not isinstance(value, str):
         if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
             return repr(list(value))

@@ -192,8 +192,8 @@ def check_begun(windows: Sequence[Window], recorded: Sequence[list[Any]], change
     """
     if [window.state() for window in windows] != list(recorded):
         raise MisconfigurationException(
-            f"this run would prune other layers, or at other steps, than the checkpoint did in its first "
-            f"{len(recorded)} window(s){reasons(changed) or ', though no argument has changed: the model must have'}. "
+            "this run would prune other layers, or at other steps, than the checkpoint did"
+            f"{reasons(changed) or ', though no argument has changed: the model must have'}. "
             "Resume with the settings and the model of the checkpoint, or fit without ckpt_path"
         )
 

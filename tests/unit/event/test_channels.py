@@ -184,7 +184,9 @@ def test_a_block_of_ones_own_is_declared(tmp_path: Path, body: Any, down: str, u
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
-@pytest.mark.parametrize("example", [IDS, torch.randn(1, 8, 16)], ids=["tokens", "floats"])
+@pytest.mark.parametrize(
+    "example", [IDS, torch.randn(1, 8, 16), torch.zeros(1, 8, 16)], ids=["tokens", "floats", "zeros"]
+)
 def test_an_example_is_converted_as_batches_are_and_a_gate_that_is_zero_hides_nothing(
     tmp_path: Path, example: Tensor, precision: Any
 ) -> None:

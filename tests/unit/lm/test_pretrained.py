@@ -86,3 +86,21 @@ def test_on_the_meta_device_the_configuration_is_enough(tiny):
         model = load_pretrained(tiny, "bfloat16")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B", 70_553_706_496),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_the_recipes_models_have_their_shapes_without_a_hub(monkeypatch, name, weights):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+    with torch.device("meta"):
+        assert load_pretrained(name).num_parameters() == weights
