@@ -31,7 +31,9 @@ def test_a_layer_has_the_pattern_and_loses_what_the_tokens_say_and_no_more_than_
     if damping > 0:
         assert result.loss <= prune(weight, H, pattern, method="wanda").loss
         dense, lost = energy(weight, inputs), energy(result.weight.double() - weight.double(), inputs)
-        assert result.loss / dense == pytest.approx(lost / dense, rel=1e-3, abs=torch.finfo(torch.float32).eps)
+        # the Hessian is summed in fp32, in an order that the CPU chooses
+        rounding = 2 * torch.finfo(torch.float32).eps
+        assert result.loss / dense == pytest.approx(lost / dense, rel=1e-3, abs=rounding)
 
 
 @small_families
