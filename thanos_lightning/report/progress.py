@@ -153,12 +153,14 @@ class _Display:
             self._phases.append(phase)
             if is_outermost:
                 threading.Thread(target=self._go_on, args=(ends, log), daemon=True, name="progress").start()
+            has_ended = False
             try:
                 yield
-                if not console.is_interactive and phase.seconds > _FIRST_LINE:
-                    self._write(log, phase.line(ended=True))
+                has_ended = True
             finally:
-                with self._lock:
+                with self._lock:  # no line about an open phase comes after the line that says it has ended
+                    if has_ended and not console.is_interactive and phase.seconds > _FIRST_LINE:
+                        self._write(log, phase.line(ended=True))
                     phase.bar.update(phase.task.id, visible=False, refresh=True)  # a display around it goes on
                     self._phases.remove(phase)
                     if is_outermost:
