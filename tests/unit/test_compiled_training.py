@@ -96,7 +96,8 @@ def train(module: Any, root: Path, *callbacks: Callback, **options: Any) -> Ligh
 
 
 def check_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(one, other)
+    # A graph may round a sum otherwise, and Adam makes that larger: up to 5e-5 on one CPU; a step is 3e-3
+    torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
     for name, value in one.items():
         assert torch.equal(value == 0, other[name] == 0), name
 
