@@ -69,6 +69,7 @@ def count_dataloader(
                 contexts.enter_context(torch.set_grad_enabled(bool(differentiated)))
                 contexts.enter_context(trainer.precision_plugin.forward_context())
                 if number is not None:
+                    statistics.look_for_nan(on_device, f"calibration batch {number}")
                     contexts.enter_context(statistics.inputs.counting(mask))
                 if number is not None and states is not None:
                     contexts.enter_context(states.recording(number, mask, access.world_size))

@@ -95,12 +95,13 @@ class Collector:
         self._open = self._new(window)
         self._open.start(module, of_training=True)
 
-    def begin(self, batch: Any, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
-        """Count the forwards of this training batch from now on.
+    def begin(self, batch: Any, number: int, loss_scale: Callable[[], float | Tensor] = lambda: 1.0) -> None:
+        """Count the forwards of this training batch, the epoch's batch `number`, from now on.
 
         `loss_scale` returns the factor on the batch's loss before the backward.
         """
         if self._open is not None:
+            self._open.look_for_nan(batch, f"training batch {number}")
             self._open.inputs.begin(partial(self._counted, batch))
             if self._open.gradients is not None:
                 self._open.gradients.begin(loss_scale())
@@ -177,7 +178,7 @@ class Collector:
                 "several events fell into one batch. Space the events further apart (every_n_steps)"
             )
         statistics.stop()
-        statistics.failures.raise_together()
+        statistics.refuse_nan()
         if statistics.gradients is not None:
             # A scan compares the layers of several windows, so their sums become means.
             statistics.gradients.divide(window.end_step - window.start_step)
@@ -196,7 +197,7 @@ class Collector:
         )
         if not sum(self._access.gather(counted)):
             raise PruningError("calibration.batches gave no batch: give one that isn't empty")
-        statistics.failures.raise_together()
+        statistics.refuse_nan()
         return statistics
 
     def _layers_of(self, window: Window) -> dict[str, Layer]:

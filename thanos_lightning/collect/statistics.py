@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from thanos_lightning.collect.inputs import InputStatistics
 from thanos_lightning.collect.outputs import OutputGradients
 from thanos_lightning.layers.targets import Layer
 from thanos_lightning.ranks.access import ParameterAccess
-from thanos_lightning.ranks.talk import Failures
+from thanos_lightning.ranks.talk import Failures, PruningError
 
 
 class Statistics:
@@ -39,6 +39,8 @@ class Statistics:
         self.inputs = InputStatistics(layers, self.failures)
         self.gradients = OutputGradients(layers, self.failures) if gradients else None
         self.states = HiddenStates(blocks, block_steps, self.failures) if blocks else None
+        # batch, place in it, and whether it holds NaN: a bool on the batch's device, which the host reads at the end
+        self._nan: list[tuple[str, str, Tensor]] = []
 
     def start(self, module: nn.Module, *, of_training: bool) -> None:
         """Add the hooks. `of_training` says whether the training runs the backwards."""
@@ -53,6 +55,34 @@ class Statistics:
         for part in (self.inputs, self.gradients, self.states):
             if part is not None:
                 part.stop()
+
+    def look_for_nan(self, batch: Any, name: str) -> None:
+        """Look for NaN in a batch that is counted, for `refuse_nan`. The host waits for no device."""
+        with self.failures.catching():
+            self._nan += [(name, place, tensor.isnan().any()) for place, tensor in _floating(batch, "")]
+
+    def refuse_nan(self) -> None:
+        """Refuse sums that NaN in a batch has reached. All ranks must call it.
+
+        A batch may hold NaN where no layer reads it, such as in a label that the loss leaves out.
+
+        Raises:
+            PruningError: On all ranks, with the first batch that holds NaN, or with an error that a hook has kept.
+        """
+        with self.failures.catching():
+            first: dict[str, str] = {}  # place -> the first batch with NaN there: one of these places may be harmless
+            for name, place, has_nan in self._nan:
+                if place not in first and has_nan:
+                    first[place] = name
+            if first:
+                found = ", ".join(f"{name} holds NaN{place}" for place, name in first.items())
+                for layer, accumulator in self.inputs.accumulators.items():
+                    if accumulator.triangle.diagonal().isnan().any():
+                        raise PruningError(
+                            f"{found}, and so do the inputs of layer {layer}: replace NaN in "
+                            "the data by numbers, or leave such samples out"
+                        )
+        self.failures.raise_together()
 
     def seconds(self) -> float:
         """Return the time that summing has taken."""
@@ -103,3 +133,15 @@ class Statistics:
                 gradients[name] = gradients[name] + squares if name in gradients else squares
         if self.gradients is not None:
             self.gradients.load(gradients)
+
+
+def _floating(batch: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors in a batch, each with its place: ` in batch["key"][0]`, or nothing."""
+    if isinstance(batch, Tensor) and batch.is_floating_point():
+        yield place and f" in batch{place}", batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _floating(value, f"{place}[{key!r}]")
+    elif isinstance(batch, (list, tuple)):
+        for number, value in enumerate(batch):
+            yield from _floating(value, f"{place}[{number}]")

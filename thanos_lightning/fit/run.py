@@ -257,10 +257,10 @@ class PruningRun:
 
     # Batches
 
-    def begin_batch(self, batch: Any) -> None:
-        """Count the forwards of the training batch that begins."""
+    def begin_batch(self, batch: Any, number: int) -> None:
+        """Count the forwards of the training batch that begins, the epoch's batch `number`."""
         self._scores.renewed(self.trainer, "step")
-        self.collector.begin(batch, partial(loss_scale, self.trainer))
+        self.collector.begin(batch, number, partial(loss_scale, self.trainer))
 
     def _is_saved_at_the_end(self) -> bool:
         """Whether a checkpoint of this step may be the last one, which has to hold the final metric."""

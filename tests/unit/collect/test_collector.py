@@ -48,8 +48,8 @@ def trained(module: ToyLM, of: Window, batches: list[dict[str, Tensor]], **setti
     """What has collected in a training on the batches."""
     collecting = collector(module, **settings)
     collecting.open(of, module)
-    for batch in batches:
-        collecting.begin(batch)
+    for number, batch in enumerate(batches):
+        collecting.begin(batch, number)
         loss = module(**batch).loss
         collecting.end()
         module(input_ids=batch["input_ids"] * 0)  # what runs after the training step is not counted
@@ -117,3 +117,43 @@ def test_padding_does_not_count(module: ToyLM, fitted: Trainer) -> None:
     with pytest.warns(UserWarning, match="the batches have no 'mask', so every token counts") as caught:
         trained(module, window(module), padded, attention_mask_key="mask")
     assert sum("the batches have no 'mask'" in str(one.message) for one in caught) == 1
+
+
+class Scored(ToyLM):
+    """Reads embeddings, and no scores."""
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(inputs_embeds=batch["embeddings"], labels=batch["labels"])
+
+
+@pytest.mark.parametrize("of_training", [True, False])
+def test_nan_in_data_is_named_with_its_batch(fitted: Trainer, of_training: bool) -> None:
+    module = Scored()
+    batches = [
+        {
+            "embeddings": module.model.get_input_embeddings()(batch["input_ids"]).detach(),
+            "labels": batch["labels"],
+            "scores": torch.full((2, 1), torch.nan),
+        }
+        for batch in BATCHES
+    ]
+
+    def take() -> Moments:
+        collecting = collector(module, batches=None if of_training else batches)
+        if of_training:
+            collecting.open(window(module), module)
+            for number, batch in enumerate(batches):
+                collecting.begin(batch, number)
+                module(**batch)
+                collecting.end()
+        return collecting.take(window(module), fitted, module)
+
+    assert moments(take()).isfinite().all()  # no layer reads the scores
+    batches[2]["embeddings"][0, 3, 0] = torch.nan
+    kind = "training" if of_training else "calibration"
+    told = (
+        rf"^{kind} batch 0 holds NaN in batch\['scores'\], {kind} batch 2 holds NaN in batch\['embeddings'\], "
+        "and so do the inputs of layer"
+    )
+    with pytest.raises(PruningError, match=told):
+        take()
