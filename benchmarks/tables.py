@@ -4,6 +4,7 @@ python benchmarks/tables.py
 """
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +18,9 @@ HEAD = """# Perplexity after recovery
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
-SmolLM2-135M is trained on Python's documentation in steps of 1,024 tokens, with AdamW, 5 % warm-up and a cosine. Each
-number is the perplexity on held-out text at the end of a training. `benchmarks/recovery.py` has the contenders by name,
-and `--contenders NAME` repeats one:
+SmolLM2-135M-Instruct, unpacked from 4-bit weights, is trained on Python's documentation in steps of 1,024 tokens, with
+AdamW, 5 % warm-up and a cosine. Each number is the perplexity on held-out text at the end of a training.
+`benchmarks/recovery.py` has the contenders by name, and `--contenders NAME` repeats one:
 
     python benchmarks/python_documentation.py unpacked pydocs  # its head says where the text comes from
     python benchmarks/recovery.py --text pydocs --validation-split validation --contenders "first step"
@@ -56,7 +57,8 @@ defaults` it is the README's, of the [longer trainings](#longer-24-1024000-token
 LONG = """
 ## {pattern}, 204,800 tokens
 
-By learning rate, with one order of the text; "other order" is another one, at the rate that was best.
+"Perplexity" is the geometric mean over one or two orders of the text, at the rate that is best with the first order.
+The columns of rates have the first order, and "order 2" has the second one.
 
 """
 SHORT = """
@@ -123,10 +125,11 @@ LAYERS = """# One layer at a time
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
-Each of the {layers} layers of SmolLM2-135M is pruned alone, with Hessians of {tokens:,} tokens of Python's reference,
-on {threads} threads of an {cpu}. A cell has the error (the geometric mean over the layers) and the time, both over
-those of this package's SparseGPT. In brackets is the time over that of SparseGPT's column loop in eager torch. The
-times are of 34da222, whose solver had [C code](../design/tried.md#c-code-for-cpus-december-2026) for CPUs.
+Each of the {layers} layers of SmolLM2-135M-Instruct, unpacked from 4-bit weights, is pruned alone, with Hessians of
+{tokens:,} tokens of Python's reference, on {threads} threads of an {cpu}. A cell has the error (the geometric mean over
+the layers) and the time, both over those of this package's SparseGPT. In brackets is the time over that of SparseGPT's
+column loop in eager torch. The times are of 34da222, whose solver had
+[C code](../design/tried.md#c-code-for-cpus-december-2026) for CPUs.
 
     python benchmarks/layers.py --patterns 2:4 unstructured:0.5 unstructured:0.7 4:8 structured:0.3
 
@@ -140,8 +143,8 @@ decoder layer, and names those that gain at least 2 %:
 ONE_SHOT = """
 ## The whole model, pruned in one shot
 
-Perplexity of SmolLM2-135M on held-out text. It is pruned on {sequences} sequences of {length} tokens of Python's
-reference.
+Perplexity of the same model on held-out text. The model is pruned on {sequences} sequences of {length} tokens of
+Python's reference.
 
     python benchmarks/one_shot.py --pattern 2:4
     python benchmarks/one_shot.py --pattern unstructured
@@ -151,9 +154,9 @@ CHANNELS = """# Fewer channels
 
 <!-- Written by benchmarks/tables.py: change that, and run it. -->
 
-A smaller dense model, by what was taken out of it. SmolLM2-135M is trained on 204,800 tokens of Python's documentation,
-as [here](recovery.md), with one order of the text. "Before" is the perplexity of the smaller model before its training;
-then come those at the end, by learning rate. Fine-tuned whole, the model ends at {dense:.2f}.
+A smaller dense model, by what was taken out of it. SmolLM2-135M-Instruct is trained on 204,800 tokens of Python's
+documentation, as [here](recovery.md), with one order of the text. "Before" is the perplexity of the smaller model
+before its training; then come those at the end, by learning rate. Fine-tuned whole, the model ends at {dense:.2f}.
 
     python benchmarks/channels.py --text pydocs --validation-split validation --contenders once flap
 
@@ -191,22 +194,27 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def by_rate(runs: list[dict[str, Any]], pattern: str) -> str:
-    """Contenders by learning rate, those that end best at last."""
+    """Contenders by learning rate, the best first."""
     own = [run for run in runs if run["pattern"] == pattern or run["contender"] == DENSE]
     rates = sorted({run["rate"] for run in own})
     found: dict[str, dict[float, float]] = defaultdict(dict)
-    others: dict[str, float] = {}
+    others: dict[str, list[float]] = defaultdict(list)
     for run in own:
         if run["seed"] == 1:
             found[run["contender"]][run["rate"]] = run["perplexity"]
     for run in own:
         if run["seed"] != 1 and run["rate"] == min(found[run["contender"]], key=found[run["contender"]].__getitem__):
-            others[run["contender"]] = run["perplexity"]
-    rows = [
-        [name, *marked(found[name], rates), f"{others[name]:.2f}" if name in others else ""]
-        for name in sorted(found, key=lambda name: -min(found[name].values()))
-    ]
-    return table(["", *(f"{rate:g}" for rate in rates), "other order"], rows)
+            others[run["contender"]].append(run["perplexity"])
+    rows = []
+    for name in found:
+        rate = min(found[name], key=found[name].__getitem__)
+        orders = [found[name][rate], *others[name]]
+        second = f"{orders[1]:.2f}" if len(orders) > 1 else ""
+        mean = statistics.geometric_mean(orders)
+        tried = (f"{found[name][one]:.2f}" if one in found[name] else "" for one in rates)
+        rows.append((mean, [name, f"**{mean:.2f}**", f"{rate:g}", second, *tried]))
+    head = ["", "perplexity", "rate", "order 2", *(f"at {rate:g}" for rate in rates)]
+    return table(head, (cells for _, cells in sorted(rows)))
 
 
 def marked(found: dict[float, float], rates: Iterable[float]) -> list[str]:
@@ -227,29 +235,29 @@ def by_length(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
             short.get((run["contender"], run["rate"]), ""),
             f"{run['perplexity']:.2f}",
         ]
-        for run in sorted(longer, key=lambda run: -run["perplexity"])
+        for run in sorted(longer, key=lambda run: run["perplexity"])
     ]
     return table(["", "learning rate", "204,800 tokens", "1,024,000 tokens"], rows)
 
 
 def by_twice(runs: list[dict[str, Any]], longer: list[dict[str, Any]]) -> str:
-    """Contenders that had twice the tokens, those that end best at last."""
+    """Contenders that had twice the tokens, the best first."""
     after_another = [run for run in runs if (run["settings"] or {}).get("fine_tuned")]
     best: dict[str, dict[str, Any]] = {}
     for run in sorted([*after_another, *longer], key=lambda run: run["perplexity"]):
         best.setdefault(run["contender"], run)
-    rows = [[name, f"{run['rate']:g}", f"{run['perplexity']:.2f}"] for name, run in reversed(best.items())]
+    rows = [[name, f"{run['rate']:g}", f"{run['perplexity']:.2f}"] for name, run in best.items()]
     return table(["", "learning rate", "perplexity"], rows)
 
 
 def of_another(runs: list[dict[str, Any]]) -> str:
-    """Contenders on another model and text, which all trained alike, those that end best at last."""
+    """Contenders on another model and text, which all trained alike, the best first."""
     (task,) = {tuple(run["task"][name] for name in ("steps", "batch", "length")) for run in runs}
     (rate,) = {run["rate"] for run in runs}
     steps, batch, length = task
     rows = [
         [run["contender"], f"{run['curve'][0]['perplexity']:.2f}", f"{run['perplexity']:.2f}"]
-        for run in sorted(runs, key=lambda run: -run["perplexity"])
+        for run in sorted(runs, key=lambda run: run["perplexity"])
     ]
     head = ANOTHER.format(steps=steps, batch=batch, length=length, rate=rate, tokens=steps * batch * length)
     return head + table(["", "before the training", "at the end"], rows)
@@ -334,7 +342,7 @@ def by_width() -> str:
             one = next(iter(tried.values()))
             before = "" if one["before"] is None else f"{one['before']:,.2f}"
             rows.append((min(ends.values()), [name, f"{one['size']:.1%}", before, *marked(ends, rates)]))
-        ordered = (row for _, row in sorted(rows, key=lambda found: -found[0]))
+        ordered = (row for _, row in sorted(rows, key=lambda found: found[0]))
         page += WIDTH.format(sparsity=sparsity)
         page += table(["", "weights", "before", *(f"{rate:g}" for rate in rates)], ordered)
     return page + by_runtime()

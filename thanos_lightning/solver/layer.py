@@ -554,7 +554,8 @@ def _check_tensors(
         )
     if not _is_finite(hessian):
         raise NonFiniteError(
-            "the hessian holds NaN or Inf: an activation overflowed, or a batch holds NaN: use a wider dtype or mend the data"
+            "the hessian holds NaN or Inf: an activation overflowed, or a batch holds NaN. Use a wider dtype, or mend "
+            "the data"
         )
     if not torch.equal(hessian, hessian.mT) and (hessian - hessian.mT).abs().max() > 1e-3 * hessian.abs().max():
         raise ValueError(
