@@ -220,7 +220,8 @@ class TrainerCheckpoint:
         if not self.describes_a_model:
             raise ValueError(
                 f"{self.path} does not say which Hugging Face model it holds: train a LightningModule that keeps a "
-                "transformers model as a submodule"
+                f"transformers model as a submodule, or load the sparse weights by torch.load({str(self.path)!r}, "
+                "weights_only=True)['state_dict']"
             )
         note: Mapping[str, Any] = self.content[NOTE_KEY]
         require_format(note, self.path)

@@ -37,9 +37,10 @@ from thanos_lightning.checkpoints.deepspeed_files import (
     require_end,
     require_one_save,
 )
-from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded
+from thanos_lightning.checkpoints.foreign import check_shards, not_plain, require_bounded, require_intact
 from thanos_lightning.ranks.talk import Ranks, failing_together
 from thanos_lightning.ranks.view import whole_shape
+from thanos_lightning.report.progress import open_phase
 
 _GUARDED = "_thanos_lightning_guards_resume"
 _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads them
@@ -49,9 +50,9 @@ _YES = ("1", "y", "yes", "true")
 def guard_resume(strategy: Strategy) -> None:
     """Let this strategy load no code from a checkpoint, from now on and by any of the Trainer's methods.
 
-    All ranks refuse pipes and other files that are not regular, before anything is loaded. The files of a folder are
-    refused then, too, if they hold more than plain values. torch itself is told to read plain values alone, whatever
-    its callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to
+    All ranks refuse files that are not regular, or whose bytes have changed, before anything is loaded. The files of a
+    folder are refused then, too, if they hold more than plain values. torch itself is told to read plain values alone,
+    whatever its callers say. A user who trusts a checkpoint says weights_only=False; Lightning does not pass that on to
     DeepSpeed's strategy. What DeepSpeed leaves undone is completed after a load.
 
     The strategy's methods are wrapped, because the checkpoint is unknown until it is loaded.
@@ -65,14 +66,18 @@ def guard_resume(strategy: Strategy) -> None:
 
     def safe_load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        if False in (*args, kwargs.get("weights_only")) and not of_deepspeed:
-            return load_checkpoint(checkpoint_path, *args, **kwargs)
+        trusted = False in (*args, kwargs.get("weights_only")) and not of_deepspeed
         path = Path(checkpoint_path)
         with _all_of(strategy):
-            require_end(path)
-            check_shards(path)
+            if not trusted:
+                require_end(path)
+                check_shards(path)
             if path.exists() and not path.is_dir():  # a URL is not here
                 require_bounded(path)
+                with open_phase(f"Reading {path.name}"):
+                    require_intact(path)
+        if trusted:
+            return load_checkpoint(checkpoint_path, *args, **kwargs)
         if isinstance(strategy, DeepSpeedStrategy):
             _prepare(path, strategy)
         with _plain_values_alone(CLASSES if of_deepspeed else ()):

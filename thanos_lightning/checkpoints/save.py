@@ -9,23 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import override
 
 from thanos_lightning.checkpoints.folders import bring_back, clear, partial_beside, put_in_place, remove
-from thanos_lightning.checkpoints.foreign import require_intact
 from thanos_lightning.ranks.talk import PruningError, Ranks, failing_together
-from thanos_lightning.report.progress import open_phase
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a temporary file and renames it. Lightning's own class leaves part of a file if the disk is full.
-
-    Loading refuses a file whose bytes have changed.
-    """
+    """Writes a temporary file and renames it. Lightning's own class leaves part of a file if the disk is full."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -44,16 +38,6 @@ class WholeFiles(TorchCheckpointIO):
         finally:
             with suppress(OSError):  # it was renamed, or never made
                 partial.unlink()
-
-    @override
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if Path(path).is_file():
-            try:
-                with open_phase(f"Reading {Path(path).name}"):
-                    require_intact(Path(path))
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
-        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def _unwritten(path: Path, error: BaseException) -> PruningError:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from thanos_lightning.cli.commands import TRAINER_COMMANDS, command_parser
 from thanos_lightning.cli.mistakes import DEBUG, PROGRAM, users_mistake
-from thanos_lightning.cli.parsing import with_recipes
+from thanos_lightning.cli.parsing import require_checkpoint, with_recipes
 from thanos_lightning.report.progress import TERMINATED, Terminated
 
 INTERRUPTED = 130  # exit status in a shell of a process that Ctrl-C ended
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # LightningCLI also takes --config before the command, for a file that configures several commands.
         if arguments and (arguments[0] in TRAINER_COMMANDS or re.match(r"(-c|--config)(=|$)", arguments[0])):
             with_recipes(arguments)  # a wrong name is refused before all that is loaded
+            require_checkpoint(arguments)
             if arguments[0] == "fit" and not _rank() and not {"-h", "--help", "--print_config"} & {*arguments}:
                 sys.stdout.write("Starting: torch and Lightning are loaded first\n")  # which takes several seconds
                 sys.stdout.flush()

@@ -8,11 +8,13 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from thanos_lightning.checkpoints.folders import bring_back
 from thanos_lightning.cli.mistakes import PROGRAM, Mistake, did_you_mean
 
 _HINTS = {  # advice for a value of the wrong type
@@ -34,6 +36,8 @@ _NESTED = re.compile(r"NestedArg\(key='(.+?)', val=(.*)\)")  # of --model.learni
 _NO_GROUP = re.compile(  # a text in place of a group's options
     r"(?:Unable to load config|Expected a path but|Expected a dot import path string:) '?(.+?)'?(?: either not .*)?$"
 )
+SPECIAL = ("best", "last", "hpc")  # checkpoints that the Trainer finds itself
+_CONFIG = ("-c", "--config")
 _PACKAGES = ("thanos_lightning", "thanos_lightning.lm", "lightning.pytorch.callbacks")  # their classes need no path
 _TYPES = {
     "float": "a number",
@@ -255,13 +259,33 @@ def with_recipes(argv: list[str]) -> list[str]:
         _require_configuration(name, known)
         return name
 
-    split: list[str] = []
-    for argument in argv:
-        split += argument.split("=", 1) if argument.startswith(("-c=", "--config=")) else [argument]
+    split = _split(argv, _CONFIG)
+    if split and split[-1] in _CONFIG:
+        raise Mistake(f"{split[-1]} has no value: give a recipe's name, such as quickstart, or a YAML file")
     return [
-        file_of(argument) if before in ("-c", "--config") else argument
+        file_of(argument) if before in _CONFIG else argument
         for before, argument in zip(["", *split], split, strict=False)
     ]
+
+
+def require_checkpoint(argv: Sequence[str]) -> None:
+    """Refuse a --ckpt_path that is not there."""
+    split = _split(argv, ("--ckpt_path",))
+    for option, name in pairwise(split):
+        path = Path(name)
+        if option == "--ckpt_path" and name not in ("null", *SPECIAL) and "://" not in name:
+            bring_back(path)
+            if not path.exists():
+                raise Mistake(f"{name} does not exist: give a file that does")
+
+
+def _split(argv: Iterable[str], options: tuple[str, ...]) -> list[str]:
+    """Part these options from their values where both are one argument."""
+    split: list[str] = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        split += [option, value] if equals and option in options else [argument]
+    return split
 
 
 def _require_configuration(name: str, known: Iterable[str]) -> None:

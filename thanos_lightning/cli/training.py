@@ -29,14 +29,13 @@ from thanos_lightning.checkpoints.format import read_content
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.cli.commands import TRAINER_COMMANDS
 from thanos_lightning.cli.mistakes import PROGRAM, Mistake, did_you_mean, users_mistake
-from thanos_lightning.cli.parsing import GROUPS, is_ours, load_yaml, one_line, why_not_made, with_recipes
+from thanos_lightning.cli.parsing import GROUPS, SPECIAL, is_ours, load_yaml, one_line, why_not_made, with_recipes
 from thanos_lightning.cli.training_bar import TrainingBar
 
 # said of classes that are not ours, because their arguments may be for the optimizer
 _OF_THE_OPTIMIZER = ", but the optimizer's learning rates and weight decay go on as they are in the checkpoint"
 _MODE = "yaml_without_sexagesimals"
 AUTO: Final = "auto"
-_SPECIAL = ("best", "last", "hpc")  # names that the Trainer resolves
 # torch's own tests of a CPU, which also work without /proc
 _CPU_INSTRUCTIONS = {"_is_amx_tile_supported": "AMX", "_is_avx512_bf16_supported": "AVX512-BF16"}
 
@@ -315,7 +314,7 @@ def content_of(ckpt_path: str) -> Mapping[str, Any]:
     Raises a Mistake if the path is no checkpoint of a training, and what `read_content` raises.
     """
     path = Path(ckpt_path)
-    if ckpt_path in _SPECIAL or "://" in ckpt_path:
+    if ckpt_path in SPECIAL or "://" in ckpt_path:
         return {}
     bring_back(path)
     if (path / ".metadata").is_file():  # a folder of FSDP2

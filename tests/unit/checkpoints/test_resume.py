@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoint_cases import change_a_byte
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from toy import Stranger
@@ -69,6 +70,17 @@ def test_what_torch_unpickles_of_a_shard(folder: Path, tmp_path: Path) -> None:
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     guarded(_Shards()).load_checkpoint(folder, weights_only=False)
     assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("weights_only", [None, False])
+def test_a_changed_byte(tmp_path: Path, weights_only: bool | None) -> None:
+    file = tmp_path / "a.ckpt"
+    torch.save({"weight": torch.ones(100)}, file)
+    strategy = guarded(SingleDeviceStrategy(torch.device("cpu")))
+    assert strategy.load_checkpoint(file, weights_only=weights_only)["weight"].sum() == 100
+    change_a_byte(file)
+    with pytest.raises(ValueError, match=r"a\.ckpt is damaged: some of its bytes are not those"):
+        strategy.load_checkpoint(file, weights_only=weights_only)
 
 
 @pytest.mark.parametrize("name", ["../a.distcp", "/dev/zero", "", "pipe"])

@@ -47,6 +47,17 @@ def test_verify_imports_no_trainer(copied):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("arguments", [("--config",), ("-c=quickstat",), ("--config", "quickstart", "--ckpt_path=a")])
+def test_what_is_not_there_is_refused_before_torch_is_loaded(arguments):
+    code = (
+        "import sys; from thanos_lightning.cli import main\n"
+        f"assert main(['fit', *{arguments}]) == 2\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_debugging_keeps_the_error(monkeypatch):
     monkeypatch.setenv("THANOS_LIGHTNING_DEBUG", "1")
     with pytest.raises(FileNotFoundError):

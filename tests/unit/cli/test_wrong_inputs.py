@@ -92,6 +92,7 @@ def test_values_in_a_recipe(right: str, wrong: str, line: str, capsys: Capture) 
     ("arguments", "line"),
     [
         (("fit", "-c", "quickstat"), "--config quickstat: there is no such file (in "),
+        (("fit", "--config"), "--config has no value: give a recipe's name, such as quickstart, or a YAML file"),
         (("fit",), "no model is given: thanos-lightning fit --config RECIPE.yaml"),
         ((*FIT, "extra"), "unrecognized arguments: extra"),
         ((*FIT, "--trainer.max_stpes=3"), "fit has no option trainer.max_stpes: did you mean trainer.max_steps? "),
@@ -365,7 +366,11 @@ UNFIT = "the weights in a.ckpt do not fit LlamaForCausalLM:"
 EXPORTS = [
     (entry(NOTE, "format", value=6), "a.ckpt has format 6, this version reads 7: use the version"),
     (entry(NOTE, "architecture", value="AutoConfig"), "a.ckpt holds a model of the class AutoConfig, which tra"),
-    (entry(NOTE, "architecture", value=None), "a.ckpt does not say which Hugging Face model it holds: train a "),
+    (
+        entry(NOTE, "architecture", value=None),
+        "a.ckpt does not say which Hugging Face model it holds: train a LightningModule that keeps a transformers "
+        "model as a submodule, or load the sparse weights by torch.load('a.ckpt', weights_only=True)['state_dict']",
+    ),
     (entry(NOTE, "config", value=None), "a.ckpt is damaged (its note has no config): take another checkpoint"),
     (entry(NOTE, "config", "num_hidden_layers", value=10**5), "a.ckpt: num_hidden_layers is 100,000, and no "),
     (entry(NOTE, "config", "hidden_size", value="wide"), "a.ckpt: transformers "),
@@ -402,7 +407,8 @@ FILES = [
     *(("a.ckpt", damage, (EXPORT,), line) for damage, line in EXPORTS),
     *(("a.ckpt", damage, (*READ, *GO_ON), f"a.ckpt {line}") for damage, line in OF_ALL),
     ("a.ckpt", entry("hyper_parameters", value={}), [(*GO_ON[0], "--model.model=wide")], "a.ckpt is of another "),
-    ("a.ckpt", change_a_byte, (*READ, GO_ON[0]), "a.ckpt is damaged: some of its bytes are not those that were writ"),
+    ("a.ckpt", change_a_byte, (*READ, *GO_ON), "a.ckpt is damaged: some of its bytes are not those that were writ"),
+    ("a.ckpt", only_weights, (EXPORT,), "a.ckpt holds no state of a ThanosPruningCallback: give"),
     ("a.ckpt", only_weights, GO_ON, "--ckpt_path a.ckpt holds weights and nothing of a training: give a .ckpt that "),
     *(("a.yaml", damage, GO, line) for damage, line in CONFIGURATIONS),
     *(("report.json", damage, (("plot", "report.json", "a.png"),), line) for damage, line in REPORTS),
