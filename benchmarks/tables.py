@@ -136,7 +136,7 @@ column loop in eager torch. The times are of 34da222, whose solver had
 """
 LAYERS_END = """
 "balanced, 8 ADMM, refine 2" is the callback's default. The picture has all methods on every fifth
-decoder layer, and names those that gain at least 2 %:
+decoder layer. It names the methods that gain at least 2 %; those of grey points gain less:
 
 ![Error against time](layers.png)
 """

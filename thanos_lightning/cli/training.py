@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -233,6 +234,8 @@ def _help_of(command: str) -> dict[str, str]:
 
 def train(argv: list[str]) -> int:
     """Run one of the Trainer's commands, and return the exit status 0."""
+    # a warning is said as an error is; Lightning's form begins with a path of its own
+    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {message}\n"
     CLI(argv)
     # torch does not leave the process group by itself, and then a thread of Gloo may hold a tensor while Python ends,
     # and abort a process that has done its work. After an error other ranks may be inside a collective, and a barrier

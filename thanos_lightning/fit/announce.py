@@ -123,9 +123,9 @@ def _when(
     if not events:
         return f"all are done after {steps_taken} optimizer steps; what is zero stays zero"
     of = "" if steps is None else f" of {steps}"
-    batches = "" if number is None else f" {number}"
-    kind = "training batches before it" if options.collects_in_training else "calibration batches"
-    on = "" if number == 0 else f", on{batches} {kind}"
+    batches = f"{'training' if options.collects_in_training else 'calibration'} batch{'es' if number != 1 else ''}"
+    before = " before it" if options.collects_in_training else ""
+    on = "" if number == 0 else f", on {'' if number is None else f'{number} '}{batches}{before}"
     last = events[-1]
     if len(events) == 1:
         when = f"after optimizer step {last.step}{of}" if last.step else f"before the first{of} steps"

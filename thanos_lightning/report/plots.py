@@ -120,7 +120,8 @@ def _scale(axis: Axes, values: Sequence[float], *, widest: float, otherwise: str
         axis.set_yticks([])
     elif finite and min(finite) > 0 and max(finite) / min(finite) > widest:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:.2g}")  # mathematical text is off
+        # mathematical text is off
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}".replace("e-0", "e-"))
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
 

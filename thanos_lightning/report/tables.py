@@ -113,8 +113,8 @@ def print_summary(report: PruningReport) -> None:
     events = f"{len(report.events)} event{'s' if len(report.events) != 1 else ''}"
     of_model = ""
     if summary.model_weights:
-        of_model = f" of the targets, {summary.sparsity_of_model:.1%} of the whole model,"
-    console.print(f"Pruned to {summary.sparsity:.2%}{of_model} in {events}", highlight=False)
+        of_model = f", {summary.sparsity_of_model:.1%} of the whole model's,"
+    console.print(f"Pruned {summary.sparsity:.2%} of the layers' weights{of_model} in {events}", highlight=False)
     if summary.metric is not None:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column(summary.metric)

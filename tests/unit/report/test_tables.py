@@ -88,7 +88,7 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
     summary = Summary("val/perplexity", 10.0, 20.0, None, 100.0, 12.0, 5.0, 790, 1000, 0.5)
     text = printed(print_summary, PruningReport(events, summary))
     assert max(map(len, text.splitlines())) <= 80
-    assert "Pruned to 50.00% of the targets, 39.5% of the whole model, in 2 events" in text
+    assert "Pruned 50.00% of the layers' weights, 39.5% of the whole model's, in 2 events" in text
     assert "not measured" in text
     assert "val/perplexity" in text
     assert "Pruning took 17.0% of 100.0 s of training, 17.0 s:" in text
@@ -97,7 +97,7 @@ def test_the_summary_has_both_shares_and_what_was_measured() -> None:
 
 def test_the_summary_has_no_table_where_nothing_was_asked() -> None:
     text = printed(print_summary, PruningReport([EventReport(20, 0.5, [layer("a")])], Summary(sparsity=0.5)))
-    assert text.splitlines() == ["Pruned to 50.00% in 1 event"]
+    assert text.splitlines() == ["Pruned 50.00% of the layers' weights in 1 event"]
 
 
 def test_the_end_names_what_was_left_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
