@@ -18,12 +18,12 @@ from typing_extensions import override
 
 from thanos_lightning.checkpoints.deepspeed_files import NOTE_KEY
 from thanos_lightning.checkpoints.folders import first_free
-from thanos_lightning.checkpoints.format import CALLBACK_KEY, require_shapes, training_note
+from thanos_lightning.checkpoints.format import CALLBACK_KEY, exported_size, require_shapes, training_note
 from thanos_lightning.checkpoints.huggingface import uncast_buffers
 from thanos_lightning.checkpoints.names import why_not_exported
 from thanos_lightning.checkpoints.resume import guard_resume
 from thanos_lightning.checkpoints.save import save_whole
-from thanos_lightning.event.channels import choose_targets, proven_blocks, with_reordered
+from thanos_lightning.event.channels import Width, choose_targets, proven_blocks, with_reordered
 from thanos_lightning.event.experts import route_as_saved
 from thanos_lightning.fit.lightning_private import after_configure_model, note_sigterm, saves_shards
 from thanos_lightning.fit.other_callbacks import Farewell, call_last, check_companions, check_trainer, saved_checkpoint
@@ -38,6 +38,7 @@ from thanos_lightning.plan.options import (
     CalibrationOptions,
     PruningOptions,
     TargetOverride,
+    asked_pattern,
     assign_patterns,
     default_schedule,
 )
@@ -48,7 +49,7 @@ from thanos_lightning.ranks.talk import Ranks
 from thanos_lightning.report.data import PruningReport
 from thanos_lightning.report.progress import Terminated
 from thanos_lightning.report.tables import print_outcome
-from thanos_lightning.solver import Pattern, parse_pattern
+from thanos_lightning.solver import Pattern
 from thanos_lightning.solver.layer import SolverOptions
 
 
@@ -64,6 +65,9 @@ class ThanosPruningCallback(Callback):
         pattern: "2:4" (any N:M, at most N nonzeros in M), "unstructured", "structured", or what an export takes out of
             the model (docs/guide): "channels", whole channels of feed-forward blocks, or "experts", whole experts.
         sparsity: Final fraction of zeros, or of the channels or experts that go. Leave it out for N:M.
+        parameters: In place of sparsity for "channels": the most weights that the model may have at the end.
+        file_gib: In place of sparsity for "channels": the most GiB that the weights of an export may take. They are in
+            float32, unless the training itself has weights of 16 bits without float32 masters.
         outlier_fraction: Fraction of the rows that stay dense at the end, for N:M and "structured".
         schedule: When to prune, and to which sparsity. None prunes once before the first step if `calibration.batches`
             is given, which was measured best, and otherwise at 10, 20, 30 and 40 % of the training (docs/guide). All
@@ -112,6 +116,8 @@ class ThanosPruningCallback(Callback):
         targets: str | Sequence[str] = ("*",),
         ignore: str | Sequence[str] = IGNORED,
         *,
+        parameters: float | None = None,
+        file_gib: float | None = None,
         outlier_fraction: float | None = None,
         overrides: Sequence[TargetOverride] = (),
         multiple_of: int = MULTIPLE_OF,
@@ -123,7 +129,9 @@ class ThanosPruningCallback(Callback):
         monitor: str | None = None,
     ) -> None:
         self.options = PruningOptions(
-            parse_pattern(pattern, sparsity, outlier_fraction),
+            asked_pattern(pattern, sparsity, outlier_fraction, parameters, file_gib),
+            parameters=parameters,
+            file_gib=file_gib,
             schedule=default_schedule(calibration) if schedule is None else schedule,
             targets=targets,
             ignore=ignore,
@@ -208,7 +216,9 @@ class ThanosPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options, find = self.options, partial(proven_blocks, trainer, pl_module)
-        targets = choose_targets(pl_module, self._layers, self._final, options.multiple_of, find)
+        dense = exported_size(pl_module, self._layers, of_deepspeed=isinstance(trainer.strategy, DeepSpeedStrategy))
+        width = Width(options.multiple_of, options.size, dense)
+        targets = choose_targets(pl_module, self._layers, self._final, width, find)
         options = options.with_pattern(targets.final)
         if options.reorders and self._restored is None and trainer.global_step == 0:
             targets = with_reordered(targets, trainer, pl_module)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ from thanos_lightning.checkpoints.deepspeed_files import (
 from thanos_lightning.checkpoints.foreign import not_plain, require_bounded, require_intact
 from thanos_lightning.layers.wrappers import class_of
 from thanos_lightning.ranks.masks import LayerMask, checked
+from thanos_lightning.ranks.view import whole_shape
 from thanos_lightning.report.plain import read_as
 
 # What the callback writes into a trainer checkpoint
@@ -93,6 +95,30 @@ def exported_model(module: nn.Module, targets: Collection[str]) -> tuple[str, tr
     ]
     # max takes the first of equals, and named_modules() goes from the outside in
     return max(models, key=lambda model: sum(name.startswith(model[0]) for name in targets), default=None)
+
+
+class Size(NamedTuple):
+    """Of a model in the file of an export."""
+
+    weights: int  # a shared weight counts once
+    bytes_each: float  # their mean
+
+    @property
+    def gib(self) -> float:
+        """The weights in GiB."""
+        return self.weights * self.bytes_each / 2**30
+
+
+def exported_size(module: nn.Module, targets: Collection[str], *, of_deepspeed: bool) -> Size:
+    """The size that an export would have without pruning; of the whole module if there is no Hugging Face model."""
+    found = exported_model(module, targets)
+    model = module if found is None else found[1]
+    parameters = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
+    numbers = [math.prod(whole_shape(parameter)) for parameter in parameters]
+    # DeepSpeed keeps masters in float32 of all weights, and an export writes these
+    bytes_each = [4 if of_deepspeed else parameter.element_size() for parameter in parameters]
+    size = sum(number * each for number, each in zip(numbers, bytes_each, strict=True))
+    return Size(sum(numbers), size / max(1, sum(numbers)))
 
 
 # Trainer checkpoints

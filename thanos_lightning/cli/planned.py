@@ -26,11 +26,12 @@ from torch import nn
 from typing_extensions import override
 
 from thanos_lightning.callback import ThanosPruningCallback
+from thanos_lightning.checkpoints.format import Size, exported_size
 from thanos_lightning.checkpoints.huggingface import first_line
 from thanos_lightning.cli.mistakes import Mistake, users_mistake
 from thanos_lightning.cli.training import AUTO, CLI
 from thanos_lightning.collect.tiny_input import tiny_run
-from thanos_lightning.event.channels import choose_targets, found_or_declared
+from thanos_lightning.event.channels import Width, choose_targets, found_or_declared
 from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit.announce import describe
 from thanos_lightning.fit.other_callbacks import check_companions
@@ -206,7 +207,9 @@ class Plan:
         strategy, ranks, trainer = strategy or self.strategy, ranks or self.ranks, self.trainer
         of_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         module = self._of_deepspeed if of_deepspeed else self.module
-        options, targets = self._taken(module, options or self.options)
+        options = options or self.options
+        dense = exported_size(module, find_targets(module, options.targets, options.ignore), of_deepspeed=of_deepspeed)
+        options, targets = self._taken(module, options, dense)
         layers, masked = dict(targets.layers), targets.masked
         planner = Planner(options, options.schedule, self._can_differentiate(options, strategy))
         windows = planner.plan(trainer, layers, targets.final, None)
@@ -227,7 +230,7 @@ class Plan:
         shares_teacher = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         beside = self._teacher // (ranks if shares_teacher else 1) + self._averages
         return Outlook(
-            describe(options, targets, census, estimated, events, steps=steps_of(trainer)),
+            describe(options, targets, census, estimated, events, dense=dense, steps=steps_of(trainer)),
             share,
             windows,
             estimated,
@@ -241,11 +244,12 @@ class Plan:
         """All that `targets` and `ignore` leave, front to back."""
         return list(find_targets(self.module, self.options.targets, self.options.ignore).values())
 
-    def _taken(self, module: LightningModule, options: PruningOptions) -> tuple[PruningOptions, Targets]:
+    def _taken(self, module: LightningModule, options: PruningOptions, dense: Size) -> tuple[PruningOptions, Targets]:
         """What is pruned, and the options with the sparsity that channels and experts really have."""
         layers = find_targets(module, options.targets, options.ignore)
         final = assign_patterns(layers, options.pattern, options.overrides)
-        targets = choose_targets(module, layers, final, options.multiple_of, lambda: self._feed_forwards)
+        width = Width(options.multiple_of, options.size, dense)
+        targets = choose_targets(module, layers, final, width, lambda: self._feed_forwards)
         return options.with_pattern(targets.final), targets
 
     def _can_differentiate(self, options: PruningOptions, strategy: Strategy | None) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from thanos_lightning.checkpoints.format import Size
 from thanos_lightning.checkpoints.shrink import resized
 from thanos_lightning.collect.tiny_input import tiny_run
 from thanos_lightning.event.experts import take_experts
@@ -27,15 +29,70 @@ from thanos_lightning.layers.feedforward import (
 )
 from thanos_lightning.layers.lora import MaskedAdapter, base_of
 from thanos_lightning.layers.targets import Layer, examples, find_targets, layer_of, prunable_modules
+from thanos_lightning.plan.options import ModelSize
 from thanos_lightning.ranks.view import View, whole_shape
 from thanos_lightning.solver import NM, Channels, Experts, Pattern
+
+
+@dataclass(frozen=True)
+class Width:
+    """What is asked of the width at which feed-forward blocks end."""
+
+    multiple_of: int  # it is a multiple of this
+    size: ModelSize | None  # what the model may have then; None if the pattern has a share
+    dense: Size  # of an export without pruning
+
+    def rounded(self, pattern: Channels, width: int, weights: int) -> Channels:
+        """The pattern with the width that fits. A channel of all blocks has so many weights.
+
+        Raises:
+            ValueError: If none fits.
+        """
+        if width % self.multiple_of:
+            raise ValueError(
+                f"multiple_of is {self.multiple_of}, which does not divide the {width} channels of a feed-forward "
+                "block: give a number that does, such as "
+                f"{max(n for n in range(1, self.multiple_of + 1) if width % n == 0)}"
+            )
+        kept = self._of_share(pattern, width) if self.size is None else self._of_size(self.size, width, weights)
+        return Channels((width - kept) / width)
+
+    def _of_share(self, pattern: Channels, width: int) -> int:
+        kept = round((1 - pattern.sparsity) * width / self.multiple_of) * self.multiple_of
+        if (1 - pattern.sparsity) * width < self.multiple_of:
+            raise ValueError(
+                f"a sparsity of {pattern.sparsity:g} leaves {(1 - pattern.sparsity) * width:g} of {width} channels, "
+                f"fewer than {self.multiple_of} (multiple_of): lower one of them"
+            )
+        if kept == width:
+            raise ValueError(
+                f"a sparsity of {pattern.sparsity:g} takes {pattern.sparsity * width:g} of {width} channels, which "
+                f"rounds to none in multiples of {self.multiple_of} (multiple_of): raise the sparsity, or lower "
+                "multiple_of"
+            )
+        return kept
+
+    def _of_size(self, size: ModelSize, width: int, weights: int) -> int:
+        dense, bytes_each = self.dense
+        fitting = width - (dense - size.in_weights(bytes_each)) / weights
+        kept = math.floor(fitting / self.multiple_of) * self.multiple_of
+        if kept < self.multiple_of:
+            least = size.like_this(dense - (width - self.multiple_of) * weights, bytes_each)
+            raise ValueError(
+                f"{size.in_words()}, and with {self.multiple_of} of {width} channels (multiple_of) the model still has "
+                f"{least}: give at least {least}"
+            )
+        if kept >= width:
+            has = size.like_this(dense, bytes_each)
+            raise ValueError(f"{size.in_words()}, and the dense model has no more than {has}: give less")
+        return kept
 
 
 def choose_targets(
     module: LightningModule,
     layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
-    multiple_of: int,
+    target_width: Width,
     find: Callable[[], Sequence[FeedForward]],
 ) -> Targets:
     """The targets of a training: layers, or feed-forward blocks or experts where their patterns ask for these.
@@ -49,7 +106,7 @@ def choose_targets(
     if Experts in kinds:
         return take_experts(module, layers, final)
     if Channels in kinds:
-        return take_channels(module, find(), layers, final, multiple_of)
+        return take_channels(module, find(), layers, final, target_width)
     return Targets(layers, final)
 
 
@@ -66,13 +123,12 @@ def take_channels(
     blocks: Sequence[FeedForward],
     layers: Mapping[str, Layer],
     final: Mapping[str, Pattern],
-    multiple_of: int,
+    target_width: Width,
 ) -> Targets:
     """Replace the layers with the pattern `Channels` by feed-forward blocks of the module.
 
     Of these layers, those that are no down layer of a block are not pruned. All blocks of a model keep the same number
-    of channels, the multiple of `multiple_of` that is nearest to what the pattern asks for. Warn if the model's
-    configuration has no entry for that, so that an export can't make it smaller.
+    of channels. Warn if the model's configuration has no entry for that, so that an export can't make it smaller.
 
     Raises:
         ValueError: If there are no blocks, or the channels can't be taken out of the model. The message says why.
@@ -98,13 +154,15 @@ def take_channels(
             f"feed-forward blocks have unequal widths ({narrow} has {widths[narrow]}, {wide} has {widths[wide]}), and "
             "channels go in equal number from each: take another pattern"
         )
-    pattern = _rounded(next(iter(chosen.values())), next(iter(widths.values())), multiple_of)
     ups = {up: block.down for block in blocks for up in block.ups if block.down in chosen}
     coupled: dict[str, list[View]] = {name: [] for name in chosen}
     for name, layer in find_targets(module, [f"re:{re.escape(up)}" for up in ups], ignore=()).items():
         if len(layer.modules) > 1:
             raise ValueError(_shared(name))
         coupled[ups[name]] += [part for part in (layer, layer.bias) if part is not None]
+    width = next(iter(widths.values()))
+    weights = sum(layers[name].rows + sum(part.rows * part.cols for part in coupled[name]) // width for name in chosen)
+    pattern = target_width.rounded(next(iter(chosen.values())), width, weights)
     kept = {
         name: pattern if name in chosen else other
         for name, other in final.items()
@@ -161,26 +219,6 @@ def found_or_declared(module: LightningModule, run: Callable[[], Any]) -> list[F
     """The feed-forward blocks that a module declares, or else those that a small input shows."""
     declared = getattr(module, "feed_forwards", None)
     return find_feed_forwards(module, run) if declared is None else list(declared())
-
-
-def _rounded(pattern: Channels, width: int, multiple_of: int) -> Channels:
-    if width % multiple_of:
-        raise ValueError(
-            f"multiple_of is {multiple_of}, which does not divide the {width} channels of a feed-forward block: give a "
-            f"number that does, such as {max(n for n in range(1, multiple_of + 1) if width % n == 0)}"
-        )
-    kept = round((1 - pattern.sparsity) * width / multiple_of) * multiple_of
-    if (1 - pattern.sparsity) * width < multiple_of:
-        raise ValueError(
-            f"a sparsity of {pattern.sparsity:g} leaves {(1 - pattern.sparsity) * width:g} of {width} channels, fewer "
-            f"than {multiple_of} (multiple_of): lower one of them"
-        )
-    if kept == width:
-        raise ValueError(
-            f"a sparsity of {pattern.sparsity:g} takes {pattern.sparsity * width:g} of {width} channels, which rounds "
-            f"to none in multiples of {multiple_of} (multiple_of): raise the sparsity, or lower multiple_of"
-        )
-    return Channels((width - kept) / width)
 
 
 def _check_all_taken(

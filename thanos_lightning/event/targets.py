@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from thanos_lightning.checkpoints.format import Size
 from thanos_lightning.layers.blocks import Block
 from thanos_lightning.layers.experts import Mixture
 from thanos_lightning.layers.targets import Layer
@@ -57,6 +58,23 @@ class Targets:
         return replace(
             self, reordered=reordered, keeps_order=None if reordered else "the down layers are pruned already"
         )
+
+    def after(self, dense: Size) -> tuple[Size, int]:
+        """What an export has at the end, and how many of its weights are not 0, by what it has without pruning."""
+        taken_out = zeros = 0
+        for name, layer in self.layers.items():
+            pattern = self.final[name]
+            coupled = sum(part.rows * part.cols for part in self.coupled.get(name, ()))
+            if isinstance(pattern, Experts):  # the down layer stands for its expert
+                mixture = next(iter(self.mixtures.values()))
+                share = pattern.num_experts(mixture.size, mixture.groups) / mixture.size
+                taken_out += round(share * (layer.rows * layer.cols + coupled))
+            elif isinstance(pattern, Channels):
+                taken_out += pattern.num_columns(layer.cols) * (layer.rows + coupled // layer.cols)
+            else:
+                zeros += pattern.num_pruned(layer.rows, layer.cols)
+        left = dense.weights - taken_out
+        return Size(left, dense.bytes_each), left - zeros
 
     @property
     def in_words(self) -> str | None:

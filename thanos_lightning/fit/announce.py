@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import rich
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from thanos_lightning.checkpoints.format import Size, exported_size
 from thanos_lightning.event.targets import Targets
 from thanos_lightning.layers.census import Census, take_census
 from thanos_lightning.plan.estimate import Batches, Estimate, Solving, estimate
 from thanos_lightning.plan.options import PruningOptions
 from thanos_lightning.plan.schedule import Event, scheduled_events, steps_of
 from thanos_lightning.ranks.fragments import FragmentAccess
-from thanos_lightning.solver import Pattern
+from thanos_lightning.solver import NM, Channels, Experts, Pattern
 
 if TYPE_CHECKING:
     from thanos_lightning.fit.run import PruningRun
@@ -50,7 +52,9 @@ def announce(run: PruningRun) -> None:
     pruned = {window.event.step for window in run.windows[: past.windows_done] if window.is_last and not window.scans}
     events = [event for event in events if event.step not in pruned]
     steps = steps_of(trainer)
-    text = describe(options, run.targets, census, estimated, events, steps=steps, steps_taken=past.optimizer_steps)
+    dense = exported_size(module, run.layers, of_deepspeed=isinstance(trainer.strategy, DeepSpeedStrategy))
+    taken = past.optimizer_steps
+    text = describe(options, run.targets, census, estimated, events, dense=dense, steps=steps, steps_taken=taken)
     rich.get_console().print(f"\n{text}\n", markup=False, highlight=False)
 
 
@@ -82,12 +86,14 @@ def describe(
     estimated: Estimate,
     events: Sequence[Event],
     *,
+    dense: Size,
     steps: int | None,
     steps_taken: int = 0,
 ) -> str:
     """The announcement as a block of lines, none longer than 80 characters.
 
-    `steps` is the training's number of optimizer steps; None if it is not known.
+    `dense` is what an export would have without pruning. `steps` is the training's number of optimizer steps; None if
+    it is not known.
     """
     layers = f"{census.num_targets} of {census.num_prunable} {census.prunable} layers"
     weights = f"{_millions(census.target_weights)} of {_millions(census.model_weights)} M"
@@ -104,6 +110,7 @@ def describe(
         lines.append(_wrapped("lora", text))
     if census.dense:
         lines.append(_wrapped("dense", census.shares()))
+    lines.append(_wrapped("export", _exported(targets, dense)))
     lines.append(_wrapped("events", _when(to_come, options, estimated.batches, steps, steps_taken)))
     if to_come:
         sizes = [
@@ -140,6 +147,24 @@ def _when(
             f", to {targets[0]}, {targets[1]}, …, {targets[-1]}"
         )
     return f"{when}{on.replace('before it', 'before each')}"
+
+
+def _exported(targets: Targets, dense: Size) -> str:
+    """What an export will be, and who computes faster with it."""
+    size, nonzeros = targets.after(dense)
+    kinds = {type(pattern) for pattern in targets.final.values()}
+    if Channels in kinds:
+        gain = "smaller and faster in every runtime"
+    elif Experts in kinds:
+        gain = "smaller in every runtime, and as fast for each token"
+    elif all(isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) for pattern in targets.final.values()):
+        gain = "faster only with a kernel for 2:4"
+    else:
+        gain = "no faster without a kernel for zeros"
+    dtype = {4.0: " in float32, half in bfloat16", 2.0: " in 16 bits"}.get(dense.bytes_each, "")
+    file = f"{size.gib:.2f} GiB" if size.gib >= 0.1 else f"{size.gib * 1024:.2g} MiB"
+    zeros = "" if nonzeros == size.weights else f", {_millions(nonzeros)} M not 0"
+    return f"{_millions(size.weights)} M weights{zeros}; {file}{dtype}; {gain}"
 
 
 def _listed(patterns: Iterable[Pattern]) -> str:

@@ -88,18 +88,78 @@ class CalibrationOptions:
             )
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """The most that a model may have at the end: so many weights, or weights of so many GiB in the file of an export.
+
+    Examples:
+        >>> ModelSize(file_gib=0.5).in_weights(bytes_each=2)
+        268435456.0
+    """
+
+    parameters: float | None = None
+    file_gib: float | None = None
+
+    def in_weights(self, bytes_each: float) -> float:
+        """The number of weights, of which each takes so many bytes."""
+        if self.file_gib is not None:
+            return self.file_gib * 2**30 / bytes_each
+        assert self.parameters is not None
+        return self.parameters
+
+    def in_words(self) -> str:
+        """What was asked for."""
+        return f"parameters is {self.parameters:g}" if self.file_gib is None else f"file_gib is {self.file_gib:g}"
+
+    def like_this(self, weights: float, bytes_each: float) -> str:
+        """A number of weights in the unit that was asked for, rounded up to four digits if this is GiB."""
+        if self.file_gib is None:
+            return f"{math.ceil(weights)}"
+        gib = weights * bytes_each / 2**30
+        digit = 10 ** (math.floor(math.log10(gib)) - 3)
+        return f"{math.ceil(gib / digit) * digit:.4g}"
+
+
+def asked_pattern(
+    pattern: str,
+    sparsity: float | None,
+    outlier_fraction: float | None,
+    parameters: float | None,
+    file_gib: float | None,
+) -> Pattern:
+    """The pattern as an object. Raises ValueError if it can't be right; at most one of the three sizes may be given."""
+    sizes = {"sparsity": sparsity, "parameters": parameters, "file_gib": file_gib}
+    given = [name for name, value in sizes.items() if value is not None]
+    if given[-1:] in ([], ["sparsity"]):
+        return parse_pattern(pattern, sparsity, outlier_fraction)
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given, which all say how small the model gets: give one of them")
+    value = sizes[given[0]]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{given[0]} is {value!r}: give a number > 0, such as {0.9 if parameters is None else 1e9:g}")
+    if pattern != "channels":
+        raise ValueError(
+            f"{given[0]} is {value:g}, but the pattern {pattern!r} makes no model smaller: give pattern 'channels', or "
+            "a sparsity"
+        )
+    return parse_pattern(pattern, 0.5, outlier_fraction)
+
+
 @dataclass(frozen=True, eq=False)
 class PruningOptions:
     """All options of the callback, checked as far as possible without a model.
 
     The attributes are the callback's arguments. `pattern` is made of pattern, sparsity and outlier_fraction, and holds
-    for all targets without an override. An allocation of None still stands for the default.
+    for all targets without an override. Its sparsity is a guess if parameters or file_gib are given, until
+    `with_pattern`. An allocation of None still stands for the default.
 
     Raises:
         ValueError: If an option can't be right. The message names the option and the fix.
     """
 
     pattern: Pattern
+    parameters: float | None
+    file_gib: float | None
     schedule: SparsitySchedule
     targets: str | Sequence[str]
     ignore: str | Sequence[str]
@@ -158,6 +218,12 @@ class PruningOptions:
 
     def _has(self, kind: type[Pattern]) -> bool:
         return any(isinstance(pattern, kind) for pattern in self._patterns)
+
+    @property
+    def size(self) -> ModelSize | None:
+        """The most that the model may have at the end, if it was asked for in place of a sparsity."""
+        size = ModelSize(self.parameters, self.file_gib)
+        return None if size == ModelSize() else size
 
     def with_pattern(self, final: Mapping[str, Pattern]) -> PruningOptions:
         """The same options with the sparsity that channels or experts really get in the final patterns."""

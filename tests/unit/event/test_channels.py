@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as t
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from tiny_mixtures import tiny_mixture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,6 +28,9 @@ from toy import (
 
 from thanos_lightning import FeedForward, SparsitySchedule, TargetOverride, ThanosPruningCallback
 from thanos_lightning.checkpoints.export import export_checkpoint
+from thanos_lightning.fit import announce
+
+SIZED: dict[str, Any] = {"sparsity": None}
 
 
 def channels(sparsity: float | None = 0.25, **options: Any) -> ThanosPruningCallback:
@@ -76,6 +80,39 @@ def test_each_block_keeps_the_nearest_multiple(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "Pruning 6 of 15 Linear layers to channels 0.3333" in said
     assert "blocks  32 of 48 channels stay in each of 2 feed-forward blocks" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({"parameters": 13_000}, "32-true"),
+        ({"parameters": 13_000, "multiple_of": 16}, "bf16-mixed"),
+        ({"file_gib": 13_000 * 4 / 2**30}, "32-true"),
+        ({"file_gib": 13_000 * 2 / 2**30}, "bf16-true"),
+        ({"pattern": "2:4"}, "32-true"),
+        ({"pattern": "unstructured", "sparsity": 0.6}, "bf16-true"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*names no tokenizer.*")
+def test_an_export_is_what_was_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], precision: Any
+) -> None:
+    announced: list[tuple[Any, int]] = []
+    monkeypatch.setattr(announce, "_exported", lambda targets, dense: announced.append(targets.after(dense)) or "")
+    of_size = "pattern" not in options
+    saving = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=5)
+    callback = channels(**SIZED | ({} if of_size else {"multiple_of": 64}) | options)
+    fitted = trainer(tmp_path, callback, saving, max_steps=5, precision=precision, enable_checkpointing=True)
+    fitted.fit(ToyLM(tiny_llama()), loader(32))
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    [(size, nonzeros)] = announced
+    assert size.weights == sum(tensor.numel() for tensor in tensors.values())
+    assert nonzeros == pytest.approx(sum(int(tensor.count_nonzero()) for tensor in tensors.values()), rel=1e-3)
+    assert round(size.gib * 2**30) == sum(tensor.nbytes for tensor in tensors.values())
+    if of_size:
+        a_step = 2 * 3 * 32 * options.get("multiple_of", 4)  # of two blocks, in and out of 32 numbers of the stream
+        assert 13_000 - a_step < size.weights <= 13_000
 
 
 def test_a_calibration_set_and_zeros_that_were_there(tmp_path: Path) -> None:
@@ -228,6 +265,8 @@ def half_pruned() -> Any:
     [
         (tiny_llama, {"sparsity": 0.95}, r"leaves 2.4 of 48 channels, fewer than 4 \(multiple_of\)"),
         (tiny_llama, {"sparsity": 0.01}, "takes 0.48 of 48 channels, which rounds to none"),
+        (tiny_llama, {**SIZED, "parameters": 1e3}, "is 1000, and with 4 of 48 channels .*: give at least 9120"),
+        (tiny_llama, {**SIZED, "file_gib": 1}, "is 1, and the dense model has no more than 6.545e-05: give less"),
         (tiny_llama, {"multiple_of": 64}, "multiple_of is 64, which does not divide the 48 channels .* such as 48"),
         (tiny_llama, {"multiple_of": 7}, "multiple_of is 7, which does not divide .* such as 6"),
         (tiny_llama, {"targets": ["*.q_proj"]}, "no target is the down layer of one: add to targets model.*down_proj"),

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from toy import Sequences, ToyLM, loader, trainer
 
 from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
+from thanos_lightning.checkpoints.format import Size
 from thanos_lightning.event.targets import Targets
 from thanos_lightning.fit import announce
 from thanos_lightning.fit.announce import describe
@@ -38,7 +39,8 @@ def described(
 ) -> str:
     options = ThanosPruningCallback("2:4", calibration=calibration).options
     taken = Targets({}, {f"layer {number}": pattern for number, pattern in enumerate(patterns)})
-    text = describe(options, taken, census, estimated, events, steps=steps, steps_taken=steps_taken)
+    dense = Size(census.model_weights, 4.0)
+    text = describe(options, taken, census, estimated, events, dense=dense, steps=steps, steps_taken=steps_taken)
     assert max(map(len, text.splitlines())) <= 80
     return text
 
@@ -56,6 +58,8 @@ def test_one_block_says_what_when_and_what_it_takes() -> None:
         "Pruning 210 of 211 Linear layers to 2:4",
         "  weights 106.2 of 134.5 M, 79% of the model",
         "  dense   embeddings (21%), norms, lm_head",
+        "  export  134.5 M weights; 0.50 GiB in float32, half in bfloat16; faster only",
+        "          with a kernel for 2:4",
         "  events  pruned once, before the first of 40 steps, on 128 calibration batches",
         "  memory  about: the inputs' statistics 384 MiB, an event 901 MiB in all, keep",
         "          masks 101 MiB",

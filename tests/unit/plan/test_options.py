@@ -18,6 +18,7 @@ NAN, INFINITY = float("nan"), float("inf")
 FRACTIONS = (0, 1, -0.1, 1.5, NAN, "0.5", [0.5], True)  # none of which is one
 BATCHES = [{"input_ids": None}]
 CHANNELS: dict[str, Any] = {"pattern": "channels", "sparsity": 0.25}
+SIZED: dict[str, Any] = {"pattern": "channels"}
 COLUMNS: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3}
 UNSTRUCTURED: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.5}
 
@@ -80,6 +81,11 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"block_steps": 8}, "calibration.block_steps is 8, but there are no calibration.batches"),
         ({"block_steps": -1, "batches": BATCHES}, "calibration.block_steps is -1"),
         *each("multiple_of", (0, 2.5), "multiple_of is {}: give a whole number", **CHANNELS),
+        *each("parameters", (0, -1, NAN, INFINITY, "1e9", True), "parameters is {!r}: give a number > 0", **SIZED),
+        *each("file_gib", (0.0, INFINITY), "file_gib is {!r}: give a number > 0, such as 0.9", **SIZED),
+        ({**CHANNELS, "parameters": 1e9}, "sparsity and parameters are given, which all say how small the model gets"),
+        ({**SIZED, "parameters": 1e9, "file_gib": 0.9}, "parameters and file_gib are given, which all say how small"),
+        ({"parameters": 1e9}, "parameters is 1e+09, but the pattern '2:4' makes no model smaller: give pattern"),
         ({**CHANNELS, "allocation": Allocation("loss")}, "channels go in equal number from each block"),
         # What changes nothing
         ({"multiple_of": 4}, "multiple_of is 4, but no pattern is 'channels'"),
