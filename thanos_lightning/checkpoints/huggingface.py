@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -213,23 +213,25 @@ def _innermost(model: transformers.PreTrainedModel, path: str) -> transformers.P
 class SafetensorsFiles(LazyTensors):
     """The tensors of a Hugging Face folder or of one .safetensors file. Each is read on access.
 
-    Raises ValueError if a file is damaged or missing, or the folder holds none.
+    Attributes:
+        metadata: What each file says of itself beside its tensors.
+
+    Raises:
+        ValueError: If a file is damaged or missing, or the folder holds none.
     """
 
     def __init__(self, path: Path) -> None:
         read: dict[str, Callable[[], Tensor]] = {}
+        self.metadata: list[dict[str, str]] = []
         for file in _weight_files(path) if path.is_dir() else [path]:
             require_regular(file)
             try:
                 with safe_open(file, framework="pt") as opened:
                     read |= {name: partial(_read, file, name) for name in opened.keys()}  # noqa: SIM118
+                    self.metadata.append(opened.metadata() or {})
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged or no safetensors file ({error}): write it again") from error
         super().__init__(read)
-
-    def stored_name(self, names: Sequence[str]) -> str:
-        """Return which of a parameter's names is in the files, because tied weights are stored once."""
-        return next((name for name in names if name in self), names[0])
 
 
 def _read(file: Path, name: str) -> Tensor:
@@ -241,6 +243,7 @@ def _read(file: Path, name: str) -> Tensor:
 # In the order in which transformers takes one of them, after those whose names it makes for itself
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_OPENVINO = "openvino_model.xml"
 _ADAPTER = "adapter_config.json"  # transformers puts the adapter on whatever it has loaded
 
 
@@ -263,12 +266,14 @@ def _weight_files(folder: Path) -> list[Path]:
         require_end(folder)
         if (folder / ".metadata").is_file():
             raise sharded_error(folder)
+    if not loaded and (folder / _OPENVINO).is_file():
+        loaded.append(_OPENVINO)
     if loaded == [_INDEX]:
         return _shards(folder)
     if loaded != ["model.safetensors"]:
         raise ValueError(
             f"{folder} holds {loaded[0] if loaded else 'no weights'}, and no model.safetensors: give a folder that "
-            "save_pretrained wrote, a .safetensors file, or a .ckpt file"
+            "save_pretrained wrote, a .safetensors file, a .gguf file, or a .ckpt file"
         )
     return [folder / "model.safetensors"]
 

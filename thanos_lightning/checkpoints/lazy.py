@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -26,6 +26,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._make)
+
+    def stored_name(self, names: Sequence[str]) -> str:
+        """Return which of a parameter's names is here, because tied weights are stored once; the first if none is."""
+        return next((name for name in names if name in self), names[0])
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> LazyTensors:

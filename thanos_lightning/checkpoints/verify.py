@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from thanos_lightning.checkpoints.format import TrainerCheckpoint
 from thanos_lightning.checkpoints.huggingface import SafetensorsFiles, build_model, read_config, read_json
 from thanos_lightning.checkpoints.lazy import WithParts, part_of, whole_of
 from thanos_lightning.checkpoints.names import stored_names
+from thanos_lightning.checkpoints.quantized import is_quantized, read_quantized
 from thanos_lightning.checkpoints.shrink import shrunk_shape
 from thanos_lightning.layers.targets import find_targets, matches
 from thanos_lightning.ranks.masks import LayerMask, dim_of_channels, recorded_pattern
@@ -75,6 +76,7 @@ class _Expected:
     transposed: bool = False  # whether the tensor is stored as (in_features, out_features)
     shape: tuple[int, ...] | None = None  # as stored, if it is known
     zeros: int | None = None  # the exact number, if it was recorded
+    rounded: bool = False  # whether quantisation may have made more of them
     mask: LayerMask | None = None  # the layer's, which is unpacked only while the tensor is checked
     # by name: other tensors of the whole parameter's shape that the mask must hold for, such as moments
     moments: Mapping[str, Tensor] = field(default_factory=dict)
@@ -93,11 +95,13 @@ def verify_checkpoint(
 
     A record is always checked: the counts in a `sparsity.json`, or the masks in a trainer checkpoint. Weights that a
     mask prunes must be 0, and so must their optimizer moments. Of a model that channels or experts were taken out of,
-    the shapes are checked.
+    the shapes are checked. Where torchao, llm-compressor or llama.cpp has quantised the weights, the zeros among the
+    dequantised weights are counted, and there may be more of them than were recorded.
 
     Args:
-        path: A Hugging Face folder, a .safetensors file, or a trainer checkpoint (.ckpt): a file or a DeepSpeed folder.
-            In the latter, the fp32 masters, the moments and, where it is whole, the model's copy are checked.
+        path: A Hugging Face folder, a .safetensors or .gguf file, or a trainer checkpoint (.ckpt): a file or a
+            DeepSpeed folder. Of the latter, the fp32 masters, the moments and, where it is whole, the model's copy are
+            checked.
         pattern: The pattern that every targeted layer must conform to; any but channels and experts. Optional if there
             is a record.
         targets: Globs or `re:` expressions of the module names that `pattern` applies to. The model that the
@@ -109,6 +113,7 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
+        ImportError: If the library that quantised the weights is not installed.
         ValueError: If the path cannot be verified, or has no tensor to check.
 
     Examples:
@@ -118,12 +123,14 @@ def verify_checkpoint(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a Hugging Face folder, a .safetensors or a .ckpt file")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a Hugging Face folder, a .safetensors, .gguf or .ckpt file"
+        )
     if isinstance(pattern, (Channels, Experts)):
         raise ValueError(
             f"{pattern.name} are checked by what was recorded, which says where they lie: leave --pattern out"
         )
-    if (path.is_dir() and not is_zero_folder(path)) or path.suffix == ".safetensors":
+    if (path.is_dir() and not is_zero_folder(path)) or path.suffix in (".safetensors", ".gguf"):
         tensors, expectations = _of_files(path, pattern, targets, ignore)
     else:
         with open_phase(f"Reading {path.name}"):
@@ -169,9 +176,15 @@ def _of_files(
     path: Path, pattern: Pattern | None, targets: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], list[tuple[str, _Expected]]]:
     folder = path if path.is_dir() else path.parent
-    files = SafetensorsFiles(path)
+    rounded = is_quantized(path)
+    files = read_quantized(path) if rounded else SafetensorsFiles(path)
     tensors = WithParts(files)
     record = folder / _RECORD
+    if path.suffix == ".gguf" and not (record.is_file() or (folder / "config.json").is_file()):
+        raise ValueError(
+            f"{path} does not say what was pruned: lay the {_RECORD} of the folder that it was made of beside it, or "
+            "config.json and give --pattern"
+        )
     if not record.is_file() and pattern is None:
         raise ValueError(f"{path} has no {_RECORD} beside it: say what to check with --pattern, such as --pattern 2:4")
     expected = [*_read_record(record).items()] if record.is_file() else []
@@ -180,6 +193,10 @@ def _of_files(
             expected.append((files.stored_name(names), _Expected(pattern, transposed)))
     elif pattern is not None:
         expected += [(name, _Expected(pattern)) for name in _matrices(tensors, targets, ignore)]
+    if rounded:
+        expected = [(name, replace(entry, rounded=True)) for name, entry in expected]
+    if path.suffix == ".gguf":
+        expected = [(name, _as_linear(entry)) for name, entry in expected]
     if not path.is_dir() and any(folder.glob("*.safetensors.index.json")):  # one shard has only some of the tensors
         expected = [(name, entry) for name, entry in expected if name in tensors]
     return tensors, expected
@@ -323,11 +340,19 @@ def _missing_zeros(values: Tensor, zeros: int, expected: _Expected, drop: Tensor
         return values.numel(), [str(error)]
     if excess:
         problems.append(f"{excess} entries more than pattern {expected.pattern.name} allows are not 0")
-    if off := 0 if expected.zeros is None else abs(zeros - expected.zeros):
+    missing = 0 if expected.zeros is None else expected.zeros - zeros
+    if off := max(missing, 0) if expected.rounded else abs(missing):
         problems.append(f"{zeros} zeros, recorded were {expected.zeros}")
     if came_back := 0 if drop is None else int((values & drop).count_nonzero()):
         problems.append(f"{came_back} pruned entries are not 0")
     return max(excess, off, came_back), problems
+
+
+def _as_linear(expected: _Expected) -> _Expected:
+    """What is expected of the tensor of a GGUF file, in which no matrix is transposed."""
+    if not expected.transposed or expected.shape is None:
+        return replace(expected, transposed=False)
+    return replace(expected, transposed=False, shape=expected.shape[::-1])
 
 
 def _oriented(tensor: Tensor, expected: _Expected) -> Tensor:

@@ -94,7 +94,7 @@ def _add_commands_before_a_training(commands: Any) -> None:
 def _add_commands_for_checkpoints(commands: Any) -> None:
     text = "count the zeros of a checkpoint; exit 1 and a table where a tensor does not conform"
     verify = _add(commands, "verify", _verify, text)
-    verify.add_argument("checkpoint", help="Hugging Face folder, .safetensors file, or trainer checkpoint (.ckpt)")
+    verify.add_argument("checkpoint", help="folder of Hugging Face, .safetensors or .gguf file, or trainer checkpoint")
     verify.add_argument("--pattern", help='"2:4" (any N:M), "unstructured", "structured"; else what was recorded')
     verify.add_argument("--sparsity", type=float, help="fraction of zeros, where the pattern does not imply it")
     verify.add_argument("--outlier-fraction", type=float, metavar="FRACTION", help="fraction of rows that are dense")
