@@ -10,9 +10,9 @@ Nothing of thanos_lightning is needed. --text is a folder of `benchmarks/python_
 folder of llama.cpp's sources. convert_hf_to_gguf.py writes Q8_0, and build/bin/llama-quantize makes the others:
 `cmake -B build && cmake --build build -t llama-quantize` compiles it in ten minutes.
 
-Each model is quantised, written, and loaded again by transformers (OpenVINO: by optimum-intel). A layer's weight is what
-the layer makes of the identity matrix, or what the graph multiplies with. "Regrown" are the entries that are 0 in the
-export and not 0 in that weight. The perplexity is of the first blocks of 128 tokens of the held-out text.
+Each model is quantised, written, and loaded again by transformers (OpenVINO: by optimum-intel). A layer's weight is
+what the layer makes of the identity matrix, or what the graph multiplies with. "Regrown" are the entries that are 0 in
+the export and not 0 in that weight. The perplexity is of the first blocks of 128 tokens of the held-out text.
 """
 
 import argparse
