@@ -1,7 +1,8 @@
-"""How much faster a language model with fewer feed-forward channels runs, in transformers and in OpenVINO.
+"""How much faster a language model with fewer feed-forward channels, or with zeros, runs in transformers and OpenVINO.
 
     python benchmarks/runtimes.py
-    pip install 'optimum-intel[openvino]' && python benchmarks/runtimes.py --runtimes transformers openvino
+    pip install 'optimum-intel[openvino,nncf]'
+    python benchmarks/runtimes.py --runtimes transformers openvino "openvino int8" --zeros 0.5 0.6 0.7 0.8
 
 A larger model, of random weights, with --model llama-3.2-1b-shape --dtype bfloat16 --repeats 3, once this has made it:
 
@@ -12,13 +13,18 @@ A larger model, of random weights, with --model llama-3.2-1b-shape --dtype bfloa
 
 (optimum-intel wants a transformers of its own, so give it an environment of its own, too.) The smaller models are made
 of the dense one by `export`'s own code; which channels they lose changes no time. Each is saved and loaded as a user
-would do it. Dense and smaller models take turns, and each time is the median of --repeats. Tokens per second are of a
-prompt of 512 tokens (prefill), and of 64 tokens that `generate` adds to a prompt of 16, for 1 and 8 sequences. Beside
-their ratio to the dense model's stands what the bytes that a token reads (decode) or its multiplications (prefill)
-promise: the ratio of the weights in matrices, of which the embedding counts as the head.
+would do it. --zeros are shares of random zeros in the decoder layers' matrices. Only "openvino int8" runs models with
+zeros: NNCF quantises weights and activations to int8 by the statistics of 64 texts, and OpenVINO is asked to keep
+sparse weights compressed (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE), which it does on CPUs with AMX.
 
-The logits of each runtime are compared with those of transformers on the dense model with the same channels at zero.
-Peak memory is of a process that loads the model and generates once.
+All models take turns, and each time is the median of --repeats. Tokens per second are of a prompt of 512 tokens
+(prefill), and of 64 tokens that `generate` adds to a prompt of 16, for 1 and 8 sequences. Beside their ratio to the
+dense model's stands what the bytes that a token reads (decode) or its multiplications (prefill) promise: the ratio of
+the weights in matrices, of which the embedding counts as the head.
+
+The logits of each runtime are compared with those of transformers on the dense model with the same weights at zero.
+The zeros are counted in the decoder layers' matrices of OpenVINO's file. Peak memory is of a process that loads the
+model and generates once.
 """
 
 import argparse
@@ -29,10 +35,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
 
 import torch
 from machine import keep
+from quantized import weights as dequantised
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,23 +49,45 @@ from transformers import AutoModelForCausalLM
 from thanos_lightning.checkpoints.huggingface import write_model
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm.pretrained import load_pretrained
+from thanos_lightning.lm.smollm2 import smollm2_folder
 from thanos_lightning.ranks.masks import LayerMask
 from thanos_lightning.solver import Channels
 
 PROMPT, SHORT_PROMPT, NEW = 512, 16, 64
+INT8 = "openvino int8"
 
 
-def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) -> dict[str, Path]:
-    """The dense model and the smaller ones, each with its masked twin beside it."""
-    folders = {"dense": folder / "dense"}
-    if not folders["dense"].exists():
-        load_pretrained(source, dtype).save_pretrained(folders["dense"])
+class Saved(NamedTuple):
+    """A model on disk."""
+
+    folder: Path
+    masked: Path  # the model of the dense one's sizes that computes the same
+    zeros: float = 0.0  # share of its decoder layers' matrices
+
+
+def save_models(source: str, dtype: str, sparsities: list[float], zeros: list[float], folder: Path) -> dict[str, Saved]:
+    """The dense model, the smaller ones, and those with zeros."""
+    dense = folder / "dense"
+    found = {"dense": Saved(dense, dense)}
+    if not dense.exists():
+        load_pretrained(source, dtype).save_pretrained(dense)
+    for share in zeros:
+        target = folder / f"zeros-{share:g}"
+        found[f"{share:.0%} zeros"] = Saved(target, target, share)
+        if not target.exists():
+            model: Any = load_pretrained(source, dtype)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for weight in model.model.layers.parameters():
+                    if weight.ndim == 2:
+                        weight.mul_(torch.rand(weight.shape, generator=generator) >= share)
+            model.save_pretrained(target)
     for sparsity in sparsities:
-        name = f"{sparsity:.0%}"
-        folders[name] = folder / f"{sparsity:g}"
-        if folders[name].exists():
+        target, masked = folder / f"{sparsity:g}", folder / f"{sparsity:g}-masked"
+        found[f"{sparsity:.0%} of the channels gone"] = Saved(target, masked)
+        if target.exists():
             continue
-        model: Any = load_pretrained(source, dtype)
+        model = load_pretrained(source, dtype)
         width = model.config.intermediate_size
         kept = round((1 - sparsity) * width / 64) * 64
         masks = {}
@@ -70,24 +100,38 @@ def save_models(source: str, dtype: str, sparsities: list[float], folder: Path) 
                     weight.mul_(mask)
                     pattern = Channels(1 - kept / width, dim=1 if columns else 0)
                     masks[f"model.layers.{number}.mlp.{part}.weight"] = LayerMask.of(mask, pattern)
-            model.save_pretrained(folder / f"{sparsity:g}-masked")
-            write_model(folders[name], *shrink(model, model.state_dict(), masks, folder))
-    return folders
+            model.save_pretrained(masked)
+            write_model(target, *shrink(model, model.state_dict(), masks, folder))
+    return found
 
 
-def load(runtime: str, folder: Path, *, exact: bool = False) -> Any:
-    """The model in a runtime; `exact` computes in float32."""
+def converted(runtime: str, folder: Path) -> Path:
+    """The folder that a runtime reads, made from a saved model."""
+    if runtime == "transformers":
+        return folder
+    from optimum.intel import OVModelForCausalLM, OVQuantizationConfig  # type: ignore[import-not-found]
+
+    target = folder.with_name(f"{folder.name}-{runtime.replace(' ', '-')}")
+    if not target.exists():
+        how: dict[str, Any] = {"load_in_8bit": False}
+        if runtime == INT8:
+            passages = [text[:2000] for text in topics.values()][:64]
+            data = {"dataset": passages, "tokenizer": str(smollm2_folder()), "num_samples": len(passages)}
+            how = {"quantization_config": OVQuantizationConfig(bits=8, smooth_quant_alpha=0.6, **data)}
+        OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, **how).save_pretrained(target)
+    return target
+
+
+def load(runtime: str, folder: Path, zeros: float = 0.0, *, exact: bool = False) -> Any:
+    """A runtime's model; `exact` computes in float32 what is not quantised."""
     if runtime == "transformers":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if exact else "auto").eval()
-    from optimum.intel import OVModelForCausalLM  # type: ignore[import-not-found]
+    from optimum.intel import OVModelForCausalLM
 
-    converted = folder.with_name(f"{folder.name}-openvino")
-    if not converted.exists():
-        OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
-            converted
-        )
-    config = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
-    return OVModelForCausalLM.from_pretrained(converted, ov_config=config)
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
+    if zeros:  # layers with a smaller share are not compressed
+        config["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = round(zeros - 0.01, 3)
+    return OVModelForCausalLM.from_pretrained(folder, ov_config=config)
 
 
 @torch.no_grad()
@@ -134,13 +178,19 @@ def matrices(folder: Path) -> int:
 
 def file_size(folder: Path) -> int:
     """Bytes of the weights on disk."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
-def peak_memory(runtime: str, folder: Path) -> int:
+def zeros_left(folder: Path) -> float:
+    """The share of zeros in the decoder layers' matrices of OpenVINO's file."""
+    counts = [(int((weight == 0).sum()), weight.numel()) for _, weight in dequantised("openvino", folder, None)]
+    return sum(zero for zero, _ in counts) / sum(count for _, count in counts)
+
+
+def peak_memory(runtime: str, folder: Path, zeros: float) -> int:
     """Bytes, in a process of its own."""
-    ended = subprocess.run([sys.executable, __file__, "--peak", runtime, str(folder)], capture_output=True, check=True)
-    return int(ended.stdout.split()[-1])
+    command = [sys.executable, __file__, "--peak", runtime, str(folder), str(zeros)]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout.split()[-1])
 
 
 def main() -> None:
@@ -148,42 +198,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a Llama: hub name, local folder or smollm2-135m")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3, 0.5], help="of channels")
-    parser.add_argument("--runtimes", nargs="+", choices=("transformers", "openvino"), default=["transformers"])
+    parser.add_argument("--zeros", nargs="+", type=float, default=[], help="anywhere, for the runtime openvino int8")
+    parser.add_argument("--runtimes", nargs="+", choices=("transformers", "openvino", INT8), default=["transformers"])
     parser.add_argument("--dtype", default="float32", help="of the saved weights")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--folder", type=Path, default=Path("runs/runtimes"), help="for the models")
     parser.add_argument("--output", type=Path, help="folder for a JSON file, named after the hardware")
-    parser.add_argument("--peak", nargs=2, metavar=("RUNTIME", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, metavar=("RUNTIME", "FOLDER", "ZEROS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak is not None:
-        generated(load(arguments.peak[0], Path(arguments.peak[1])), 1, 8)
+        runtime, read, zeros = arguments.peak
+        generated(load(runtime, Path(read), float(zeros)), 1, 8)
         # not ru_maxrss, which begins with what the parent has
         status = Path("/proc/self/status").read_text(encoding="ascii")
         print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
         return
-    folders = save_models(arguments.model, arguments.dtype, arguments.sparsities, arguments.folder)
-    weights = {name: matrices(folder) for name, folder in folders.items()}
+    saved = save_models(arguments.model, arguments.dtype, arguments.sparsities, arguments.zeros, arguments.folder)
+    weights = {name: matrices(one.folder) for name, one in saved.items()}
     table = Table(title=f"{Path(arguments.model).name}, {arguments.dtype}")
-    columns = ("channels gone", "promised", *MEASURED, "logits differ by", "file, MiB", "peak, MiB")
+    columns = ("model", "promised", *MEASURED, "zeros", "logits differ by", "file, MiB", "peak, MiB")
     table.add_column("runtime")
     for column in columns:
         table.add_column(column, justify="right")
     lines: list[dict[str, Any]] = []
     tokens = torch.arange(2 * 24).view(2, -1) + 100
     for runtime in arguments.runtimes:
+        run = {name: one for name, one in saved.items() if runtime == INT8 or not one.zeros}
+        read = {name: converted(runtime, one.folder) for name, one in run.items()}
         differences: dict[str, float] = {}
-        for name, folder in folders.items():
-            masked = folder if name == "dense" else folder.with_name(f"{folder.name}-masked")
-            one, other = (
-                logits(load(runtime, folder, exact=True), tokens),
-                logits(load("transformers", masked, exact=True), tokens),
-            )
-            differences[name] = float((one - other).norm() / other.norm())
+        for name, one in run.items():
+            found_logits = logits(load(runtime, read[name], one.zeros, exact=True), tokens)
+            own = logits(load("transformers", one.masked, exact=True), tokens)
+            differences[name] = float((found_logits - own).norm() / own.norm())
         gc.collect()
-        models = {name: load(runtime, folder) for name, folder in folders.items()}
-        found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in MEASURED} for name in folders}
+        models = {name: load(runtime, read[name], one.zeros) for name, one in run.items()}
+        found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in MEASURED} for name in run}
         for number in range(arguments.repeats + 1):
             for what, measure in MEASURED.items():
                 for name, model in models.items():
@@ -191,7 +242,7 @@ def main() -> None:
                     if number:  # the first one warms up
                         found[name][what].append(rate)
         del models
-        for name, folder in folders.items():
+        for name, one in run.items():
             rates = {what: statistics.median(values) for what, values in found[name].items()}
             ratios = {
                 what: statistics.median(
@@ -201,20 +252,23 @@ def main() -> None:
             }
             line = {
                 "runtime": runtime,
-                "channels": name,
+                "model": name,
                 "promised": round(weights["dense"] / weights[name], 3),
                 "tokens_per_second": {what: round(rate, 1) for what, rate in rates.items()},
                 "ratios": {what: round(ratio, 3) for what, ratio in ratios.items()},
+                "zeros": round(zeros_left(read[name]), 4) if runtime == INT8 else None,
                 "logits_differ": differences[name],
-                "file_bytes": file_size(folder),
-                "peak_bytes": peak_memory(runtime, folder),
+                "file_bytes": file_size(read[name]),
+                "peak_bytes": peak_memory(runtime, read[name], one.zeros),
             }
             lines.append(line)
+            print(line, flush=True)
             table.add_row(
                 runtime,
                 name,
                 f"{line['promised']:.2f}",
                 *(f"{rates[what]:.0f}/s, {ratios[what]:.2f}" for what in MEASURED),
+                "" if line["zeros"] is None else f"{line['zeros']:.1%}",
                 f"{differences[name]:.0e}",
                 f"{line['file_bytes'] / 2**20:.0f}",
                 f"{line['peak_bytes'] / 2**20:.0f}",
