@@ -179,6 +179,32 @@ program's own work to matter less; of few repeats, its ratios vary by some per c
 
     python benchmarks/runtimes.py --runtimes transformers openvino  # its head says what to install
 """
+QUANTIZED = """# Quantised after the export
+
+<!-- Written by benchmarks/tables.py: change that, and run it. -->
+
+SmolLM2-135M-Instruct, unpacked from 4-bit weights, was trained on 51,200 tokens of Python's documentation by the
+settings of the recipe `quickstart`, with 32,768 calibration tokens. It was pruned to 2:4, to 50 % zeros anywhere, or to
+70 % of its channels, and exported in bfloat16. Then the libraries quantised it, in December 2026, on one thread of an
+{cpu}.
+
+"Zeros" are the share in the decoder layers' matrices, dequantised: rounding makes further zeros of small weights.
+"Regrown" is the share of the export's zeros that are no longer 0. "Perplexity" is of {tokens:,} tokens of held-out text.
+
+    python benchmarks/quantized.py exported --text pydocs --libraries torchao bitsandbytes llm-compressor
+
+The benchmark's head says what to install, and how the other libraries are run.
+
+Versions: {versions}.
+"""
+LIBRARIES = {
+    "torchao": "torchao",
+    "bitsandbytes": "bitsandbytes",
+    "llmcompressor": "llm-compressor",
+    "gguf": "llama.cpp",
+    "openvino": "OpenVINO",
+}
+NAMES = {"2of4": "2:4", "u50": "50 % zeros", "c30": "70 % of the channels"}
 
 
 def kept(folder: str) -> list[dict[str, Any]]:
@@ -374,9 +400,38 @@ def by_runtime() -> str:
     return text
 
 
+def by_library() -> str:
+    """The page of quantized.py."""
+    measured = [json.loads(path.read_text()) for path in sorted(KEPT.glob("quantized-*.json"))]
+    versions = {name: version for one in measured for name, version in one["versions"].items()}
+    del versions["transformers"]  # of two environments
+    (tokens,) = {one["tokens"] for one in measured}
+    (cpu,) = {one["hardware"]["cpu"] for one in measured}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    text = QUANTIZED.format(cpu=cpu, tokens=tokens, versions=named)
+    for model, title in NAMES.items():
+        rows: dict[str, list[str]] = {}
+        for one in measured:
+            (library,) = {name for name in LIBRARIES if name in one["versions"]}
+            for line in one["results"]:
+                if line["model"] == model:
+                    exported = line["weights"] == "as exported"
+                    name = "as exported" if exported else f"{LIBRARIES[library]}, {line['weights']}"
+                    regrown = "" if exported or model == "c30" else f"{line['regrown']:.1%}"
+                    size = f"{line['bytes'] / 2**20:.0f}"
+                    rows[name] = [name, f"{line['zeros']:.1%}", regrown, f"{line['perplexity']:.2f}", size]
+        text += f"\n## {title}\n\n" + table(["", "zeros", "regrown", "perplexity", "MiB"], rows.values())
+    return text
+
+
 def pages() -> dict[str, str]:
     """The texts, by the names of the files."""
-    return {"recovery.md": by_training(), "layers.md": by_layer(), "channels.md": by_width()}
+    return {
+        "recovery.md": by_training(),
+        "layers.md": by_layer(),
+        "channels.md": by_width(),
+        "quantized.md": by_library(),
+    }
 
 
 if __name__ == "__main__":

@@ -206,8 +206,7 @@ def _export(checkpoint: str, output: str, **options: Any) -> int:
     status = _conclude(output, reports)
     if any(report.zeros for report in reports):
         sys.stdout.write(
-            "If you quantise it: symmetric int8 and int4, rounded to nearest, keep the zeros; "
-            "GPTQ, asymmetric int4 and GGUF's Q4_K do not\n"
+            "If you quantise it: int8 and int4, rounded to nearest, keep the zeros; GPTQ and GGUF's Q4_K do not\n"
         )
     return status
 

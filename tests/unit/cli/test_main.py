@@ -110,8 +110,8 @@ def test_export(copied, capsys):
     shown = capsys.readouterr()
     conform = "7 tensors conform (2:4), 50.00% of their entries are 0\n"
     assert shown.out.endswith(
-        f"out: {conform}If you quantise it: symmetric int8 and int4, rounded to nearest, keep the zeros; "
-        "GPTQ, asymmetric int4 and GGUF's Q4_K do not\n"
+        f"out: {conform}If you quantise it: int8 and int4, rounded to nearest, keep the zeros; "
+        "GPTQ and GGUF's Q4_K do not\n"
     )
     assert "thanos-lightning: warning: the checkpoint names no tokenizer" in shown.err
     assert AutoModelForCausalLM.from_pretrained(copied / "out").dtype == torch.bfloat16
