@@ -189,7 +189,7 @@ settings of the recipe `quickstart`, with 32,768 calibration tokens. It was prun
 {cpu}.
 
 "Zeros" are the share in the decoder layers' matrices, dequantised: rounding makes further zeros of small weights.
-"Regrown" is the share of the export's zeros that are no longer 0. "Perplexity" is of {tokens:,} tokens of held-out text.
+"Regrown" is the share of the export's zeros that are no longer 0. "Perplexity" is of {tokens:,} held-out tokens.
 
     python benchmarks/quantized.py exported --text pydocs --libraries torchao bitsandbytes llm-compressor
 
