@@ -381,18 +381,16 @@ def by_runtime() -> str:
         measured = json.loads(path.read_text())
         text = text or SPEED
         what = list(measured["results"][0]["ratios"])
-        dense = {
-            line["runtime"]: line["tokens_per_second"] for line in measured["results"] if line["channels"] == "dense"
-        }
+        dense = {line["runtime"]: line["tokens_per_second"] for line in measured["results"] if line["model"] == "dense"}
         rows = []
         for line in measured["results"]:
             sizes = [f"{line[name] / 2**20:,.0f}" for name in ("file_bytes", "peak_bytes")]
             ratios = (
-                f"({dense[line['runtime']][one]:,.1f})" if line["channels"] == "dense" else f"{line['ratios'][one]:.2f}"
+                f"({dense[line['runtime']][one]:,.1f})" if line["model"] == "dense" else f"{line['ratios'][one]:.2f}"
                 for one in what
             )
-            promised = "" if line["channels"] == "dense" else f"{line['promised']:.2f}"
-            rows.append([f"{line['runtime']}, {line['channels']}", promised, *ratios, *sizes])
+            promised = "" if line["model"] == "dense" else f"{line['promised']:.2f}"
+            rows.append([f"{line['runtime']}, {line['model']}", promised, *ratios, *sizes])
         head = [f"{measured['model']}, {measured['dtype']}", "promised", *what, "file, MiB", "peak, MiB"]
         hardware = measured["hardware"]
         how = f"{hardware['threads']} threads of an {hardware['cpu']}, the median of {measured['repeats']} repeats"
