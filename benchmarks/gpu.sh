@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU tells: the tests that need one and the benchmarks on it, in at most 50 minutes. What has been finished
+# What only a GPU tells: the tests that need one and the benchmarks on it, in at most 55 minutes. What has been finished
 # on this hardware is not repeated. The environment needs '.[quickstart,test]'.
 #
 #     benchmarks/gpu.sh                    # into benchmarks/results/<the GPU's name>
@@ -35,6 +35,7 @@ if [ "$DEVICE" = cuda ]; then
   recovery=(--rates 3e-4)
   compiled=()
   adapters=()
+  runtimes=(--model llama-3.2-1b-shape --dtype float16 --repeats 5)
 else
   export THANOS_CUDA=dry
   solver=(--shapes 64x64 --repeats 1)
@@ -42,6 +43,7 @@ else
   one_shot=(--methods thanos --sequences 2 --length 16 --validation-sequences 2)
   compiled=(--layers 1)
   adapters=(--layers 1 --vocabulary 512 --threads 1)
+  runtimes=(--model smallest-shape --repeats 1 --threads 1)
   recovery=(--rates 3e-4 --steps 4 --batch 2 --length 16 --calibration 4 --validation 4)
 fi
 on=(--device "$DEVICE" --output "$OUT")
@@ -51,6 +53,7 @@ step solver 8 python "$HERE/solver.py" "${solver[@]}" "${on[@]}"
 step enforcement 5 python "$HERE/enforcement.py" "${enforcement[@]}" "${on[@]}"
 step compiled 5 python "$HERE/compiled.py" "${compiled[@]}" "${on[@]}"
 step adapters 3 python "$HERE/adapters.py" "${adapters[@]}" "${on[@]}"
+step runtimes 7 python "$HERE/runtimes.py" --runtimes transformers "torch 2:4" "${runtimes[@]}" "${on[@]}"
 step one_shot 5 python "$HERE/one_shot.py" --model "$MODEL" --text "$TEXT" "${one_shot[@]}" "${on[@]}"
 step recovery 10 python "$HERE/recovery.py" --model "$MODEL" --text "$TEXT" --patterns 2:4 --contenders "first step" \
   --seeds 1 "${recovery[@]}" --runs "$OUT/recovery" "${on[@]}"

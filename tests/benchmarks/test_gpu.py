@@ -11,7 +11,7 @@ import pytest
 from toy import tiny_files
 
 SCRIPT = Path(machine.__file__).with_name("gpu.sh")
-STEPS = ("tests", "solver", "enforcement", "compiled", "adapters", "one_shot", "recovery")
+STEPS = ("tests", "solver", "enforcement", "compiled", "adapters", "runtimes", "one_shot", "recovery")
 
 
 def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
