@@ -9,9 +9,9 @@
 are made of the dense one by `export`'s own code; which channels they lose changes no time. Each is saved and loaded as
 a user would do it. --zeros are shares of random zeros in the decoder layers' matrices. Zeros are run by
 
-    openvino int8   NNCF quantises weights and activations to int8 by the statistics of 64 texts, and OpenVINO is asked
-                    to keep sparse weights compressed (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE), which it does on CPUs
-                    with AMX
+    openvino int8   NNCF quantises weights and activations to int8 by the statistics of 64 texts (8 for random weights),
+                    and OpenVINO is asked to keep sparse weights compressed (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE),
+                    which it does on CPUs with AMX
     torch 2:4       `to_sparse_semi_structured`, on NVIDIA GPUs from Ampere on: rows in multiples of 32, columns of 64
 
 All models take turns, and each time is the median of --repeats. Tokens per second are of a prompt of 512 tokens
@@ -135,8 +135,8 @@ def save_models(
     return found
 
 
-def converted(runtime: str, folder: Path) -> Path:
-    """The folder that a runtime reads, made from a saved model."""
+def converted(runtime: str, folder: Path, passages: list[str]) -> Path:
+    """The folder that a runtime reads, made from a saved model; int8 has statistics of the passages."""
     if runtime in ("transformers", SEMI):
         return folder
     from optimum.intel import OVModelForCausalLM, OVQuantizationConfig  # type: ignore[import-not-found]
@@ -145,7 +145,6 @@ def converted(runtime: str, folder: Path) -> Path:
     if not target.exists():
         how: dict[str, Any] = {"load_in_8bit": False}
         if runtime == INT8:
-            passages = [text[:2000] for text in topics.values()][:64]
             data = {"dataset": passages, "tokenizer": str(smollm2_folder()), "num_samples": len(passages)}
             how = {"quantization_config": OVQuantizationConfig(bits=8, smooth_quant_alpha=0.6, **data)}
         OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, **how).save_pretrained(target)
@@ -284,9 +283,10 @@ def main() -> None:
         table.add_column(column, justify="right")
     lines: list[dict[str, Any]] = []
     tokens = torch.arange(2 * 24).view(2, -1) + 100
+    passages = [text[:2000] for text in topics.values()][: 8 if arguments.model in SHAPES else 64]
     for runtime in runtimes:
         run = {name: one for name, one in saved.items() if runtime in one.runtimes}
-        read = {name: converted(runtime, one.folder) for name, one in run.items()}
+        read = {name: converted(runtime, one.folder, passages) for name, one in run.items()}
         differences: dict[str, float] = {}
         for name, one in run.items():
             found_logits = logits(load(runtime, read[name], one.zeros, device, exact=True), tokens)
