@@ -31,6 +31,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -286,7 +288,10 @@ def main() -> None:
     passages = [text[:2000] for text in topics.values()][: 8 if arguments.model in SHAPES else 64]
     for runtime in runtimes:
         run = {name: one for name, one in saved.items() if runtime in one.runtimes}
-        read = {name: converted(runtime, one.folder, passages) for name, one in run.items()}
+        # each in a process of its own: NNCF keeps gigabytes
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            made = {name: pool.submit(converted, runtime, one.folder, passages) for name, one in run.items()}
+            read = {name: future.result() for name, future in made.items()}
         differences: dict[str, float] = {}
         for name, one in run.items():
             found_logits = logits(load(runtime, read[name], one.zeros, device, exact=True), tokens)
