@@ -20,17 +20,12 @@ block before the first step, on the same sequences, take them out, and train the
     flap        the smallest variance of the input of down times ‖W_:j‖²; a bias stands for the mean of what is taken
                 out (FLAP, arXiv 2312.11983)
     structured  `pattern: structured` of this package's solver on down: Wanda's score, and the kept columns make up
-
-"by loss" is "once" with unequal widths, multiples of 256: those with the least sum of what each block alone adds to the
-loss on --scanned of the calibration sequences when the solver takes its channels out.
 """
 
 import argparse
-import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +39,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback, callback
+from thanos_lightning import CalibrationOptions, SparsitySchedule, ThanosPruningCallback
 from thanos_lightning.checkpoints.shrink import shrink
 from thanos_lightning.lm import CausalLM
 from thanos_lightning.lm.pretrained import load_pretrained
@@ -53,9 +48,8 @@ from thanos_lightning.solver import Channels, Structured, prune
 
 KEPT = Path(__file__).parent / "results"
 MULTIPLE_OF = 64
-COARSE = 256
 ONE_SHOT = ("random", "magnitude", "activation", "wanda-sp", "flap", "structured")
-OWN = {"once": (0,), "four events": (0.1, 0.2, 0.3, 0.4), "by loss": (0,)}
+OWN = {"once": (0,), "four events": (0.1, 0.2, 0.3, 0.4)}
 
 
 def kept_channels(sparsity: float, width: int) -> int:
@@ -150,63 +144,11 @@ def without_channels(
     return made
 
 
-@torch.no_grad()
-def rises(model: LlamaForCausalLM, calibration: Sequence[Mapping[str, Tensor]], scanned: int) -> list[dict[int, float]]:
-    """What each block alone adds to the loss, by the number of channels that it keeps."""
-
-    def loss() -> float:
-        losses = [model(input_ids=one["input_ids"], labels=one["input_ids"], use_cache=False).loss for one in scan]
-        return float(torch.stack(losses).mean())
-
-    scan = calibration[: scanned // len(calibration[0]["input_ids"])]
-    found = Inputs(model, calibration, products=True)
-    dense = loss()
-    width = model.config.intermediate_size
-    by_layer = []
-    for number, (layer, sums) in enumerate(zip(model.model.layers, found.sums, strict=True)):
-        weight = layer.mlp.down_proj.weight
-        before, rise = weight.clone(), {width: 0.0}
-        for kept in range(width - COARSE, 0, -COARSE):
-            hessian = (2 / found.tokens * sums["xxᵀ"]).float()
-            weight.copy_(prune(before, hessian, Channels(1 - kept / width)).weight)
-            rise[kept] = loss() - dense
-        weight.copy_(before)
-        print(f"layer {number}: " + ", ".join(f"{kept}: {more:.3f}" for kept, more in rise.items()), flush=True)
-        by_layer.append(rise)
-    return by_layer
-
-
-def least(by_layer: Sequence[Mapping[int, float]], budget: int) -> list[int]:
-    """The widths that fit into the budget of channels and have the least sum."""
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for rise in by_layer:
-        longer: dict[int, tuple[float, list[int]]] = {}
-        for (used, (lost, widths)), (kept, more) in itertools.product(best.items(), rise.items()):
-            entry = (lost + more, [*widths, kept])
-            longer[used + kept] = min(longer.get(used + kept, entry), entry)
-        best = longer
-    return min(entry for used, entry in best.items() if used <= budget)[1]
-
-
-def use_widths(widths: Sequence[int]) -> None:
-    """Let the next callback take unequal numbers of channels."""
-    choose = callback.choose_targets
-
-    def chosen(*args: Any) -> Any:
-        targets = choose(*args)
-        of_names = dict(zip(targets.layers, widths, strict=True))
-        layers = {name: layer for name, layer in targets.layers.items() if of_names[name] < layer.cols}
-        final = {name: Channels(1 - of_names[name] / layer.cols) for name, layer in layers.items()}
-        return replace(targets, layers=layers, final=final, coupled={name: targets.coupled[name] for name in layers})
-
-    callback.choose_targets = chosen  # type: ignore[assignment]
-
-
 # Training
 
 
 def train(
-    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str, scanned: int
+    task: Task, contender: str, sparsity: float, rate: float, seed: int, every: int, device: str
 ) -> dict[str, Any]:
     """One run."""
     model: Any = load_pretrained(task.model, "float32")
@@ -215,14 +157,8 @@ def train(
     callbacks: list[Callback] = []
     pruning: ThanosPruningCallback | None = None
     begin = time.perf_counter()
-    widths: list[int] | None = None
-    if contender == "by loss":
-        by_layer, width = rises(model, list(calibration), scanned), model.config.intermediate_size
-        widths = least(by_layer, len(by_layer) * kept_channels(sparsity, width))
-        print(f"widths {widths}, {sum(widths):,} channels", flush=True)
-        use_widths(widths)
     if contender in OWN:
-        on = CalibrationOptions() if contender == "four events" else CalibrationOptions(batches=calibration)
+        on = CalibrationOptions(batches=calibration) if contender == "once" else CalibrationOptions()
         schedule = SparsitySchedule(at=OWN[contender])
         pruning = ThanosPruningCallback("channels", sparsity, schedule, multiple_of=MULTIPLE_OF, calibration=on)
         callbacks.append(pruning)
@@ -251,7 +187,6 @@ def train(
         "size": round(size / dense_size, 4),
         "seconds": round(seconds, 1),
         "event_seconds": round(events, 1),
-        **({} if widths is None else {"widths": widths}),
     }
 
 
@@ -291,7 +226,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--calibration", type=int, default=256, help="sequences to choose channels on")
-    parser.add_argument("--scanned", type=int, default=32, help="sequences to choose unequal widths on")
     parser.add_argument("--validation", type=int, default=160, help="sequences to validate on")
     parser.add_argument("--every", type=int, default=40, help="steps between points of a curve")
     parser.add_argument("--runs", type=Path, default=KEPT / "channels", help="kept runs")
@@ -318,8 +252,7 @@ def main() -> None:
                     found = finished(arguments.runs, task, contender, sparsity, rate, seed)
                     if found is None and not arguments.only_report and contender != DENSE:
                         print(f"{contender}, {sparsity:.0%}, learning rate {rate:g}, seed {seed}", flush=True)
-                        others = (arguments.every, arguments.device, arguments.scanned)
-                        result = train(task, contender, sparsity, rate, seed, *others)
+                        result = train(task, contender, sparsity, rate, seed, arguments.every, arguments.device)
                         made = {"contender": contender, "sparsity": sparsity, "rate": rate, "seed": seed}
                         machine = hardware(arguments.device)
                         found = {"task": task.described(), **made, **result, "hardware": machine}
