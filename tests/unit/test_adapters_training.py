@@ -160,7 +160,7 @@ def test_the_adapter_beside_its_sparse_base_is_what_was_trained(tmp_path: Path) 
     assert all(report.ok for report in verify_checkpoint(tmp_path / "beside"))
     card = (tmp_path / "beside" / "README.md").read_text()
     assert "LoRA adapters lie beside it (default). They add nothing where a weight is 0" in card
-    model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default")
+    model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default", torch_device="cpu")
     assert not torch.equal(logits(model), logits(module))
     mask_adapters(model)
     assert torch.equal(logits(model), logits(module))
@@ -236,7 +236,7 @@ def test_adapters_of_whole_columns_and_channels_are_merged_and_taken_out(pattern
         with pytest.raises(ValueError, match="as wide as the model was in training: give --keep-shape"):
             exported(tmp_path, "beside", keep_adapter=True)
         base = exported(tmp_path, "beside", keep_adapter=True, keep_shape=True)
-        model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default")
+        model = PeftModel.from_pretrained(base, tmp_path / "beside" / "default", torch_device="cpu")
         mask_adapters(model)
         torch.testing.assert_close(logits(model), logits(module), rtol=1e-4, atol=1e-5)
     assert smaller.config.intermediate_size == (24 if pattern == "channels" else 48)
